@@ -1,0 +1,1 @@
+from pallas_kernels.tree_attention.api import tree_attention as tree_attention

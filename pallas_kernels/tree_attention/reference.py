@@ -1,0 +1,84 @@
+"""Tree attention in plain XLA: the contract every other implementation meets."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+WORD_BITS = 32
+
+
+def tree_attention_reference(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    lengths: jax.Array,
+    k_new: jax.Array,
+    v_new: jax.Array,
+    ancestors: jax.Array,
+    *,
+    scale: float,
+    depths: jax.Array | None = None,
+    window: int | None = None,
+) -> jax.Array:
+    """Attention of N tree nodes over a committed prefix and over their ancestors.
+
+    The softmax runs over both parts at once: their scores are computed apart and merged by
+    log-sum-exp, in float32. Neither the cache nor the new rows are copied.
+
+    Args:
+      q: [B, N, H, D], rotated queries.
+      k_cache, v_cache: [B, K, S, D], rotated keys and values of the prefix.
+      lengths: [B] int32; cache rows at or past a row's length are not seen.
+      k_new, v_new: [B, N, K, D], keys and values of the nodes themselves.
+      ancestors: [B, N, ceil(N / 32)] uint32; bit j of row i: node i sees node j. Every node
+        must see itself.
+      scale: multiplies the scores.
+      depths: [B, N] int32, distance of each node from the root; needed with `window`.
+      window: sliding window: a node at position p sees positions p - window + 1 … p, where
+        a node stands at `lengths + depths`.
+
+    Returns:
+      [B, N, H, D] in the dtype of q.
+    """
+    batch, n, heads, dim = q.shape
+    kv_heads, capacity = k_cache.shape[1], k_cache.shape[2]
+    group = heads // kv_heads
+    # Queries that share a key/value head form the rows of one matrix product: [B, K, N*G, D].
+    rows = q.reshape(batch, n, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
+    rows = rows.reshape(batch, kv_heads, n * group, dim).astype(k_cache.dtype)
+
+    visible = jnp.arange(capacity) < lengths[:, None, None]  # [B, 1, S]
+    bits = (ancestors[..., None] >> jnp.arange(WORD_BITS, dtype=jnp.uint32)) & 1
+    related = bits.reshape(batch, n, -1)[..., :n] == 1  # [B, N, N]
+    if window is not None:
+        position = lengths[:, None] + depths  # [B, N]
+        oldest = position - window + 1
+        visible = visible & (jnp.arange(capacity) >= oldest[..., None])  # [B, N, S]
+        related = related & (position[:, None, :] >= oldest[..., None])
+
+    def scores(keys, spec, mask):
+        s = scale * jnp.einsum(spec, rows, keys, preferred_element_type=jnp.float32)
+        mask = jnp.broadcast_to(mask, (batch, n, s.shape[-1]))
+        mask = jnp.repeat(mask, group, axis=1)[:, None]  # node-major rows: [B, 1, N*G, .]
+        return jnp.where(mask, s, -jnp.inf)
+
+    prefix = scores(k_cache, "bkrd,bksd->bkrs", visible)  # [B, K, N*G, S]
+    tree = scores(k_new.astype(k_cache.dtype), "bkrd,bnkd->bkrn", related)  # [B, K, N*G, N]
+    # The tree part is never empty (a node sees itself), so the peak is finite.
+    peak = jnp.maximum(prefix.max(-1), tree.max(-1))[..., None]
+    prefix, tree = jnp.exp(prefix - peak), jnp.exp(tree - peak)
+    total = prefix.sum(-1) + tree.sum(-1)
+    out = jnp.einsum(
+        "bkrs,bksd->bkrd",
+        prefix.astype(v_cache.dtype),
+        v_cache,
+        preferred_element_type=jnp.float32,
+    ) + jnp.einsum(
+        "bkrn,bnkd->bkrd",
+        tree.astype(v_cache.dtype),
+        v_new.astype(v_cache.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    out = (out / total[..., None]).reshape(batch, kv_heads, n, group, dim)
+    return out.transpose(0, 2, 1, 3, 4).reshape(batch, n, heads, dim).astype(q.dtype)
