@@ -48,11 +48,11 @@ class TargetConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"TargetConfig.num_heads is {self.num_heads}, not a multiple of "
-                f"num_kv_heads = {self.num_kv_heads}; every key/value head serves equally many queries"
+                f"num_kv_heads = {self.num_kv_heads}; each key/value head serves equally many queries"
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(
-                f"TargetConfig.head_dim is {self.head_dim}; rotary positions need an even number"
+                f"TargetConfig.head_dim is {self.head_dim}; rotary positions need it even"
             )
         bad = [i for i in self.sparse_layers if not 0 <= i < self.num_layers]
         if bad:

@@ -136,5 +136,5 @@ def chain(
 
 
 def causal_bits(n: int) -> jax.Array:
-    """Ancestors of a plain chain of n tokens, as a prompt chunk is: uint32 [n, ceil(n / 32)]."""
+    """Ancestors in a chain of n tokens, as in a prompt chunk: uint32 [n, ceil(n / 32)]."""
     return pack_bits(jnp.tril(jnp.ones((n, n), bool)))
