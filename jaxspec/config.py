@@ -48,7 +48,7 @@ class TargetConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"TargetConfig.num_heads is {self.num_heads}, not a multiple of "
-                f"num_kv_heads = {self.num_kv_heads}; each key/value head serves equally many queries"
+                f"num_kv_heads = {self.num_kv_heads}; each serves equally many queries"
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(
