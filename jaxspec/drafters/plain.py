@@ -1,0 +1,31 @@
+"""No drafter: every round decides one token. Plain decoding is the loop with this."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxspec.drafters.base import Committed
+from jaxspec.trees.tree import root_only
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """Drafts nothing.
+
+    Attributes:
+      size: nodes verified, 1 real and the rest padding. XLA:CPU multiplies one row by a
+        matrix more slowly than two in some shapes and dtypes; the benchmark tries both.
+    """
+
+    size: int = 1
+    depth: int = 0
+    taps: tuple[int, ...] = ()
+
+    def init(self, params, batch, capacity):
+        return ()
+
+    def observe(self, params, state, committed: Committed):
+        return state
+
+    def draft(self, params, state, anchor, position, budget):
+        return root_only(anchor, size=self.size), state
