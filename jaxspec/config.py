@@ -69,3 +69,33 @@ class TargetConfig:
     def group_size(self) -> int:
         """Query heads per key/value head (G)."""
         return self.num_heads // self.num_kv_heads
+
+
+TREE_KINDS = ("chain", "best_first", "top_budget", "path_conditioned", "transitions")
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeConfig:
+    """How a drafter's scores become a tree (`trees.build`).
+
+    Attributes:
+      kind: one of `TREE_KINDS`.
+      size: N, nodes of the tree, root included; what is verified is padded to it. The budget
+        of a row, an array, may be smaller.
+      width: children per expanded node (`best_first`).
+      candidates: tokens per parent that are re-scored (`path_conditioned`, `transitions`).
+    """
+
+    kind: str = "chain"
+    size: int = 16
+    width: int = 4
+    candidates: int = 16
+
+    def __post_init__(self):
+        if self.kind not in TREE_KINDS:
+            raise ValueError(f"TreeConfig.kind is {self.kind!r}; expected one of {TREE_KINDS}")
+        for name in ("size", "width", "candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"TreeConfig.{name} is {getattr(self, name)}; expected at least 1"
+                )

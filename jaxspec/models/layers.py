@@ -22,7 +22,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def rotary_angles(
     positions: jax.Array, head_dim: int, theta: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [..., D / 2] of rotary embedding at absolute positions [...]; float32."""
+    """Float32 cosines and sines [..., D / 2] of rotary embedding at positions [...]."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angle = positions[..., None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
