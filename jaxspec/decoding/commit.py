@@ -1,0 +1,73 @@
+"""Commit: the accepted path, and nothing else, enters cache, drafter and tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.decoding.accept import Acceptance
+from jaxspec.decoding.state import DecodeState
+from jaxspec.drafters.base import Committed, Drafter
+from jaxspec.models.decoder import ForwardOutput
+from jaxspec.trees.tree import DraftTree
+
+
+def commit(
+    state: DecodeState,
+    drafter: Drafter,
+    drafter_params,
+    tree: DraftTree,
+    acceptance: Acceptance,
+    output: ForwardOutput,
+    stop_ids: jax.Array,
+) -> DecodeState:
+    """Writes the P + 1 rows of the path at the anchor's position and moves `length`.
+
+    Rows past the accepted ones are garbage that no later forward sees: visibility ends at
+    `length - 1`, and the next round writes over them. A row that is done stays as it is.
+    """
+    path, running = acceptance.path, ~state.done
+    anchor_position = state.length - 1
+    stops = jnp.any(acceptance.tokens[..., None] == stop_ids[:, None, :], axis=-1)  # [B, P + 1]
+    index = jnp.arange(path.shape[1])
+    stops = stops & (index < acceptance.count[:, None])
+    stopped = jnp.any(stops, axis=1)
+    decided = jnp.where(stopped, jnp.argmax(stops, axis=1) + 1, acceptance.count)
+    decided = jnp.where(running, decided, 0)
+    length = jnp.minimum(state.length + decided, state.limit)
+
+    observed = Committed(
+        tokens=jnp.take_along_axis(tree.tokens, path, axis=1),
+        features=jnp.take_along_axis(output.taps, path[..., None], axis=1),
+        position=anchor_position,
+        count=length - state.length,
+    )
+    batch = jnp.arange(path.shape[0])
+    return dataclasses.replace(
+        state,
+        tokens=write_tokens(state.tokens, acceptance.tokens, state.length, length),
+        length=length,
+        done=state.done | stopped | (length >= state.limit),
+        cache=state.cache.write(output.rows.take(path), anchor_position),
+        drafter=drafter.observe(drafter_params, state.drafter, observed),
+        rounds=state.rounds + running,
+        committed=state.committed.at[batch, state.rounds].add(decided),
+        nodes=state.nodes + jnp.where(running, tree.valid.sum(axis=1), 0),
+    )
+
+
+def write_tokens(
+    tokens: jax.Array, new: jax.Array, start: jax.Array, stop: jax.Array
+) -> jax.Array:
+    """tokens[b, start[b]:stop[b]] = new[b, :stop[b] - start[b]]; the rest stays.
+
+    Args:
+      tokens: [B, S].
+      new: [B, C].
+      start, stop: [B], at most C apart.
+    """
+    index = start[:, None] + jnp.arange(new.shape[1])
+    index = jnp.where(index < stop[:, None], index, tokens.shape[1])  # past the end: dropped
+    return tokens.at[jnp.arange(tokens.shape[0])[:, None], index].set(new, mode="drop")

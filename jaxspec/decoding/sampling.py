@@ -1,0 +1,151 @@
+"""The target's own choice at a node: argmax, or Gumbel-max with noise that depends only on
+the request and the absolute position, so that any way of decoding draws the same tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+NO_TOKEN = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the target's distribution; filters apply in this order.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_k: keep the k most probable tokens; 0 keeps all.
+      top_p: keep the fewest most probable tokens whose probability reaches top_p; 1 keeps all.
+      min_p: keep tokens with at least min_p times the largest probability; 0 keeps all.
+      stop_ids: ids that end the output; None means the target's own end-of-text ids.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        def check(name, good, expected):
+            if not good:
+                raise ValueError(
+                    f"Sampling.{name} is {getattr(self, name)}; expected {expected}"
+                )
+
+        check(
+            "temperature", 0 <= self.temperature < float("inf"), "a finite number, at least 0"
+        )
+        check("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)")
+        check("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (1 keeps all tokens)")
+        check("min_p", 0 <= self.min_p <= 1, "0 … 1 (0 keeps all tokens)")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingRows:
+    """`Sampling` of every row of a batch, as arrays: options never recompile.
+
+    Attributes:
+      temperature, top_p, min_p: [B] float32.
+      top_k: [B] int32.
+      stop_ids: [B, n] int32, padded with `NO_TOKEN`.
+      key: [B] typed keys, one per request. They decide the output; drafters have their own.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    stop_ids: jax.Array
+    key: jax.Array
+
+
+def choose(
+    logits: jax.Array,
+    depths: jax.Array,
+    positions: jax.Array,
+    rows: SamplingRows,
+    max_depth: int,
+) -> jax.Array:
+    """The token the target chooses after each node.
+
+    Args:
+      logits: [B, N, V] float32.
+      depths: [B, N] int32, 0 … max_depth.
+      positions: [B] int32, absolute position of the token chosen after depth 0.
+      rows: consumes `rows.key` folded with the absolute position of the chosen token.
+
+    Returns:
+      [B, N] int32.
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def sample(_):
+        # Nodes of one depth choose for the same position, so they share its noise.
+        noise = _noise(rows.key, positions, max_depth + 1, logits.shape[-1])  # [B, P + 1, V]
+        noise = jnp.take_along_axis(noise, depths[..., None], axis=1)
+        scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None, None]
+        filtered = jax.lax.cond(
+            jnp.any((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)),
+            lambda x: jnp.where(_kept(x, rows), x, -jnp.inf),
+            lambda x: x,
+            scaled,
+        )
+        sampled = jnp.argmax(filtered + noise, axis=-1).astype(jnp.int32)
+        return jnp.where((rows.temperature > 0)[:, None], sampled, greedy)
+
+    return jax.lax.cond(jnp.any(rows.temperature > 0), sample, lambda _: greedy, None)
+
+
+def _noise(keys: jax.Array, positions: jax.Array, count: int, vocab: int) -> jax.Array:
+    """Gumbel noise for `count` consecutive positions of every request: [B, count, V]."""
+
+    def at(key, position):
+        return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,), jnp.float32)
+
+    along = jax.vmap(at, in_axes=(None, 0))
+    return jax.vmap(along)(keys, positions[:, None] + jnp.arange(count))
+
+
+def _kept(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Which tokens top-k, then top-p, then min-p keep: bool [B, N, V]. Ties are all kept."""
+    one = lambda x: x[:, None]  # a per-row option against [B, N]  # noqa: E731
+    p = jax.nn.softmax(logits, axis=-1)
+    vocab = p.shape[-1]
+
+    k = jnp.where((rows.top_k > 0) & (rows.top_k < vocab), rows.top_k, vocab)
+    floor = _largest_threshold(p, lambda kept: jnp.sum(kept, -1) >= one(k))
+    p = jnp.where(p >= floor[..., None], p, 0.0)
+    p = p / p.sum(-1, keepdims=True)
+
+    mass = jnp.where(rows.top_p < 1, rows.top_p, 0.0)  # 0: any threshold would do, see below
+    floor = _largest_threshold(
+        p, lambda kept: jnp.sum(jnp.where(kept, p, 0.0), -1) >= one(mass)
+    )
+    floor = jnp.where(one(rows.top_p) < 1, floor, 0.0)
+    p = jnp.where(p >= floor[..., None], p, 0.0)
+
+    return (p > 0) & (p >= one(rows.min_p)[..., None] * p.max(-1, keepdims=True))
+
+
+def _largest_threshold(p: jax.Array, enough) -> jax.Array:
+    """The largest value t for which `enough(p >= t)` holds, given that it holds for 0.
+
+    Bisects the bit pattern of non-negative float32, which is ordered as the numbers are: 31
+    passes over p and no sort, exact to the last bit.
+    """
+
+    def step(_, bounds):
+        low, high = bounds  # enough at low, not at high
+        middle = low + (high - low) // 2
+        holds = enough(p >= jax.lax.bitcast_convert_type(middle, jnp.float32)[..., None])
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    low = jnp.zeros(p.shape[:-1], jnp.int32)
+    high = jnp.full(p.shape[:-1], jnp.float32(2.0).view(jnp.int32))  # above any probability
+    low, _ = jax.lax.fori_loop(0, 31, step, (low, high))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)

@@ -1,0 +1,35 @@
+"""What decoding one request took; every published metric follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeStats:
+    """Counts of one request.
+
+    Attributes:
+      committed: tokens decided by each round, bonus included. The last round counts in full
+        when it was cut short by `max_new_tokens`, up to the stop id when it met one.
+      nodes: nodes verified in all, roots included, padding excluded.
+    """
+
+    committed: tuple[int, ...]
+    nodes: int
+
+    @property
+    def rounds(self) -> int:
+        """Forwards of the target after the prompt."""
+        return len(self.committed)
+
+    @property
+    def tau(self) -> float:
+        """Mean tokens committed per round, bonus included; 0 when no round ran."""
+        return sum(self.committed) / self.rounds if self.rounds else 0.0
+
+
+def pooled_tau(stats: list[DecodeStats]) -> float:
+    """Tokens per round over all rounds of all requests, as papers report it."""
+    rounds = sum(s.rounds for s in stats)
+    return sum(sum(s.committed) for s in stats) / rounds if rounds else 0.0

@@ -1,0 +1,82 @@
+"""A small language model as the drafter: any loaded target with the same vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.config import TargetConfig, TreeConfig
+from jaxspec.drafters.base import Committed
+from jaxspec.models.cache import KVCache, init_cache
+from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.params import TargetParams
+from jaxspec.trees.build import build
+from jaxspec.trees.tree import DraftTree, causal_bits
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallModel:
+    """Runs the small model greedily for P tokens and grows the tree over what it scored.
+
+    The scores at each depth are those along its own greedy chain: exact for the chain and the
+    siblings of its nodes, an approximation below them. A draft costs P forwards of one row.
+
+    Attributes:
+      config: of the small model; the drafter's params are its `TargetParams`.
+      tree: how scores become a tree.
+      depth: P.
+    """
+
+    config: TargetConfig
+    tree: TreeConfig = TreeConfig("chain", size=8)
+    depth: int = 7
+    taps: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return self.tree.size
+
+    def init(self, params: TargetParams, batch: int, capacity: int) -> KVCache:
+        c = self.config
+        dtype = params.embed.dtype
+        return init_cache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, dtype)
+
+    def observe(self, params: TargetParams, state: KVCache, committed: Committed) -> KVCache:
+        # Rows that drafting wrote for the accepted tokens are not reused: off its own greedy
+        # chain they would be missing, and a row of C tokens costs little more than one.
+        return self._run(params, state, committed.tokens, committed.position)[1]
+
+    def draft(
+        self,
+        params: TargetParams,
+        state: KVCache,
+        anchor: jax.Array,
+        position: jax.Array,
+        budget: jax.Array,
+    ) -> tuple[DraftTree, KVCache]:
+        def step(carry, i):
+            token, cache = carry
+            hidden, cache = self._run(params, cache, token[:, None], position + i)
+            logits = unembed(params, hidden[:, 0])
+            return (jnp.argmax(logits, axis=-1).astype(jnp.int32), cache), logits
+
+        # Drafted rows lie past the committed ones; `observe` writes over them.
+        (_, state), logits = jax.lax.scan(step, (anchor, state), jnp.arange(self.depth))
+        return build(self.tree, logits.swapaxes(0, 1), anchor, budget), state
+
+    def _run(self, params: TargetParams, cache: KVCache, tokens: jax.Array, start: jax.Array):
+        """Runs the small model on C consecutive tokens [B, C] and writes their rows."""
+        batch, count = tokens.shape
+        bits = causal_bits(count)
+        output = forward(
+            params,
+            self.config,
+            tokens,
+            jnp.broadcast_to(jnp.arange(count), (batch, count)),
+            jnp.broadcast_to(bits, (batch, *bits.shape)),
+            cache,
+            start,
+        )
+        return output.hidden, cache.write(output.rows, start)

@@ -1,0 +1,290 @@
+"""From prompts to text: the host's side of decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jaxspec.config import TargetConfig
+from jaxspec.decoding.loop import Decoder, Params, decode, prefill
+from jaxspec.decoding.requests import capacity_for, pack, unpack
+from jaxspec.decoding.sampling import Sampling
+from jaxspec.decoding.stats import DecodeStats
+from jaxspec.drafters.base import Drafter
+from jaxspec.drafters.plain import Plain
+from jaxspec.models.params import TargetParams
+
+if TYPE_CHECKING:
+    from jaxspec.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+UNLIMITED = np.int32(2**30)  # rounds; more than any capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A loaded language model.
+
+    Attributes:
+      name: what it was loaded from.
+      tokenizer: None for a model that comes without one; its prompts are token ids.
+    """
+
+    name: str
+    config: TargetConfig
+    params: TargetParams
+    tokenizer: Tokenizer | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedDrafter:
+    """A drafter and its weights, ready for one target (`load_drafter`)."""
+
+    drafter: Drafter
+    params: Any = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """The answer to one prompt.
+
+    Attributes:
+      token_ids: the tokens generated, a final stop id included.
+      text: the same as text, special tokens left out; None without a tokenizer.
+      seconds: wall-clock time of the batch the prompt was in, prompt included. The first call
+        for a shape also compiles (see `warm_up`).
+    """
+
+    token_ids: list[int]
+    text: str | None
+    stats: DecodeStats
+    seconds: float
+
+
+PLAIN = LoadedDrafter(Plain())
+
+
+def generate(
+    target: Target,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    drafter: LoadedDrafter = PLAIN,
+    max_new_tokens: int = 256,
+    sampling: Sampling | Sequence[Sampling] = Sampling(),
+    seed: int | Sequence[int] = 0,
+    budget: int | None = None,
+    batch_size: int = 8,
+    capacity: int | None = None,
+    raw: bool = False,
+    thinking: bool | None = None,
+    implementation: str | None = None,
+) -> list[Completion]:
+    """Completes prompts; whatever the drafter, the output is the target's own.
+
+    In float32 the tokens equal plain decoding's, greedy or sampled at the same seed; bfloat16
+    may flip near-ties.
+
+    Args:
+      prompts: texts or lists of token ids, or a single one of them. A text becomes a user's
+        turn in the chat template, unless `raw`.
+      drafter: from `load_drafter`; plain decoding by default.
+      sampling: one for all prompts or one per prompt.
+      seed: prompt i uses `seed` folded with i; or one seed per prompt.
+      budget: nodes verified per round, root included; the drafter's whole tree by default.
+      batch_size: prompts decoded together.
+      capacity: places for tokens per row; the smallest bucket that fits by default. Calls that
+        share it share compiled programs.
+      thinking: turns the thinking of a Qwen3 chat template on or off.
+      implementation: of tree attention (`pallas_kernels.tree_attention`).
+
+    Returns:
+      One `Completion` per prompt, in order.
+
+    Raises:
+      ValueError: an empty prompt, a token id outside the vocabulary, a prompt that with its new
+        tokens passes the target's positions or the capacity, or an option out of range.
+    """
+    prompts = as_token_ids(target, prompts, raw=raw, thinking=thinking)
+    decoder, params = _bind(target, drafter, implementation)
+    capacity = _check_capacity(decoder, prompts, max_new_tokens, capacity)
+    budget = _check_budget(decoder, budget)
+    sampling = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+    if len(sampling) != len(prompts):
+        raise ValueError(
+            f"{len(sampling)} samplings for {len(prompts)} prompts; give one, or one each"
+        )
+    keys = request_keys(seed, len(prompts))
+
+    completions = []
+    batch = min(batch_size, len(prompts))
+    for start in range(0, len(prompts), batch):
+        rows = slice(start, start + batch)
+        began = time.perf_counter()
+        requests = pack(
+            decoder,
+            prompts[rows],
+            batch=batch,
+            capacity=capacity,
+            max_new_tokens=max_new_tokens,
+            budget=budget,
+            sampling=sampling[rows],
+            keys=keys[rows],
+        )
+        state = prefill(decoder, params, requests)
+        state = decode(decoder, params, state, requests.sampling, UNLIMITED)
+        results = unpack(state, [len(prompt) for prompt in prompts[rows]])
+        seconds = time.perf_counter() - began
+        completions += [
+            Completion(ids, target.tokenizer and target.tokenizer.decode(ids), stats, seconds)
+            for ids, stats in results
+        ]
+    return completions
+
+
+def stream(
+    target: Target,
+    prompt: Prompt,
+    *,
+    drafter: LoadedDrafter = PLAIN,
+    max_new_tokens: int = 256,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    budget: int | None = None,
+    raw: bool = False,
+    thinking: bool | None = None,
+    implementation: str | None = None,
+    rounds: int = 4,
+) -> Iterator[str]:
+    """Yields the text of one completion as it grows, never half a character.
+
+    Runs the compiled programs of `generate` for a few `rounds` at a time; arguments as there.
+    """
+    if target.tokenizer is None:
+        raise ValueError(
+            f"target {target.name!r} has no tokenizer; use generate with token ids"
+        )
+    prompts = as_token_ids(target, [prompt], raw=raw, thinking=thinking)
+    decoder, params = _bind(target, drafter, implementation)
+    requests = pack(
+        decoder,
+        prompts,
+        batch=1,
+        capacity=_check_capacity(decoder, prompts, max_new_tokens, None),
+        max_new_tokens=max_new_tokens,
+        budget=_check_budget(decoder, budget),
+        sampling=[sampling],
+        keys=request_keys(seed, 1),
+    )
+    state = prefill(decoder, params, requests)
+    pieces, shown = target.tokenizer.stream(), 0
+    while True:
+        ((ids, _),) = unpack(state, [len(prompts[0])])
+        for token in ids[shown:]:
+            piece = pieces.step(token)
+            if piece:
+                yield piece
+        shown = len(ids)
+        if bool(state.done[0]):
+            return
+        state = decode(decoder, params, state, requests.sampling, np.int32(rounds))
+
+
+def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> None:
+    """Compiles what `generate(target, prompts, **options)` will run; decodes one token each."""
+    rows = as_token_ids(
+        target, prompts, raw=options.pop("raw", False), thinking=options.pop("thinking", None)
+    )
+    decoder, _ = _bind(target, options.get("drafter", PLAIN), options.get("implementation"))
+    new_tokens = options.pop("max_new_tokens", 256)
+    capacity = _check_capacity(decoder, rows, new_tokens, options.pop("capacity", None))
+    generate(target, rows, max_new_tokens=1, capacity=capacity, **options)
+
+
+def as_token_ids(
+    target: Target, prompts: Prompt | Sequence[Prompt], *, raw: bool, thinking: bool | None
+) -> list[list[int]]:
+    """Prompts as token ids, through the chat template unless raw; each checked."""
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
+        prompts = [prompts]
+    if not len(prompts):
+        raise ValueError(
+            "no prompts were given; expected a text, a list of ids, or a list of them"
+        )
+    rows = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if target.tokenizer is None:
+                raise ValueError(
+                    f"prompt {i} is text, but target {target.name!r} has no tokenizer; "
+                    "give token ids"
+                )
+            if not prompt.strip():
+                raise ValueError(f"prompt {i} is empty; expected some text")
+            tokenizer = target.tokenizer
+            prompt = (
+                tokenizer.encode(prompt) if raw else tokenizer.chat(prompt, thinking=thinking)
+            )
+        row = [int(token) for token in prompt]
+        if not row:
+            raise ValueError(f"prompt {i} is empty; expected at least one token id")
+        bad = next((token for token in row if not 0 <= token < target.config.vocab_size), None)
+        if bad is not None:
+            raise ValueError(
+                f"prompt {i} has token id {bad}; the target's vocabulary is "
+                f"0 … {target.config.vocab_size - 1}. Was it encoded with another tokenizer?"
+            )
+        rows.append(row)
+    return rows
+
+
+def request_keys(seed: int | Sequence[int], count: int) -> jax.Array:
+    """One typed key per request: `seed` folded with 0 … count - 1, or each own seed with 0."""
+    if isinstance(seed, (int, np.integer)):
+        return _fold_keys(jax.random.key(seed), np.arange(count))
+    if len(seed) != count:
+        raise ValueError(f"{len(seed)} seeds for {count} prompts; give one, or one each")
+    return jax.numpy.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seed])
+
+
+_fold_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+
+
+def _bind(
+    target: Target, drafter: LoadedDrafter, implementation: str | None
+) -> tuple[Decoder, Params]:
+    decoder = Decoder(target.config, drafter.drafter, implementation=implementation)
+    return decoder, Params(target.params, drafter.params)
+
+
+def _check_capacity(
+    decoder: Decoder, prompts: list[list[int]], max_new_tokens: int, capacity: int | None
+) -> int:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    longest = max(map(len, prompts))
+    total, positions = longest + max_new_tokens, decoder.config.max_positions
+    if total > positions:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones need {total} "
+            f"positions; the target has {positions}. Shorten the prompt or lower max_new_tokens"
+        )
+    needed = capacity_for(total, decoder)
+    if capacity is not None and capacity < needed:
+        raise ValueError(
+            f"capacity is {capacity}; a prompt of {longest} tokens, {max_new_tokens} new ones "
+            f"and the drafter's depth need {needed}. Raise it or leave it out"
+        )
+    return needed if capacity is None else capacity
+
+
+def _check_budget(decoder: Decoder, budget: int | None) -> int:
+    size = decoder.drafter.size
+    if budget is not None and not 1 <= budget <= size:
+        raise ValueError(f"budget is {budget}; the drafter's trees have 1 … {size} nodes")
+    return size if budget is None else budget
