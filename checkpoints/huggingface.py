@@ -1,0 +1,194 @@
+"""Hugging Face checkpoints: a folder, or a name on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from checkpoints import fuse
+from checkpoints.tensors import SafetensorsFolder, read_json
+from jaxspec.config import TargetConfig
+from jaxspec.models.params import TargetParams
+from jaxspec.tokenizer import Tokenizer
+
+FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "*.jinja", "tokenizer.model")
+MODEL_TYPES = ("qwen3", "qwen3_moe", "llama", "qwen2")
+REQUIRED = object()
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """A local file or folder as it is; a hub name as the folder of its downloaded snapshot.
+
+    The hub's cache is used where the hub cannot be reached. Pickled weights are not fetched.
+
+    Raises:
+      ValueError: there is no such path, and the hub cannot supply such a name.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    name = str(name_or_path)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix == ".gguf":
+        raise ValueError(
+            f"there is no file or folder {name}; expected a path that exists, a hub name "
+            "such as Qwen/Qwen3-0.6B, or a name of checkpoints.catalog"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except Exception as error:  # of many kinds: offline, unknown, gated, timed out
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"there is no folder {name}, and the Hugging Face hub did not supply it "
+            f"({type(error).__name__}: {reason}); pass the path of a downloaded checkpoint, "
+            f"or run `hf download {name}` where the hub can be reached"
+        ) from error
+
+
+def read_config(folder: str | Path) -> TargetConfig:
+    """The model that `config.json` describes; accepts the keys of transformers 4 and 5.
+
+    Raises:
+      ValueError: a key is missing or has a value this decoder does not implement.
+    """
+    folder = Path(folder)
+    raw = _Config(folder / "config.json")
+    model_type = raw.one_of("model_type", MODEL_TYPES, REQUIRED)
+    _refuse_unsupported(raw, model_type)
+    heads = raw.integer("num_attention_heads")
+    hidden = raw.integer("hidden_size")
+    layers = raw.integer("num_hidden_layers")
+    mixture: dict[str, Any] = {}
+    if model_type == "qwen3_moe":
+        experts = "num_local_experts" if raw.has("num_local_experts") else "num_experts"
+        step = raw.integer("decoder_sparse_step", 1)
+        dense = raw.get("mlp_only_layers", ())
+        mixture = dict(
+            num_experts=raw.integer(experts),
+            experts_per_token=raw.integer("num_experts_per_tok"),
+            moe_intermediate_size=raw.integer("moe_intermediate_size"),
+            norm_topk_prob=raw.flag("norm_topk_prob"),
+            sparse_layers=tuple(
+                i for i in range(layers) if i not in dense and (i + 1) % step == 0
+            ),
+        )
+    return TargetConfig(
+        vocab_size=raw.integer("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=raw.integer("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=raw.integer("num_key_value_heads", heads),
+        head_dim=raw.integer("head_dim", hidden // heads),
+        rope_theta=_rope_theta(raw),
+        rms_norm_eps=raw.number("rms_norm_eps", 1e-6),
+        max_positions=raw.integer("max_position_embeddings"),
+        tie_embeddings=raw.flag("tie_word_embeddings"),
+        qk_norm=model_type.startswith("qwen3"),
+        attention_bias=model_type == "qwen2",
+        eos_token_ids=_eos_token_ids(folder, raw),
+        **mixture,
+    )
+
+
+def load_params(folder: str | Path, config: TargetConfig, dtype=jnp.float32) -> TargetParams:
+    """The weights of a folder in the fused layout; see `fuse.load` for memory and errors."""
+    return fuse.load(config, SafetensorsFolder(Path(folder)), dtype)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a folder; raises ValueError if there is none."""
+    return Tokenizer.from_folder(Path(folder))
+
+
+class _Config:
+    """config.json with every refusal naming file, key, value and what was expected."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.values = read_json(path)
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def get(self, key: str, default=REQUIRED):
+        """The value; the default where the key is absent or null."""
+        value = self.values.get(key)
+        if value is None and default is REQUIRED:
+            raise ValueError(f"{self.path} has no '{key}'; it is not a target's configuration")
+        return default if value is None else value
+
+    def integer(self, key: str, default=REQUIRED) -> int:
+        value = self.get(key, default)
+        if type(value) is not int or value < 1:
+            raise self.refusal(key, "a positive integer")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.get(key, default)
+        if type(value) not in (int, float) or not value > 0:
+            raise self.refusal(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        return self.one_of(key, (False, True), False)
+
+    def mapping(self, key: str) -> dict:
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            raise self.refusal(key, "an object")
+        return value
+
+    def one_of(self, key: str, allowed: tuple, default):
+        value = self.get(key, default)
+        if value not in allowed:
+            raise self.refusal(key, " or ".join(map(repr, allowed)))
+        return value
+
+    def refusal(self, key: str, expected: str) -> ValueError:
+        return ValueError(
+            f"{self.path}: '{key}' is {self.values.get(key)!r}, which is not supported; "
+            f"expected {expected}"
+        )
+
+
+def _refuse_unsupported(raw: _Config, model_type: str) -> None:
+    raw.one_of("hidden_act", ("silu",), "silu")
+    for key in ("use_sliding_window", "mlp_bias"):
+        raw.one_of(key, (False,), False)
+    if model_type != "qwen2":  # elsewhere the flag adds a bias to the output projection too
+        raw.one_of("attention_bias", (False,), False)
+    if set(raw.get("layer_types", ())) - {"full_attention"}:
+        raise raw.refusal("layer_types", "'full_attention' throughout")
+    if raw.has("quantization_config"):
+        raise raw.refusal("quantization_config", "unquantised weights")
+
+
+def _rope_theta(raw: _Config) -> float:
+    """The base of the rotary frequencies, under transformers 5's key or transformers 4's."""
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = raw.mapping(key)
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise raw.refusal(key, "'rope_type': 'default'")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise raw.refusal(key, "'partial_rotary_factor': 1.0")
+    theta = raw.mapping("rope_parameters").get("rope_theta")
+    return raw.number("rope_theta", 10_000.0) if theta is None else float(theta)
+
+
+def _eos_token_ids(folder: Path, raw: _Config) -> tuple[int, ...]:
+    """Those of config.json, then those only generation_config.json has."""
+    sources = [raw]
+    if (folder / "generation_config.json").exists():
+        sources.append(_Config(folder / "generation_config.json"))
+    found: dict[int, None] = {}
+    for source in sources:
+        value = source.get("eos_token_id", [])
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise source.refusal("eos_token_id", "a token id or a list of them")
+        found |= dict.fromkeys(ids)
+    return tuple(found)

@@ -1,0 +1,155 @@
+"""Tensors of a safetensors folder by name; every file is checked before one is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path, PurePosixPath
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    file: Path
+    offset: int  # bytes from the start of the file
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+class SafetensorsFolder:
+    """The tensors of `model.safetensors`, or of the shards its index names.
+
+    Attributes:
+      origin: the folder, for messages.
+      shapes: of every tensor.
+
+    Raises:
+      ValueError: there are no safetensors; a file is missing, damaged, or outside the folder;
+        two files hold a tensor of one name; a tensor is not of a float type.
+    """
+
+    def __init__(self, folder: Path):
+        self.origin = str(folder)
+        self._entries = _entries(folder)
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """A fresh array. Read from the file, not through a memory map of it: pages of a map
+        count as memory in use for as long as it is open."""
+        entry = self._entries[name]
+        count = int(np.prod(entry.shape, dtype=np.int64))
+        values = np.fromfile(entry.file, entry.dtype, count, offset=entry.offset)
+        return values.reshape(entry.shape)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+      ValueError: the file does not exist or does not hold a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path.parent} has no {path.name}; expected a Hugging Face checkpoint folder"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def _entries(folder: Path) -> dict[str, _Entry]:
+    if (folder / SINGLE).exists():
+        return _header(_inside(folder, SINGLE))
+    if not (folder / INDEX).exists():
+        raise ValueError(_no_weights(folder))
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX} has no 'weight_map' from tensors to files")
+    files = {name: _inside(folder, name) for name in sorted(set(weight_map.values()))}
+    entries: dict[str, _Entry] = {}
+    for file in files.values():
+        for name, entry in _header(file).items():
+            if name in entries:
+                raise ValueError(
+                    f"tensor '{name}' is in {entries[name].file.name} and again in "
+                    f"{file.name} of {folder}; expected it once: the shards are of two saves"
+                )
+            entries[name] = entry
+    for name, file in weight_map.items():
+        if name not in entries or entries[name].file != files[file]:
+            raise ValueError(
+                f"{folder / INDEX} says that tensor '{name}' is in {file}, which does not "
+                "hold it; the index and the shards are of two saves"
+            )
+    return entries
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of that name in the folder; a name or a link that leads outside is refused.
+
+    A snapshot in the Hugging Face cache is a folder of links to `blobs`, beside `snapshots` or
+    shared by the whole cache.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(
+            f"{folder / INDEX} names the file '{name}'; expected one inside {folder}"
+        )
+    root, target = folder.resolve(), (folder / name).resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed += [root.parents[1] / "blobs", root.parents[2] / "blobs"]
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise ValueError(f"{folder / name} is a link to {target}, outside the folder; copy it")
+    if not target.is_file():
+        raise ValueError(
+            f"{folder} has no file '{name}', which its index names; download it again"
+        )
+    return folder / name
+
+
+def _header(file: Path) -> dict[str, _Entry]:
+    try:
+        with safe_open(file, "numpy"):  # checks lengths and offsets against the file
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is not a whole safetensors file ({error}); download it again"
+        ) from None
+    with open(file, "rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, info in header.items():
+        if info["dtype"] not in DTYPES:
+            raise ValueError(
+                f"{file}: tensor '{name}' is stored as {info['dtype']}; expected "
+                f"{', '.join(DTYPES)}: use the unquantised checkpoint"
+            )
+        dtype, start = np.dtype(DTYPES[info["dtype"]]), info["data_offsets"][0]
+        entries[name] = _Entry(file, 8 + size + start, dtype, tuple(info["shape"]))
+    return entries
+
+
+def _no_weights(folder: Path) -> str:
+    pickled = sorted(path.name for kind in PICKLED for path in folder.glob(kind))
+    if pickled:
+        return (
+            f"{folder} holds pickled weights only ({pickled[0]}), which can run code when "
+            "loaded and are not read; convert them to safetensors (load the model with "
+            "transformers and save_pretrained)"
+        )
+    return f"{folder} has no weights; expected {SINGLE} or {INDEX} with its shards"

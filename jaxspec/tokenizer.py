@@ -1,0 +1,163 @@
+"""Text to token ids and back: encoding, chat templates, streaming."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+Messages = Sequence[dict[str, str]]
+
+
+class Tokenizer:
+    """A tokenizer with the chat template of its model.
+
+    Attributes:
+      eos_token_ids: ids that end a text, as the tokenizer knows them; the model's
+        configuration may name more.
+    """
+
+    def __init__(self, backend):
+        """Args: backend: a `transformers.PreTrainedTokenizerFast`."""
+        self._backend = backend
+        eos = backend.eos_token_id
+        self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """The tokenizer of a Hugging Face folder.
+
+        Raises:
+          ValueError: the folder has no tokenizer, or one that cannot be read.
+        """
+        if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
+            raise ValueError(
+                f"{folder} has no tokenizer.json; pass token ids, or add the tokenizer's files"
+            )
+        try:
+            return cls(_transformers().AutoTokenizer.from_pretrained(folder))
+        except Exception as error:  # whatever the parsers raise on a damaged file
+            raise ValueError(
+                f"the tokenizer in {folder} cannot be read ({error}); download it again"
+            ) from error
+
+    @classmethod
+    def from_bpe(
+        cls,
+        tokens: Sequence[str],
+        merges: Sequence[str],
+        *,
+        special: Iterable[int],
+        eos: int,
+        chat_template: str | None,
+    ) -> Tokenizer:
+        """Byte-level BPE that splits digits one by one and adds no space in front.
+
+        Args:
+          tokens: in order of their ids, in GPT-2's byte alphabet.
+          merges: 'left right', most preferred first.
+          special: ids that match as a whole and that decoding leaves out.
+        """
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        tokenizer = tokenizers.Tokenizer(
+            models.BPE(
+                vocab={token: i for i, token in enumerate(tokens)},
+                merges=[tuple(merge.split(" ")) for merge in merges],
+            )
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(
+            [tokenizers.AddedToken(tokens[i], special=True, normalized=False) for i in special]
+        )
+        return cls(
+            _transformers().PreTrainedTokenizerFast(
+                tokenizer_object=tokenizer, eos_token=tokens[eos], chat_template=chat_template
+            )
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the special tokens the model expects around a plain text."""
+        return self._backend.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode(
+            [int(i) for i in ids],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+
+    def chat(self, messages: str | Messages, *, thinking: bool | None = None) -> list[int]:
+        """Token ids of a conversation, up to where the assistant answers.
+
+        Args:
+          messages: {'role': …, 'content': …} each; a string is one turn of the user.
+          thinking: whether the model may think first (Qwen3); None leaves it to the template.
+
+        Raises:
+          ValueError: there is no chat template, or none with a switch for thinking.
+        """
+        template = self._backend.chat_template
+        if template is None:
+            raise ValueError(
+                "the tokenizer has no chat template; encode the prompt as plain text, or use "
+                "a checkpoint tuned for chat"
+            )
+        options = {}
+        if thinking is not None:
+            if "enable_thinking" not in template:
+                raise ValueError(
+                    f"thinking is {thinking}, but the chat template has no such switch; "
+                    "leave it at None"
+                )
+            options["enable_thinking"] = thinking
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self._backend.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=False, **options
+        )
+
+    def stream(self) -> TextStream:
+        """A decoder for ids that arrive one round at a time."""
+        return TextStream(self)
+
+
+class TextStream:
+    """Decodes a growing sequence; what it returns, joined, is `Tokenizer.decode` of all ids."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._sent = 0
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text these ids complete; a character whose bytes are not all there is held."""
+        text = ""
+        for i in map(int, ids):
+            self._ids.append(i)
+            text += self._stream.step(self._tokenizer._backend.backend_tokenizer, i) or ""
+        self._sent += len(text)
+        return text
+
+    def finish(self) -> str:
+        """What was held: the remains of a character cut short."""
+        return self._tokenizer.decode(self._ids)[self._sent :]
+
+
+def _transformers():
+    # Keeps it quiet about missing PyTorch: only its tokenizers are used here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
