@@ -1,0 +1,119 @@
+"""Which tile a shape gets: a pure function, so that it can be read, tested and replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+MULTIPROCESSORS = 132  # of an H100 SXM
+MIN_TILE = 16  # the smallest side of a Triton matrix product
+MAX_SPLITS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """How one call is cut into programs.
+
+    Attributes:
+      rows: query rows (nodes x group) of a program.
+      keys: cached keys per step of its loop over the prefix.
+      nodes: new keys per step of its loop over the tree.
+      splits: programs that share the keys of one tile of rows.
+      warps: of 32 threads, per program; 4 form the warpgroup of a Hopper matrix product.
+      stages: loads in flight in the software pipeline.
+    """
+
+    rows: int
+    keys: int
+    nodes: int
+    splits: int
+    warps: int
+    stages: int
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "stages" and (value < 1 or value & (value - 1)):
+                raise ValueError(
+                    f"TileConfig.{field.name} is {value}; Triton needs a power of two"
+                )
+        for name in ("rows", "keys", "nodes"):
+            if getattr(self, name) < MIN_TILE:
+                raise ValueError(
+                    f"TileConfig.{name} is {getattr(self, name)}; "
+                    f"a matrix product needs at least {MIN_TILE}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a tile is chosen from; the letters are the project's legend."""
+
+    batch: int  # B
+    nodes: int  # N
+    heads: int  # H
+    kv_heads: int  # K
+    head_dim: int  # D
+    capacity: int  # S
+    dtype: jnp.dtype  # of the cache, in which scores and outputs are multiplied
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+
+# (dtype, head dim, rows) -> keys, most nodes per step, warps, stages. Each row is the best of a
+# static sweep (`python -m pallas_kernels.h100 --sweep`): no spill, no ptxas warning, the most
+# bytes in flight that leave room for another program on the multiprocessor.
+_TILES = {
+    ("bfloat16", 128, 16): (64, 16, 4, 3),
+    ("bfloat16", 128, 32): (64, 32, 4, 3),
+    ("bfloat16", 128, 64): (64, 64, 4, 2),
+    ("bfloat16", 128, 128): (64, 64, 8, 3),
+    ("bfloat16", 64, 16): (128, 16, 4, 3),
+    ("bfloat16", 64, 32): (128, 32, 4, 3),
+    ("bfloat16", 64, 64): (64, 64, 4, 3),
+    ("bfloat16", 64, 128): (128, 64, 8, 2),
+    ("float32", 128, 16): (32, 16, 4, 2),
+    ("float32", 64, 16): (32, 16, 4, 2),
+    ("float32", 64, 32): (32, 32, 4, 2),
+}
+
+
+def unsupported(shape: Shape) -> str | None:
+    """Why the Triton kernel does not take this shape, or None if it does."""
+    dtypes = sorted({key[0] for key in _TILES})
+    dims = sorted({key[1] for key in _TILES})
+    if jnp.dtype(shape.dtype).name not in dtypes:
+        return f"the cache is {jnp.dtype(shape.dtype).name}; expected one of {dtypes}"
+    if shape.head_dim not in dims:
+        return f"the head dim is {shape.head_dim}; expected one of {dims}"
+    return None
+
+
+def choose(shape: Shape) -> TileConfig:
+    """The tile for a shape that is not `unsupported`."""
+    dtype = jnp.dtype(shape.dtype).name
+    rows = shape.nodes * shape.group
+    sizes = sorted(key[2] for key in _TILES if key[:2] == (dtype, shape.head_dim))
+    # The smallest tile that holds every row: the cache is then read once.
+    fits = [size for size in sizes if size >= rows]
+    tile_rows = fits[0] if fits else sizes[-1]
+    keys, most_nodes, warps, stages = _TILES[dtype, shape.head_dim, tile_rows]
+    # A tree smaller than a step would only load masked lanes.
+    nodes = min(most_nodes, max(MIN_TILE, 1 << (shape.nodes - 1).bit_length()))
+    # Two warpgroups per multiprocessor: one multiplies while the other takes its softmax.
+    programs = math.ceil(rows / tile_rows) * shape.batch * shape.kv_heads
+    wanted = 2 * MULTIPROCESSORS * 4 // (programs * warps)
+    # Fewer than four steps would not fill the pipeline.
+    splits = max(1, min(wanted, shape.capacity // (4 * keys), MAX_SPLITS))
+    return TileConfig(
+        rows=tile_rows,
+        keys=keys,
+        nodes=nodes,
+        splits=1 << (splits.bit_length() - 1),
+        warps=warps,
+        stages=stages,
+    )

@@ -1,0 +1,252 @@
+"""Tree attention as two Triton kernels, written in Pallas.
+
+Prefix and tree form one sequence of key blocks: first the blocks of the cache that hold
+committed rows, then those of the new keys. `attend` shares it evenly among `splits` programs
+per tile of query rows, so a program does whatever part of the prefix and of the tree falls to
+it, and blocks past a row's length are nobody's. With one split the program divides and writes
+the output itself; otherwise each leaves a partial output with its peak and total in float32,
+and `merge` joins them by log-sum-exp.
+
+The softmax runs in base 2. A masked score is -inf while the running peak starts at a finite
+floor, so a program that saw no key contributes exp2(floor - peak) = 0 and never a NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.tree_attention.config import TileConfig
+
+WORD_BITS = 32
+FLOOR = -1e30
+MERGE_ELEMENTS = 4096  # partial outputs that one program of `merge` holds in registers
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "window", "tile", "interpret"))
+def tree_attention_triton(
+    q,
+    k_cache,
+    v_cache,
+    lengths,
+    k_new,
+    v_new,
+    ancestors,
+    *,
+    scale: float,
+    depths=None,
+    window: int | None = None,
+    tile: TileConfig,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `tree_attention_reference` for shapes and meaning.
+
+    Args:
+      tile: how the work is cut, see `choose`.
+      interpret: run on the CPU, program by program, to check numbers. Shapes, bounds and
+        races are not checked: `pallas_kernels.ttir_check` does that.
+    """
+    batch, n, heads, dim = q.shape
+    kv_heads, capacity = k_cache.shape[1], k_cache.shape[2]
+    group = heads // kv_heads
+    queries = batch * n * heads
+    # Rows are addressed flat, as they lie in memory: query (b, node, head), new key
+    # (b, node, kv head), cached key (b, kv head, position).
+    inputs = [
+        lengths,
+        q.reshape(queries, dim),
+        k_cache.reshape(-1, dim),
+        v_cache.reshape(-1, dim),
+        k_new.reshape(-1, dim),
+        v_new.reshape(-1, dim),
+        lax.bitcast_convert_type(ancestors, jnp.int32).reshape(batch * n, -1),
+    ]
+    if window is not None:
+        inputs.append(depths.reshape(-1))
+    out = jax.ShapeDtypeStruct((queries, dim), q.dtype)
+    partials = (
+        jax.ShapeDtypeStruct((tile.splits, queries, dim), jnp.float32),
+        jax.ShapeDtypeStruct((tile.splits, queries), jnp.float32),
+        jax.ShapeDtypeStruct((tile.splits, queries), jnp.float32),
+    )
+    result = pl.pallas_call(
+        functools.partial(
+            attend,
+            tile=tile,
+            scale=scale * math.log2(math.e),
+            n=n,
+            group=group,
+            kv_heads=kv_heads,
+            capacity=capacity,
+            window=window,
+            products=_products(k_cache.dtype, interpret),
+        ),
+        out_shape=out if tile.splits == 1 else partials,
+        grid=(pl.cdiv(n * group, tile.rows), batch * kv_heads, tile.splits),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name="tree_attention",
+    )(*inputs)
+    if tile.splits > 1:
+        rows = max(1, MERGE_ELEMENTS // (tile.splits * dim))
+        result = pl.pallas_call(
+            functools.partial(merge, rows=rows),
+            out_shape=out,
+            grid=(pl.cdiv(queries, rows),),
+            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+            interpret=interpret,
+            name="tree_attention_merge",
+        )(*result)
+    return result.reshape(q.shape)
+
+
+def _products(dtype, interpret: bool):
+    """Precision of the matrix products: float32 is split in three TF32 terms.
+
+    Plain TF32 keeps 10 bits, and exact float32 has no tensor core: its tiles spill. The CPU
+    knows neither, so interpret mode multiplies in float32.
+    """
+    if dtype != jnp.float32:
+        return None
+    return lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+
+
+def attend(
+    lengths_ref,
+    q_ref,
+    k_cache_ref,
+    v_cache_ref,
+    k_new_ref,
+    v_new_ref,
+    ancestors_ref,
+    *refs,
+    tile: TileConfig,
+    scale: float,
+    n: int,
+    group: int,
+    kv_heads: int,
+    capacity: int,
+    window: int | None,
+    products,
+):
+    """One tile of query rows of one key/value head against one split of its keys."""
+    depths_ref, refs = (None, refs) if window is None else (refs[0], refs[1:])
+    dim, words = q_ref.shape[-1], ancestors_ref.shape[-1]
+    lane = jnp.arange(dim)[None, :]
+    b, kv_head = pl.program_id(1) // kv_heads, pl.program_id(1) % kv_heads
+    split = pl.program_id(2)
+    length = lengths_ref[b]
+
+    row = pl.program_id(0) * tile.rows + jnp.arange(tile.rows)  # of the N * G of this head
+    node = row // group
+    real = node < n
+    query = (b * n + node) * kv_heads * group + kv_head * group + row % group
+    whole_row = jnp.broadcast_to(real[:, None], (tile.rows, dim))
+
+    def rows_of(ref, index, exists):
+        mask = jnp.broadcast_to(exists[:, None], (index.size, dim))
+        rows = plgpu.load(ref.at[index[:, None], lane], mask=mask, other=0.0)
+        return rows.astype(k_cache_ref.dtype)
+
+    q = rows_of(q_ref, query, real)
+    if window is not None:
+        depth = plgpu.load(depths_ref.at[b * n + node], mask=real, other=0)
+        oldest = length + depth - window + 1
+
+    def step(carry, k, v, visible):
+        out, peak, total = carry
+        scores = scale * plgpu.dot(q, k.T, precision=products)
+        scores = jnp.where(visible, scores, -jnp.inf)
+        new_peak = jnp.maximum(peak, scores.max(1))
+        decay = jnp.exp2(peak - new_peak)
+        p = jnp.exp2(scores - new_peak[:, None])
+        out = out * decay[:, None] + plgpu.dot(p.astype(v.dtype), v, precision=products)
+        return out, new_peak, total * decay + p.sum(1)
+
+    def prefix_step(i, carry):
+        position = i * tile.keys + jnp.arange(tile.keys)
+        committed = position < length
+        index = (b * kv_heads + kv_head) * capacity + position
+        visible = jnp.broadcast_to(committed[None, :], (tile.rows, tile.keys))
+        if window is not None:
+            visible = visible & (position[None, :] >= oldest[:, None])
+        k, v = rows_of(k_cache_ref, index, committed), rows_of(v_cache_ref, index, committed)
+        return step(carry, k, v, visible)
+
+    def tree_step(i, carry):
+        column = jnp.arange(tile.nodes)
+        other = i * tile.nodes + column
+        exists = other < n
+        index = (b * n + other) * kv_heads + kv_head
+        # Each row's words of ancestor bits that cover these columns, one load per word.
+        bits = jnp.zeros((tile.rows, tile.nodes), jnp.int32)
+        for w in range(pl.cdiv(tile.nodes, WORD_BITS)):
+            word = jnp.broadcast_to(i * tile.nodes // WORD_BITS + w, node.shape)
+            bits_w = plgpu.load(
+                ancestors_ref.at[b * n + node, word], mask=real & (word < words), other=0
+            )
+            bits = jnp.where(column[None, :] // WORD_BITS == w, bits_w[:, None], bits)
+        # A step of 16 nodes starts in the middle of every other word.
+        visible = (bits >> (other % WORD_BITS)[None, :]) & 1 == 1
+        visible = visible & exists[None, :]
+        if window is not None:
+            far = plgpu.load(depths_ref.at[b * n + other], mask=exists, other=0)
+            visible = visible & ((length + far)[None, :] >= oldest[:, None])
+        return step(
+            carry, rows_of(k_new_ref, index, exists), rows_of(v_new_ref, index, exists), visible
+        )
+
+    # Blocks of the prefix that any row sees, then blocks of the tree, shared evenly.
+    first = 0 if window is None else jnp.maximum(length - window + 1, 0) // tile.keys
+    prefix = pl.cdiv(length, tile.keys) - first
+    tree = pl.cdiv(n, tile.nodes)
+    share = pl.cdiv(prefix + tree, tile.splits)
+    start = split * share
+    stop = jnp.minimum(start + share, prefix + tree)
+    carry = (
+        jnp.zeros((tile.rows, dim), jnp.float32),
+        jnp.full((tile.rows,), FLOOR, jnp.float32),
+        jnp.zeros((tile.rows,), jnp.float32),
+    )
+    carry = lax.fori_loop(first + start, first + jnp.minimum(stop, prefix), prefix_step, carry)
+    carry = lax.fori_loop(jnp.maximum(start - prefix, 0), stop - prefix, tree_step, carry)
+
+    out, peak, total = carry
+    if tile.splits == 1:
+        (out_ref,) = refs
+        out = (out / total[:, None]).astype(out_ref.dtype)
+        plgpu.store(out_ref.at[query[:, None], lane], out, mask=whole_row)
+        return
+    out_ref, peak_ref, total_ref = refs
+    plgpu.store(out_ref.at[split, query[:, None], lane], out, mask=whole_row)
+    plgpu.store(peak_ref.at[split, query], peak, mask=real)
+    plgpu.store(total_ref.at[split, query], total, mask=real)
+
+
+def merge(out_ref, peak_ref, total_ref, result_ref, *, rows: int):
+    """Join the splits of `rows` queries: weigh each partial by exp2(its peak - the peak)."""
+    splits, queries, dim = out_ref.shape
+    row = pl.program_id(0) * rows + jnp.arange(rows)
+    split = jnp.arange(splits)[:, None]
+    exists = jnp.broadcast_to(row < queries, (splits, rows))
+    peak = plgpu.load(peak_ref.at[split, row[None, :]], mask=exists, other=FLOOR)
+    total = plgpu.load(total_ref.at[split, row[None, :]], mask=exists, other=1.0)
+    weight = jnp.exp2(peak - peak.max(0)[None, :])  # [splits, rows]
+    lane = jnp.arange(dim)
+    out = plgpu.load(
+        out_ref.at[split[..., None], row[None, :, None], lane[None, None, :]],
+        mask=jnp.broadcast_to(exists[..., None], (splits, rows, dim)),
+        other=0.0,
+    )
+    out = (out * weight[..., None]).sum(0) / (total * weight).sum(0)[:, None]
+    plgpu.store(
+        result_ref.at[row[:, None], lane[None, :]],
+        out.astype(result_ref.dtype),
+        mask=jnp.broadcast_to((row < queries)[:, None], (rows, dim)),
+    )
