@@ -1,0 +1,70 @@
+"""Fixtures and skips shared by all tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+import checkpoints
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def _missing(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is None
+    except ModuleNotFoundError:  # of a package above it
+        return True
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what this machine cannot run; `real` skips in the fixture that loads the model."""
+    reasons = {}
+    if _missing("torch"):
+        reasons["parity"] = "torch is not installed (extra 'parity')"
+    if _missing("jax_plugins.xla_cuda13"):
+        reasons["h100"] = "the CUDA compiler is not installed (extra 'h100')"
+    if jax.default_backend() != "gpu":
+        reasons["gpu"] = "there is no GPU"
+    for item in items:
+        for marker, reason in reasons.items():
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of golden cases and prompts beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not there")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden(shared):
+    """golden(name) -> (folder, trace.json) of a golden case."""
+
+    def case(name: str) -> tuple[Path, dict]:
+        folder = shared / "golden" / name
+        return folder, json.loads((folder / "trace.json").read_text())
+
+    return case
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The GGUF file of the real small target."""
+    try:
+        return checkpoints.locate("smollm2-135m")
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path) -> checkpoints.LoadedTarget:
+    """The real small target in float32, loaded once."""
+    return checkpoints.load(smollm2_path)
