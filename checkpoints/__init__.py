@@ -6,7 +6,6 @@ Importing this package is quick; formats are imported when one is loaded.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,17 +22,12 @@ class LoadedTarget:
     Attributes:
       config: static description.
       params: weights in the fused layout.
-      path: the file or folder it came from.
+      tokenizer: None for a checkpoint that comes without one.
     """
 
     config: TargetConfig
     params: TargetParams
-    path: Path
-
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """Read when first asked for; raises ValueError where the checkpoint has none."""
-        return _format(self.path).load_tokenizer(self.path)
+    tokenizer: Tokenizer | None
 
 
 def load(name_or_path: str | Path, dtype="float32") -> LoadedTarget:
@@ -50,10 +44,11 @@ def load(name_or_path: str | Path, dtype="float32") -> LoadedTarget:
     path = locate(name_or_path)
     reader = _format(path)
     config = reader.read_config(path)
-    return LoadedTarget(config, reader.load_params(path, config, dtype), path)
+    tokenizer = reader.load_tokenizer(path)
+    return LoadedTarget(config, reader.load_params(path, config, dtype), tokenizer)
 
 
-def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
     """The tokenizer alone, without reading weights; arguments and errors as `load`."""
     path = locate(name_or_path)
     return _format(path).load_tokenizer(path)

@@ -71,7 +71,7 @@ def load(config: TargetConfig, tensors: Tensors, dtype) -> TargetParams:
       ValueError: a tensor is missing, is not part of the model, has another shape than
         `config` says, or holds a value that is not finite in `dtype`.
     """
-    dtype = np.dtype(dtype)
+    dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype is {dtype}; weights need float32, bfloat16 or float16")
     table = destinations(config, tensors.shapes)

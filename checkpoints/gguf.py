@@ -65,13 +65,15 @@ def load_params(path: str | Path, config: TargetConfig, dtype=jnp.float32) -> Ta
     return fuse.load(config, _LlamaTensors(GgufFile(path), config), dtype)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in the metadata: byte-level BPE as SmolLM2's.
+def load_tokenizer(path: str | Path) -> Tokenizer | None:
+    """The tokenizer in the metadata, None if it has none: byte-level BPE as SmolLM2's.
 
     Raises:
-      ValueError: the metadata has none, or one of another kind.
+      ValueError: it is of another kind.
     """
     file = GgufFile(path)
+    if "tokenizer.ggml.model" not in file.metadata:
+        return None
     _expect(file, "tokenizer.ggml.model", "gpt2")
     _expect(file, "tokenizer.ggml.pre", "smollm")
     types = _get(file, "tokenizer.ggml.token_type")

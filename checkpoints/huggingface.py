@@ -13,7 +13,8 @@ from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams
 from jaxspec.tokenizer import Tokenizer
 
-FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "*.jinja", "tokenizer.model")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
+FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "tokenizer.model")
 MODEL_TYPES = ("qwen3", "qwen3_moe", "llama", "qwen2")
 REQUIRED = object()
 
@@ -99,9 +100,12 @@ def load_params(folder: str | Path, config: TargetConfig, dtype=jnp.float32) -> 
     return fuse.load(config, SafetensorsFolder(Path(folder)), dtype)
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder; raises ValueError if there is none."""
-    return Tokenizer.from_folder(Path(folder))
+def load_tokenizer(folder: str | Path) -> Tokenizer | None:
+    """The tokenizer of a folder; None if it has none."""
+    folder = Path(folder)
+    if any((folder / name).exists() for name in TOKENIZERS):
+        return Tokenizer.from_folder(folder)
+    return None
 
 
 class _Config:

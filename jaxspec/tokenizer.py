@@ -28,12 +28,8 @@ class Tokenizer:
         """The tokenizer of a Hugging Face folder.
 
         Raises:
-          ValueError: the folder has no tokenizer, or one that cannot be read.
+          ValueError: it cannot be read.
         """
-        if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
-            raise ValueError(
-                f"{folder} has no tokenizer.json; pass token ids, or add the tokenizer's files"
-            )
         try:
             return cls(_transformers().AutoTokenizer.from_pretrained(folder))
         except Exception as error:  # whatever the parsers raise on a damaged file
@@ -136,23 +132,22 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer):
         from tokenizers.decoders import DecodeStream
 
-        self._tokenizer = tokenizer
+        self._decode = tokenizer.decode
+        self._backend = tokenizer._backend.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
         self._sent = 0
 
-    def push(self, ids: Iterable[int]) -> str:
-        """The text these ids complete; a character whose bytes are not all there is held."""
-        text = ""
-        for i in map(int, ids):
-            self._ids.append(i)
-            text += self._stream.step(self._tokenizer._backend.backend_tokenizer, i) or ""
+    def step(self, token: int) -> str:
+        """The text this id completes; empty while a character's bytes are not all there."""
+        self._ids.append(int(token))
+        text = self._stream.step(self._backend, self._ids[-1]) or ""
         self._sent += len(text)
         return text
 
     def finish(self) -> str:
         """What was held: the remains of a character cut short."""
-        return self._tokenizer.decode(self._ids)[self._sent :]
+        return self._decode(self._ids)[self._sent :]
 
 
 def _transformers():
