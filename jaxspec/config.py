@@ -99,3 +99,109 @@ class TreeConfig:
                 raise ValueError(
                     f"TreeConfig.{name} is {getattr(self, name)}; expected at least 1"
                 )
+
+
+SEQUENTIAL_HEADS = ("markov", "gated", "rnn", "mlp")
+CONFIDENCE_HEADS = ("hidden", "hidden_and_previous")
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterConfig:
+    """A block drafter: DFlash, JetSpec, DSpark and TreeFlash are points of this space.
+
+    Attributes:
+      hidden_size: M, of the drafter and of its target, whose embedding and LM head it uses.
+      target_layers: layers of the target it was made for.
+      taps: target layers whose outputs it reads, 0-based, in this order; -1 is the
+        embedding.
+      block_size: slots of one pass, the anchor's included.
+      mask_token_id: id whose embedding fills the slots after the anchor.
+      causal: a slot sees those before it; otherwise all of its block.
+      predict_next: slot k predicts position k + 1, so that the anchor's slot is used;
+        otherwise slot k predicts its own position and the anchor's output is unused.
+      sequential: one of `SEQUENTIAL_HEADS`, or None.
+      rank: width of the previous token's embedding in the head (markov, gated, rnn).
+      confidence: one of `CONFIDENCE_HEADS`, or None.
+      window: a slot at position p sees positions p - window + 1 … p; None sees all.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    target_layers: int
+    taps: tuple[int, ...]
+    block_size: int
+    mask_token_id: int
+    causal: bool = False
+    predict_next: bool = False
+    sequential: str | None = None
+    rank: int = 0
+    confidence: str | None = None
+    window: int | None = None
+    rope_theta: float = 1_000_000.0
+    rms_norm_eps: float = 1e-6
+    max_positions: int = 40_960
+
+    def __post_init__(self):
+        def check(name, good, expected):
+            if not good:
+                raise ValueError(
+                    f"DrafterConfig.{name} is {getattr(self, name)}; expected {expected}"
+                )
+
+        check("num_layers", self.num_layers >= 1, "at least 1")
+        check(
+            "num_heads",
+            self.num_heads % self.num_kv_heads == 0,
+            f"a multiple of num_kv_heads = {self.num_kv_heads}",
+        )
+        check("head_dim", self.head_dim % 2 == 0, "an even number, for rotary positions")
+        check(
+            "taps",
+            self.taps
+            and len(set(self.taps)) == len(self.taps)
+            and all(-1 <= tap < self.target_layers for tap in self.taps),
+            f"different layers of the target, -1 … {self.target_layers - 1}",
+        )
+        check("depth", self.depth >= 1, "a block with at least one predicting slot")
+        check(
+            "mask_token_id",
+            0 <= self.mask_token_id < self.vocab_size,
+            f"a row of the embedding, 0 … {self.vocab_size - 1}",
+        )
+        check(
+            "sequential",
+            self.sequential in (None, *SEQUENTIAL_HEADS),
+            f"None or one of {SEQUENTIAL_HEADS}",
+        )
+        low_rank = self.sequential in ("markov", "gated", "rnn")
+        check(
+            "rank",
+            (self.rank >= 1) == low_rank,
+            f"{'at least 1' if low_rank else '0'} with sequential = {self.sequential!r}",
+        )
+        check(
+            "confidence",
+            self.confidence in (None, *CONFIDENCE_HEADS),
+            f"None or one of {CONFIDENCE_HEADS}",
+        )
+        check(
+            "confidence",
+            low_rank or self.confidence != "hidden_and_previous",
+            "None or 'hidden': only markov, gated and rnn heads embed the previous token",
+        )
+        check("window", self.window is None or self.window >= 1, "None or at least 1")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head (G)."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def depth(self) -> int:
+        """P: positions one pass predicts."""
+        return self.block_size if self.predict_next else self.block_size - 1

@@ -111,7 +111,7 @@ def prefill(decoder: Decoder, params: Params, requests: Requests) -> DecodeState
         at = jnp.clip(last - start, 0, chunk - 1)[:, None, None]
         here = jnp.take_along_axis(output.hidden, at, axis=1)[:, 0]
         return (
-            cache.write(output.rows, start),
+            cache.write(output.rows, start, after=output.hidden),
             drafter.observe(params.drafter, drafter_state, observed),
             jnp.where((last // chunk == i)[:, None], here, final),
         )

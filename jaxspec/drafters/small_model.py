@@ -79,4 +79,4 @@ class SmallModel:
             cache,
             start,
         )
-        return output.hidden, cache.write(output.rows, start)
+        return output.hidden, cache.write(output.rows, start, after=output.hidden)

@@ -25,14 +25,21 @@ class KVCache:
         """S: rows per sequence."""
         return self.keys[0].shape[2]
 
-    def write(self, rows: KVRows, starts: jax.Array) -> KVCache:
+    def write(
+        self, rows: KVRows, starts: jax.Array, *, after: jax.Array | None = None
+    ) -> KVCache:
         """Overwrites C rows of every sequence from its start on.
 
         Args:
           rows: C new rows per layer.
           starts: first row, [B] or one scalar for all. A start must leave room for all C
             rows: a slice that does not fit would be shifted and overwrite committed rows.
+          after: an array that depends on every read of this cache in the same program, where
+            `starts` does not. Without an order between the two, XLA:CPU copies the whole cache
+            before it writes (and it drops `optimization_barrier` too early to help).
         """
+        if after is not None:  # a comparison that cannot be folded away
+            starts = jnp.where(jnp.isnan(after.ravel()[0]), 0, starts)
         if starts.ndim == 0:
             put = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, starts, 2)  # noqa: E731
         else:

@@ -76,8 +76,7 @@ def forward(
             scale=config.head_dim**-0.5,
             implementation=implementation,
         )
-        attended = attended.reshape(*x.shape[:2], config.num_kv_heads, config.group_size, -1)
-        x = x + project("bnkgd,kgdm->bnm", attended, layer.attention.out)
+        x = x + _project_out(layer.attention, attended)
         x = x + _mlp(layer.mlp, config, x)
         outputs[i] = x
         keys.append(k)
@@ -119,6 +118,13 @@ def _qkv(params: AttentionParams, config: TargetConfig, x: jax.Array, angles):
         q = rms_norm(q, params.q_norm, config.rms_norm_eps)
         k = rms_norm(k, params.k_norm, config.rms_norm_eps)
     return rotate(q, *angles), rotate(k, *angles), v
+
+
+def _project_out(params: AttentionParams, attended: jax.Array) -> jax.Array:
+    """[B, N, H, D] -> [B, N, M]. One contracted axis: with three, XLA transposes the weight."""
+    batch, n = attended.shape[:2]
+    weight = params.out.reshape(-1, params.out.shape[-1])
+    return project("bnh,hm->bnm", attended.reshape(batch, n, -1), weight)
 
 
 def _mlp(params: MlpParams | MoeParams, config: TargetConfig, x: jax.Array) -> jax.Array:
