@@ -1,0 +1,242 @@
+"""`config.json` of published draft heads, to `DrafterConfig` and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxspec.config import DrafterConfig
+
+FORMATS = ("dflash", "treeflash", "deepspec")
+HEAD_TYPES = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}  # theirs to ours
+REQUIRED = object()
+
+
+def recognise(raw: dict[str, Any], origin: Any) -> str:
+    """The format, one of `FORMATS`, by the keys that only it has.
+
+    Raises:
+      ValueError: no known drafter has such a configuration.
+    """
+    if "treeflash_config" in raw:
+        return "treeflash"
+    if "dflash_config" in raw:
+        return "dflash"
+    if "markov_rank" in raw and "target_layer_ids" in raw:
+        return "deepspec"
+    found = raw.get("architectures") or raw.get("model_type")
+    raise ValueError(
+        f"{origin}: the configuration, of {found}, is not a block drafter's; expected "
+        "'dflash_config', 'treeflash_config', or 'markov_rank' with 'target_layer_ids'"
+    )
+
+
+def from_json(raw: dict[str, Any], origin: Any) -> DrafterConfig:
+    """The drafter a `config.json` describes; accepts the keys of transformers 4 and 5.
+
+    Raises:
+      ValueError: a key is missing or asks for something that is not implemented.
+    """
+    format = recognise(raw, origin)
+    # DeepSpec keeps its own keys beside the model's, the others in an object.
+    own = raw if format == "deepspec" else raw["dflash_config"]
+
+    def get(section, key, default=REQUIRED):
+        value = section.get(key)
+        if value is None and default is REQUIRED:
+            raise ValueError(f"{origin}: the drafter's configuration has no '{key}'")
+        return default if value is None else value
+
+    def only(section, key, *allowed):
+        value = section.get(key)
+        if value is not None and value not in allowed:
+            raise ValueError(
+                f"{origin}: '{key}' is {value!r}, which is not supported; "
+                f"expected {' or '.join(map(repr, allowed))}"
+            )
+
+    only(raw, "model_type", "qwen3")
+    only(raw, "hidden_act", "silu")
+    only(raw, "attention_bias", False)
+    only(own, "projector_type", "dspark")
+    only(own, "draft_shift", False)
+    only(own, "target_hidden_size", get(raw, "hidden_size"))
+    sizes = {get(own, "block_size", None), get(raw, "block_size", None)} - {None}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"{origin}: the drafter's configuration gives "
+            f"{'two values of' if sizes else 'no'} 'block_size': {sorted(sizes)}"
+        )
+    heads = get(raw, "num_attention_heads")
+    config = DrafterConfig(
+        vocab_size=get(raw, "vocab_size"),
+        hidden_size=get(raw, "hidden_size"),
+        intermediate_size=get(raw, "intermediate_size"),
+        num_layers=get(raw, "num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=get(raw, "num_key_value_heads", heads),
+        head_dim=get(raw, "head_dim"),
+        target_layers=get(raw, "num_target_layers"),
+        taps=tuple(get(own, "target_layer_ids")),
+        block_size=sizes.pop(),
+        mask_token_id=get(own, "mask_token_id"),
+        causal=get(own, "causal_head", get(own, "causal", False)),
+        predict_next=get(own, "sample_from_anchor", format == "deepspec"),
+        window=_window(raw, origin),
+        rope_theta=_rope_theta(raw, only),
+        rms_norm_eps=get(raw, "rms_norm_eps", 1e-6),
+        max_positions=get(raw, "max_position_embeddings", 40_960),
+        **(_mlp(raw, only) if format == "treeflash" else _heads(own, only)),
+    )
+    if format == "deepspec" and config.target_layers - 1 in config.taps:
+        raise ValueError(
+            f"{origin}: 'target_layer_ids' names the last layer, {config.taps[-1]}, which this "
+            "format means before the target's final norm; expected layers before it"
+        )
+    return config
+
+
+def to_json(config: DrafterConfig, format: str, dtype: str) -> dict[str, Any]:
+    """`config.json` of a drafter in a published format.
+
+    Raises:
+      ValueError: the format cannot express the configuration.
+    """
+    _check_expressible(config, format)
+    c = config
+    raw = {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "block_size": c.block_size,
+        "dtype": dtype,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": c.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": c.intermediate_size,
+        "layer_types": [f"{'sliding' if c.window else 'full'}_attention"] * c.num_layers,
+        "max_position_embeddings": c.max_positions,
+        "max_window_layers": c.num_layers,
+        "model_type": "qwen3",
+        "num_attention_heads": c.num_heads,
+        "num_hidden_layers": c.num_layers,
+        "num_key_value_heads": c.num_kv_heads,
+        "num_target_layers": c.target_layers,
+        "rms_norm_eps": c.rms_norm_eps,
+        "sliding_window": c.window,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "use_sliding_window": c.window is not None,
+        "vocab_size": c.vocab_size,
+    }
+    own: dict[str, Any] = {
+        "mask_token_id": c.mask_token_id,
+        "target_layer_ids": list(c.taps),
+    }
+    if format == "dflash":
+        if c.causal:
+            own["causal"] = True  # as vLLM reads it; the next key is JetSpec's
+        own["causal_head"] = c.causal
+        if c.predict_next:
+            own["sample_from_anchor"] = True
+        if c.sequential or c.confidence:
+            own |= {"projector_type": "dspark"} | _heads_to_json(c)
+        return raw | {
+            "architectures": ["DFlashDraftModel"],
+            "dflash_config": own,
+            "rope_scaling": None,
+            "rope_theta": c.rope_theta,
+        }
+    raw |= {
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},
+    }
+    if format == "treeflash":
+        correction = "swiglu" if c.sequential else None
+        return raw | {
+            "architectures": ["TreeFlashDraftModel"],
+            "dflash_config": own,
+            "treeflash_config": {"ar_approximation": correction, "candidate_tokens": 16},
+        }
+    # `num_anchors` matters to training alone; 512 is what every published drafter has.
+    extra = {"architectures": ["Qwen3DSparkModel"], "num_anchors": 512}
+    return raw | own | _heads_to_json(c) | extra
+
+
+def _heads(own: dict[str, Any], only) -> dict[str, Any]:
+    rank = own.get("markov_rank") or 0
+    only(own, "markov_head_type", *HEAD_TYPES)
+    only(own, "enable_confidence_head", True, False)
+    confidence = None
+    if own.get("enable_confidence_head"):
+        with_previous = own.get("confidence_head_with_markov", rank > 0)
+        confidence = "hidden_and_previous" if with_previous else "hidden"
+    kind = HEAD_TYPES[own.get("markov_head_type") or "vanilla"] if rank else None
+    return {"sequential": kind, "rank": rank, "confidence": confidence}
+
+
+def _heads_to_json(c: DrafterConfig) -> dict[str, Any]:
+    own: dict[str, Any] = {
+        "markov_rank": c.rank,
+        "enable_confidence_head": c.confidence is not None,
+    }
+    if c.sequential:
+        theirs = {ours: theirs for theirs, ours in HEAD_TYPES.items()}
+        own["markov_head_type"] = theirs[c.sequential]
+    if c.confidence:
+        own["confidence_head_with_markov"] = c.confidence == "hidden_and_previous"
+    return own
+
+
+def _mlp(raw: dict[str, Any], only) -> dict[str, Any]:
+    section = raw["treeflash_config"]
+    only(section, "ar_approximation", "swiglu")
+    return {"sequential": "mlp" if section.get("ar_approximation") else None}
+
+
+def _check_expressible(c: DrafterConfig, format: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}; expected one of {FORMATS}")
+    missing = {
+        "dflash": {"sequential 'mlp'": c.sequential == "mlp"},
+        "treeflash": {
+            "causal blocks": c.causal,
+            "predict_next": c.predict_next,
+            f"sequential {c.sequential!r}": c.sequential not in ("mlp", None),
+            "a confidence head": c.confidence is not None,
+        },
+        "deepspec": {
+            "causal blocks": c.causal,
+            "predict_own": not c.predict_next,
+            "sequential 'mlp'": c.sequential == "mlp",
+            "a tap of the last layer": c.target_layers - 1 in c.taps,
+        },
+    }[format]
+    for what, wanted in missing.items():
+        if wanted:
+            raise ValueError(
+                f"format {format!r} has no key for {what}, so that other programs would run "
+                "the drafter differently; choose another format"
+            )
+
+
+def _window(raw: dict[str, Any], origin: Any) -> int | None:
+    kinds = set(raw.get("layer_types") or ["full_attention"])
+    if kinds == {"full_attention"}:
+        return None
+    if kinds == {"sliding_attention"} and isinstance(raw.get("sliding_window"), int):
+        return raw["sliding_window"]
+    raise ValueError(
+        f"{origin}: 'layer_types' is {sorted(kinds)} with 'sliding_window' "
+        f"{raw.get('sliding_window')!r}; expected full attention in all layers, or sliding "
+        "attention of one width in all"
+    )
+
+
+def _rope_theta(raw: dict[str, Any], only) -> float:
+    for key in ("rope_parameters", "rope_scaling"):
+        only(raw.get(key) or {}, "rope_type", "default")
+        only(raw.get(key) or {}, "type", "default")
+    theta = (raw.get("rope_parameters") or {}).get("rope_theta", raw.get("rope_theta"))
+    return 10_000.0 if theta is None else float(theta)

@@ -1,0 +1,271 @@
+"""Published draft heads, both ways: z-lab DFlash and JetSpec, TreeFlash, DeepSpec.
+
+The formats are told apart by their configuration, never by the name of the architecture, which
+several of them share. What an import reads an export writes: the same tensors and keys.
+
+==========  ===================  =========================================================
+format      recognised by        differs in
+==========  ===================  =========================================================
+dflash      `dflash_config`      slots predict their own position, unless it says
+                                 `sample_from_anchor`; causal if it says so (JetSpec)
+treeflash   `treeflash_config`   backbone under `model.`, MLP under `ar_approximation.`
+deepspec    `markov_rank`        slots predict the next position; carries the target's
+                                 embedding and LM head; DFlash is rank 0
+==========  ===================  =========================================================
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from checkpoints.drafter_config import from_json, recognise, to_json
+from checkpoints.fuse import Part
+from checkpoints.huggingface import resolve
+from checkpoints.tensors import SafetensorsFolder, read_json
+from jaxspec.config import DrafterConfig, TargetConfig, TreeConfig
+from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params
+from jaxspec.drafters.head import Vocabulary, abstract_weights
+from jaxspec.models.params import TargetParams
+
+LEGACY_PREFIX = "logit_head."
+
+
+def load_drafter(
+    name_or_path: str | Path,
+    target_config: TargetConfig,
+    target_params: TargetParams,
+    tree: TreeConfig,
+    dtype=jnp.float32,
+) -> tuple[BlockDrafter, BlockParams]:
+    """A published drafter for a target.
+
+    Args:
+      name_or_path: a folder or a hub name, either with `::subfolder` after it.
+      tree: what it shall draft.
+      dtype: of its weights in memory.
+
+    Raises:
+      ValueError: it is not a drafter of a known format, is damaged, or was made for another
+        target.
+    """
+    folder = locate(name_or_path)
+    raw = read_json(folder / "config.json")
+    config = from_json(raw, folder)
+    check_target(config, target_config, folder)
+    drafter = BlockDrafter(config, tree)
+    tensors = _Renamed(SafetensorsFolder(folder))
+    weights = _load(tensors, config, recognise(raw, folder), target_params, dtype)
+    return drafter, block_params(weights, target_params)
+
+
+def save_drafter(
+    folder: str | Path, drafter: BlockDrafter, params: BlockParams, format: str | None = None
+) -> None:
+    """Writes `config.json` and `model.safetensors` as the original stack reads them.
+
+    Args:
+      folder: must not hold a checkpoint yet.
+      params: the weights' dtype is the file's.
+      format: one of `drafter_config.FORMATS`; None takes the first that can express the configuration, with
+        the target's vocabulary left out where possible.
+
+    Raises:
+      ValueError: the format cannot express the configuration, or the folder is in use.
+    """
+    folder, config = Path(folder), drafter.config
+    if format is None:
+        format = "treeflash" if config.sequential == "mlp" else "dflash"
+    if any((folder / name).exists() for name in ("config.json", "model.safetensors")):
+        raise ValueError(f"{folder} already holds a checkpoint; save to a new folder")
+    dtype = np.dtype(params.head.fc.dtype)
+    raw = to_json(config, format, str(dtype))
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {path: np.asarray(x[...]) for path, x in nnx.to_flat_state(params.head)}
+    tensors = {
+        part.name: weights[path][part.index].transpose(part.axes).reshape(part.shape)
+        for path, parts in destinations(config, format).items()
+        for part in parts
+    }
+    if format == "deepspec":
+        for name, array in _vocabulary(params.vocabulary):
+            tensors[name] = np.asarray(array).astype(dtype)
+    # The metadata is what PyTorch readers expect to find.
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+
+
+def locate(name_or_path: str | Path) -> Path:
+    """The folder of a drafter: `path`, `hub/name`, or either with `::subfolder`.
+
+    Raises:
+      ValueError: there is none, or the subfolder leads out of it.
+    """
+    name, separator, inner = str(name_or_path).partition("::")
+    path = PurePosixPath(inner)
+    if separator and (path.is_absolute() or ".." in path.parts or not path.parts):
+        raise ValueError(
+            f"the subfolder in {str(name_or_path)!r} is {inner!r}; expected one inside {name}"
+        )
+    folder = resolve(name) / path
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; expected a drafter's checkpoint")
+    return folder
+
+
+def check_target(config: DrafterConfig, target: TargetConfig, origin: Any) -> None:
+    """Raises ValueError when a drafter was made for a target of another shape."""
+    for name, ours, theirs in (
+        ("hidden size", config.hidden_size, target.hidden_size),
+        ("vocabulary", config.vocab_size, target.vocab_size),
+        ("number of target layers", config.target_layers, target.num_layers),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"{origin}: the drafter's {name} is {ours}, the target's is {theirs}; "
+                "use the target that it was trained for"
+            )
+
+
+def destinations(config: DrafterConfig, format: str) -> dict[tuple, tuple[Part, ...]]:
+    """For every weight, by its path in the head, the tensors it is made of."""
+    c = config
+    width, dim = c.hidden_size, c.head_dim
+    queries, keys = c.num_heads * dim, c.num_kv_heads * dim
+    backbone = "model." if format == "treeflash" else ""
+
+    def same(name: str, *shape: int) -> tuple[Part, ...]:
+        return (Part(name, shape, np.s_[...], tuple(range(len(shape)))),)
+
+    def linear(name: str, outputs: int, inputs: int) -> tuple[Part, ...]:
+        return (Part(name, (outputs, inputs), np.s_[...], (1, 0)),)
+
+    table = {
+        ("fc",): linear(f"{backbone}fc.weight", width, len(c.taps) * width),
+        ("hidden_norm",): same(f"{backbone}hidden_norm.weight", width),
+        ("norm",): same(f"{backbone}norm.weight", width),
+    }
+    for i in range(c.num_layers):
+        layer = f"{backbone}layers.{i}."
+        a, inner = f"{layer}self_attn.", (c.intermediate_size, width)
+        weights = {
+            "norm": same(f"{layer}input_layernorm.weight", width),
+            # [M, K, G, D]
+            "q": (Part(f"{a}q_proj.weight", (queries, width), np.s_[...], (1, 2, 3, 0)),),
+            "kv": (  # [M, K, 2, D]
+                Part(f"{a}k_proj.weight", (keys, width), np.s_[:, :, 0], (1, 2, 0)),
+                Part(f"{a}v_proj.weight", (keys, width), np.s_[:, :, 1], (1, 2, 0)),
+            ),
+            "q_norm": same(f"{a}q_norm.weight", dim),
+            "k_norm": same(f"{a}k_norm.weight", dim),
+            # [K, G, D, M]
+            "out": (Part(f"{a}o_proj.weight", (width, queries), np.s_[...], (3, 0, 1, 2)),),
+            "mlp_norm": same(f"{layer}post_attention_layernorm.weight", width),
+            "gate_up": (  # [M, 2, F]
+                Part(f"{layer}mlp.gate_proj.weight", inner, np.s_[:, 0], (1, 0)),
+                Part(f"{layer}mlp.up_proj.weight", inner, np.s_[:, 1], (1, 0)),
+            ),
+            "down": linear(f"{layer}mlp.down_proj.weight", *reversed(inner)),
+        }
+        table |= {("layers", i, name): parts for name, parts in weights.items()}
+
+    if c.sequential == "mlp":
+        both = 2 * c.intermediate_size
+        weights = {
+            "norm": same("ar_approximation.norm.weight", width),
+            # [2 M, 2, F] and [2, F]
+            "up_gate": (
+                Part("ar_approximation.ug.weight", (both, 2 * width), np.s_[...], (1, 2, 0)),
+            ),
+            "bias": (Part("ar_approximation.ug.bias", (both,), np.s_[...], (0, 1)),),
+            "down": linear("ar_approximation.d.weight", width, c.intermediate_size),
+        }
+    elif c.sequential:
+        weights = {
+            "previous": same("markov_head.markov_w1.weight", c.vocab_size, c.rank),
+            "output": same("markov_head.markov_w2.weight", c.vocab_size, c.rank),
+        }
+        if c.sequential == "gated":
+            weights["gate"] = linear("markov_head.gate_proj.weight", c.rank, width + c.rank)
+            weights["bias"] = same("markov_head.gate_proj.bias", c.rank)
+        if c.sequential == "rnn":
+            joint = (3 * c.rank, 2 * c.rank + width)
+            weights["joint"] = linear("markov_head.joint_proj.weight", *joint)
+            weights["bias"] = same("markov_head.joint_proj.bias", 3 * c.rank)
+    else:
+        weights = {}
+    table |= {("sequential", name): parts for name, parts in weights.items()}
+
+    if c.confidence:
+        inputs = width + (c.rank if c.confidence == "hidden_and_previous" else 0)
+        kernel = Part("confidence_head.proj.weight", (1, inputs), np.s_[None], (0, 1))
+        table["confidence", "kernel"] = (kernel,)
+        table["confidence", "bias"] = same("confidence_head.proj.bias", 1)
+    return table
+
+
+class _Renamed:
+    """A folder's tensors under their names of today."""
+
+    def __init__(self, tensors: SafetensorsFolder):
+        self.tensors = tensors
+        self.origin = tensors.origin
+        self.names = {name.removeprefix(LEGACY_PREFIX): name for name in tensors.shapes}
+        self.shapes = {name: tensors.shapes[old] for name, old in self.names.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self.tensors.read(self.names[name])
+
+
+def _load(
+    tensors: _Renamed, config: DrafterConfig, format: str, target: TargetParams, dtype
+) -> nnx.State:
+    table = destinations(config, format)
+    expected = {part.name: part.shape for parts in table.values() for part in parts}
+    vocabulary = _vocabulary(target) if format == "deepspec" else ()
+    expected |= {name: array.shape for name, array in vocabulary}
+    _check_names(tensors, expected)
+    for name, array in vocabulary:
+        if not jnp.array_equal(jnp.asarray(tensors.read(name), array.dtype), array):
+            raise ValueError(
+                f"{tensors.origin}: tensor '{name}' is not the target's; the drafter was "
+                "trained for other weights than those loaded"
+            )
+
+    def build(path, spec):
+        array = np.empty(spec.shape, spec.dtype)
+        for part in table[path]:
+            view = array[part.index].transpose(part.axes)
+            view[...] = tensors.read(part.name).reshape(view.shape)
+        return spec.replace(jnp.asarray(array))
+
+    abstract = nnx.to_flat_state(abstract_weights(config, dtype))
+    return nnx.from_flat_state([(path, build(path, spec)) for path, spec in abstract])
+
+
+def _check_names(tensors: _Renamed, expected: dict[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
+        found = tensors.shapes.get(name)
+        if found != shape:
+            raise ValueError(
+                f"{tensors.origin}: tensor '{name}' "
+                + (f"has shape {found}" if found else "is missing")
+                + f"; its configuration asks for {shape}"
+            )
+    unknown = sorted(set(tensors.shapes) - set(expected))
+    if unknown:
+        raise ValueError(
+            f"{tensors.origin}: tensor '{unknown[0]}' has no place in the drafter its "
+            "configuration describes; leaving it out would change what it drafts"
+        )
+
+
+def _vocabulary(arrays: TargetParams | Vocabulary):
+    """What DeepSpec files repeat of the target, by name."""
+    return (("embed_tokens.weight", arrays.embed), ("lm_head.weight", arrays.unembed))

@@ -1,0 +1,109 @@
+"""Rejection sampling for chains drawn from the drafter: exact for any draft law.
+
+Only for drafts that were *sampled* from the law they are verified against. A draft that is an
+argmax or a top-k entry was not: accepting it with min(1, p / q) biases the output, so trees
+are accepted by `accept` instead.
+
+Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.decoding.accept import Acceptance
+
+
+def round_keys(keys: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys [B] for drawing a round's draft and for verifying it, from the requests' own.
+
+    The target's plain choices fold absolute positions into the requests' keys; no position
+    reaches the numbers folded in here, so the three streams are independent.
+
+    Args:
+      keys: [B] typed keys of the requests, not consumed.
+      position: [B] int32, of the anchor.
+    """
+    last = jnp.uint32(2**32 - 1)
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+    at = jax.vmap(jax.random.fold_in)
+    return at(fold(keys, last), position), at(fold(keys, last - 1), position)
+
+
+def acceptance_probability(
+    target_log_probs: jax.Array, log_q: jax.Array, drafted: jax.Array
+) -> jax.Array:
+    """min(1, p(x) / q(x)) of drafted tokens x [...] under log-laws [..., V]: float32 [...]."""
+    at = drafted[..., None]
+    log_p = jnp.take_along_axis(target_log_probs, at, axis=-1)[..., 0]
+    return jnp.exp(jnp.minimum(log_p - jnp.take_along_axis(log_q, at, axis=-1)[..., 0], 0.0))
+
+
+def residual(target_log_probs: jax.Array, log_q: jax.Array) -> jax.Array:
+    """max(p - q, 0), unnormalised, of log-laws [..., V]; p itself where that leaves nothing.
+
+    What must be emitted in place of a rejected draft, for the sum over both to be p.
+    """
+    p = jnp.exp(target_log_probs)
+    excess = jnp.maximum(p - jnp.exp(log_q), 0.0)
+    # The excess vanishes, up to rounding, only where p = q, and there nothing is rejected.
+    return jnp.where(excess.sum(axis=-1, keepdims=True) > 1e-8, excess, p)
+
+
+def accept_by_rejection(
+    target_log_probs: jax.Array,
+    drafted: jax.Array,
+    log_q: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Accepts a prefix of a sampled chain and draws the token after it.
+
+    Args:
+      target_log_probs: [B, P + 1, V] float32, normalised; row d is the target's law after d
+        drafted tokens.
+      drafted: [B, P] int32.
+      log_q: [B, P, V] float32, the laws the drafts were drawn from.
+      lengths: [B] int32, drafts to verify, 0 … P; whether slot j is verified must not depend
+        on its own token or on later ones.
+      keys: [B] typed keys, consumed.
+
+    Returns:
+      accepted [B] int32, 0 … length; and the next token [B] int32: from the residual after a
+      rejection, from the target's own law after a whole chain.
+    """
+    depth = drafted.shape[1]
+    chance = acceptance_probability(target_log_probs[:, :-1], log_q, drafted)
+    split = jax.vmap(jax.random.split)(keys)  # [B, 2]
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (depth,)))(split[:, 0])
+    verified = jnp.arange(depth) < lengths[:, None]
+    passed = (verified & (draws < chance)).astype(jnp.int32)
+    accepted = jnp.cumprod(passed, axis=1).sum(axis=1)
+
+    def after(laws):
+        return jnp.take_along_axis(laws, accepted[:, None, None], axis=1)[:, 0]  # [B, V]
+
+    p = after(target_log_probs)
+    q = after(jnp.pad(log_q, ((0, 0), (0, 1), (0, 0)), constant_values=-jnp.inf))
+    q = jnp.where((accepted < lengths)[:, None], q, -jnp.inf)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, p.shape[1:], jnp.float32))(split[:, 1])
+    token = jnp.argmax(jnp.log(residual(p, q)) + noise, axis=-1)
+    return accepted, token.astype(jnp.int32)
+
+
+def accept_sampled(
+    target_log_probs: jax.Array,
+    drafted: jax.Array,
+    log_q: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+) -> Acceptance:
+    """`accept_by_rejection` as what `commit` reads, for the chain `trees.chain` builds."""
+    accepted, token = accept_by_rejection(target_log_probs, drafted, log_q, lengths, keys)
+    index = jnp.arange(drafted.shape[1] + 1)
+    decided = jnp.where(
+        index < accepted[:, None], jnp.pad(drafted, ((0, 0), (0, 1))), token[:, None]
+    )
+    path = jnp.where(index <= accepted[:, None], index, 0).astype(jnp.int32)
+    return Acceptance(path=path, count=accepted + 1, tokens=decided)

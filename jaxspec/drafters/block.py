@@ -1,0 +1,326 @@
+"""The block drafter in a decoding loop: one pass of the head drafts a whole tree.
+
+Context enters as keys and values of committed tokens, projected once when they commit and kept
+in a cache of the drafter's own; a pass reads it and writes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxspec.config import DrafterConfig, TreeConfig
+from jaxspec.drafters.base import Committed
+from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
+from jaxspec.drafters.head import DraftHead, Vocabulary, bind
+from jaxspec.models.cache import KVCache, init_cache
+from jaxspec.models.params import TargetParams
+from jaxspec.trees.build import build
+from jaxspec.trees.candidates import top_log_probs
+from jaxspec.trees.grow import from_transitions, path_conditioned
+from jaxspec.trees.tree import DraftTree, causal_bits, pack_bits
+from pallas_kernels.tree_attention import tree_attention
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockParams:
+    """What a block drafter reads.
+
+    Attributes:
+      head: its own weights (`head.abstract_weights`).
+      vocabulary: the target's embedding and LM head.
+      threshold: scalar float32; a chain ends before the first slot less confident than this.
+      survival: scalar float32; a chain ends before its survival falls below this. 0 turns
+        either rule off; both need a confidence head.
+    """
+
+    head: nnx.State
+    vocabulary: Vocabulary
+    threshold: jax.Array
+    survival: jax.Array
+
+
+def block_params(
+    head: nnx.State, target: TargetParams, *, threshold: float = 0.0, survival: float = 0.0
+) -> BlockParams:
+    """A head's weights joined with the target's embedding and LM head, which are not copied."""
+    vocabulary = Vocabulary(target.embed, target.unembed)
+    return BlockParams(head, vocabulary, jnp.float32(threshold), jnp.float32(survival))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SampledChain:
+    """A chain whose tokens were drawn from the drafter, with the law they were drawn from.
+
+    Attributes:
+      tokens: [B, P] int32.
+      log_q: [B, P, V] float32, normalised; each slot's law given the tokens before it.
+      lengths: [B] int32, tokens to verify, 0 … P. Slot j is kept or dropped without a look at
+        its own token or at later ones.
+    """
+
+    tokens: jax.Array
+    log_q: jax.Array
+    lengths: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockDrafter:
+    """DFlash, JetSpec, DSpark or TreeFlash, by `config`; the tree it grows, by `tree`.
+
+    With a sequential head, `chain`, `best_first` and `top_budget` score along the head's own
+    greedy choices, `path_conditioned` re-scores every child given its actual ancestors, and
+    `transitions` (TreeFlash's) tabulates children for the `tree.candidates` likeliest parents
+    of every depth, `tree.width` each. Without one, depths are scored alone.
+
+    The state is the `KVCache` of the context.
+    """
+
+    config: DrafterConfig
+    tree: TreeConfig
+    implementation: str | None = None
+
+    def __post_init__(self):
+        if self.tree.kind == "transitions" and self.config.sequential in (None, "rnn"):
+            raise ValueError(
+                "tree kind 'transitions' needs a sequential head that looks at the previous "
+                f"token alone, and the drafter's is {self.config.sequential!r}; use "
+                + ("path_conditioned" if self.config.sequential else "top_budget")
+            )
+
+    @property
+    def size(self) -> int:
+        return self.tree.size
+
+    @property
+    def depth(self) -> int:
+        return self.config.depth
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.config.taps
+
+    def init(self, params: BlockParams, batch: int, capacity: int) -> KVCache:
+        c, dtype = self.config, params.head.fc.dtype
+        return init_cache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, dtype)
+
+    def observe(self, params: BlockParams, state: KVCache, committed: Committed) -> KVCache:
+        # Rows past `count` are written too: nobody sees rows at or past the anchor's position,
+        # and the next call overwrites them.
+        offsets = jnp.arange(committed.tokens.shape[1])
+        positions = committed.position[:, None] + offsets
+        rows = bind(self.config, params.head).context(committed.features, positions)
+        return state.write(rows, committed.position)
+
+    def draft(
+        self,
+        params: BlockParams,
+        state: KVCache,
+        anchor: jax.Array,
+        position: jax.Array,
+        budget: jax.Array,
+    ) -> tuple[DraftTree, KVCache]:
+        head, vocabulary = bind(self.config, params.head), params.vocabulary
+        stream = self.stream(params, state, anchor, position)
+        base = head.logits(vocabulary, stream)
+        if self.config.sequential and self.tree.kind == "path_conditioned":
+            tree = _path_conditioned(head, vocabulary, stream, base, anchor, budget, self.tree)
+        elif self.tree.kind == "transitions":
+            tree = _transitions(head, vocabulary, stream, base, anchor, budget, self.tree)
+        else:
+            tokens, logits = rollout(head, vocabulary, stream, base, anchor, _greedy)
+            if self.tree.kind == "chain":
+                lengths = _chain_lengths(head, params, stream, anchor, tokens)
+                budget = jnp.minimum(budget, lengths + 1)
+            tree = build(self.tree, logits, anchor, budget)
+        return tree, state
+
+    def draft_sampled(
+        self,
+        params: BlockParams,
+        state: KVCache,
+        anchor: jax.Array,
+        position: jax.Array,
+        temperature: jax.Array,
+        keys: jax.Array,
+    ) -> tuple[SampledChain, KVCache]:
+        """A chain drawn from the drafter, for `decoding.reject.accept_by_rejection`.
+
+        Args:
+          anchor, position: as in `draft`.
+          temperature: [B] float32; at 0 the likeliest token is taken, with probability one.
+          keys: [B] typed keys, consumed; not those that decide the target's own choices.
+        """
+        head, vocabulary = bind(self.config, params.head), params.vocabulary
+        stream = self.stream(params, state, anchor, position)
+        base = head.logits(vocabulary, stream)
+
+        def choose(slot, logits):
+            log_q = tempered(logits, temperature)
+            draw = jax.vmap(
+                lambda key, law: jax.random.categorical(jax.random.fold_in(key, slot), law)
+            )
+            return draw(keys, log_q).astype(jnp.int32)
+
+        tokens, log_q = rollout(head, vocabulary, stream, base, anchor, choose)
+        lengths = _chain_lengths(head, params, stream, anchor, tokens)
+        return SampledChain(tokens, log_q, lengths), state
+
+    def stream(
+        self, params: BlockParams, state: KVCache, anchor: jax.Array, position: jax.Array
+    ) -> jax.Array:
+        """The head's pass over one block per row, [B, P, M]: see `DraftHead.stream`."""
+        c, size = self.config, self.config.block_size
+        bits = causal_bits(size) if c.causal else pack_bits(jnp.ones((size, size), bool))
+        bits = jnp.broadcast_to(bits, (*anchor.shape, *bits.shape))
+
+        def attend(layer, q, k, v):
+            return tree_attention(
+                q,
+                state.keys[layer],
+                state.values[layer],
+                position,
+                k,
+                v,
+                bits,
+                scale=c.head_dim**-0.5,
+                depths=jnp.broadcast_to(jnp.arange(size), (*anchor.shape, size)),
+                window=c.window,
+                implementation=self.implementation,
+            )
+
+        return bind(c, params.head).stream(params.vocabulary, anchor, position, attend)
+
+
+def rollout(
+    head: DraftHead,
+    vocabulary: Vocabulary,
+    stream: jax.Array,
+    base: jax.Array,
+    anchor: jax.Array,
+    choose,
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses slot by slot, each given the choices before it.
+
+    Args:
+      stream: [B, P, M].
+      base: [B, P, V], base logits.
+      anchor: [B] int32.
+      choose: (slot, logits [B, V]) -> (token [B] int32, the law it was chosen from [B, V]).
+
+    Returns:
+      tokens [B, P] int32 and the laws [B, P, V].
+    """
+
+    def step(carry, inputs):
+        previous, state = carry
+        slot, stream, logits = inputs
+        if head.sequential is not None:
+            latent, state = head.advance(vocabulary, stream, previous, state)
+            logits = head.correct(vocabulary, logits, latent)
+        token, law = choose(slot, logits)
+        return (token, state), (token, law)
+
+    state = () if head.sequential is None else head.sequential.initial_state(anchor.shape)
+    slots = (jnp.arange(base.shape[1]), stream.swapaxes(0, 1), base.swapaxes(0, 1))
+    _, (tokens, laws) = jax.lax.scan(step, (anchor, state), slots)
+    return tokens.swapaxes(0, 1), laws.swapaxes(0, 1)
+
+
+def tempered(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """log softmax(logits / T) in float32: the one law that is both drawn from and verified.
+
+    Args:
+      logits: [B, V].
+      temperature: [B]; at 0 the likeliest token has probability one.
+    """
+    hot = temperature[:, None]
+    soft = jax.nn.log_softmax(logits.astype(jnp.float32) / jnp.where(hot > 0, hot, 1.0), -1)
+    best = jnp.argmax(logits, axis=-1, keepdims=True) == jnp.arange(logits.shape[-1])
+    return jnp.where(hot > 0, soft, jnp.where(best, 0.0, -jnp.inf))
+
+
+def _greedy(slot, logits):
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits
+
+
+def _chain_lengths(head: DraftHead, params: BlockParams, stream, anchor, tokens) -> jax.Array:
+    """Tokens of the chain [B, P] worth verifying, by both confidence rules: [B] int32."""
+    full = jnp.full(anchor.shape, tokens.shape[1], jnp.int32)
+    if head.confidence is None:
+        return full
+    previous = jnp.concatenate([anchor[:, None], tokens[:, :-1]], axis=1)
+    confidence = jax.nn.sigmoid(head.confidence_logits(stream, previous))
+    return jnp.minimum(
+        confident_prefix(confidence, params.threshold),
+        surviving_prefix(confidence, params.survival, full),
+    )
+
+
+def _path_conditioned(
+    head: DraftHead, vocabulary: Vocabulary, stream, base, anchor, budget, tree: TreeConfig
+) -> DraftTree:
+    def step(slot, state, tokens, candidates):
+        here = stream[:, slot, None]  # [B, 1, M]
+        latent, state = head.advance(vocabulary, here, tokens, state)
+        scores = jnp.take_along_axis(base[:, slot], candidates, axis=1)
+        return head.correct(vocabulary, scores, latent, candidates), state
+
+    return path_conditioned(
+        base,
+        anchor,
+        step,
+        head.sequential.initial_state((*anchor.shape, 1)),
+        candidates=min(tree.candidates, base.shape[-1]),
+        budget=budget,
+        size=tree.size,
+    )
+
+
+def _transitions(
+    head: DraftHead, vocabulary: Vocabulary, stream, base, anchor, budget, tree: TreeConfig
+) -> DraftTree:
+    """Every depth's likeliest tokens as parents of the next depth's, all in one step."""
+    tokens, log_probs, following = transition_table(
+        head, vocabulary, stream, base, anchor, parents=tree.candidates, children=tree.width
+    )
+    return from_transitions(tokens, log_probs, following, anchor, budget=budget, size=tree.size)
+
+
+def transition_table(
+    head: DraftHead,
+    vocabulary: Vocabulary,
+    stream: jax.Array,
+    base: jax.Array,
+    anchor: jax.Array,
+    *,
+    parents: int,
+    children: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The likeliest children of the likeliest parents of every depth (TreeFlash).
+
+    The parents of slot 0 are all the anchor; those of slot k are the likeliest tokens of slot
+    k - 1 by base logits. `parents` and `children` are cut to the vocabulary's size.
+
+    Returns:
+      tokens int32, their log-probabilities given the parent, and the child's index among the
+      next slot's parents (-1: none, a leaf), all [B, P, parents, children].
+    """
+    vocab = base.shape[-1]
+    parents, children = min(parents, vocab), min(children, vocab)
+    likely, _ = top_log_probs(base[:, :-1], parents)  # [B, P - 1, parents]
+    first = jnp.broadcast_to(anchor[:, None, None], (*anchor.shape, 1, parents))
+    previous = jnp.concatenate([first, likely], axis=1)
+    latent, _ = head.advance(vocabulary, stream[:, :, None], previous, ())
+    logits = head.correct(vocabulary, base[:, :, None], latent)
+    tokens, log_probs = top_log_probs(logits, children)
+
+    same = tokens[:, :-1, :, :, None] == likely[:, :, None, None, :]
+    index = jnp.where(same.any(-1), jnp.argmax(same, axis=-1), -1)
+    leaves = jnp.full_like(index[:, :1], -1)
+    return tokens, log_probs, jnp.concatenate([index, leaves], axis=1)

@@ -1,0 +1,234 @@
+"""The network of a block drafter: tap fusion, layers, sequential and confidence head.
+
+It is a Flax NNX module in the tree-safe subset (no shared references, no state changed in a
+call), which owns construction and initialisation. Every jit boundary is crossed as
+`graphdef, weights = nnx.split(head)`: `weights` is an ordinary pytree for jit, optax and orbax,
+the graph definition follows from the config, and `bind` joins them at trace time, so a decoding
+step contains nothing of the framework.
+
+Sources: DFlash (arXiv 2602.06036), JetSpec (arXiv 2606.18394), DSpark (arXiv 2607.05147).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxspec.config import DrafterConfig
+from jaxspec.drafters.confidence import Confidence
+from jaxspec.drafters.sequential import HEADS, ones, weight
+from jaxspec.models.cache import KVRows
+from jaxspec.models.layers import project, rms_norm, rotary_angles, rotate, swiglu
+
+# attend(layer, q [..., b, H, D], k [..., b, K, D], v [..., b, K, D]) -> [..., b, H, D]
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The target's own arrays, shared and never saved with a drafter.
+
+    Attributes:
+      embed: [V, M].
+      unembed: [V, M], the LM head.
+    """
+
+    embed: jax.Array
+    unembed: jax.Array
+
+
+class DraftLayer(nnx.Module):
+    """A pre-norm layer whose slots also attend to the context.
+
+    Queries and keys/values are separate weights, because the context needs no queries. It
+    passes through them without `norm`, which belongs to the slots.
+    """
+
+    def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs, dtype):
+        width, dim = config.hidden_size, config.head_dim
+        heads, group = config.num_kv_heads, config.group_size
+        self.norm = ones(dtype, width)
+        self.q = weight(rngs, dtype, width, heads, group, dim)
+        self.kv = weight(rngs, dtype, width, heads, 2, dim)
+        self.q_norm = ones(dtype, dim)
+        self.k_norm = ones(dtype, dim)
+        self.out = weight(rngs, dtype, heads, group, dim, width)
+        self.mlp_norm = ones(dtype, width)
+        self.gate_up = weight(rngs, dtype, width, 2, config.intermediate_size)
+        self.down = weight(rngs, dtype, config.intermediate_size, width)
+        self.eps = config.rms_norm_eps
+
+    def keys_values(self, x: jax.Array, angles) -> tuple[jax.Array, jax.Array]:
+        """Rotated keys and values [..., K, D] of context, or of normed slots, [..., M]."""
+        kv = project("...m,mkcd->...kcd", x, self.kv[...])
+        k = rms_norm(kv[..., 0, :], self.k_norm[...], self.eps)
+        return rotate(k, *angles), kv[..., 1, :]
+
+    def __call__(self, x: jax.Array, angles, attend) -> jax.Array:
+        """Slots [..., b, M] -> [..., b, M]; `attend(q, k, v)` adds the context."""
+        normed = rms_norm(x, self.norm[...], self.eps)
+        q = project("...m,mkgd->...kgd", normed, self.q[...])
+        grouped = q.shape
+        q = q.reshape(*x.shape[:-1], -1, grouped[-1])
+        q = rotate(rms_norm(q, self.q_norm[...], self.eps), *angles)
+        attended = attend(q, *self.keys_values(normed, angles)).reshape(grouped)
+        x = x + project("...kgd,kgdm->...m", attended, self.out[...])
+        normed = rms_norm(x, self.mlp_norm[...], self.eps)
+        inner = swiglu(project("...m,mcf->...cf", normed, self.gate_up[...]))
+        return x + project("...f,fm->...m", inner, self.down[...])
+
+
+class DraftHead(nnx.Module):
+    """Draws the four switches of `DrafterConfig` together.
+
+    A *stream* is the residual stream of the predicting slots after the last layer, before the
+    final norm, [..., P, M]; row j predicts the token j + 1 after the anchor.
+    """
+
+    def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        width = config.hidden_size
+        self.config = config
+        self.fc = weight(rngs, dtype, len(config.taps) * width, width)
+        self.hidden_norm = ones(dtype, width)
+        self.layers = nnx.List(
+            [DraftLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)]
+        )
+        self.norm = ones(dtype, width)
+        make = HEADS.get(config.sequential)
+        self.sequential = make(config, rngs=rngs, dtype=dtype) if make else None
+        self.confidence = (
+            Confidence(config, rngs=rngs, dtype=dtype) if config.confidence else None
+        )
+
+    def context(self, features: jax.Array, positions: jax.Array) -> KVRows:
+        """Every layer's keys and values of observed tokens, projected once.
+
+        Args:
+          features: [B, C, len(taps) * M], outputs of the tapped layers.
+          positions: [B, C] int32.
+        """
+        fused = project("...t,tm->...m", features, self.fc[...])
+        fused = rms_norm(fused, self.hidden_norm[...], self.config.rms_norm_eps)
+        angles = self._angles(positions)
+        keys, values = zip(*(x.keys_values(fused, angles) for x in self.layers), strict=True)
+        return KVRows(keys, values)
+
+    def stream(
+        self, vocabulary: Vocabulary, anchors: jax.Array, positions: jax.Array, attend: Attend
+    ) -> jax.Array:
+        """One pass over blocks of the anchor and masks.
+
+        Args:
+          anchors: [...] int32, token of each block's anchor.
+          positions: [...] int32, its absolute position.
+          attend: attention of a layer, which knows the context and who sees whom.
+
+        Returns:
+          [..., P, M] float32.
+        """
+        block = jnp.arange(self.config.block_size)
+        masked = jnp.int32(self.config.mask_token_id)
+        tokens = jnp.where(block == 0, anchors[..., None], masked)
+        x = vocabulary.embed[tokens].astype(jnp.float32)
+        angles = self._angles(positions[..., None] + block)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, angles, functools.partial(attend, i))
+        return x[..., -self.config.depth :, :]
+
+    def logits(self, vocabulary: Vocabulary, stream: jax.Array) -> jax.Array:
+        """Base logits, float32 [..., V], of a stream [..., M]."""
+        return project("...m,vm->...v", self.normed(stream), vocabulary.unembed)
+
+    def normed(self, stream: jax.Array) -> jax.Array:
+        """The hidden state h_k that all heads read."""
+        return rms_norm(stream, self.norm[...], self.config.rms_norm_eps)
+
+    def advance(self, vocabulary: Vocabulary, stream: jax.Array, previous: jax.Array, state):
+        """One slot of the sequential head: stream [..., M], previous token [...].
+
+        Returns:
+          (latent [..., R or M], new state).
+        """
+        if self.config.sequential == "mlp":
+            embedded = vocabulary.embed[previous].astype(jnp.float32)
+            return self.normed(stream + self.sequential(self.normed(stream), embedded)), state
+        return self.sequential.advance(self.normed(stream), previous, state)
+
+    def teacher_forced(
+        self, vocabulary: Vocabulary, stream: jax.Array, previous: jax.Array
+    ) -> jax.Array:
+        """Latents [..., P, R or M] of whole blocks whose previous tokens [..., P] are given."""
+        state = self.sequential.initial_state(previous.shape[:-1])
+        if self.config.sequential != "rnn":
+            return self.advance(vocabulary, stream, previous, state)[0]
+
+        def slot(state, inputs):
+            latent, state = self.advance(vocabulary, *inputs, state)
+            return state, latent
+
+        slots = (jnp.moveaxis(stream, -2, 0), jnp.moveaxis(previous, -1, 0))
+        return jnp.moveaxis(jax.lax.scan(slot, state, slots)[1], 0, -2)
+
+    def correct(
+        self,
+        vocabulary: Vocabulary,
+        base: jax.Array,
+        latent: jax.Array,
+        candidates: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits given the previous token.
+
+        Args:
+          base: base logits [..., V], or of the candidates alone, [B, C].
+          latent: [..., R or M]; [B, n, R or M] with candidates.
+          candidates: [B, C] int32: only these tokens of the vocabulary are scored.
+
+        Returns:
+          float32 [..., V], or [B, n, C].
+        """
+        replaces = self.config.sequential == "mlp"
+        rows = vocabulary.unembed if replaces else self.sequential.output[...]
+        if candidates is None:
+            scores = project("...r,vr->...v", latent, rows)
+            return scores if replaces else base + scores
+        scores = project("bnr,bcr->bnc", latent, rows[candidates])
+        return scores if replaces else base[:, None] + scores
+
+    def confidence_logits(self, stream: jax.Array, previous: jax.Array) -> jax.Array:
+        """[...] of a stream [..., M] and the tokens before its slots [...]."""
+        embedded = None
+        if self.config.confidence == "hidden_and_previous":
+            embedded = self.sequential.embed(previous)
+        return self.confidence(self.normed(stream), embedded)
+
+    def _angles(self, positions: jax.Array):
+        return rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+
+
+def bind(config: DrafterConfig, weights: nnx.State) -> DraftHead:
+    """The head with the given weights; also inside jit."""
+    return nnx.merge(_split(config)[0], weights)
+
+
+def abstract_weights(config: DrafterConfig, dtype=jnp.float32) -> nnx.State:
+    """The shape of every weight as a `ShapeDtypeStruct`, nothing allocated."""
+    return _split(config, dtype)[1]
+
+
+def random_weights(config: DrafterConfig, key: jax.Array, dtype=jnp.float32) -> nnx.State:
+    """Weights of an untrained head. Consumes `key`."""
+    return nnx.state(DraftHead(config, rngs=nnx.Rngs(params=key), dtype=dtype))
+
+
+@functools.lru_cache
+def _split(config: DrafterConfig, dtype=jnp.float32):
+    def make():
+        return DraftHead(config, rngs=nnx.Rngs(0), dtype=dtype)
+
+    return nnx.split(nnx.eval_shape(make))
