@@ -37,26 +37,26 @@ def read_config(path: str | Path) -> TargetConfig:
     """
     file = GgufFile(path)
     _expect(file, "general.architecture", "llama")
-    heads = _get(file, "llama.attention.head_count")
-    hidden = _get(file, "llama.embedding_length")
     for key in ("llama.rope.scaling.type", "llama.expert_count"):
         if file.metadata.get(key) not in (None, "none", 0):
             raise ValueError(f"{path}: '{key}' is {file.metadata[key]!r}; expected none")
-    eos = file.metadata.get("tokenizer.ggml.eos_token_id")
+    heads = _get(file, "llama.attention.head_count", int)
+    hidden = _get(file, "llama.embedding_length", int)
+    eos = _get(file, "tokenizer.ggml.eos_token_id", int, -1)
     return TargetConfig(
-        vocab_size=_get(file, "llama.vocab_size"),
+        vocab_size=_get(file, "llama.vocab_size", int),
         hidden_size=hidden,
-        intermediate_size=_get(file, "llama.feed_forward_length"),
-        num_layers=_get(file, "llama.block_count"),
+        intermediate_size=_get(file, "llama.feed_forward_length", int),
+        num_layers=_get(file, "llama.block_count", int),
         num_heads=heads,
-        num_kv_heads=file.metadata.get("llama.attention.head_count_kv", heads),
-        head_dim=file.metadata.get("llama.rope.dimension_count", hidden // heads),
-        rope_theta=file.metadata.get("llama.rope.freq_base", 10_000.0),
-        rms_norm_eps=_get(file, "llama.attention.layer_norm_rms_epsilon"),
-        max_positions=_get(file, "llama.context_length"),
+        num_kv_heads=_get(file, "llama.attention.head_count_kv", int, heads),
+        head_dim=_get(file, "llama.rope.dimension_count", int, hidden // max(1, heads)),
+        rope_theta=_get(file, "llama.rope.freq_base", float, 10_000.0),
+        rms_norm_eps=_get(file, "llama.attention.layer_norm_rms_epsilon", float),
+        max_positions=_get(file, "llama.context_length", int),
         tie_embeddings="output.weight" not in file.shapes,
         qk_norm=False,
-        eos_token_ids=() if eos is None else (eos,),
+        eos_token_ids=() if eos < 0 else (eos,),
     )
 
 
@@ -76,12 +76,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
         return None
     _expect(file, "tokenizer.ggml.model", "gpt2")
     _expect(file, "tokenizer.ggml.pre", "smollm")
-    types = _get(file, "tokenizer.ggml.token_type")
+    types = _get(file, "tokenizer.ggml.token_type", list)
     return Tokenizer.from_bpe(
-        _get(file, "tokenizer.ggml.tokens"),
-        _get(file, "tokenizer.ggml.merges"),
+        _get(file, "tokenizer.ggml.tokens", list),
+        _get(file, "tokenizer.ggml.merges", list),
         special=[i for i, kind in enumerate(types) if kind == SPECIAL],
-        eos=_get(file, "tokenizer.ggml.eos_token_id"),
+        eos=_get(file, "tokenizer.ggml.eos_token_id", int),
         chat_template=file.metadata.get("tokenizer.chat_template"),
     )
 
@@ -120,14 +120,17 @@ def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows, width)
 
 
-def _get(file: GgufFile, key: str) -> Any:
-    if key not in file.metadata:
+def _get(file: GgufFile, key: str, kind: type, default: Any = None) -> Any:
+    value = file.metadata.get(key, default)
+    if value is None:
         raise ValueError(f"{file.path} has no '{key}' in its metadata; expected a Llama model")
-    return file.metadata[key]
+    if type(value) is not kind:
+        raise ValueError(f"{file.path}: '{key}' is {value!r}; expected {kind.__name__}")
+    return value
 
 
 def _expect(file: GgufFile, key: str, value: str) -> None:
-    found = _get(file, key)
+    found = _get(file, key, str)
     if found != value:
         raise ValueError(
             f"{file.path}: '{key}' is {found!r}, which is not supported; expected {value!r}: "

@@ -8,6 +8,7 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import dataclasses
+import math
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,9 +72,11 @@ class _Cursor:
     def __init__(self, stream: BinaryIO, path: Path):
         self.stream = stream
         self.size = path.stat().st_size
+        self.position = 0
 
     def take(self, count: int) -> bytes:
-        if count > self.size - self.stream.tell():
+        self.position += count
+        if self.position > self.size:
             raise ValueError(f"it ends at byte {self.size}, inside its header")
         return self.stream.read(count)
 
@@ -113,14 +116,18 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Entry]]:
     directory = []
     for _ in range(num_tensors):
         name, rank = cursor.string(), cursor.scalar("I")
+        if not 1 <= rank <= 4:
+            raise ValueError(f"its tensor '{name}' has {rank} dimensions")
         shape = tuple(cursor.scalar("Q") for _ in range(rank))[::-1]
         directory.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
     alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-    start = -(-cursor.stream.tell() // alignment) * alignment
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"its 'general.alignment' is {alignment!r}")
+    start = -(-cursor.position // alignment) * alignment
     entries = {}
     for name, shape, kind, offset in directory:
         kind = gguf.GGMLQuantizationType(kind)
-        size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, kind), dtype=np.int64))
+        size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
         if start + offset + size > cursor.size:
             raise ValueError(f"it ends at byte {cursor.size}, before tensor '{name}' does")
         if name in entries:

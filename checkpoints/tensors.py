@@ -75,7 +75,9 @@ def _entries(folder: Path) -> dict[str, _Entry]:
     if not (folder / INDEX).exists():
         raise ValueError(_no_weights(folder))
     weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
         raise ValueError(f"{folder / INDEX} has no 'weight_map' from tensors to files")
     files = {name: _inside(folder, name) for name in sorted(set(weight_map.values()))}
     entries: dict[str, _Entry] = {}

@@ -1,0 +1,263 @@
+"""GGUF: weights against the same model as safetensors, the tokenizer, damaged files."""
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import checkpoints
+from checkpoints.gguf import load_params, load_tokenizer, read_config
+from checkpoints.gguf_file import GgufFile
+from checkpoints.huggingface import load_params as load_folder
+from jaxspec.config import TargetConfig
+from tests.checkpoints.writing import LLAMA, random_tensors, write_folder
+
+RAW = LLAMA | {  # multiples of 32, the length of a block
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+}
+METADATA = {
+    "llama.vocab_size": 11,
+    "llama.embedding_length": 32,
+    "llama.feed_forward_length": 64,
+    "llama.block_count": 2,
+    "llama.attention.head_count": 4,
+    "llama.attention.head_count_kv": 2,
+    "llama.rope.dimension_count": 16,
+    "llama.rope.freq_base": 5000.0,
+    "llama.attention.layer_norm_rms_epsilon": 0.5,
+    "llama.context_length": 64,
+    "tokenizer.ggml.eos_token_id": 2,
+}
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "post_attention_layernorm": "ffn_norm",
+    "input_layernorm": "attn_norm",
+    "model.layers": "blk",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+
+
+def rotate_neighbours(weight, heads):
+    """llama.cpp's order of a head's rows: 0, D/2, 1, D/2 + 1, …"""
+    dim = weight.shape[0] // heads
+    order = [
+        head * dim + half * dim // 2 + i
+        for head in range(heads)
+        for i in range(dim // 2)
+        for half in range(2)
+    ]
+    return weight[order]
+
+
+def write_gguf(path, tensors, metadata=METADATA, *, arch="llama", kind=None, tokens=None):
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in metadata.items():
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        (writer.add_string if isinstance(value, str) else add)(key, value)
+    if tokens is not None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(tokens["pre"])
+        writer.add_token_list(tokens["tokens"])
+        writer.add_token_types(tokens["types"])
+        writer.add_token_merges(tokens["merges"])
+        writer.add_chat_template(tokens["template"])
+    for name, tensor in tensors.items():
+        for old, heads in (("q_proj", 4), ("k_proj", 2)):
+            tensor = rotate_neighbours(tensor, heads) if old in name else tensor
+        for old, new in NAMES.items():
+            name = name.replace(old, new)
+        quantise = kind is not None and tensor.ndim == 2
+        data = gguf.quantize(tensor, kind) if quantise else tensor
+        writer.add_tensor(name, data, raw_dtype=kind if quantise else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def tensors():
+    return random_tensors(RAW)
+
+
+@pytest.fixture
+def path(tmp_path, tensors):
+    return write_gguf(tmp_path / "model.gguf", tensors)
+
+
+def test_every_key_arrives(path):
+    assert read_config(path) == TargetConfig(
+        vocab_size=11,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rope_theta=5000.0,
+        rms_norm_eps=0.5,
+        max_positions=64,
+        tie_embeddings=True,
+        qk_norm=False,
+        eos_token_ids=(2,),
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_equal_those_of_the_same_model_as_safetensors(tmp_path, tied):
+    raw = RAW | {"tie_word_embeddings": tied}
+    tensors = random_tensors(raw)
+    path = write_gguf(tmp_path / "model.gguf", tensors)
+    config = read_config(path)
+    assert config.tie_embeddings == tied
+    expected = load_folder(write_folder(tmp_path / "hf", raw, tensors), config)
+    jax.tree.map(np.testing.assert_array_equal, load_params(path, config), expected)
+
+
+@pytest.mark.parametrize("kind, step", [("Q8_0", 1 / 127), ("Q4_1", 1 / 15), ("F16", 1e-3)])
+def test_quantised_weights_are_within_a_step(tmp_path, tensors, kind, step):
+    path = write_gguf(tmp_path / "model.gguf", tensors, kind=gguf.GGMLQuantizationType[kind])
+    config = read_config(path)
+    found = load_params(path, config)
+    expected = load_folder(write_folder(tmp_path / "hf", RAW, tensors), config)
+    # A block's values span at most 8 (standard normal); rounding moves one by half a step.
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=8 * step / 2)  # noqa: E731
+    jax.tree.map(close, found, expected)
+    assert np.any(np.asarray(found.embed) != np.asarray(expected.embed))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"llama.rope.scaling.type": "yarn"}, r"'llama.rope.scaling.type' is 'yarn'"),
+        ({"llama.expert_count": 8}, r"'llama.expert_count' is 8; expected none"),
+        ({"llama.block_count": "two"}, r"'llama.block_count' is 'two'; expected int"),
+    ],
+)
+def test_what_is_not_supported_is_named(tmp_path, tensors, change, message):
+    path = write_gguf(tmp_path / "model.gguf", tensors, METADATA | change)
+    with pytest.raises(ValueError, match=message):
+        read_config(path)
+
+
+def test_other_architecture(tmp_path, tensors):
+    path = write_gguf(tmp_path / "model.gguf", tensors, arch="gemma3")
+    with pytest.raises(ValueError, match=r"'general.architecture' is 'gemma3'.*'llama'"):
+        read_config(path)
+
+
+def test_missing_key(tmp_path, tensors):
+    metadata = {key: value for key, value in METADATA.items() if "block_count" not in key}
+    path = write_gguf(tmp_path / "model.gguf", tensors, metadata)
+    with pytest.raises(ValueError, match=r"has no 'llama.block_count' in its metadata"):
+        read_config(path)
+
+
+def test_missing_tensor(tmp_path, tensors):
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    path = write_gguf(tmp_path / "model.gguf", tensors)
+    with pytest.raises(ValueError, match=r"no tensor 'model.layers.1.mlp.up_proj.weight'"):
+        load_params(path, read_config(path))
+
+
+def test_tensor_without_a_place(tmp_path, tensors):
+    tensors["rope_freqs.weight"] = np.ones(2, np.float32)
+    path = write_gguf(tmp_path / "model.gguf", tensors)
+    with pytest.raises(ValueError, match=r"'rope_freqs.weight' has no place in the model"):
+        load_params(path, read_config(path))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.01, 0.5, 0.999])
+def test_truncated_file(path, fraction):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * fraction)])
+    with pytest.raises(ValueError, match=r"model.gguf is not a whole GGUF file \(it ends at"):
+        read_config(path)
+
+
+def test_garbage(path):
+    path.write_bytes(b"<html>404 not found</html>" * 100)
+    with pytest.raises(ValueError, match=r"not a whole GGUF file \(it does not begin with"):
+        read_config(path)
+
+
+def test_file_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no file .*absent.gguf"):
+        read_config(tmp_path / "absent.gguf")
+
+
+@settings(deadline=None, max_examples=200)
+@given(at=st.integers(4, 2500), byte=st.integers(0, 255))
+def test_damaged_header_is_read_or_refused(tmp_path_factory, at, byte):
+    path = tmp_path_factory.getbasetemp() / "whole.gguf"
+    if not path.exists():
+        write_gguf(path, random_tensors(RAW))
+    data = bytearray(path.read_bytes())
+    data[at] = byte
+    damaged = path.with_name("damaged.gguf")
+    damaged.write_bytes(data)
+    try:
+        file = GgufFile(damaged)
+    except ValueError as error:
+        assert "is not a whole GGUF file" in str(error)
+    else:
+        assert len(file.shapes) == len(random_tensors(RAW))
+
+
+TOKENS = {
+    "pre": "smollm",
+    "tokens": ["<end>", "<say>", "a", "b", "1", "2", "Ġ", "Ã", "©", "ab", "Ġab", "12"],
+    "types": [3, 3] + [1] * 10,
+    "merges": ["a b", "Ġ ab", "1 2"],
+    "template": "<say>{% for m in messages %}{{ m['content'] }}{% endfor %}",
+}
+
+
+def test_tokenizer(tmp_path, tensors):
+    metadata = METADATA | {"tokenizer.ggml.eos_token_id": 0}
+    path = write_gguf(tmp_path / "model.gguf", tensors, metadata, tokens=TOKENS)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode("ab ab") == [9, 10]
+    assert tokenizer.encode("12é") == [4, 5, 7, 8]  # digits apart, in spite of the merge
+    assert tokenizer.encode("ab<end>b") == [9, 0, 3]
+    assert tokenizer.decode([9, 10, 4, 5, 7, 8, 0]) == "ab ab12é"
+    assert tokenizer.chat("ab") == [1, 9]
+    assert tokenizer.eos_token_ids == (0,)
+
+
+def test_tokenizer_of_another_kind(tmp_path, tensors):
+    path = write_gguf(tmp_path / "model.gguf", tensors, tokens=TOKENS | {"pre": "llama-bpe"})
+    with pytest.raises(ValueError, match=r"'tokenizer.ggml.pre' is 'llama-bpe'.*'smollm'"):
+        load_tokenizer(path)
+
+
+def test_load_without_a_tokenizer(path):
+    assert checkpoints.load(path).tokenizer is None
+
+
+@pytest.mark.real
+def test_smollm2(smollm2):
+    config, tokenizer = smollm2.config, smollm2.tokenizer
+    assert (config.num_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
+    assert config.eos_token_ids == tokenizer.eos_token_ids == (2,)
+    assert sum(x.size for x in jax.tree.leaves(smollm2.params)) == 134_515_008
+    assert tokenizer.encode("Hello 1234") == [19556, 216, 33, 34, 35, 36]
+    assert tokenizer.decode(tokenizer.chat("hi")) == (
+        "system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face\n"
+        "user\nhi\nassistant\n"
+    )

@@ -1,0 +1,212 @@
+"""config.json in both generations of keys, what it may not ask for, and names."""
+
+import json
+
+import pytest
+
+import checkpoints
+from checkpoints.huggingface import read_config, resolve
+from jaxspec.config import TargetConfig
+from tests.checkpoints.writing import DENSE, LLAMA, MIXTURE, QWEN2, random_tensors, write_folder
+
+
+def config_of(folder, raw, generation=None):
+    (folder / "config.json").write_text(json.dumps(raw))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return read_config(folder)
+
+
+def without(raw, *keys):
+    return {key: value for key, value in raw.items() if key not in keys}
+
+
+def test_every_key_arrives(tmp_path):
+    assert config_of(tmp_path, MIXTURE | {"eos_token_id": 3}) == TargetConfig(
+        vocab_size=11,
+        hidden_size=12,
+        intermediate_size=20,
+        num_layers=2,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=4,
+        rope_theta=5000.0,
+        rms_norm_eps=1e-5,
+        max_positions=64,
+        tie_embeddings=False,
+        qk_norm=True,
+        attention_bias=False,
+        num_experts=3,
+        experts_per_token=2,
+        moe_intermediate_size=5,
+        norm_topk_prob=True,
+        sparse_layers=(0,),
+        eos_token_ids=(3,),
+    )
+
+
+@pytest.mark.parametrize(
+    "raw, qk_norm, attention_bias, tied",
+    [
+        (DENSE, True, False, False),
+        (MIXTURE, True, False, False),
+        (LLAMA, False, False, True),
+        (QWEN2, False, True, True),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_families(tmp_path, raw, qk_norm, attention_bias, tied):
+    config = config_of(tmp_path, raw)
+    assert config.qk_norm == qk_norm
+    assert config.attention_bias == attention_bias
+    assert config.tie_embeddings == tied
+
+
+@pytest.mark.parametrize(
+    "keys, theta",
+    [
+        ({"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}, 7.0),
+        ({"rope_theta": 7.0}, 7.0),
+        ({"rope_theta": 7, "rope_scaling": None}, 7.0),
+        ({"rope_theta": 7.0, "rope_scaling": {"rope_type": "default"}}, 7.0),
+        ({"rope_theta": 9.0, "rope_parameters": {"rope_theta": 7.0}}, 7.0),
+        ({}, 10_000.0),
+    ],
+)
+def test_rope_theta_by_either_key(tmp_path, keys, theta):
+    assert config_of(tmp_path, without(DENSE, "rope_parameters") | keys).rope_theta == theta
+
+
+def test_number_of_experts_by_either_key(tmp_path):
+    raw = without(MIXTURE, "num_experts") | {"num_local_experts": 3}
+    assert config_of(tmp_path, raw) == config_of(tmp_path, MIXTURE)
+
+
+@pytest.mark.parametrize(
+    "keys, sparse",
+    [
+        ({"mlp_only_layers": []}, (0, 1, 2, 3, 4)),
+        ({"mlp_only_layers": [0, 3]}, (1, 2, 4)),
+        ({"mlp_only_layers": [], "decoder_sparse_step": 2}, (1, 3)),
+        ({"mlp_only_layers": [3], "decoder_sparse_step": 2}, (1,)),
+    ],
+)
+def test_sparse_layers(tmp_path, keys, sparse):
+    config = config_of(tmp_path, MIXTURE | {"num_hidden_layers": 5} | keys)
+    assert config.sparse_layers == sparse
+
+
+def test_head_dim_defaults_to_an_even_share(tmp_path):
+    assert config_of(tmp_path, without(DENSE, "head_dim")).head_dim == 2
+    assert config_of(tmp_path, DENSE | {"head_dim": None}).head_dim == 2
+
+
+@pytest.mark.parametrize(
+    "eos, generation, ids",
+    [
+        (None, None, ()),
+        (4, None, (4,)),
+        ([4, 2], None, (4, 2)),
+        (4, {"eos_token_id": [4, 1]}, (4, 1)),
+        (None, {"eos_token_id": 0}, (0,)),
+        (4, {}, (4,)),
+    ],
+)
+def test_ids_that_end_a_text(tmp_path, eos, generation, ids):
+    assert config_of(tmp_path, DENSE | {"eos_token_id": eos}, generation).eos_token_ids == ids
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "gemma3"}, r"'model_type' is 'gemma3'.*'qwen3' or 'qwen3_moe' or"),
+        ({"hidden_act": "gelu"}, r"'hidden_act' is 'gelu'.*expected 'silu'"),
+        ({"use_sliding_window": True}, r"'use_sliding_window' is True.*expected False"),
+        ({"mlp_bias": True}, r"'mlp_bias' is True"),
+        ({"attention_bias": True}, r"'attention_bias' is True"),
+        ({"layer_types": ["sliding_attention"]}, r"'layer_types' is .*'full_attention'"),
+        ({"quantization_config": {"bits": 4}}, r"'quantization_config'.*unquantised weights"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, r"'rope_scaling' is .*yarn.*'default'"),
+        ({"rope_scaling": {"type": "linear"}}, r"'rope_scaling' is .*linear"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, r"'rope_parameters' is .*llama3"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"'partial_rotary_factor': 1.0"),
+        ({"rope_parameters": [1]}, r"'rope_parameters' is \[1\].*expected an object"),
+        ({"hidden_size": "12"}, r"'hidden_size' is '12'.*expected a positive integer"),
+        ({"num_hidden_layers": 0}, r"'num_hidden_layers' is 0"),
+        ({"rms_norm_eps": -1.0}, r"'rms_norm_eps' is -1.0.*a positive number"),
+        ({"tie_word_embeddings": "no"}, r"'tie_word_embeddings' is 'no'"),
+        ({"eos_token_id": "</s>"}, r"'eos_token_id' is '</s>'.*token id"),
+        ({"num_key_value_heads": 4}, r"num_heads is 6, not a multiple of num_kv_heads = 4"),
+    ],
+)
+def test_what_is_not_supported_is_named(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(tmp_path, DENSE | change)
+
+
+@pytest.mark.parametrize("key", ["model_type", "vocab_size", "num_attention_heads"])
+def test_missing_key(tmp_path, key):
+    with pytest.raises(ValueError, match=rf"config.json has no '{key}'"):
+        config_of(tmp_path, without(DENSE, key))
+
+
+def test_damaged_config(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config.json; expected a Hugging Face"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"holds a JSON list; expected an object"):
+        read_config(tmp_path)
+
+
+def test_existing_paths_resolve_to_themselves(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    assert resolve(tmp_path) == tmp_path
+    assert resolve(str(tmp_path / "model.gguf")) == tmp_path / "model.gguf"
+
+
+@pytest.mark.parametrize(
+    "name", ["./absent", "/absent/folder", "absent.gguf", "absent", "a/b/c"]
+)
+def test_what_is_neither_a_path_nor_a_hub_name(name):
+    with pytest.raises(
+        ValueError, match=rf"there is no file or folder {name}; expected a path"
+    ):
+        resolve(name)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty cache of the hub, which is out of reach."""
+    import huggingface_hub
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    original = huggingface_hub.snapshot_download
+
+    def from_cache(name, **options):
+        return original(name, cache_dir=tmp_path / "hub", **options)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", from_cache)
+    return tmp_path / "hub"
+
+
+def test_hub_out_of_reach(hub_cache):
+    with pytest.raises(
+        ValueError,
+        match=r"no folder o/m, and the Hugging Face hub did not supply it .*pass the path of "
+        r"a downloaded checkpoint, or run `hf download o/m`",
+    ):
+        resolve("o/m")
+
+
+def test_hub_out_of_reach_but_cached(hub_cache):
+    snapshot = hub_cache / "models--o--m" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (hub_cache / "models--o--m" / "refs").mkdir()
+    (hub_cache / "models--o--m" / "refs" / "main").write_text("0123abc")
+    write_folder(snapshot, DENSE, random_tensors(DENSE))
+    target = checkpoints.load("o/m")
+    assert target.config.hidden_size == DENSE["hidden_size"]
+    assert target.tokenizer is None
