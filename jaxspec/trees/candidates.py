@@ -1,0 +1,87 @@
+"""The likeliest tokens of each drafted position, exactly, without sorting the vocabulary."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+SEGMENTS = 32
+
+
+def top_log_probs(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens and log-probabilities of the k likeliest tokens, over the full vocabulary.
+
+    Args:
+      logits: [..., V], any float type; computed in float32.
+      k: how many.
+
+    Returns:
+      tokens int32 and log-probs float32, both [..., k], likeliest first; of equal ones the
+      lowest id first.
+
+    Raises:
+      ValueError: if k exceeds V.
+    """
+    tokens, top, log_total = top_logits(logits, k)
+    return tokens, top - log_total[..., None]
+
+
+def top_logits(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`top_log_probs` before it normalises: tokens, their logits, log-sum-exp of all logits.
+
+    Each of the k largest logits lies in one of the k chunks whose maxima are largest, so one
+    pass for the maxima and two short searches replace a search of the whole vocabulary
+    (0.5 against 6.2 ms for 15 rows of 151,936 on two CPU cores, k = 7). Chunks of about
+    sqrt(V / k) balance the two searches.
+    """
+    vocab = logits.shape[-1]
+    if k > vocab:
+        raise ValueError(f"k is {k}, the vocabulary {vocab}; ask for at most the vocabulary")
+    logits = logits.astype(jnp.float32)
+    width = math.gcd(vocab, 2 ** round(math.log2(vocab / k) / 2))
+    chunks = logits.reshape(*logits.shape[:-1], vocab // width, width)
+    maxima = jnp.max(chunks, axis=-1)
+    log_total = _log_sum_exp(logits, jnp.max(maxima, axis=-1))
+    if width == 1 or k * width >= vocab:
+        top, tokens = lax.top_k(logits, k)
+        return tokens, top, log_total
+    # In ascending order, so that equal logits still come lowest id first.
+    best = _ascending(lax.top_k(maxima, k)[1])
+    finalists = jnp.take_along_axis(chunks, best[..., None], axis=-2)  # [..., k, width]
+    top, place = lax.top_k(finalists.reshape(*best.shape[:-1], k * width), k)
+    tokens = jnp.take_along_axis(best, place // width, axis=-1) * width + place % width
+    return tokens, top, log_total
+
+
+def _ascending(index: jax.Array) -> jax.Array:
+    """Sorts [..., k] ids below 2**24, which float32 holds exactly."""
+    # On a CPU a top k is a partial sort in C++, several times as fast as XLA's own sort.
+    return -lax.top_k(-index.astype(jnp.float32), index.shape[-1])[0].astype(jnp.int32)
+
+
+def _log_sum_exp(logits: jax.Array, peak: jax.Array) -> jax.Array:
+    """log(sum(exp(logits))) over the last axis of [..., V], given its maximum."""
+    total = lax.platform_dependent(logits, peak, cpu=_sum_exp_by_segments, default=_sum_exp)
+    return peak + jnp.log(total)
+
+
+def _sum_exp(logits, peak):
+    return jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1)
+
+
+def _sum_exp_by_segments(logits, peak):
+    # XLA's CPU backend does not vectorise exp inside a reduction; added segment by segment
+    # it does (18 to 7 ms for 120 rows of 151,936).
+    width, rest = divmod(logits.shape[-1], SEGMENTS)
+    if rest:
+        return _sum_exp(logits, peak)
+
+    def add(i, total):
+        segment = lax.dynamic_slice_in_dim(logits, i * width, width, axis=-1)
+        return total + jnp.exp(segment - peak[..., None])
+
+    total = lax.fori_loop(0, SEGMENTS, add, jnp.zeros((*peak.shape, width), jnp.float32))
+    return jnp.sum(total, axis=-1)

@@ -1,0 +1,73 @@
+"""Growing a tree level by level: the engine of every builder that keeps the best nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxspec.trees.tree import NO_PARENT, DraftTree, root_only
+
+# expand(slot, scores, state) -> (candidates, children)
+#   slot: int32, the drafted position; scores: [B, F] of the nodes above it, -inf where there is
+#   none; state: pytree of [B, F, ...] they carry.
+#   candidates: [B, X] scores of possible children, none above its parent's, X >= F.
+#   children(index [B, F]) -> (parents [B, F] in 0 … F - 1, tokens [B, F], their state).
+Expand = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Callable]]
+
+
+def grow_by_level(
+    expand: Expand, state: Any, root: jax.Array, *, depth: int, size: int, budget: jax.Array
+) -> DraftTree:
+    """The `budget` best nodes of the tree that `expand` spans, without a heap.
+
+    A node never scores above its parent, so the best N - 1 nodes of all levels are closed
+    under parents and each level contributes at most its own best N - 1. Keep those level by
+    level, then the best of all. Node i is the i-th best (ties: lower depth first), so parents
+    come before children and a larger budget's tree contains a smaller one's.
+
+    Args:
+      expand: see `Expand`; traced once, F = size - 1.
+      state: what the nodes of a level carry; at the first level only entry 0, the root, counts.
+      root: [B] int32.
+      depth: P, levels below the root.
+      size: N.
+      budget: [B] int32.
+    """
+    batch, frontier = root.shape[0], size - 1
+    if frontier == 0:
+        return root_only(root)
+
+    def level(carry, slot):
+        candidates, children = expand(slot, *carry)
+        scores, index = lax.top_k(candidates, frontier)
+        parents, tokens, state = children(index)
+        return (scores, state), (scores, parents, tokens)
+
+    start = jnp.where(jnp.arange(frontier) == 0, 0.0, -jnp.inf)
+    start = jnp.broadcast_to(start, (batch, frontier))
+    _, levels = lax.scan(level, (start, state), jnp.arange(depth))
+    scores, parents, tokens = (jnp.moveaxis(x, 0, 1).reshape(batch, -1) for x in levels)
+
+    scores, place = lax.top_k(scores, frontier)  # place = (depth - 1) * F + place in the level
+    rows = jnp.arange(batch)[:, None]
+    node = jnp.arange(1, size)
+    number = jnp.zeros((batch, depth * frontier), jnp.int32).at[rows, place].set(node)
+    depths = place // frontier + 1
+    above = number[rows, (depths - 2) * frontier + parents[rows, place]]
+    kept = (scores > -jnp.inf) & (node < budget[:, None])
+
+    def column(root, nodes, padding):
+        root = jnp.broadcast_to(root, (batch, 1))
+        return jnp.concatenate([root, jnp.where(kept, nodes, padding)], axis=1)
+
+    return DraftTree(
+        tokens=column(root[:, None], tokens[rows, place], 0),
+        parents=column(NO_PARENT, jnp.where(depths == 1, 0, above), NO_PARENT),
+        depths=column(0, depths, 0),
+        scores=column(0.0, scores, -jnp.inf),
+        valid=column(True, True, False),
+    )
