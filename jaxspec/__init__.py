@@ -1,0 +1,48 @@
+"""jaxspec: lossless speculative decoding for Qwen3-class language models in JAX.
+
+>>> target = jaxspec.load_target("smollm2-135m")                            # doctest: +SKIP
+>>> drafter = jaxspec.load_drafter("ngram", target)                         # doctest: +SKIP
+>>> out = jaxspec.generate(target, "What is a tree?", drafter=drafter)      # doctest: +SKIP
+>>> out[0].text, out[0].stats.tau                                           # doctest: +SKIP
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxspec.config import TreeConfig as TreeConfig
+    from jaxspec.decoding.sampling import Sampling as Sampling
+    from jaxspec.generation import Completion as Completion
+    from jaxspec.generation import LoadedDrafter as LoadedDrafter
+    from jaxspec.generation import Target as Target
+    from jaxspec.generation import generate as generate
+    from jaxspec.generation import stream as stream
+    from jaxspec.generation import warm_up as warm_up
+    from jaxspec.loading import enable_compilation_cache as enable_compilation_cache
+    from jaxspec.loading import load_drafter as load_drafter
+    from jaxspec.loading import load_target as load_target
+
+# Imported on first use, so that `import jaxspec` does not import JAX.
+_HOMES = {
+    "TreeConfig": "jaxspec.config",
+    "Sampling": "jaxspec.decoding.sampling",
+    "Completion": "jaxspec.generation",
+    "LoadedDrafter": "jaxspec.generation",
+    "Target": "jaxspec.generation",
+    "generate": "jaxspec.generation",
+    "stream": "jaxspec.generation",
+    "warm_up": "jaxspec.generation",
+    "enable_compilation_cache": "jaxspec.loading",
+    "load_drafter": "jaxspec.loading",
+    "load_target": "jaxspec.loading",
+}
+__all__ = list(_HOMES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxspec' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

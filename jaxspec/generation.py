@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -160,10 +160,11 @@ def stream(
     thinking: bool | None = None,
     implementation: str | None = None,
     rounds: int = 4,
-) -> Iterator[str]:
+) -> Generator[str, None, DecodeStats]:
     """Yields the text of one completion as it grows, never half a character.
 
     Runs the compiled programs of `generate` for a few `rounds` at a time; arguments as there.
+    The generator's return value is the request's `DecodeStats`.
     """
     if target.tokenizer is None:
         raise ValueError(
@@ -184,26 +185,33 @@ def stream(
     state = prefill(decoder, params, requests)
     pieces, shown = target.tokenizer.stream(), 0
     while True:
-        ((ids, _),) = unpack(state, [len(prompts[0])])
+        ((ids, stats),) = unpack(state, [len(prompts[0])])
         for token in ids[shown:]:
-            piece = pieces.step(token)
-            if piece:
+            if piece := pieces.step(token):
                 yield piece
         shown = len(ids)
         if bool(state.done[0]):
-            return
+            if piece := pieces.finish():
+                yield piece
+            return stats
         state = decode(decoder, params, state, requests.sampling, np.int32(rounds))
 
 
-def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> None:
-    """Compiles what `generate(target, prompts, **options)` will run; decodes one token each."""
-    rows = as_token_ids(
-        target, prompts, raw=options.pop("raw", False), thinking=options.pop("thinking", None)
-    )
+def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> int:
+    """Compiles what `generate(target, prompts, **options)` will run; decodes one token each.
+
+    Returns:
+      The capacity; give it to `generate` for a part of the prompts to run the same programs.
+    """
+    raw, thinking = options.pop("raw", False), options.pop("thinking", None)
+    rows = as_token_ids(target, prompts, raw=raw, thinking=thinking)
     decoder, _ = _bind(target, options.get("drafter", PLAIN), options.get("implementation"))
-    new_tokens = options.pop("max_new_tokens", 256)
-    capacity = _check_capacity(decoder, rows, new_tokens, options.pop("capacity", None))
-    generate(target, rows, max_new_tokens=1, capacity=capacity, **options)
+    capacity = _check_capacity(
+        decoder, rows, options.pop("max_new_tokens", 256), options.pop("capacity", None)
+    )
+    batch = min(options.get("batch_size", 8), len(rows))
+    generate(target, rows[:batch], max_new_tokens=1, capacity=capacity, **options)
+    return capacity
 
 
 def as_token_ids(

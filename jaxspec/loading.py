@@ -1,0 +1,87 @@
+"""Targets and drafters by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+
+from jaxspec.config import TreeConfig
+from jaxspec.generation import PLAIN, LoadedDrafter, Target
+
+
+def load_target(name_or_path: str | Path = "smollm2-135m", *, dtype: str = "float32") -> Target:
+    """Loads a target model.
+
+    Args:
+      name_or_path: a name of `checkpoints.catalog`, a GGUF file, a Hugging Face folder, or a
+        name on the hub.
+      dtype: of weights and cache, "float32" or "bfloat16"; products accumulate in float32.
+
+    Raises:
+      ValueError: it cannot be found, is damaged, or is a model the decoder does not implement.
+    """
+    import checkpoints
+
+    loaded = checkpoints.load(name_or_path, dtype)
+    return Target(str(name_or_path), loaded.config, loaded.params, loaded.tokenizer)
+
+
+def load_drafter(
+    spec: str, target: Target, *, tree: TreeConfig | None = None, dtype: str = "float32"
+) -> LoadedDrafter:
+    """A drafter for a target.
+
+    Args:
+      spec: "none" (plain decoding), "ngram" (prompt lookup), "small:NAME" (a small model with
+        the same vocabulary, loaded as a target is), or the folder or hub name of a trained
+        drafter ("repo::subfolder" too).
+      tree: what it drafts; each kind of drafter has its default.
+      dtype: of the drafter's weights.
+
+    Raises:
+      ValueError: the drafter cannot be found or does not fit the target.
+    """
+    if spec == "none":
+        return PLAIN
+    if spec == "ngram":
+        from jaxspec.drafters.ngram import PromptLookup
+
+        return LoadedDrafter(PromptLookup(size=tree.size) if tree else PromptLookup())
+    if spec.startswith("small:"):
+        from jaxspec.drafters.small_model import SmallModel
+
+        small = load_target(spec.removeprefix("small:"), dtype=dtype)
+        if small.config.vocab_size != target.config.vocab_size:
+            raise ValueError(
+                f"drafter {small.name!r} has a vocabulary of {small.config.vocab_size} tokens, "
+                f"target {target.name!r} one of {target.config.vocab_size}; "
+                "a small drafter must share the target's tokenizer"
+            )
+        drafter = SmallModel(small.config, tree) if tree else SmallModel(small.config)
+        return LoadedDrafter(drafter, small.params)
+    from checkpoints.drafters import load_drafter as load_block_drafter
+
+    drafter, params = load_block_drafter(
+        spec, target.config, target.params, tree or TreeConfig(), dtype
+    )
+    return LoadedDrafter(drafter, params)
+
+
+def enable_compilation_cache(folder: str | Path | None = None) -> Path:
+    """Keeps compiled programs on disk, so that the next process starts quickly.
+
+    Call it before anything is computed. JAX runs what it finds in the folder: use one that only
+    you can write.
+
+    Args:
+      folder: $JAXSPEC_CACHE/xla or ~/.cache/jaxspec/xla by default.
+    """
+    if folder is None:
+        folder = Path(os.environ.get("JAXSPEC_CACHE", "~/.cache/jaxspec")).expanduser() / "xla"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return folder
