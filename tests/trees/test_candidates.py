@@ -1,0 +1,47 @@
+"""The exact top k of a large vocabulary, against `lax.top_k` of the whole of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxspec.trees.candidates import top_log_probs
+
+top = jax.jit(top_log_probs, static_argnums=1)
+# Below, at and above what is searched in chunks; not a multiple of 2; a multiple of 2 only.
+VOCABULARIES = (1, 13, 96, 1024, 1026, 4099, 12_288)
+
+
+def assert_exact(logits, k):
+    expected, ids = jax.lax.top_k(jax.nn.log_softmax(logits.astype(jnp.float32)), k)
+    tokens, log_probs = top(logits, k)
+    np.testing.assert_array_equal(tokens, ids)
+    np.testing.assert_allclose(log_probs, expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+@pytest.mark.parametrize("k", [1, 7, 64])
+def test_equals_a_search_of_everything(vocab, k):
+    draw = np.random.default_rng(vocab + k)
+    assert_exact(jnp.asarray(5 * draw.normal(size=(2, 3, vocab)), jnp.float32), min(k, vocab))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), values=st.integers(1, 40))
+def test_equal_logits_come_lowest_id_first(seed, values):
+    draw = np.random.default_rng(seed)
+    assert_exact(jnp.asarray(draw.integers(0, values, (3, 1024)), jnp.bfloat16), 9)
+
+
+def test_impossible_tokens_beside_large_logits():
+    logits = jnp.full((1, 1024), -jnp.inf).at[0, jnp.array([3, 900])].set(500.0)
+    tokens, log_probs = top(logits, 3)
+    assert tokens[0, :2].tolist() == [3, 900]
+    np.testing.assert_allclose(log_probs[0], [-np.log(2), -np.log(2), -np.inf], atol=5e-5)
+
+
+def test_more_than_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="k is 14, the vocabulary 13"):
+        top_log_probs(jnp.zeros((1, 13)), 14)
