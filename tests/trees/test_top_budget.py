@@ -36,7 +36,7 @@ def test_the_four_likeliest_prefixes():
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([(3, 4, 12), (4, 3, 33), (2, 2, 8)]))
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(4, 3, 33), (2, 2, 8)]))
 def test_no_tree_is_worth_more(seed, shape):
     """The sum of path probabilities is the largest there is: brute force, all tokens."""
     depth, vocab, size = shape

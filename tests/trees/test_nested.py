@@ -1,0 +1,92 @@
+"""A larger budget's tree contains a smaller one's, whatever built it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxspec.trees.grow import best_first, from_transitions, path_conditioned, top_budget
+from jaxspec.trees.merge import merge
+from jaxspec.trees.tree import chain
+from tests.trees.oracles import check_layout, paths, row
+
+BATCH, DEPTH, VOCAB = 4, 4, 12
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def grown_best_first(logits, root, budget, size):
+    return best_first(logits, root, width=3, budget=budget, size=size)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def grown_with_caps(logits, root, budget, size):
+    caps = jnp.array([[3, 1, 2, 1]] * BATCH)
+    return best_first(logits, root, width=3, budget=budget, size=size, caps=caps)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def grown_top_budget(logits, root, budget, size):
+    return top_budget(logits, root, budget=budget, size=size)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def grown_path_conditioned(logits, root, budget, size):
+    def step(slot, state, tokens, candidates):
+        scores = logits[jnp.arange(BATCH)[:, None], slot, candidates]
+        unlike = tokens[..., None] != candidates[:, None]
+        return scores[:, None] + 2.0 * unlike, state
+
+    return path_conditioned(logits, root, step, (), candidates=5, budget=budget, size=size)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def grown_from_transitions(logits, root, budget, size):
+    table = jax.nn.log_softmax(logits.reshape(BATCH, DEPTH, 3, 4))
+    tokens = jnp.broadcast_to(jnp.arange(4), table.shape)
+    following = jnp.broadcast_to(jnp.array([2, -1, 0, 1]), table.shape)
+    return from_transitions(tokens, table, following, root, budget=budget, size=size)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def grown_chain(logits, root, budget, size):
+    return chain(root, jnp.argmax(logits, -1), budget - 1, size=size)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def grown_merge(logits, root, budget, size):
+    drafts = jnp.argmax(logits.reshape(BATCH, 3, DEPTH, 4), -1) // 2
+    return merge(root, drafts, jnp.full((BATCH, 3), DEPTH), size=size, budget=budget)
+
+
+BUILDERS = [
+    grown_best_first,
+    grown_with_caps,
+    grown_top_budget,
+    grown_path_conditioned,
+    grown_from_transitions,
+    grown_chain,
+    grown_merge,
+]
+
+
+@pytest.mark.parametrize("build", BUILDERS, ids=lambda build: build.__name__)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_larger_tree_contains_the_smaller(build, seed):
+    """Budgets differ between rows, and so does N between the two trees."""
+    draw = np.random.default_rng(seed)
+    logits = jnp.asarray(draw.normal(size=(BATCH, DEPTH, VOCAB)), jnp.float32)
+    root = jnp.arange(BATCH)
+    small = draw.integers(1, 9, BATCH)
+    large = draw.integers(small, 25)
+    smaller = build(logits, root, jnp.asarray(small), size=8)
+    larger = build(logits, root, jnp.asarray(large), size=24)
+    for b in range(BATCH):
+        one, other = row(smaller, b), row(larger, b)
+        check_layout(one, b, small[b])
+        check_layout(other, b, large[b])
+        assert paths(one).keys() <= paths(other).keys()

@@ -1,0 +1,188 @@
+"""The path-conditioned tree: its scores, its optimality, and what it is without a head."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspec.trees.grow import path_conditioned, top_budget
+from tests.trees.oracles import (
+    assert_same_paths,
+    best_paths,
+    check_layout,
+    log_softmax,
+    paths,
+    row,
+)
+
+BATCH, DEPTH, VOCAB, RANK, SIZE = 3, 5, 23, 4, 24
+BUDGET = np.array([24, 17, 1], np.int32)
+ROOT = np.array([4, 5, 6], np.int32)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+BASE = 1.5 * normal(0, BATCH, DEPTH, VOCAB)
+PREVIOUS, OUTPUT = normal(1, VOCAB, RANK), normal(2, VOCAB, RANK)  # W1, W2
+RECURRENT = 0.7 * normal(3, 2 * RANK, RANK)
+CONFIDENCE = normal(4, DEPTH, VOCAB)
+
+
+def base_at(slot, candidates):
+    return jnp.asarray(BASE)[jnp.arange(BATCH)[:, None], slot, candidates][:, None]
+
+
+def bias(latent, candidates):
+    return jnp.einsum("bnr,bcr->bnc", latent, jnp.asarray(OUTPUT)[candidates])
+
+
+def no_head(slot, state, tokens, candidates):
+    logits = base_at(slot, candidates)
+    return jnp.broadcast_to(logits, (*tokens.shape, candidates.shape[1])), state
+
+
+def markov(slot, state, tokens, candidates):
+    """base + W2 W1[previous token]."""
+    latent = jnp.asarray(PREVIOUS)[tokens]
+    return base_at(slot, candidates) + bias(latent, candidates), state
+
+
+def recurrent(slot, state, tokens, candidates):
+    """s' = tanh(R [s; W1[previous token]]), base + W2 s'."""
+    state = jnp.tanh(jnp.concatenate([state, jnp.asarray(PREVIOUS)[tokens]], -1) @ RECURRENT)
+    return base_at(slot, candidates) + bias(state, candidates), state
+
+
+def confident(slot, state, tokens):
+    return jnp.asarray(CONFIDENCE)[slot, tokens]
+
+
+STATES = {no_head: (), markov: (), recurrent: np.zeros((BATCH, 1, RANK), np.float32)}
+grow = jax.jit(path_conditioned, static_argnames=("step", "candidates", "size", "confidence"))
+
+
+def grown(step, *, candidates=VOCAB, size=SIZE, budget=BUDGET, confidence=None):
+    tree = grow(
+        BASE,
+        ROOT,
+        step,
+        STATES[step],
+        candidates=candidates,
+        budget=budget,
+        size=size,
+        confidence=confidence,
+    )
+    for b in range(BATCH):
+        check_layout(row(tree, b), ROOT[b], budget[b])
+    return tree
+
+
+def teacher_forced(step, b, path):
+    """Corrected logits [V] after the given tokens of row b, computed along that path alone."""
+    tokens, state = (ROOT[b], *path), np.zeros(RANK)
+    for token in tokens:
+        state = np.tanh(np.concatenate([state, PREVIOUS[token]]) @ RECURRENT)
+    latent = {no_head: 0 * state, markov: PREVIOUS[tokens[-1]], recurrent: state}[step]
+    return BASE[b, len(path)] + OUTPUT.astype(float) @ latent
+
+
+def likely(b, slot, candidates):
+    return np.argsort(-BASE[b, slot], kind="stable")[:candidates]
+
+
+def share(step, b, path, candidates):
+    """(token, log-prob) of the candidates after a path, beside the base mass outside them."""
+    chosen = likely(b, len(path), candidates)
+    logits = teacher_forced(step, b, path)[chosen]
+    outside = np.delete(BASE[b, len(path)], chosen)
+    log_probs = log_softmax(np.concatenate([logits, outside]))[:candidates]
+    return list(zip(chosen, log_probs, strict=True))
+
+
+@pytest.mark.parametrize("step", [markov, recurrent])
+def test_scores_are_the_teacher_forced_log_probs(step):
+    tree = grown(step)
+    for b in range(BATCH):
+        for path, score in paths(row(tree, b)).items():
+            forced = sum(
+                log_softmax(teacher_forced(step, b, path[:d]))[token]
+                for d, token in enumerate(path)
+            )
+            assert score == pytest.approx(forced, abs=1e-4)
+
+
+@pytest.mark.parametrize("candidates", [6, VOCAB])
+@pytest.mark.parametrize("step", [no_head, markov, recurrent])
+def test_equals_best_first_search_over_its_scores(step, candidates):
+    tree = grown(step, candidates=candidates)
+    for b in range(BATCH):
+        expected = best_paths(
+            lambda path, b=b: share(step, b, path, candidates), DEPTH, BUDGET[b] - 1
+        )
+        assert_same_paths(paths(row(tree, b)), expected)
+
+
+@pytest.mark.parametrize("candidates", [SIZE - 1, VOCAB])
+def test_without_a_head_it_is_the_best_tree_under_marginals(candidates):
+    got = grown(no_head, candidates=candidates)
+    expected = top_budget(jnp.asarray(BASE), ROOT, budget=BUDGET, size=SIZE)
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_array_equal(got.parents, expected.parents)
+    np.testing.assert_allclose(got.scores, expected.scores, atol=1e-5)
+
+
+def test_a_recurrent_head_sees_more_than_the_last_token():
+    """Same depth, same parent token, other grandparent: other scores for the same child."""
+    tree = row(grown(recurrent, size=200, budget=np.full(3, 200, np.int32)), 0)
+    steps = {}
+    for node in np.flatnonzero(tree.depths >= 2):
+        parent = tree.parents[node]
+        where = (tree.depths[node], tree.tokens[parent], tree.tokens[node])
+        gain = tree.scores[node] - tree.scores[parent]
+        steps.setdefault(where, []).append(gain)
+    assert max(np.ptp(gains) for gains in steps.values()) > 0.1
+
+
+def survival(b, path, candidates):
+    """(token, log-survival): the first choice takes c, the others what remains."""
+    tokens, log_q = zip(*share(markov, b, path, candidates), strict=True)
+    q = np.exp(log_q)
+    c = 1 / (1 + np.exp(-CONFIDENCE[len(path), (ROOT[b], *path)[-1]].astype(float)))
+    first = int(np.argmax(q))
+    kept = q * min(1.0, (1 - c) / (1 - q[first]))
+    kept[first] = c
+    assert kept.sum() < 1 + 1e-6
+    return list(zip(tokens, np.log(kept), strict=True))
+
+
+@pytest.mark.parametrize("candidates", [6, VOCAB])
+def test_with_confidence_scores_are_survival_probabilities(candidates):
+    tree = grown(markov, candidates=candidates, confidence=confident)
+    for b in range(BATCH):
+        expected = best_paths(
+            lambda path, b=b: survival(b, path, candidates), DEPTH, BUDGET[b] - 1
+        )
+        assert_same_paths(paths(row(tree, b)), expected)
+
+
+def test_the_first_choices_survive_like_a_chain():
+    """Along the head's greedy chain, survival is the product of its confidences."""
+    tree = grown(markov, size=400, budget=np.full(3, 400, np.int32), confidence=confident)
+    scores, path, total = paths(row(tree, 0)), (), 0.0
+    for slot in range(2):
+        total += -np.log1p(np.exp(-CONFIDENCE[slot, (ROOT[0], *path)[-1]]))
+        path = (*path, int(np.argmax(teacher_forced(markov, 0, path))))
+        assert scores[path] == pytest.approx(total, abs=1e-4)
+
+
+def test_confidence_in_the_drafters_own_words_changes_nothing():
+    """Where c is the probability of the first choice, survival is the log-probability."""
+
+    def own(slot, state, tokens):
+        best = jnp.max(jax.nn.softmax(jnp.asarray(BASE)[:, slot]), axis=-1)
+        return jnp.broadcast_to(jnp.log(best / (1 - best))[:, None], tokens.shape)
+
+    plain, same = grown(no_head), grown(no_head, confidence=own)
+    np.testing.assert_allclose(same.scores, plain.scores, atol=1e-4)
