@@ -1,0 +1,179 @@
+"""What a drafter is trained on: losses over the vocabulary, confidence, position weights."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxspec.drafters.head import DraftHead, Vocabulary
+from jaxspec.drafters.teacher_forced import BlockOutput
+from jaxspec.training.vocabulary_loss import (
+    Factors,
+    Mixture,
+    PositionLosses,
+    vocabulary_loss,
+)
+
+WEIGHTINGS = ("exponential", "uniform", "dpace")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The losses with their weights; defaults are DSpark's.
+
+    Attributes:
+      mixture: of the losses over the vocabulary.
+      confidence: weight of the binary cross-entropy of the confidence head against 1 - L1 / 2;
+        ignored without such a head.
+      weighting: of slot j, counted from 0. "exponential": exp(-j / decay); "uniform": 1;
+        "dpace": the probability, smoothed, that the slot is reached and of all after it.
+      smoothing: share of certainty mixed into the label's probability by dpace.
+    """
+
+    mixture: Mixture = Mixture()
+    confidence: float = 1.0
+    weighting: str = "exponential"
+    decay: float = 4.0
+    smoothing: float = 0.5
+
+    def __post_init__(self):
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(
+                f"LossConfig.weighting is {self.weighting!r}; expected one of {WEIGHTINGS}"
+            )
+        if self.decay <= 0:
+            raise ValueError(f"LossConfig.decay is {self.decay}; expected more than 0")
+
+    def compares(self, head: DraftHead) -> bool:
+        """Whether the target's distribution is needed."""
+        confident = head.confidence is not None and self.confidence
+        return bool(self.mixture.kl or self.mixture.total_variation or confident)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossSums:
+    """Sums over positions, so that micro-batches and hosts add up exactly.
+
+    Attributes:
+      total: weighted sum of the mixed losses; the loss is `total / weight`.
+      weight: its denominator.
+      cross_entropy, kl, total_variation, confidence: weighted sums of each.
+      accepted: [P], sums of the probability that a slot is accepted if reached, or of the
+        label's where the target's distribution is not computed.
+      counted: [P], slots supervised.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+    cross_entropy: jax.Array
+    kl: jax.Array
+    total_variation: jax.Array
+    confidence: jax.Array
+    accepted: jax.Array
+    counted: jax.Array
+
+
+def drafter_loss(
+    config: LossConfig,
+    head: DraftHead,
+    vocabulary: Vocabulary,
+    blocks: BlockOutput,
+    supervised: jax.Array,
+    target: jax.Array,
+) -> LossSums:
+    """The loss of teacher-forced blocks.
+
+    Args:
+      blocks: from `run_blocks`.
+      supervised: [B, A, P] bool, slots with a label that counts.
+      target: [B, A, P, M], the target's hidden state before each label, after its final norm.
+    """
+    batch, _, depth = supervised.shape
+    flat = lambda x: x.reshape(batch, -1, *x.shape[3:])  # noqa: E731
+    drafter = jax.tree.map(flat, factors(head, vocabulary, blocks))
+    if drafter.latent is not None:
+        drafter = dataclasses.replace(drafter, output=head.sequential.output[...])
+    labels = flat(blocks.labels)
+    unembed = vocabulary.unembed
+    teacher = flat(target) if config.compares(head) else None
+
+    probability = None
+    if config.weighting == "dpace":
+        labels_only = Mixture(1.0, 0.0, 0.0, chunk=config.mixture.chunk)
+        frozen = jax.lax.stop_gradient(drafter)
+        nothing = jnp.zeros(labels.shape)
+        _, losses = vocabulary_loss(labels_only, frozen, unembed, None, labels, nothing)
+        probability = jnp.exp(-losses.cross_entropy).reshape(supervised.shape)
+    weights, denominator = position_weights(config, supervised, probability)
+    flat_weights = weights.reshape(labels.shape)
+
+    total, losses = vocabulary_loss(
+        config.mixture, drafter, unembed, teacher, labels, flat_weights
+    )
+    accepted = acceptance(losses)
+    bce = jnp.float32(0)
+    if head.confidence is not None and config.confidence:
+        logits = head.confidence_logits(blocks.stream, blocks.previous)
+        each = optax.sigmoid_binary_cross_entropy(logits.reshape(labels.shape), accepted)
+        bce = jnp.sum(flat_weights * each)
+        total += config.confidence * bce
+
+    def weighted(losses):
+        return jnp.float32(0) if losses is None else jnp.sum(flat_weights * losses)
+
+    counted = supervised.astype(jnp.float32)
+    return LossSums(
+        total=total,
+        weight=denominator,
+        cross_entropy=weighted(losses.cross_entropy),
+        kl=weighted(losses.kl),
+        total_variation=weighted(losses.total_variation),
+        confidence=jax.lax.stop_gradient(bce),
+        accepted=jnp.sum(accepted.reshape(-1, depth) * counted.reshape(-1, depth), axis=0),
+        counted=jnp.sum(counted, axis=(0, 1)),
+    )
+
+
+def factors(head: DraftHead, vocabulary: Vocabulary, blocks: BlockOutput) -> Factors:
+    """The short vectors of every slot's final logits, [B, A, P, ...], without the table."""
+    if head.sequential is None:
+        return Factors(head.normed(blocks.stream))
+    latent = head.teacher_forced(vocabulary, blocks.stream, blocks.previous)
+    if head.config.sequential == "mlp":  # it replaces the hidden state
+        return Factors(latent)
+    return Factors(head.normed(blocks.stream), latent)
+
+
+def acceptance(losses: PositionLosses) -> jax.Array:
+    """The probability that a token drawn from the drafter is accepted, [B, R]."""
+    if losses.total_variation is None:
+        return jnp.exp(-losses.cross_entropy)
+    return jnp.clip(1 - losses.total_variation / 2, 0, 1)
+
+
+def position_weights(
+    config: LossConfig, supervised: jax.Array, label_probability: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """What each slot counts.
+
+    Args:
+      supervised: [..., A, P] bool.
+      label_probability: [..., A, P], the drafter's; needed by dpace alone.
+
+    Returns:
+      Weights [..., A, P], and what to divide the weighted sum by: the sum of the weights, or
+      for dpace the number of blocks, so that blocks likely to be accepted count more.
+    """
+    slots = jnp.arange(supervised.shape[-1])
+    if config.weighting == "dpace":
+        smoothed = (1 - config.smoothing) * label_probability + config.smoothing
+        reached = jnp.cumprod(smoothed, axis=-1) * supervised
+        weights = jnp.cumsum(reached[..., ::-1], axis=-1)[..., ::-1] * supervised
+        return weights, jnp.sum(supervised[..., 0].astype(jnp.float32))
+    decay = jnp.exp(-slots / config.decay) if config.weighting == "exponential" else 1.0
+    weights = supervised * jnp.broadcast_to(decay, slots.shape).astype(jnp.float32)
+    return weights, jnp.sum(weights)

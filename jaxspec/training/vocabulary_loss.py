@@ -1,0 +1,215 @@
+"""Losses over a vocabulary whose logits are never all in memory.
+
+A position's logits are a product of short vectors with tables of V rows, so they are computed
+for a chunk of positions, used, and forgotten. The gradient with respect to logits z, in closed
+form with p = softmax(z) of the drafter and q of the target, is taken in the same pass:
+
+  cross-entropy          -log p[label]                 p - onehot(label)
+  forward KL, squared T  T² Σ q_T (log q_T - log p_T)   T (p_T - q_T)
+  total variation, L1    Σ |p - q|                     p (s - Σ p s),  s = sign(p - q)
+
+Each is projected onto the short vectors at once; what is kept from the forward pass for the
+backward one has the size of the inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.models.layers import project
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Weights of the three losses over the vocabulary; 0 leaves one out.
+
+    Attributes:
+      temperature: T of the forward KL.
+      chunk: positions whose logits exist at a time, batch rows included.
+    """
+
+    cross_entropy: float = 0.1
+    kl: float = 0.0
+    total_variation: float = 0.9
+    temperature: float = 1.0
+    chunk: int = 128
+
+    def __post_init__(self):
+        for name in ("cross_entropy", "kl", "total_variation"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"Mixture.{name} is {getattr(self, name)}; expected at least 0"
+                )
+        if self.temperature <= 0 or self.chunk < 1:
+            raise ValueError(
+                f"Mixture.temperature is {self.temperature} and chunk {self.chunk}; expected a "
+                "positive temperature and a chunk of at least 1"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """The drafter's logits: hidden · unembed, plus latent · output with a low-rank head.
+
+    Attributes:
+      hidden: [B, R, M], R positions per row.
+      latent: [B, R, r], or None.
+      output: [V, r], or None.
+    """
+
+    hidden: jax.Array
+    latent: jax.Array | None = None
+    output: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PositionLosses:
+    """Every position's losses, float32 [B, R]; constants to differentiation.
+
+    Attributes:
+      cross_entropy: on the label.
+      kl, total_variation: against the target's distribution; None without it.
+    """
+
+    cross_entropy: jax.Array
+    kl: jax.Array | None
+    total_variation: jax.Array | None
+
+
+def vocabulary_loss(
+    mixture: Mixture,
+    drafter: Factors,
+    unembed: jax.Array,
+    target: jax.Array | None,
+    labels: jax.Array,
+    weights: jax.Array,
+) -> tuple[jax.Array, PositionLosses]:
+    """The weighted sum over positions of the mixed losses.
+
+    Differentiable with respect to `drafter` alone: the LM head, the target and the weights are
+    constants.
+
+    Args:
+      unembed: [V, M], the frozen LM head.
+      target: [B, R, M], the target's hidden states after its final norm; None if neither KL nor
+        total variation is wanted.
+      labels: [B, R] int32.
+      weights: [B, R] float32.
+
+    Returns:
+      The sum, a float32 scalar, and the unweighted losses of every position.
+
+    Raises:
+      ValueError: a loss is mixed in that needs the target, which is None.
+    """
+    if target is None and (mixture.kl or mixture.total_variation):
+        raise ValueError("kl and total_variation compare with the target; target is None")
+    total, losses = _weighted_sum(mixture, drafter, unembed, target, labels, weights)
+    return total, jax.tree.map(jax.lax.stop_gradient, losses)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_sum(mixture, *arguments):
+    return _scan(mixture, *arguments, gradient=False)[0]
+
+
+def _forward_rule(mixture, drafter, *arguments):
+    out, slopes = _scan(mixture, drafter, *arguments, gradient=True)
+    return out, jax.tree.map(lambda slope, x: slope.astype(x.dtype), slopes, drafter)
+
+
+def _backward_rule(mixture, slopes, cotangents):
+    scale, _ = cotangents
+    drafter = jax.tree.map(lambda slope: (scale * slope).astype(slope.dtype), slopes)
+    return drafter, None, None, None, None
+
+
+_weighted_sum.defvjp(_forward_rule, _backward_rule)
+
+
+def _scan(mixture, drafter, unembed, target, labels, weights, *, gradient: bool):
+    """The sum with the positions' losses and, if asked for, its gradient by `drafter`."""
+    table = drafter.output
+
+    def step(carry, chunk):
+        total, d_table = carry
+        hidden, latent, target, labels, weights = chunk
+        logits = project("brm,vm->brv", hidden, unembed)
+        if table is not None:
+            logits += project("brl,vl->brv", latent, table)
+        teacher = None if target is None else project("brm,vm->brv", target, unembed)
+        losses = _losses(mixture, logits, teacher, labels)
+        total += jnp.sum(weights * _mix(mixture, losses))
+        if not gradient:
+            return (total, d_table), (losses, None, None)
+        d_logits = weights[..., None] * _slope(mixture, logits, teacher, labels)
+        d_latent = None
+        if table is not None:
+            d_latent = project("brv,vl->brl", d_logits, table)
+            d_table += project("brv,brl->vl", d_logits, latent.astype(table.dtype))
+        return (total, d_table), (losses, project("brv,vm->brm", d_logits, unembed), d_latent)
+
+    batch, positions = labels.shape
+    size = min(positions, max(1, mixture.chunk // batch))
+    count = -(-positions // size)
+
+    def split(x):  # [B, R, ...] -> [count, B, size, ...]; the padding has weight 0
+        pad = [(0, 0)] * x.ndim
+        pad[1] = (0, count * size - positions)
+        return jnp.moveaxis(jnp.pad(x, pad).reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(batch, count * size, *x.shape[3:])[:, :positions]
+
+    d_table = None
+    if gradient and table is not None:
+        d_table = jnp.zeros(table.shape, jnp.float32)
+    chunks = jax.tree.map(split, (drafter.hidden, drafter.latent, target, labels, weights))
+    (total, d_table), stacked = jax.lax.scan(step, (jnp.float32(0), d_table), chunks)
+    losses, d_hidden, d_latent = jax.tree.map(join, stacked)
+    return (total, losses), Factors(d_hidden, d_latent, d_table)
+
+
+def _losses(mixture: Mixture, logits, teacher, labels) -> PositionLosses:
+    log_p = jax.nn.log_softmax(logits)
+    cross_entropy = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+    if teacher is None:
+        return PositionLosses(cross_entropy, None, None)
+    difference = jnp.exp(log_p) - jax.nn.softmax(teacher)
+    heat = mixture.temperature
+    log_p, log_q = jax.nn.log_softmax(logits / heat), jax.nn.log_softmax(teacher / heat)
+    return PositionLosses(
+        cross_entropy,
+        heat**2 * jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1),
+        jnp.sum(jnp.abs(difference), axis=-1),
+    )
+
+
+def _mix(mixture: Mixture, losses: PositionLosses) -> jax.Array:
+    mixed = mixture.cross_entropy * losses.cross_entropy
+    if losses.kl is not None:
+        mixed += mixture.kl * losses.kl + mixture.total_variation * losses.total_variation
+    return mixed
+
+
+def _slope(mixture: Mixture, logits, teacher, labels) -> jax.Array:
+    """Gradient of a position's mixed loss with respect to its logits, [B, R, V]."""
+    p = jax.nn.softmax(logits)
+    label = labels[..., None] == jnp.arange(logits.shape[-1])
+    slope = mixture.cross_entropy * (p - label)
+    if mixture.kl:
+        heat = mixture.temperature
+        warmer = jax.nn.softmax(logits / heat) - jax.nn.softmax(teacher / heat)
+        slope += mixture.kl * heat * warmer
+    if mixture.total_variation:
+        sign = jnp.sign(p - jax.nn.softmax(teacher))
+        mean = jnp.sum(p * sign, axis=-1, keepdims=True)
+        slope += mixture.total_variation * p * (sign - mean)
+    return slope
