@@ -99,7 +99,7 @@ def test_equals_the_original_trees(golden, name):
 def test_full_fan_out_bounds_the_depth(width, budget, deepest):
     """One likely token per depth: the tree is as deep as its budget allows."""
     logits = jnp.zeros((1, 15, 13)).at[..., 5].set(9.0)
-    tree = build(logits, jnp.array([1]), width=width, budget=jnp.array([budget]), size=budget)
+    tree = build(logits, jnp.array([1]), width=width, budget=jnp.array([budget]), size=64)
     assert int(tree.depths.max()) == deepest == -(-(budget - 1) // width)
 
 

@@ -1,4 +1,4 @@
-"""The exact top k of a large vocabulary, against `lax.top_k` of the whole of it."""
+"""The exact top k of a large vocabulary, against sorting the whole of it."""
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxspec.trees.candidates import top_log_probs
+from tests.trees.oracles import log_softmax
 
 top = jax.jit(top_log_probs, static_argnums=1)
-# Below, at and above what is searched in chunks; not a multiple of 2; a multiple of 2 only.
-VOCABULARIES = (1, 13, 96, 1024, 1026, 4099, 12_288)
+VOCABULARIES = (13, 1026, 12_288)  # searched whole, in chunks of 2, in chunks of up to 64
 
 
 def assert_exact(logits, k):
-    expected, ids = jax.lax.top_k(jax.nn.log_softmax(logits.astype(jnp.float32)), k)
+    ids = np.argsort(-np.asarray(logits, np.float32), axis=-1, kind="stable")[..., :k]
     tokens, log_probs = top(logits, k)
     np.testing.assert_array_equal(tokens, ids)
+    expected = np.take_along_axis(log_softmax(logits), ids, axis=-1)
     np.testing.assert_allclose(log_probs, expected, atol=3e-6)
 
 
