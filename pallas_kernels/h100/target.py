@@ -47,7 +47,7 @@ def mesh(devices: int = 1) -> Mesh:
     """A mesh of H100s that do not exist, with the one axis "model".
 
     Raises:
-      RuntimeError: the compiler is not installed (`pallas_kernels/requirements-h100.txt`).
+      RuntimeError: the compiler is not installed (extra `h100`).
     """
     try:
         topology = topologies.get_topology_desc(
@@ -58,8 +58,8 @@ def mesh(devices: int = 1) -> Mesh:
         )
     except Exception as error:
         raise RuntimeError(
-            "JAX has no CUDA compiler here; install pallas_kernels/requirements-h100.txt in an "
-            "environment of its own and set JAX_PLATFORMS=cpu (`make h100` does both)"
+            "JAX has no CUDA compiler here; install the extra 'h100' in an environment of its "
+            "own and set JAX_PLATFORMS=cpu (`make h100` does both)"
         ) from error
     return Mesh(np.array(topology.devices), ("model",))
 

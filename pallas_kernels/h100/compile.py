@@ -1,0 +1,152 @@
+"""Compiles a jitted function for an H100 from shapes alone and says what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import subprocess
+import tempfile
+
+from pallas_kernels.h100.hlo import Module
+from pallas_kernels.h100.target import SHARED_MEMORY_BYTES, lowering_for_h100
+
+# XLA tunes its own matrix products on the device it finds; with none it would take placeholder
+# tiles, so they are left to cuBLAS, which the compiler only names.
+_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_dump_emitter_re": "ptx"}
+_ENTRY = re.compile(r"\.entry (\w+)\(")
+_USAGE = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
+    re.DOTALL,
+)
+_LAUNCH = re.compile(
+    r"(\S+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+).*?shared_memory: (\d+) bytes"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One compiled GPU kernel, as ptxas and the launch sequence describe it.
+
+    Attributes:
+      spills: bytes written to local memory for want of registers.
+      shared: bytes of shared memory of one program.
+      wgmma, mma: matrix instructions of a warpgroup (Hopper's) and of a warp.
+      async_copies: loads from global to shared memory that do not wait.
+      warnings: what ptxas says costs performance.
+    """
+
+    name: str
+    registers: int
+    spills: int
+    shared: int
+    grid: tuple[int, int, int]
+    threads: int
+    wgmma: int
+    mma: int
+    async_copies: int
+    warnings: tuple[str, ...]
+
+    def faults(self) -> list[str]:
+        """What a kernel of ours must not have."""
+        found = [f"{self.name}: {warning}" for warning in self.warnings]
+        if self.spills:
+            found.append(f"{self.name}: spills {self.spills} bytes")
+        if self.shared > SHARED_MEMORY_BYTES:
+            found.append(f"{self.name}: {self.shared} bytes of shared memory")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program, per device.
+
+    Attributes:
+      arguments, outputs, aliased, temporaries: bytes; aliased ones are both argument and
+        output, updated in place.
+      kernels: those generated for it; the vendor's matrix products are not among them.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    kernels: tuple[Kernel, ...]
+    module: Module
+
+    @property
+    def peak(self) -> int:
+        """Bytes of device memory it needs."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+    def kernel(self, name: str) -> Kernel:
+        (found,) = [kernel for kernel in self.kernels if kernel.name == name]
+        return found
+
+
+def compile_for_h100(function, *args, **kwargs) -> Program:
+    """Compiles `function(*args, **kwargs)` without running it and without a GPU.
+
+    Args:
+      function: made by `jax.jit`.
+      args, kwargs: static values, and `ShapeDtypeStruct`s whose shardings are on a mesh of
+        `target.mesh`.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler refuses, say for want of shared memory.
+    """
+    with lowering_for_h100():
+        lowered = function.trace(*args, **kwargs).lower(lowering_platforms=("cuda",))
+    with tempfile.TemporaryDirectory() as dump:
+        compiled = lowered.compile(compiler_options=_OPTIONS | {"xla_dump_to": dump})
+        kernels = tuple(_kernels(pathlib.Path(dump)))
+    memory = compiled.memory_analysis()
+    return Program(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        kernels=kernels,
+        module=Module(compiled.as_text()),
+    )
+
+
+def _kernels(dump: pathlib.Path):
+    sequence = next(dump.glob("*.thunk_sequence.txt")).read_text()
+    launches = {found[1]: [int(n) for n in found.groups()[1:]] for found in
+                _LAUNCH.finditer(sequence)}  # fmt: skip
+    for path in sorted(dump.glob("*.ptx")):
+        text = path.read_text()
+        bodies = _ENTRY.split(text)
+        if len(bodies) == 1:
+            continue
+        command = [_ptxas(), "-v", "-arch=sm_90a", path, "-o", "/dev/null"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        usage = {found[1]: found.groups()[1:] for found in _USAGE.finditer(log)}
+        losses = re.findall(r"\((C\d+)\) Potential Performance Loss: ([^\n]*)", log)
+        for name, body in zip(bodies[1::2], bodies[2::2], strict=True):
+            stores, loads, registers, static = usage[name]
+            x, y, z, threads, dynamic = launches.get(name, (0, 0, 0, 0, 0))
+            yield Kernel(
+                name=name,
+                registers=int(registers),
+                spills=int(stores) + int(loads),
+                shared=int(static or 0) + dynamic,
+                grid=(x, y, z),
+                threads=threads,
+                wgmma=body.count("wgmma.mma_async"),
+                mma=body.count("mma.sync"),
+                async_copies=body.count("cp.async.c"),
+                warnings=tuple(f"{code} {message}" for code, message in losses),
+            )
+
+
+def _ptxas() -> str:
+    spec = importlib.util.find_spec("nvidia.cu13")
+    for folder in spec.submodule_search_locations if spec else ():
+        path = pathlib.Path(folder) / "bin" / "ptxas"
+        if path.exists():
+            return str(path)
+    raise RuntimeError("ptxas is not installed; install the extra 'h100' (nvidia-cuda-nvcc)")

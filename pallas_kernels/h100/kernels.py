@@ -1,0 +1,140 @@
+"""Tree attention compiled over its shapes, and the static sweep its tiles come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels.h100.compile import Kernel, compile_for_h100
+from pallas_kernels.h100.target import mesh
+from pallas_kernels.tree_attention.api import tree_attention
+from pallas_kernels.tree_attention.config import Shape, TileConfig, choose
+
+REGISTERS = 65_536  # of a multiprocessor
+SHARED_MEMORY = 233_472
+THREADS = 2_048
+WARPGROUP_ROWS = 64  # the smallest tile of a Hopper matrix product
+
+_attention = jax.jit(
+    tree_attention, static_argnames=("scale", "window", "implementation", "tile")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    shape: Shape
+    window: int | None = None
+    tile: TileConfig | None = None  # None: the chosen one
+
+    @property
+    def chosen(self) -> TileConfig:
+        return self.tile or choose(self.shape)
+
+    def __str__(self) -> str:
+        s, t = self.shape, self.chosen
+        return (
+            f"{s.dtype.name} D={s.head_dim} B={s.batch} N={s.nodes} G={s.group} "
+            f"S={s.capacity} window={self.window} "
+            f"tile={t.rows}/{t.keys}/{t.nodes}x{t.splits} {t.warps}w {t.stages}s"
+        )
+
+
+def cases(quick: bool = False) -> list[Case]:
+    """Every kind of kernel that `choose` can ask for: tiles, group sizes, windows, splits."""
+    found = []
+    for dtype, dim in itertools.product(("bfloat16", "float32"), (64, 128)):
+        shape = Shape(1, 1, 32, 8, dim, 4096, jnp.dtype(dtype))
+        change = functools.partial(dataclasses.replace, shape)
+        sizes = (1, 8, 64, 512) if quick else (1, 2, 4, 8, 16, 32, 60, 64, 128, 256, 512)
+        found += [Case(change(nodes=n)) for n in sizes]
+        found.append(Case(change(nodes=64), window=1024))
+        if quick:
+            continue
+        for n in (1, 8, 64):
+            # Groups of one, SmolLM2's three, Qwen3-14B's five, Qwen3-32B's eight.
+            found += [Case(change(nodes=n, heads=8 * group)) for group in (1, 3, 5, 8)]
+            found.append(Case(change(nodes=n), window=1024))
+            found.append(Case(change(nodes=n, batch=64)))  # no splits
+            found.append(Case(change(nodes=n, capacity=32_768)))
+    return found
+
+
+def compile_case(case: Case) -> tuple[Kernel, ...]:
+    """The kernels of one call; queries and new rows come in float32, as the model has them."""
+    s = case.shape
+    sharding = NamedSharding(mesh(), PartitionSpec())
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    cache = array(s.batch, s.kv_heads, s.capacity, s.head_dim, dtype=s.dtype)
+    new = array(s.batch, s.nodes, s.kv_heads, s.head_dim)
+    options = dict(scale=1.0, window=case.window, implementation="triton", tile=case.tile)
+    if case.window is not None:
+        options["depths"] = array(s.batch, s.nodes, dtype=jnp.int32)
+    return compile_for_h100(
+        _attention,
+        array(s.batch, s.nodes, s.heads, s.head_dim),
+        cache,
+        cache,
+        array(s.batch, dtype=jnp.int32),
+        new,
+        new,
+        array(s.batch, s.nodes, -(-s.nodes // 32), dtype=jnp.uint32),
+        **options,
+    ).kernels
+
+
+def faults(case: Case, kernels: tuple[Kernel, ...]) -> list[str]:
+    """What breaks the gate: spills, warnings, too much memory, a tile without wgmma."""
+    found = [fault for kernel in kernels for fault in kernel.faults()]
+    main = next(kernel for kernel in kernels if kernel.name == "tree_attention")
+    if case.chosen.rows >= WARPGROUP_ROWS and not main.wgmma:
+        found.append(f"tree_attention: tiles of {case.chosen.rows} rows and no wgmma")
+    return found
+
+
+def resident(kernel: Kernel) -> int:
+    """Programs of this kernel that one multiprocessor holds at a time."""
+    registers = -(-kernel.registers // 8) * 8 * kernel.threads
+    return min(
+        REGISTERS // registers,
+        SHARED_MEMORY // (kernel.shared + 1024),
+        THREADS // kernel.threads,
+    )
+
+
+def sweep() -> Iterator[dict]:
+    """Tiles for every class of shapes, those that fail included, as rows of a table."""
+    rows_of = {"bfloat16": (16, 32, 64, 128), "float32": (16, 32, 64)}
+    for dtype, dim in itertools.product(rows_of, (64, 128)):
+        for rows, keys in itertools.product(rows_of[dtype], (32, 64, 128)):
+            nodes = max(1, rows // 4)  # a group of four
+            shape = Shape(1, nodes, 32, 8, dim, 4096, jnp.dtype(dtype))
+            step = min(64, max(16, nodes))
+            for warps, stages in itertools.product((4, 8), (2, 3, 4)):
+                tile = TileConfig(rows, keys, step, 8, warps, stages)
+                case = Case(shape, tile=tile)
+                row = dict(dtype=dtype, head_dim=dim, **dataclasses.asdict(tile))
+                try:
+                    kernels = compile_case(case)
+                except jax.errors.JaxRuntimeError as error:
+                    yield row | dict(faults=[str(error).splitlines()[0][:120]])
+                    continue
+                main = next(kernel for kernel in kernels if kernel.name == "tree_attention")
+                held = resident(main)
+                yield row | dict(
+                    registers=main.registers,
+                    shared=main.shared,
+                    wgmma=main.wgmma,
+                    resident=held,
+                    # Bytes of keys and values on their way to one multiprocessor.
+                    in_flight=held * (stages - 1) * 2 * keys * dim * shape.dtype.itemsize,
+                    faults=faults(case, kernels),
+                )
