@@ -7,6 +7,7 @@ each goes, and in which order of axes. Arrays are built one at a time, tensor by
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from jaxspec.models.params import (
 )
 
 ALIGNMENT = 64  # bytes; JAX on the CPU adopts an aligned buffer instead of copying it
-LARGE = 1_000_000_000  # weights; loading more shows progress
+LARGE = 1_000_000_000  # bytes; loading more shows progress
 
 
 class Tensors(Protocol):
@@ -60,12 +61,18 @@ class Part:
     index: Any
     axes: tuple[int, ...]
 
+    @property
+    def size(self) -> int:
+        """Values in the tensor."""
+        return math.prod(self.shape)
+
 
 def load(config: TargetConfig, tensors: Tensors, dtype) -> TargetParams:
     """Builds the weights of a target.
 
     Names and shapes are checked before a value is read, values while they stream. Host memory
-    peaks at the result plus one array and, on an accelerator, at one array.
+    peaks at the result plus the largest tensor; of the result, an accelerator leaves one array
+    on the host at a time.
 
     Raises:
       ValueError: a tensor is missing, is not part of the model, has another shape than
@@ -77,20 +84,16 @@ def load(config: TargetConfig, tensors: Tensors, dtype) -> TargetParams:
     table = destinations(config, tensors.shapes)
     parts = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Part))
     _check(config, tensors, parts)
-    total = sum(np.prod(part.shape, dtype=int) for part in parts)
+    total = sum(part.size for part in parts) * dtype.itemsize
     with tqdm(
-        total=total,
-        desc="loading weights",
-        unit="",
-        unit_scale=True,
-        disable=total < LARGE,
+        total=total, desc="weights", unit="B", unit_scale=True, disable=total < LARGE
     ) as progress:
 
         def build(spec, parts):
             array = _aligned_empty(spec.shape, dtype)
             for part in parts:
                 _place(tensors, part, array)
-                progress.update(np.prod(part.shape, dtype=int))
+                progress.update(part.size * dtype.itemsize)
             return jax.block_until_ready(jax.device_put(array, may_alias=True))
 
         return jax.tree.map(build, abstract_params(config, dtype), table)
@@ -239,7 +242,7 @@ def _place(tensors: Tensors, part: Part, array: np.ndarray) -> None:
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
     return buffer[start : start + size].view(dtype).reshape(shape)

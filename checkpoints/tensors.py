@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path, PurePosixPath
 
 import ml_dtypes
@@ -45,7 +46,7 @@ class SafetensorsFolder:
         """A fresh array. Read from the file, not through a memory map of it: pages of a map
         count as memory in use for as long as it is open."""
         entry = self._entries[name]
-        count = int(np.prod(entry.shape, dtype=np.int64))
+        count = math.prod(entry.shape)
         values = np.fromfile(entry.file, entry.dtype, count, offset=entry.offset)
         return values.reshape(entry.shape)
 

@@ -31,7 +31,11 @@ class Tokenizer:
           ValueError: it cannot be read.
         """
         try:
-            return cls(_transformers().AutoTokenizer.from_pretrained(folder))
+            return cls(
+                _transformers().AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
+            )
         except Exception as error:  # whatever the parsers raise on a damaged file
             raise ValueError(
                 f"the tokenizer in {folder} cannot be read ({error}); download it again"

@@ -161,9 +161,14 @@ def test_quiet_about_missing_torch():
     )
     code = "Tokenizer.from_bpe(['a', 'b'], [], special=[], eos=0, chat_template=None)"
 
+    environment = dict(os.environ)
+    environment.pop("TRANSFORMERS_NO_ADVISORY_WARNINGS", None)
+
     def stderr(code):
         command = [sys.executable, "-c", hide + code]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, env=environment
+        ).stderr
 
     assert "PyTorch was not found" in stderr("import transformers")
     assert stderr(f"from jaxspec.tokenizer import Tokenizer; {code}") == ""
