@@ -1,0 +1,123 @@
+"""Checkpoints of a training run. The only user of Orbax."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+STATE, POSITION = "state", "position"
+
+
+class Store:
+    """Numbered checkpoints in a folder; one appears whole or not at all.
+
+    Keeps the newest ones and the one with the best score.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 2):
+        """Args: keep: how many of the newest to keep."""
+        self.folder = Path(folder).absolute()
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._checkpoints = ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            cleanup_tmp_directories=True,
+        )
+
+    def save(
+        self, step: int, state: Any, position: dict[str, int], *, score: float | None = None
+    ) -> None:
+        """Writes a checkpoint; returns when it is on disk.
+
+        Args:
+          state: a pytree of arrays.
+          position: of the data; not empty.
+          score: the higher the better; None for a checkpoint that was not judged.
+        """
+        self._checkpoints.save_checkpointables(
+            step,
+            {STATE: state, POSITION: position},
+            metrics=None if score is None else {"score": score},
+            force=True,
+        )
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, int]]:
+        """A checkpoint's step, state and position.
+
+        Args:
+          like: a state whose shapes, dtypes and shardings the result takes; the devices may be
+            others than those it was saved from.
+          step: the newest by default.
+
+        Raises:
+          ValueError: there is no such checkpoint, it is damaged, or is of another model.
+        """
+        steps = self.steps
+        if not steps:
+            raise ValueError(f"{self.folder} holds no checkpoint")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise ValueError(f"{self.folder} has no checkpoint {step}; it has {steps}")
+        abstract = jax.tree.map(_abstract, like)
+        try:
+            with _quiet():
+                found = self._checkpoints.load_checkpointables(
+                    step, {STATE: abstract, POSITION: None}
+                )
+        except Exception as error:  # whatever Orbax and TensorStore raise on a damaged file
+            older = [other for other in steps if other < step]
+            remedy = (
+                f"resume from checkpoint {older[-1]}, the one before"
+                if older
+                else "there is none before it: start again in a new folder"
+            )
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(
+                f"checkpoint {step} in {self.folder} cannot be read ({reason[0][:200]}); "
+                + remedy
+            ) from error
+        position = {name: int(value) for name, value in found[POSITION].items()}
+        return step, found[STATE], position
+
+    @property
+    def steps(self) -> list[int]:
+        """Of all checkpoints, ascending."""
+        return sorted(checkpoint.step for checkpoint in self._checkpoints.checkpoints)
+
+    @property
+    def best(self) -> int | None:
+        """Step of the checkpoint with the highest score, the later one of equals."""
+        scored = [
+            (_score(c.metrics), c.step) for c in self._checkpoints.checkpoints if c.metrics
+        ]
+        return max(scored)[1] if scored else None
+
+    def close(self) -> None:
+        self._checkpoints.close()
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics["score"]
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keeps the tracebacks of Orbax's own threads out of a one-line error."""
+    logger = logging.getLogger("asyncio")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,67 @@
+"""Checkpoints of a run: whole, pruned, and clear about damage."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from checkpoints.store import Store
+
+
+def state(seed):
+    weights = {"w": jax.random.normal(jax.random.key(seed), (64, 64)), "b": jnp.ones(3)}
+    return {"weights": weights, "optimizer": optax.adamw(1e-3).init(weights)}
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path):
+    store = Store(tmp_path)
+    store.save(3, state(3), {"epoch": 1, "index": 5})
+    store.close()
+    step, found, position = Store(tmp_path).restore(state(0))
+    assert (step, position) == (3, {"epoch": 1, "index": 5})
+    jax.tree.map(np.testing.assert_array_equal, found, state(3))
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    store = Store(tmp_path, keep=2)
+    for step, score in [(1, 1.0), (2, 3.0), (3, 2.0), (4, None), (5, None)]:
+        store.save(step, state(step), {"index": 0}, score=score)
+    assert store.steps == [2, 4, 5]
+    assert store.best == 2
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate"])
+def test_a_damaged_checkpoint_names_the_one_before(tmp_path, damage):
+    store = Store(tmp_path)
+    for step in (1, 2):
+        store.save(step, state(step), {"index": 0})
+    for path in (tmp_path / "2" / "state" / "d").iterdir():
+        path.unlink() if damage == "delete" else path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"checkpoint 2 in .* cannot be read .* checkpoint 1"):
+        store.restore(state(0))
+    assert store.restore(state(0), step=1)[0] == 1
+
+
+def test_half_written_checkpoints_do_not_count(tmp_path):
+    store = Store(tmp_path)
+    store.save(1, state(1), {"index": 0})
+    store.close()
+    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+    assert Store(tmp_path).steps == [1]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    store = Store(tmp_path)
+    store.save(1, {"w": jnp.ones(4)}, {"index": 0})
+    with pytest.raises(ValueError, match="checkpoint 1 in .* cannot be read"):
+        store.restore({"w": jnp.ones(5)})
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        store.restore(state(0))
+    store.save(1, state(1), {"index": 0})
+    with pytest.raises(ValueError, match=r"has no checkpoint 7; it has \[1\]"):
+        store.restore(state(0), step=7)

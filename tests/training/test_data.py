@@ -1,0 +1,196 @@
+"""From conversations to batches."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxspec.training.batches import EMPTY, Batch, Position, bucket, collate, plan
+from jaxspec.training.conversations import Example, encode, read_examples
+
+
+class Words:
+    """A backend whose tokens are the words between blanks."""
+
+    eos_token_id = 1
+
+    def __init__(self, chat_template):
+        self.chat_template, self.words = chat_template, ["", "<end>"]
+
+    def apply_chat_template(
+        self,
+        messages,
+        *,
+        add_generation_prompt=False,
+        return_dict,
+        return_assistant_tokens_mask=False,
+        **options,
+    ):
+        import jinja2
+
+        def render(messages, ask):
+            text = self.chat_template.replace("{% generation %}", "").replace(
+                "{% endgeneration %}", ""
+            )
+            return jinja2.Template(text).render(
+                messages=messages, add_generation_prompt=ask, **options
+            )
+
+        ids = [self._id(word) for word in render(messages, add_generation_prompt).split()]
+        if return_assistant_tokens_mask:
+            answers = {m["content"] for m in messages if m["role"] == "assistant"}
+            mask = [int(self.words[i] in answers) for i in ids]
+            return {"input_ids": ids, "assistant_masks": mask}
+        return ids
+
+    def _id(self, word):
+        if word not in self.words:
+            self.words.append(word)
+        return self.words.index(word)
+
+
+def tokenizer(template):
+    from jaxspec.tokenizer import Tokenizer
+
+    return Tokenizer(Words(template))
+
+
+PLAIN = (
+    "{% for m in messages %} {{ m.role }} {{ m.content }} <end> nl {% endfor %}"
+    "{% if add_generation_prompt %} assistant {% endif %}"
+)
+# Only the last answer keeps its thoughts.
+FORGETFUL = (
+    "{% for m in messages %} {{ m.role }}"
+    " {% if m.role == 'assistant' and loop.last %} thought {% endif %}"
+    " {{ m.content }} <end> nl {% endfor %}"
+    "{% if add_generation_prompt %} assistant {% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "a b"},
+    {"role": "assistant", "content": "c d"},
+    {"role": "user", "content": "e"},
+    {"role": "assistant", "content": "f"},
+]
+
+
+def shown(tokenizer, example):
+    """Words, those of the target in capitals."""
+    words = tokenizer._backend.words
+    return " ".join(
+        words[i].upper() if mine else words[i]
+        for i, mine in zip(example.tokens, example.supervised, strict=True)
+    )
+
+
+def test_answers_are_what_the_template_adds_to_their_prompts():
+    t = tokenizer(PLAIN)
+    (example,) = encode(t, TALK)
+    assert shown(t, example) == (
+        "user a b <end> nl assistant C D <END> nl user e <end> nl assistant F <END>"
+    )
+
+
+def test_an_answer_cut_short_has_no_supervised_end():
+    t = tokenizer(PLAIN)
+    (example,) = encode(t, TALK[:2], finished=False)
+    assert shown(t, example) == "user a b <end> nl assistant C D"
+
+
+def test_answers_rendered_differently_later_are_sequences_of_their_own():
+    t = tokenizer(FORGETFUL)
+    first, second = encode(t, TALK)
+    assert shown(t, first) == "user a b <end> nl assistant THOUGHT C D <END>"
+    assert shown(t, second) == (
+        "user a b <end> nl assistant c d <end> nl user e <end> nl assistant THOUGHT F <END>"
+    )
+
+
+def test_marks_of_the_template_are_used():
+    t = tokenizer(PLAIN + "{% generation %}{% endgeneration %}")
+    (example,) = encode(t, [TALK[0], {"role": "assistant", "content": "c"}])
+    assert shown(t, example) == "user a b <end> nl assistant C <end> nl"
+
+
+def test_a_conversation_without_an_answer_is_refused():
+    with pytest.raises(ValueError, match="no message of the role 'assistant'"):
+        encode(tokenizer(PLAIN), TALK[:1])
+
+
+def test_a_template_that_puts_the_answer_elsewhere_is_refused():
+    t = tokenizer("{% if add_generation_prompt %} ask {% endif %} {{ messages[0].content }}")
+    with pytest.raises(ValueError, match="message 1: the chat template does not render"):
+        encode(t, TALK)
+
+
+@pytest.mark.real
+def test_the_small_targets_own_template(smollm2_path):
+    import checkpoints
+
+    t = checkpoints.load_tokenizer(smollm2_path)
+    (example,) = encode(t, TALK)
+    answers = t._backend.decode(example.tokens[example.supervised])
+    assert answers == "c d<|im_end|>f<|im_end|>"
+
+
+def test_files_are_read_cut_and_filtered(tmp_path):
+    long = {"role": "assistant", "content": " ".join("w" * 20)}
+    rows = [{"conversations": TALK[:2]}, {"conversations": [TALK[0], long]}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    (example,) = read_examples(path, tokenizer(PLAIN), max_length=16, min_supervised=5)
+    assert (len(example), example.supervised.sum()) == (16, 10)
+    with pytest.raises(ValueError, match="no conversation has 90 tokens"):
+        read_examples(path, tokenizer(PLAIN), max_length=16, min_supervised=90)
+    path.write_text('{"turns": ["x"]}')
+    with pytest.raises(ValueError, match="line 1: expected"):
+        read_examples(path, tokenizer(PLAIN), max_length=16)
+
+
+def test_buckets():
+    assert [bucket(n) for n in (1, 128, 129, 300, 400, 513, 800, 1025)] == [
+        128, 128, 256, 384, 512, 768, 1024, 1536,
+    ]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    lengths=st.lists(st.integers(1, 600), min_size=1, max_size=40),
+    batch_size=st.integers(1, 5),
+    epoch=st.integers(0, 3),
+)
+def test_an_epoch_holds_every_sequence_once(lengths, batch_size, epoch):
+    batches = plan(lengths, batch_size, seed=7, epoch=epoch)
+    assert batches == plan(lengths, batch_size, seed=7, epoch=epoch)
+    rows = [row for batch in batches for row in batch.rows if row != EMPTY]
+    assert sorted(rows) == list(range(len(lengths)))
+    assert all(len(batch.rows) == batch_size for batch in batches)
+    assert all(lengths[i] <= batch.length for batch in batches for i in batch.rows if i >= 0)
+    assert sum(EMPTY in batch.rows for batch in batches) <= 1
+
+
+def test_epochs_differ():
+    assert plan([9] * 50, 5, seed=0, epoch=0) != plan([9] * 50, 5, seed=0, epoch=1)
+
+
+def test_positions_run_through_epochs():
+    position, seen = Position(), []
+    for _ in range(4):
+        seen.append(dataclasses.astuple(position))
+        position = position.after(3)
+    assert seen == [(0, 0), (0, 1), (0, 2), (1, 0)]
+
+
+def test_hosts_share_a_batch():
+    examples = [Example(np.full(n, n, np.int32), np.arange(n) > 1) for n in (2, 4, 3)]
+    batch = Batch((2, 0, 1, EMPTY), 4)
+    tokens, supervised = collate(examples, batch)
+    assert tokens.tolist() == [[3, 3, 3, 0], [2, 2, 0, 0], [4, 4, 4, 4], [0] * 4]
+    assert supervised.sum(1).tolist() == [1, 0, 2, 0]
+    halves = [collate(examples, batch, host=i, hosts=2)[0] for i in range(2)]
+    np.testing.assert_array_equal(np.concatenate(halves), tokens)
+    with pytest.raises(ValueError, match="4 sequences cannot be divided among 3 hosts"):
+        collate(examples, batch, hosts=3)
