@@ -73,8 +73,8 @@ def save_drafter(
     Args:
       folder: must not hold a checkpoint yet.
       params: the weights' dtype is the file's.
-      format: one of `drafter_config.FORMATS`; None takes the first that can express the configuration, with
-        the target's vocabulary left out where possible.
+      format: one of `drafter_config.FORMATS`; None takes the one that can express the
+        configuration and leaves the target's vocabulary out.
 
     Raises:
       ValueError: the format cannot express the configuration, or the folder is in use.

@@ -20,7 +20,8 @@ from jaxspec.models.cache import KVCache, init_cache
 from jaxspec.models.params import TargetParams
 from jaxspec.trees.build import build
 from jaxspec.trees.candidates import top_log_probs
-from jaxspec.trees.grow import from_transitions, path_conditioned
+from jaxspec.trees.path_conditioned import path_conditioned
+from jaxspec.trees.transitions import from_transitions
 from jaxspec.trees.tree import DraftTree, causal_bits, pack_bits
 from pallas_kernels.tree_attention import tree_attention
 
@@ -79,10 +80,16 @@ class BlockDrafter:
     of every depth, `tree.width` each. Without one, depths are scored alone.
 
     The state is the `KVCache` of the context.
+
+    Attributes:
+      survival_scores: `path_conditioned` trees are scored by the confidence head's survival
+        probabilities instead of the head's own (`trees.path_conditioned`).
+      implementation: of tree attention.
     """
 
     config: DrafterConfig
     tree: TreeConfig
+    survival_scores: bool = False
     implementation: str | None = None
 
     def __post_init__(self):
@@ -91,6 +98,16 @@ class BlockDrafter:
                 "tree kind 'transitions' needs a sequential head that looks at the previous "
                 f"token alone, and the drafter's is {self.config.sequential!r}; use "
                 + ("path_conditioned" if self.config.sequential else "top_budget")
+            )
+        if self.survival_scores and not (
+            self.tree.kind == "path_conditioned"
+            and self.config.sequential
+            and self.config.confidence
+        ):
+            raise ValueError(
+                "survival_scores needs a path_conditioned tree, a sequential head and a "
+                f"confidence head; found tree {self.tree.kind!r}, sequential "
+                f"{self.config.sequential!r}, confidence {self.config.confidence!r}"
             )
 
     @property
@@ -129,9 +146,18 @@ class BlockDrafter:
         stream = self.stream(params, state, anchor, position)
         base = head.logits(vocabulary, stream)
         if self.config.sequential and self.tree.kind == "path_conditioned":
-            tree = _path_conditioned(head, vocabulary, stream, base, anchor, budget, self.tree)
+            tree = self._path_conditioned(head, vocabulary, stream, base, anchor, budget)
         elif self.tree.kind == "transitions":
-            tree = _transitions(head, vocabulary, stream, base, anchor, budget, self.tree)
+            table = transition_table(
+                head,
+                vocabulary,
+                stream,
+                base,
+                anchor,
+                parents=self.tree.candidates,
+                children=self.tree.width,
+            )
+            tree = from_transitions(*table, anchor, budget=budget, size=self.tree.size)
         else:
             tokens, logits = rollout(head, vocabulary, stream, base, anchor, _greedy)
             if self.tree.kind == "chain":
@@ -195,6 +221,28 @@ class BlockDrafter:
             )
 
         return bind(c, params.head).stream(params.vocabulary, anchor, position, attend)
+
+    def _path_conditioned(
+        self, head: DraftHead, vocabulary: Vocabulary, stream, base, anchor, budget
+    ) -> DraftTree:
+        def step(slot, state, tokens, candidates):
+            latent, state = head.advance(vocabulary, stream[:, slot, None], tokens, state)
+            scores = jnp.take_along_axis(base[:, slot], candidates, axis=1)
+            return head.correct(vocabulary, scores, latent, candidates), state
+
+        def confidence(slot, state, tokens):
+            return head.confidence_logits(stream[:, slot, None], tokens)
+
+        return path_conditioned(
+            base,
+            anchor,
+            step,
+            head.sequential.initial_state((*anchor.shape, 1)),
+            candidates=min(self.tree.candidates, base.shape[-1]),
+            budget=budget,
+            size=self.tree.size,
+            confidence=confidence if self.survival_scores else None,
+        )
 
 
 def rollout(
@@ -260,36 +308,6 @@ def _chain_lengths(head: DraftHead, params: BlockParams, stream, anchor, tokens)
         confident_prefix(confidence, params.threshold),
         surviving_prefix(confidence, params.survival, full),
     )
-
-
-def _path_conditioned(
-    head: DraftHead, vocabulary: Vocabulary, stream, base, anchor, budget, tree: TreeConfig
-) -> DraftTree:
-    def step(slot, state, tokens, candidates):
-        here = stream[:, slot, None]  # [B, 1, M]
-        latent, state = head.advance(vocabulary, here, tokens, state)
-        scores = jnp.take_along_axis(base[:, slot], candidates, axis=1)
-        return head.correct(vocabulary, scores, latent, candidates), state
-
-    return path_conditioned(
-        base,
-        anchor,
-        step,
-        head.sequential.initial_state((*anchor.shape, 1)),
-        candidates=min(tree.candidates, base.shape[-1]),
-        budget=budget,
-        size=tree.size,
-    )
-
-
-def _transitions(
-    head: DraftHead, vocabulary: Vocabulary, stream, base, anchor, budget, tree: TreeConfig
-) -> DraftTree:
-    """Every depth's likeliest tokens as parents of the next depth's, all in one step."""
-    tokens, log_probs, following = transition_table(
-        head, vocabulary, stream, base, anchor, parents=tree.candidates, children=tree.width
-    )
-    return from_transitions(tokens, log_probs, following, anchor, budget=budget, size=tree.size)
 
 
 def transition_table(

@@ -74,11 +74,11 @@ class DraftLayer(nnx.Module):
         """Slots [..., b, M] -> [..., b, M]; `attend(q, k, v)` adds the context."""
         normed = rms_norm(x, self.norm[...], self.eps)
         q = project("...m,mkgd->...kgd", normed, self.q[...])
-        grouped = q.shape
-        q = q.reshape(*x.shape[:-1], -1, grouped[-1])
+        q = q.reshape(*x.shape[:-1], -1, q.shape[-1])  # [..., b, H, D]
         q = rotate(rms_norm(q, self.q_norm[...], self.eps), *angles)
-        attended = attend(q, *self.keys_values(normed, angles)).reshape(grouped)
-        x = x + project("...kgd,kgdm->...m", attended, self.out[...])
+        attended = attend(q, *self.keys_values(normed, angles)).reshape(*x.shape[:-1], -1)
+        # One contracted axis: with three, XLA transposes the weight.
+        x = x + project("...h,hm->...m", attended, self.out[...].reshape(-1, x.shape[-1]))
         normed = rms_norm(x, self.mlp_norm[...], self.eps)
         inner = swiglu(project("...m,mcf->...cf", normed, self.gate_up[...]))
         return x + project("...f,fm->...m", inner, self.down[...])
