@@ -1,0 +1,110 @@
+"""Draws the trees of the first rounds of a real text, with what the target accepted.
+
+python examples/draw_tree.py "Name the planets." --drafter small:smollm2-135m --out tree.png
+
+A small model that is the target itself drafts well; its tree shows where a temperature above 0
+leaves the likeliest path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import jaxspec
+from jaxspec.config import TREE_KINDS
+from jaxspec.decoding.loop import Decoder, Params, decode, prefill
+from jaxspec.decoding.requests import capacity_for, pack
+from jaxspec.generation import request_keys
+from jaxspec.trees.draw import as_figure, as_text, follow, visible
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Attributes:
+    prompt: a user's turn.
+    target, drafter: as for `jaxspec.load_target` and `jaxspec.load_drafter`.
+    kind: how the tree is grown.
+    size: nodes, root included.
+    width: children per expanded node (best_first).
+    rounds: rounds to draw.
+    temperature: of the target; 0 takes its likeliest token.
+    out: picture of the last round.
+    """
+
+    prompt: tyro.conf.Positional[str] = "Name three planets and what they are known for."
+    target: str = "smollm2-135m"
+    drafter: str = "small:smollm2-135m"
+    kind: str = "top_budget"
+    size: int = 24
+    width: int = 3
+    rounds: int = 3
+    temperature: float = 0.8
+    seed: int = 0
+    out: str | None = None
+
+    def __post_init__(self):
+        if self.kind not in TREE_KINDS:
+            raise ValueError(f"kind is {self.kind!r}; expected one of {TREE_KINDS}")
+        if self.rounds < 1:
+            raise ValueError(f"rounds is {self.rounds}; expected at least 1")
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def draft(decoder: Decoder, params: Params, state):
+    """The tree that the next round will verify."""
+    position = state.length - 1
+    anchor = jnp.take_along_axis(state.tokens, position[:, None], axis=1)[:, 0]
+    return decoder.drafter.draft(params.drafter, state.drafter, anchor, position, state.budget)[
+        0
+    ]
+
+
+def main(options: Options):
+    target = jaxspec.load_target(options.target)
+    tree = jaxspec.TreeConfig(options.kind, size=options.size, width=options.width)
+    drafter = jaxspec.load_drafter(options.drafter, target, tree=tree)
+    decoder = Decoder(target.config, drafter.drafter)
+    params = Params(target.params, drafter.params)
+
+    prompt = target.tokenizer.chat(options.prompt)
+    new_tokens = options.rounds * (drafter.drafter.depth + 1) + 1
+    requests = pack(
+        decoder,
+        [prompt],
+        batch=1,
+        capacity=capacity_for(len(prompt) + new_tokens, decoder),
+        max_new_tokens=new_tokens,
+        budget=options.size,
+        sampling=[jaxspec.Sampling(temperature=options.temperature)],
+        keys=request_keys(options.seed, 1),
+    )
+
+    def text(*tokens):
+        return target.tokenizer.decode(tokens)
+
+    def label(token):
+        return visible(text(token))
+
+    state = prefill(decoder, params, requests)
+    for number in range(1, options.rounds + 1):
+        if state.done[0]:
+            break
+        grown, before = draft(decoder, params, state), int(state.length[0])
+        state = decode(decoder, params, state, requests.sampling, np.int32(1))
+        decided = state.tokens[0, before : int(state.length[0])].tolist()
+        path = follow(grown, decided[:-1])  # the last one is the target's own
+        print(f"round {number}: the target goes on with {text(*decided)!r}")
+        print(as_text(grown, label=label, accepted=path), "\n")
+    if options.out:
+        as_figure(grown, label=label, accepted=path).savefig(options.out)
+        print(f"drew round {number} to {options.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
