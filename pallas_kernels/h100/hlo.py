@@ -161,7 +161,7 @@ class Module:
         return bool(codes & moves) and codes <= moves | _FREE | {"broadcast", "fusion"}
 
     def _reads_state(self, op: Op, name: str, least: int) -> bool:
-        """Whether it reads an array as large as one of the program's arguments, from outside."""
+        """Whether it reads an argument of the program, told by its size, from outside."""
         arguments = {
             size
             for argument in self.computations[self.entry].values()

@@ -47,6 +47,11 @@ def tree_attention_triton(
 ) -> jax.Array:
     """See `tree_attention_reference` for shapes and meaning.
 
+    Everything is read and written in the cache's dtype: queries and new rows are rounded to it
+    where they are made, and the output, which a matrix product in that dtype consumes, where
+    it is divided. In float32 all four would be written, read and converted by kernels of their
+    own.
+
     Args:
       tile: how the work is cut, see `choose`.
       interpret: run on the CPU, program by program, to check numbers. Shapes, bounds and
@@ -55,21 +60,21 @@ def tree_attention_triton(
     batch, n, heads, dim = q.shape
     kv_heads, capacity = k_cache.shape[1], k_cache.shape[2]
     group = heads // kv_heads
-    queries = batch * n * heads
+    queries, dtype = batch * n * heads, k_cache.dtype
     # Rows are addressed flat, as they lie in memory: query (b, node, head), new key
     # (b, node, kv head), cached key (b, kv head, position).
     inputs = [
         lengths,
-        q.reshape(queries, dim),
+        q.astype(dtype).reshape(queries, dim),
         k_cache.reshape(-1, dim),
         v_cache.reshape(-1, dim),
-        k_new.reshape(-1, dim),
-        v_new.reshape(-1, dim),
+        k_new.astype(dtype).reshape(-1, dim),
+        v_new.astype(dtype).reshape(-1, dim),
         lax.bitcast_convert_type(ancestors, jnp.int32).reshape(batch * n, -1),
     ]
     if window is not None:
         inputs.append(depths.reshape(-1))
-    out = jax.ShapeDtypeStruct((queries, dim), q.dtype)
+    out = jax.ShapeDtypeStruct((queries, dim), dtype)
     partials = (
         jax.ShapeDtypeStruct((tile.splits, queries, dim), jnp.float32),
         jax.ShapeDtypeStruct((tile.splits, queries), jnp.float32),
@@ -85,7 +90,7 @@ def tree_attention_triton(
             kv_heads=kv_heads,
             capacity=capacity,
             window=window,
-            products=_products(k_cache.dtype, interpret),
+            products=_products(dtype, interpret),
         ),
         out_shape=out if tile.splits == 1 else partials,
         grid=(pl.cdiv(n * group, tile.rows), batch * kv_heads, tile.splits),
@@ -103,7 +108,7 @@ def tree_attention_triton(
             interpret=interpret,
             name="tree_attention_merge",
         )(*result)
-    return result.reshape(q.shape)
+    return result.reshape(q.shape).astype(q.dtype)
 
 
 def _products(dtype, interpret: bool):
@@ -151,8 +156,7 @@ def attend(
 
     def rows_of(ref, index, exists):
         mask = jnp.broadcast_to(exists[:, None], (index.size, dim))
-        rows = plgpu.load(ref.at[index[:, None], lane], mask=mask, other=0.0)
-        return rows.astype(k_cache_ref.dtype)
+        return plgpu.load(ref.at[index[:, None], lane], mask=mask, other=0.0)
 
     q = rows_of(q_ref, query, real)
     if window is not None:

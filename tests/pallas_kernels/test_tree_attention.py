@@ -129,7 +129,7 @@ def qwen3_8b(nodes, capacity, batch=1):
         (qwen3_8b(1, 32768), TileConfig(16, 64, 16, 32, 4, 3)),
         (qwen3_8b(1, 4096, batch=32), TileConfig(16, 64, 16, 1, 4, 3)),
         # Verifying: wgmma tiles of 64 or 128 rows, fewer splits as rows fill the processors.
-        (qwen3_8b(16, 4096), TileConfig(64, 64, 16, 16, 4, 2)),
+        (qwen3_8b(16, 4096), TileConfig(64, 64, 16, 16, 4, 3)),
         (qwen3_8b(64, 4096), TileConfig(128, 64, 64, 8, 8, 3)),
         (qwen3_8b(256, 4096), TileConfig(128, 64, 64, 2, 8, 3)),
         (qwen3_8b(512, 4096), TileConfig(128, 64, 64, 1, 8, 3)),
