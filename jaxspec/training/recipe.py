@@ -1,0 +1,158 @@
+"""What is trained, on what, how long: small frozen dataclasses and the published recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxspec.config import DrafterConfig, TargetConfig
+from jaxspec.training.losses import LossConfig
+from jaxspec.training.vocabulary_loss import Mixture
+
+FAMILIES = ("dspark", "dflash", "jetspec")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up, then a cosine to zero.
+
+    Attributes:
+      warmup: share of the steps.
+      clip: largest global norm of the gradient.
+    """
+
+    learning_rate: float = 6e-4
+    warmup: float = 0.04
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A whole run; two runs of equal configuration on equal data are equal.
+
+    Attributes:
+      steps: updates of the weights.
+      batch_size: sequences per update.
+      micro_batch: sequences per forward; the gradients of a batch are summed in float32.
+      anchors: blocks per sequence.
+      initial: "target" copies the target's last layers, "random" draws all weights.
+      validate_every, checkpoint_every: in steps; 0 does so at the end alone.
+      keep: newest checkpoints kept, beside the best.
+    """
+
+    drafter: DrafterConfig
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    steps: int = 1000
+    batch_size: int = 8
+    micro_batch: int = 8
+    anchors: int = 512
+    initial: str = "target"
+    seed: int = 0
+    validate_every: int = 0
+    checkpoint_every: int = 100
+    keep: int = 2
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "micro_batch", "anchors", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"TrainConfig.{name} is {getattr(self, name)}; expected at least 1"
+                )
+        if self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"TrainConfig.batch_size is {self.batch_size}; expected a multiple of "
+                f"micro_batch = {self.micro_batch}"
+            )
+        if self.initial not in ("target", "random"):
+            raise ValueError(
+                f"TrainConfig.initial is {self.initial!r}; expected 'target' or 'random'"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Sizes of a drafter for one target.
+
+    Attributes:
+      mask_token_id: an embedding row that no text uses.
+      rank: of the sequential head, where there is one.
+    """
+
+    mask_token_id: int
+    layers: int = 5
+    taps: int = 5
+    rank: int = 256
+
+
+QWEN3 = Preset(mask_token_id=151_669)
+PRESETS = {
+    "smollm2-135m": Preset(mask_token_id=16, layers=3, rank=128),
+    "qwen3-0.6b": QWEN3,
+    "qwen3-1.7b": QWEN3,
+    "qwen3-4b": QWEN3,
+    "qwen3-8b": QWEN3,
+    "qwen3-14b": QWEN3,
+    "qwen3-32b": QWEN3,
+    "qwen3-30b-a3b": QWEN3,
+}
+
+
+def spaced_taps(layers: int, count: int) -> tuple[int, ...]:
+    """Layers evenly apart, from the second to the last but two (DFlash's rule).
+
+    >>> spaced_taps(36, 5)
+    (1, 9, 17, 25, 33)
+    """
+    if count == 1:
+        return (layers // 2,)
+    return tuple(round(1 + i * (layers - 4) / (count - 1)) for i in range(count))
+
+
+def drafter_config(
+    family: str, target: TargetConfig, preset: Preset, *, block_size: int | None = None
+) -> DrafterConfig:
+    """A drafter of one of `FAMILIES`, its layers shaped like the target's.
+
+    Args:
+      block_size: of the family by default.
+    """
+    dspark = family == "dspark"
+    return DrafterConfig(
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
+        intermediate_size=target.intermediate_size,
+        num_layers=preset.layers,
+        num_heads=target.num_heads,
+        num_kv_heads=target.num_kv_heads,
+        head_dim=target.head_dim,
+        target_layers=target.num_layers,
+        taps=spaced_taps(target.num_layers, preset.taps),
+        block_size=block_size or (7 if dspark else 16),
+        mask_token_id=preset.mask_token_id,
+        causal=family == "jetspec",
+        predict_next=dspark,
+        sequential="markov" if dspark else None,
+        rank=preset.rank if dspark else 0,
+        confidence="hidden_and_previous" if dspark else None,
+        rope_theta=target.rope_theta,
+        rms_norm_eps=target.rms_norm_eps,
+        max_positions=target.max_positions,
+    )
+
+
+def loss_config(family: str) -> LossConfig:
+    """The loss each of `FAMILIES` was published with.
+
+    Raises:
+      ValueError: the family is unknown.
+    """
+    if family == "dspark":
+        return LossConfig()
+    if family == "dflash":
+        return LossConfig(Mixture(1.0, 0.0, 0.0), confidence=0.0, decay=7.0)
+    if family == "jetspec":
+        return LossConfig(Mixture(0.0, 1.0, 0.0), confidence=0.0, weighting="uniform")
+    raise ValueError(f"the drafter family is {family!r}; expected one of {FAMILIES}")

@@ -1,0 +1,196 @@
+"""One update of a drafter, target forward included, as one compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxspec.config import DrafterConfig, TargetConfig
+from jaxspec.drafters.head import Vocabulary, bind, random_weights
+from jaxspec.models.params import MoeParams, TargetParams
+from jaxspec.training.batches import UNIT
+from jaxspec.training.blocks import before_labels, run_blocks, sample_anchors, supervised_slots
+from jaxspec.training.features import target_features
+from jaxspec.training.losses import LossSums, drafter_loss
+from jaxspec.training.recipe import OptimizerConfig, TrainConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What an update changes.
+
+    Attributes:
+      weights: of the head, float32.
+      optimizer: optax's state.
+      step: int32 scalar, updates so far; random numbers follow from it and the seed.
+    """
+
+    weights: nnx.State
+    optimizer: Any
+    step: jax.Array
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then a cosine to zero at `steps`."""
+    warmup = max(1, round(config.warmup * steps))
+    return optax.warmup_cosine_decay_schedule(
+        config.learning_rate / warmup, config.learning_rate, warmup, max(steps, warmup + 1)
+    )
+
+
+def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            learning_rate(config, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+        ),
+    )
+
+
+def init_state(config: TrainConfig, target: TargetParams) -> TrainState:
+    """The state before the first update."""
+    weights = random_weights(config.drafter, jax.random.key(config.seed))
+    if config.initial == "target":
+        weights = copy_layers(config.drafter, weights, target)
+    return TrainState(
+        weights, optimizer(config.optimizer, config.steps).init(weights), jnp.int32(0)
+    )
+
+
+def copy_layers(config: DrafterConfig, weights: nnx.State, target: TargetParams) -> nnx.State:
+    """Takes the target's last layers over into the head's.
+
+    Raises:
+      ValueError: their shapes differ.
+    """
+    flat = dict(nnx.to_flat_state(weights))
+    taken = {("norm",): target.final_norm}
+    for i, layer in enumerate(target.layers[-config.num_layers :]):
+        if isinstance(layer.mlp, MoeParams):
+            raise ValueError(
+                "the target's last layers are mixtures of experts, which a drafter cannot "
+                "start from; set initial to 'random'"
+            )
+        attention, mlp = layer.attention, layer.mlp
+        found = {
+            "norm": attention.norm,
+            "q": attention.qkv[:, :, :-2],
+            "kv": attention.qkv[:, :, -2:],
+            "q_norm": attention.q_norm,
+            "k_norm": attention.k_norm,
+            "out": attention.out,
+            "mlp_norm": mlp.norm,
+            "gate_up": mlp.gate_up,
+            "down": mlp.down,
+        }
+        taken |= {("layers", i, name): x for name, x in found.items() if x is not None}
+    for path, x in taken.items():
+        if flat[path].shape != x.shape:
+            raise ValueError(
+                f"the drafter's {'.'.join(map(str, path))} has shape {flat[path].shape}, the "
+                f"target's {x.shape}; give the drafter the target's sizes, or set initial to "
+                "'random'"
+            )
+        # A copy: the state is donated to every step, the target is not.
+        flat[path] = flat[path].replace(jnp.array(x, jnp.float32))
+    return nnx.from_flat_state(list(flat.items()))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "target_config"), donate_argnames="state"
+)
+def train_step(
+    config: TrainConfig,
+    target_config: TargetConfig,
+    target: TargetParams,
+    state: TrainState,
+    tokens: jax.Array,
+    supervised: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update.
+
+    Products run in the target's dtype, sums and the weights themselves are float32.
+
+    Args:
+      tokens: [n, b, T] int32, n micro-batches.
+      supervised: [n, b, T] bool.
+
+    Returns:
+      The new state, and means over the batch: the loss and its parts, the acceptance of each
+      slot under teacher forcing [P], and the norm of the gradient.
+    """
+    keys = jax.random.split(
+        jax.random.fold_in(jax.random.key(config.seed), state.step), len(tokens)
+    )
+
+    def micro_batch(carry, batch):
+        slopes, sums = jax.grad(batch_loss, argnums=3, has_aux=True)(
+            config, target_config, target, state.weights, *batch
+        )
+        return jax.tree.map(jnp.add, carry, (slopes, sums)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (state.weights, empty_sums(config.drafter)))
+    (slopes, sums), _ = jax.lax.scan(micro_batch, zeros, (tokens, supervised, keys))
+    weight = jnp.maximum(sums.weight, 1e-6)
+    slopes = jax.tree.map(lambda x: x / weight, slopes)
+    updates, optimizer_state = optimizer(config.optimizer, config.steps).update(
+        slopes, state.optimizer, state.weights
+    )
+    metrics = {
+        "loss": sums.total / weight,
+        "cross_entropy": sums.cross_entropy / weight,
+        "kl": sums.kl / weight,
+        "total_variation": sums.total_variation / weight,
+        "confidence": sums.confidence / weight,
+        "acceptance": sums.accepted / jnp.maximum(sums.counted, 1),
+        "gradient_norm": optax.tree.norm(slopes),
+    }
+    weights = optax.apply_updates(state.weights, updates)
+    return TrainState(weights, optimizer_state, state.step + 1), metrics
+
+
+def batch_loss(
+    config: TrainConfig,
+    target_config: TargetConfig,
+    target: TargetParams,
+    weights: nnx.State,
+    tokens: jax.Array,
+    supervised: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, LossSums]:
+    """The loss of sequences [b, T], not yet divided, and its parts. Consumes `key`."""
+    depth = config.drafter.depth
+    features = target_features(
+        target, target_config, tokens, taps=config.drafter.taps, chunk=UNIT
+    )
+    anchors, kept = sample_anchors(key, supervised, config.anchors)
+    dtype = target.embed.dtype
+    head = bind(config.drafter, jax.tree.map(lambda x: x.astype(dtype), weights))
+    vocabulary = Vocabulary(target.embed, target.unembed)
+    blocks = run_blocks(head, vocabulary, tokens, features.taps, anchors)
+    sums = drafter_loss(
+        config.loss,
+        head,
+        vocabulary,
+        blocks,
+        supervised_slots(supervised, anchors, kept, depth),
+        before_labels(features.hidden, anchors, depth),
+    )
+    return sums.total, jax.lax.stop_gradient(sums)
+
+
+def empty_sums(config: DrafterConfig) -> LossSums:
+    """Sums over no positions."""
+    zero, slots = jnp.float32(0), jnp.zeros(config.depth)
+    return LossSums(zero, zero, zero, zero, zero, zero, slots, slots)

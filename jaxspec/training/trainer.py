@@ -1,0 +1,198 @@
+"""The training loop: resumable, interruptible, ending with a checkpoint that decodes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from tqdm import tqdm
+
+from checkpoints.drafters import save_drafter
+from checkpoints.store import Store
+from jaxspec.generation import Prompt, Target
+from jaxspec.training.batches import Position, collate, plan
+from jaxspec.training.conversations import Example
+from jaxspec.training.recipe import TrainConfig
+from jaxspec.training.step import TrainState, init_state, learning_rate, train_step
+from jaxspec.training.validation import trained_drafter, walked_tau
+
+CONFIG, METRICS, CHECKPOINTS, DRAFTER = (
+    "config.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "drafter",
+)
+
+
+def train(
+    config: TrainConfig,
+    target: Target,
+    examples: Sequence[Example],
+    folder: str | Path,
+    *,
+    prompts: Sequence[Prompt] = (),
+    resume_step: int | None = None,
+) -> Path | None:
+    """Trains a drafter, or goes on with the run that the folder holds.
+
+    The folder gets `config.json`, `metrics.jsonl`, `checkpoints/` and, at the end, `drafter/`:
+    the best weights by walked tau, or the last ones without prompts. A run that was killed
+    goes on from its newest checkpoint and ends with the same weights, bit for bit on the same
+    devices. SIGTERM ends it after the current step, with a checkpoint.
+
+    Args:
+      examples: from `conversations.read_examples`.
+      prompts: held out, for validation.
+      resume_step: checkpoint to go on from; the newest by default.
+
+    Returns:
+      The folder of the drafter, or None if the run was interrupted.
+
+    Raises:
+      ValueError: the folder holds a run with other settings, the checkpoint is damaged, or the
+        loss is not a number.
+    """
+    folder = Path(folder)
+    _check_settings(folder, config, target)
+    if (folder / DRAFTER).exists():
+        return folder / DRAFTER
+    store = Store(folder / CHECKPOINTS, keep=config.keep)
+    state, position = init_state(config, target.params), Position()
+    if store.steps or resume_step is not None:
+        _, state, saved = store.restore(state, resume_step)
+        position = Position(**saved)
+    metrics = Metrics(folder / METRICS, after=int(state.step))
+    rate = learning_rate(config.optimizer, config.steps)
+
+    def validate(state: TrainState) -> float | None:
+        if not prompts:
+            return None
+        tau = walked_tau(
+            target, trained_drafter(config.drafter, state.weights, target), prompts
+        )
+        metrics.write(int(state.step), tau=tau)
+        return tau
+
+    epoch, batches = -1, []
+    done = int(state.step)
+    progress = tqdm(total=config.steps, initial=done, unit="step", file=sys.stderr)
+    with contextlib.closing(store), progress, _termination() as terminated:
+        while done < config.steps:
+            if position.epoch != epoch:
+                epoch = position.epoch
+                batches = plan(
+                    [len(x) for x in examples], config.batch_size, seed=config.seed, epoch=epoch
+                )
+            arrays = collate(examples, batches[position.index])
+            shape = (-1, config.micro_batch, arrays[0].shape[1])
+            state, means = train_step(
+                config, target.config, target.params, state, *(x.reshape(shape) for x in arrays)
+            )
+            position = position.after(len(batches))
+            means = jax.device_get(means)
+            if not math.isfinite(means["loss"]):
+                raise ValueError(
+                    f"the loss of step {done} is {means['loss']}; lower the learning rate and "
+                    "start from an earlier checkpoint"
+                )
+            metrics.write(
+                done + 1, epoch=epoch, learning_rate=float(rate(done)), **_plain(means)
+            )
+            done += 1
+            progress.update()
+            progress.set_postfix(loss=f"{means['loss']:.3f}")
+
+            last = done == config.steps
+            score = validate(state) if last or _due(done, config.validate_every) else None
+            if last or score is not None or terminated or _due(done, config.checkpoint_every):
+                store.save(done, state, dataclasses.asdict(position), score=score)
+            if terminated and not last:
+                return None
+        best = store.best
+        if best not in (None, done):
+            _, state, _ = store.restore(state, best)
+    return export(config, target, state.weights, folder / DRAFTER)
+
+
+def export(config: TrainConfig, target: Target, weights: nnx.State, folder: Path) -> Path:
+    """Writes a drafter's checkpoint, in the target's dtype; it appears whole or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    dtype = target.params.embed.dtype
+    weights = jax.tree.map(lambda x: x.astype(dtype), weights)
+    drafter = trained_drafter(config.drafter, weights, target)
+    save_drafter(partial, drafter.drafter, drafter.params)
+    os.rename(partial, folder)
+    return folder
+
+
+class Metrics:
+    """One JSON object per line, in the order of steps."""
+
+    def __init__(self, path: Path, *, after: int):
+        """Args: after: lines of later steps, which will be computed again, are dropped."""
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [
+            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after
+        ]
+        path.write_text("".join(kept))
+        self.path = path
+
+    def write(self, step: int, **values: Any) -> None:
+        with self.path.open("a") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def _check_settings(folder: Path, config: TrainConfig, target: Target) -> None:
+    """Writes the settings of a new run; those of an old one must be the same."""
+    settings = {"target": target.name, **dataclasses.asdict(config)}
+    text = json.dumps(settings, indent=2) + "\n"
+    path = folder / CONFIG
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return
+    if path.read_text() != text:
+        old = json.loads(path.read_text())
+        different = [name for name in settings if old.get(name) != json.loads(text)[name]]
+        raise ValueError(
+            f"{folder} holds a run with other settings ({', '.join(different)} differ); "
+            "train in a new folder or use the same ones"
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _plain(means: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.tolist() for name, value in means.items()}
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[list]:
+    """A list that is filled when SIGTERM arrives; the signal does nothing else meanwhile.
+
+    Outside the main thread, where Python allows no handlers, it stays empty.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,50 @@
+"""How good a drafter is: acceptance length as decoding meets it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flax import nnx
+
+from jaxspec.config import DrafterConfig, TreeConfig
+from jaxspec.decoding.stats import pooled_tau
+from jaxspec.drafters.block import BlockDrafter, block_params
+from jaxspec.generation import LoadedDrafter, Prompt, Target, generate
+
+
+def trained_drafter(
+    config: DrafterConfig, weights: nnx.State, target: Target, tree: TreeConfig | None = None
+) -> LoadedDrafter:
+    """A head's weights as a drafter for `jaxspec.generate`.
+
+    Args:
+      tree: what it drafts; the whole chain by default.
+    """
+    if tree is None:
+        tree = TreeConfig("chain", size=1 << config.depth.bit_length())
+    return LoadedDrafter(BlockDrafter(config, tree), block_params(weights, target.params))
+
+
+def walked_tau(
+    target: Target,
+    drafter: LoadedDrafter,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    thinking: bool | None = None,
+) -> float:
+    """Tokens per round of real greedy decoding, pooled over prompts.
+
+    An average over all positions as anchors would overstate it by a fifth: an easy run of
+    eight tokens would count eight times, and is one round.
+    """
+    completions = generate(
+        target,
+        prompts,
+        drafter=drafter,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        thinking=thinking,
+    )
+    return pooled_tau([completion.stats for completion in completions])

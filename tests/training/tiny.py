@@ -1,0 +1,69 @@
+"""A run small enough for a test; `python -m tests.training.tiny FOLDER` trains it."""
+
+import sys
+
+import jax
+import numpy as np
+
+from jaxspec.config import DrafterConfig, TargetConfig
+from jaxspec.generation import Target
+from jaxspec.models.params import random_params
+from jaxspec.training.conversations import Example
+from jaxspec.training.losses import LossConfig
+from jaxspec.training.recipe import OptimizerConfig, TrainConfig
+from jaxspec.training.trainer import train
+from jaxspec.training.vocabulary_loss import Mixture
+
+TARGET_CONFIG = TargetConfig(
+    vocab_size=23,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+)
+DRAFTER = DrafterConfig(
+    vocab_size=23,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    target_layers=3,
+    taps=(0, 1),
+    block_size=3,
+    mask_token_id=22,
+    predict_next=True,
+    sequential="markov",
+    rank=4,
+    confidence="hidden_and_previous",
+)
+CONFIG = TrainConfig(
+    DRAFTER,
+    loss=LossConfig(Mixture(chunk=16)),
+    optimizer=OptimizerConfig(learning_rate=1e-2),
+    steps=12,
+    batch_size=4,
+    micro_batch=2,
+    anchors=4,
+    checkpoint_every=2,
+)
+
+
+def target() -> Target:
+    return Target("tiny", TARGET_CONFIG, random_params(TARGET_CONFIG, jax.random.key(0)))
+
+
+def examples(count: int = 10) -> list[Example]:
+    random = np.random.default_rng(0)
+    rows = []
+    for length in random.integers(20, 100, count):
+        tokens = random.integers(0, 22, length).astype(np.int32)
+        rows.append(Example(tokens, np.arange(length) >= 8))
+    return rows
+
+
+if __name__ == "__main__":
+    train(CONFIG, target(), examples(), sys.argv[1])
