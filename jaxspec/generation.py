@@ -119,6 +119,8 @@ def generate(
         raise ValueError(
             f"{len(sampling)} samplings for {len(prompts)} prompts; give one, or one each"
         )
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     keys = request_keys(seed, len(prompts))
 
     completions = []

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
-import jax
-import pytest
+# Tests run small programs once: compiling them costs most of the time, three times less so.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+)
 
-import checkpoints
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+import checkpoints  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 

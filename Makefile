@@ -1,0 +1,30 @@
+# Every target sets up its own environment: python 3.11 or newer and make are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: generate test lint bench h100 clean
+
+generate: $(VENV)/base        ## real text from a real model, plain and speculative
+	$(BIN)/python examples/generate.py
+
+test: $(VENV)/test            ## the unit tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/test            ## style and format
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: $(VENV)/test           ## speed and acceptance, one run against plain decoding
+	$(BIN)/python examples/benchmark.py
+
+$(VENV)/python:
+	$(PYTHON) -m venv $(VENV) && touch $@
+
+$(VENV)/base: $(VENV)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable . && touch $@
+
+$(VENV)/test: $(VENV)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[test]' && touch $@ $(VENV)/base
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

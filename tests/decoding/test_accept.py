@@ -1,0 +1,79 @@
+"""The accepted path against a walk from the root, node by node."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.decoding.accept import accept
+from jaxspec.trees.tree import DraftTree, ancestors
+from tests.tiny import random_tree
+
+
+def test_a_literal_tree():
+    #      0:7
+    #     /   \
+    #   1:5   2:3       the target chooses 3 after the root, 9 after node 2, 4 after node 3
+    #    |     |
+    #   4:1   3:9
+    tree = DraftTree(
+        tokens=jnp.array([[7, 5, 3, 9, 1]]),
+        parents=jnp.array([[-1, 0, 0, 2, 1]]),
+        depths=jnp.array([[0, 1, 1, 2, 2]]),
+        scores=jnp.zeros((1, 5)),
+        valid=jnp.ones((1, 5), bool),
+    )
+    out = accept(tree, ancestors(tree), jnp.array([[3, 0, 9, 4, 0]]), max_depth=3)
+    assert out.path[0, :3].tolist() == [0, 2, 3]
+    assert out.count.tolist() == [3]
+    assert out.tokens[0, :3].tolist() == [3, 9, 4]
+
+
+def test_random_trees_equal_the_walk():
+    size, depth, vocab, batch = 33, 4, 2, 100  # few tokens: paths match and siblings repeat
+    key = jax.random.key(0)
+    budget = jax.random.randint(key, (batch,), 1, size + 1)
+    tree = jax.vmap(lambda k, b: random_tree(size, depth, vocab, k, jnp.int32(0), b))(
+        jax.random.split(key, batch), budget
+    )
+    bits = ancestors(tree)
+    tree = jax.tree.map(np.asarray, tree)
+    choices = choices_by_path(tree, vocab)
+    out = accept(jax.tree.map(jnp.asarray, tree), bits, jnp.asarray(choices), max_depth=depth)
+    lengths = []
+    for b in range(batch):
+        n = int(out.count[b])
+        path = np.asarray(out.path[b, :n])
+        lengths.append(n)
+        # Siblings may share a token; then any of the deepest walks will do.
+        decided = longest(tree, b, choices[b])
+        assert out.tokens[b, :n].tolist() == decided
+        assert path[0] == 0
+        for above, node in zip(path, path[1:], strict=False):
+            assert tree.parents[b, node] == above and tree.valid[b, node]
+            assert tree.tokens[b, node] == choices[b, above]
+    assert max(lengths) == depth + 1 and min(lengths) == 1  # both ends occurred
+
+
+def choices_by_path(tree, vocab):
+    """A target: what it chooses after a node depends on the tokens of the node's path alone."""
+    digest = np.zeros(tree.tokens.shape, np.int32)
+    for b, node in np.ndindex(digest.shape):
+        parent = int(tree.parents[b, node])
+        above = digest[b, parent] if parent >= 0 else b
+        digest[b, node] = (5 * above + int(tree.tokens[b, node]) + 1) % 97
+    return digest % vocab
+
+
+def longest(tree, b, choices):
+    """Tokens decided along the deepest walk from the root."""
+    tokens, parents, valid = tree.tokens[b], tree.parents[b], tree.valid[b]
+
+    def down(node):
+        matching = (
+            i
+            for i in range(len(tokens))
+            if valid[i] and parents[i] == node and tokens[i] == choices[node]
+        )
+        return [int(choices[node]), *max(map(down, matching), key=len, default=[])]
+
+    return down(0)

@@ -1,0 +1,76 @@
+"""Where an output ends, and what the statistics say of it."""
+
+import pytest
+
+from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.small_model import SmallModel
+from jaxspec.generation import LoadedDrafter, generate
+from tests import tiny
+
+PROMPT = tiny.prompts(7)[0]
+ITSELF = LoadedDrafter(SmallModel(tiny.QWEN3), tiny.target().params)  # always right: 8 a round
+
+
+def run(max_new_tokens=40, stop_ids=None, drafter=ITSELF):
+    sampling = Sampling(stop_ids=stop_ids)
+    return generate(
+        tiny.target(), PROMPT, drafter=drafter, max_new_tokens=max_new_tokens, sampling=sampling
+    )[0]
+
+
+def test_max_new_tokens_inside_a_block():
+    reference = run(40).token_ids
+    for n in (1, 2, 8, 9, 10, 16, 17, 39):
+        out = run(n)
+        assert out.token_ids == reference[:n]
+        # The last round counts in full: every round of this drafter decides eight tokens.
+        assert out.stats.committed == (8,) * -(-(n - 1) // 8)
+
+
+def test_a_stop_id_inside_a_block_ends_the_output_and_is_kept():
+    reference = run(40).token_ids
+    for stop in set(reference):
+        end = reference.index(stop) + 1
+        out = run(40, stop_ids=(stop,))
+        assert out.token_ids == reference[:end]
+        assert sum(out.stats.committed) == end - 1  # a round counts up to the stop id
+
+
+def test_the_targets_own_stop_ids_are_the_default():
+    reference = run(40).token_ids
+    config = tiny.dataclasses.replace(tiny.QWEN3, eos_token_ids=(reference[4],))
+    target = tiny.Target("tiny", config, tiny.target().params)
+    out = generate(target, PROMPT, max_new_tokens=40)[0]
+    assert out.token_ids == reference[: reference.index(reference[4]) + 1]
+
+
+def test_tokens_rounds_and_nodes_agree():
+    out = run(40, drafter=tiny.RANDOM)
+    assert len(out.token_ids) == 40
+    assert 39 <= sum(out.stats.committed) <= 39 + tiny.RANDOM.drafter.depth
+    assert out.stats.tau == sum(out.stats.committed) / out.stats.rounds
+    assert out.stats.nodes == out.stats.rounds * 16
+
+
+def test_the_budget_bounds_the_nodes_verified():
+    out = generate(tiny.target(), PROMPT, drafter=tiny.RANDOM, max_new_tokens=20, budget=5)[0]
+    assert out.stats.nodes == out.stats.rounds * 5
+
+
+def test_the_capacity_may_be_filled_to_the_last_position():
+    positions = tiny.QWEN3.max_positions
+    out = generate(
+        tiny.target(), tiny.prompts(positions - 20)[0], max_new_tokens=20, drafter=tiny.RANDOM
+    )[0]
+    assert len(out.token_ids) == 20
+
+
+def test_no_rounds_no_tau():
+    assert run(1).stats.tau == 0.0
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_last_smaller_batch_is_padded(n):
+    prompts = tiny.prompts(3, 4, 5, 6)[: n + 2]
+    out = generate(tiny.target(), prompts, max_new_tokens=5, batch_size=2)
+    assert [len(c.token_ids) for c in out] == [5] * len(prompts)

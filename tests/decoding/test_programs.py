@@ -1,0 +1,95 @@
+"""What is compiled, and what it does: few programs, no transfers, no copies of a cache."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from jaxspec.decoding.loop import decode, prefill
+from jaxspec.decoding.requests import capacity_for, pack
+from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.small_model import SmallModel
+from jaxspec.generation import LoadedDrafter, _bind, generate, request_keys
+from tests import tiny
+
+
+def prepared(drafter, batch=2, capacity=None):
+    """decoder, params and requests of a small batch, on the device."""
+    target = tiny.target()
+    decoder, params = _bind(target, drafter, None)
+    requests = pack(
+        decoder,
+        tiny.prompts(*range(3, 3 + batch)),
+        batch=batch,
+        capacity=capacity or capacity_for(100, decoder),
+        max_new_tokens=40,
+        budget=drafter.drafter.size,
+        sampling=[Sampling()] * batch,
+        keys=request_keys(0, batch),
+    )
+    return decoder, params, jax.device_put(requests)
+
+
+def test_one_compilation_for_all_prompts_lengths_temperatures_and_budgets():
+    before = prefill._cache_size(), decode._cache_size()
+    for seed, temperature, top_p, top_k, budget, new_tokens in [
+        (0, 0.0, 1.0, 0, 16, 30),
+        (1, 0.7, 1.0, 0, 16, 7),
+        (2, 1.0, 0.9, 5, 1, 40),
+        (3, 0.0, 1.0, 0, 9, 1),
+    ]:
+        generate(
+            tiny.target(),
+            tiny.prompts(4 + seed, 60, 90, seed=seed),
+            drafter=LoadedDrafter(tiny.RandomTrees(depth=6)),
+            sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
+            budget=budget,
+            max_new_tokens=new_tokens,
+            seed=seed,
+        )
+    assert prefill._cache_size() - before[0] == 1
+    assert decode._cache_size() - before[1] == 1
+
+
+def test_rounds_transfer_nothing():
+    decoder, params, requests = prepared(tiny.RANDOM)
+    state = prefill(decoder, params, requests)
+    rounds = jax.device_put(np.int32(3))
+    with jax.transfer_guard("disallow"):
+        state = decode(decoder, params, state, requests.sampling, rounds)
+    assert state.rounds.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_no_copy_of_a_cache_in_a_loop(batch):
+    """Prefill may set up its zeros; inside its loop, and anywhere in decode, nothing is copied."""
+    small = LoadedDrafter(SmallModel(tiny.QWEN3, depth=2), tiny.target().params)
+    decoder, params, requests = prepared(small, batch, capacity=768)
+    state = jax.eval_shape(prefill, decoder, params, requests)
+    rounds = np.int32(1)
+    cache = rf"f32\[{batch},2,768,16\]"
+    text = decode.lower(decoder, params, state, requests.sampling, rounds).compile().as_text()
+    assert re.search(cache, text)
+    assert not re.findall(rf"= {cache}\S* copy\(", text)
+    text = prefill.lower(decoder, params, requests).compile().as_text()
+    bodies = [part for part in text.split("\n\n") if not part.lstrip().startswith("ENTRY")]
+    assert not [line for part in bodies for line in re.findall(rf"= {cache}\S* copy\(", part)]
+
+
+def test_no_copy_of_a_weight():
+    decoder, params, requests = prepared(tiny.RANDOM)
+    state = jax.eval_shape(prefill, decoder, params, requests)
+    text = (
+        decode.lower(decoder, params, state, requests.sampling, np.int32(1)).compile().as_text()
+    )
+    shapes = {",".join(map(str, w.shape)) for w in jax.tree.leaves(params.target) if w.ndim > 1}
+    moved = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
+    assert not shapes & set(moved)
+
+
+def test_capacities_come_in_few_buckets():
+    decoder, _, _ = prepared(tiny.RANDOM)
+    found = {capacity_for(n, decoder) for n in range(1, 4000)}
+    assert found == {256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096}
+    assert all(capacity_for(n, decoder) >= n + 6 for n in range(1, 4000))

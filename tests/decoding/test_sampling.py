@@ -1,0 +1,125 @@
+"""The law of the target's choices: filters against their definitions, sampling against the
+enumerated distribution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxspec.decoding.sampling import Sampling, SamplingRows, _kept, choose
+from jaxspec.generation import generate
+from tests import tiny
+
+
+def rows(batch=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) -> SamplingRows:
+    return SamplingRows(
+        temperature=jnp.full(batch, temperature, jnp.float32),
+        top_k=jnp.full(batch, top_k, jnp.int32),
+        top_p=jnp.full(batch, top_p, jnp.float32),
+        min_p=jnp.full(batch, min_p, jnp.float32),
+        stop_ids=jnp.zeros((batch, 0), jnp.int32),
+        key=jax.random.split(jax.random.key(seed), batch),
+    )
+
+
+def kept_by_sorting(logits, top_k, top_p, min_p):
+    """The definitions, one after the other, on a sorted vector."""
+    p = np.exp(logits - logits.max()).astype(np.float64)
+    order = np.argsort(-p, kind="stable")
+    keep = np.zeros(len(p), bool)
+    keep[order[: top_k or len(p)]] = True
+    p = np.where(keep, p, 0) / p[keep].sum()
+    if top_p < 1:
+        order = np.argsort(-p, kind="stable")
+        reached = np.cumsum(p[order])
+        keep &= np.isin(np.arange(len(p)), order[: np.searchsorted(reached, top_p) + 1])
+        p = np.where(keep, p, 0)
+    return keep & (p >= min_p * p.max())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    top_k=st.sampled_from([0, 1, 3, 10, 50]),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+    min_p=st.sampled_from([0.0, 0.1, 1.0]),
+)
+def test_filters_keep_what_their_definitions_keep(seed, top_k, top_p, min_p):
+    logits = np.random.default_rng(seed).normal(0, 3, 50).astype(np.float32)
+    options = rows(top_k=top_k, top_p=top_p, min_p=min_p)
+    found = np.asarray(_kept(jnp.asarray(logits)[None, None], options))[0, 0]
+    np.testing.assert_array_equal(found, kept_by_sorting(logits, top_k, top_p, min_p))
+
+
+def test_top_k_keeps_ties():
+    logits = jnp.array([[[1.0, 2.0, 2.0, 0.0]]])
+    assert _kept(logits, rows(top_k=1))[0, 0].tolist() == [False, True, True, False]
+
+
+def test_choices_of_one_position_share_their_noise():
+    logits = jnp.tile(jax.random.normal(jax.random.key(0), (1, 1, 64)), (1, 4, 1))
+    depths = jnp.array([[0, 1, 1, 2]])
+    chosen = choose(logits, depths, jnp.array([10]), rows(temperature=5.0), 2)[0].tolist()
+    assert chosen[1] == chosen[2] and len(set(chosen)) == 3
+    # The same positions reached from another anchor draw the same tokens.
+    later = choose(logits, depths, jnp.array([11]), rows(temperature=5.0), 2)[0].tolist()
+    assert later[0] == chosen[1] and later[1] == chosen[3]
+
+
+def test_temperature_zero_is_argmax_beside_sampled_rows():
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 64))
+    options = rows(batch=2)
+    options = tiny.dataclasses.replace(options, temperature=jnp.array([0.0, 9.0]))
+    chosen = choose(logits, jnp.zeros((2, 3), jnp.int32), jnp.array([4, 4]), options, 0)
+    best = jnp.argmax(logits, -1)
+    assert chosen[0].tolist() == best[0].tolist()
+    assert chosen[1].tolist() != best[1].tolist()
+
+
+def test_two_sampled_tokens_follow_the_enumerated_distribution():
+    """20,000 speculative draws of two tokens against p(a) p(b | a), computed by enumeration."""
+    target, prompt, draws = tiny.target(scale=0.2), tiny.prompts(5)[0], 20_000
+    sampling = Sampling(temperature=0.8, top_p=0.95, stop_ids=())
+    vocab = target.config.vocab_size
+
+    def law(prompt):
+        logits = tiny.logits(target, prompt)[-1].astype(np.float64) / sampling.temperature
+        keep = kept_by_sorting(logits, 0, sampling.top_p, 0.0)
+        p = np.where(keep, np.exp(logits - logits.max()), 0)
+        return p / p.sum()
+
+    expected = np.stack([p * law([*prompt, a]) for a, p in enumerate(law(prompt))])
+    out = generate(
+        target,
+        [prompt] * draws,
+        drafter=tiny.RANDOM,
+        max_new_tokens=2,
+        sampling=sampling,
+        batch_size=2000,
+    )
+    counts = np.zeros((vocab, vocab))
+    for completion in out:
+        counts[tuple(completion.token_ids)] += 1
+    assert counts[expected == 0].sum() == 0
+    cells = expected > 0
+    chi2 = ((counts - draws * expected)[cells] ** 2 / (draws * expected[cells])).sum()
+    # Mean cells - 1, variance twice that: six standard deviations and more would be a fault.
+    freedom = cells.sum() - 1
+    assert chi2 < freedom + 6 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("temperature", -1.0, "temperature is -1.0; expected a finite number, at least 0"),
+        ("temperature", float("nan"), "temperature is nan; expected a finite number"),
+        ("top_k", -2, "top_k is -2; expected at least 0"),
+        ("top_p", 0.0, "top_p is 0.0; expected more than 0 and at most 1"),
+        ("min_p", 1.5, "min_p is 1.5; expected 0 … 1"),
+    ],
+)
+def test_bad_options_are_refused(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**{field: value})
