@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import CASES, edge_lengths, make_inputs, oracle, tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,13 @@ from pallas_kernels.tree_attention import tree_attention
 from pallas_kernels.tree_attention.config import Shape, TileConfig, choose, unsupported
 from pallas_kernels.tree_attention.reference import tree_attention_reference
 from pallas_kernels.tree_attention.triton import tree_attention_triton
+from tests.pallas_kernels.attention_cases import (
+    CASES,
+    edge_lengths,
+    make_inputs,
+    oracle,
+    tolerance,
+)
 
 reference = jax.jit(tree_attention_reference, static_argnames=("scale", "window"))
 SCALE = 0.125
