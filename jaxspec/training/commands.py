@@ -1,0 +1,196 @@
+"""`regenerate` and `train`, from a shell."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Regenerate:
+    """Let the target answer prompts, or its own questions: what a drafter is trained on.
+
+    Killed and started again, it goes on where it was.
+
+    Examples:
+      python -m jaxspec regenerate --prompts prompts.jsonl --output data.jsonl
+      python -m jaxspec regenerate --questions 500 --temperature 0.7 --output data.jsonl
+    """
+
+    output: Path
+    """JSON lines of conversations; errors go to NAME.errors.jsonl beside it."""
+    prompts: Path | None = None
+    """JSON lines: {"turns": [...]}, {"prompt": ...} or {"conversations": [...]}."""
+    questions: int = 0
+    """Without prompts: how many questions the target writes and answers."""
+    target: str = "smollm2-135m"
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    drafter: str = "none"
+    """Speeds it up and changes nothing else; as for `generate`."""
+    max_new_tokens: int = 512
+    max_length: int = 1024
+    """Tokens a conversation may have."""
+    temperature: float = 0.0
+    """Of the answers; 0 is greedy."""
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    thinking: bool | None = None
+    """Turn a Qwen3 chat template's thinking on or off; written into every row."""
+    rows: int = 16
+    """Conversations decoded together."""
+    seed: int = 0
+
+    def run(self) -> int:
+        import jaxspec
+        from jaxspec.training import regenerate as r
+
+        if (self.prompts is None) == (self.questions < 1):
+            raise ValueError(
+                f"--prompts is {self.prompts} and --questions {self.questions}; give one"
+            )
+        jobs = (
+            r.own_questions(self.questions)
+            if self.prompts is None
+            else r.read_jobs(self.prompts)
+        )
+        config = r.RegenerateConfig(
+            max_new_tokens=self.max_new_tokens,
+            sampling=jaxspec.Sampling(
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                min_p=self.min_p,
+            ),
+            thinking=self.thinking,
+            max_length=self.max_length,
+            seed=self.seed,
+            rows=self.rows,
+        )
+        jaxspec.enable_compilation_cache()
+        target = jaxspec.load_target(self.target, dtype=self.dtype)
+        drafter = jaxspec.load_drafter(self.drafter, target)
+        count = r.regenerate(config, target, jobs, self.output, drafter=drafter)
+        print(f"{self.output}: {count} conversations")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a drafter on conversations of the target's; killed, it goes on where it was.
+
+    Examples:
+      python -m jaxspec train --data data.jsonl --output run --steps 2000
+      python -m jaxspec generate --drafter run/drafter --prompt "Why is the sky blue?"
+    """
+
+    data: Path
+    """Conversations, from `regenerate`."""
+    output: Path
+    """Folder of the run: metrics.jsonl, checkpoints, and at the end `drafter`."""
+    target: str = "smollm2-135m"
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of products and of the exported weights; the trained ones are always float32."""
+    family: Literal["dspark", "dflash", "jetspec"] = "dspark"
+    """Slots, heads and losses as published."""
+    validation: Path | None = None
+    """Held-out prompts, JSON lines; the weights with the best walked tau are exported."""
+    steps: int = 1000
+    batch_size: int = 8
+    micro_batch: int = 8
+    """Sequences per forward; gradients add up to the batch."""
+    anchors: int = 512
+    """Blocks per sequence."""
+    max_length: int = 1024
+    """Sequences are cut to this many tokens."""
+    learning_rate: float = 6e-4
+    weight_decay: float = 0.0
+    initial: Literal["target", "random"] = "target"
+    """First weights: the target's last layers, or random ones."""
+    layers: int | None = None
+    block_size: int | None = None
+    rank: int | None = None
+    mask_token_id: int | None = None
+    """An embedding row that no text uses; needed for targets without a preset."""
+    cross_entropy: float | None = None
+    kl: float | None = None
+    total_variation: float | None = None
+    """Weights of the losses, in place of the family's."""
+    weighting: Literal["exponential", "uniform", "dpace"] | None = None
+    """Of a block's slots, in place of the family's."""
+    validate_every: int = 0
+    """In steps; 0 validates at the end."""
+    checkpoint_every: int = 100
+    resume_step: int | None = None
+    """Checkpoint to go on from; the newest by default."""
+    seed: int = 0
+
+    def run(self) -> int:
+        import jaxspec
+        from jaxspec.training.conversations import read_examples
+        from jaxspec.training.recipe import OptimizerConfig, TrainConfig, drafter_config
+        from jaxspec.training.regenerate import read_jobs
+        from jaxspec.training.trainer import train
+
+        jaxspec.enable_compilation_cache()
+        target = jaxspec.load_target(self.target, dtype=self.dtype)
+        if target.tokenizer is None:
+            raise ValueError(f"target {self.target!r} has no tokenizer to read the data with")
+        examples = read_examples(self.data, target.tokenizer, max_length=self.max_length)
+        prompts = []
+        if self.validation is not None:
+            prompts = [job.turns[0] for job in read_jobs(self.validation)]
+        config = TrainConfig(
+            drafter=drafter_config(
+                self.family, target.config, self._preset(), block_size=self.block_size
+            ),
+            loss=self._loss(),
+            optimizer=OptimizerConfig(self.learning_rate, weight_decay=self.weight_decay),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            micro_batch=self.micro_batch,
+            anchors=self.anchors,
+            initial=self.initial,
+            seed=self.seed,
+            validate_every=self.validate_every,
+            checkpoint_every=self.checkpoint_every,
+        )
+        folder = train(
+            config,
+            target,
+            examples,
+            self.output,
+            prompts=prompts,
+            resume_step=self.resume_step,
+        )
+        print(f"drafter: {folder}" if folder else "interrupted; the same command goes on")
+        return 0
+
+    def _preset(self):
+        from jaxspec.training.recipe import PRESETS, Preset
+
+        preset = PRESETS.get(self.target)
+        if preset is None and self.mask_token_id is None:
+            raise ValueError(
+                f"there is no preset for target {self.target!r} (only {', '.join(PRESETS)}); "
+                "give --mask-token-id, an embedding row that no text uses"
+            )
+        given = {"mask_token_id": self.mask_token_id, "layers": self.layers, "rank": self.rank}
+        given = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(preset, **given) if preset else Preset(**given)
+
+    def _loss(self):
+        from jaxspec.training.recipe import loss_config
+
+        loss = loss_config(self.family)
+        given = {
+            "cross_entropy": self.cross_entropy,
+            "kl": self.kl,
+            "total_variation": self.total_variation,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        loss = dataclasses.replace(loss, mixture=dataclasses.replace(loss.mixture, **given))
+        return dataclasses.replace(loss, weighting=self.weighting or loss.weighting)
