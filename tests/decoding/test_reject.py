@@ -1,0 +1,215 @@
+"""Rejection sampling, counted out: two tokens, every draft, exact laws; and what biases it."""
+
+import itertools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from jaxspec.decoding.reject import (
+    accept_by_rejection,
+    accept_sampled,
+    acceptance_probability,
+    residual,
+    round_keys,
+)
+from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
+
+DEPTH = 3
+PREFIXES = [p for n in range(DEPTH + 1) for p in itertools.product((0, 1), repeat=n)]
+EXACT = 1e-6  # float32
+
+
+def laws(random, sharp=1.0):
+    """A law over two tokens after every prefix of up to DEPTH of them."""
+    chance = 1 / (1 + np.exp(-sharp * random.standard_normal(len(PREFIXES))))
+    return {prefix: np.array([c, 1 - c]) for prefix, c in zip(PREFIXES, chance, strict=True)}
+
+
+def emitted(p, q, lengths, draft_law=None):
+    """The exact law of the first DEPTH + 1 tokens when every round drafts from the anchor on.
+
+    Args:
+      p, q: laws by prefix, of the target and of the drafter.
+      lengths: draft -> tokens verified.
+      draft_law: what drafts are really drawn from; q unless a test cheats.
+    """
+    draft_law = draft_law or q
+    result = dict.fromkeys(itertools.product((0, 1), repeat=DEPTH + 1), 0.0)
+    for draft in itertools.product((0, 1), repeat=DEPTH):
+        chance = np.prod([draft_law[draft[:i]][draft[i]] for i in range(DEPTH)])
+        verified, passed = lengths(draft), 1.0
+        for i in range(verified + 1):
+            prefix = draft[:i]
+            log_p = np.log(p[prefix], dtype=np.float32)
+            if i < verified:
+                log_q = np.log(np.maximum(q[prefix], 1e-30), dtype=np.float32)
+                token = jnp.array(draft[i])
+                accept = float(acceptance_probability(log_p, log_q, token))
+                rest = np.asarray(residual(log_p, log_q))
+            else:
+                accept, rest = 0.0, p[prefix]
+            for token in (0, 1):
+                mass = chance * passed * (1 - accept) * rest[token] / rest.sum()
+                spread(result, (*prefix, token), mass, p)
+            passed *= accept
+    return result
+
+
+def spread(result, prefix, mass, p):
+    """What follows the tokens of this round is the target's own; its first tokens count."""
+    if len(prefix) == DEPTH + 1:
+        result[prefix] += mass
+        return
+    for token in (0, 1):
+        spread(result, (*prefix, token), mass * p[prefix][token], p)
+
+
+def bias(p, found):
+    """Largest difference from the target's own law of DEPTH + 1 tokens."""
+    return max(
+        abs(mass - np.prod([p[path[:i]][path[i]] for i in range(DEPTH + 1)]))
+        for path, mass in found.items()
+    )
+
+
+def confidences(draft, table):
+    """Confidence of each slot, which knows the tokens before it."""
+    return np.array([table[draft[:i]][0] for i in range(DEPTH)], np.float32)
+
+
+def full(draft):
+    return DEPTH
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_whole_chain_is_exact(seed):
+    random = np.random.default_rng(seed)
+    p, q = laws(random), laws(random)
+    assert bias(p, emitted(p, q, full)) < EXACT
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("rule", ["threshold", "survival"])
+def test_confidence_rules_are_exact(rule, seed):
+    random = np.random.default_rng(seed)
+    p, q, table = laws(random), laws(random), laws(random)
+    table[()] = np.array([0.99, 0.01])
+    bar = 0.99 * (table[0,][0] + table[1,][0]) / 2  # the first token decides the second slot
+    seen = set()
+
+    def lengths(draft):
+        confidence = jnp.asarray(confidences(draft, table))[None]
+        kept = (
+            confident_prefix(confidence, jnp.float32(bar))
+            if rule == "threshold"
+            else surviving_prefix(confidence, jnp.float32(bar), jnp.array([2]))
+        )
+        seen.add(int(kept[0]))
+        return int(kept[0])
+
+    assert bias(p, emitted(p, q, lengths)) < EXACT
+    assert len(seen) > 1
+
+
+def test_a_rule_that_looks_at_the_token_itself_is_biased():
+    random = np.random.default_rng(0)
+    p, q = laws(random), laws(random)
+    assert bias(p, emitted(p, q, lambda draft: int(np.argmin((*draft, 0))))) > 0.01
+
+
+def test_argmax_drafts_are_biased():
+    """min(1, p / q) with q the drafter's law, but drafts its argmax."""
+    random = np.random.default_rng(0)
+    p, q = laws(random), laws(random)
+    argmax = {prefix: np.eye(2)[np.argmax(law)] for prefix, law in q.items()}
+    assert bias(p, emitted(p, q, full, argmax)) > 0.01
+    # The same drafts with the law they were really drawn from, which has one outcome:
+    assert bias(p, emitted(p, argmax, full)) < EXACT
+
+
+def test_top_p_on_one_side_is_biased():
+    """Drafts drawn from a filtered law but verified against the unfiltered one."""
+    random = np.random.default_rng(0)
+    p, q = laws(random), laws(random)
+    filtered = {
+        prefix: np.where(law >= 0.4, law, 0) / law[law >= 0.4].sum()
+        for prefix, law in q.items()
+    }
+    assert any((law == 0).any() for law in filtered.values())
+    assert bias(p, emitted(p, q, full, filtered)) > 0.01
+    assert bias(p, emitted(p, filtered, full)) < EXACT
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(
+    st.lists(st.floats(-8, 8), min_size=5, max_size=5),
+    st.lists(st.floats(-8, 8), min_size=5, max_size=5),
+)
+def test_one_slot_emits_the_target_law(target, drafter):
+    """q(x) accept(x) + (rejected mass) residual(x) = p(x), for any two laws."""
+    log_p = jax.nn.log_softmax(jnp.float32(jnp.array(target)))
+    log_q = jax.nn.log_softmax(jnp.float32(jnp.array(drafter)))
+    token = jnp.arange(5)
+    spread = jnp.broadcast_to(log_p, (5, 5)), jnp.broadcast_to(log_q, (5, 5))
+    taken = jnp.exp(log_q) * acceptance_probability(*spread, token)
+    rest = residual(log_p, log_q)
+    found = taken + (1 - taken.sum()) * rest / rest.sum()
+    np.testing.assert_allclose(found, jnp.exp(log_p), atol=2e-6)
+
+
+def test_draws_follow_the_counted_law():
+    """100 000 rounds of one batch row each, lengths 0 … 3, against the enumeration."""
+    random = np.random.default_rng(5)
+    p, q = laws(random), laws(random)
+    rounds = 100_000
+    drafts = np.zeros((rounds, DEPTH), int)
+    for i in range(DEPTH):
+        law = np.array([q[tuple(row)][1] for row in drafts[:, :i]])
+        drafts[:, i] = random.random(rounds) < law
+    log_p = np.log([[p[tuple(row[:i])] for i in range(DEPTH + 1)] for row in drafts])
+    log_q = np.log([[q[tuple(row[:i])] for i in range(DEPTH)] for row in drafts])
+    lengths = np.where(drafts[:, 0] == 0, 2, 3)  # slot 2 looks at slot 0's token: allowed
+    keys = jax.random.split(jax.random.key(0), rounds)
+    accepted, token = jax.jit(accept_by_rejection)(
+        jnp.float32(log_p), jnp.asarray(drafts), jnp.float32(log_q), jnp.asarray(lengths), keys
+    )
+    accepted, token = np.asarray(accepted), np.asarray(token)
+    assert set(accepted.tolist()) == {0, 1, 2, 3} and not (accepted > lengths).any()
+
+    # The first two tokens, where the round decided them: the target's law given that.
+    first = np.where(accepted > 0, drafts[:, 0], token)
+    assert abs(first.mean() - p[()][1]) < 5 * 0.5 / np.sqrt(rounds)
+    for prefix in (0, 1):
+        rows = (accepted > 0) & (first == prefix)
+        second = np.where(accepted > 1, drafts[:, 1], token)[rows]
+        assert abs(second.mean() - p[prefix,][1]) < 5 * 0.5 / np.sqrt(rows.sum())
+
+
+def test_greedy_laws_reduce_to_matching():
+    """One-hot p and q: accept while equal, then emit the target's token."""
+    one_hot = jnp.log(jnp.eye(4))
+    target = one_hot[jnp.array([[1, 2, 3, 0], [1, 2, 3, 0], [1, 2, 3, 0]])]
+    drafted = jnp.array([[1, 2, 3], [1, 0, 3], [1, 2, 3]])
+    keys = jax.random.split(jax.random.key(0), 3)
+    found = accept_sampled(target, drafted, one_hot[drafted], jnp.array([3, 3, 1]), keys)
+    assert found.count.tolist() == [4, 2, 2]
+    assert found.tokens[0].tolist() == [1, 2, 3, 0]
+    assert found.tokens[1, :2].tolist() == [1, 2]
+    assert found.tokens[2, :2].tolist() == [1, 2]
+    assert found.path.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0], [0, 1, 0, 0]]
+
+
+def test_streams_of_random_numbers_are_distinct():
+    keys = jax.random.split(jax.random.key(0), 2)
+    seen = [np.asarray(jax.random.key_data(keys)).tolist()]
+    for position in (0, 1, 7):
+        at = jnp.array([position, position])
+        plain = jax.vmap(jax.random.fold_in)(keys, at)  # what the target's choices consume
+        for stream in (plain, *round_keys(keys, at)):
+            seen.append(np.asarray(jax.random.key_data(stream)).tolist())
+    flat = [tuple(key) for stream in seen for key in stream]
+    assert len(set(flat)) == len(flat)
