@@ -63,7 +63,7 @@ def test_rounds_transfer_nothing():
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_no_copy_of_a_cache_in_a_loop(batch):
-    """Prefill may set up its zeros; inside its loop, and anywhere in decode, nothing is copied."""
+    """Prefill may set up its zeros; in its loop, and anywhere in decode, nothing is copied."""
     small = LoadedDrafter(SmallModel(tiny.QWEN3, depth=2), tiny.target().params)
     decoder, params, requests = prepared(small, batch, capacity=768)
     state = jax.eval_shape(prefill, decoder, params, requests)

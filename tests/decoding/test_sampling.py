@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxspec.decoding.loop import Decoder, Params, decode, prefill
+from jaxspec.decoding.requests import capacity_for, pack
 from jaxspec.decoding.sampling import Sampling, SamplingRows, _kept, choose
-from jaxspec.generation import generate
+from jaxspec.generation import request_keys
 from tests import tiny
 
 
@@ -91,17 +93,25 @@ def test_two_sampled_tokens_follow_the_enumerated_distribution():
         return p / p.sum()
 
     expected = np.stack([p * law([*prompt, a]) for a, p in enumerate(law(prompt))])
-    out = generate(
-        target,
+    # Straight to the programs, for a chunk no longer than the prompt needs.
+    decoder = Decoder(target.config, tiny.RandomTrees(size=8, depth=2), chunk=8)
+    requests = pack(
+        decoder,
         [prompt] * draws,
-        drafter=tiny.RANDOM,
+        batch=draws,
+        capacity=capacity_for(len(prompt) + 2, decoder),
         max_new_tokens=2,
-        sampling=sampling,
-        batch_size=2000,
+        budget=8,
+        sampling=[sampling] * draws,
+        keys=request_keys(0, draws),
+    )
+    params = Params(target.params, ())
+    state = decode(
+        decoder, params, prefill(decoder, params, requests), requests.sampling, np.int32(9)
     )
     counts = np.zeros((vocab, vocab))
-    for completion in out:
-        counts[tuple(completion.token_ids)] += 1
+    np.add.at(counts, tuple(np.asarray(state.tokens)[:, len(prompt) : len(prompt) + 2].T), 1)
+    assert counts.sum() == draws and state.done.all()
     assert counts[expected == 0].sum() == 0
     cells = expected > 0
     chi2 = ((counts - draws * expected)[cells] ** 2 / (draws * expected[cells])).sum()

@@ -1,0 +1,106 @@
+"""Prompt lookup against a slow search of the token list."""
+
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxspec.drafters.base import Committed
+from jaxspec.drafters.ngram import PromptLookup
+from jaxspec.trees.tree import NO_PARENT
+
+LOOKUP = PromptLookup(size=8, depth=4, continuations=2, min_match=1, max_match=3)
+
+
+def draft(tokens, drafter=LOOKUP, budget=None):
+    """The tree drafted after `tokens`, the last of which is the anchor; paths as tuples."""
+    observed = Committed(
+        tokens=jnp.array([tokens + [0] * (64 - len(tokens))]),
+        features=jnp.zeros((1, 64, 0)),
+        position=jnp.array([0]),
+        count=jnp.array([len(tokens) - 1]),
+    )
+    state = drafter.observe((), drafter.init((), 1, 128), observed)
+    tree, _ = drafter.draft(
+        (),
+        state,
+        jnp.array([tokens[-1]]),
+        jnp.array([len(tokens) - 1]),
+        jnp.array([budget or drafter.size]),
+    )
+    paths = {}
+    for node in range(tree.size):
+        if tree.valid[0, node]:
+            parent = int(tree.parents[0, node])
+            above = () if parent == NO_PARENT else (*paths[parent], int(tree.tokens[0, node]))
+            paths[node] = above
+    return set(paths.values()) - {()}
+
+
+def prefixes(*continuations):
+    return {tuple(c[: i + 1]) for c in continuations for i in range(len(c))}
+
+
+def test_what_followed_the_longest_match_is_drafted():
+    #         1 2 3 matched       2 3 matched          anchor 3
+    tokens = [1, 2, 3, 4, 5, 6, 9, 2, 3, 7, 7, 7, 8, 1, 2, 3]
+    assert draft(tokens, PromptLookup(size=8, depth=3, continuations=1)) == prefixes([4, 5, 6])
+    both = prefixes([4, 5, 6], [7, 7, 7])
+    assert draft(tokens, PromptLookup(size=8, depth=3, continuations=2)) == both
+
+
+def test_of_equal_matches_the_latest_wins():
+    tokens = [5, 1, 5, 2, 5, 3, 5]
+    assert draft(tokens, PromptLookup(size=2, depth=1, continuations=1)) == prefixes([3])
+
+
+def test_a_repetition_goes_on():
+    assert draft([7, 1, 2, 1, 2], PromptLookup(size=8, depth=5, continuations=1)) == prefixes(
+        [1, 2, 1, 2, 1]
+    )
+
+
+def test_no_match_no_draft():
+    assert draft([1, 2, 3, 4]) == set()
+    assert draft([3]) == set()
+
+
+def test_shorter_matches_than_the_least_are_ignored():
+    tokens = [1, 2, 9, 9, 3, 2]
+    assert draft(tokens, PromptLookup(min_match=1)) != set()
+    assert draft(tokens, PromptLookup(min_match=2)) == set()
+
+
+def slow_lookup(tokens, drafter):
+    """All earlier ends of a common suffix, longest (up to max_match) then latest first."""
+    last = len(tokens) - 1
+    found = []
+    for end in range(last):
+        length = 0
+        while (
+            length < drafter.max_match
+            and end - length >= 0
+            and tokens[end - length] == tokens[last - length]
+        ):
+            length += 1
+        if length >= drafter.min_match:
+            found.append((length, end))
+    best = sorted(found, reverse=True)[: drafter.continuations]
+    repeated = [tokens[end + 1 :] * (drafter.depth + 1) for _, end in best]
+    return prefixes(*(c[: drafter.depth] for c in repeated))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
+def test_random_histories(tokens):
+    drafter = PromptLookup(size=16, depth=4, continuations=3, min_match=1, max_match=3)
+    assert draft(tokens, drafter) == slow_lookup(tokens, drafter)
+
+
+@pytest.mark.parametrize("budget", range(1, 9))
+def test_the_budget_keeps_the_best_match_first(budget):
+    tokens = [1, 2, 3, 4, 5, 6, 9, 2, 3, 7, 7, 7, 8, 1, 2, 3]
+    whole = draft(tokens)
+    part = draft(tokens, budget=budget)
+    assert len(part) == min(budget - 1, len(whole)) and part <= whole
+    assert part <= prefixes([4, 5, 6, 9]) or len(part) > 4

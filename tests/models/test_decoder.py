@@ -1,0 +1,161 @@
+"""The one forward: trees, prefixes, chunks, taps and architectures against plain sequences."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspec.models.cache import KVRows, init_cache
+from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.layers import rms_norm, rotary_angles, rotate
+from jaxspec.models.moe import mixture_of_experts
+from jaxspec.models.params import MoeParams
+from jaxspec.trees.tree import ancestors, causal_bits
+from tests import tiny
+
+CONFIGS = {"qwen3": tiny.QWEN3, "llama": tiny.LLAMA, "moe": tiny.MOE}
+PREFIX = tiny.prompts(13)[0]
+
+
+def empty_cache(config, capacity=32, batch=1):
+    c = config
+    return init_cache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, jnp.float32)
+
+
+def run_chain(target, tokens, cache, start, taps=()):
+    n = len(tokens)
+    return forward(
+        target.params,
+        target.config,
+        jnp.array([tokens]),
+        jnp.arange(n)[None],
+        causal_bits(n)[None],
+        cache,
+        jnp.array([start]),
+        taps=taps,
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_node_equals_the_sequence_of_its_path(name):
+    target = tiny.target(CONFIGS[name])
+    out = run_chain(target, PREFIX, empty_cache(target.config), 0)
+    cache = empty_cache(target.config).write(out.rows, jnp.int32(0))
+    root = jnp.int32(PREFIX[-1])
+    # The last prefix token is the anchor: the cache holds the others.
+    tree = tiny.random_tree(12, 4, 11, jax.random.key(3), root, jnp.int32(10))
+    tree = jax.tree.map(lambda x: x[None], tree)
+    length = jnp.array([len(PREFIX) - 1])
+    out = forward(
+        target.params, target.config, tree.tokens, tree.depths, ancestors(tree), cache, length
+    )
+    found = np.asarray(unembed(target.params, out.hidden))[0]
+    assert np.isfinite(found).all()  # padding too
+    for node in range(10):
+        path, at = [], node
+        while at >= 0:
+            path.insert(0, int(tree.tokens[0, at]))
+            at = int(tree.parents[0, at])
+        expected = tiny.logits(target, PREFIX[:-1] + path)[-1]
+        np.testing.assert_allclose(found[node], expected, atol=2e-5)
+
+
+def test_a_prompt_in_chunks_equals_the_prompt_at_once():
+    target, tokens = tiny.target(), tiny.prompts(12)[0]
+    whole = run_chain(target, tokens, empty_cache(target.config), 0, taps=(-1, 0, 2))
+    cache, parts = empty_cache(target.config), []
+    for start in range(0, 12, 4):
+        out = run_chain(target, tokens[start : start + 4], cache, start, taps=(-1, 0, 2))
+        cache = cache.write(out.rows, jnp.int32(start))
+        parts.append(out)
+    for field in ("hidden", "taps"):
+        joined = jnp.concatenate([getattr(p, field) for p in parts], axis=1)
+        np.testing.assert_allclose(joined, getattr(whole, field), atol=1e-5)
+
+
+def test_rows_of_a_batch_have_their_own_lengths():
+    target = tiny.target()
+    sequences = [tiny.prompts(n, seed=n)[0] for n in (3, 9)]
+    cache = empty_cache(target.config, batch=2)
+    garbage = jax.tree.map(lambda x: x + 7.0, cache)  # rows past a length must not be seen
+    for row, tokens in enumerate(sequences):
+        out = run_chain(target, tokens[:-1], empty_cache(target.config), 0)
+        one = empty_cache(target.config).write(out.rows, jnp.int32(0))
+        n = len(tokens) - 1
+        put = lambda whole, part, row=row, n=n: whole.at[row, :, :n].set(part[0, :, :n])  # noqa: E731
+        garbage = jax.tree.map(put, garbage, one)
+    out = forward(
+        target.params,
+        target.config,
+        jnp.array([[tokens[-1]] for tokens in sequences]),
+        jnp.zeros((2, 1), int),
+        jnp.ones((2, 1, 1), jnp.uint32),
+        garbage,
+        jnp.array([2, 8]),
+    )
+    for row, tokens in enumerate(sequences):
+        found = unembed(target.params, out.hidden[row, 0])
+        np.testing.assert_allclose(found, tiny.logits(target, tokens)[-1], atol=2e-5)
+
+
+def test_taps_are_the_layers_outputs():
+    target = tiny.target()
+    tokens = tiny.prompts(5)[0]
+    out = run_chain(target, tokens, empty_cache(target.config), 0, taps=(-1, 1, 2))
+    embedding, middle, last = jnp.split(out.taps, 3, axis=-1)
+    np.testing.assert_array_equal(embedding[0], target.params.embed[jnp.array(tokens)])
+    np.testing.assert_array_equal(last, out.hidden)
+    # A model cut after layer 1 ends with what layer 1 gives, normed.
+    config = dataclasses.replace(target.config, num_layers=2)
+    params = dataclasses.replace(target.params, layers=target.params.layers[:2])
+    cut = run_chain(tiny.Target("cut", config, params), tokens, empty_cache(config), 0)
+    normed = rms_norm(middle, params.final_norm, config.rms_norm_eps)
+    np.testing.assert_allclose(normed, cut.hidden, atol=1e-6)
+
+
+def test_rows_are_written_where_they_belong():
+    cache = init_cache(1, 2, 1, 6, 2, jnp.float32)
+    rows = KVRows((jnp.ones((2, 2, 1, 2)),), (jnp.full((2, 2, 1, 2), 2.0),))
+    out = cache.write(rows, jnp.array([1, 4]))
+    assert out.keys[0][:, 0, :, 0].tolist() == [[0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1]]
+    assert out.values[0][:, 0, :, 1].tolist() == [[0, 2, 2, 0, 0, 0], [0, 0, 0, 0, 2, 2]]
+    assert cache.write(rows, jnp.int32(3)).keys[0][1, 0, :, 0].tolist() == [0, 0, 0, 1, 1, 0]
+
+
+def test_rotary_positions_are_relative():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 16))
+
+    def score(i, j):
+        left = rotate(q, *rotary_angles(jnp.array([i]), 16, 1e4)[0:2])
+        right = rotate(k, *rotary_angles(jnp.array([j]), 16, 1e4)[0:2])
+        return float(jnp.sum(left * right))
+
+    assert score(3, 1) == pytest.approx(score(103, 101), abs=1e-4)
+    assert score(3, 1) != pytest.approx(score(4, 1), abs=1e-2)
+
+
+def test_experts_equal_a_loop_over_tokens_and_choices():
+    config = tiny.MOE
+    e, m, f = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = MoeParams(
+        norm=jnp.ones(m),
+        router=jax.random.normal(keys[0], (m, e)),
+        gate_up=jax.random.normal(keys[1], (e, m, 2, f)),
+        down=jax.random.normal(keys[2], (e, f, m)),
+    )
+    x = np.asarray(jax.random.normal(keys[3], (7, m)))
+    for norm in (True, False):
+        found = mixture_of_experts(params, dataclasses.replace(config, norm_topk_prob=norm), x)
+        for token in range(7):
+            p = np.asarray(jax.nn.softmax(x[token] @ params.router))
+            best = np.argsort(-p)[: config.experts_per_token]
+            total = p[best].sum() if norm else 1.0
+            expected = 0
+            for i in best:
+                gate, up = np.einsum("m,mcf->cf", x[token], params.gate_up[i])
+                hidden = np.asarray(jax.nn.silu(gate)) * up
+                expected = expected + p[i] / total * (hidden @ np.asarray(params.down[i]))
+            np.testing.assert_allclose(found[token], expected, atol=2e-3, rtol=2e-4)

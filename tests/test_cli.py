@@ -1,0 +1,119 @@
+"""The command line: what it prints for people and machines, and its exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from jaxspec.cli import BAD_INPUT, main, read_prompts
+from tests.checkpoints.writing import DENSE, random_tensors, write_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("tiny"), DENSE, random_tensors(DENSE))
+
+
+@pytest.fixture(autouse=True)
+def no_cache_of_the_users(monkeypatch, tmp_path):
+    monkeypatch.setattr("jaxspec.enable_compilation_cache", lambda: tmp_path)
+
+
+def run(capsys, *arguments):
+    code = main(["generate", *map(str, arguments)])
+    return code, *capsys.readouterr()
+
+
+def test_json_has_one_object_per_prompt(folder, tmp_path, capsys):
+    ids = tmp_path / "ids.json"
+    ids.write_text("[[1, 2, 3, 1, 2], [4, 5]]")
+    common = ("--target", folder, "--prompt-ids", ids, "--max-new-tokens", 12, "--json")
+    code, out, err = run(capsys, *common, "--drafter", "none")
+    assert code == 0
+    plain = [json.loads(line) for line in out.splitlines()]
+    code, out, err = run(capsys, *common, "--drafter", "ngram", "--budget", 5)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [row["token_ids"] for row in found] == [row["token_ids"] for row in plain]
+    for row in found:
+        assert row.keys() == {
+            *("token_ids", "text", "rounds", "committed"),
+            *("tau", "new_tokens", "seconds"),
+        }
+        assert row["new_tokens"] == len(row["token_ids"]) == 12
+        assert row["rounds"] == len(row["committed"])
+        assert row["tau"] == sum(row["committed"]) / row["rounds"]
+        assert row["text"] is None and row["seconds"] > 0
+
+
+def test_a_seed_follows_the_prompts_place_not_its_batch(folder, tmp_path, capsys):
+    ids = tmp_path / "ids.json"
+    ids.write_text("[[1, 2], [3], [4, 5, 6]]")
+    outputs = []
+    for batch in (1, 2):
+        code, out, _ = run(
+            capsys,
+            *("--target", folder, "--prompt-ids", ids, "--max-new-tokens", 8, "--json"),
+            *("--temperature", 1.0, "--seed", 5, "--batch-size", batch),
+        )
+        assert code == 0
+        outputs.append([json.loads(line)["token_ids"] for line in out.splitlines()])
+    assert outputs[0] == outputs[1]
+
+
+def test_people_see_tokens_rounds_and_tau(folder, tmp_path, capsys):
+    ids = tmp_path / "ids.json"
+    ids.write_text("[[1, 2, 3]]")
+    code, out, _ = run(capsys, "--target", folder, "--prompt-ids", ids, "--max-new-tokens", 4)
+    assert code == 0 and "[4 tokens, " in out and " tau " in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "0 of --prompt, --prompts and --prompt-ids were given; expected one"),
+        (("--prompt", "a", "--prompts", "b"), "2 of --prompt, --prompts and"),
+        (("--prompts", "absent.jsonl"), "cannot read absent.jsonl"),
+        (("--target", "./absent", "--prompt", "a"), "absent"),
+        (("--prompt", "a", "--temperature", "-1"), "temperature is -1.0"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert code == BAD_INPUT and out == ""
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"turns": ["a"]}\n{"turn": 1}', 'line 2: expected {"turns": ["text", …]}'),
+        ("{not json", "line 1: not JSON"),
+        ("\n\n", "holds no prompts"),
+        ('{"turns": []}', "line 1: expected"),
+    ],
+)
+def test_prompt_files(tmp_path, content, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError) as error:
+        read_prompts(path)
+    assert message in str(error.value)
+
+
+def test_prompt_ids_must_be_lists_of_integers(folder, tmp_path, capsys):
+    ids = tmp_path / "ids.json"
+    for content in ("[1, 2]", '[["a"]]', "{}", "[]", "[[true]]"):
+        ids.write_text(content)
+        code, _, err = run(capsys, "--target", folder, "--prompt-ids", ids)
+        assert code == BAD_INPUT and "expected a JSON list of lists of token ids" in err
+
+
+def test_importing_jaxspec_is_quick():
+    """Nothing heavy is imported until it is used."""
+    heavy = "{'jax', 'flax', 'transformers'}"
+    code = f"import sys, jaxspec; print(sorted({heavy} & set(sys.modules)))"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "[]"
