@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 
 # Tests run small programs once: compiling them costs most of the time, three times less so.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-)
+LEVEL = "--xla_backend_optimization_level"
+if LEVEL not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LEVEL}=0"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
