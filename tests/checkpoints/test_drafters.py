@@ -1,0 +1,310 @@
+"""Published drafter formats: read, written back bit for bit, refused where they do not fit."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from checkpoints import huggingface
+from checkpoints.drafter_config import from_json, recognise, to_json
+from checkpoints.drafters import load_drafter, locate, save_drafter
+from jaxspec.config import DrafterConfig, TreeConfig
+from jaxspec.drafters.block import BlockDrafter, block_params
+from jaxspec.drafters.head import random_weights
+from tests import tiny
+from tests.drafters import cases
+
+TREE = TreeConfig()
+FORMATS = {
+    "dflash": "dflash",
+    "jetspec": "dflash",
+    "treeflash": "treeflash",
+    "dspark": "deepspec",
+    "gated": "deepspec",
+    "rnn": "dflash",  # a causal one: DeepSpec has no key for that
+    "window": "dflash",
+}
+GOLDEN = {
+    "jetspec_a": "dflash",
+    "dflash_a": "dflash",
+    "treeflash_a": "treeflash",
+    "dspark_vanilla": "deepspec",
+    "dspark_rnn": "deepspec",
+}
+
+
+def save(folder, kind, dtype=jnp.float32, format=None):
+    """A drafter of the tiny target on disk; what was saved."""
+    config = cases.KINDS[kind]
+    if kind == "treeflash":  # has no confidence head
+        config = dataclasses.replace(config, confidence=None)
+    weights = random_weights(config, jax.random.key(3), dtype)
+    params = block_params(weights, tiny.target().params)
+    drafter = BlockDrafter(config, TREE)
+    save_drafter(folder, drafter, params, FORMATS[kind] if format is None else format)
+    return drafter, params
+
+
+def load(folder, dtype=jnp.float32):
+    target = tiny.target()
+    return load_drafter(folder, target.config, target.params, TREE, dtype)
+
+
+def edit(folder, change):
+    """Applies `change` to the parsed config.json."""
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_export_then_import_is_bit_exact(tmp_path, kind, dtype):
+    drafter, params = save(tmp_path / "a", kind, dtype)
+    again, loaded = load(tmp_path / "a", dtype)
+    assert again == drafter
+    before, after = nnx.to_flat_state(params.head), nnx.to_flat_state(loaded.head)
+    assert [path for path, _ in after] == [path for path, _ in before]
+    for (_, x), (_, y) in zip(before, after, strict=True):
+        assert y[...].dtype == dtype
+        np.testing.assert_array_equal(x[...], y[...])
+    # The vocabulary is the target's own, whatever the file held.
+    assert loaded.vocabulary.embed is tiny.target().params.embed
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_published_folder_is_written_back_as_it_was(golden, tmp_path, name):
+    folder, _ = golden(name)
+    config = huggingface.read_config(folder / "target")
+    target = huggingface.load_params(folder / "target", config)
+    drafter, params = load_drafter(folder / "draft", config, target, TREE)
+    save_drafter(tmp_path / "out", drafter, params, GOLDEN[name])
+
+    theirs = load_file(folder / "draft" / "model.safetensors")
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(ours) == set(theirs)
+    for tensor, values in theirs.items():
+        assert ours[tensor].dtype == values.dtype
+        np.testing.assert_array_equal(ours[tensor], values)
+
+    theirs = json.loads((folder / "draft" / "config.json").read_text())
+    ours = json.loads((tmp_path / "out" / "config.json").read_text())
+    # Who wrote the file, and what only initialisation and training read.
+    free = {"transformers_version", "initializer_range", "max_window_layers", "num_anchors"}
+    assert set(theirs) - set(ours) <= {"transformers_version"}
+    for key in set(theirs) - free - {"dflash_config"}:
+        assert ours[key] == theirs[key], key
+    own = theirs.get("dflash_config", {})
+    assert own.items() <= (own | ours.get("dflash_config", {})).items()
+    assert recognise(ours, "") == recognise(theirs, "") == GOLDEN[name]
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_transformers_reads_the_configuration(tmp_path, kind):
+    from transformers import AutoConfig
+
+    drafter, _ = save(tmp_path / "a", kind)
+    found = AutoConfig.from_pretrained(tmp_path / "a")
+    assert found.hidden_size == drafter.config.hidden_size
+    assert found.rope_parameters["rope_theta"] == drafter.config.rope_theta
+
+
+@pytest.mark.parametrize("format", ["dflash", "deepspec"])
+@pytest.mark.parametrize("sequential", [None, "markov", "gated", "rnn"])
+@pytest.mark.parametrize("confidence", [None, "hidden", "hidden_and_previous"])
+def test_a_configuration_round_trips(format, sequential, confidence):
+    if confidence == "hidden_and_previous" and sequential is None:
+        pytest.skip("there is no embedding of the previous token")
+    config = dataclasses.replace(
+        cases.KINDS["dspark"],
+        sequential=sequential,
+        rank=6 if sequential else 0,
+        confidence=confidence,
+        rope_theta=5000.0,
+        rms_norm_eps=1e-5,
+        max_positions=77,
+    )
+    raw = json.loads(json.dumps(to_json(config, format, "float32")))
+    assert from_json(raw, "") == config
+
+
+def test_older_and_newer_keys_are_the_same_drafter():
+    raw = to_json(cases.KINDS["jetspec"], "dflash", "float32")
+    expected = from_json(raw, "")
+    newer = raw | {"rope_parameters": {"rope_theta": raw["rope_theta"], "rope_type": "default"}}
+    del newer["rope_theta"]
+    assert from_json(newer, "") == expected
+    inside = {k: v for k, v in raw.items() if k != "block_size"}
+    inside["dflash_config"] = raw["dflash_config"] | {"block_size": raw["block_size"]}
+    assert from_json(inside, "") == expected
+    for key in ("causal", "causal_head"):
+        own = {k: v for k, v in raw["dflash_config"].items() if not k.startswith("causal")}
+        assert from_json(raw | {"dflash_config": own | {key: True}}, "") == expected
+        assert not from_json(raw | {"dflash_config": own}, "").causal
+
+
+def test_legacy_tensor_names(tmp_path):
+    save(tmp_path / "a", "dspark")
+    path = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(path)
+    heads = ("markov_head", "confidence_head")
+    renamed = {f"logit_head.{k}" if k.startswith(heads) else k: v for k, v in tensors.items()}
+    assert set(renamed) != set(tensors)
+    save_file(renamed, path)
+    np.testing.assert_array_equal(
+        load(tmp_path / "a")[1].head.sequential.output[...],
+        tensors["markov_head.markov_w2.weight"],
+    )
+
+
+def test_a_subfolder_of_a_repository(tmp_path):
+    drafter, _ = save(tmp_path / "repo" / "sweep" / "one", "jetspec")
+    assert load(f"{tmp_path / 'repo'}::sweep/one")[0] == drafter
+    for inner in ("../repo", "/etc", "", "sweep/../../.."):
+        with pytest.raises(ValueError, match="expected one inside"):
+            locate(f"{tmp_path / 'repo'}::{inner}")
+    with pytest.raises(ValueError, match="there is no folder .*missing"):
+        locate(f"{tmp_path / 'repo'}::missing")
+
+
+def test_an_export_never_overwrites(tmp_path):
+    save(tmp_path / "a", "dflash")
+    before = (tmp_path / "a" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="already holds a checkpoint"):
+        save(tmp_path / "a", "jetspec")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "message"),
+    [
+        ("jetspec", "deepspec", "'deepspec' has no key for causal blocks"),
+        ("dflash", "deepspec", "no key for predict_own"),
+        ("dspark", "treeflash", "no key for predict_next"),
+        ("treeflash", "dflash", "no key for sequential 'mlp'"),
+        ("dflash", "gguf", "format is 'gguf'; expected one of"),
+    ],
+)
+def test_a_format_that_cannot_say_it_is_refused(tmp_path, kind, format, message):
+    with pytest.raises(ValueError, match=message):
+        save(tmp_path / "a", kind, format=format)
+    assert not (tmp_path / "a").exists()
+
+
+def own(raw):
+    return raw.get("dflash_config", raw)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("dflash", lambda c: c.update(hidden_size=64), "hidden size is 64, the target's is 32"),
+        ("dflash", lambda c: c.update(vocab_size=12), "vocabulary is 12, the target's is 11"),
+        ("dflash", lambda c: c.update(num_target_layers=9), "target layers is 9, the target's"),
+        (
+            "dflash",
+            lambda c: own(c).update(target_layer_ids=[0, 3]),
+            "layers of the target, -1",
+        ),
+        ("dspark", lambda c: own(c).update(target_layer_ids=[0, 2]), "names the last layer, 2"),
+        ("dflash", lambda c: own(c).update(mask_token_id=11), "a row of the embedding, 0 … 10"),
+        ("dflash", lambda c: own(c).pop("mask_token_id"), "has no 'mask_token_id'"),
+        ("dflash", lambda c: c.pop("block_size"), "gives no 'block_size'"),
+        (
+            "dflash",
+            lambda c: own(c).update(block_size=7),
+            r"two values of 'block_size': \[5, 7\]",
+        ),
+        ("dflash", lambda c: c.pop("dflash_config"), "is not a block drafter's"),
+        ("dflash", lambda c: c.update(attention_bias=True), "'attention_bias' is True"),
+        (
+            "dflash",
+            lambda c: c.update(model_type="gemma4_text"),
+            "'model_type' is 'gemma4_text'",
+        ),
+        ("dflash", lambda c: own(c).update(projector_type="domino"), "expected 'dspark'"),
+        ("dflash", lambda c: own(c).update(draft_shift=True), "'draft_shift' is True"),
+        (
+            "dflash",
+            lambda c: own(c).update(target_hidden_size=48),
+            "'target_hidden_size' is 48",
+        ),
+        ("dspark", lambda c: c.update(markov_head_type="lstm"), "'markov_head_type' is 'lstm'"),
+        (
+            "dspark",
+            lambda c: c.update(markov_rank=8),
+            r"has shape \(11, 6\).* asks for \(11, 8\)",
+        ),
+        (
+            "dspark",
+            lambda c: c.update(markov_head_type="gated"),
+            "gate_proj.weight' is missing",
+        ),
+        (
+            "gated",
+            lambda c: c.update(markov_head_type="vanilla"),
+            "has no place in the drafter",
+        ),
+        (
+            "treeflash",
+            lambda c: c["treeflash_config"].update(ar_approximation="gru"),
+            "'ar_approximation' is 'gru'",
+        ),
+        (
+            "dflash",
+            lambda c: c.update(layer_types=["full_attention", "sliding_attention"]),
+            "expected full attention in all layers",
+        ),
+        (
+            "dflash",
+            lambda c: c.update(rope_scaling={"rope_type": "yarn"}),
+            "'rope_type' is 'yarn'",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, kind, change, message):
+    save(tmp_path / "a", kind)
+    edit(tmp_path / "a", change)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "lm_head.weight"])
+def test_a_drafter_of_other_weights_is_refused(tmp_path, name):
+    save(tmp_path / "a", "dspark")
+    path = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name][3, 5] += 1e-3
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=f"'{name}' is not the target's"):
+        load(tmp_path / "a")
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    save(tmp_path / "a", "dflash")
+    shutil.move(tmp_path / "a" / "model.safetensors", tmp_path / "a" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickled weights only"):
+        load(tmp_path / "a")
+
+
+def test_fields_are_checked():
+    assert DrafterConfig(**dataclasses.asdict(cases.KINDS["rnn"])) == cases.KINDS["rnn"]
+    for change, message in (
+        (dict(rank=0), "rank is 0; expected at least 1 with sequential = 'markov'"),
+        (dict(sequential=None, confidence=None), "rank is 6; expected 0"),
+        (dict(sequential="lstm"), "sequential is lstm"),
+        (dict(confidence="yes"), "confidence is yes"),
+        (dict(block_size=0), "depth is 0; expected a block with at least one"),
+        (dict(taps=(1, 1)), r"taps is \(1, 1\); expected different layers"),
+        (dict(window=0), "window is 0"),
+        (dict(num_heads=3), "num_heads is 3; expected a multiple"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(cases.KINDS["dspark"], **change)
