@@ -1,0 +1,58 @@
+"""The builders compiled for an H100: one loop, nothing waits for the host, kernels counted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxspec.trees.grow import best_first, path_conditioned, top_budget
+from jaxspec.trees.tree import ancestors
+
+pytestmark = pytest.mark.h100
+
+DEPTH, VOCAB, SIZE, WIDTH = 15, 151_936, 256, 7
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def grown_best_first(logits, root, budget, size):
+    tree = best_first(logits, root, width=WIDTH, budget=budget, size=size)
+    return tree, ancestors(tree)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def grown_top_budget(logits, root, budget, size):
+    tree = top_budget(logits, root, budget=budget, size=size)
+    return tree, ancestors(tree)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def grown_path_conditioned(logits, root, budget, size):
+    rows = jnp.arange(logits.shape[0])[:, None]
+
+    def step(slot, state, tokens, candidates):
+        repeated = tokens[..., None] == candidates[:, None]
+        return logits[rows, slot, candidates][:, None] - 2.0 * repeated, state
+
+    tree = path_conditioned(logits, root, step, (), candidates=16, budget=budget, size=size)
+    return tree, ancestors(tree)
+
+
+# Launches per tree, ancestor sets included: about 15 per step of `best_first`, which takes
+# (N - 1) / W of them, and as many per level of the others.
+@pytest.mark.parametrize(
+    "build, most",
+    [(grown_best_first, 600), (grown_top_budget, 200), (grown_path_conditioned, 300)],
+)
+def test_one_loop_and_no_host(build, most):
+    from pallas_kernels.h100.compile import compile_for_h100
+    from pallas_kernels.h100.target import mesh
+
+    sharding = jax.sharding.NamedSharding(mesh(), jax.sharding.PartitionSpec())
+    logits = jax.ShapeDtypeStruct((8, DEPTH, VOCAB), jnp.float32, sharding=sharding)
+    ids = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=sharding)
+    module = compile_for_h100(build, logits, ids, ids, size=SIZE).module
+    ops = [op for body in module.computations.values() for op in body.values()]
+    assert sum(op.code == "while" for op in ops) == 1
+    assert module.host_transfers() == []
+    assert module.launches() <= most
