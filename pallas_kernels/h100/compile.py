@@ -12,9 +12,7 @@ import tempfile
 from pallas_kernels.h100.hlo import Module
 from pallas_kernels.h100.target import SHARED_MEMORY_BYTES, lowering_for_h100
 
-# XLA tunes its own matrix products on the device it finds; with none it would take placeholder
-# tiles, so they are left to cuBLAS, which the compiler only names.
-_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_dump_emitter_re": "ptx"}
+_OPTIONS = {"xla_dump_emitter_re": "ptx"}
 _ENTRY = re.compile(r"\.entry (\w+)\(")
 _USAGE = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -86,21 +84,29 @@ class Program:
         return found
 
 
-def compile_for_h100(function, *args, **kwargs) -> Program:
+def compile_for_h100(
+    function, *args, mesh=None, generated_products: bool = False, **kwargs
+) -> Program:
     """Compiles `function(*args, **kwargs)` without running it and without a GPU.
 
     Args:
       function: made by `jax.jit`.
       args, kwargs: static values, and `ShapeDtypeStruct`s whose shardings are on a mesh of
         `target.mesh`.
+      mesh: the one they are on, where the function cuts its work over it.
+      generated_products: on a GPU, XLA times its own matrix products against cuBLAS's and
+        takes the faster. With no GPU it takes untuned tiles, so by default all of them are left
+        to cuBLAS. A product with a single row, where cuBLAS would need its weight converted,
+        is always XLA's own: set this for programs that have one.
 
     Raises:
       jax.errors.JaxRuntimeError: the compiler refuses, say for want of shared memory.
     """
-    with lowering_for_h100():
+    with lowering_for_h100(mesh):
         lowered = function.trace(*args, **kwargs).lower(lowering_platforms=("cuda",))
+    options = _OPTIONS | {"xla_gpu_enable_triton_gemm": generated_products}
     with tempfile.TemporaryDirectory() as dump:
-        compiled = lowered.compile(compiler_options=_OPTIONS | {"xla_dump_to": dump})
+        compiled = lowered.compile(compiler_options=options | {"xla_dump_to": dump})
         kernels = tuple(_kernels(pathlib.Path(dump)))
     memory = compiled.memory_analysis()
     return Program(

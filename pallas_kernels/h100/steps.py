@@ -132,17 +132,24 @@ def compile_step(step: Step) -> Program:
     params = _abstract_params(step)
     requests = _abstract_requests(step)
     state = jax.eval_shape(functools.partial(prefill, decoder), params, requests)
-    put = functools.partial(_on_mesh, mesh=mesh(step.devices))
+    devices = mesh(step.devices, heads=math.gcd(step.devices, step.config.num_kv_heads))
+    put = functools.partial(_on_mesh, mesh=devices)
     params, requests, state = put(params), put(requests), put(state)
-    if step.kind == "prefill":
-        return compile_for_h100(prefill, decoder, params, requests)
-    if step.kind == "draft":
-        rows = put(jax.ShapeDtypeStruct((step.batch,), jnp.int32))
-        return compile_for_h100(
-            _draft, decoder.drafter, params.drafter, state.drafter, rows, rows, rows
-        )
-    rounds = put(jax.ShapeDtypeStruct((), jnp.int32))
-    return compile_for_h100(decode, decoder, params, state, requests.sampling, rounds)
+    rows, rounds = put(
+        [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((step.batch,), ())]
+    )
+    function, args, products = {
+        "prefill": (prefill, (decoder, params, requests), step.batch),
+        "draft": (
+            _draft,
+            (decoder.drafter, params.drafter, state.drafter, rows, rows, rows),
+            2,
+        ),
+    }.get(
+        step.kind,
+        (decode, (decoder, params, state, requests.sampling, rounds), step.batch * step.nodes),
+    )
+    return compile_for_h100(function, *args, mesh=devices, generated_products=products == 1)
 
 
 @functools.partial(jax.jit, static_argnames="drafter")
@@ -169,20 +176,22 @@ def _abstract_requests(step: Step) -> Requests:
     return Requests(row(jnp.int32, step.context), row(), row(), row(), sampling)
 
 
-# The axis of a weight or a cache that tensor parallelism cuts, by the field's name: key/value
-# heads, feed-forward channels or experts, vocabulary.
-_SHARDED_AXIS = {"qkv": 1, "out": 0, "embed": 0, "lm_head": 0, "keys": 1, "values": 1}
-_DENSE_AXIS = {"gate_up": 2, "down": 0}
+# The axis of a weight or a cache that tensor parallelism cuts, by its name in the pytree:
+# key/value heads over the axis "model", channels, experts and vocabulary over all devices.
+_HEADS = {"qkv": 1, "q": 1, "kv": 1, "out": 0, "keys": 1, "values": 1}
+_OTHERS = {"gate_up": 2, "down": 0, "embed": 0, "lm_head": 0, "unembed": 0}
 
 
 def _on_mesh(tree, mesh):
     def place(path, leaf):
-        names = [getattr(key, "name", None) for key in path]
-        axis = next((_SHARDED_AXIS[n] for n in names if n in _SHARDED_AXIS), None)
-        if axis is None:
-            axis = next((_DENSE_AXIS[n] for n in names if n in _DENSE_AXIS), None)
-            axis = 0 if axis is not None and leaf.ndim == 4 - (names[-1] == "down") else axis
-        spec = PartitionSpec(*[None] * axis, "model") if axis is not None else PartitionSpec()
+        spec = PartitionSpec()
+        for key in path:
+            name = getattr(key, "name", getattr(key, "key", None))
+            if name in _HEADS:
+                spec = PartitionSpec(*[None] * _HEADS[name], "model")
+            elif name in _OTHERS:
+                axis = 0 if leaf.ndim == 4 else _OTHERS[name]  # experts come first
+                spec = PartitionSpec(*[None] * axis, ("model", "rest"))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map_with_path(place, tree)

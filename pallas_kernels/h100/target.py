@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh, use_abstract_mesh
 
 NAME = "NVIDIA H100 80GB HBM3"
 MEMORY_BYTES = 84_942_979_072
@@ -43,8 +44,9 @@ _DESCRIPTION = {
 }
 
 
-def mesh(devices: int = 1) -> Mesh:
-    """A mesh of H100s that do not exist, with the one axis "model".
+@functools.cache  # arrays on two descriptions of one device would not mix
+def mesh(devices: int = 1, heads: int = 1) -> Mesh:
+    """A mesh of H100s that do not exist, with axes "model", of size `heads`, and "rest".
 
     Raises:
       RuntimeError: the compiler is not installed (extra `h100`).
@@ -61,17 +63,20 @@ def mesh(devices: int = 1) -> Mesh:
             "JAX has no CUDA compiler here; install the extra 'h100' in an environment of its "
             "own and set JAX_PLATFORMS=cpu (`make h100` does both)"
         ) from error
-    return Mesh(np.array(topology.devices), ("model",))
+    return Mesh(np.array(topology.devices).reshape(heads, -1), ("model", "rest"))
 
 
-def lowering_for_h100():
+def lowering_for_h100(mesh: Mesh | None = None):
     """A context in which Pallas lowers for an H100 although no GPU is found.
 
-    JAX 0.10 assumes compute capability 9.0 by itself; later versions must be told the device.
+    Args:
+      mesh: of `mesh`; without one, no compiler need be installed.
     """
-    if jax.__version_info__ < (0, 11):
+    if mesh is not None:
+        return use_abstract_mesh(mesh.abstract_mesh)
+    if jax.__version_info__ < (0, 11):  # assumes compute capability 9.0 by itself
         return contextlib.nullcontext()
-    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+    from jax.sharding import AbstractDevice
 
     device = AbstractDevice(device_kind=NAME, num_cores=None, platform="gpu")
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 
 import jax
+from jax.sharding import PartitionSpec
 
 from pallas_kernels.tree_attention.config import Shape, TileConfig, choose, unsupported
 from pallas_kernels.tree_attention.reference import tree_attention_reference
+
+HEADS_AXIS = "model"  # of the mesh set by `jax.set_mesh`, if any
 
 
 def tree_attention(
@@ -27,6 +30,8 @@ def tree_attention(
 ) -> jax.Array:
     """See `tree_attention_reference` for shapes and meaning.
 
+    Under a mesh with an axis "model" (`jax.set_mesh`), key/value heads are cut over it.
+
     Args:
       implementation: "xla" (the reference, any platform), "triton" (NVIDIA GPUs), or None:
         triton where the program is compiled for an NVIDIA GPU and the shape is supported,
@@ -43,10 +48,38 @@ def tree_attention(
         )
     if window is not None and depths is None:
         raise ValueError("window is set but depths is None; a window needs the nodes' depths")
-    options = dict(scale=scale, window=window)
+    options = dict(scale=scale, window=window, implementation=implementation, tile=tile)
     arrays = (q, k_cache, v_cache, lengths, k_new, v_new, ancestors, depths)
+    return _over_heads(functools.partial(_dispatch, **options), arrays)
+
+
+def _over_heads(attend, arrays) -> jax.Array:
+    """Each device of the mesh's axis "model" attends for its own key/value heads.
+
+    XLA cannot cut a Pallas call by itself: it would gather the caches on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = dict(mesh.shape).get(HEADS_AXIS, 1)
+    if devices == 1:
+        return attend(*arrays)
+    kv_heads = arrays[1].shape[1]
+    if kv_heads % devices:
+        raise ValueError(
+            f"{kv_heads} key/value heads cannot be cut over {devices} devices; give the mesh's "
+            f"axis {HEADS_AXIS!r} a size that divides them"
+        )
+    cache, nodes, whole = (
+        PartitionSpec(None, HEADS_AXIS),
+        PartitionSpec(None, None, HEADS_AXIS),
+        PartitionSpec(),
+    )
+    specs = (nodes, cache, cache, whole, nodes, nodes, whole, whole)
+    return jax.shard_map(attend, in_specs=specs, out_specs=nodes, check_vma=False)(*arrays)
+
+
+def _dispatch(*arrays, implementation, tile, **options) -> jax.Array:
+    shape = _shape(*arrays[:2])
     reference = functools.partial(_reference, **options)
-    shape = _shape(q, k_cache)
     reason = unsupported(shape)
     if implementation == "xla" or (implementation is None and reason):
         return reference(*arrays)

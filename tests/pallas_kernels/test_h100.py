@@ -1,0 +1,72 @@
+"""Compiling for an H100 without one: the report sees the faults that the gate is there for.
+
+The gate itself is `python -m pallas_kernels.h100`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels.h100.compile import compile_for_h100
+from pallas_kernels.h100.kernels import Case, compile_case, faults
+from pallas_kernels.h100.target import mesh
+from pallas_kernels.tree_attention.config import Shape, TileConfig
+
+pytestmark = pytest.mark.h100
+
+QWEN3_8B = Shape(1, 64, 32, 8, 128, 4096, jnp.dtype("bfloat16"))
+
+
+def array(*shape, spec=(), devices=1):
+    sharding = NamedSharding(mesh(devices, heads=devices), PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
+
+def test_the_chosen_tile_of_a_verify_step_compiles_to_warpgroup_products():
+    case = Case(QWEN3_8B)
+    kernels = compile_case(case)
+    (main,) = [kernel for kernel in kernels if kernel.name == "tree_attention"]
+    assert main.grid == (2, 8, 8) and main.threads == 256
+    assert main.wgmma > 0 and main.mma == 0 and main.async_copies > 0
+    assert faults(case, kernels) == []
+
+
+def test_a_tile_that_spills_is_a_fault():
+    case = Case(QWEN3_8B, tile=TileConfig(128, 64, 64, 2, 4, 2))
+    assert any("spills" in fault for fault in faults(case, compile_case(case)))
+
+
+def test_a_tile_too_large_for_shared_memory_does_not_compile():
+    case = Case(QWEN3_8B, tile=TileConfig(128, 128, 64, 2, 8, 4))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Shared memory size limit"):
+        compile_case(case)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def sound_step(x, weight, cache):
+    return x @ weight, cache.at[:16].set(x)
+
+
+@jax.jit
+def two_products(x, first, second):
+    return x @ first, x @ second  # XLA joins the weights to make one product of it
+
+
+def test_a_joined_weight_is_seen_and_a_cache_updated_in_place_is_not():
+    x, weight, cache = array(16, 1024), array(1024, 1024), array(4096, 1024)
+    sound = compile_for_h100(sound_step, x, weight, cache)
+    assert sound.module.large_copies(2**20) == []
+    assert sound.module.host_transfers() == []
+    assert sound.aliased == 4096 * 1024 * 2
+    copying = compile_for_h100(two_products, x, weight, weight)
+    assert len(copying.module.large_copies(2**20)) == 1
+
+
+def test_a_mesh_shares_the_work():
+    whole = compile_for_h100(sound_step, array(16, 1024), array(1024, 1024), array(64, 1024))
+    cut = array(1024, 1024, spec=(None, "model"), devices=4)
+    arguments = array(16, 1024, devices=4), cut, array(64, 1024, devices=4)
+    assert compile_for_h100(sound_step, *arguments).arguments < whole.arguments / 2
