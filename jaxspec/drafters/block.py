@@ -191,7 +191,7 @@ class BlockDrafter:
             draw = jax.vmap(
                 lambda key, law: jax.random.categorical(jax.random.fold_in(key, slot), law)
             )
-            return draw(keys, log_q).astype(jnp.int32)
+            return draw(keys, log_q).astype(jnp.int32), log_q
 
         tokens, log_q = rollout(head, vocabulary, stream, base, anchor, choose)
         lengths = _chain_lengths(head, params, stream, anchor, tokens)
