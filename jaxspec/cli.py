@@ -88,6 +88,8 @@ class Generate:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    rejection: bool = False
+    """Draw chains from a trained drafter and verify them by rejection sampling."""
     batch_size: int = 1
     """Prompts decoded together; `seconds` is then the batch's."""
     json: bool = False
@@ -113,6 +115,7 @@ class Generate:
             batch_size=self.batch_size,
             raw=self.raw,
             thinking=self.thinking,
+            rejection=self.rejection,
         )
         capacity = jaxspec.warm_up(target, prompts, **options)
         starts = range(0, len(prompts), self.batch_size)

@@ -83,6 +83,7 @@ def generate(
     capacity: int | None = None,
     raw: bool = False,
     thinking: bool | None = None,
+    rejection: bool = False,
     implementation: str | None = None,
 ) -> list[Completion]:
     """Completes prompts; whatever the drafter, the output is the target's own.
@@ -101,6 +102,9 @@ def generate(
       capacity: places for tokens per row; the smallest bucket that fits by default. Calls that
         share it share compiled programs.
       thinking: turns the thinking of a Qwen3 chat template on or off.
+      rejection: a block drafter draws its chains instead of taking the likeliest tokens, and
+        they are verified by rejection sampling: the same law, but other tokens than plain
+        sampling at the same seed.
       implementation: of tree attention (`pallas_kernels.tree_attention`).
 
     Returns:
@@ -111,7 +115,7 @@ def generate(
         tokens passes the target's positions or the capacity, or an option out of range.
     """
     prompts = as_token_ids(target, prompts, raw=raw, thinking=thinking)
-    decoder, params = _bind(target, drafter, implementation)
+    decoder, params = _bind(target, drafter, implementation, rejection)
     capacity = _check_capacity(decoder, prompts, max_new_tokens, capacity)
     budget = _check_budget(decoder, budget)
     sampling = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
@@ -160,6 +164,7 @@ def stream(
     budget: int | None = None,
     raw: bool = False,
     thinking: bool | None = None,
+    rejection: bool = False,
     implementation: str | None = None,
     rounds: int = 4,
 ) -> Generator[str, None, DecodeStats]:
@@ -173,7 +178,7 @@ def stream(
             f"target {target.name!r} has no tokenizer; use generate with token ids"
         )
     prompts = as_token_ids(target, [prompt], raw=raw, thinking=thinking)
-    decoder, params = _bind(target, drafter, implementation)
+    decoder, params = _bind(target, drafter, implementation, rejection)
     requests = pack(
         decoder,
         prompts,
@@ -207,7 +212,7 @@ def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> in
     """
     raw, thinking = options.pop("raw", False), options.pop("thinking", None)
     rows = as_token_ids(target, prompts, raw=raw, thinking=thinking)
-    decoder, _ = _bind(target, options.get("drafter", PLAIN), options.get("implementation"))
+    decoder, _ = _bind(target, options.get("drafter", PLAIN))
     capacity = _check_capacity(
         decoder, rows, options.pop("max_new_tokens", 256), options.pop("capacity", None)
     )
@@ -266,9 +271,19 @@ _fold_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
 
 
 def _bind(
-    target: Target, drafter: LoadedDrafter, implementation: str | None
+    target: Target,
+    drafter: LoadedDrafter,
+    implementation: str | None = None,
+    rejection: bool = False,
 ) -> tuple[Decoder, Params]:
-    decoder = Decoder(target.config, drafter.drafter, implementation=implementation)
+    static = drafter.drafter
+    if rejection and not (hasattr(static, "draft_sampled") and static.size > static.depth):
+        raise ValueError(
+            f"rejection sampling needs a block drafter whose tree holds its chain; {static} "
+            "does not draw chains, or its size is not above its depth. Leave rejection out: "
+            "sample-then-match is lossless with any drafter"
+        )
+    decoder = Decoder(target.config, static, rejection=rejection, implementation=implementation)
     return decoder, Params(target.params, drafter.params)
 
 

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from jaxspec.config import TargetConfig
 from jaxspec.decoding.accept import accept
 from jaxspec.decoding.commit import commit, write_tokens
-from jaxspec.decoding.sampling import SamplingRows, choose
+from jaxspec.decoding.reject import accept_sampled, round_keys
+from jaxspec.decoding.sampling import SamplingRows, choose, log_law
 from jaxspec.decoding.state import DecodeState
 from jaxspec.drafters.base import Committed, Drafter
 from jaxspec.models.cache import init_cache
 from jaxspec.models.decoder import forward, unembed
 from jaxspec.models.params import TargetParams
-from jaxspec.trees.tree import ancestors, causal_bits
+from jaxspec.trees.tree import ancestors, causal_bits, chain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +34,15 @@ class Decoder:
       config: of the target.
       drafter: proposes trees.
       chunk: prompt tokens per forward; capacities are multiples of it.
+      rejection: the drafter draws chains (`draft_sampled`), verified by rejection sampling;
+        otherwise trees are verified by sample-then-match. Both are lossless; only the latter
+        gives plain sampling's tokens at the same seed.
       implementation: of tree attention.
     """
 
     config: TargetConfig
     drafter: Drafter
+    rejection: bool = False
     chunk: int = 128
     implementation: str | None = None
 
@@ -165,17 +170,22 @@ def decode_round(
     decoder: Decoder, params: Params, state: DecodeState, sampling: SamplingRows
 ) -> DecodeState:
     """One round: draft a tree, verify it in one forward, accept a path, commit it."""
-    config, drafter = decoder.config, decoder.drafter
-    position = state.length - 1
+    drafter, position = decoder.drafter, state.length - 1
     anchor = jnp.take_along_axis(state.tokens, position[:, None], axis=1)[:, 0]
-    tree, drafter_state = drafter.draft(
-        params.drafter, state.drafter, anchor, position, state.budget
-    )
-    state = dataclasses.replace(state, drafter=drafter_state)
+    drafted_from = params.drafter, state.drafter, anchor, position
+    if decoder.rejection:
+        draft_keys, verify_keys = round_keys(sampling.key, position)
+        drawn, drafted = drafter.draft_sampled(*drafted_from, sampling.temperature, draft_keys)
+        lengths = jnp.minimum(drawn.lengths, jnp.minimum(state.budget, drafter.size) - 1)
+        tree = chain(anchor, drawn.tokens, lengths, size=drafter.size)
+    else:
+        tree, drafted = drafter.draft(*drafted_from, state.budget)
+    state = dataclasses.replace(state, drafter=drafted)
+
     bits = ancestors(tree)
     output = forward(
         params.target,
-        config,
+        decoder.config,
         tree.tokens,
         tree.depths,
         bits,
@@ -185,6 +195,10 @@ def decode_round(
         implementation=decoder.implementation,
     )
     logits = unembed(params.target, output.hidden)
-    choices = choose(logits, tree.depths, position + 1, sampling, drafter.depth)
-    acceptance = accept(tree, bits, choices, drafter.depth)
+    if decoder.rejection:
+        laws = log_law(logits[:, : drafter.depth + 1], sampling)
+        acceptance = accept_sampled(laws, drawn.tokens, drawn.log_q, lengths, verify_keys)
+    else:
+        choices = choose(logits, tree.depths, position + 1, sampling, drafter.depth)
+        acceptance = accept(tree, bits, choices, drafter.depth)
     return commit(state, drafter, params.drafter, tree, acceptance, output, sampling.stop_ids)

@@ -88,17 +88,29 @@ def choose(
         # Nodes of one depth choose for the same position, so they share its noise.
         noise = _noise(rows.key, positions, max_depth + 1, logits.shape[-1])  # [B, P + 1, V]
         noise = jnp.take_along_axis(noise, depths[..., None], axis=1)
-        scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None, None]
-        filtered = jax.lax.cond(
-            jnp.any((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)),
-            lambda x: jnp.where(_kept(x, rows), x, -jnp.inf),
-            lambda x: x,
-            scaled,
-        )
-        sampled = jnp.argmax(filtered + noise, axis=-1).astype(jnp.int32)
+        sampled = jnp.argmax(_filtered(logits, rows) + noise, axis=-1).astype(jnp.int32)
         return jnp.where((rows.temperature > 0)[:, None], sampled, greedy)
 
     return jax.lax.cond(jnp.any(rows.temperature > 0), sample, lambda _: greedy, None)
+
+
+def log_law(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    """The law that `choose` draws from: log-probabilities of [B, N, V]; greedy rows one-hot."""
+    best = jnp.argmax(logits, axis=-1, keepdims=True) == jnp.arange(logits.shape[-1])
+    greedy = jnp.where(best, 0.0, -jnp.inf)
+    sampled = jax.nn.log_softmax(_filtered(logits, rows), axis=-1)
+    return jnp.where((rows.temperature > 0)[:, None, None], sampled, greedy)
+
+
+def _filtered(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Logits over temperature (1 for greedy rows), -inf where a filter drops the token."""
+    scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None, None]
+    return jax.lax.cond(
+        jnp.any((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)),
+        lambda x: jnp.where(_kept(x, rows), x, -jnp.inf),
+        lambda x: x,
+        scaled,
+    )
 
 
 def _noise(keys: jax.Array, positions: jax.Array, count: int, vocab: int) -> jax.Array:

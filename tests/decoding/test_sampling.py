@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxspec.config import TreeConfig
 from jaxspec.decoding.loop import Decoder, Params, decode, prefill
 from jaxspec.decoding.requests import capacity_for, pack
 from jaxspec.decoding.sampling import Sampling, SamplingRows, _kept, choose
-from jaxspec.generation import request_keys
+from jaxspec.generation import LoadedDrafter, generate, request_keys
 from tests import tiny
+from tests.drafters import cases
 
 
 def rows(batch=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) -> SamplingRows:
@@ -80,44 +82,73 @@ def test_temperature_zero_is_argmax_beside_sampled_rows():
     assert chosen[1].tolist() != best[1].tolist()
 
 
-def test_two_sampled_tokens_follow_the_enumerated_distribution():
-    """20,000 speculative draws of two tokens against p(a) p(b | a), computed by enumeration."""
-    target, prompt, draws = tiny.target(scale=0.2), tiny.prompts(5)[0], 20_000
-    sampling = Sampling(temperature=0.8, top_p=0.95, stop_ids=())
+MATCHED = LoadedDrafter(tiny.RandomTrees(size=8, depth=2))
+DRAWN = cases.loaded("dspark", TreeConfig("chain", size=8))
+
+
+@pytest.mark.parametrize(
+    "drafter, rejection", [(MATCHED, False), (DRAWN, True)], ids=["matched", "rejection"]
+)
+def test_three_sampled_tokens_follow_the_enumerated_distribution(drafter, rejection):
+    """20,000 speculative draws against p(a) p(b | a) p(c | a, b), computed by enumeration."""
+    target, prompt, draws = tiny.target(), tiny.prompts(5)[0], 20_000
+    sampling = Sampling(temperature=1.5, top_k=6, top_p=0.95, stop_ids=())
     vocab = target.config.vocab_size
 
     def law(prompt):
         logits = tiny.logits(target, prompt)[-1].astype(np.float64) / sampling.temperature
-        keep = kept_by_sorting(logits, 0, sampling.top_p, 0.0)
+        keep = kept_by_sorting(logits, sampling.top_k, sampling.top_p, 0.0)
         p = np.where(keep, np.exp(logits - logits.max()), 0)
         return p / p.sum()
 
-    expected = np.stack([p * law([*prompt, a]) for a, p in enumerate(law(prompt))])
+    expected = np.zeros((vocab, vocab, vocab))
+    for a, p in enumerate(law(prompt)):
+        for b, q in enumerate(law([*prompt, a]) if p else ()):
+            if q:
+                expected[a, b] = p * q * law([*prompt, a, b])
+
     # Straight to the programs, for a chunk no longer than the prompt needs.
-    decoder = Decoder(target.config, tiny.RandomTrees(size=8, depth=2), chunk=8)
+    decoder = Decoder(target.config, drafter.drafter, chunk=8, rejection=rejection)
     requests = pack(
         decoder,
         [prompt] * draws,
         batch=draws,
-        capacity=capacity_for(len(prompt) + 2, decoder),
-        max_new_tokens=2,
+        capacity=capacity_for(len(prompt) + 3, decoder),
+        max_new_tokens=3,
         budget=8,
         sampling=[sampling] * draws,
         keys=request_keys(0, draws),
     )
-    params = Params(target.params, ())
-    state = decode(
-        decoder, params, prefill(decoder, params, requests), requests.sampling, np.int32(9)
-    )
-    counts = np.zeros((vocab, vocab))
-    np.add.at(counts, tuple(np.asarray(state.tokens)[:, len(prompt) : len(prompt) + 2].T), 1)
+    params = Params(target.params, drafter.params)
+    state = prefill(decoder, params, requests)
+    state = decode(decoder, params, state, requests.sampling, np.int32(9))
+    counts = np.zeros_like(expected)
+    np.add.at(counts, tuple(np.asarray(state.tokens)[:, len(prompt) : len(prompt) + 3].T), 1)
+
     assert counts.sum() == draws and state.done.all()
     assert counts[expected == 0].sum() == 0
-    cells = expected > 0
-    chi2 = ((counts - draws * expected)[cells] ** 2 / (draws * expected[cells])).sum()
-    # Mean cells - 1, variance twice that: six standard deviations and more would be a fault.
-    freedom = cells.sum() - 1
-    assert chi2 < freedom + 6 * np.sqrt(2 * freedom)
+    committed = np.asarray(state.committed)
+    assert (committed[:, 0] > 1).any()  # drafts were accepted, so their law is tested too
+    often = draws * expected >= 5  # the others are pooled into one cell
+    found = np.append(counts[often], counts[~often].sum())
+    wanted = np.append(draws * expected[often], draws * expected[~often].sum())
+    found, wanted = found[wanted > 0], wanted[wanted > 0]
+    chi2 = ((found - wanted) ** 2 / wanted).sum()
+    # Mean k - 1, variance twice that: six standard deviations and more would be a fault.
+    freedom = len(wanted) - 1
+    assert freedom > 20 and chi2 < freedom + 6 * np.sqrt(2 * freedom)
+
+
+def test_rejection_is_greedy_at_temperature_zero():
+    prompts = tiny.prompts(4, 9)
+    plain = generate(tiny.target(), prompts, max_new_tokens=20)
+    drawn = generate(tiny.target(), prompts, max_new_tokens=20, drafter=DRAWN, rejection=True)
+    assert [c.token_ids for c in drawn] == [c.token_ids for c in plain]
+
+
+def test_rejection_needs_a_drafter_that_draws():
+    with pytest.raises(ValueError, match="rejection sampling needs a block drafter"):
+        generate(tiny.target(), [[1]], drafter=MATCHED, rejection=True)
 
 
 @pytest.mark.parametrize(
