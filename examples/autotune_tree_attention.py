@@ -23,15 +23,14 @@ from pallas_kernels.tree_attention.config import MIN_TILE, Shape, TileConfig, ch
 
 def candidates(shape: Shape) -> list[TileConfig]:
     """Tiles around the chosen one; those that do not compile are found out."""
-    rows = 1 << (shape.nodes * shape.group - 1).bit_length()
+    most = max(MIN_TILE, min(128, 1 << (shape.nodes * shape.group - 1).bit_length()))
     step = min(64, max(MIN_TILE, 1 << (shape.nodes - 1).bit_length()))
     tiles = [choose(shape)]
     for tile_rows, keys, splits, warps, stages in itertools.product(
         (16, 32, 64, 128), (32, 64, 128), (1, 2, 4, 8, 16, 32), (4, 8), (2, 3, 4)
     ):
         # Smaller tiles of rows read the cache more often, larger ones are padding.
-        near = max(MIN_TILE, rows // 4) <= tile_rows <= max(MIN_TILE, rows) or tile_rows == 128
-        if near and splits * keys <= shape.capacity:
+        if most // 4 <= tile_rows <= most and splits * keys <= shape.capacity:
             tiles.append(TileConfig(tile_rows, keys, step, splits, warps, stages))
     return list(dict.fromkeys(tiles))
 

@@ -1,0 +1,1 @@
+from pallas_kernels.grouped_matmul.api import grouped_matmul as grouped_matmul

@@ -1,0 +1,116 @@
+"""Grouped matrix product as a Triton kernel, written in Pallas.
+
+XLA has no kernel for `ragged_dot` on a GPU: it multiplies all rows by every group's matrix and
+keeps the blocks it needs. Here a program multiplies one tile of one group's rows by one block
+of columns, so only matrices of groups that have rows are read, each once per tile of rows.
+
+Groups end anywhere, so tiles are laid per group and the last of each is masked. Their number
+depends on the data and the grid may not: it is the most there can be, and those left over find
+an empty range of rows and do nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+COLUMNS = 128  # of the output, per program
+DEPTH = 64  # contracted elements per step
+MIN_ROWS = 16  # the smallest side of a Triton matrix product
+
+
+def unsupported(rows: jax.Array, weights: jax.Array) -> str | None:
+    """Why the Triton kernel does not take these shapes, or None if it does."""
+    _, depth, columns = weights.shape
+    if rows.dtype != jnp.bfloat16 or weights.dtype != jnp.bfloat16:
+        return f"rows are {rows.dtype} and weights {weights.dtype}; expected bfloat16"
+    if depth % DEPTH or columns % COLUMNS:
+        return f"matrices are {depth} x {columns}; expected multiples of {DEPTH} and {COLUMNS}"
+    return None
+
+
+def tile_rows(total: int, groups: int) -> int:
+    """Rows of a tile: the average group's, as a power of two from 16 to 64."""
+    average = max(1, total // groups)
+    return min(64, max(MIN_ROWS, 1 << (average - 1).bit_length()))
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def grouped_matmul_triton(
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """See `grouped_matmul_reference`; `interpret` runs it on the CPU, to check numbers."""
+    total, groups, columns = rows.shape[0], *weights.shape[::2]
+    tile = tile_rows(total, groups)
+    group, start, stop = lay_tiles(group_sizes, total, tile)
+    wide = tile == 64
+    return pl.pallas_call(
+        functools.partial(multiply, tile=tile),
+        out_shape=jax.ShapeDtypeStruct((total, columns), jnp.float32),
+        grid=(columns // COLUMNS, group.size),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3 if wide else 4),
+        interpret=interpret,
+        name="grouped_matmul",
+    )(group, start, stop, rows, weights)
+
+
+def lay_tiles(
+    group_sizes: jax.Array, total: int, tile: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The group of every tile, its first row, and the end of its group's rows.
+
+    For groups of 5, 0 and 3 rows and tiles of 4, with one tile left over::
+
+        group  0 0 2 2
+        start  0 4 5 9
+        stop   5 5 8 8
+    """
+    groups = group_sizes.size
+    most = total // tile + min(groups, total)
+    per_group = -(-group_sizes // tile)
+    first_tile = jnp.cumsum(per_group) - per_group
+    first_row = jnp.cumsum(group_sizes) - group_sizes
+    index = jnp.arange(most)
+    # The last group that starts at or before this tile, among those that have any.
+    starts_here = (first_tile[None, :] <= index[:, None]) & (group_sizes > 0)
+    group = jnp.max(jnp.where(starts_here, jnp.arange(groups), 0), axis=1)
+    start = first_row[group] + (index - first_tile[group]) * tile
+    return (
+        group.astype(jnp.int32),
+        start.astype(jnp.int32),
+        (first_row + group_sizes)[group].astype(jnp.int32),
+    )
+
+
+def multiply(group_ref, start_ref, stop_ref, rows_ref, weights_ref, out_ref, *, tile: int):
+    """One tile of rows times one block of columns."""
+    first_column = pl.program_id(0) * COLUMNS
+    column = first_column + jnp.arange(COLUMNS)
+    t = pl.program_id(1)
+    group, start, stop = group_ref[t], start_ref[t], stop_ref[t]
+    row = start + jnp.arange(tile)
+    real = row < stop
+
+    def step(i, total):
+        lane = i * DEPTH + jnp.arange(DEPTH)
+        x = plgpu.load(
+            rows_ref.at[row[:, None], lane[None, :]],
+            mask=jnp.broadcast_to(real[:, None], (tile, DEPTH)),
+            other=0.0,
+        )
+        w = weights_ref[group, pl.ds(i * DEPTH, DEPTH), pl.ds(first_column, COLUMNS)]
+        return total + plgpu.dot(x, w)
+
+    # No steps for an empty range; a comparison or `where` here loses its type when lowered.
+    steps = jnp.clip(stop - start, 0, 1) * (weights_ref.shape[1] // DEPTH)
+    total = lax.fori_loop(0, steps, step, jnp.zeros((tile, COLUMNS), jnp.float32))
+    plgpu.store(
+        out_ref.at[row[:, None], column[None, :]],
+        total,
+        mask=jnp.broadcast_to(real[:, None], (tile, COLUMNS)),
+    )
