@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: generate test lint bench h100 clean
+.PHONY: generate test lint bench parity h100 clean
 
 generate: $(VENV)/base        ## real text from a real model, plain and speculative
 	$(BIN)/python examples/generate.py
@@ -16,6 +16,10 @@ lint: $(VENV)/test            ## style and format
 
 bench: $(VENV)/test           ## speed and acceptance, one run against plain decoding
 	$(BIN)/python examples/benchmark.py
+
+parity: $(VENV)/test          ## logits and generations against PyTorch's transformers
+	$(BIN)/python -m pip install --quiet --editable '.[parity]'
+	$(BIN)/python -m pytest -m parity
 
 $(VENV)/python:
 	$(PYTHON) -m venv $(VENV) && touch $@

@@ -32,7 +32,7 @@ class DrafterOptions:
     """How scores become a tree; the drafter's own default if left out."""
     width: int = 4
     """Children per expanded node (best_first)."""
-    budget: int = 16
+    budget: int = 8
     """Nodes verified per round, root included."""
     candidates: int = 16
     """Tokens per parent that are re-scored (path_conditioned, transitions)."""

@@ -117,3 +117,30 @@ def test_importing_jaxspec_is_quick():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "case, tree",
+    [
+        ("dspark_vanilla", "path_conditioned"),
+        ("dspark_rnn", "path_conditioned"),
+        ("treeflash_a", "path_conditioned"),
+        ("treeflash_a", "transitions"),
+        ("jetspec_a", "best_first"),
+        ("dflash_a", "top_budget"),
+    ],
+)
+def test_trained_drafters_from_their_folders(golden, case, tree, tmp_path, capsys):
+    folder, trace = golden(case)
+    prompt = trace["prompts"][0]
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps([prompt["prompt"]]))
+    code, out, err = run(
+        capsys,
+        *("--target", folder / "target", "--drafter", folder / "draft", "--prompt-ids", ids),
+        *("--tree", tree, "--budget", 16, "--max-new-tokens", len(prompt["ar"]), "--json"),
+    )
+    assert code == 0, err
+    row = json.loads(out)
+    assert row["token_ids"] == prompt["ar"]
+    assert row["rounds"] < len(prompt["ar"]) - 1  # something was accepted

@@ -27,8 +27,8 @@ class PromptLookup:
       min_match, max_match: tokens that must agree, and beyond which longer is not better.
     """
 
-    size: int = 16
-    depth: int = 10
+    size: int = 8
+    depth: int = 7
     continuations: int = 4
     min_match: int = 1
     max_match: int = 4
