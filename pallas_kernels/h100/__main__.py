@@ -34,12 +34,12 @@ def main() -> int:
     result = dict(kernels=[], steps=[])
     chosen = [case for case in kernels.cases(options.quick) if options.only in str(case)]
     for case in _progress(chosen):
-        compiled = kernels.compile_case(case)
+        compiled = case.compile()
         result["kernels"].append(
             dict(
                 name=str(case),
                 kernels=[dataclasses.asdict(kernel) for kernel in compiled],
-                faults=kernels.faults(case, compiled),
+                faults=case.faults(compiled),
             )
         )
     chosen = [step for step in steps.steps(options.quick) if options.only in str(step)]

@@ -60,6 +60,11 @@ class Op:
         )
 
     @property
+    def dimensions(self) -> tuple[int, ...]:
+        """Of its result, or of the first array of a tuple."""
+        return tuple(int(n) for n in _ARRAY.search(self.type)[2].split(",") if n)
+
+    @property
     def bytes(self) -> int:
         return sum(self.arrays)
 
@@ -202,6 +207,10 @@ class Module:
             return 2 * op.bytes
         if op.code in _UPDATES:
             return 2 * ops[op.operands[_UPDATES[op.code]]].bytes
+        if "grouped_matmul" in op.rest:  # matrices of groups without rows are not read
+            rows, weights = (ops[operand] for operand in op.operands[-2:])
+            matrices, count = weights.dimensions[0], rows.dimensions[0]
+            inputs[-1] = weights.bytes * min(matrices, count) // matrices
         outputs = op.bytes
         if "cublas" in op.rest:  # its second result is scratch memory, not traffic
             outputs = op.arrays[0]

@@ -1,4 +1,4 @@
-"""Tree attention compiled over its shapes, and the static sweep its tiles come from."""
+"""Our kernels compiled over their shapes, and the static sweep their tiles come from."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_matmul.triton import tile_rows
 from pallas_kernels.h100.compile import Kernel, compile_for_h100
 from pallas_kernels.h100.target import mesh
 from pallas_kernels.tree_attention.api import tree_attention
@@ -24,10 +26,13 @@ WARPGROUP_ROWS = 64  # the smallest tile of a Hopper matrix product
 _attention = jax.jit(
     tree_attention, static_argnames=("scale", "window", "implementation", "tile")
 )
+_grouped = jax.jit(grouped_matmul, static_argnames="implementation")
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class AttentionCase:
+    """One call of tree attention; queries and new rows are float32, as the model has them."""
+
     shape: Shape
     window: int | None = None
     tile: TileConfig | None = None  # None: the chosen one
@@ -39,65 +44,100 @@ class Case:
     def __str__(self) -> str:
         s, t = self.shape, self.chosen
         return (
-            f"{s.dtype.name} D={s.head_dim} B={s.batch} N={s.nodes} G={s.group} "
-            f"S={s.capacity} window={self.window} "
+            f"tree_attention {s.dtype.name} D={s.head_dim} B={s.batch} N={s.nodes} "
+            f"G={s.group} S={s.capacity} window={self.window} "
             f"tile={t.rows}/{t.keys}/{t.nodes}x{t.splits} {t.warps}w {t.stages}s"
         )
 
+    def compile(self) -> tuple[Kernel, ...]:
+        s = self.shape
+        cache = _array(s.batch, s.kv_heads, s.capacity, s.head_dim, dtype=s.dtype)
+        new = _array(s.batch, s.nodes, s.kv_heads, s.head_dim)
+        options = dict(scale=1.0, window=self.window, implementation="triton", tile=self.tile)
+        if self.window is not None:
+            options["depths"] = _array(s.batch, s.nodes, dtype=jnp.int32)
+        return compile_for_h100(
+            _attention,
+            _array(s.batch, s.nodes, s.heads, s.head_dim),
+            cache,
+            cache,
+            _array(s.batch, dtype=jnp.int32),
+            new,
+            new,
+            _array(s.batch, s.nodes, -(-s.nodes // 32), dtype=jnp.uint32),
+            **options,
+        ).kernels
 
-def cases(quick: bool = False) -> list[Case]:
-    """Every kind of kernel that `choose` can ask for: tiles, group sizes, windows, splits."""
+    def faults(self, kernels: tuple[Kernel, ...]) -> list[str]:
+        """What breaks the gate: spills, warnings, too much memory, a tile without wgmma."""
+        return _faults(kernels, "tree_attention", self.chosen.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedCase:
+    """One grouped matrix product: `rows` of them over `groups` matrices."""
+
+    rows: int
+    groups: int
+    depth: int
+    columns: int
+
+    def __str__(self) -> str:
+        return f"grouped_matmul R={self.rows} E={self.groups} {self.depth}x{self.columns}"
+
+    def compile(self) -> tuple[Kernel, ...]:
+        return compile_for_h100(
+            _grouped,
+            _array(self.rows, self.depth, dtype=jnp.bfloat16),
+            _array(self.groups, self.depth, self.columns, dtype=jnp.bfloat16),
+            _array(self.groups, dtype=jnp.int32),
+            implementation="triton",
+        ).kernels
+
+    def faults(self, kernels: tuple[Kernel, ...]) -> list[str]:
+        return _faults(kernels, "grouped_matmul", tile_rows(self.rows, self.groups))
+
+
+def _array(*shape, dtype=jnp.float32):
+    sharding = NamedSharding(mesh(), PartitionSpec())
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _faults(kernels: tuple[Kernel, ...], name: str, rows: int) -> list[str]:
+    found = [fault for kernel in kernels for fault in kernel.faults()]
+    if rows >= WARPGROUP_ROWS and not _named(kernels, name).wgmma:
+        found.append(f"{name}: tiles of {rows} rows and no wgmma")
+    return found
+
+
+def _named(kernels: tuple[Kernel, ...], name: str) -> Kernel:
+    return next(kernel for kernel in kernels if kernel.name == name)
+
+
+def cases(quick: bool = False) -> list[AttentionCase | GroupedCase]:
+    """Every kind of kernel that the library asks for: tiles, group sizes, windows, splits."""
     found = []
     for dtype, dim in itertools.product(("bfloat16", "float32"), (64, 128)):
         shape = Shape(1, 1, 32, 8, dim, 4096, jnp.dtype(dtype))
         change = functools.partial(dataclasses.replace, shape)
         sizes = (1, 8, 64, 512) if quick else (1, 2, 4, 8, 16, 32, 60, 64, 128, 256, 512)
-        found += [Case(change(nodes=n)) for n in sizes]
-        found.append(Case(change(nodes=64), window=1024))
+        found += [AttentionCase(change(nodes=n)) for n in sizes]
+        found.append(AttentionCase(change(nodes=64), window=1024))
         if quick:
             continue
         for n in (1, 8, 64):
             # Groups of one, SmolLM2's three, Qwen3-14B's five, Qwen3-32B's eight.
-            found += [Case(change(nodes=n, heads=8 * group)) for group in (1, 3, 5, 8)]
-            found.append(Case(change(nodes=n), window=1024))
-            found.append(Case(change(nodes=n, batch=64)))  # no splits
-            found.append(Case(change(nodes=n, capacity=32_768)))
-    return found
-
-
-def compile_case(case: Case) -> tuple[Kernel, ...]:
-    """The kernels of one call; queries and new rows come in float32, as the model has them."""
-    s = case.shape
-    sharding = NamedSharding(mesh(), PartitionSpec())
-
-    def array(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    cache = array(s.batch, s.kv_heads, s.capacity, s.head_dim, dtype=s.dtype)
-    new = array(s.batch, s.nodes, s.kv_heads, s.head_dim)
-    options = dict(scale=1.0, window=case.window, implementation="triton", tile=case.tile)
-    if case.window is not None:
-        options["depths"] = array(s.batch, s.nodes, dtype=jnp.int32)
-    return compile_for_h100(
-        _attention,
-        array(s.batch, s.nodes, s.heads, s.head_dim),
-        cache,
-        cache,
-        array(s.batch, dtype=jnp.int32),
-        new,
-        new,
-        array(s.batch, s.nodes, -(-s.nodes // 32), dtype=jnp.uint32),
-        **options,
-    ).kernels
-
-
-def faults(case: Case, kernels: tuple[Kernel, ...]) -> list[str]:
-    """What breaks the gate: spills, warnings, too much memory, a tile without wgmma."""
-    found = [fault for kernel in kernels for fault in kernel.faults()]
-    main = next(kernel for kernel in kernels if kernel.name == "tree_attention")
-    if case.chosen.rows >= WARPGROUP_ROWS and not main.wgmma:
-        found.append(f"tree_attention: tiles of {case.chosen.rows} rows and no wgmma")
-    return found
+            heads = [8 * group for group in (1, 3, 5, 8)]
+            found += [AttentionCase(change(nodes=n, heads=h)) for h in heads]
+            found.append(AttentionCase(change(nodes=n), window=1024))
+            found.append(AttentionCase(change(nodes=n, batch=64)))  # no splits
+            found.append(AttentionCase(change(nodes=n, capacity=32_768)))
+    # Qwen3-30B-A3B's experts, for one token, a tree of 64 nodes, and prompt chunks.
+    for rows, (depth, columns) in itertools.product(
+        (8, 512, 4096, 16_384), ((2048, 1536), (768, 2048))
+    ):
+        found.append(GroupedCase(rows, 128, depth, columns))
+    return list(dict.fromkeys(found))
 
 
 def resident(kernel: Kernel) -> int:
@@ -120,14 +160,14 @@ def sweep() -> Iterator[dict]:
             step = min(64, max(16, nodes))
             for warps, stages in itertools.product((4, 8), (2, 3, 4)):
                 tile = TileConfig(rows, keys, step, 8, warps, stages)
-                case = Case(shape, tile=tile)
+                case = AttentionCase(shape, tile=tile)
                 row = dict(dtype=dtype, head_dim=dim, **dataclasses.asdict(tile))
                 try:
-                    kernels = compile_case(case)
+                    kernels = case.compile()
                 except jax.errors.JaxRuntimeError as error:
                     yield row | dict(faults=[str(error).splitlines()[0][:120]])
                     continue
-                main = next(kernel for kernel in kernels if kernel.name == "tree_attention")
+                main = _named(kernels, "tree_attention")
                 held = resident(main)
                 yield row | dict(
                     registers=main.registers,
@@ -136,5 +176,5 @@ def sweep() -> Iterator[dict]:
                     resident=held,
                     # Bytes of keys and values on their way to one multiprocessor.
                     in_flight=held * (stages - 1) * 2 * keys * dim * shape.dtype.itemsize,
-                    faults=faults(case, kernels),
+                    faults=case.faults(kernels),
                 )

@@ -26,6 +26,7 @@ from pallas_kernels.h100.compile import Program, compile_for_h100
 from pallas_kernels.h100.target import BYTES_PER_SECOND, FLOPS_PER_SECOND, MEMORY_BYTES, mesh
 
 DTYPE = jnp.bfloat16
+OURS = ("tree_attention", "grouped_matmul")
 PREFILL_CHUNK = 512
 DRAFT_BLOCK = 16
 
@@ -273,7 +274,7 @@ def faults(step: Step, program: Program) -> list[str]:
     found = [
         fault
         for kernel in program.kernels
-        if kernel.name.startswith("tree_attention")
+        if kernel.name.startswith(OURS)
         for fault in kernel.faults()
     ]
     if step.model != "qwen3-8b" or step.devices > 1:

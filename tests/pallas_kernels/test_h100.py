@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.h100.compile import compile_for_h100
-from pallas_kernels.h100.kernels import Case, compile_case, faults
+from pallas_kernels.h100.kernels import AttentionCase
 from pallas_kernels.h100.target import mesh
 from pallas_kernels.tree_attention.config import Shape, TileConfig
 
@@ -26,23 +26,23 @@ def array(*shape, spec=(), devices=1):
 
 
 def test_the_chosen_tile_of_a_verify_step_compiles_to_warpgroup_products():
-    case = Case(QWEN3_8B)
-    kernels = compile_case(case)
+    case = AttentionCase(QWEN3_8B)
+    kernels = case.compile()
     (main,) = [kernel for kernel in kernels if kernel.name == "tree_attention"]
     assert main.grid == (2, 8, 8) and main.threads == 256
     assert main.wgmma > 0 and main.mma == 0 and main.async_copies > 0
-    assert faults(case, kernels) == []
+    assert case.faults(kernels) == []
 
 
 def test_a_tile_that_spills_is_a_fault():
-    case = Case(QWEN3_8B, tile=TileConfig(128, 64, 64, 2, 4, 2))
-    assert any("spills" in fault for fault in faults(case, compile_case(case)))
+    case = AttentionCase(QWEN3_8B, tile=TileConfig(128, 64, 64, 2, 4, 2))
+    assert any("spills" in fault for fault in case.faults(case.compile()))
 
 
 def test_a_tile_too_large_for_shared_memory_does_not_compile():
-    case = Case(QWEN3_8B, tile=TileConfig(128, 128, 64, 2, 8, 4))
+    case = AttentionCase(QWEN3_8B, tile=TileConfig(128, 128, 64, 2, 8, 4))
     with pytest.raises(jax.errors.JaxRuntimeError, match="Shared memory size limit"):
-        compile_case(case)
+        case.compile()
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

@@ -109,3 +109,14 @@ def test_loops_count_their_trips_and_conditionals_their_false_branch():
 
 def test_a_transfer_to_the_host_is_found_in_any_branch():
     assert LOOP.host_transfers() == ["sent"]
+
+
+def test_matrices_of_groups_without_rows_are_not_read():
+    module = Module("""\
+ENTRY %main (rows: bf16[8,256], weights: bf16[32,256,128]) -> f32[8,128] {
+  %rows = bf16[8,256]{1,0} parameter(0)
+  %weights = bf16[32,256,128]{2,1,0} parameter(1)
+  ROOT %out = f32[8,128]{1,0} custom-call(%rows, %weights), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(grouped_matmul_triton)"}
+}
+""")  # noqa: E501
+    assert module.moved_bytes() == 8 * 256 * 2 + 8 * (256 * 128 * 2) + 8 * 128 * 4
