@@ -7,42 +7,27 @@ prompt that neither has seen. A few minutes teach it one kind of text, no more.
 """
 
 import argparse
-import itertools
 import json
 import tempfile
 from pathlib import Path
 
 import jaxspec
 from jaxspec.training.conversations import read_examples
-from jaxspec.training.recipe import (
-    PRESETS,
-    OptimizerConfig,
-    TrainConfig,
-    drafter_config,
-    loss_config,
-)
+from jaxspec.training.losses import LossConfig
+from jaxspec.training.recipe import PRESETS, OptimizerConfig, TrainConfig, drafter_config
 from jaxspec.training.regenerate import RegenerateConfig, read_jobs, regenerate
 from jaxspec.training.step import init_state
 from jaxspec.training.trainer import train
 from jaxspec.training.validation import trained_drafter, walked_tau
+from jaxspec.training.vocabulary_loss import Mixture
 
-QUESTIONS = (
-    "What is {}?",
-    "Tell me about {}.",
-    "Why is {} important?",
-)
-TOPICS = (
-    "the sun,the moon,the ocean,a river,a forest,a desert,a volcano,an island,a mountain,rain,"
-    "snow,wind,fire,ice,gold,iron,glass,paper,bread,rice,milk,salt,sugar,tea,a cat,a dog,"
-    "a horse,a whale,an eagle,a bee,a school,a library,a hospital,a bridge,a train,a bicycle,"
-    "music,painting,history,mathematics,sleep,friendship"
-).split(",")
-HELD_OUT = ("coffee", "an elephant", "a museum", "chemistry")
+QUESTION = "Write the numbers from {} to {}, separated by commas."
+HELD_OUT = (4, 31, 57, 86)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--folder", type=Path, help="a temporary one by default")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="drafter-"))
@@ -53,22 +38,21 @@ def main():
 
     prompts, data = folder / "prompts.jsonl", folder / "data.jsonl"
     with prompts.open("w") as stream:
-        for question, topic in itertools.product(QUESTIONS, TOPICS):
-            stream.write(json.dumps({"prompt": question.format(topic)}) + "\n")
+        for first in set(range(1, 91)) - set(HELD_OUT):
+            stream.write(json.dumps({"prompt": QUESTION.format(first, first + 30)}) + "\n")
     answers = RegenerateConfig(max_new_tokens=64, max_length=127, rows=32)
     regenerate(answers, target, read_jobs(prompts), data)
 
-    family = "dspark"
     config = TrainConfig(
-        drafter=drafter_config(family, target.config, PRESETS[target.name], block_size=5),
-        loss=loss_config(family),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
+        drafter=drafter_config("dspark", target.config, PRESETS[target.name], block_size=5),
+        loss=LossConfig(Mixture(cross_entropy=1.0, total_variation=0.0), confidence=0.0),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.2),
         steps=options.steps,
-        batch_size=8,
-        micro_batch=8,
-        anchors=16,
+        batch_size=4,
+        micro_batch=4,
+        anchors=32,
     )
-    held_out = [QUESTIONS[0].format(topic) for topic in HELD_OUT]
+    held_out = [QUESTION.format(first, first + 30) for first in HELD_OUT]
     measure = dict(max_new_tokens=64, batch_size=len(held_out))
     untrained = trained_drafter(
         config.drafter, init_state(config, target.params).weights, target

@@ -73,19 +73,27 @@ def plan(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> l
 
 
 def collate(
-    examples: Sequence[Example], batch: Batch, *, host: int = 0, hosts: int = 1
+    examples: Sequence[Example],
+    batch: Batch,
+    *,
+    micro_batch: int,
+    host: int = 0,
+    hosts: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One host's share of a batch: tokens int32 and supervised bool, [B / hosts, T]."""
-    if len(batch.rows) % hosts:
+    """One host's share of every micro-batch of a batch.
+
+    Returns:
+      Tokens int32 and supervised bool, [n, b / hosts, T], for n micro-batches of b sequences.
+    """
+    if micro_batch % hosts:
         raise ValueError(
-            f"a batch of {len(batch.rows)} sequences cannot be divided among {hosts} hosts"
+            f"a micro-batch of {micro_batch} sequences cannot be divided among {hosts} hosts"
         )
-    share = len(batch.rows) // hosts
-    rows = batch.rows[host * share : (host + 1) * share]
-    tokens = np.zeros((share, batch.length), np.int32)
-    supervised = np.zeros((share, batch.length), bool)
-    for i, row in enumerate(rows):
+    rows = np.array(batch.rows).reshape(-1, hosts, micro_batch // hosts)[:, host]
+    tokens = np.zeros((*rows.shape, batch.length), np.int32)
+    supervised = np.zeros((*rows.shape, batch.length), bool)
+    for place, row in np.ndenumerate(rows):
         if row != EMPTY:
-            tokens[i, : len(examples[row])] = examples[row].tokens
-            supervised[i, : len(examples[row])] = examples[row].supervised
+            tokens[place][: len(examples[row])] = examples[row].tokens
+            supervised[place][: len(examples[row])] = examples[row].supervised
     return tokens, supervised

@@ -50,35 +50,43 @@ def target_features(
     if length % size:
         raise ValueError(f"{length} tokens are not a multiple of the chunk of {size}")
     dtype = params.embed.dtype
+    # One chunk has no prefix. A cache of one row, unseen, keeps XLA from folding masks of T².
+    capacity = length if length > size else 1
     cache = init_cache(
-        config.num_layers, batch, config.num_kv_heads, length, config.head_dim, dtype
+        config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim, dtype
     )
     bits = causal_bits(size)
     bits = jnp.broadcast_to(bits, (batch, *bits.shape))
     depths = jnp.broadcast_to(jnp.arange(size), (batch, size))
 
-    def step(carry, tokens):
-        cache, start = carry
-        starts = jnp.full(batch, start)
-        output = forward(
+    def run(tokens, cache, start):
+        return forward(
             params,
             config,
             tokens,
             depths,
             bits,
             cache,
-            starts,
+            jnp.full(batch, start),
             taps=taps,
             implementation=implementation,
         )
-        cache = cache.write(output.rows, start, after=output.hidden)
-        features = Features(output.hidden.astype(dtype), output.taps.astype(dtype))
-        return (cache, start + size), features
 
+    def features(output):
+        return Features(output.hidden.astype(dtype), output.taps.astype(dtype))
+
+    def step(carry, tokens):
+        cache, start = carry
+        output = run(tokens, cache, start)
+        cache = cache.write(output.rows, start, after=output.hidden)
+        return (cache, start + size), features(output)
+
+    if length == size:
+        return jax.lax.stop_gradient(features(run(tokens, cache, 0)))
     chunks = jnp.moveaxis(tokens.reshape(batch, -1, size), 1, 0)
-    _, features = jax.lax.scan(step, (cache, jnp.int32(0)), chunks)
+    _, stacked = jax.lax.scan(step, (cache, jnp.int32(0)), chunks)
 
     def join(x):
         return jnp.moveaxis(x, 0, 1).reshape(batch, length, -1)
 
-    return jax.lax.stop_gradient(jax.tree.map(join, features))
+    return jax.lax.stop_gradient(jax.tree.map(join, stacked))

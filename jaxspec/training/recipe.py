@@ -37,7 +37,7 @@ class TrainConfig:
       batch_size: sequences per update.
       micro_batch: sequences per forward; the gradients of a batch are summed in float32.
       anchors: blocks per sequence.
-      initial: "target" copies the target's last layers, "random" draws all weights.
+      initial: "target" copies the target's last layers, "random" draws them.
       validate_every, checkpoint_every: in steps; 0 does so at the end alone.
       keep: newest checkpoints kept, beside the best.
     """

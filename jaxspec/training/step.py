@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.drafters.head import Vocabulary, bind, random_weights
@@ -19,6 +20,7 @@ from jaxspec.training.blocks import before_labels, run_blocks, sample_anchors, s
 from jaxspec.training.features import target_features
 from jaxspec.training.losses import LossSums, drafter_loss
 from jaxspec.training.recipe import OptimizerConfig, TrainConfig
+from jaxspec.training.sharding import state_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -59,8 +61,12 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
 
 
 def init_state(config: TrainConfig, target: TargetParams) -> TrainState:
-    """The state before the first update."""
+    """The state before the first update.
+
+    The final norm is always the target's: the LM head is, and expects inputs of that scale.
+    """
     weights = random_weights(config.drafter, jax.random.key(config.seed))
+    weights.norm = weights.norm.replace(jnp.array(target.final_norm, jnp.float32))
     if config.initial == "target":
         weights = copy_layers(config.drafter, weights, target)
     return TrainState(
@@ -75,7 +81,7 @@ def copy_layers(config: DrafterConfig, weights: nnx.State, target: TargetParams)
       ValueError: their shapes differ.
     """
     flat = dict(nnx.to_flat_state(weights))
-    taken = {("norm",): target.final_norm}
+    taken = {}
     for i, layer in enumerate(target.layers[-config.num_layers :]):
         if isinstance(layer.mlp, MoeParams):
             raise ValueError(
@@ -108,7 +114,7 @@ def copy_layers(config: DrafterConfig, weights: nnx.State, target: TargetParams)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "target_config"), donate_argnames="state"
+    jax.jit, static_argnames=("config", "target_config", "mesh"), donate_argnames="state"
 )
 def train_step(
     config: TrainConfig,
@@ -117,6 +123,7 @@ def train_step(
     state: TrainState,
     tokens: jax.Array,
     supervised: jax.Array,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
@@ -125,6 +132,7 @@ def train_step(
     Args:
       tokens: [n, b, T] int32, n micro-batches.
       supervised: [n, b, T] bool.
+      mesh: the devices the arrays are placed on (`sharding`); None for one device.
 
     Returns:
       The new state, and means over the batch: the loss and its parts, the acceptance of each
@@ -157,7 +165,10 @@ def train_step(
         "gradient_norm": optax.tree.norm(slopes),
     }
     weights = optax.apply_updates(state.weights, updates)
-    return TrainState(weights, optimizer_state, state.step + 1), metrics
+    state = TrainState(weights, optimizer_state, state.step + 1)
+    if mesh is not None:
+        state = jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
+    return state, metrics
 
 
 def batch_loss(

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from checkpoints.drafters import save_drafter
@@ -25,6 +26,7 @@ from jaxspec.generation import Prompt, Target
 from jaxspec.training.batches import Position, collate, plan
 from jaxspec.training.conversations import Example
 from jaxspec.training.recipe import TrainConfig
+from jaxspec.training.sharding import place_batch, state_shardings, target_shardings
 from jaxspec.training.step import TrainState, init_state, learning_rate, train_step
 from jaxspec.training.validation import trained_drafter, walked_tau
 
@@ -44,6 +46,7 @@ def train(
     *,
     prompts: Sequence[Prompt] = (),
     resume_step: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Path | None:
     """Trains a drafter, or goes on with the run that the folder holds.
 
@@ -56,6 +59,7 @@ def train(
       examples: from `conversations.read_examples`.
       prompts: held out, for validation.
       resume_step: checkpoint to go on from; the newest by default.
+      mesh: devices to train on (`sharding.make_mesh`); a run may go on with other ones.
 
     Returns:
       The folder of the drafter, or None if the run was interrupted.
@@ -70,6 +74,10 @@ def train(
         return folder / DRAFTER
     store = Store(folder / CHECKPOINTS, keep=config.keep)
     state, position = init_state(config, target.params), Position()
+    if mesh is not None:
+        params = jax.device_put(target.params, target_shardings(mesh, target.params))
+        target = dataclasses.replace(target, params=params)
+        state = jax.device_put(state, state_shardings(mesh, state))
     if store.steps or resume_step is not None:
         _, state, saved = store.restore(state, resume_step)
         position = Position(**saved)
@@ -95,10 +103,9 @@ def train(
                 batches = plan(
                     [len(x) for x in examples], config.batch_size, seed=config.seed, epoch=epoch
                 )
-            arrays = collate(examples, batches[position.index])
-            shape = (-1, config.micro_batch, arrays[0].shape[1])
+            arrays = collate(examples, batches[position.index], micro_batch=config.micro_batch)
             state, means = train_step(
-                config, target.config, target.params, state, *(x.reshape(shape) for x in arrays)
+                config, target.config, target.params, state, *place_batch(mesh, arrays), mesh
             )
             position = position.after(len(batches))
             means = jax.device_get(means)

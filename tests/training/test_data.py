@@ -187,10 +187,10 @@ def test_positions_run_through_epochs():
 def test_hosts_share_a_batch():
     examples = [Example(np.full(n, n, np.int32), np.arange(n) > 1) for n in (2, 4, 3)]
     batch = Batch((2, 0, 1, EMPTY), 4)
-    tokens, supervised = collate(examples, batch)
-    assert tokens.tolist() == [[3, 3, 3, 0], [2, 2, 0, 0], [4, 4, 4, 4], [0] * 4]
-    assert supervised.sum(1).tolist() == [1, 0, 2, 0]
-    halves = [collate(examples, batch, host=i, hosts=2)[0] for i in range(2)]
-    np.testing.assert_array_equal(np.concatenate(halves), tokens)
-    with pytest.raises(ValueError, match="4 sequences cannot be divided among 3 hosts"):
-        collate(examples, batch, hosts=3)
+    tokens, supervised = collate(examples, batch, micro_batch=2)
+    assert tokens.tolist() == [[[3, 3, 3, 0], [2, 2, 0, 0]], [[4, 4, 4, 4], [0] * 4]]
+    assert supervised.sum(2).tolist() == [[1, 0], [2, 0]]
+    halves = [collate(examples, batch, micro_batch=2, host=i, hosts=2)[0] for i in range(2)]
+    np.testing.assert_array_equal(np.concatenate(halves, axis=1), tokens)
+    with pytest.raises(ValueError, match="2 sequences cannot be divided among 3 hosts"):
+        collate(examples, batch, micro_batch=2, hosts=3)

@@ -1,6 +1,7 @@
 """Runs that are killed end where runs that are not do."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -19,13 +20,14 @@ from tests.training import tiny
 ROOT = Path(__file__).parents[2]
 
 
-def start(folder, cache):
+def start(folder, cache, *mesh, **variables):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **variables,
     }
-    command = [sys.executable, "-m", "tests.training.tiny", str(folder)]
+    command = [sys.executable, "-m", "tests.training.tiny", str(folder), *mesh]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -64,6 +66,20 @@ def test_interrupted_runs_end_the_same(whole_run, tmp_path):
     finish(start(tmp_path, cache))
     for name in ("metrics.jsonl", "drafter/model.safetensors", "drafter/config.json"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.gate
+def test_many_devices_train_as_one_does(whole_run, tmp_path):
+    whole, cache = whole_run
+    flags = "--xla_force_host_platform_device_count=8"
+    finish(start(tmp_path, cache, "4", "2", XLA_FLAGS=flags))
+    one, many = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (whole, tmp_path)
+    )
+    for expected, got in zip(one, many, strict=True):
+        for name in ("loss", "gradient_norm", "acceptance"):
+            np.testing.assert_allclose(got[name], expected[name], rtol=1e-4)
 
 
 def test_other_settings_do_not_go_on_with_a_run(whole_run):

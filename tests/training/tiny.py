@@ -1,4 +1,7 @@
-"""A run small enough for a test; `python -m tests.training.tiny FOLDER` trains it."""
+"""A run small enough for a test.
+
+`python -m tests.training.tiny FOLDER [DATA MODEL]` trains it, on a mesh if one is given.
+"""
 
 import sys
 
@@ -11,30 +14,31 @@ from jaxspec.models.params import random_params
 from jaxspec.training.conversations import Example
 from jaxspec.training.losses import LossConfig
 from jaxspec.training.recipe import OptimizerConfig, TrainConfig
+from jaxspec.training.sharding import make_mesh
 from jaxspec.training.trainer import train
 from jaxspec.training.vocabulary_loss import Mixture
 
 TARGET_CONFIG = TargetConfig(
-    vocab_size=23,
+    vocab_size=24,
     hidden_size=16,
     intermediate_size=32,
     num_layers=3,
-    num_heads=2,
-    num_kv_heads=1,
+    num_heads=4,
+    num_kv_heads=2,
     head_dim=8,
 )
 DRAFTER = DrafterConfig(
-    vocab_size=23,
+    vocab_size=24,
     hidden_size=16,
     intermediate_size=32,
     num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
+    num_heads=4,
+    num_kv_heads=2,
     head_dim=8,
     target_layers=3,
     taps=(0, 1),
     block_size=3,
-    mask_token_id=22,
+    mask_token_id=23,
     predict_next=True,
     sequential="markov",
     rank=4,
@@ -45,8 +49,8 @@ CONFIG = TrainConfig(
     loss=LossConfig(Mixture(chunk=16)),
     optimizer=OptimizerConfig(learning_rate=1e-2),
     steps=12,
-    batch_size=4,
-    micro_batch=2,
+    batch_size=8,
+    micro_batch=4,
     anchors=4,
     checkpoint_every=2,
 )
@@ -56,7 +60,7 @@ def target() -> Target:
     return Target("tiny", TARGET_CONFIG, random_params(TARGET_CONFIG, jax.random.key(0)))
 
 
-def examples(count: int = 10) -> list[Example]:
+def examples(count: int = 20) -> list[Example]:
     random = np.random.default_rng(0)
     rows = []
     for length in random.integers(20, 100, count):
@@ -66,4 +70,6 @@ def examples(count: int = 10) -> list[Example]:
 
 
 if __name__ == "__main__":
-    train(CONFIG, target(), examples(), sys.argv[1])
+    folder, *sizes = sys.argv[1:]
+    mesh = make_mesh(*map(int, sizes)) if sizes else None
+    train(CONFIG, target(), examples(), folder, mesh=mesh)
