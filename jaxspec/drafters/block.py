@@ -159,7 +159,7 @@ class BlockDrafter:
             )
             tree = from_transitions(*table, anchor, budget=budget, size=self.tree.size)
         else:
-            tokens, logits = rollout(head, vocabulary, stream, base, anchor, _greedy)
+            tokens, logits = rollout(head, vocabulary, stream, base, anchor, greedy)
             if self.tree.kind == "chain":
                 lengths = _chain_lengths(head, params, stream, anchor, tokens)
                 budget = jnp.minimum(budget, lengths + 1)
@@ -293,7 +293,8 @@ def tempered(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     return jnp.where(hot > 0, soft, jnp.where(best, 0.0, -jnp.inf))
 
 
-def _greedy(slot, logits):
+def greedy(slot: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The likeliest token, for `rollout`."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits
 
 

@@ -1,0 +1,343 @@
+"""Does a drafter fit its target, and does decoding run it as training did?
+
+Runs the drafter over known texts twice, once as training does (all blocks in one pass) and once
+as decoding does (caches, round by round), and compares the logits slot by slot. Then tries what
+is most often wrong with a drafter of which little is accepted (spec/baselines.md §5.3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.config import DrafterConfig, TargetConfig
+from jaxspec.drafters.base import Committed
+from jaxspec.drafters.block import BlockDrafter, BlockParams, greedy, rollout
+from jaxspec.drafters.head import bind
+from jaxspec.generation import LoadedDrafter, Prompt, Target, as_token_ids, generate
+from jaxspec.models.cache import KVCache, init_cache
+from jaxspec.models.decoder import forward
+from jaxspec.models.params import TargetParams
+from jaxspec.training.blocks import run_blocks
+from jaxspec.training.features import target_features
+from jaxspec.trees.tree import causal_bits
+
+CHUNK = 128  # texts are padded to a multiple of it
+TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}  # of logits, relative to the largest
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Known tokens to walk over.
+
+    Attributes:
+      tokens: ids.
+      start: position of the first anchor, at least 1. In an answer, its first token: the
+        prompt's own forward decides it.
+    """
+
+    tokens: tuple[int, ...]
+    start: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a check found.
+
+    Attributes:
+      rounds: blocks that decoding drafted.
+      tau: tokens per round of greedy chains, bonus included, if the target wrote the texts.
+      accepted: per slot, the share of rounds that accepted it, given those before it.
+      differences: per slot, the largest difference of logits between the two ways, relative
+        to the largest logit.
+      tolerance: what differences may be.
+      alternatives: tau if the drafter, or the text, were otherwise.
+      findings: what looks wrong; empty if nothing does.
+    """
+
+    rounds: int
+    tau: float
+    accepted: tuple[float, ...]
+    differences: tuple[float, ...]
+    tolerance: float
+    alternatives: dict[str, float]
+    findings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"tau {self.tau:.2f} over {self.rounds} rounds",
+            "slot  accepted  largest difference between training and decoding",
+        ]
+        for slot, row in enumerate(zip(self.accepted, self.differences, strict=True)):
+            lines.append("{:>4}  {:>8.2f}  {:.1e}".format(slot + 1, *row))
+        lines += [f"tau {tau:.2f} with {name}" for name, tau in self.alternatives.items()]
+        return "\n".join([*lines, *(self.findings or ("nothing looks wrong",))])
+
+
+def check_answers(
+    target: Target,
+    drafter: LoadedDrafter,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    max_new_tokens: int = 96,
+    thinking: bool | None = None,
+) -> Report:
+    """`check` on the target's own greedy answers, thinking mode among the alternatives."""
+
+    def answers(thinking):
+        rows = as_token_ids(target, prompts, raw=False, thinking=thinking)
+        done = generate(target, rows, max_new_tokens=max_new_tokens)
+        pairs = zip(rows, done, strict=True)
+        return [Text((*row, *answer.token_ids), len(row)) for row, answer in pairs]
+
+    report = check(target, drafter, answers(thinking))
+    if not _can_think(target):
+        return report
+    found = {
+        f"thinking turned {'on' if on else 'off'}": _walk_trained(
+            drafter.drafter.config, target, drafter.params, answers(on)
+        )
+        for on in (True, False)
+        if on != thinking
+    }
+    return judge(dataclasses.replace(report, alternatives=report.alternatives | found))
+
+
+def check(
+    target: Target, drafter: LoadedDrafter, texts: Sequence[Text], *, diagnose: bool = True
+) -> Report:
+    """Checks a block drafter on texts that the target wrote, or might have written.
+
+    Args:
+      diagnose: try alternatives; each compiles a program.
+
+    Raises:
+      ValueError: it is not a block drafter, or a text is shorter than a block.
+    """
+    if not isinstance(drafter.drafter, BlockDrafter):
+        raise ValueError(
+            f"{drafter.drafter} cannot be checked; expected a drafter with a checkpoint"
+        )
+    config, params = drafter.drafter.config, drafter.params
+    for text in texts:
+        if len(text.tokens) < text.start + config.depth + 1:
+            raise ValueError(
+                f"a text of {len(text.tokens)} tokens from position {text.start} on is too "
+                f"short; expected at least {config.depth + 1} after it"
+            )
+    rounds = [r for text in texts for r in _decode(target, drafter.drafter, params, text)]
+    accepted = np.array([count for count, _ in rounds])
+    reached = [(accepted >= slot).sum() for slot in range(config.depth + 1)]
+    others = _alternatives(config, target.config) if diagnose else ()
+    taus = {name: _walk_trained(other, target, params, texts) for name, other in others}
+    return judge(
+        Report(
+            rounds=len(rounds),
+            tau=float(np.mean(accepted + 1)),
+            accepted=tuple(
+                float(n / max(before, 1))
+                for before, n in zip(reached, reached[1:], strict=False)
+            ),
+            differences=tuple(np.max([d for _, d in rounds], axis=0).tolist()),
+            tolerance=max(
+                TOLERANCE.get(str(x.dtype), TOLERANCE["bfloat16"])
+                for x in (params.head.fc, target.params.embed)
+            ),
+            alternatives=taus,
+            findings=(),
+        )
+    )
+
+
+def judge(report: Report) -> Report:
+    """The report with its findings."""
+    findings = []
+    wrong = [i + 1 for i, d in enumerate(report.differences) if not d <= report.tolerance]
+    if wrong:
+        findings.append(
+            f"training and decoding disagree in slots {wrong}: the drafter is not run as it "
+            "was trained"
+        )
+    alternatives = report.alternatives.items()
+    name, tau = max(alternatives, key=lambda pair: pair[1], default=("", 0.0))
+    if tau - 1 > 1.3 * (report.tau - 1) + 0.1:
+        findings.append(
+            f"with {name} tau is {tau:.2f} instead of {report.tau:.2f}: the configuration or "
+            "the text is probably not what the drafter was trained with"
+        )
+    elif report.tau < 1.1:
+        findings.append(
+            "almost nothing is accepted and no alternative helps: was it trained, for this "
+            "target, on answers of this kind?"
+        )
+    return dataclasses.replace(report, findings=tuple(findings))
+
+
+def _can_think(target: Target) -> bool:
+    try:
+        return bool(target.tokenizer and target.tokenizer.chat("", thinking=True))
+    except ValueError:  # no chat template, or none with this switch
+        return False
+
+
+def _alternatives(
+    config: DrafterConfig, target: TargetConfig
+) -> Iterator[tuple[str, DrafterConfig]]:
+    """The mistakes that leave every shape as it is."""
+    for shift in (1, -1):
+        taps = tuple(tap + shift for tap in config.taps)
+        if min(taps) >= -1 and max(taps) < target.num_layers:
+            yield f"taps {list(taps)}", dataclasses.replace(config, taps=taps)
+    if config.predict_next or config.block_size > 1:
+        layout = "predict_own" if config.predict_next else "predict_next"
+        other = dataclasses.replace(config, predict_next=not config.predict_next)
+        if other.depth:
+            yield f"slot layout {layout}", other
+    sight = "bidirectional" if config.causal else "causal"
+    yield f"{sight} blocks", dataclasses.replace(config, causal=not config.causal)
+    mask, last = config.mask_token_id, config.vocab_size - 1
+    for token in dict.fromkeys((mask - 1, mask + 1, last, *target.eos_token_ids)):
+        if token != mask and 0 <= token <= last:
+            yield f"mask id {token}", dataclasses.replace(config, mask_token_id=token)
+
+
+def padded(tokens: Sequence[int], config: DrafterConfig) -> jax.Array:
+    """[1, T], T a multiple of the chunk and more than a block longer."""
+    length = -(-(len(tokens) + config.depth + 1) // CHUNK) * CHUNK
+    return jnp.asarray(np.pad(tokens, (0, length - len(tokens)))[None], jnp.int32)
+
+
+def _walk_trained(
+    config: DrafterConfig, target: Target, params: BlockParams, texts: Sequence[Text]
+) -> float:
+    """Tau of a configuration, all of its blocks run as in training."""
+    counts = []
+    for text in texts:
+        own, _ = draft_everywhere(
+            config, target.config, target.params, params, padded(text.tokens, config)
+        )
+        counts += [count for _, count in _walk(text, np.asarray(own).__getitem__)]
+    return float(np.mean(np.array(counts) + 1))
+
+
+def _walk(text: Text, draft) -> Iterator[tuple[int, int]]:
+    """(anchor, drafts accepted) of every round along a text; `draft(anchor)` -> tokens."""
+    anchor, tokens = text.start, np.array(text.tokens)
+    while anchor + 1 < len(tokens):
+        drafted = draft(anchor)
+        known = tokens[anchor + 1 :][: len(drafted)]
+        matches = np.asarray(drafted)[: len(known)] == known
+        count = int(np.cumprod(matches).sum())
+        yield anchor, count
+        anchor += count + 1
+
+
+@functools.partial(jax.jit, static_argnames=("config", "target_config"))
+def draft_everywhere(
+    config: DrafterConfig,
+    target_config: TargetConfig,
+    target: TargetParams,
+    params: BlockParams,
+    tokens: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """As training runs it: greedy chains [T, P] after every token, and their streams [T, P, M].
+
+    Args:
+      tokens: [1, T], see `padded`.
+    """
+    features = target_features(target, target_config, tokens, taps=config.taps, chunk=CHUNK)
+    head, length = bind(config, params.head), tokens.shape[1]
+    anchors = jnp.arange(length)[None]
+    blocks = run_blocks(head, params.vocabulary, tokens, features.taps, anchors)
+
+    def chain(block):
+        stream, anchor = block[0][None], block[1][None]
+        base = head.logits(params.vocabulary, stream)
+        return rollout(head, params.vocabulary, stream, base, anchor, greedy)[0][0]
+
+    stream = blocks.stream[0]
+    return jax.lax.map(chain, (stream, tokens[0]), batch_size=8), stream
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Caches:
+    target: KVCache
+    drafter: Any
+
+
+def _decode(
+    target: Target, drafter: BlockDrafter, params: BlockParams, text: Text
+) -> list[tuple[int, np.ndarray]]:
+    """Every round as decoding runs it: drafts accepted, and differences [P] to training."""
+    config, tokens = drafter.config, padded(text.tokens, config)
+    _, streams = draft_everywhere(config, target.config, target.params, params, tokens)
+    c, capacity = target.config, tokens.shape[1]
+    dtype = target.params.embed.dtype
+    caches = _Caches(
+        init_cache(c.num_layers, 1, c.num_kv_heads, capacity, c.head_dim, dtype),
+        drafter.init(params, 1, capacity),
+    )
+    width, differences, at = config.depth + 1, [], 0
+
+    def draft(anchor):
+        nonlocal caches, at
+        while at < anchor:
+            count = min(width, anchor - at)
+            rows = tokens[:, at : at + width]
+            caches = _commit(drafter, c, target.params, params, caches, rows, at, count)
+            at += count
+        own, difference = _draft_cached(
+            drafter, params, caches.drafter, tokens[:, anchor], anchor, streams[anchor]
+        )
+        differences.append(np.asarray(difference))
+        return np.asarray(own)
+
+    counts = [count for _, count in _walk(text, draft)]
+    return list(zip(counts, differences, strict=True))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("drafter", "target_config"), donate_argnames="caches"
+)
+def _commit(drafter, target_config, target, params, caches, tokens, start, count) -> _Caches:
+    """Runs the target on C tokens from `start` on and commits the first `count`."""
+    width, starts = tokens.shape[1], jnp.full(1, start)
+    output = forward(
+        target,
+        target_config,
+        tokens,
+        jnp.arange(width)[None],
+        causal_bits(width)[None],
+        caches.target,
+        starts,
+        taps=drafter.taps,
+    )
+    committed = Committed(tokens, output.taps, starts, jnp.full(1, count))
+    return _Caches(
+        caches.target.write(output.rows, starts),
+        drafter.observe(params, caches.drafter, committed),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="drafter")
+def _draft_cached(drafter, params, state, anchor, position, trained):
+    """The greedy chain [P], and how far its logits are from a trained stream's [P, M]."""
+    head, vocabulary = bind(drafter.config, params.head), params.vocabulary
+    stream = drafter.stream(params, state, anchor, jnp.full(1, position))
+    base = head.logits(vocabulary, stream)
+    own, logits = rollout(head, vocabulary, stream, base, anchor, greedy)
+
+    expected = head.logits(vocabulary, trained[None])
+    if head.sequential is not None:
+        previous = jnp.concatenate([anchor[:, None], own[:, :-1]], axis=1)
+        latent = head.teacher_forced(vocabulary, trained[None], previous)
+        expected = head.correct(vocabulary, expected, latent)
+    difference = jnp.max(jnp.abs(logits - expected), axis=-1) / jnp.max(jnp.abs(expected))
+    return own[0], difference[0]
