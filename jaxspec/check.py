@@ -276,7 +276,8 @@ def _decode(
     target: Target, drafter: BlockDrafter, params: BlockParams, text: Text
 ) -> list[tuple[int, np.ndarray]]:
     """Every round as decoding runs it: drafts accepted, and differences [P] to training."""
-    config, tokens = drafter.config, padded(text.tokens, config)
+    config = drafter.config
+    tokens = padded(text.tokens, config)
     _, streams = draft_everywhere(config, target.config, target.params, params, tokens)
     c, capacity = target.config, tokens.shape[1]
     dtype = target.params.embed.dtype
