@@ -21,6 +21,19 @@ parity: $(VENV)/test          ## logits and generations against PyTorch's transf
 	$(BIN)/python -m pip install --quiet --editable '.[parity]'
 	$(BIN)/python -m pytest -m parity
 
+# An environment of its own, so that the ordinary one stays free of CUDA wheels.
+H100 := $(VENV)-h100
+
+h100: $(H100)/ready           ## kernels and whole steps, compiled for an H100 without one
+	JAX_PLATFORMS=cpu $(H100)/bin/python -m pytest -m h100
+	$(H100)/bin/python -m pallas_kernels.h100 --quick
+
+$(H100)/ready: pyproject.toml pallas_kernels/requirements-h100.txt
+	$(PYTHON) -m venv $(H100)
+	$(H100)/bin/python -m pip install --quiet --editable '.[test]' absl-py
+	$(H100)/bin/python -m pip install --quiet --no-deps -r pallas_kernels/requirements-h100.txt
+	touch $@
+
 $(VENV)/python:
 	$(PYTHON) -m venv $(VENV) && touch $@
 
