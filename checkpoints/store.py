@@ -34,7 +34,7 @@ class Store:
     def save(
         self, step: int, state: Any, position: dict[str, int], *, score: float | None = None
     ) -> None:
-        """Writes a checkpoint; returns when it is on disk.
+        """Writes a checkpoint over one of the same step; returns when it is on disk.
 
         Args:
           state: a pytree of arrays.
@@ -46,6 +46,7 @@ class Store:
             {STATE: state, POSITION: position},
             metrics=None if score is None else {"score": score},
             force=True,
+            overwrite=True,
         )
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, int]]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.models.params import TargetParams
@@ -70,6 +72,20 @@ def place_batch(mesh: Mesh | None, arrays: Any) -> Any:
         return arrays
     sharding = NamedSharding(mesh, PartitionSpec(None, DATA))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), arrays)
+
+
+def gather(mesh: Mesh | None, tree: Any) -> Any:
+    """Every array whole on every device, so that each process can read it."""
+    if mesh is None:
+        return tree
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def any_process(flag: bool) -> bool:
+    """Whether any process says so; all must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def _divided(mesh: Mesh, x: jax.Array, name: str, axes: list[int]) -> NamedSharding:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.drafters.head import Vocabulary, bind, random_weights
@@ -168,6 +168,9 @@ def train_step(
     state = TrainState(weights, optimizer_state, state.step + 1)
     if mesh is not None:
         state = jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
+        metrics = jax.lax.with_sharding_constraint(
+            metrics, NamedSharding(mesh, PartitionSpec())
+        )
     return state, metrics
 
 

@@ -26,7 +26,13 @@ from jaxspec.generation import Prompt, Target
 from jaxspec.training.batches import Position, collate, plan
 from jaxspec.training.conversations import Example
 from jaxspec.training.recipe import TrainConfig
-from jaxspec.training.sharding import place_batch, state_shardings, target_shardings
+from jaxspec.training.sharding import (
+    any_process,
+    gather,
+    place_batch,
+    state_shardings,
+    target_shardings,
+)
 from jaxspec.training.step import TrainState, init_state, learning_rate, train_step
 from jaxspec.training.validation import trained_drafter, walked_tau
 
@@ -59,17 +65,26 @@ def train(
       examples: from `conversations.read_examples`.
       prompts: held out, for validation.
       resume_step: checkpoint to go on from; the newest by default.
-      mesh: devices to train on (`sharding.make_mesh`); a run may go on with other ones.
+      mesh: devices to train on (`sharding.make_mesh`), of all processes if there are several:
+        each calls this function with the same arguments and a folder they share. A run may go
+        on with other devices.
 
     Returns:
       The folder of the drafter, or None if the run was interrupted.
 
     Raises:
-      ValueError: the folder holds a run with other settings, the checkpoint is damaged, or the
-        loss is not a number.
+      ValueError: the folder holds a run with other settings, the checkpoint is damaged, the
+        loss is not a number, or several processes shall validate.
     """
-    folder = Path(folder)
-    _check_settings(folder, config, target)
+    folder, hosts = Path(folder), jax.process_count()
+    leads = jax.process_index() == 0
+    if prompts and hosts > 1:
+        raise ValueError(
+            f"{hosts} processes cannot decode together; train without prompts and validate "
+            "the drafter afterwards"
+        )
+    if leads:
+        _check_settings(folder, config, target)
     if (folder / DRAFTER).exists():
         return folder / DRAFTER
     store = Store(folder / CHECKPOINTS, keep=config.keep)
@@ -81,7 +96,7 @@ def train(
     if store.steps or resume_step is not None:
         _, state, saved = store.restore(state, resume_step)
         position = Position(**saved)
-    metrics = Metrics(folder / METRICS, after=int(state.step))
+    metrics = Metrics(folder / METRICS if leads else os.devnull, after=int(state.step))
     rate = learning_rate(config.optimizer, config.steps)
 
     def validate(state: TrainState) -> float | None:
@@ -103,7 +118,13 @@ def train(
                 batches = plan(
                     [len(x) for x in examples], config.batch_size, seed=config.seed, epoch=epoch
                 )
-            arrays = collate(examples, batches[position.index], micro_batch=config.micro_batch)
+            arrays = collate(
+                examples,
+                batches[position.index],
+                micro_batch=config.micro_batch,
+                host=jax.process_index(),
+                hosts=hosts,
+            )
             state, means = train_step(
                 config, target.config, target.params, state, *place_batch(mesh, arrays), mesh
             )
@@ -121,19 +142,22 @@ def train(
             progress.update()
             progress.set_postfix(loss=f"{means['loss']:.3f}")
 
-            last = done == config.steps
+            last, stop = done == config.steps, any_process(bool(terminated))
             score = validate(state) if last or _due(done, config.validate_every) else None
-            if last or score is not None or terminated or _due(done, config.checkpoint_every):
+            if last or score is not None or stop or _due(done, config.checkpoint_every):
                 store.save(done, state, dataclasses.asdict(position), score=score)
-            if terminated and not last:
+            if stop and not last:
                 return None
         best = store.best
         if best not in (None, done):
             _, state, _ = store.restore(state, best)
-    return export(config, target, state.weights, folder / DRAFTER)
+    weights = gather(mesh, state.weights)
+    if leads:
+        export(config, target, weights, folder / DRAFTER)
+    return folder / DRAFTER
 
 
-def export(config: TrainConfig, target: Target, weights: nnx.State, folder: Path) -> Path:
+def export(config: TrainConfig, target: Target, weights: nnx.State, folder: Path) -> None:
     """Writes a drafter's checkpoint, in the target's dtype; it appears whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -142,14 +166,14 @@ def export(config: TrainConfig, target: Target, weights: nnx.State, folder: Path
     drafter = trained_drafter(config.drafter, weights, target)
     save_drafter(partial, drafter.drafter, drafter.params)
     os.rename(partial, folder)
-    return folder
 
 
 class Metrics:
     """One JSON object per line, in the order of steps."""
 
-    def __init__(self, path: Path, *, after: int):
+    def __init__(self, path: str | Path, *, after: int):
         """Args: after: lines of later steps, which will be computed again, are dropped."""
+        path = Path(path)
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [
             line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after

@@ -43,6 +43,15 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path, damage):
     assert store.restore(state(0), step=1)[0] == 1
 
 
+def test_a_step_can_be_written_again(tmp_path):
+    store = Store(tmp_path)
+    store.save(1, state(1), {"index": 0})
+    store.save(1, state(2), {"index": 5})
+    _, found, position = store.restore(state(0))
+    assert position == {"index": 5}
+    jax.tree.map(np.testing.assert_array_equal, found, state(2))
+
+
 def test_half_written_checkpoints_do_not_count(tmp_path):
     store = Store(tmp_path)
     store.save(1, state(1), {"index": 0})

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,6 +49,12 @@ def signal_after(process, folder, lines, number):
     process.communicate(timeout=300)
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """A run that nothing interrupts, and the cache of its compiled programs."""
@@ -69,10 +76,23 @@ def test_interrupted_runs_end_the_same(whole_run, tmp_path):
 
 
 @pytest.mark.gate
-def test_many_devices_train_as_one_does(whole_run, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_many_devices_train_as_one_does(whole_run, tmp_path, processes):
     whole, cache = whole_run
-    flags = "--xla_force_host_platform_device_count=8"
-    finish(start(tmp_path, cache, "4", "2", XLA_FLAGS=flags))
+    devices = f"--xla_force_host_platform_device_count={8 // processes}"
+    where = f"localhost:{free_port()}"
+    started = [
+        start(
+            tmp_path,
+            cache,
+            *("4", "2"),
+            *((where, str(i)) if processes > 1 else ()),
+            XLA_FLAGS=devices,
+        )
+        for i in range(processes)
+    ]
+    for process in started:
+        finish(process)
     one, many = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (whole, tmp_path)
@@ -80,6 +100,7 @@ def test_many_devices_train_as_one_does(whole_run, tmp_path):
     for expected, got in zip(one, many, strict=True):
         for name in ("loss", "gradient_norm", "acceptance"):
             np.testing.assert_allclose(got[name], expected[name], rtol=1e-4)
+    assert (tmp_path / "drafter" / "model.safetensors").exists()
 
 
 def test_other_settings_do_not_go_on_with_a_run(whole_run):

@@ -1,6 +1,7 @@
 """A run small enough for a test.
 
-`python -m tests.training.tiny FOLDER [DATA MODEL]` trains it, on a mesh if one is given.
+`python -m tests.training.tiny FOLDER [DATA MODEL [ADDRESS PROCESS]]` trains it, on a mesh if
+one is given, as one of two processes if the address where they meet is.
 """
 
 import sys
@@ -71,5 +72,7 @@ def examples(count: int = 20) -> list[Example]:
 
 if __name__ == "__main__":
     folder, *sizes = sys.argv[1:]
-    mesh = make_mesh(*map(int, sizes)) if sizes else None
+    if len(sizes) > 2:
+        jax.distributed.initialize(sizes[2], num_processes=2, process_id=int(sizes[3]))
+    mesh = make_mesh(*map(int, sizes[:2])) if sizes else None
     train(CONFIG, target(), examples(), folder, mesh=mesh)
