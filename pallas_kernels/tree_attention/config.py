@@ -64,21 +64,22 @@ class Shape:
         return self.heads // self.kv_heads
 
 
-# (dtype, head dim, rows) -> keys, most nodes per step, warps, stages. Each row is the best of a
-# static sweep (`python -m pallas_kernels.h100 --sweep`): no spill, no ptxas warning, the most
-# bytes in flight that leave room for another program on the multiprocessor.
+# (dtype, head dim, rows) -> keys, most nodes per step, warps, stages. Chosen from a static sweep
+# (`python -m pallas_kernels.h100 --sweep`), not timed: no spill, no ptxas warning, and 64 KiB or
+# more of keys and values in flight per multiprocessor in bfloat16. Beside each: registers per
+# thread, KiB of shared memory.
 _TILES = {
-    ("bfloat16", 128, 16): (64, 16, 4, 3),
-    ("bfloat16", 128, 32): (64, 32, 4, 3),
-    ("bfloat16", 128, 64): (64, 64, 4, 3),
-    ("bfloat16", 128, 128): (64, 64, 8, 3),
-    ("bfloat16", 64, 16): (128, 16, 4, 3),
-    ("bfloat16", 64, 32): (128, 32, 4, 3),
-    ("bfloat16", 64, 64): (64, 64, 4, 3),
-    ("bfloat16", 64, 128): (128, 64, 8, 2),
-    ("float32", 128, 16): (32, 16, 4, 2),
-    ("float32", 64, 16): (32, 16, 4, 2),
-    ("float32", 64, 32): (32, 32, 4, 2),
+    ("bfloat16", 128, 16): (64, 16, 4, 3),  # 96, 70
+    ("bfloat16", 128, 32): (64, 32, 4, 3),  # 168, 76
+    ("bfloat16", 128, 64): (64, 64, 4, 3),  # 168, 113
+    ("bfloat16", 128, 128): (64, 64, 8, 3),  # 195, 131
+    ("bfloat16", 64, 16): (128, 16, 4, 3),  # 80, 70
+    ("bfloat16", 64, 32): (128, 32, 4, 3),  # 168, 76
+    ("bfloat16", 64, 64): (64, 64, 4, 3),  # 121, 57
+    ("bfloat16", 64, 128): (128, 64, 8, 2),  # 204, 80
+    ("float32", 128, 16): (32, 16, 4, 2),  # 193, 52
+    ("float32", 64, 16): (32, 16, 4, 2),  # 121, 28
+    ("float32", 64, 32): (32, 32, 4, 2),  # 196, 41
 }
 
 
