@@ -64,10 +64,10 @@ class Shape:
         return self.heads // self.kv_heads
 
 
-# (dtype, head dim, rows) -> keys, most nodes per step, warps, stages. Chosen from a static sweep
-# (`python -m pallas_kernels.h100 --sweep`), not timed: no spill, no ptxas warning, and 64 KiB or
-# more of keys and values in flight per multiprocessor in bfloat16. Beside each: registers per
-# thread, KiB of shared memory.
+# (dtype, head dim, rows) -> keys, most nodes per step, warps, stages. Chosen from a static
+# sweep (`python -m pallas_kernels.h100 --sweep`), not timed: no spill, no ptxas warning, and in
+# bfloat16 64 KiB or more of keys and values in flight per multiprocessor. Beside each:
+# registers per thread, KiB of shared memory.
 _TILES = {
     ("bfloat16", 128, 16): (64, 16, 4, 3),  # 96, 70
     ("bfloat16", 128, 32): (64, 32, 4, 3),  # 168, 76
