@@ -188,10 +188,7 @@ class BlockDrafter:
 
         def choose(slot, logits):
             log_q = tempered(logits, temperature)
-            draw = jax.vmap(
-                lambda key, law: jax.random.categorical(jax.random.fold_in(key, slot), law)
-            )
-            return draw(keys, log_q).astype(jnp.int32), log_q
+            return jax.vmap(draw, in_axes=(0, None, 0))(keys, slot, log_q), log_q
 
         tokens, log_q = rollout(head, vocabulary, stream, base, anchor, choose)
         lengths = _chain_lengths(head, params, stream, anchor, tokens)
@@ -264,19 +261,20 @@ def rollout(
     Returns:
       tokens [B, P] int32 and the laws [B, P, V].
     """
+    slots = jnp.arange(base.shape[1])
+    if head.sequential is None:  # no choice changes the next
+        return jax.vmap(choose, in_axes=(0, 1), out_axes=1)(slots, base)
 
     def step(carry, inputs):
         previous, state = carry
         slot, stream, logits = inputs
-        if head.sequential is not None:
-            latent, state = head.advance(vocabulary, stream, previous, state)
-            logits = head.correct(vocabulary, logits, latent)
-        token, law = choose(slot, logits)
+        latent, state = head.advance(vocabulary, stream, previous, state)
+        token, law = choose(slot, head.correct(vocabulary, logits, latent))
         return (token, state), (token, law)
 
-    state = () if head.sequential is None else head.sequential.initial_state(anchor.shape)
-    slots = (jnp.arange(base.shape[1]), stream.swapaxes(0, 1), base.swapaxes(0, 1))
-    _, (tokens, laws) = jax.lax.scan(step, (anchor, state), slots)
+    start = anchor, head.sequential.initial_state(anchor.shape)
+    inputs = slots, stream.swapaxes(0, 1), base.swapaxes(0, 1)
+    _, (tokens, laws) = jax.lax.scan(step, start, inputs)
     return tokens.swapaxes(0, 1), laws.swapaxes(0, 1)
 
 
@@ -291,6 +289,12 @@ def tempered(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     soft = jax.nn.log_softmax(logits.astype(jnp.float32) / jnp.where(hot > 0, hot, 1.0), -1)
     best = jnp.argmax(logits, axis=-1, keepdims=True) == jnp.arange(logits.shape[-1])
     return jnp.where(hot > 0, soft, jnp.where(best, 0.0, -jnp.inf))
+
+
+def draw(key: jax.Array, slot: jax.Array, log_q: jax.Array) -> jax.Array:
+    """A token from a log-law [V]; consumes `key` folded with the slot."""
+    token = jax.random.categorical(jax.random.fold_in(key, slot), log_q)
+    return token.astype(jnp.int32)
 
 
 def greedy(slot: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:

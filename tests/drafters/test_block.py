@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed
-from jaxspec.drafters.block import BlockDrafter, rollout
+from jaxspec.drafters.block import BlockDrafter, draw, rollout
 from jaxspec.drafters.head import bind
 from jaxspec.drafters.teacher_forced import run_blocks
 from tests.drafters import cases
@@ -178,3 +178,39 @@ def test_what_a_choice_changes(kind, changed):
     one, _ = decode(kind, state, anchor, position, jnp.array([[1, 2, 3, 4]]))
     two, _ = decode(kind, state, anchor, position, jnp.array([[1, 5, 3, 4]]))
     assert [slot for slot in range(4) if not np.allclose(one[0, slot], two[0, slot])] == changed
+
+
+def test_a_sampled_chain_comes_with_its_own_law():
+    """Row 0 at temperature 0.7, row 1 greedy; each slot's law given the tokens drawn before."""
+    features, params = cases.features("rnn", 2, 6), cases.params("rnn")
+    drafter = BlockDrafter(cases.KINDS["rnn"], CHAIN)
+    chain, _ = drafter.draft_sampled(
+        params,
+        cases.observed("rnn", features),
+        jnp.array([4, 4]),
+        jnp.array([6, 6]),
+        jnp.array([0.7, 0.0]),
+        jax.random.split(jax.random.key(0), 2),
+    )
+    target = params.vocabulary
+    oracle = Oracle(drafter.config, params.head, target.embed, target.unembed)
+    drawn = chain.tokens[0].tolist()
+    _, logits, _ = oracle.chain(features[0], 4, lambda slot, _: drawn[slot])
+    scaled = logits / 0.7
+    law = scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(chain.log_q[0], law, atol=5e-4)
+
+    own, _, _ = oracle.chain(features[1], 4)
+    assert chain.tokens[1].tolist() == own
+    np.testing.assert_array_equal(np.exp(chain.log_q[1]), np.eye(11)[own])
+    assert chain.lengths.tolist() == [4, 4]
+
+
+def test_drafts_are_drawn_from_the_law():
+    """20 000 requests whose context is the same: the first slot's frequencies."""
+    requests = 20_000
+    log_q = jax.nn.log_softmax(jnp.array([0.5, -1.0, 1.5]))
+    keys = jax.random.split(jax.random.key(1), requests)
+    drawn = jax.vmap(lambda key: draw(key, 0, log_q))(keys)
+    found = np.bincount(drawn, minlength=3) / requests
+    np.testing.assert_allclose(found, np.exp(log_q), atol=5 * 0.5 / np.sqrt(requests))
