@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -130,49 +131,45 @@ def regenerate(
         raise ValueError(f"target {target.name!r} has no tokenizer to read and write text with")
     output = Path(output)
     errors = output.with_name(output.stem + ".errors.jsonl")
-    done = {row["id"] for path in (output, errors) for row in _complete_rows(path)}
+    done = {*_ids(output), *_ids(errors)}
     jobs = list(jobs)
-    left = [job for job in jobs if job.id not in done]
-    # A few at a time, so that what waits in the rows' queue is short.
-    incoming = iter(left)
+    waiting = deque(job for job in jobs if job.id not in done)
     slots = Slots(target, room=config.max_length, drafter=drafter, rows=config.rows)
-    made, began, tokens = len(jobs) - len(left), time.perf_counter(), 0
+    began, tokens = time.perf_counter(), 0
     output.parent.mkdir(parents=True, exist_ok=True)
-    progress = tqdm(total=len(jobs), initial=made, unit="row", file=sys.stderr)
-    with output.open("a") as good, errors.open("a") as bad, progress:
+    made = len(jobs) - len(waiting)
 
-        def fail(job: Job, reason: str) -> None:
-            _append(bad, {"id": job.id, "error": reason, "conversations": job.messages})
-            progress.update()
+    with tqdm(total=len(jobs), initial=made, unit="row", file=sys.stderr) as progress:
 
         def ask(job: Job) -> None:
             try:
                 slots.add(_request(config, target, job))
             except ValueError as error:
-                fail(job, str(error))
+                fail(job, error)
 
-        exhausted = False
-        while slots.busy or not exhausted:
-            while not exhausted and slots.busy < 2 * config.rows:
-                job = next(incoming, None)
-                exhausted = job is None
-                if job is not None:
-                    ask(job)
+        def fail(job: Job, error: ValueError) -> None:
+            row = {"id": job.id, "error": str(error), "conversations": job.messages}
+            _append(errors, row)
+            progress.update()
+
+        while slots.busy or waiting:
+            while waiting and slots.busy < 2 * config.rows:
+                ask(waiting.popleft())
             for answer in slots.step():
                 job = answer.label
                 tokens += len(answer.token_ids)
                 try:
                     complete = _hear(target, job, answer)
                 except ValueError as error:
-                    fail(job, str(error))
+                    fail(job, error)
                     continue
-                if not complete:
+                if complete:
+                    _append(output, _row(config, target, job))
+                    progress.update()
+                else:
                     ask(job)
-                    continue
-                _append(good, _row(config, target, job))
-                progress.update()
             progress.set_postfix_str(f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
-    return len(list(_complete_rows(output)))
+    return len(_ids(output))
 
 
 def user_header(tokenizer: Tokenizer) -> list[int]:
@@ -258,24 +255,27 @@ def _parts(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str | None]]
     return system, list(turns)
 
 
-def _append(stream, row: dict[str, Any]) -> None:
-    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-    stream.flush()
-    os.fsync(stream.fileno())
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
-def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file that a killed run may have left; half a row at its end is cut off."""
+def _ids(path: Path) -> list[Any]:
+    """Of the rows a run has left, killed or not; half a row at the end is cut off."""
     if not path.exists():
-        return
+        return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        path.write_bytes(whole)
+    ids = []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            yield {"id": json.loads(line)["id"]}
+            ids.append(json.loads(line)["id"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number} was not written by regenerate; give another output"
             ) from error
+    if len(whole) < len(content):
+        path.write_bytes(whole)
+    return ids

@@ -14,6 +14,9 @@ import jax
 import numpy as np
 import pytest
 
+from checkpoints.drafters import load_drafter
+from checkpoints.store import Store
+from jaxspec.config import TreeConfig
 from jaxspec.training.step import copy_layers, init_state, learning_rate
 from jaxspec.training.trainer import train
 from tests.training import tiny
@@ -101,6 +104,16 @@ def test_many_devices_train_as_one_does(whole_run, tmp_path, processes):
         for name in ("loss", "gradient_norm", "acceptance"):
             np.testing.assert_allclose(got[name], expected[name], rtol=1e-4)
     assert (tmp_path / "drafter" / "model.safetensors").exists()
+
+
+def test_the_checkpoint_is_what_was_trained_and_loads(whole_run):
+    folder, _ = whole_run
+    target = tiny.target()
+    _, params = load_drafter(folder / "drafter", target.config, target.params, TreeConfig())
+    state = init_state(tiny.CONFIG, target.params)
+    step, state, _ = Store(folder / "checkpoints").restore(state)
+    assert step == tiny.CONFIG.steps
+    jax.tree.map(np.testing.assert_array_equal, params.head, state.weights)
 
 
 def test_other_settings_do_not_go_on_with_a_run(whole_run):
