@@ -4,11 +4,13 @@ the request and the absolute position, so that any way of decoding draws the sam
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 NO_TOKEN = -1
+SAMPLED_AT_ONCE = 16  # nodes; their noise and filters take several arrays [B, ., V]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +86,20 @@ def choose(
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
+    step = math.gcd(logits.shape[1], SAMPLED_AT_ONCE)
+
     def sample(_):
         # Nodes of one depth choose for the same position, so they share its noise.
         noise = _noise(rows.key, positions, max_depth + 1, logits.shape[-1])  # [B, P + 1, V]
-        noise = jnp.take_along_axis(noise, depths[..., None], axis=1)
-        sampled = jnp.argmax(_filtered(logits, rows) + noise, axis=-1).astype(jnp.int32)
+
+        def some_nodes(i, chosen):
+            part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * step, step, axis=1)  # noqa: E731
+            drawn = jnp.take_along_axis(noise, part(depths)[..., None], axis=1)
+            drawn = jnp.argmax(_filtered(part(logits), rows) + drawn, axis=-1)
+            drawn = drawn.astype(jnp.int32)
+            return jax.lax.dynamic_update_slice_in_dim(chosen, drawn, i * step, axis=1)
+
+        sampled = jax.lax.fori_loop(0, logits.shape[1] // step, some_nodes, greedy)
         return jnp.where((rows.temperature > 0)[:, None], sampled, greedy)
 
     return jax.lax.cond(jnp.any(rows.temperature > 0), sample, lambda _: greedy, None)

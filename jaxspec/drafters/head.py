@@ -66,7 +66,10 @@ class DraftLayer(nnx.Module):
 
     def keys_values(self, x: jax.Array, angles) -> tuple[jax.Array, jax.Array]:
         """Rotated keys and values [..., K, D] of context, or of normed slots, [..., M]."""
-        kv = project("...m,mkcd->...kcd", x, self.kv[...])
+        # XLA joins products that share an operand and concatenates their weights, in every
+        # round: the queries' with these, and these of all layers.
+        x, weight = jax.lax.optimization_barrier((x, self.kv[...]))
+        kv = project("...m,mkcd->...kcd", x, weight)
         k = rms_norm(kv[..., 0, :], self.k_norm[...], self.eps)
         return rotate(k, *angles), kv[..., 1, :]
 

@@ -65,6 +65,11 @@ def forward(
     outputs, keys, values = {-1: x}, [], []
     for i, layer in enumerate(params.layers):
         q, k, v = _qkv(layer.attention, config, x, angles)
+        # Rounded here and kept: XLA would rather keep every layer's whole projection until the
+        # rows are committed, and take them from it then.
+        k, v = jax.lax.optimization_barrier(
+            (k.astype(cache.keys[i].dtype), v.astype(cache.values[i].dtype))
+        )
         attended = tree_attention(
             q,
             cache.keys[i],

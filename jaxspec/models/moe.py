@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxspec.config import TargetConfig
 from jaxspec.models.layers import project, swiglu
 from jaxspec.models.params import MoeParams
+from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 def mixture_of_experts(params: MoeParams, config: TargetConfig, x: jax.Array) -> jax.Array:
@@ -33,6 +34,4 @@ def mixture_of_experts(params: MoeParams, config: TargetConfig, x: jax.Array) ->
 def _grouped(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """Rows sorted by group times each group's matrix: [R, M], [E, M, ...] -> [R, prod(...)]."""
     matrices = weights.reshape(*weights.shape[:2], -1)
-    return jax.lax.ragged_dot(
-        rows.astype(weights.dtype), matrices, group_sizes, preferred_element_type=jnp.float32
-    )
+    return grouped_matmul(rows.astype(weights.dtype), matrices, group_sizes)
