@@ -49,7 +49,7 @@ def plain(target, prompts):
 
 
 def answers(target, prompts, **options):
-    return [c.token_ids for c in generate(target, prompts, max_new_tokens=24, **options)]
+    return [c.token_ids for c in generate(target, prompts, max_new_tokens=12, **options)]
 
 
 @pytest.mark.parametrize("kind", TREES)

@@ -15,7 +15,7 @@ from tests import tiny
 pytestmark = [pytest.mark.gate, pytest.mark.real]
 
 SETS = ("gsm8k", "math500", "humaneval", "mbpp", "mt-bench")
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 GREEDY = Sampling()
 SAMPLED = Sampling(temperature=0.7, top_p=0.9)
 HOT = Sampling(temperature=1.0, top_p=0.9)
