@@ -49,11 +49,14 @@ KINDS = {
 @functools.cache
 def params(kind: str) -> BlockParams:
     """Weights large enough for every part to matter; none is left at zero or one."""
-    weights = random_weights(KINDS[kind], jax.random.key(1))
-    leaves, tree = jax.tree.flatten(weights)
-    random = np.random.default_rng(2)
-    leaves = [x + 0.3 * random.standard_normal(x.shape).astype(np.float32) for x in leaves]
-    return block_params(jax.tree.unflatten(tree, leaves), tiny.target().params)
+    with (
+        jax.ensure_compile_time_eval()
+    ):  # what is kept are numbers, also when first asked in jit
+        weights = random_weights(KINDS[kind], jax.random.key(1))
+        leaves, tree = jax.tree.flatten(weights)
+        random = np.random.default_rng(2)
+        leaves = [x + 0.3 * random.standard_normal(x.shape).astype(np.float32) for x in leaves]
+        return block_params(jax.tree.unflatten(tree, leaves), tiny.target().params)
 
 
 def loaded(kind: str, tree: TreeConfig) -> LoadedDrafter:
