@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: generate test lint bench parity h100 clean
+.PHONY: generate test lint bench gates parity h100 clean
 
 generate: $(VENV)/base        ## real text from a real model, plain and speculative
 	$(BIN)/python examples/generate.py
@@ -16,6 +16,9 @@ lint: $(VENV)/test            ## style and format
 
 bench: $(VENV)/test           ## speed and acceptance, one run against plain decoding
 	$(BIN)/python examples/benchmark.py
+
+gates: $(VENV)/test           ## lossless on real prompts, training over several processes; long
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -m gate
 
 parity: $(VENV)/test          ## logits and generations against PyTorch's transformers
 	$(BIN)/python -m pip install --quiet --editable '.[parity]'
