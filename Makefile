@@ -28,7 +28,8 @@ parity: $(VENV)/test          ## logits and generations against PyTorch's transf
 H100 := $(VENV)-h100
 
 h100: $(H100)/ready           ## kernels and whole steps, compiled for an H100 without one
-	JAX_PLATFORMS=cpu $(H100)/bin/python -m pytest -m h100
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 \
+		$(H100)/bin/python -m pytest -m h100
 	$(H100)/bin/python -m pallas_kernels.h100 --quick
 
 $(H100)/ready: pyproject.toml pallas_kernels/requirements-h100.txt
