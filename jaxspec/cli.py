@@ -31,11 +31,11 @@ class DrafterOptions:
     tree: TreeKind | None = None
     """How scores become a tree; the drafter's own default if left out."""
     width: int = 4
-    """Children per expanded node (best_first)."""
+    """Children per expanded node (best_first) or per tabulated parent (transitions)."""
     budget: int = 8
     """Nodes verified per round, root included."""
     candidates: int = 16
-    """Tokens per parent that are re-scored (path_conditioned, transitions)."""
+    """Tokens re-scored per parent (path_conditioned), or parents per depth (transitions)."""
 
     def load(self, target):
         from jaxspec.config import TreeConfig

@@ -82,8 +82,9 @@ class TreeConfig:
       kind: one of `TREE_KINDS`.
       size: N, nodes of the tree, root included; what is verified is padded to it. The budget
         of a row, an array, may be smaller.
-      width: children per expanded node (`best_first`).
-      candidates: tokens per parent that are re-scored (`path_conditioned`, `transitions`).
+      width: children per expanded node (`best_first`) or per tabulated parent (`transitions`).
+      candidates: tokens re-scored per parent (`path_conditioned`), or parents tabulated per
+        depth (`transitions`).
     """
 
     kind: str = "chain"
