@@ -10,17 +10,33 @@ import jax.numpy as jnp
 from jaxspec.decoding.accept import Acceptance
 from jaxspec.decoding.state import DecodeState
 from jaxspec.drafters.base import Committed, Drafter
-from jaxspec.models.decoder import ForwardOutput
-from jaxspec.trees.tree import DraftTree
+from jaxspec.models.cache import KVRows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the target made of a draft: the accepted path, and what it computed along it.
+
+    Attributes:
+      tokens: [B, P + 1] int32, the path's own tokens, root first.
+      taps: [B, P + 1, len(taps) * M] float32.
+      rows: keys and values of the path's P + 1 nodes.
+      nodes: [B] int32, nodes of the tree, padding excluded.
+    """
+
+    acceptance: Acceptance
+    tokens: jax.Array
+    taps: jax.Array
+    rows: KVRows
+    nodes: jax.Array
 
 
 def commit(
     state: DecodeState,
     drafter: Drafter,
     drafter_params,
-    tree: DraftTree,
-    acceptance: Acceptance,
-    output: ForwardOutput,
+    verdict: Verdict,
     stop_ids: jax.Array,
 ) -> DecodeState:
     """Writes the P + 1 rows of the path at the anchor's position and moves `length`.
@@ -28,10 +44,10 @@ def commit(
     Rows past the accepted ones are garbage that no later forward sees: visibility ends at
     `length - 1`, and the next round writes over them. A row that is done stays as it is.
     """
-    path, running = acceptance.path, ~state.done
+    acceptance, running = verdict.acceptance, ~state.done
     anchor_position = state.length - 1
     stops = jnp.any(acceptance.tokens[..., None] == stop_ids[:, None, :], axis=-1)  # [B, P + 1]
-    index = jnp.arange(path.shape[1])
+    index = jnp.arange(acceptance.path.shape[1])
     stops = stops & (index < acceptance.count[:, None])
     stopped = jnp.any(stops, axis=1)
     decided = jnp.where(stopped, jnp.argmax(stops, axis=1) + 1, acceptance.count)
@@ -39,22 +55,22 @@ def commit(
     length = jnp.minimum(state.length + decided, state.limit)
 
     observed = Committed(
-        tokens=jnp.take_along_axis(tree.tokens, path, axis=1),
-        features=jnp.take_along_axis(output.taps, path[..., None], axis=1),
+        tokens=verdict.tokens,
+        features=verdict.taps,
         position=anchor_position,
         count=length - state.length,
     )
-    batch = jnp.arange(path.shape[0])
+    batch = jnp.arange(running.shape[0])
     return dataclasses.replace(
         state,
         tokens=write_tokens(state.tokens, acceptance.tokens, state.length, length),
         length=length,
         done=state.done | stopped | (length >= state.limit),
-        cache=state.cache.write(output.rows.take(path), anchor_position),
+        cache=state.cache.write(verdict.rows, anchor_position),
         drafter=drafter.observe(drafter_params, state.drafter, observed),
         rounds=state.rounds + running,
         committed=state.committed.at[batch, state.rounds].add(decided),
-        nodes=state.nodes + jnp.where(running, tree.valid.sum(axis=1), 0),
+        nodes=state.nodes + jnp.where(running, verdict.nodes, 0),
     )
 
 

@@ -1,4 +1,4 @@
-"""Prefill and the round: draft, verify, accept, commit. All of it runs on the device.
+"""Prefill, and rounds until every row is done. All of it runs on the device.
 
 `decode` runs rounds in a `lax.while_loop`, without a transfer to the host; streaming calls the
 same compiled program for a few rounds at a time.
@@ -13,47 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxspec.config import TargetConfig
-from jaxspec.decoding.accept import accept
-from jaxspec.decoding.commit import commit, write_tokens
-from jaxspec.decoding.reject import accept_sampled, round_keys
-from jaxspec.decoding.sampling import SamplingRows, choose, log_law
+from jaxspec.decoding.commit import write_tokens
+from jaxspec.decoding.round import Decoder, Params, decode_round
+from jaxspec.decoding.sampling import SamplingRows, choose
 from jaxspec.decoding.state import DecodeState
-from jaxspec.drafters.base import Committed, Drafter
-from jaxspec.models.cache import init_cache
+from jaxspec.drafters.base import Committed
+from jaxspec.models.cache import KVCache, init_cache
 from jaxspec.models.decoder import forward, unembed
-from jaxspec.models.params import TargetParams
-from jaxspec.trees.tree import ancestors, causal_bits, chain
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoder:
-    """The static half of decoding: hashable, an argument of every jitted function here.
-
-    Attributes:
-      config: of the target.
-      drafter: proposes trees.
-      chunk: prompt tokens per forward; capacities are multiples of it.
-      rejection: the drafter draws chains (`draft_sampled`), verified by rejection sampling;
-        otherwise trees are verified by sample-then-match. Both are lossless; only the latter
-        gives plain sampling's tokens at the same seed.
-      implementation: of tree attention.
-    """
-
-    config: TargetConfig
-    drafter: Drafter
-    rejection: bool = False
-    chunk: int = 128
-    implementation: str | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Params:
-    """The weights a round reads."""
-
-    target: TargetParams
-    drafter: Any
+from jaxspec.trees.tree import causal_bits
 
 
 @jax.tree_util.register_dataclass
@@ -77,56 +44,87 @@ class Requests:
     sampling: SamplingRows
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefilling:
+    """A batch of prompts on its way through the target.
+
+    Attributes:
+      cache, drafter: as in `DecodeState`.
+      final: [B, M] float32, hidden state at the last prompt token, once its chunk has run.
+    """
+
+    cache: KVCache
+    drafter: Any
+    final: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames="decoder")
 def prefill(decoder: Decoder, params: Params, requests: Requests) -> DecodeState:
     """Runs the target on the prompts, chunk by chunk, and decides the first new token."""
     batch, capacity = requests.tokens.shape
-    config, drafter, chunk = decoder.config, decoder.drafter, decoder.chunk
+    prefilling = begin_prefill(decoder, params, batch, capacity)
+
+    def chunk(i, prefilling):
+        return prefill_chunk(decoder, params, requests, i, prefilling)
+
+    chunks = jnp.max(requests.length - 1) // decoder.chunk + 1
+    prefilling = jax.lax.fori_loop(0, chunks, chunk, prefilling)
+    return end_prefill(params, requests, prefilling)
+
+
+def begin_prefill(decoder: Decoder, params: Params, batch: int, capacity: int) -> Prefilling:
+    """Empty caches for `batch` prompts."""
+    config = decoder.config
     cache = init_cache(
         config.num_layers,
         batch,
         config.num_kv_heads,
         capacity,
         config.head_dim,
-        params.target.embed.dtype,
+        decoder.cache_dtype or params.target.embed.dtype,
     )
-    drafter_state = drafter.init(params.drafter, batch, capacity)
+    final = jnp.zeros((batch, config.hidden_size), jnp.float32)
+    return Prefilling(cache, decoder.drafter.init(params.drafter, batch, capacity), final)
+
+
+def prefill_chunk(
+    decoder: Decoder, params: Params, requests: Requests, i: jax.Array, prefilling: Prefilling
+) -> Prefilling:
+    """Runs the target on chunk i (scalar) of every prompt."""
+    batch, drafter, chunk = requests.length.shape[0], decoder.drafter, decoder.chunk
     bits = jnp.broadcast_to(causal_bits(chunk), (batch, chunk, causal_bits(chunk).shape[-1]))
     depths = jnp.broadcast_to(jnp.arange(chunk), (batch, chunk))
     last = requests.length - 1
-
-    def run_chunk(i, carry):
-        cache, drafter_state, final = carry
-        start = i * chunk
-        starts = jnp.full(batch, start)
-        tokens = jax.lax.dynamic_slice_in_dim(requests.tokens, start, chunk, axis=1)
-        output = forward(
-            params.target,
-            config,
-            tokens,
-            depths,
-            bits,
-            cache,
-            starts,
-            taps=drafter.taps,
-            implementation=decoder.implementation,
-        )
-        count = jnp.clip(requests.length - start, 0, chunk)
-        observed = Committed(tokens, output.taps, starts, count)
-        at = jnp.clip(last - start, 0, chunk - 1)[:, None, None]
-        here = jnp.take_along_axis(output.hidden, at, axis=1)[:, 0]
-        return (
-            cache.write(output.rows, start, after=output.hidden),
-            drafter.observe(params.drafter, drafter_state, observed),
-            jnp.where((last // chunk == i)[:, None], here, final),
-        )
-
-    final = jnp.zeros((batch, config.hidden_size), jnp.float32)
-    chunks = jnp.max(last) // chunk + 1
-    cache, drafter_state, final = jax.lax.fori_loop(
-        0, chunks, run_chunk, (cache, drafter_state, final)
+    start = i * chunk
+    starts = jnp.full(batch, start)
+    tokens = jax.lax.dynamic_slice_in_dim(requests.tokens, start, chunk, axis=1)
+    output = forward(
+        params.target,
+        decoder.config,
+        tokens,
+        depths,
+        bits,
+        prefilling.cache,
+        starts,
+        taps=drafter.taps,
+        implementation=decoder.implementation,
     )
-    logits = unembed(params.target, final)[:, None]  # [B, 1, V]
+    count = jnp.clip(requests.length - start, 0, chunk)
+    observed = Committed(tokens, output.taps, starts, count)
+    at = jnp.clip(last - start, 0, chunk - 1)[:, None, None]
+    here = jnp.take_along_axis(output.hidden, at, axis=1)[:, 0]
+    return Prefilling(
+        cache=prefilling.cache.write(output.rows, start, after=output.hidden),
+        drafter=drafter.observe(params.drafter, prefilling.drafter, observed),
+        final=jnp.where((last // chunk == i)[:, None], here, prefilling.final),
+    )
+
+
+def end_prefill(params: Params, requests: Requests, prefilling: Prefilling) -> DecodeState:
+    """Decides the first new token of prompts whose chunks have all run."""
+    batch, capacity = requests.tokens.shape
+    logits = unembed(params.target, prefilling.final)[:, None]  # [B, 1, V]
     root = jnp.zeros((batch, 1), jnp.int32)
     first = choose(logits, root, requests.length, requests.sampling, 0)
     length = requests.length + 1
@@ -137,8 +135,8 @@ def prefill(decoder: Decoder, params: Params, requests: Requests) -> DecodeState
         limit=requests.length + requests.max_new_tokens,
         done=stopped | (requests.max_new_tokens <= 1),
         budget=requests.budget,
-        cache=cache,
-        drafter=drafter_state,
+        cache=prefilling.cache,
+        drafter=prefilling.drafter,
         rounds=jnp.zeros(batch, jnp.int32),
         committed=jnp.zeros((batch, capacity), jnp.int32),
         nodes=jnp.zeros(batch, jnp.int32),
@@ -164,41 +162,3 @@ def decode(
         return i + 1, decode_round(decoder, params, state, sampling)
 
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
-
-
-def decode_round(
-    decoder: Decoder, params: Params, state: DecodeState, sampling: SamplingRows
-) -> DecodeState:
-    """One round: draft a tree, verify it in one forward, accept a path, commit it."""
-    drafter, position = decoder.drafter, state.length - 1
-    anchor = jnp.take_along_axis(state.tokens, position[:, None], axis=1)[:, 0]
-    drafted_from = params.drafter, state.drafter, anchor, position
-    if decoder.rejection:
-        draft_keys, verify_keys = round_keys(sampling.key, position)
-        drawn, drafted = drafter.draft_sampled(*drafted_from, sampling.temperature, draft_keys)
-        lengths = jnp.minimum(drawn.lengths, jnp.minimum(state.budget, drafter.size) - 1)
-        tree = chain(anchor, drawn.tokens, lengths, size=drafter.size)
-    else:
-        tree, drafted = drafter.draft(*drafted_from, state.budget)
-    state = dataclasses.replace(state, drafter=drafted)
-
-    bits = ancestors(tree)
-    output = forward(
-        params.target,
-        decoder.config,
-        tree.tokens,
-        tree.depths,
-        bits,
-        state.cache,
-        position,
-        taps=drafter.taps,
-        implementation=decoder.implementation,
-    )
-    logits = unembed(params.target, output.hidden)
-    if decoder.rejection:
-        laws = log_law(logits[:, : drafter.depth + 1], sampling)
-        acceptance = accept_sampled(laws, drawn.tokens, drawn.log_q, lengths, verify_keys)
-    else:
-        choices = choose(logits, tree.depths, position + 1, sampling, drafter.depth)
-        acceptance = accept(tree, bits, choices, drafter.depth)
-    return commit(state, drafter, params.drafter, tree, acceptance, output, sampling.stop_ids)

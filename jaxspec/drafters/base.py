@@ -41,11 +41,14 @@ class Drafter(Protocol):
       size: N, nodes of its trees, root included (static).
       depth: P, the deepest node it can draft (static).
       taps: target layers whose outputs it reads (`models.decoder.forward`).
+      verify_sizes: sizes below N that its trees may fit into; a round verifies in the smallest
+        that holds every row's tree. Each is one more forward to compile.
     """
 
     size: int
     depth: int
     taps: tuple[int, ...]
+    verify_sizes: tuple[int, ...]
 
     def init(self, params: Any, batch: int, capacity: int) -> Any:
         """An empty state for sequences of up to `capacity` tokens."""

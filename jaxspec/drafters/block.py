@@ -7,6 +7,7 @@ in a cache of the drafter's own; a pass reads it and writes nothing.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jaxspec.trees.build import build
 from jaxspec.trees.candidates import top_log_probs
 from jaxspec.trees.path_conditioned import path_conditioned
 from jaxspec.trees.transitions import from_transitions
-from jaxspec.trees.tree import DraftTree, causal_bits, pack_bits
+from jaxspec.trees.tree import DraftTree, causal_bits, chain, pack_bits
 from pallas_kernels.tree_attention import tree_attention
 
 
@@ -37,20 +38,29 @@ class BlockParams:
       threshold: scalar float32; a chain ends before the first slot less confident than this.
       survival: scalar float32; a chain ends before its survival falls below this. 0 turns
         either rule off; both need a confidence head.
+      temperatures: scalar or [P] float32, divide the confidence logits of each slot
+        (`evaluation.calibration`).
     """
 
     head: nnx.State
     vocabulary: Vocabulary
     threshold: jax.Array
     survival: jax.Array
+    temperatures: jax.Array
 
 
 def block_params(
-    head: nnx.State, target: TargetParams, *, threshold: float = 0.0, survival: float = 0.0
+    head: nnx.State,
+    target: TargetParams,
+    *,
+    threshold: float = 0.0,
+    survival: float = 0.0,
+    temperatures: Sequence[float] | float = 1.0,
 ) -> BlockParams:
     """A head's weights joined with the target's embedding and LM head, which are not copied."""
     vocabulary = Vocabulary(target.embed, target.unembed)
-    return BlockParams(head, vocabulary, jnp.float32(threshold), jnp.float32(survival))
+    rules = (jnp.asarray(x, jnp.float32) for x in (threshold, survival, temperatures))
+    return BlockParams(head, vocabulary, *rules)
 
 
 @jax.tree_util.register_dataclass
@@ -63,11 +73,14 @@ class SampledChain:
       log_q: [B, P, V] float32, normalised; each slot's law given the tokens before it.
       lengths: [B] int32, tokens to verify, 0 … P. Slot j is kept or dropped without a look at
         its own token or at later ones.
+      log_confidence: [B, P] float32, log-probability that each token is accepted if those
+        before it are; 0 without a confidence head. It does not look at the slot's own token.
     """
 
     tokens: jax.Array
     log_q: jax.Array
     lengths: jax.Array
+    log_confidence: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +95,8 @@ class BlockDrafter:
     The state is the `KVCache` of the context.
 
     Attributes:
-      survival_scores: `path_conditioned` trees are scored by the confidence head's survival
-        probabilities instead of the head's own (`trees.path_conditioned`).
+      survival_scores: chains and `path_conditioned` trees are scored by the confidence head's
+        survival probabilities instead of the drafter's own (`trees.path_conditioned`).
       implementation: of tree attention.
     """
 
@@ -91,6 +104,7 @@ class BlockDrafter:
     tree: TreeConfig
     survival_scores: bool = False
     implementation: str | None = None
+    verify_sizes: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.tree.kind == "transitions" and self.config.sequential in (None, "rnn"):
@@ -99,14 +113,13 @@ class BlockDrafter:
                 f"token alone, and the drafter's is {self.config.sequential!r}; use "
                 + ("path_conditioned" if self.config.sequential else "top_budget")
             )
+        conditioned = self.tree.kind == "path_conditioned" and self.config.sequential
         if self.survival_scores and not (
-            self.tree.kind == "path_conditioned"
-            and self.config.sequential
-            and self.config.confidence
+            self.config.confidence and (conditioned or self.tree.kind == "chain")
         ):
             raise ValueError(
-                "survival_scores needs a path_conditioned tree, a sequential head and a "
-                f"confidence head; found tree {self.tree.kind!r}, sequential "
+                "survival_scores needs a path_conditioned tree and a sequential head, or a "
+                f"chain, and a confidence head; found tree {self.tree.kind!r}, sequential "
                 f"{self.config.sequential!r}, confidence {self.config.confidence!r}"
             )
 
@@ -146,7 +159,7 @@ class BlockDrafter:
         stream = self.stream(params, state, anchor, position)
         base = head.logits(vocabulary, stream)
         if self.config.sequential and self.tree.kind == "path_conditioned":
-            tree = self._path_conditioned(head, vocabulary, stream, base, anchor, budget)
+            tree = self._path_conditioned(head, params, stream, base, anchor, budget)
         elif self.tree.kind == "transitions":
             table = transition_table(
                 head,
@@ -160,9 +173,13 @@ class BlockDrafter:
             tree = from_transitions(*table, anchor, budget=budget, size=self.tree.size)
         else:
             tokens, logits = rollout(head, vocabulary, stream, base, anchor, greedy)
-            if self.tree.kind == "chain":
-                lengths = _chain_lengths(head, params, stream, anchor, tokens)
+            if self.tree.kind == "chain" and self.config.confidence:
+                log_confidence = _log_confidence(head, params, stream, anchor, tokens)
+                lengths = _chain_lengths(params, log_confidence)
                 budget = jnp.minimum(budget, lengths + 1)
+                if self.survival_scores:
+                    size, kept = self.tree.size, budget - 1
+                    return chain(anchor, tokens, kept, log_confidence, size=size), state
             tree = build(self.tree, logits, anchor, budget)
         return tree, state
 
@@ -191,8 +208,9 @@ class BlockDrafter:
             return jax.vmap(draw, in_axes=(0, None, 0))(keys, slot, log_q), log_q
 
         tokens, log_q = rollout(head, vocabulary, stream, base, anchor, choose)
-        lengths = _chain_lengths(head, params, stream, anchor, tokens)
-        return SampledChain(tokens, log_q, lengths), state
+        log_confidence = _log_confidence(head, params, stream, anchor, tokens)
+        lengths = _chain_lengths(params, log_confidence)
+        return SampledChain(tokens, log_q, lengths, log_confidence), state
 
     def stream(
         self, params: BlockParams, state: KVCache, anchor: jax.Array, position: jax.Array
@@ -220,15 +238,18 @@ class BlockDrafter:
         return bind(c, params.head).stream(params.vocabulary, anchor, position, attend)
 
     def _path_conditioned(
-        self, head: DraftHead, vocabulary: Vocabulary, stream, base, anchor, budget
+        self, head: DraftHead, params: BlockParams, stream, base, anchor, budget
     ) -> DraftTree:
+        vocabulary = params.vocabulary
+
         def step(slot, state, tokens, candidates):
             latent, state = head.advance(vocabulary, stream[:, slot, None], tokens, state)
             scores = jnp.take_along_axis(base[:, slot], candidates, axis=1)
             return head.correct(vocabulary, scores, latent, candidates), state
 
         def confidence(slot, state, tokens):
-            return head.confidence_logits(stream[:, slot, None], tokens)
+            logits = head.confidence_logits(stream[:, slot, None], tokens)
+            return logits / jnp.broadcast_to(params.temperatures, (self.depth,))[slot]
 
         return path_conditioned(
             base,
@@ -302,13 +323,18 @@ def greedy(slot: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits
 
 
-def _chain_lengths(head: DraftHead, params: BlockParams, stream, anchor, tokens) -> jax.Array:
-    """Tokens of the chain [B, P] worth verifying, by both confidence rules: [B] int32."""
-    full = jnp.full(anchor.shape, tokens.shape[1], jnp.int32)
+def _log_confidence(head: DraftHead, params: BlockParams, stream, anchor, tokens) -> jax.Array:
+    """Log of the calibrated confidence in every slot of a chain [B, P]; 0 without the head."""
     if head.confidence is None:
-        return full
+        return jnp.zeros(tokens.shape, jnp.float32)
     previous = jnp.concatenate([anchor[:, None], tokens[:, :-1]], axis=1)
-    confidence = jax.nn.sigmoid(head.confidence_logits(stream, previous))
+    return jax.nn.log_sigmoid(head.confidence_logits(stream, previous) / params.temperatures)
+
+
+def _chain_lengths(params: BlockParams, log_confidence: jax.Array) -> jax.Array:
+    """Tokens of a chain worth verifying, by both confidence rules: [B] int32."""
+    confidence = jnp.exp(log_confidence)
+    full = jnp.full(confidence.shape[0], confidence.shape[1], jnp.int32)
     return jnp.minimum(
         confident_prefix(confidence, params.threshold),
         surviving_prefix(confidence, params.survival, full),

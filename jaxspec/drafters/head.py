@@ -23,7 +23,7 @@ from jaxspec.config import DrafterConfig
 from jaxspec.drafters.confidence import Confidence
 from jaxspec.drafters.sequential import HEADS, ones, weight
 from jaxspec.models.cache import KVRows
-from jaxspec.models.layers import project, rms_norm, rotary_angles, rotate, swiglu
+from jaxspec.models.layers import lookup, project, rms_norm, rotary_angles, rotate, swiglu
 
 # attend(layer, q [..., b, H, D], k [..., b, K, D], v [..., b, K, D]) -> [..., b, H, D]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -138,7 +138,7 @@ class DraftHead(nnx.Module):
         block = jnp.arange(self.config.block_size)
         masked = jnp.int32(self.config.mask_token_id)
         tokens = jnp.where(block == 0, anchors[..., None], masked)
-        x = vocabulary.embed[tokens].astype(jnp.float32)
+        x = lookup(vocabulary.embed, tokens)
         angles = self._angles(positions[..., None] + block)
         for i, layer in enumerate(self.layers):
             x = layer(x, angles, functools.partial(attend, i))
@@ -159,7 +159,7 @@ class DraftHead(nnx.Module):
           (latent [..., R or M], new state).
         """
         if self.config.sequential == "mlp":
-            embedded = vocabulary.embed[previous].astype(jnp.float32)
+            embedded = lookup(vocabulary.embed, previous)
             return self.normed(stream + self.sequential(self.normed(stream), embedded)), state
         return self.sequential.advance(self.normed(stream), previous, state)
 

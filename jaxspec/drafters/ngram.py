@@ -33,6 +33,7 @@ class PromptLookup:
     min_match: int = 1
     max_match: int = 4
     taps: tuple[int, ...] = ()
+    verify_sizes: tuple[int, ...] = (1, 4)
 
     def __post_init__(self):
         for name in ("size", "depth", "continuations", "min_match"):

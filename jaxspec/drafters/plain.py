@@ -20,6 +20,7 @@ class Plain:
     size: int = 1
     depth: int = 0
     taps: tuple[int, ...] = ()
+    verify_sizes: tuple[int, ...] = ()
 
     def init(self, params, batch, capacity):
         return ()

@@ -33,6 +33,7 @@ class SmallModel:
     tree: TreeConfig = TreeConfig("chain", size=8)
     depth: int = 7
     taps: tuple[int, ...] = ()
+    verify_sizes: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:

@@ -9,15 +9,16 @@ import pytest
 from jaxspec.decoding.loop import decode, prefill
 from jaxspec.decoding.requests import capacity_for, pack
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel
-from jaxspec.generation import LoadedDrafter, _bind, generate, request_keys
+from jaxspec.generation import LoadedDrafter, bind, generate, request_keys
 from tests import tiny
 
 
 def prepared(drafter, batch=2, capacity=None):
     """decoder, params and requests of a small batch, on the device."""
     target = tiny.target()
-    decoder, params = _bind(target, drafter, None)
+    decoder, params = bind(target, drafter, None)
     requests = pack(
         decoder,
         tiny.prompts(*range(3, 3 + batch)),
@@ -61,11 +62,17 @@ def test_rounds_transfer_nothing():
     assert state.rounds.tolist() == [3, 3]
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_no_copy_of_a_cache_in_a_loop(batch):
+SMALL = LoadedDrafter(SmallModel(tiny.QWEN3, depth=2), tiny.target().params)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "batch"),
+    [(SMALL, 1), (SMALL, 4), (LoadedDrafter(PromptLookup(size=8)), 1)],
+    ids=["small, 1 row", "small, 4 rows", "lookup, which verifies in three sizes"],
+)
+def test_no_copy_of_a_cache_in_a_loop(drafter, batch):
     """Prefill may set up its zeros; in its loop, and anywhere in decode, nothing is copied."""
-    small = LoadedDrafter(SmallModel(tiny.QWEN3, depth=2), tiny.target().params)
-    decoder, params, requests = prepared(small, batch, capacity=768)
+    decoder, params, requests = prepared(drafter, batch, capacity=768)
     state = jax.eval_shape(prefill, decoder, params, requests)
     rounds = np.int32(1)
     cache = rf"f32\[{batch},2,768,16\]"

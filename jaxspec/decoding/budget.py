@@ -1,0 +1,132 @@
+"""How much of every request's draft is verified: pure functions from survival probabilities.
+
+The nodes of all running requests compete for one batch budget. A row is described by its
+survival probabilities `[R, J]`: column j is the chance that node j + 1 of its tree is on the
+path that the target takes (the root, node 0, is always verified). They never rise along a
+row, so what a rule keeps of a row is a beginning of it, and trees are nested in that: a chain
+becomes shorter, a tree narrower.
+
+Rules for one row alone are `drafters.confidence.confident_prefix` (per-slot threshold) and
+`surviving_prefix` (longest prefix under a budget and a survival threshold).
+
+Losslessness (spec/dspark.md §3.3). Trees verified by sample-then-match may be cut by any rule:
+they are fixed before the target chooses. Chains that were *drawn* from the drafter and are
+verified by rejection sampling may not: whether slot j is verified must not depend on the
+drawn token at j or later ones. `greedy_early_stop` looks at later slots only after it has
+admitted the earlier ones, `admit` ranks slots under a budget that must come from elsewhere:
+both are safe. `best_size` over the *current* draft's survival is not; over that of earlier
+rounds it is. `tests/decoding/test_budget.py` counts all of this out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.trees.tree import DraftTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepTimes:
+    """Seconds of a round by what it verifies: a staircase, as shapes are static.
+
+    A round that verifies T nodes in all, at most n of one row, costs `seconds[i]` of the first
+    size i with `totals[i] >= T` and `per_row[i] >= n`.
+
+    Attributes:
+      totals: [n] int32, ascending; nodes of all rows together, roots included.
+      per_row: [n] int32, ascending; nodes of one row, root included.
+      seconds: [n] float32. The first size has room for the roots alone, and its time leaves
+        drafting out; the others include it.
+    """
+
+    totals: jax.Array
+    per_row: jax.Array
+    seconds: jax.Array
+
+
+def survival(tree: DraftTree) -> jax.Array:
+    """Survival probabilities [B, N - 1] of the drafted nodes, from their scores.
+
+    Scores that are not sorted along the nodes (`best_first`) count as their running minimum.
+    """
+    scores = jnp.where(tree.valid, tree.scores, -jnp.inf)[:, 1:]
+    return jnp.exp(jax.lax.cummin(jnp.minimum(scores, 0.0), axis=1))
+
+
+def admit(survival: jax.Array, nodes: jax.Array, per_row: jax.Array) -> jax.Array:
+    """The `nodes` most likely drafted nodes of the batch: how many of each row.
+
+    Args:
+      survival: [R, J], never rising along a row; rows that take no part are 0.
+      nodes: scalar int32, drafted nodes to admit in all.
+      per_row: scalar int32, at most this many of one row.
+
+    Returns:
+      [R] int32.
+    """
+    rank = _rank(jnp.where(jnp.arange(survival.shape[1]) < per_row, survival, 0.0))
+    taken = (rank < nodes) & (survival > 0) & (jnp.arange(survival.shape[1]) < per_row)
+    return taken.sum(axis=1, dtype=jnp.int32)
+
+
+def best_size(survival: jax.Array, rows: jax.Array, times: StepTimes) -> jax.Array:
+    """The size with the most expected tokens per second: an index into `times`.
+
+    Every row commits its accepted nodes and one token more, so a size of T nodes is worth
+    (rows + the sum of the T - rows best survivals) / seconds. All sizes are compared: along a
+    staircase one more node often pays only if a whole step is filled.
+
+    Args:
+      survival: [R, J]; for drawn chains it must not be the current draft's (see the module).
+      rows: scalar int32, rows that are running.
+    """
+
+    def expected(total, per_row):
+        taken = jnp.where(jnp.arange(survival.shape[1]) < per_row - 1, survival, 0.0)
+        best = -jnp.sort(-taken, axis=None)
+        inside = jnp.arange(best.shape[0]) < total - rows
+        return rows + jnp.sum(jnp.where(inside, best, 0.0))
+
+    tokens = jax.vmap(expected)(times.totals, times.per_row)
+    rate = jnp.where(times.totals >= rows, tokens / times.seconds, -jnp.inf)
+    return jnp.argmax(rate).astype(jnp.int32)
+
+
+def greedy_early_stop(survival: jax.Array, rows: jax.Array, times: StepTimes) -> jax.Array:
+    """DSpark's algorithm 1: admit the best node while tokens per second rise, then stop.
+
+    It stops at the first node that does not pay, so it never crosses a step of a staircase;
+    it is here as the reference that needs no older survivals.
+
+    Args:
+      survival: [R, J], of the current draft; rows that take no part are 0.
+      rows: scalar int32, rows that are running.
+
+    Returns:
+      [R] int32, drafted nodes of each row.
+    """
+    rank = _rank(survival)
+    best = jnp.concatenate([jnp.zeros(1), -jnp.sort(-survival, axis=None)])
+    count = jnp.arange(best.shape[0])
+    step = jnp.searchsorted(times.totals, rows + count)
+    last = times.seconds.shape[0] - 1
+    seconds = jnp.where(step > last, jnp.inf, times.seconds[jnp.minimum(step, last)])
+    rate = (rows + jnp.cumsum(best)) / seconds
+    pays = (rate[1:] > rate[:-1]) & (best[1:] > 0)
+    kept = jnp.cumprod(pays).sum()
+    return (rank < kept).sum(axis=1, dtype=jnp.int32)
+
+
+def _rank(survival: jax.Array) -> jax.Array:
+    """Place of every node among all, likeliest first: [R, J] int32.
+
+    Ties go to the earlier node, then to the earlier row, never by what the tokens are.
+    """
+    rows, nodes = survival.shape
+    order = jnp.argsort(-survival.T.ravel(), stable=True)
+    rank = jnp.zeros(rows * nodes, jnp.int32).at[order].set(jnp.arange(rows * nodes))
+    return rank.reshape(nodes, rows).T

@@ -1,0 +1,254 @@
+"""Rounds of many requests under one budget: which nodes are verified is decided on the device.
+
+An adaptive round first chooses its size from survivals of earlier rounds, so it knows before
+drafting whether drafting pays at all. It then ranks the fresh nodes of all rows and verifies
+the best that the size has room for. Both steps are lossless for drawn chains as well as for
+trees (`decoding.budget`): the size does not depend on the draft it cuts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.decoding.budget import StepTimes, admit, best_size, survival
+from jaxspec.decoding.commit import commit
+from jaxspec.decoding.round import Decoder, Draft, Params, VerifySize, propose, verify
+from jaxspec.decoding.sampling import SamplingRows
+from jaxspec.decoding.state import DecodeState
+from jaxspec.trees.tree import NO_PARENT, root_only
+
+UNKNOWN = -1.0
+MAX_SIZES = 16
+MEMORY = 0.98  # per drafting round, of how well survivals foretold acceptance
+PRIOR = 8.0  # accepted nodes, as many as foretold
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """Every row verifies its own budget of nodes (`DecodeState.budget`), whatever the load."""
+
+    age: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptive:
+    """The nodes of all rows compete for the size with the most expected tokens per second.
+
+    Attributes:
+      age: rounds that lie between a draft and the choice of size it informs, at least 1.
+      probe: rounds without a draft after which one is drafted to see whether it pays again.
+    """
+
+    age: int = 2
+    probe: int = 16
+
+    def __post_init__(self):
+        for name in ("age", "probe"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"Adaptive.{name} is {getattr(self, name)}; expected at least 1"
+                    + (": the current draft must not choose its own size" * (name == "age"))
+                )
+
+
+Schedule = Fixed | Adaptive
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows between two rounds; every leaf has the rows in front.
+
+    Attributes:
+      survivals: [B, age, N - 1] float32, of the row's last drafts, newest first; `UNKNOWN`
+        where there was none.
+    """
+
+    state: DecodeState
+    sampling: SamplingRows
+    survivals: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Habit:
+    """What past rounds of all requests taught the schedule.
+
+    Attributes:
+      usual: [N - 1] float32, mean survivals: what a row without a past is expected to have.
+      foretold, happened: [P] float32, verified nodes of each depth: the sum of their survival
+        probabilities, and how many were accepted. Their ratio corrects what drafters that are
+        not calibrated (or carry no probabilities at all) believe.
+      idle: int32, rounds since the last draft.
+      rounds: [MAX_SIZES] int32, rounds of every size so far.
+    """
+
+    usual: jax.Array
+    foretold: jax.Array
+    happened: jax.Array
+    idle: jax.Array
+    rounds: jax.Array
+
+
+def init_habit(size: int, depth: int) -> Habit:
+    """Before the first round: every draft is expected to be accepted."""
+    return Habit(
+        usual=jnp.ones(size - 1, jnp.float32),
+        foretold=jnp.zeros(depth, jnp.float32),
+        happened=jnp.zeros(depth, jnp.float32),
+        idle=jnp.int32(0),
+        rounds=jnp.zeros(MAX_SIZES, jnp.int32),
+    )
+
+
+def verify_sizes(rows: int, per_row: int, max_nodes: int) -> tuple[VerifySize, ...]:
+    """Sizes for a batch: its roots, twice, four times as many nodes, and so on.
+
+    Args:
+      rows: B.
+      per_row: N, the most one row may have; below the last size a row may have up to four times
+        its share.
+      max_nodes: of all rows; the last size has room for at most this many (for two nodes a row
+        in any case).
+    """
+    most = rows * per_row
+    most = min(most, max(max_nodes, 2 * rows))
+    sizes, total = [VerifySize(rows, 1)], 2 * rows
+    while sizes[-1].total < most:
+        total = min(total, most)
+        share = total if rows == 1 else 4 * total // rows
+        sizes.append(VerifySize(total, per_row if total == most else min(per_row, share)))
+        total *= 2
+    return tuple(sizes)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("decoder", "schedule", "sizes"),
+    donate_argnames=("batch", "habit"),
+)
+def decode_rows(
+    decoder: Decoder,
+    params: Params,
+    batch: Batch,
+    habit: Habit,
+    times: StepTimes,
+    rounds: jax.Array,
+    *,
+    schedule: Schedule,
+    sizes: tuple[VerifySize, ...],
+) -> tuple[Batch, Habit]:
+    """Up to `rounds` (a scalar) rounds; fewer when a row becomes done, so that it can leave.
+
+    Args:
+      times: of `sizes`.
+    """
+    before = batch.state.done
+    step = adaptive_round if isinstance(schedule, Adaptive) else fixed_round
+
+    def unfinished(carry):
+        i, batch, _ = carry
+        done = batch.state.done
+        return (i < rounds) & ~jnp.all(done) & ~jnp.any(done & ~before)
+
+    def one(carry):
+        i, batch, habit = carry
+        return i + 1, *step(decoder, params, batch, habit, times, schedule, sizes)
+
+    return jax.lax.while_loop(unfinished, one, (jnp.int32(0), batch, habit))[1:]
+
+
+def fixed_round(decoder, params, batch, habit, times, schedule, sizes):
+    """Every row's own budget."""
+    draft, state = propose(decoder, params, batch.state, batch.sampling)
+    running = ~state.done[:, None] & draft.tree.valid
+    size = _smallest(sizes, running)
+    return _finish(decoder, params, batch, habit, draft, state, sizes, size)
+
+
+def adaptive_round(decoder, params, batch, habit, times, schedule, sizes):
+    """One budget for all rows."""
+    state, running = batch.state, ~batch.state.done
+    rows = running.sum()
+    old = batch.survivals[:, schedule.age - 1]
+    old = jnp.where(old == UNKNOWN, habit.usual, old)
+    size = best_size(jnp.where(running[:, None], old, 0.0), rows, times)
+    size = jnp.where((size == 0) & (habit.idle >= schedule.probe), 1, size)
+    draft, state = jax.lax.cond(
+        size > 0,
+        lambda state: propose(decoder, params, state, batch.sampling),
+        lambda state: (_no_draft(decoder, params, state, batch.sampling), state),
+        state,
+    )
+    believed = survival(draft.tree)
+    # Depth by depth, what was believed of a node against what became of such nodes.
+    trust = (habit.happened + PRIOR) / (habit.foretold + PRIOR)
+    fresh = believed * trust[jnp.maximum(draft.tree.depths[:, 1:] - 1, 0)]
+    fresh = jax.lax.cummin(jnp.minimum(fresh, 1.0), axis=1)
+    kept = admit(
+        jnp.where(running[:, None], fresh, 0.0),
+        times.totals[size] - rows,
+        times.per_row[size] - 1,
+    )
+    draft = _cut(draft, kept)
+    before = state.length
+    batch, habit = _finish(decoder, params, batch, habit, draft, state, sizes, size)
+
+    drafted = size > 0
+    counted = draft.tree.valid[:, 1:] & running[:, None]
+    depth = jnp.arange(1, decoder.drafter.depth + 1)
+    at_depth = draft.tree.depths[:, 1:, None] == depth  # [B, N - 1, P]
+    foretold = jnp.where(counted, believed, 0.0)[..., None] * at_depth
+    accepted = (batch.state.length - before)[:, None] > depth
+    mean = jnp.where(running[:, None], fresh, 0.0).sum(0) / jnp.maximum(rows, 1)
+    learned = dataclasses.replace(
+        habit,
+        usual=0.9 * habit.usual + 0.1 * mean,
+        foretold=MEMORY * habit.foretold + foretold.sum((0, 1)),
+        happened=MEMORY * habit.happened + (accepted & running[:, None]).sum(0),
+        idle=jnp.int32(0),
+    )
+    waited = dataclasses.replace(habit, idle=habit.idle + 1)
+    habit = jax.tree.map(lambda a, b: jnp.where(drafted, a, b), learned, waited)
+    newest = jnp.concatenate([fresh[:, None], batch.survivals[:, :-1]], axis=1)
+    newest = jnp.where(drafted & running[:, None, None], newest, batch.survivals)
+    return dataclasses.replace(batch, survivals=newest), habit
+
+
+def _finish(decoder, params, batch, habit, draft, state, sizes, size):
+    verdict = verify(decoder, params, state, batch.sampling, draft, sizes, size)
+    state = commit(state, decoder.drafter, params.drafter, verdict, batch.sampling.stop_ids)
+    rounds = habit.rounds.at[size].add(1)
+    return dataclasses.replace(batch, state=state), dataclasses.replace(habit, rounds=rounds)
+
+
+def _smallest(sizes: tuple[VerifySize, ...], running: jax.Array) -> jax.Array:
+    """Index of the first size with room for the nodes `running` [B, N]."""
+    longest = jnp.max(jnp.where(running, jnp.arange(1, running.shape[1] + 1), 1))
+    totals = jnp.array([size.total for size in sizes])
+    per_row = jnp.array([size.per_row for size in sizes])
+    return jnp.argmax((totals >= running.sum()) & (per_row >= longest)).astype(jnp.int32)
+
+
+def _no_draft(decoder: Decoder, params: Params, state: DecodeState, sampling) -> Draft:
+    """What `propose` returns, with the root alone."""
+    shape, _ = jax.eval_shape(functools.partial(propose, decoder), params, state, sampling)
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+    anchor = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
+    return dataclasses.replace(empty, tree=root_only(anchor, size=decoder.drafter.size))
+
+
+def _cut(draft: Draft, kept: jax.Array) -> Draft:
+    """The first `kept` [B] drafted nodes of every row."""
+    tree, drawn = draft.tree, draft.drawn
+    valid = tree.valid & (jnp.arange(tree.size) <= kept[:, None])
+    tree = dataclasses.replace(
+        tree, valid=valid, parents=jnp.where(valid, tree.parents, NO_PARENT)
+    )
+    if drawn is not None:
+        drawn = dataclasses.replace(drawn, lengths=jnp.minimum(drawn.lengths, kept))
+    return Draft(tree, drawn)

@@ -1,0 +1,195 @@
+"""`serve` and `calibrate`, from a shell."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from jaxspec.options import DrafterOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+    """Serve a model over HTTP with OpenAI's completions and chat shapes, speculatively.
+
+    Needs the extra 'serve'. At start every program is compiled and, for the adaptive schedule,
+    the time of a round of every size is measured (or read from --curve).
+
+    Examples:
+      python -m jaxspec serve
+      python -m jaxspec serve --drafter run/drafter --tree path_conditioned --budget 16
+      curl localhost:8000/v1/completions -H "Content-Type: application/json" \\
+          -d '{"prompt": "Once upon a time", "max_tokens": 32}'
+    """
+
+    drafter: Annotated[DrafterOptions, tyro.conf.arg(name="")] = DrafterOptions()
+    target: str = "smollm2-135m"
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    host: str = "127.0.0.1"
+    """Address to listen on. There is no authentication here: put one in front of others."""
+    port: int = 8000
+    slots: int = 8
+    """Requests decoded together."""
+    room: int = 1024
+    """Tokens a prompt and its answer may have together; memory is slots + 1 times this."""
+    queue: int = 64
+    """Requests that may wait; more are answered 429."""
+    schedule: Literal["adaptive", "fixed"] = "adaptive"
+    """adaptive: all requests' nodes compete for what a round may cost; fixed: the whole budget
+    for each."""
+    max_nodes: int = 128
+    """Nodes of all requests in one adaptive round."""
+    chunk: int = 64
+    """Prompt tokens run between two rounds of the others."""
+    rounds: int = 1
+    """Rounds between two looks at the queue."""
+    rejection: bool = False
+    """Draw chains from a trained drafter and verify them by rejection sampling."""
+    curve: Path | None = None
+    """Step times: read if the file is there, measured and written if not."""
+    body_bytes: int = 1 << 20
+    """Largest body of a request."""
+    connections: int = 256
+
+    def run(self) -> int:
+        try:
+            from jaxspec.serving.server import Limits, server
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"{error.name} is not installed; pip install 'jaxspec[serve]'"
+            ) from error
+        import jaxspec
+        from jaxspec.decoding.schedule import Adaptive, Fixed
+        from jaxspec.serving.curve import Curve
+        from jaxspec.serving.engine import Engine, EngineConfig
+        from jaxspec.serving.runner import Runner
+
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"--port is {self.port}; expected 0 … 65535")
+        limits = Limits(body_bytes=self.body_bytes, connections=self.connections)
+        curve = None
+        if self.curve is not None and self.curve.exists():
+            curve = Curve.load(self.curve)
+        jaxspec.enable_compilation_cache()
+        target = jaxspec.load_target(self.target, dtype=self.dtype)
+        drafter = with_survival(self.drafter.load(target))
+        adaptive = self.schedule == "adaptive" and drafter.drafter.size > 1
+        config = EngineConfig(
+            slots=self.slots,
+            room=self.room,
+            queue=self.queue,
+            schedule=Adaptive() if adaptive else Fixed(),
+            budget=None if adaptive else min(self.drafter.budget, drafter.drafter.size),
+            max_nodes=self.max_nodes,
+            chunk=self.chunk,
+            rounds=self.rounds,
+            rejection=self.rejection,
+        )
+        engine = Engine(target, drafter, config, curve=curve)
+        print("compiling and measuring …", flush=True)
+        engine.warm_up()
+        if adaptive and curve is None and self.curve is not None:
+            engine.curve.save(self.curve)
+        name = Path(self.target).stem
+        http = server(Runner(engine), name=name, host=self.host, port=self.port, limits=limits)
+        print(f"serving {name} on http://{self.host}:{self.port}/v1", flush=True)
+        http.run()
+        return 0
+
+
+def with_survival(drafter):
+    """The drafter with its scores from its confidence head, where it can."""
+    static = drafter.drafter
+    config = getattr(static, "config", None)
+    if not getattr(config, "confidence", None):
+        return drafter
+    tree = static.tree.kind
+    if tree == "chain" or (tree == "path_conditioned" and config.sequential):
+        return dataclasses.replace(
+            drafter, drafter=dataclasses.replace(static, survival_scores=True)
+        )
+    return drafter
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrate:
+    """Fit the temperatures of a drafter's confidence head, and store them with it.
+
+    The target answers the prompts; half of the answers fit the temperatures, the other half
+    says what they are worth (calibration error, AUROC and Brier score by slot).
+
+    Examples:
+      python -m jaxspec calibrate --drafter run/drafter --prompts prompts.jsonl
+    """
+
+    drafter: Path
+    """Folder of a trained drafter with a confidence head."""
+    prompts: Path
+    """JSON lines, each {"turns": [...]} or {"prompt": ...}."""
+    target: str = "smollm2-135m"
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """Of the answers; 0 is greedy."""
+    batch_size: int = 8
+    thinking: bool | None = None
+    """Turn a Qwen3 chat template's thinking on or off."""
+    picture: Path | None = None
+    """Where to draw the reliability diagram; needs the extra 'plots'."""
+    dry_run: bool = False
+    """Measure, but store nothing."""
+
+    def run(self) -> int:
+        import numpy as np
+
+        import jaxspec
+        from checkpoints.drafters import save_temperatures
+        from jaxspec.cli import read_prompts
+        from jaxspec.evaluation import calibration
+        from jaxspec.evaluation.walk import record
+        from jaxspec.generation import as_token_ids
+
+        prompts = read_prompts(self.prompts)
+        if len(prompts) < 2:
+            raise ValueError(
+                f"{self.prompts} holds one prompt; expected two or more, one held out"
+            )
+        jaxspec.enable_compilation_cache()
+        target = jaxspec.load_target(self.target, dtype=self.dtype)
+        drafter = jaxspec.load_drafter(str(self.drafter), target)
+        rows = as_token_ids(target, prompts, raw=False, thinking=self.thinking)
+        answers = record(
+            target,
+            rows,
+            max_new_tokens=self.max_new_tokens,
+            spare=drafter.drafter.depth + 1,
+            sampling=jaxspec.Sampling(temperature=self.temperature),
+            batch_size=self.batch_size,
+        )
+
+        def rounds(part):
+            return calibration.rollouts(target, drafter, part, batch=self.batch_size)
+
+        fitted, held_out = rounds(answers[::2]), rounds(answers[1::2])
+        temperatures = calibration.fit_temperatures(fitted)
+        raw = calibration.assess(held_out)
+        scaled = calibration.assess(held_out, temperatures)
+        print("slot  temperature  rounds  survival  ECE raw  ECE scaled  AUROC  Brier")
+        for slot, (t, r, s) in enumerate(zip(temperatures, raw, scaled, strict=True), 1):
+            print(
+                f"{slot:4d}  {t:11.3f}  {r.rounds:6d}  {r.happened:8.3f}  {r.ece:7.4f}  "
+                f"{s.ece:10.4f}  {s.auroc:5.3f}  {s.brier:.4f}"
+            )
+        means = [float(np.nanmean([q.ece for q in rows])) for rows in (raw, scaled)]
+        print(f"mean ECE on held-out answers: {means[0]:.4f} -> {means[1]:.4f}")
+        if self.picture is not None:
+            calibration.draw_reliability([("raw", raw), ("scaled", scaled)], self.picture)
+        if not self.dry_run:
+            save_temperatures(self.drafter, temperatures)
+            print(f"stored in {self.drafter}/config.json")
+        return 0

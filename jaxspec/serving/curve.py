@@ -1,0 +1,133 @@
+"""Step-time curves: what a round costs by its size, measured where it will run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxspec.decoding.budget import StepTimes
+from jaxspec.decoding.loop import Decoder, Params
+from jaxspec.generation import Target
+
+FLAT = 1.02  # a curve whose slowest size takes less than this times its fastest is no curve
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Seconds of a round for every number of rows and every verify size.
+
+    Attributes:
+      setup: what was measured, see `setup_of`.
+      seconds: by rows, one number per size, in the order of `setup["totals"]`.
+    """
+
+    setup: dict[str, Any]
+    seconds: dict[int, Sequence[float]]
+
+    def check(self, setup: dict[str, Any]) -> None:
+        """Raises ValueError unless the curve is one for this setup.
+
+        A missing or flat one would make every round verify everything (SGLang#35413).
+        """
+        expected = json.loads(json.dumps(setup))
+        own = json.loads(json.dumps(self.setup))
+        wrong = [name for name in expected if own.get(name) != expected[name]]
+        if wrong:
+            name = wrong[0]
+            raise ValueError(
+                f"the step-time curve was measured for {name} = {own.get(name)!r}, this engine "
+                f"has {expected[name]!r}; measure it again"
+            )
+        values = []
+        for rows, totals in setup["totals"].items():
+            seconds = self.seconds.get(int(rows))
+            if seconds is None or len(seconds) != len(totals):
+                raise ValueError(
+                    f"the step-time curve for {rows} rows has {seconds}; expected "
+                    f"{len(totals)} times, for {totals} nodes. Measure it again"
+                )
+            values += seconds
+        if not all(math.isfinite(x) and x > 0 for x in values):
+            raise ValueError(
+                f"the step-time curve holds {[x for x in values if not x > 0] or values}; "
+                "expected positive seconds. Measure it again"
+            )
+        if max(values) < FLAT * min(values):
+            raise ValueError(
+                f"the step-time curve is flat ({min(values):.3g} … {max(values):.3g} s): it "
+                "says that verifying more costs nothing, and every round would verify "
+                "everything. Measure it again, or raise max_nodes until a round costs more"
+            )
+
+    def times(self, rows: int) -> StepTimes:
+        """The staircase for a batch of `rows`."""
+        return StepTimes(
+            np.array(self.setup["totals"][str(rows)], np.int32),
+            np.array(self.setup["per_row"][str(rows)], np.int32),
+            np.array(self.seconds[rows], np.float32),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes a JSON file."""
+        text = json.dumps(dataclasses.asdict(self), indent=1)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Curve:
+        """Raises ValueError when the file is not a curve."""
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            seconds = {
+                int(rows): [float(x) for x in row] for rows, row in raw["seconds"].items()
+            }
+            return cls(dict(raw["setup"]), seconds)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a step-time curve ({error}); measure one and save it"
+            ) from error
+
+
+def setup_of(
+    target: Target,
+    decoder: Decoder,
+    params: Params,
+    totals: dict[int, list[int]],
+    per_row: dict[int, list[int]],
+    capacity: int,
+) -> dict[str, Any]:
+    """What step times depend on, in plain JSON values."""
+    device = jax.devices()[0]
+    return {
+        "target": target.name,
+        "dtype": str(params.target.embed.dtype),
+        "drafter": repr(decoder.drafter),
+        "rejection": decoder.rejection,
+        "device": f"{device.platform}: {device.device_kind}",
+        "jax": jax.__version__,
+        "capacity": capacity,
+        "totals": {str(rows): sizes for rows, sizes in totals.items()},
+        "per_row": {str(rows): sizes for rows, sizes in per_row.items()},
+    }
+
+
+def measure(step: Callable[[Any], Any], state: Any, repeats: int) -> tuple[Any, float | None]:
+    """Runs `state = step(state)` once to compile it, then `repeats` times.
+
+    Returns:
+      The state, and the median seconds of a step; None when it was not repeated.
+    """
+    state = jax.block_until_ready(step(state))
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        state = jax.block_until_ready(step(state))
+        seconds.append(time.perf_counter() - began)
+    return state, float(np.median(seconds)) if seconds else None

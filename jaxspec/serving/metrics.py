@@ -1,0 +1,90 @@
+"""Counts of a server, as Prometheus reads them."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from jaxspec.serving.requests import Update
+from jaxspec.serving.runner import Runner
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+
+
+class Metrics:
+    """One registry per server."""
+
+    def __init__(self, runner: Runner):
+        self.registry = registry = CollectorRegistry()
+
+        def gauge(name: str, text: str, read):
+            Gauge(name, text, registry=registry).set_function(read)
+
+        gauge("jaxspec_waiting", "Requests in the queue", lambda: runner.engine.waiting)
+        gauge("jaxspec_running", "Requests being decoded", lambda: runner.engine.running)
+        gauge("jaxspec_healthy", "1 while requests are served", lambda: int(runner.healthy))
+        self.requests = Counter(
+            "jaxspec_requests", "Requests by how they ended", ["finish"], registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "jaxspec_prompt_tokens", "Tokens of prompts", registry=registry
+        )
+        self.tokens = Counter("jaxspec_tokens", "Tokens generated", registry=registry)
+        self.rounds = Counter("jaxspec_rounds", "Rounds, summed over rows", registry=registry)
+        self.nodes = Counter("jaxspec_nodes_verified", "Nodes verified", registry=registry)
+        self.first_token = Histogram(
+            "jaxspec_first_token_seconds",
+            "From the request to its first token",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.token_seconds = Histogram(
+            "jaxspec_seconds_per_token",
+            "Time per token after the first, of one request",
+            buckets=SECONDS_PER_TOKEN,
+            registry=registry,
+        )
+
+    def refused(self, why: str) -> None:
+        """A request that never reached the engine."""
+        self.requests.labels(why).inc()
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self.registry)
+
+    def follow(self, prompt_tokens: int) -> Watch:
+        """Watches one request."""
+        self.prompt_tokens.inc(prompt_tokens)
+        return Watch(self)
+
+
+class Watch:
+    """The clock of one request."""
+
+    def __init__(self, metrics: Metrics):
+        self._metrics, self._began = metrics, time.perf_counter()
+        self._first: float | None = None
+        self._count = 0
+
+    def see(self, update: Update) -> None:
+        metrics, now = self._metrics, time.perf_counter()
+        if update.tokens:
+            if self._first is None:
+                self._first = now
+                metrics.first_token.observe(now - self._began)
+            self._count += len(update.tokens)
+            metrics.tokens.inc(len(update.tokens))
+        if update.finish is None:
+            return
+        if self._count > 1:
+            metrics.token_seconds.observe((now - self._first) / (self._count - 1))
+        if update.stats is not None:
+            metrics.rounds.inc(update.stats.rounds)
+            metrics.nodes.inc(update.stats.nodes)
+
+    def end(self, finish: str) -> None:
+        """Once, however the request ended."""
+        self._metrics.requests.labels(finish).inc()

@@ -1,0 +1,132 @@
+"""The device's side of continuous batching: rows that are filled, moved and emptied.
+
+A batch has as many rows as a bucket (1, 2, 4, … slots) and grows or shrinks to the next one,
+so that a request alone does not pay for empty slots. Prompts run in a batch of their own, of
+one row, a chunk at a time, and are copied into a free row when they are done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.decoding.loop import (
+    Decoder,
+    Params,
+    Prefilling,
+    Requests,
+    begin_prefill,
+    end_prefill,
+    prefill_chunk,
+)
+from jaxspec.decoding.requests import MAX_STOP_IDS
+from jaxspec.decoding.sampling import NO_TOKEN, SamplingRows
+from jaxspec.decoding.schedule import UNKNOWN, Batch
+from jaxspec.decoding.state import DecodeState
+from jaxspec.models.cache import KVCache
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "rows", "capacity", "age"))
+def empty_rows(
+    decoder: Decoder, params: Params, *, rows: int, capacity: int, age: int
+) -> Batch:
+    """A batch whose rows are all done."""
+    prefilling = begin_prefill(decoder, params, rows, capacity)
+    zeros = lambda dtype: jnp.zeros(rows, dtype)  # noqa: E731
+    state = DecodeState(
+        tokens=jnp.zeros((rows, capacity), jnp.int32),
+        length=zeros(jnp.int32) + 1,
+        limit=zeros(jnp.int32) + 1,
+        done=zeros(bool) | True,
+        budget=zeros(jnp.int32) + decoder.drafter.size,
+        cache=prefilling.cache,
+        drafter=prefilling.drafter,
+        rounds=zeros(jnp.int32),
+        committed=jnp.zeros((rows, capacity), jnp.int32),
+        nodes=zeros(jnp.int32),
+    )
+    sampling = SamplingRows(
+        temperature=zeros(jnp.float32),
+        top_k=zeros(jnp.int32),
+        top_p=zeros(jnp.float32) + 1,
+        min_p=zeros(jnp.float32),
+        stop_ids=jnp.full((rows, MAX_STOP_IDS), NO_TOKEN, jnp.int32),
+        key=jax.random.split(jax.random.key(0), rows),
+    )
+    return Batch(state, sampling, _unknown(decoder, rows, age))
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "capacity"))
+def begin_prompt(decoder: Decoder, params: Params, *, capacity: int) -> Prefilling:
+    """Empty caches for one prompt."""
+    return begin_prefill(decoder, params, 1, capacity)
+
+
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="prefilling")
+def run_chunk(
+    decoder: Decoder, params: Params, requests: Requests, i: jax.Array, prefilling: Prefilling
+) -> Prefilling:
+    """Chunk i of one prompt."""
+    return prefill_chunk(decoder, params, requests, i, prefilling)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "age"), donate_argnames="held")
+def end_prompt(
+    decoder: Decoder,
+    params: Params,
+    requests: Requests,
+    final: jax.Array,
+    held: tuple[KVCache, Any],
+    *,
+    age: int,
+) -> Batch:
+    """The first new token, and a batch of one row ready to `place`.
+
+    Args:
+      final: of `Prefilling`.
+      held: its cache and its drafter's state.
+    """
+    state = end_prefill(params, requests, Prefilling(*held, final))
+    return Batch(state, requests.sampling, _unknown(decoder, 1, age))
+
+
+@functools.partial(jax.jit, donate_argnames="batch")
+def place(batch: Batch, fresh: Batch, row: jax.Array) -> Batch:
+    """Overwrites one row."""
+    put = jax.lax.dynamic_update_slice_in_dim
+    return jax.tree.map(lambda x, new: put(x, new, row, 0), batch, fresh)
+
+
+@jax.jit
+def move_rows(batch: Batch, rows: jax.Array) -> Batch:
+    """A batch of the given rows [B'] of another; -1 is an empty row."""
+    moved = jax.tree.map(lambda x: x[rows], batch)
+    return _with_done(moved, moved.state.done | (rows < 0))
+
+
+@functools.partial(jax.jit, donate_argnames="batch")
+def stop_rows(batch: Batch, stopped: jax.Array) -> Batch:
+    """Makes the rows of a mask [B] done."""
+    return _with_done(batch, batch.state.done | stopped)
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def recent_tokens(batch: Batch, start: jax.Array, *, width: int) -> jax.Array:
+    """[B, width] tokens from position `start` [B] on."""
+    index = start[:, None] + jnp.arange(width)
+    return batch.state.tokens.at[jnp.arange(start.shape[0])[:, None], index].get(
+        mode="fill", fill_value=NO_TOKEN
+    )
+
+
+def _with_done(batch: Batch, done: jax.Array) -> Batch:
+    state = dataclasses.replace(batch.state, done=done)
+    return dataclasses.replace(batch, state=state)
+
+
+def _unknown(decoder: Decoder, rows: int, age: int) -> jax.Array:
+    return jnp.full((rows, age, decoder.drafter.size - 1), UNKNOWN, jnp.float32)

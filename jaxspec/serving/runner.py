@@ -1,0 +1,158 @@
+"""An engine in a thread of its own; asyncio tasks wait for their requests."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+from jaxspec.serving.engine import Engine
+from jaxspec.serving.requests import Request, Update
+
+
+class EngineFailed(Exception):
+    """The engine raised an error and has stopped; its requests are lost."""
+
+
+class Ticket:
+    """One submitted request: iterate over its updates, the last of which has `finish`.
+
+    As a context manager it cancels the request unless that has ended.
+    """
+
+    def __init__(self, runner: Runner, request: Request):
+        self._runner, self._request = runner, request
+        self._loop, self._news = asyncio.get_running_loop(), asyncio.Queue()
+        self._open = True
+        self.id = -1
+
+    def cancel(self) -> None:
+        """Ends the request at the engine's next step; its last update still comes."""
+        if self._open:
+            self._runner._cancel(self.id)
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self) -> Update:
+        if not self._open:
+            raise StopAsyncIteration
+        update = await self._news.get()
+        if isinstance(update, Exception):
+            self._open = False
+            raise update
+        self._open = update.finish is None
+        return update
+
+    def __enter__(self) -> Ticket:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.cancel()
+        self._runner._forget(self.id)
+
+    def _put(self, news: Update | Exception) -> None:
+        self._loop.call_soon_threadsafe(self._news.put_nowait, news)
+
+
+class Runner:
+    """Calls `Engine.step` while there is something to do.
+
+    What a slow reader has not fetched is bounded by its request's `max_new_tokens`; the engine
+    never waits for anyone.
+
+    Attributes:
+      engine: it may be asked for its counts; only this class steps it.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._lock = threading.Lock()
+        self._tickets: dict[int, Ticket] = {}
+        self._wake = threading.Event()
+        self._closing = False
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests are still served."""
+        return self._failure is None and not self._closing
+
+    @property
+    def tickets(self) -> int:
+        """Requests that somebody waits for."""
+        return len(self._tickets)
+
+    def submit(self, request: Request) -> Ticket:
+        """Call it in an event loop.
+
+        Raises:
+          ValueError, QueueFull: see `Engine.submit`.
+          EngineFailed: the engine has stopped.
+        """
+        ticket = Ticket(self, request)
+        with self._lock:
+            if not self.healthy:
+                raise EngineFailed(
+                    f"the engine has stopped: {self._failure or 'it was closed'}"
+                )
+            ticket.id = self.engine.submit(request)
+            self._tickets[ticket.id] = ticket
+        self._wake.set()
+        return ticket
+
+    def close(self) -> None:
+        """Stops the thread after the step at hand; requests that run are given up."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join()
+
+    def _failed(self) -> EngineFailed:
+        error = EngineFailed(f"the engine has stopped: {self._failure or 'it was closed'}")
+        error.__cause__ = self._failure
+        return error
+
+    def _cancel(self, id: int) -> None:
+        self.engine.cancel(id)
+        self._wake.set()
+
+    def _forget(self, id: int) -> None:
+        with self._lock:
+            self._tickets.pop(id, None)
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._wake.clear()
+                if not self.engine.busy:
+                    self._wake.wait()
+                    continue
+                self._give_out(self.engine.step())
+        except Exception as error:  # told to everyone who waits, and to /health
+            self._failure = error
+        finally:
+            self._closing = True
+            lost = self._failed()
+            with self._lock:
+                waiting, self._tickets = list(self._tickets.values()), {}
+            for ticket in waiting:
+                _tell(ticket, lost)
+
+    def _give_out(self, updates: list[Update]) -> None:
+        for update in updates:
+            with self._lock:
+                ticket = self._tickets.get(update.id)
+                if update.finish is not None:
+                    self._tickets.pop(update.id, None)
+            if ticket is not None and not _tell(ticket, update):
+                self.engine.cancel(update.id)
+
+
+def _tell(ticket: Ticket, news: Update | Exception) -> bool:
+    """Whether the ticket's event loop still runs."""
+    try:
+        ticket._put(news)
+    except RuntimeError:  # the loop was closed while the request ran
+        return False
+    return True

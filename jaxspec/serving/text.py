@@ -1,0 +1,53 @@
+"""Tokens of one answer as text, cut before the first stop text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxspec.tokenizer import Tokenizer
+
+
+class Answer:
+    """Turns tokens into text that may be given out.
+
+    Text that could be the beginning of a stop text is held back until it is not.
+
+    Attributes:
+      stopped: a stop text was found; nothing comes after it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+        self._pieces, self._stops = tokenizer.stream(), tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """The text these tokens release."""
+        return self._release("".join(self._pieces.step(token) for token in tokens))
+
+    def finish(self) -> str:
+        """What was held back, at the end of the tokens."""
+        rest = self._release(self._pieces.finish())
+        rest, self._held = rest + self._held, ""
+        return rest
+
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text that begins the stop text.
+
+    >>> _overlap("abc <", "</end>"), _overlap("abc", "</end>")
+    (1, 0)
+    """
+    return next(n for n in range(min(len(text), len(stop)), -1, -1) if text.endswith(stop[:n]))

@@ -1,0 +1,112 @@
+"""`serve` and `calibrate` as commands."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+
+from checkpoints.drafters import load_drafter, save_drafter, save_temperatures
+from jaxspec.cli import BAD_INPUT, main
+from jaxspec.config import TreeConfig
+from jaxspec.drafters.block import BlockDrafter
+from jaxspec.serving.commands import with_survival
+from tests import tiny
+from tests.drafters import cases
+from tests.serving import engines
+
+
+@pytest.fixture
+def folder(tmp_path):
+    drafter = BlockDrafter(cases.KINDS["dspark"], TreeConfig())
+    save_drafter(tmp_path / "drafter", drafter, cases.params("dspark"))
+    return tmp_path / "drafter"
+
+
+def load(folder):
+    target = tiny.target()
+    return load_drafter(folder, target.config, target.params, TreeConfig("chain", size=5))
+
+
+def test_temperatures_are_stored_with_the_drafter(folder, tmp_path):
+    assert load(folder)[1].temperatures == 1.0
+    save_temperatures(folder, [0.5, 1.0, 2.0, 3.0])
+    drafter, params = load(folder)
+    assert params.temperatures.tolist() == [0.5, 1.0, 2.0, 3.0]
+    save_drafter(tmp_path / "again", drafter, params)
+    assert load(tmp_path / "again")[1].temperatures.tolist() == [0.5, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, np.inf]])
+def test_temperatures_that_do_not_fit_are_refused(folder, values):
+    before = (folder / "config.json").read_text()
+    with pytest.raises(ValueError, match="expected 4 positive numbers"):
+        save_temperatures(folder, values)
+    assert (folder / "config.json").read_text() == before
+
+
+def test_confidence_scores_where_there_is_a_head(folder):
+    from jaxspec.generation import LoadedDrafter
+
+    assert with_survival(LoadedDrafter(*load(folder))).drafter.survival_scores
+    for name in ("lookup", "itself"):
+        assert with_survival(engines.DRAFTERS[name]) is engines.DRAFTERS[name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "--port", "70000"], "--port is 70000"),
+        (["serve", "--body-bytes", "0"], "Limits.body_bytes is 0"),
+        (["calibrate", "--drafter", "x", "--prompts", "/nowhere"], "cannot read /nowhere"),
+    ],
+)
+def test_bad_options(arguments, message, capsys):
+    assert main(arguments) == BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
+def test_a_curve_file_is_checked_before_anything_is_loaded(tmp_path, capsys):
+    (tmp_path / "curve.json").write_text("{}")
+    assert main(["serve", "--curve", str(tmp_path / "curve.json")]) == BAD_INPUT
+    assert "is not a step-time curve" in capsys.readouterr().err
+
+
+@pytest.mark.gate
+def test_the_real_small_target_is_served(smollm2_path, tmp_path):
+    """From a shell: compile, answer, and end on a signal."""
+    arguments = ["--slots", "1", "--room", "128", "--budget", "4", "--max-nodes", "4"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxspec", "serve", "--port", "8765", *arguments,
+         "--target", str(smollm2_path), "--curve", str(tmp_path / "curve.json")],
+        env=os.environ, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        for line in process.stdout:
+            if line.startswith("serving"):
+                break
+        body = {"messages": [{"role": "user", "content": "What is 2 + 2?"}], "max_tokens": 16}
+        request = urllib.request.Request(
+            "http://127.0.0.1:8765/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        for _ in range(50):
+            try:
+                answer = json.load(urllib.request.urlopen(request, timeout=120))
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.1)
+            except urllib.error.URLError:
+                time.sleep(0.1)
+        assert answer["usage"]["completion_tokens"] >= 1
+        assert answer["choices"][0]["message"]["content"]
+        assert (tmp_path / "curve.json").exists()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)

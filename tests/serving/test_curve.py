@@ -1,0 +1,61 @@
+"""Step times: measured, stored, and refused when they say nothing."""
+
+import dataclasses
+
+import pytest
+
+from jaxspec.serving.curve import Curve, measure
+
+SETUP = {
+    "target": "tiny",
+    "capacity": 256,
+    "totals": {"1": [1, 2], "2": [2, 4]},
+    "per_row": {"1": [1, 2], "2": [1, 2]},
+}
+CURVE = Curve(SETUP, {1: [0.01, 0.02], 2: [0.011, 0.025]})
+
+
+def test_it_is_stored_and_loaded(tmp_path):
+    CURVE.save(tmp_path / "curve.json")
+    found = Curve.load(tmp_path / "curve.json")
+    assert found == CURVE
+    found.check(SETUP)
+    times = found.times(2)
+    assert times.totals.tolist() == [2, 4] and times.per_row.tolist() == [1, 2]
+    assert times.seconds.tolist() == pytest.approx([0.011, 0.025])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "message"),
+    [
+        ({1: [0.01, 0.02]}, "for 2 rows has None; expected 2 times"),
+        ({1: [0.01, 0.02], 2: [0.01]}, "for 2 rows has .*; expected 2 times"),
+        ({1: [0.01, 0.02], 2: [0.0, 0.02]}, "expected positive seconds"),
+        ({1: [0.01, 0.02], 2: [float("nan"), 0.02]}, "expected positive seconds"),
+        ({1: [1.0, 1.0], 2: [1.0, 1.01]}, "is flat .* measure it again"),
+    ],
+)
+def test_a_curve_that_says_nothing_is_refused(seconds, message):
+    with pytest.raises(ValueError, match=f"(?i){message}"):
+        dataclasses.replace(CURVE, seconds=seconds).check(SETUP)
+
+
+def test_a_curve_of_something_else_is_refused():
+    with pytest.raises(ValueError, match="measured for target = 'tiny', this engine has 'big'"):
+        CURVE.check(SETUP | {"target": "big"})
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"setup": {}, "seconds": {"one": [1]}}'])
+def test_other_files_are_refused(tmp_path, text):
+    path = tmp_path / "curve.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="is not a step-time curve"):
+        Curve.load(path)
+    with pytest.raises(ValueError, match="is not a step-time curve"):
+        Curve.load(tmp_path / "absent.json")
+
+
+def test_measuring_runs_once_more_than_it_counts():
+    state, seconds = measure(lambda x: x + 1, 0, 3)
+    assert state == 4 and seconds > 0
+    assert measure(lambda x: x + 1, 0, 0) == (1, None)

@@ -1,0 +1,265 @@
+"""Continuous batching: every request gets what it gets alone, and nothing is left behind."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from jaxspec.decoding.budget import StepTimes
+from jaxspec.decoding.sampling import Sampling
+from jaxspec.decoding.schedule import Adaptive, Fixed, decode_rows
+from jaxspec.drafters.plain import Plain
+from jaxspec.generation import LoadedDrafter
+from jaxspec.serving import rows
+from jaxspec.serving.curve import Curve
+from jaxspec.serving.engine import Engine, EngineConfig
+from jaxspec.serving.requests import QueueFull, Request
+from tests import tiny
+from tests.serving import engines
+from tests.serving.engines import alone, drain, requests, tokens
+
+WARM = {}
+
+
+def warm(drafter="lookup", schedule="adaptive"):
+    """One engine per kind, which must be idle between tests."""
+    key = drafter, schedule
+    if key not in WARM:
+        # One kind has all batch sizes; the others, the fewest programs that show all parts.
+        few = {} if key == ("lookup", "adaptive") else dict(slots=2, max_nodes=4)
+        schedule_ = engines.SCHEDULES[schedule]
+        WARM[key] = engines.engine(engines.DRAFTERS[drafter], schedule_, **few)
+    assert not WARM[key].busy
+    return WARM[key]
+
+
+@pytest.mark.parametrize(
+    ("drafter", "schedule"),
+    [
+        ("lookup", "adaptive"),
+        ("survival tree", "adaptive"),
+        pytest.param("survival chain", "adaptive", marks=pytest.mark.gate),
+        pytest.param("lookup", "fixed", marks=pytest.mark.gate),
+        pytest.param("small tree", "adaptive", marks=pytest.mark.gate),
+        pytest.param("itself", "adaptive", marks=pytest.mark.gate),
+    ],
+)
+def test_every_request_gets_what_it_would_get_alone(drafter, schedule):
+    engine = warm(drafter, schedule)
+    asked = requests(10)
+    ids = [engine.submit(request) for request in asked]
+    updates = drain(engine)
+    assert sorted(updates) == sorted(ids)
+    for id, request in zip(ids, asked, strict=True):
+        assert tokens(updates[id]) == alone(request)
+        (last,) = [u for u in updates[id] if u.finish]
+        assert last is updates[id][-1]
+        stops = request.sampling.stop_ids or ()
+        stopped = alone(request)[-1] in stops
+        assert last.finish == ("stop" if stopped else "length")
+        assert sum(last.stats.committed) >= len(alone(request)) - 1
+        assert last.stats.nodes >= last.stats.rounds
+
+
+def test_plain_decoding_needs_no_curve():
+    engine = Engine(
+        tiny.target(), LoadedDrafter(Plain()), EngineConfig(slots=2, room=60, chunk=16)
+    )
+    asked = requests(4)
+    ids = [engine.submit(request) for request in asked]
+    updates = drain(engine)
+    assert engine.curve is None
+    assert [tokens(updates[i]) for i in ids] == [alone(r) for r in asked]
+
+
+def test_requests_that_arrive_late_change_nothing():
+    engine, asked = warm(), requests(8, seed=3)
+    found, ids = {}, []
+    for request in asked:
+        ids.append(engine.submit(request))
+        for _ in range(3):
+            for update in engine.step():
+                found.setdefault(update.id, []).append(update)
+    drain(engine, found)
+    assert [tokens(found[i]) for i in ids] == [alone(r) for r in asked]
+
+
+def test_prompts_run_in_chunks_between_rounds():
+    """While a long prompt is run, a decoding row gets tokens at every step."""
+    engine = warm()
+    short = engine.submit(Request((1, 2), 40))
+    for _ in range(3):
+        engine.step()
+    long = engine.submit(Request(tuple(tiny.prompts(50)[0]), 4))
+    seen = []
+    while not any(u.id == long for step in seen for u in step):
+        seen.append(engine.step())
+    assert len(seen) == 4  # 50 tokens in chunks of 16
+    assert all(any(u.id == short and u.tokens for u in step) for step in seen)
+    drain(engine)
+
+
+def test_a_request_alone_has_a_batch_of_one_row():
+    engine = warm()
+    engine.submit(requests(1)[0])
+    sizes = set()
+    while engine.busy:
+        engine.step()
+        sizes.add(engine._batch.state.length.shape[0])
+    assert sizes == {1}
+
+
+def test_nothing_is_compiled_after_the_warm_up():
+    programs = [decode_rows, rows.run_chunk, rows.begin_prompt, rows.end_prompt, rows.place]
+    programs += [rows.move_rows, rows.stop_rows, rows.recent_tokens, rows.empty_rows]
+    engine = warm()
+    before = [program._cache_size() for program in programs]
+    asked = requests(12, seed=5)
+    ids = [engine.submit(request) for request in asked]
+    for step in range(6):
+        engine.step()
+        if step == 3:
+            engine.cancel(ids[0])
+            engine.cancel(ids[11])
+    drain(engine)
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_memory_returns_to_its_start():
+    engine = warm()
+    start = engine.device_bytes()
+    for request in requests(9):
+        engine.submit(request)
+    peak = start
+    while engine.busy:
+        engine.step()
+        peak = max(peak, engine.device_bytes())
+    assert engine.device_bytes() == start
+    assert start < peak <= (engine.config.slots + 1) * start  # a prompt has a row of its own
+
+
+def test_cancelled_requests_leave_at_once():
+    engine = warm()
+    asked = [Request((1, 2, 3), 40, seed=i) for i in range(8)]
+    ids = [engine.submit(request) for request in asked]
+    found = {}
+    for _ in range(7):
+        for update in engine.step():
+            found.setdefault(update.id, []).append(update)
+    for id in (ids[0], ids[2], ids[7]):  # two are decoded, one waits
+        engine.cancel(id)
+    engine.cancel(10_000)  # never was
+    for update in engine.step():
+        found.setdefault(update.id, []).append(update)
+    for id in (ids[0], ids[2], ids[7]):
+        assert found[id][-1].finish == "cancelled"
+    drain(engine, found)
+    for id, request in zip(ids, asked, strict=True):
+        expected = alone(request)
+        if id in (ids[0], ids[2], ids[7]):
+            got = tokens(found[id])
+            assert len(got) < 40 and got == expected[: len(got)]
+        else:
+            assert tokens(found[id]) == expected
+    engine.cancel(ids[3])  # has ended
+    assert engine.step() == []
+
+
+def test_a_full_queue_is_refused_and_loses_nothing():
+    engine = engines.engine(queue=3)  # the programs are there
+    ids = [engine.submit(Request((1,), 5, seed=i)) for i in range(3)]
+    with pytest.raises(QueueFull, match="3 requests are waiting, as many as may"):
+        engine.submit(Request((1,), 5))
+    assert sorted(drain(engine)) == ids
+    engine.submit(Request((1,), 5))
+    drain(engine)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request((), 5), "prompt is empty"),
+        (Request((1, 11), 5), "token id 11; .* 0 … 10"),
+        (Request((1, True), 5), "token id True"),
+        (Request((1,), 0), "max_new_tokens is 0"),
+        (Request((1,) * 40, 30), "need 70 places; requests have 60"),
+        (Request((1,), 5, seed=-1), "seed is -1"),
+        (Request((1,), 5, Sampling(stop_ids=tuple(range(9)))), "9 stop ids"),
+    ],
+)
+def test_requests_that_cannot_be_served(request_, message):
+    with pytest.raises(ValueError, match=message):
+        warm().submit(request_)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(room=600), "room is 600 .* has 512 positions"),
+        (dict(slots=0), "slots is 0"),
+        (dict(budget=4), "schedule is not Fixed"),
+        (dict(budget=9, schedule=Fixed()), "budget is 9; .* 1 … 8"),
+    ],
+)
+def test_bad_limits(options, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(tiny.target(), engines.LOOKUP, EngineConfig(**options))
+
+
+def test_an_adaptive_schedule_needs_a_drafter_and_older_survivals():
+    with pytest.raises(ValueError, match="needs a drafter"):
+        Engine(tiny.target(), config=EngineConfig(schedule=Adaptive()))
+    with pytest.raises(ValueError, match="must not choose its own size"):
+        Adaptive(age=0)
+
+
+def test_rejection_sampling_keeps_greedy_requests_exact():
+    engine = engines.engine(
+        engines.DRAFTERS["survival chain"], rejection=True, slots=1, max_nodes=4
+    )
+    asked = [Request(r.prompt, r.max_new_tokens) for r in requests(4)]
+    asked.append(Request((1, 2), 12, Sampling(temperature=0.9)))
+    ids = [engine.submit(request) for request in asked]
+    updates = drain(engine)
+    assert [tokens(updates[i]) for i in ids[:4]] == [alone(r) for r in asked[:4]]
+    assert len(tokens(updates[ids[4]])) == 12
+
+
+def test_the_engine_holds_the_cache_it_says():
+    engine = warm()
+    leaves = jax.tree.leaves(engine._batch)
+    assert engine.device_bytes() == sum(x.nbytes for x in leaves)
+
+
+def test_a_missing_curve_is_measured_and_can_be_given_again(tmp_path):
+    config = EngineConfig(slots=1, room=60, chunk=16, max_nodes=2, schedule=Adaptive())
+    engine = Engine(tiny.target(), engines.LOOKUP, config)
+    engine.warm_up(repeats=2)
+    ((one, two),) = engine.curve.seconds.values()
+    assert one > 0 and two > 0
+    engine.curve.save(tmp_path / "curve.json")
+    again = Engine(
+        tiny.target(), engines.LOOKUP, config, curve=Curve.load(tmp_path / "curve.json")
+    )
+    assert again.curve == engine.curve
+    other = dataclasses.replace(config, room=100, slots=2)
+    with pytest.raises(ValueError, match="measure it again"):
+        Engine(tiny.target(), engines.LOOKUP, other, curve=engine.curve)
+
+
+@pytest.mark.parametrize("drafter", ["lookup", "survival chain"])
+def test_no_round_copies_a_cache(drafter):
+    """Neither the choice of drafting at all nor the choice of a size may copy one."""
+    config = EngineConfig(slots=2, room=500, chunk=16, max_nodes=4, schedule=Adaptive())
+    engine = Engine(tiny.target(), engines.DRAFTERS[drafter], config)
+    batch, sizes = engine._empty(2), engine._sizes[2]
+    times = StepTimes(*(np.zeros(len(sizes), t) for t in ("i4", "i4", "f4")))
+    options = dict(schedule=config.schedule, sizes=sizes)
+    arguments = engine._decoder, engine._params, batch, engine._habit, times, np.int32(1)
+    text = decode_rows.lower(*arguments, **options).compile().as_text()
+    keys = batch.state.cache.keys[0].shape
+    shape = rf"f32\[{','.join(map(str, keys))}\]"
+    assert re.search(shape, text)
+    assert not re.findall(rf"= {shape}\S* copy\(", text)

@@ -1,0 +1,381 @@
+"""The server over real sockets: the `openai` client, bad bodies, clients that misbehave."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.server import ServerState
+
+from jaxspec.decoding.sampling import Sampling
+from jaxspec.decoding.schedule import Fixed
+from jaxspec.generation import Target
+from jaxspec.serving.engine import Engine, EngineConfig
+from jaxspec.serving.requests import Request
+from jaxspec.serving.runner import Runner
+from jaxspec.serving.server import Limits, application, server, timed_protocol
+from jaxspec.tokenizer import Tokenizer
+from tests import tiny
+from tests.serving import engines
+from tests.serving.engines import alone
+
+VOCABULARY = ["<end>", "a", "b", "c", "Ġa", "Ġb", "Ã", "©", "Ċ", "d", "e"]
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+LIMITS = Limits(
+    body_bytes=20_000, request_seconds=0.6, stall_seconds=0.6, idle_seconds=2, connections=40
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_bpe(VOCABULARY, [], special=[0], eos=0, chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def running(tokenizer):
+    """A server on a free port: (port, runner)."""
+    model = tiny.target()
+    target = Target("tiny", model.config, model.params, tokenizer)
+    few = dict(slots=2, queue=6, schedule=Fixed(), budget=2)
+    engine = Engine(target, engines.LOOKUP, EngineConfig(**(engines.CONFIG | few)))
+    engine.warm_up()
+    runner = Runner(engine)
+    http = server(runner, name="tiny", host="127.0.0.1", port=0, limits=LIMITS)
+    thread = threading.Thread(target=http.run, daemon=True)
+    thread.start()
+    while not http.started:
+        time.sleep(0.01)
+    port = http.servers[0].sockets[0].getsockname()[1]
+    yield port, runner
+    http.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive() and not runner.healthy
+
+
+@pytest.fixture
+def port(running):
+    """Nothing is left of a test's requests after it."""
+    port, runner = running
+    yield port
+    deadline = time.monotonic() + 10
+    while runner.tickets or runner.engine.busy:
+        assert time.monotonic() < deadline, "requests were left behind"
+        time.sleep(0.01)
+    assert runner.healthy
+
+
+@pytest.fixture
+def client(port):
+    with openai.OpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
+    ) as made:
+        yield made
+
+
+def expected(tokenizer, prompt: str, **options) -> str:
+    request = Request(tuple(tokenizer.encode(prompt)), **options)
+    return tokenizer.decode(alone(request))
+
+
+def test_completion(client, tokenizer):
+    done = client.completions.create(
+        model="tiny", prompt="abcab", max_tokens=12, temperature=0.8, seed=5
+    )
+    sampling = Sampling(temperature=0.8)
+    text = expected(tokenizer, "abcab", max_new_tokens=12, sampling=sampling, seed=5)
+    (choice,) = done.choices
+    assert (choice.text, choice.finish_reason) == (text, "length")
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (5, 12)
+    counts = done.usage.model_extra["speculation"]
+    assert counts["rounds"] >= 1 and counts["nodes_verified"] >= counts["rounds"]
+
+
+def test_completion_of_token_ids(client, tokenizer):
+    done = client.completions.create(
+        model="tiny", prompt=[1, 2, 3], max_tokens=5, temperature=0
+    )
+    assert done.choices[0].text == tokenizer.decode(alone(Request((1, 2, 3), 5)))
+
+
+def test_chat(client, tokenizer):
+    messages = [{"role": "system", "content": "ab"}, {"role": "user", "content": "cab"}]
+    done = client.chat.completions.create(
+        model="tiny", messages=messages, max_completion_tokens=9, temperature=0
+    )
+    (choice,) = done.choices
+    assert choice.message.role == "assistant"
+    assert choice.message.content == expected(tokenizer, "abcab", max_new_tokens=9)
+    assert done.usage.total_tokens == 14
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_stream(client, tokenizer, chat):
+    options = dict(
+        model="tiny",
+        max_tokens=20,
+        temperature=0.8,
+        seed=9,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    if chat:
+        messages = [{"role": "user", "content": [{"type": "text", "text": "abc"}]}]
+        chunks = list(client.chat.completions.create(messages=messages, **options))
+        pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+        assert chunks[0].choices[0].delta.role == "assistant"
+    else:
+        chunks = list(client.completions.create(prompt="abc", **options))
+        pieces = [c.choices[0].text for c in chunks if c.choices]
+    sampling = Sampling(temperature=0.8)
+    assert "".join(pieces) == expected(
+        tokenizer, "abc", max_new_tokens=20, sampling=sampling, seed=9
+    )
+    assert len(pieces) > 4
+    reasons = [c.choices[0].finish_reason for c in chunks if c.choices]
+    assert reasons[-1] == "length" and set(reasons[:-1]) == {None}
+    assert chunks[-1].usage.completion_tokens == 20 and not chunks[-1].choices
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_texts(client, tokenizer, stream):
+    sampling = Sampling(temperature=1.5)
+    whole = expected(tokenizer, "abc", max_new_tokens=40, sampling=sampling, seed=1)
+    stop = whole[5:7]
+    done = client.completions.create(
+        model="tiny", prompt="abc", max_tokens=40, temperature=1.5, seed=1, stop=[stop, "zz"],
+        stream=stream,
+    )  # fmt: skip
+    chunks = list(done) if stream else [done]
+    assert "".join(c.choices[0].text for c in chunks) == whole[: whole.index(stop)]
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_models_health_and_metrics(client, port):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert json.loads(get(port, "/health")[1]) == {
+        "status": "ok",
+        "running": 0,
+        "waiting": 0,
+    }
+    before = sample(port, "jaxspec_tokens_total")
+    client.completions.create(model="tiny", prompt="abc", max_tokens=7)
+    assert sample(port, "jaxspec_tokens_total") - before == 7
+    assert sample(port, "jaxspec_first_token_seconds_count") >= 1
+    assert sample(port, "jaxspec_rounds_total") <= sample(port, "jaxspec_nodes_verified_total")
+    assert get(port, "/nothing")[0] == 404
+
+
+BAD = [
+    ({"prompt": "a", "model": "other"}, 404, "no model 'other'"),
+    ({"prompt": ""}, 400, "prompt is empty"),
+    ({"prompt": ["a", "b"]}, 400, "one text, or one list"),
+    ({"prompt": [1, 99]}, 400, "token id 99"),
+    ({"prompt": {"a": 1}}, 400, "one text, or one list"),
+    ({"prompt": "a", "n": 2}, 400, "n = 2 is not supported"),
+    ({"prompt": "a", "colour": 1}, 400, "unknown field 'colour'"),
+    ({"prompt": "a", "temperature": "hot"}, 400, "temperature must be a number"),
+    ({"prompt": "a", "temperature": -1}, 400, "temperature is -1"),
+    ({"prompt": "a", "temperature": float("nan")}, 400, "temperature is nan"),
+    ({"prompt": "a", "max_tokens": 0}, 400, "max_new_tokens is 0"),
+    ({"prompt": "a", "max_tokens": 1e9}, 400, "must be an integer"),
+    ({"prompt": "a", "max_tokens": 10**9}, 400, "places; requests have 60"),
+    ({"prompt": "a" * 100}, 400, "has room for 60"),
+    ({"prompt": "a", "stop": ["x"] * 5}, 400, "stop must be up to 4"),
+    ({"prompt": "a", "stream": 1}, 400, "stream must be true or false"),
+    ({"prompt": "a", "seed": 2**40}, 400, "the seed is"),
+    ({"messages": []}, 400, "at least one message"),
+    ({"messages": [{"role": "robot", "content": "a"}]}, 400, "must have a role"),
+    ({"messages": [{"role": "user", "content": 5}]}, 400, "must have text"),
+    ([1], 400, "must be a JSON object"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "message"), BAD)
+def test_bad_bodies(port, body, status, message):
+    chat = isinstance(body, dict) and "messages" in body
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    found, text = post(port, path, json.dumps(body).encode())
+    assert found == status
+    assert message in json.loads(text)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("data", "media", "status"),
+    [
+        (b"{", "application/json", 400),
+        (b"\xff\xfe", "application/json", 400),
+        (b"[" * 19_000, "application/json", 400),
+        (b'{"prompt": "a"}', "text/plain", 415),
+        (b" " * 20_001, "application/json", 413),
+    ],
+)
+def test_bad_data(port, data, media, status):
+    assert post(port, "/v1/completions", data, media)[0] == status
+
+
+def test_a_full_queue_is_answered_429(running, port, client):
+    _, runner = running
+    first = client.completions.create(model="tiny", prompt="a", max_tokens=50, stream=True)
+    statuses = []
+
+    def ask():
+        body = json.dumps({"prompt": "a", "max_tokens": 50}).encode()
+        statuses.append(post(port, "/v1/completions", body)[0])
+
+    threads = [threading.Thread(target=ask) for _ in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    list(first)
+    assert set(statuses) == {200, 429}
+    assert runner.healthy
+
+
+def test_another_host_name_is_refused(port):
+    text = exchange(port, b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n")
+    assert text.startswith(b"HTTP/1.1 400")
+
+
+def test_half_open_and_slow_clients_are_cut_off(port, client):
+    """Connections without headers, with half of them, and with half a body."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    json_head = head + b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n"
+    starts = [b"", head, json_head, json_head + b'{"prompt"']
+    sockets = [connect(port) for _ in range(20)]
+    began = time.monotonic()
+    for i, one in enumerate(sockets):
+        one.sendall(starts[i % 4])
+    # Others are served meanwhile.
+    client.completions.create(model="tiny", prompt="abc", max_tokens=3)
+    assert time.monotonic() - began < 5
+    answers = [read_all(one) for one in sockets]
+    assert all(answers[i] == b"" for i in range(0, 20, 4))
+    assert all(a.startswith(b"HTTP/1.1 408") for a in answers[2::4] + answers[3::4])
+    assert time.monotonic() - began < 10
+
+
+def test_a_client_that_sends_headers_drop_by_drop_is_cut_off(port):
+    with connect(port) as one:
+        one.sendall(b"GET /health HTTP/1.1\r\n")
+        cut = False
+        for _ in range(60):
+            try:
+                one.sendall(b"X: 1\r\n")
+            except OSError:
+                cut = True
+                break
+            time.sleep(0.05)
+        assert cut
+
+
+def test_oversized_headers_and_bodies_are_refused(port):
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X: " + b"y" * 100_000
+    assert exchange(port, head).startswith((b"HTTP/1.1 400", b"HTTP/1.1 431"))
+    body = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    body += b"Content-Type: application/json\r\n"
+    chunk = b"1000\r\n" + b"a" * 0x1000 + b"\r\n"
+    found = exchange(port, body + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 8)
+    assert found.startswith(b"HTTP/1.1 413")
+
+
+def test_a_stream_whose_reader_leaves_is_cancelled(running, port, client):
+    before = sample(port, "jaxspec_requests_total", finish="disconnected")
+    stream = client.completions.create(model="tiny", prompt="a", max_tokens=50, stream=True)
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 5
+    while sample(port, "jaxspec_requests_total", finish="disconnected") == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_reader_that_stands_still_is_cut_off():
+    """A socket's buffers would swallow a tiny model's answer: a transport of our own."""
+
+    class Transport:
+        aborted = False
+
+        def abort(self):
+            self.aborted = True
+
+    async def reader(reads_on: bool) -> bool:
+        config = uvicorn.Config(application, ws="none")
+        config.load()
+        protocol = timed_protocol(Limits(stall_seconds=0.05))(config, ServerState(), {})
+        protocol.transport, protocol.flow = Transport(), FlowControl(Transport())
+        protocol.flow._transport.pause_reading = lambda: None
+        protocol.pause_writing()
+        if reads_on:
+            protocol.resume_writing()
+        await asyncio.sleep(0.2)
+        return protocol.transport.aborted
+
+    assert asyncio.run(reader(reads_on=False))
+    assert not asyncio.run(reader(reads_on=True))
+
+
+def test_a_server_needs_a_tokenizer(running):
+    engine = Engine(tiny.target(), config=EngineConfig(room=60))
+    runner = Runner(engine)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        application(runner, name="tiny")
+    runner.close()
+
+
+def connect(port):
+    return socket.create_connection(("127.0.0.1", port), timeout=10)
+
+
+def read_all(one) -> bytes:
+    parts = []
+    try:
+        while part := one.recv(65536):
+            parts.append(part)
+    except ConnectionResetError:
+        pass  # cut off
+    one.close()
+    return b"".join(parts)
+
+
+def exchange(port, data: bytes) -> bytes:
+    one = connect(port)
+    try:
+        one.sendall(data)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # it was answered before all was sent
+    return read_all(one)
+
+
+def post(port, path, data, media="application/json"):
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", data, {"Content-Type": media}, method="POST"
+    )
+    return fetch(request)
+
+
+def get(port, path):
+    return fetch(urllib.request.Request(f"http://127.0.0.1:{port}{path}"))
+
+
+def fetch(request):
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def sample(port, name, **labels) -> float:
+    families = text_string_to_metric_families(get(port, "/metrics")[1])
+    found = [s for f in families for s in f.samples if s.name == name and s.labels == labels]
+    return found[0].value if found else 0.0

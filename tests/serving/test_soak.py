@@ -1,0 +1,110 @@
+"""Hundreds of requests with random ends: nothing lost, doubled, leaked or changed.
+
+Through the runner, as a server uses it: tasks that read slowly, leave early or never read.
+"""
+
+import asyncio
+import random
+
+import pytest
+
+from jaxspec.decoding.sampling import Sampling
+from jaxspec.serving.requests import QueueFull, Request
+from jaxspec.serving.runner import EngineFailed, Runner
+from tests import tiny
+from tests.serving import engines
+from tests.serving.engines import alone
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return engines.engine()
+
+
+def asked(count: int, dice: random.Random) -> list[Request]:
+    """Random prompts, lengths, temperatures and stop ids."""
+    made = []
+    for i in range(count):
+        (prompt,) = tiny.prompts(dice.randint(1, 34), seed=i % 60)
+        sampling = Sampling(
+            temperature=dice.choice([0.0, 0.0, 0.6, 1.3]),
+            top_p=dice.choice([1.0, 0.9]),
+            stop_ids=dice.choice([(), (3,), (5, 8)]),
+        )
+        made.append(Request(tuple(prompt), dice.randint(1, 25), sampling, seed=i))
+    return made
+
+
+async def soak(runner: Runner, requests, dice: random.Random):
+    """Every request's tokens, its end, and whether its reader left early."""
+    found = {}
+
+    async def one(index, request, leave_after, pause):
+        while True:
+            try:
+                ticket = runner.submit(request)
+                break
+            except QueueFull:
+                await asyncio.sleep(0.01)
+        tokens, finish = [], None
+        with ticket:
+            async for update in ticket:
+                assert finish is None, "an update after the last one"
+                assert len(update.tokens) or update.finish
+                tokens += update.tokens
+                finish = update.finish
+                await asyncio.sleep(pause)
+                if leave_after is not None and len(tokens) >= leave_after:
+                    break
+        assert index not in found
+        found[index] = tuple(tokens), finish, ticket.id
+
+    tasks = []
+    for index, request in enumerate(requests):
+        leave = dice.choice([None, None, None, 1, 6])
+        pause = 0.1 if index % 25 == 7 else 0.0
+        tasks.append(asyncio.create_task(one(index, request, leave, pause)))
+        await asyncio.sleep(dice.choice([0.0, 0.0, 0.002]))
+    await asyncio.gather(*tasks)
+    while runner.engine.busy:
+        await asyncio.sleep(0.01)
+    return found
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.gate)])
+def test_soak(engine, count):
+    dice = random.Random(count)
+    requests = asked(count, dice)
+    start, runner = engine.device_bytes(), Runner(engine)
+    try:
+        found = asyncio.run(soak(runner, requests, dice))
+        assert runner.healthy and runner.tickets == 0
+    finally:
+        runner.close()
+    assert sorted(found) == list(range(count))
+    assert len({id for _, _, id in found.values()}) == count
+    ends = {finish for _, finish, _ in found.values()}
+    assert ends == {None, "stop", "length"}
+    for index, (tokens, finish, _) in found.items():
+        expected = alone(requests[index])
+        assert tokens == (expected if finish else expected[: len(tokens)])
+    assert (engine.waiting, engine.running, engine.busy) == (0, 0, False)
+    assert engine.device_bytes() == start
+
+
+def test_an_engine_that_fails_tells_everyone(engine, monkeypatch):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    async def run():
+        runner = Runner(engine)
+        monkeypatch.setattr(engine, "step", fail)
+        ticket = runner.submit(Request((1,), 3))
+        with pytest.raises(EngineFailed, match="out of memory"):
+            await anext(ticket)
+        assert not runner.healthy
+        with pytest.raises(EngineFailed, match="has stopped"):
+            runner.submit(Request((1,), 3))
+        runner.close()
+
+    asyncio.run(run())

@@ -1,0 +1,40 @@
+"""Stop texts: nothing of them, or after them, is given out, wherever the pieces end."""
+
+import pytest
+
+from jaxspec.serving.text import Answer
+
+
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    def stream(self):
+        return self
+
+    def step(self, token):
+        return chr(token)
+
+    def finish(self):
+        return ""
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+@pytest.mark.parametrize(
+    ("stops", "expected"),
+    [
+        ((), "one two </s three </s> four"),
+        (("</s>",), "one two </s three "),
+        (("four", "</s>"), "one two </s three "),
+        (("absent",), "one two </s three </s> four"),
+        (("fours",), "one two </s three </s> four"),
+        (("one",), ""),
+    ],
+)
+def test_text_ends_before_the_first_stop(stops, expected, size):
+    text = "one two </s three </s> four"
+    answer, given = Answer(Letters(), stops), ""
+    for at in range(0, len(text), size):
+        given += answer.add([ord(c) for c in text[at : at + size]])
+        assert expected.startswith(given)
+    assert given + answer.finish() == expected
+    assert answer.stopped == (expected != text)
