@@ -20,7 +20,7 @@ import jaxspec
 from jaxspec.config import TREE_KINDS
 from jaxspec.decoding.loop import Decoder, Params, decode, prefill
 from jaxspec.decoding.requests import capacity_for, pack
-from jaxspec.generation import request_keys
+from jaxspec.generation import bind, request_keys
 from jaxspec.trees.draw import as_figure, as_text, follow, visible
 
 
@@ -69,8 +69,7 @@ def main(options: Options):
     target = jaxspec.load_target(options.target)
     tree = jaxspec.TreeConfig(options.kind, size=options.size, width=options.width)
     drafter = jaxspec.load_drafter(options.drafter, target, tree=tree)
-    decoder = Decoder(target.config, drafter.drafter)
-    params = Params(target.params, drafter.params)
+    decoder, params = bind(target, drafter)
 
     prompt = target.tokenizer.chat(options.prompt)
     new_tokens = options.rounds * (drafter.drafter.depth + 1) + 1

@@ -1,0 +1,259 @@
+"""Calibration of a confidence head: sequential temperature scaling, and how far off it is.
+
+The head predicts, slot by slot, whether a drafted token is accepted if all before it are. Its
+survival probability for slot k is the product up to k; a schedule that compares requests by it
+needs it to be true. Temperatures are fitted left to right on rounds of real decoding in which
+the whole chain was verified.
+
+Source: DSpark (arXiv 2607.05147) §3.2.1; spec/dspark.md §2.6.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.config import TreeConfig
+from jaxspec.drafters.block import BlockDrafter
+from jaxspec.evaluation.metrics import calibration_error, reliability_bins
+from jaxspec.evaluation.walk import Answer, observe
+from jaxspec.generation import LoadedDrafter, Target
+
+BINS = 20
+GRID = np.geomspace(0.25, 4.0, 81)  # holds 1: scaling never makes the fitted rounds worse
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Rounds in which a whole chain was verified.
+
+    Attributes:
+      logits: [R, P] float64, of the head.
+      accepted: [R] int, drafted tokens accepted, 0 … P.
+      limit: [R] int, slots whose fate is known: a text that ends within the block says nothing
+        of the slots past its end.
+    """
+
+    logits: np.ndarray
+    accepted: np.ndarray
+    limit: np.ndarray
+
+    def __post_init__(self):
+        if self.logits.ndim != 2 or not len(self.logits):
+            raise ValueError(
+                f"rollouts have logits of shape {self.logits.shape}; expected [R, P] with R > 0"
+            )
+
+    def survived(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rounds in which a slot's fate is known, and in which it was accepted: [R] bool."""
+        return self.limit > slot, self.accepted > slot
+
+    def take(self, rounds: np.ndarray) -> Rollouts:
+        """Some of the rounds."""
+        return Rollouts(self.logits[rounds], self.accepted[rounds], self.limit[rounds])
+
+
+def survival(logits: np.ndarray, temperatures: Sequence[float]) -> np.ndarray:
+    """Survival probabilities [R, P] of logits [R, P] under temperatures [P]."""
+    return np.cumprod(1 / (1 + np.exp(-logits / np.asarray(temperatures))), axis=1)
+
+
+def fit_temperatures(rollouts: Rollouts) -> np.ndarray:
+    """Sequential temperature scaling: [P], each the best of `GRID` given those before it.
+
+    T_k minimises the calibration error of the survival of slot k, T_1 … T_{k-1} held fixed.
+    Ties go to the temperature nearest 1.
+    """
+    grid = sorted(GRID, key=lambda t: abs(np.log(t)))
+    temperatures, before = [], np.ones(len(rollouts.logits))
+    for slot in range(rollouts.logits.shape[1]):
+        known, happened = rollouts.survived(slot)
+        options = [before / (1 + np.exp(-rollouts.logits[:, slot] / t)) for t in grid]
+        errors = [
+            calibration_error(reliability_bins(p[known], happened[known], count=BINS))
+            for p in options
+        ]
+        best = int(np.argmin(errors))
+        temperatures.append(float(grid[best]))
+        before = options[best]
+    return np.array(temperatures)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """How true one slot's survival probabilities are.
+
+    Attributes:
+      rounds: in which the slot's fate is known.
+      predicted, happened: means.
+      ece: expected calibration error, `BINS` equal bins.
+      auroc: chance that a round that survived was given more than one that did not; nan if all
+        or none did.
+      brier: mean squared error.
+      bins: [BINS, 3], see `metrics.reliability_bins`: the reliability diagram.
+    """
+
+    rounds: int
+    predicted: float
+    happened: float
+    ece: float
+    auroc: float
+    brier: float
+    bins: list[list[float]]
+
+
+def assess(rollouts: Rollouts, temperatures: Sequence[float] | float = 1.0) -> list[Quality]:
+    """`Quality` of every slot."""
+    depth = rollouts.logits.shape[1]
+    predicted = survival(rollouts.logits, np.broadcast_to(temperatures, depth))
+    rows = []
+    for slot in range(depth):
+        known, happened = rollouts.survived(slot)
+        p, y = predicted[known, slot], happened[known]
+        bins = reliability_bins(p, y, count=BINS)
+        rows.append(
+            Quality(
+                rounds=int(known.sum()),
+                predicted=float(p.mean()) if p.size else float("nan"),
+                happened=float(y.mean()) if p.size else float("nan"),
+                ece=calibration_error(bins),
+                auroc=auroc(p, y),
+                brier=float(np.mean((p - y) ** 2)) if p.size else float("nan"),
+                bins=bins.tolist(),
+            )
+        )
+    return rows
+
+
+def auroc(predicted: np.ndarray, happened: np.ndarray) -> float:
+    """Area under the ROC curve, ties counted half; nan if all or none happened.
+
+    >>> auroc(np.array([0.1, 0.4, 0.4, 0.9]), np.array([False, False, True, True]))
+    0.875
+    """
+    positives = int(happened.sum())
+    negatives = len(happened) - positives
+    if not positives or not negatives:
+        return float("nan")
+    _, inverse, counts = np.unique(predicted, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # mean rank of equal values, from 1
+    above = rank[happened].sum() - positives * (positives + 1) / 2
+    return float(above / (positives * negatives))
+
+
+def rollouts(
+    target: Target,
+    drafter: LoadedDrafter,
+    answers: Sequence[Answer],
+    *,
+    batch: int = 8,
+    capacity: int | None = None,
+) -> Rollouts:
+    """The rounds that decoding these answers takes, with the head's logits.
+
+    Args:
+      drafter: a block drafter with a confidence head; its greedy chain of full depth is
+        followed, whatever tree it grows.
+      answers: the target's own (`walk.record`).
+
+    Raises:
+      ValueError: the drafter has no confidence head.
+    """
+    static = drafter.drafter
+    if not isinstance(static, BlockDrafter) or static.config.confidence is None:
+        raise ValueError(
+            f"{static} has no confidence head, so there is nothing to calibrate; train one "
+            "with confidence (family dspark)"
+        )
+    depth = static.depth
+    chain = dataclasses.replace(
+        static, tree=TreeConfig("chain", size=depth + 1), survival_scores=True
+    )
+    # Raw logits: no temperatures, and no rule that would shorten the chain.
+    params = dataclasses.replace(
+        drafter.params,
+        threshold=jnp.float32(0),
+        survival=jnp.float32(0),
+        temperatures=jnp.float32(1),
+    )
+    parts = []
+    for start in range(0, len(answers), batch):
+        some = answers[start : start + batch]
+        seen = observe(
+            target, [LoadedDrafter(chain, params)], some, batch=batch, capacity=capacity
+        )
+        parts += _walk(chain, params, seen, some, depth)
+    logits, accepted, limit = (np.array(x) for x in zip(*parts, strict=True))
+    return Rollouts(logits.astype(float), accepted, limit)
+
+
+def _walk(chain, params, seen, answers, depth):
+    """(logits [P], accepted, limit) of every round of some answers, in lockstep."""
+    position = np.array(seen.start)
+    ends = np.zeros(len(position), int)
+    ends[: len(answers)] = [len(answer.tokens) for answer in answers]
+    stop = ends.copy()
+    stop[: len(answers)] = [answer.start + answer.new_tokens for answer in answers]
+    found = []
+    while (live := position + 1 < stop).any():
+        at = np.where(live, position, 1).astype(np.int32)
+        log_survival, tokens = jax.device_get(
+            _chain_at(chain, params, seen.states[0], seen.tokens, at)
+        )
+        for row in np.flatnonzero(live):
+            truth = np.asarray(seen.tokens[row, at[row] + 1 : at[row] + 1 + depth])
+            limit = min(depth, ends[row] - at[row] - 1)
+            same = tokens[row, :limit] == truth[:limit]
+            accepted = int(np.cumprod(same).sum())
+            log_c = np.diff(log_survival[row], prepend=0.0)
+            found.append((_logit(log_c), accepted, limit))
+            position[row] += accepted + 1
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="chain")
+def _chain_at(chain: BlockDrafter, params, state, tokens, position):
+    """Log-survival and tokens of the drafted chain, [B, P] each, at anchors' positions [B]."""
+    anchor = jnp.take_along_axis(tokens, position[:, None], axis=1)[:, 0]
+    budget = jnp.full(position.shape, chain.size, jnp.int32)
+    tree, _ = chain.draft(params, state, anchor, position, budget)
+    return tree.scores[:, 1:], tree.tokens[:, 1:]
+
+
+def _logit(log_p: np.ndarray) -> np.ndarray:
+    """Logits of log-probabilities, kept finite."""
+    log_p = np.clip(log_p.astype(float), -30.0, -1e-9)
+    return log_p - np.log(-np.expm1(log_p))
+
+
+def draw_reliability(rows: Sequence[tuple[str, Sequence[Quality]]], path: str | Path) -> None:
+    """Writes a picture: predicted against observed survival, one panel per slot.
+
+    Args:
+      rows: named assessments, drawn over one another: before and after calibration.
+      path: of a PNG or SVG; needs the extra 'plots'.
+    """
+    from matplotlib.figure import Figure
+
+    slots = len(rows[0][1])
+    figure = Figure(figsize=(2.4 * slots, 2.8), layout="constrained")
+    panels = figure.subplots(1, slots, sharey=True, squeeze=False)[0]
+    for slot, axes in enumerate(panels):
+        axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+        for name, qualities in rows:
+            bins = np.array(qualities[slot].bins)
+            nodes, predicted, happened = bins[bins[:, 0] > 0].T
+            label = f"{name}, ECE {qualities[slot].ece:.3f}"
+            axes.plot(predicted / nodes, happened / nodes, marker=".", label=label)
+        axes.set(
+            title=f"slot {slot + 1}", xlabel="predicted survival", xlim=(0, 1), ylim=(0, 1)
+        )
+        axes.legend(fontsize=6)
+    panels[0].set_ylabel("observed")
+    figure.savefig(path, dpi=120)

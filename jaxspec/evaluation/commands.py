@@ -1,0 +1,246 @@
+"""`evaluate`, `report` and `overlap`, from a shell."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+FAULT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Compare decoders on prompt sets: tokens per round, speed, and what each phase costs.
+
+    A decoder is NAME=DRAFTER[,tree=KIND][,head=none][,budget=N][,width=W][,candidates=C]
+    [,dtype=D], with drafters as for `generate`; head=none leaves a sequential head out, as for
+    the trees of DDTree and JetSpec. Plain decoding is always among those timed.
+
+    Examples:
+      python -m jaxspec evaluate --prompts ../shared/prompts/*.jsonl --output results.jsonl \\
+          --decoders lookup=ngram chain=run/drafter \\
+          ddtree=run/drafter,tree=top_budget,head=none,budget=16 \\
+          ours=run/drafter,tree=path_conditioned,budget=16
+      python -m jaxspec evaluate --tau-only --budgets 2 4 8 16 32 64 128 …   # no clock
+    """
+
+    prompts: tuple[Path, ...]
+    """JSON lines files, one per set, each row {"turns": [...]} or {"prompt": ...}; the first
+    turn is used."""
+    decoders: tuple[str, ...]
+    output: Path
+    """JSON lines of results (`jaxspec.evaluation.results`); `report` draws them."""
+    target: str = "smollm2-135m"
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
+    count: int = 16
+    """Prompts per set, evenly apart; 0 takes all."""
+    max_new_tokens: int = 256
+    temperatures: tuple[float, ...] = (0.0,)
+    budgets: tuple[int, ...] = ()
+    """Also walked, besides each decoder's own; 1 is plain decoding."""
+    tau_only: bool = False
+    """No clock: tau, acceptance and calibration from a walk along recorded answers."""
+    batch_size: int = 8
+    """Answers recorded and walked together; decoders with a clock run one prompt at a time."""
+    timed: int | None = None
+    """Prompts per set that are decoded with the clock; all of `count` by default."""
+    plain_dtypes: tuple[Literal["float32", "bfloat16"], ...] = ()
+    """Time plain decoding in these dtypes too, besides the decoders' own."""
+    thinking: bool | None = None
+    """Turn a Qwen3 chat template's thinking on or off."""
+
+    def run(self) -> int:
+        import jaxspec
+        from jaxspec.evaluation import measure
+        from jaxspec.evaluation.contenders import Contender, load
+        from jaxspec.evaluation.report import markdown
+        from jaxspec.evaluation.results import Setup, append, read
+        from jaxspec.evaluation.view import View
+
+        contenders = [Contender.parse(text) for text in self.decoders]
+        self._check(contenders)
+        texts = {path.stem: self._chosen(path) for path in self.prompts}
+        jaxspec.enable_compilation_cache()
+        entries = load(self.target, contenders)
+        sets = self._encoded(entries[0].target, texts)
+        append(self.output, Setup(self._setup(sets)))
+
+        def measured() -> Iterator:
+            for temperature in self.temperatures:
+                yield from measure.tau(
+                    entries,
+                    sets,
+                    temperature=temperature,
+                    budgets=self.budgets,
+                    max_new_tokens=self.max_new_tokens,
+                    batch_size=self.batch_size,
+                )
+            if self.tau_only:
+                return
+            timed = {name: spread(rows, self.timed or 0) for name, rows in sets.items()}
+            known = {entry.contender.dtype for entry in entries}
+            plain = {
+                dtype: jaxspec.load_target(self.target, dtype=dtype)
+                for dtype in self.plain_dtypes
+                if dtype not in known
+            }
+            for temperature in self.temperatures:
+                yield from measure.speed(
+                    entries,
+                    timed,
+                    temperature=temperature,
+                    max_new_tokens=self.max_new_tokens,
+                    plain_targets=plain,
+                )
+            yield from measure.costs(entries)
+
+        for row in measured():
+            append(self.output, row)
+        print(markdown(View(read(self.output))))
+        return 0
+
+    def _check(self, contenders) -> None:
+        if self.output.exists():
+            raise ValueError(
+                f"--output {self.output} exists already; choose another name or delete it"
+            )
+        if not contenders or not self.prompts:
+            raise ValueError("nothing to compare: give --decoders and --prompts, at least one")
+        names = [path.stem for path in self.prompts]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--prompts: two files are called alike ({', '.join(names)})")
+        for name, low in (("count", 0), ("max_new_tokens", 2), ("batch_size", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least "
+                    f"{low}"
+                )
+        if any(budget < 1 for budget in self.budgets):
+            raise ValueError(
+                f"--budgets has {min(self.budgets)}; expected at least 1 (the root)"
+            )
+        from jaxspec.decoding.sampling import Sampling
+
+        for temperature in self.temperatures:
+            Sampling(temperature=temperature)  # refuses what cannot be
+
+    def _chosen(self, path: Path) -> list[str]:
+        from jaxspec.cli import read_prompts
+
+        return spread(read_prompts(path), self.count)
+
+    def _encoded(self, target, texts: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        from jaxspec.generation import as_token_ids
+
+        return {
+            name: as_token_ids(target, rows, raw=False, thinking=self.thinking)
+            for name, rows in texts.items()
+        }
+
+    def _setup(self, sets) -> dict:
+        import jax
+
+        import jaxspec
+
+        return {
+            "target": self.target,
+            "decoders": list(self.decoders),
+            "prompts": {name: len(rows) for name, rows in sets.items()},
+            "timed": self.timed,
+            "max_new_tokens": self.max_new_tokens,
+            "device": jax.devices()[0].device_kind,
+            "cores": os.cpu_count(),
+            "jaxspec": jaxspec.__version__,
+            "jax": jax.__version__,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Draw the tables and pictures of an evaluation again, from its results alone.
+
+    Examples:
+      python -m jaxspec report results.jsonl --output docs/evaluation
+    """
+
+    results: tyro.conf.Positional[tuple[Path, ...]]
+    """Files that `evaluate` wrote; several are read as one."""
+    output: Path | None = None
+    """Folder for tables.md and the pictures; the tables are printed if left out."""
+    against: tuple[str, ...] = ()
+    """Decoders that all others are compared with, at equal budget."""
+
+    def run(self) -> int:
+        from jaxspec.evaluation.plots import save_all
+        from jaxspec.evaluation.report import markdown
+        from jaxspec.evaluation.results import read
+        from jaxspec.evaluation.view import View
+
+        view = View([row for path in self.results for row in read(path)])
+        tables = markdown(view, against=self.against)
+        if self.output is None:
+            print(tables)
+            return 0
+        self.output.mkdir(parents=True, exist_ok=True)
+        pictures = save_all(view, self.output)
+        text = self.output / "tables.md"
+        text.write_text(tables, encoding="utf-8")
+        for path in (text, *pictures):
+            print(path)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OverlapCheck:
+    """Check that training data and evaluation prompts are disjoint; exit code 1 if not.
+
+    Examples:
+      python -m jaxspec overlap --data data.jsonl --prompts ../shared/prompts/*.jsonl
+    """
+
+    data: tuple[Path, ...]
+    """JSON lines: conversations, or prompts."""
+    prompts: tuple[Path, ...]
+    """JSON lines of evaluation prompts; every turn counts."""
+    ngram: int = 13
+    """Words in a row that two texts may not have in common."""
+    clean: Path | None = None
+    """Write the lines without overlap here."""
+
+    def run(self) -> int:
+        from jaxspec.evaluation.overlap import overlaps, texts_of
+
+        if self.clean is not None and self.clean.exists():
+            raise ValueError(f"--clean {self.clean} exists already; choose another name")
+        if self.ngram < 1:
+            raise ValueError(f"--ngram is {self.ngram}; expected at least 1")
+        prompts = [
+            part for path in self.prompts for _, parts in texts_of(path) for part in parts
+        ]
+        rows = [row for path in self.data for row in texts_of(path)]
+        found = list(overlaps((parts for _, parts in rows), prompts, ngram=self.ngram))
+        for overlap in found:
+            prompt = " ".join(prompts[overlap.prompt].split())
+            print(f"line {overlap.text + 1}: {overlap.words!r}\n  prompt: {prompt[:90]!r}")
+        if self.clean is not None:
+            bad = {overlap.text for overlap in found}
+            kept = [line for number, (line, _) in enumerate(rows) if number not in bad]
+            self.clean.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        print(f"{len(found)} of {len(rows)} rows overlap with {len(prompts)} prompts")
+        return FAULT if found else 0
+
+
+def spread(rows: list, count: int) -> list:
+    """`count` of the rows, evenly apart; all if it is 0.
+
+    >>> spread([0, 1, 2, 3, 4, 5], 3)
+    [0, 2, 4]
+    """
+    if not 0 < count < len(rows):
+        return rows
+    return [rows[i * len(rows) // count] for i in range(count)]

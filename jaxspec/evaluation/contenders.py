@@ -1,0 +1,152 @@
+"""What is compared: a drafter, the tree it drafts, how much of it is verified, the dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from flax import nnx
+
+from jaxspec.config import TREE_KINDS, TreeConfig
+from jaxspec.drafters.block import BlockDrafter
+from jaxspec.drafters.head import abstract_weights
+from jaxspec.drafters.ngram import PromptLookup
+from jaxspec.generation import LoadedDrafter, Target
+from jaxspec.loading import load_drafter, load_target
+
+EXAMPLE = "ours=run/drafter,tree=path_conditioned,budget=16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One line of a comparison.
+
+    Attributes:
+      name: as tables show it.
+      drafter: "ngram", "small:NAME", or a folder or hub name (`jaxspec.load_drafter`).
+      tree: one of `config.TREE_KINDS`; None for prompt lookup, which has its own.
+      head: "own", or "none" to leave a block drafter's sequential head out: every depth is then
+        scored alone, as DFlash, DDTree and JetSpec do.
+      width, candidates: see `TreeConfig`.
+      budget: nodes verified per round, root included; several budgets are walked with
+        `measure.tau`.
+      dtype: of the target and the drafter.
+    """
+
+    name: str
+    drafter: str
+    tree: str | None = None
+    head: str = "own"
+    width: int = 4
+    candidates: int = 16
+    budget: int = 8
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        def check(name, good, expected):
+            if not good:
+                raise ValueError(
+                    f"decoder {self.name!r}: {name} is {getattr(self, name)!r}; "
+                    f"expected {expected}"
+                )
+
+        if self.drafter == "ngram":
+            check("tree", self.tree is None, "none: prompt lookup has a tree of its own")
+        else:
+            check("tree", self.tree in TREE_KINDS, f"one of {', '.join(TREE_KINDS)}")
+        check("head", self.head in ("own", "none"), "own or none")
+        check("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        for name in ("width", "candidates", "budget"):
+            check(name, getattr(self, name) >= 1, "at least 1")
+
+    @classmethod
+    def parse(cls, text: str) -> Contender:
+        """From `NAME=DRAFTER[,tree=KIND][,head=none][,budget=N][,width=W][,candidates=C]
+        [,dtype=D]`.
+
+        Without a tree, a drafter drafts its chain.
+
+        >>> Contender.parse("ours=run/drafter,tree=path_conditioned,budget=16").budget
+        16
+        """
+        first, *options = text.split(",")
+        name, equals, drafter = first.partition("=")
+        known = {field.name: field.type for field in dataclasses.fields(cls)[2:]}
+        given: dict[str, str | int] = {} if drafter == "ngram" else {"tree": "chain"}
+        for option in options:
+            key, _, value = option.partition("=")
+            if key not in known or not value or (known[key] == "int" and not value.isdigit()):
+                raise ValueError(
+                    f"decoder {text!r}: option {option!r} is not one of "
+                    f"{', '.join(f'{k}=…' for k in known)}; for example {EXAMPLE}"
+                )
+            given[key] = int(value) if known[key] == "int" else value
+        if not (name and equals and drafter):
+            raise ValueError(
+                f"decoder {text!r}: expected NAME=DRAFTER,…; for example {EXAMPLE}"
+            )
+        return cls(name, drafter, **given)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # told apart by identity: it holds arrays
+class Entry:
+    """A contender with its models loaded.
+
+    Attributes:
+      drafter: its tree is of no matter, see `sized`.
+    """
+
+    contender: Contender
+    target: Target
+    drafter: LoadedDrafter
+
+    def sized(self, budget: int | None = None, *, tree: str | None = None) -> LoadedDrafter:
+        """The drafter of trees that hold `budget` nodes (the contender's by default)."""
+        c, drafter = self.contender, self.drafter.drafter
+        size = 1 << (max(budget or c.budget, 2) - 1).bit_length()
+        if isinstance(drafter, PromptLookup):
+            return LoadedDrafter(dataclasses.replace(drafter, size=size))
+        config = TreeConfig(tree or c.tree, size, c.width, c.candidates)
+        loaded = without_head(self.drafter) if c.head == "none" else self.drafter
+        sized = dataclasses.replace(loaded.drafter, tree=config)
+        return dataclasses.replace(loaded, drafter=sized)
+
+
+def without_head(loaded: LoadedDrafter) -> LoadedDrafter:
+    """A block drafter that scores every depth alone: no sequential and no confidence head.
+
+    Raises:
+      ValueError: it is no block drafter.
+    """
+    drafter, params = loaded.drafter, loaded.params
+    if not isinstance(drafter, BlockDrafter):
+        raise ValueError(f"head=none: {drafter} has no sequential head; leave the option out")
+    config = dataclasses.replace(drafter.config, sequential=None, rank=0, confidence=None)
+    kept = {name: params.head[name] for name in abstract_weights(config)}
+    tree = TreeConfig()
+    return LoadedDrafter(
+        dataclasses.replace(drafter, config=config, tree=tree, survival_scores=False),
+        dataclasses.replace(params, head=nnx.State(kept)),
+    )
+
+
+def load(target: str, contenders: Iterable[Contender]) -> list[Entry]:
+    """Loads each target and drafter once per dtype.
+
+    Raises:
+      ValueError: two contenders have one name, or a model cannot be loaded or does not fit.
+    """
+    targets: dict[str, Target] = {}
+    drafters: dict[tuple[str, str], LoadedDrafter] = {}
+    entries: dict[str, Entry] = {}
+    for c in contenders:
+        if c.name in entries:
+            raise ValueError(f"two decoders are called {c.name!r}; give each its own name")
+        if c.dtype not in targets:
+            targets[c.dtype] = load_target(target, dtype=c.dtype)
+        key = c.drafter, c.dtype
+        if key not in drafters:
+            drafters[key] = load_drafter(c.drafter, targets[c.dtype], dtype=c.dtype)
+        entries[c.name] = Entry(c, targets[c.dtype], drafters[key])
+        entries[c.name].sized()  # refuses a tree its drafter cannot draft
+    return list(entries.values())

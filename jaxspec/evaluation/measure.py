@@ -1,0 +1,231 @@
+"""Measurements of contenders on prompt sets, as rows of `results`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxspec.decoding.requests import capacity_for
+from jaxspec.decoding.round import Decoder
+from jaxspec.decoding.sampling import Sampling
+from jaxspec.evaluation import walk as w
+from jaxspec.evaluation.contenders import Contender, Entry
+from jaxspec.evaluation.metrics import reliability_bins
+from jaxspec.evaluation.phases import phase_costs, verify_costs
+from jaxspec.evaluation.results import Branches, Costs, Reliability, Rounds, Verify, counts
+from jaxspec.evaluation.speed import Run, plain_forms, runner, take_turns
+from jaxspec.generation import LoadedDrafter, Target
+
+PLAIN = "plain"
+Sets = Mapping[str, Sequence[list[int]]]  # prompts as token ids, by the name of their set
+
+
+def tau(
+    entries: Sequence[Entry],
+    sets: Sets,
+    *,
+    temperature: float = 0.0,
+    budgets: Sequence[int] = (),
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    stride: int = 16,
+) -> Iterator[Rounds | Reliability | Branches]:
+    """Walks every contender along the target's own answers, without a clock.
+
+    Args:
+      budgets: walked besides each contender's own.
+      stride: anchors between the branches that are compared with the target; 0 leaves the
+        comparison out.
+    """
+    for dtype in dict.fromkeys(entry.contender.dtype for entry in entries):
+        group = [entry for entry in entries if entry.contender.dtype == dtype]
+        yield from _Walks(group, sets, budgets, max_new_tokens, batch_size).rows(
+            temperature, stride
+        )
+
+
+class _Walks:
+    """Contenders of one target, walked set by set."""
+
+    def __init__(self, entries, sets: Sets, budgets, max_new_tokens: int, batch_size: int):
+        self.entries, self.sets = entries, sets
+        self.target: Target = entries[0].target
+        self.max_new_tokens, self.batch = max_new_tokens, batch_size
+        self.budgets = {e: sorted({*budgets, e.contender.budget}) for e in entries}
+        self.walked = {e: e.sized(self.budgets[e][-1]) for e in entries}
+        # One observation serves all trees of a drafter.
+        first = {e.contender.drafter: e for e in reversed(entries)}
+        self.drafters = {name: self.walked[e] for name, e in first.items()}
+        self.spare = max(d.drafter.depth for d in self.drafters.values()) + 1
+        longest = max(len(row) for rows in sets.values() for row in rows)
+        together = w.Together(tuple(d.drafter for d in self.drafters.values()))
+        self.capacity = capacity_for(
+            longest + max_new_tokens + self.spare, Decoder(self.target.config, together)
+        )
+
+    def rows(self, temperature: float, stride: int):
+        for name, rows in self.sets.items():
+            answers = w.record(
+                self.target,
+                rows,
+                max_new_tokens=self.max_new_tokens,
+                spare=self.spare,
+                sampling=Sampling(temperature=temperature),
+                batch_size=self.batch,
+                capacity=self.capacity,
+            )
+            tables, gaps = self._tables(answers, stride, name)
+            for entry in self.entries:
+                for budget in self.budgets[entry]:
+                    yield self._rounds(entry, name, temperature, budget, answers, tables[entry])
+                bins = self._bins(entry, answers, tables[entry])
+                if bins is not None:
+                    c = entry.contender
+                    budget = self.budgets[entry][-1]
+                    yield Reliability(name, temperature, c.name, budget, bins.tolist())
+            for drafter, found in gaps.items():
+                yield Branches(name, temperature, drafter, self._dtype, found)
+
+    @property
+    def _dtype(self) -> str:
+        return self.entries[0].contender.dtype
+
+    def _tables(self, answers: list[w.Answer], stride: int, name: str):
+        """Per contender the tables of all answers, and per drafter the gaps of its branches."""
+        tables: dict[Entry, list[w.Table]] = {entry: [] for entry in self.entries}
+        gaps: dict[str, list[float]] = {}
+        chains = {
+            e.contender.drafter: e.sized(e.drafter.drafter.depth + 1, tree="chain")
+            for e in self.entries
+            if stride and e.contender.tree and e.contender.head == "own"
+        }
+        for start in tqdm(
+            range(0, len(answers), self.batch), desc=f"walk {name}", unit="batch", leave=False
+        ):
+            batch = answers[start : start + self.batch]
+            drafters = list(self.drafters.values())
+            observed = w.observe(
+                self.target, drafters, batch, batch=self.batch, capacity=self.capacity
+            )
+            states = dict(zip(self.drafters, observed.states, strict=True))
+            for entry in self.entries:
+                state = states[entry.contender.drafter]
+                tables[entry] += w.tabulate(observed, batch, self.walked[entry], state)
+            for drafter, chain in chains.items():
+                found = w.branch_gaps(
+                    self.target, observed, batch, chain, states[drafter], stride=stride
+                )
+                gaps.setdefault(drafter, []).extend(found)
+        return tables, gaps
+
+    def _rounds(self, entry: Entry, name, temperature, budget, answers, tables) -> Rounds:
+        pairs = zip(answers, tables, strict=True)
+        stats = [w.walk(answer, table, budget)[0] for answer, table in pairs]
+        return Rounds(
+            **_labels(name, temperature, entry.contender, budget),
+            how="walk",
+            tokens=[answer.new_tokens for answer in answers],
+            **counts(stats),
+        )
+
+    def _bins(self, entry: Entry, answers, tables) -> np.ndarray | None:
+        """None for a drafter whose scores say nothing (prompt lookup's are all zero)."""
+        budget, bins, informed = self.budgets[entry][-1], 0, False
+        for answer, table in zip(answers, tables, strict=True):
+            _, visited = w.walk(answer, table, budget)
+            predicted, accepted = w.predictions(table, visited, budget)
+            informed |= bool((predicted < 1).any())
+            bins = bins + reliability_bins(predicted, accepted)
+        return bins if informed else None
+
+
+def speed(
+    entries: Sequence[Entry],
+    sets: Sets,
+    *,
+    temperature: float = 0.0,
+    max_new_tokens: int = 256,
+    plain_targets: Mapping[str, Target] | None = None,
+    others: Mapping[str, Run] | None = None,
+) -> Iterator[Rounds]:
+    """Decodes with every contender, and plainly in every form, by turns and with a clock.
+
+    Args:
+      plain_targets: by dtype, targets that decode plainly besides the contenders' own.
+      others: further decoders to time, for example another library's.
+    """
+    sampling, every = Sampling(temperature=temperature), [r for s in sets.values() for r in s]
+    runs: dict[Contender, Run] = {}
+    targets = {entry.contender.dtype: entry.target for entry in entries}
+    targets = {**(plain_targets or {}), **targets}
+
+    def add(contender: Contender, target: Target, drafter: LoadedDrafter, budget: int):
+        runs[contender] = runner(
+            target,
+            drafter,
+            every,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            budget=budget,
+        )
+
+    for dtype, target in targets.items():
+        for name, drafter in plain_forms().items():
+            add(plain(f"{name}, {dtype}", dtype), target, drafter, 1)
+    for entry in entries:
+        c = entry.contender
+        add(c, entry.target, entry.sized(), c.budget)
+    for name, run in (others or {}).items():
+        runs[plain(name, "float32")] = run
+
+    for name, rows in sets.items():
+        done = take_turns(
+            runs, rows, progress=lambda x, d=f"decode {name}": tqdm(x, desc=d, leave=False)
+        )
+        reference = {}
+        for c, completions in done.items():
+            own = reference.setdefault(c.dtype, completions)  # its target's plain decoding
+            yield Rounds(
+                **_labels(name, temperature, c, c.budget),
+                how="decode",
+                tokens=[len(x.token_ids) for x in completions],
+                seconds=[x.seconds for x in completions],
+                equal=[
+                    x.token_ids == y.token_ids for x, y in zip(completions, own, strict=True)
+                ],
+                **counts([x.stats for x in completions]),
+            )
+
+
+def costs(entries: Sequence[Entry]) -> Iterator[Costs | Verify]:
+    """Phases of a round of every contender, and of verifying n nodes."""
+    targets = {entry.contender.dtype: entry.target for entry in entries}
+    for dtype, target in targets.items():
+        yield Verify(dtype, {str(n): ms for n, ms in verify_costs(target).items()})
+        plain_ms = [phase_costs(target, form) for form in plain_forms().values()]
+        best = min(plain_ms, key=lambda phases: phases["verify"] + phases["commit"])
+        yield Costs(PLAIN, dtype, 1, best)
+    for entry in tqdm(entries, desc="phases", leave=False):
+        c = entry.contender
+        phases = phase_costs(entry.target, entry.sized(), budget=c.budget)
+        yield Costs(c.name, c.dtype, c.budget, phases)
+
+
+def plain(name: str, dtype: str) -> Contender:
+    """A contender that verifies one node."""
+    return Contender(name, PLAIN, tree="chain", budget=1, dtype=dtype)
+
+
+def _labels(set: str, temperature: float, c: Contender, budget: int) -> dict:
+    return {
+        "set": set,
+        "temperature": temperature,
+        "decoder": c.name,
+        "drafter": c.drafter,
+        "tree": None if c.drafter in (PLAIN, "ngram") else c.tree,
+        "head": c.head,
+        "dtype": c.dtype,
+        "budget": budget,
+    }

@@ -1,0 +1,143 @@
+"""Are training data and evaluation prompts disjoint?
+
+Two rules over normalised words (lower case, no punctuation): the same text, or a run of `NGRAM`
+words in common. What several evaluation prompts share ("please reason step by step …") is their
+format, not their content, and is left out of the runs.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from jaxspec.jsonl import numbered_lines
+
+NGRAM = 13  # words; the length GPT-3's decontamination used
+FORMAT_NGRAM, FORMAT_PROMPTS = 6, 3
+SHORTEST = 5  # words of content; below, only the same text counts
+
+Words = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """A text that is not disjoint from the prompts.
+
+    Attributes:
+      text: its index among the texts.
+      prompt: index of the first prompt it meets.
+      words: what they share; the whole of it when the texts are the same.
+    """
+
+    text: int
+    prompt: int
+    words: str
+
+
+def words(text: str) -> Words:
+    """Lower case, compatibility forms made plain, punctuation dropped.
+
+    >>> words("How many  CLIPS, then?")
+    ('how', 'many', 'clips', 'then')
+    """
+    return tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower()))
+
+
+class Index:
+    """What evaluation prompts consist of, ready to be looked for in any text."""
+
+    def __init__(self, prompts: Sequence[str], *, ngram: int = NGRAM):
+        """Args: ngram: words a run must have in common."""
+        split = [words(prompt) for prompt in prompts]
+        self.whole: dict[Words, int] = {}
+        self.grams: dict[int, dict[Words, int]] = collections.defaultdict(dict)
+        shared = _format(split)
+        for number, row in enumerate(split):
+            self.whole.setdefault(row, number)
+            for run in _content(row, shared):
+                size = min(ngram, len(run))
+                if size >= SHORTEST:
+                    for gram in _grams(run, size):
+                        self.grams[size].setdefault(gram, number)
+
+    def find(self, text: str) -> tuple[int, str] | None:
+        """(prompt, shared words) of the first overlap with a text, or None."""
+        row = words(text)
+        if row in self.whole:
+            return self.whole[row], " ".join(row)
+        for size, known in self.grams.items():
+            for gram in _grams(row, size):
+                if gram in known:
+                    return known[gram], " ".join(gram)
+        return None
+
+
+def overlaps(
+    texts: Iterable[Sequence[str]], prompts: Sequence[str], *, ngram: int = NGRAM
+) -> Iterator[Overlap]:
+    """Texts that share something with a prompt.
+
+    Args:
+      texts: each given as its parts (a conversation's messages).
+    """
+    index = Index(prompts, ngram=ngram)
+    for number, parts in enumerate(texts):
+        for part in parts:
+            if found := index.find(part):
+                yield Overlap(number, *found)
+                break
+
+
+def texts_of(path: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """Every line of a JSON lines file, and the texts in it.
+
+    Rows are {"conversations": [{"content": …}]}, {"turns": [...]} or {"prompt": …}.
+
+    Raises:
+      ValueError: the file cannot be read, or a line is something else.
+    """
+    for number, line in numbered_lines(path):
+        try:
+            row = json.loads(line)
+            if "conversations" in row:
+                parts = [message["content"] for message in row["conversations"]]
+            else:
+                parts = row["turns"] if "turns" in row else [row["prompt"]]
+            if not all(isinstance(part, str) for part in parts):
+                raise TypeError("a text is not a string")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{path}, line {number}: expected {{"conversations": […]}}, {{"turns": […]}} '
+                f'or {{"prompt": "text"}}, found {line[:60]!r}'
+            ) from error
+        yield line, parts
+
+
+def _format(rows: Sequence[Words]) -> set[Words]:
+    """Runs of words that several prompts have: their format."""
+    seen = collections.Counter(gram for row in rows for gram in set(_grams(row, FORMAT_NGRAM)))
+    return {gram for gram, count in seen.items() if count >= FORMAT_PROMPTS}
+
+
+def _content(row: Words, shared: set[Words]) -> list[Words]:
+    """The runs of a prompt between pieces of its format."""
+    ours = [True] * len(row)
+    for start, gram in enumerate(_grams(row, FORMAT_NGRAM)):
+        if gram in shared:
+            ours[start : start + FORMAT_NGRAM] = [False] * FORMAT_NGRAM
+    runs: list[Words] = [()]
+    for word, mine in zip(row, ours, strict=True):
+        if mine:
+            runs[-1] += (word,)
+        elif runs[-1]:
+            runs.append(())
+    return runs
+
+
+def _grams(row: Words, size: int) -> Iterator[Words]:
+    return (row[start : start + size] for start in range(len(row) - size + 1))

@@ -1,0 +1,143 @@
+"""What a round is made of, in milliseconds: each phase compiled and timed alone, batch 1."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec import generation
+from jaxspec.decoding.commit import commit
+from jaxspec.decoding.loop import prefill
+from jaxspec.decoding.requests import capacity_for, pack
+from jaxspec.decoding.round import propose, verify
+from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.block import BlockDrafter
+from jaxspec.drafters.head import bind
+from jaxspec.generation import LoadedDrafter, Target, request_keys
+from jaxspec.models.cache import init_cache
+from jaxspec.models.decoder import forward, unembed
+from jaxspec.trees.tree import causal_bits
+
+Name = TypeVar("Name")
+
+REPEATS = 20
+VERIFY_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def verify_costs(
+    target: Target, sizes: Sequence[int] = VERIFY_SIZES, *, length: int = 200
+) -> dict[int, float]:
+    """Milliseconds of one forward with its logits over n nodes, after `length` tokens."""
+    c, params = target.config, target.params
+    capacity = -(-(length + max(sizes)) // 128) * 128
+    cache = init_cache(
+        c.num_layers, 1, c.num_kv_heads, capacity, c.head_dim, params.embed.dtype
+    )
+    lengths = jnp.array([length])
+
+    def forward_over(n: int):
+        tokens = jnp.ones((1, n), jnp.int32)
+        return lambda: _verify_chain(params, c, tokens, cache, lengths)
+
+    return medians_ms({n: forward_over(n) for n in sizes})
+
+
+def phase_costs(
+    target: Target, drafter: LoadedDrafter, *, budget: int | None = None, length: int = 200
+) -> dict[str, float | None]:
+    """Milliseconds of the phases of a round after a prompt of `length` tokens.
+
+    Returns:
+      draft: the drafter's pass with its base logits. grow: the sequential head and the tree;
+      what the whole proposal takes beyond the pass, by subtraction, or None if the drafter is
+      not a block drafter, where `draft` is the whole. verify: the forward over the tree, and
+      acceptance. commit: with what the drafter observes.
+    """
+    decoder, params = generation.bind(target, drafter)
+    prompt = np.random.default_rng(0).integers(0, target.config.vocab_size, length).tolist()
+    requests = pack(
+        decoder,
+        [prompt],
+        batch=1,
+        capacity=capacity_for(length + 64, decoder),
+        max_new_tokens=64,
+        budget=budget or drafter.drafter.size,
+        sampling=[Sampling(stop_ids=())],
+        keys=request_keys(0, 1),
+    )
+    sampling = requests.sampling
+    state = prefill(decoder, params, requests)
+    draft = _propose(decoder, params, state, sampling)
+    verdict = _verify(decoder, params, state, sampling, draft)
+    parts = {
+        "propose": lambda: _propose(decoder, params, state, sampling),
+        "verify": lambda: _verify(decoder, params, state, sampling, draft),
+    }
+    if isinstance(drafter.drafter, BlockDrafter):
+        parts["pass"] = lambda: _draft_pass(decoder, params, state)
+    ms = medians_ms(parts)
+
+    def step():
+        nonlocal state  # its buffers are donated
+        state = _commit(decoder, params, state, verdict, sampling.stop_ids)
+        return state
+
+    return {
+        "draft": ms.get("pass", ms["propose"]),
+        "grow": max(ms["propose"] - ms["pass"], 0.0) if "pass" in ms else None,
+        "verify": ms["verify"],
+        "commit": medians_ms({"commit": step})["commit"],
+    }
+
+
+def medians_ms(
+    functions: Mapping[Name, Callable[[], Any]], repeats: int = REPEATS
+) -> dict[Name, float]:
+    """Milliseconds of each call, by turns, so that a busy moment falls on all of them."""
+    times: dict[Name, list[float]] = {name: [] for name in functions}
+    for function in functions.values():  # compiles
+        jax.block_until_ready(function())
+    for _ in range(repeats):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            jax.block_until_ready(function())
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(spent) * 1e3 for name, spent in times.items()}
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _verify_chain(params, config, tokens, cache, lengths):
+    n = tokens.shape[1]
+    depths = jnp.arange(n)[None]
+    output = forward(params, config, tokens, depths, causal_bits(n)[None], cache, lengths)
+    return jnp.argmax(unembed(params, output.hidden), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def _propose(decoder, params, state, sampling):
+    return propose(decoder, params, state, sampling)[0]
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def _draft_pass(decoder, params, state):
+    drafter, position = decoder.drafter, state.length - 1
+    anchor = jnp.take_along_axis(state.tokens, position[:, None], axis=1)[:, 0]
+    stream = drafter.stream(params.drafter, state.drafter, anchor, position)
+    return bind(drafter.config, params.drafter.head).logits(params.drafter.vocabulary, stream)
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def _verify(decoder, params, state, sampling, draft):
+    return verify(decoder, params, state, sampling, draft)
+
+
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="state")
+def _commit(decoder, params, state, verdict, stop_ids):
+    return commit(state, decoder.drafter, params.drafter, verdict, stop_ids)

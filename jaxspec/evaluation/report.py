@@ -1,0 +1,185 @@
+"""The tables of an evaluation, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxspec.evaluation import metrics as m
+from jaxspec.evaluation.view import (
+    ALL,
+    Line,
+    View,
+    best_plain,
+    is_plain,
+    mean_of_sets,
+    pairs,
+    total,
+)
+
+FAITHFUL = 5.0  # nats; JetSpec's bound
+SHOWN_DEPTHS = 8
+
+
+def markdown(view: View, *, against: Sequence[str] = ()) -> str:
+    """Every table the rows are enough for.
+
+    Args:
+      against: names of decoders that all others are compared with, besides the comparisons of
+        trees within each drafter.
+    """
+    parts = []
+    for temperature in view.temperatures:
+        at = f"temperature {temperature:g}"
+        walked = view.tau_lines(temperature)
+        if walked:
+            parts += [f"## Tokens per round (tau), {at}", tau_table(view, walked)]
+            compared = pairs(walked, against)
+            if compared:
+                parts += [f"## Ratios of tau, paired by prompt, {at}", pair_table(compared)]
+            parts += [f"## Acceptance, {at}", acceptance_table(walked)]
+        decoded = view.select("decode", temperature)
+        if decoded:
+            parts += [f"## Speed, {at}", speed_table(view, decoded)]
+    if view.costs:
+        parts += ["## Milliseconds of a round, batch 1", cost_table(view)]
+    if view.verify:
+        parts += ["## Milliseconds of verifying n nodes, batch 1", verify_table(view)]
+    if view.branches or view.reliability:
+        parts += ["## Drafters' own probabilities", drafter_table(view)]
+    parts += [_setup(view)] if view.setups else []
+    return "\n\n".join(parts) + "\n"
+
+
+def tau_table(view: View, lines: Sequence[Line]) -> str:
+    """Pooled over rounds, bonus counted; 95% intervals over prompts."""
+    rows = []
+    for line in lines:
+        cells = [
+            f"{line.of(name).tau[0]:.2f}" if name in line.sets else "" for name in view.sets
+        ]
+        overall = f"{m.estimate(line.tau):.2f}"
+        rows.append([*_names(line), *cells, overall, f"{mean_of_sets(line):.2f}"])
+    head = ["decoder", "tree", "budget", *view.sets, "all [95%]", "mean of sets"]
+    return table(head, rows, left=2)
+
+
+def pair_table(compared: Sequence[tuple[Line, Line]]) -> str:
+    """Tau of a line over tau of another on the same prompts."""
+    rows = []
+    for line, other in compared:
+        cells = [f"{m.estimate(line.of(s).tau / other.of(s).tau):.2f}" for s in line.sets]
+        overall = f"{m.estimate(line.tau / other.tau):.2f}"
+        rows.append([*_names(line), other.label.decoder, *cells, overall])
+    head = ["decoder", "tree", "budget", "over", *compared[0][0].sets, ALL]
+    return table(head, rows, left=2)
+
+
+def acceptance_table(lines: Sequence[Line]) -> str:
+    rows = []
+    for line in lines:
+        rates = m.conditional(line.survival)[:SHOWN_DEPTHS]
+        cells = ["" if np.isnan(rate) else f"{rate:.2f}" for rate in rates]
+        cells += [""] * (SHOWN_DEPTHS - len(cells))
+        rate = f"{line.alpha:.2f}" if line.nodes > 1 else ""
+        rows.append(
+            [*_names(line), f"{line.nodes:.1f}", f"{line.verify_rate:.2f}", rate, *cells]
+        )
+    depths = [f"p{depth}" for depth in range(1, SHOWN_DEPTHS + 1)]
+    head = ["decoder", "tree", "budget", "nodes", "verify rate", "alpha", *depths]
+    return table(head, rows, left=2) + (
+        "\n\nnodes: verified per round; verify rate: tokens committed per node; alpha: the "
+        "acceptance rate of a chain of as many drafted tokens with the same tau; p1, p2, …: "
+        "share that accepts depth 1, 2, … among the rounds that accepted all before."
+    )
+
+
+def speed_table(view: View, lines: Sequence[Line]) -> str:
+    """Tokens per second, and times the best plain decoding of the run."""
+    best = best_plain(lines)
+    rows = []
+    for line in lines:
+        cells = []
+        for name in view.sets:
+            rate, plain = line.of(name).rate[0], best.of(name).rate[0]
+            cells.append(f"{rate:.1f} ({rate / plain:.2f}x)")
+        theory = None if is_plain(line) else view.theoretical(line)
+        rows.append(
+            [
+                *_names(line),
+                *cells,
+                f"{m.estimate(line.rate / best.rate):.2f}",
+                "" if theory is None else f"{theory:.2f}",
+                f"{line.tau[0]:.2f}",
+                line.equal,
+            ]
+        )
+    head = ["decoder", "tree", "budget", *view.sets]
+    head += ["speedup [95%]", "theory", "tau", "same output"]
+    return table(head, rows, left=2) + (
+        f"\n\ntokens/s, prompt included, and times *{best.label.decoder}*, the fastest plain "
+        "decoding of the run; same output: answers equal, token for token, to plain decoding's "
+        "in the same dtype; theory: (1 - α^(γ+1)) / ((1 - α)(γc + 1)), which takes verifying "
+        "to cost one plain round."
+    )
+
+
+def cost_table(view: View) -> str:
+    phases = ("draft", "grow", "verify", "commit")
+    rows = []
+    for cost in view.costs:
+        cells = [cost.phases[phase] for phase in phases]
+        shown = ["" if ms is None else f"{ms:.1f}" for ms in cells]
+        rows.append([cost.decoder, cost.dtype, str(cost.budget), *shown, f"{total(cost):.1f}"])
+    return table(["decoder", "dtype", "budget", *phases, "round"], rows, left=2)
+
+
+def verify_table(view: View) -> str:
+    sizes = list(view.verify[0].ms)
+    rows = []
+    for verify in view.verify:
+        first = verify.ms[sizes[0]]
+        rows.append(
+            [verify.dtype, *(f"{verify.ms[n]:.1f} ({verify.ms[n] / first:.2f})" for n in sizes)]
+        )
+    return table(["dtype", *sizes], rows, left=1)
+
+
+def drafter_table(view: View) -> str:
+    """Calibration of tree scores, and how faithful likeliest branches are."""
+    rows = []
+    groups: dict[tuple, np.ndarray] = {}
+    for row in view.reliability:
+        key = row.decoder, f"{row.temperature:g}", str(row.budget)
+        groups[key] = groups.get(key, 0) + np.asarray(row.bins)
+    for key, bins in groups.items():
+        rows.append([*key, f"{m.calibration_error(bins):.3f}", "", ""])
+    gaps: dict[tuple, list[float]] = {}
+    for row in view.branches:
+        gaps.setdefault((row.drafter, f"{row.temperature:g}", ""), []).extend(row.gaps)
+    for key, found in gaps.items():
+        share, middle = np.mean(np.array(found) < FAITHFUL), np.median(found)
+        rows.append([*key, "", f"{share:.2f} of {len(found)}", f"{middle:.1f}"])
+    head = ["decoder or drafter", "temperature", "budget"]
+    head += ["calibration error", "faithful branches", "median gap"]
+    return table(head, rows, left=1) + (
+        "\n\ncalibration error: mean |predicted - accepted| of a tree's nodes in ten bins of "
+        "their path's probability; faithful: the drafter's log-probability of its likeliest "
+        f"full-depth branch exceeds the target's by less than {FAITHFUL:g} nats."
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
+    """A Markdown table; the first `left` columns are text, the others numbers."""
+    rule = [":--" if i < left else "--:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+
+
+def _names(line: Line) -> list[str]:
+    return [line.label.decoder, line.label.tree or "", str(line.label.budget)]
+
+
+def _setup(view: View) -> str:
+    lines = [", ".join(f"{k}: {v}" for k, v in fields.items()) for fields in view.setups]
+    return "\n\n".join(f"*{line}*" for line in lines)

@@ -1,0 +1,178 @@
+"""Measurements as JSON lines: one object per line, told apart by its `kind`.
+
+- ``setup``: what was run; target, options, versions, machine.
+- ``rounds``: one decoder on one prompt set (`Rounds`). Everything about tau follows from these
+  counts and, with `seconds`, everything about speed.
+- ``reliability``: what a decoder's scores predict, and what happened (`Reliability`).
+- ``branches``: how faithful a drafter's likeliest branch is to the target (`Branches`).
+- ``costs``: milliseconds of the phases of a round (`Costs`).
+- ``verify``: milliseconds of a forward over n nodes (`Verify`).
+
+A table and pictures can be drawn again from the file alone (`python -m jaxspec report`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxspec.decoding.stats import DecodeStats
+from jaxspec.jsonl import numbered_lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """One decoder on the prompts of one set; lists have one entry per prompt.
+
+    Attributes:
+      set, temperature: which prompts, and how the target chooses.
+      decoder: its name; with `budget` it is unique for a set and temperature.
+      drafter, tree, head, dtype: see `contenders.Contender`.
+      budget: nodes a round may verify, root included.
+      how: "walk" (tau alone, along recorded answers) or "decode" (with a clock).
+      committed: per prompt, rounds that committed 0, 1, 2, … tokens, bonus included.
+      nodes: verified in all, roots included, padding excluded.
+      tokens: new tokens of the answer.
+      seconds: wall-clock time of the answer, prompt included; None for a walk.
+      equal: the answer is plain decoding's, token for token; None for a walk.
+    """
+
+    set: str
+    temperature: float
+    decoder: str
+    drafter: str
+    tree: str | None
+    head: str
+    dtype: str
+    budget: int
+    how: Literal["walk", "decode"]
+    committed: Sequence[Sequence[int]]
+    nodes: Sequence[int]
+    tokens: Sequence[int]
+    seconds: Sequence[float] | None = None
+    equal: Sequence[bool] | None = None
+    kind: Literal["rounds"] = "rounds"
+
+    def histogram(self) -> np.ndarray:
+        """[prompts, K]: rounds that committed 0, 1, … K - 1 tokens."""
+        width = max(map(len, self.committed))
+        return np.array([[*row, *[0] * (width - len(row))] for row in self.committed])
+
+    def rounds(self) -> np.ndarray:
+        """[prompts]."""
+        return self.histogram().sum(axis=1)
+
+    def decided(self) -> np.ndarray:
+        """[prompts] tokens committed, a last round counted in full as `DecodeStats` does."""
+        histogram = self.histogram()
+        return histogram @ np.arange(histogram.shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Reliability:
+    """How well a decoder's scores predict what the target accepts.
+
+    Attributes:
+      bins: [bins, 3], see `metrics.reliability_bins`: drafted nodes by the probability their
+        drafter gave the path to them, and how many were on the target's path.
+    """
+
+    set: str
+    temperature: float
+    decoder: str
+    budget: int
+    bins: Sequence[Sequence[float]]
+    kind: Literal["reliability"] = "reliability"
+
+
+@dataclasses.dataclass(frozen=True)
+class Branches:
+    """How faithful a drafter's likeliest branch, of full depth, is to the target.
+
+    Attributes:
+      gaps: nats by which the drafter's log-probability of the branch exceeds the target's (its
+        law at temperature 1), at anchors evenly apart.
+    """
+
+    set: str
+    temperature: float
+    drafter: str
+    dtype: str
+    gaps: Sequence[float]
+    kind: Literal["branches"] = "branches"
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Milliseconds of each phase of a round at batch 1, medians.
+
+    Attributes:
+      phases: draft, grow (None where it cannot be told from draft), verify, commit.
+    """
+
+    decoder: str
+    dtype: str
+    budget: int
+    phases: dict[str, float | None]
+    kind: Literal["costs"] = "costs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Milliseconds of one forward of the target over n nodes, logits included, batch 1."""
+
+    dtype: str
+    ms: dict[str, float]
+    kind: Literal["verify"] = "verify"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What was run, and on what."""
+
+    fields: dict[str, Any]
+    kind: Literal["setup"] = "setup"
+
+
+Row = Rounds | Reliability | Branches | Costs | Verify | Setup
+KINDS = {cls.kind: cls for cls in Row.__args__}
+
+
+def counts(stats: Sequence[DecodeStats]) -> dict[str, list]:
+    """The fields of `Rounds` that follow from decoding's own counts."""
+    return {
+        "committed": [np.bincount(s.committed, minlength=2).tolist() for s in stats],
+        "nodes": [s.nodes for s in stats],
+    }
+
+
+def append(path: Path, row: Row) -> None:
+    """Adds a line to a file."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(dataclasses.asdict(row)) + "\n")
+
+
+def read(path: str | Path) -> list[Row]:
+    """All rows of a file.
+
+    Raises:
+      ValueError: it cannot be read, or a line is something else.
+    """
+    rows = []
+    for number, line in numbered_lines(path):
+        try:
+            fields = json.loads(line)
+            rows.append(KINDS[fields["kind"]](**fields))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected a row of an evaluation (`python -m jaxspec "
+                f"evaluate` writes them), found {line[:60]!r}"
+            ) from error
+    if not any(isinstance(row, Rounds) for row in rows):
+        raise ValueError(f"{path} holds no measurement; run `python -m jaxspec evaluate`")
+    return rows

@@ -1,0 +1,337 @@
+"""Tau without a clock: rounds replayed along answers that the target wrote before.
+
+Sample-then-match commits what plain decoding would have written, so a round accepts the longest
+beginning of the recorded answer that is a path of the drafted tree, and the next anchor follows
+from that: no target runs. A drafter's tree depends on its anchor alone, and a larger budget's
+tree contains a smaller one's with the same node numbers. So one pass drafts the largest tree at
+every token of an answer and writes down which nodes the true path goes through; every budget is
+then walked on that table, exactly as decoding would (`tests/evaluation/test_walk.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.decoding.loop import prefill
+from jaxspec.decoding.requests import capacity_for, pack
+from jaxspec.decoding.round import Decoder, Params
+from jaxspec.decoding.sampling import NO_TOKEN, Sampling
+from jaxspec.decoding.stats import DecodeStats
+from jaxspec.drafters.base import Committed, Drafter
+from jaxspec.generation import LoadedDrafter, Target, generate, request_keys
+from jaxspec.models.cache import KVCache
+from jaxspec.models.decoder import forward, unembed
+from jaxspec.trees.tree import DraftTree, ancestors
+
+ANCHORS = 32  # drafted by one call of a compiled program
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the target wrote after a prompt.
+
+    Attributes:
+      tokens: prompt and answer, up to a stop id or some tokens past `limit`, which the last
+        round may accept.
+      start: position of the answer's first token.
+      limit: new tokens asked for.
+    """
+
+    tokens: tuple[int, ...]
+    start: int
+    limit: int
+
+    @property
+    def new_tokens(self) -> int:
+        return min(len(self.tokens) - self.start, self.limit)
+
+
+def record(
+    target: Target,
+    rows: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    spare: int,
+    sampling: Sampling = Sampling(),
+    seeds: Sequence[int] | None = None,
+    batch_size: int = 8,
+    capacity: int | None = None,
+) -> list[Answer]:
+    """The target's own answers, by plain decoding.
+
+    Args:
+      rows: prompts, token ids.
+      spare: tokens beyond `max_new_tokens`, at least the depth of the trees to be walked + 1.
+      seeds: one per prompt; 0, 1, … by default.
+    """
+    done = generate(
+        target,
+        rows,
+        max_new_tokens=max_new_tokens + spare,
+        sampling=sampling,
+        seed=list(range(len(rows))) if seeds is None else seeds,
+        batch_size=batch_size,
+        capacity=capacity,
+    )
+    return [
+        Answer((*row, *completion.token_ids), len(row), max_new_tokens)
+        for row, completion in zip(rows, done, strict=True)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """Several drafters that observe one pass of the target; it drafts nothing itself."""
+
+    drafters: tuple[Drafter, ...]
+    size: int = 1
+    verify_sizes: tuple[int, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        return max(drafter.depth for drafter in self.drafters)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return tuple(sorted({tap for drafter in self.drafters for tap in drafter.taps}))
+
+    def init(self, params, batch: int, capacity: int):
+        pairs = zip(self.drafters, params, strict=True)
+        return tuple(drafter.init(own, batch, capacity) for drafter, own in pairs)
+
+    def observe(self, params, state, committed: Committed):
+        taps = jnp.split(committed.features, max(len(self.taps), 1), axis=-1)
+
+        def own(drafter):
+            parts = [taps[self.taps.index(tap)] for tap in drafter.taps]
+            features = jnp.concatenate(parts or [taps[0][..., :0]], axis=-1)
+            return dataclasses.replace(committed, features=features)
+
+        parts = zip(self.drafters, params, state, strict=True)
+        return tuple(drafter.observe(p, s, own(drafter)) for drafter, p, s in parts)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """A batch of answers that the target and some drafters have run over.
+
+    Attributes:
+      tokens: [B, S] int32.
+      truth: [B, S] int32, the same; `NO_TOKEN` past each answer's end.
+      start: [B] int32, position of each answer's first token.
+      cache: the target's.
+      states: the drafters', every token of the answers observed. What they draft at a position
+        depends on the rows before it alone.
+    """
+
+    tokens: jax.Array
+    truth: jax.Array
+    start: jax.Array
+    cache: KVCache
+    states: Any
+
+
+def observe(
+    target: Target,
+    drafters: Sequence[LoadedDrafter],
+    answers: Sequence[Answer],
+    *,
+    batch: int,
+    capacity: int | None = None,
+) -> Observed:
+    """Runs the target once over up to `batch` answers, for all drafters.
+
+    Args:
+      capacity: see `jaxspec.generate`; calls that share it share compiled programs.
+    """
+    together = Together(tuple(drafter.drafter for drafter in drafters))
+    decoder = Decoder(target.config, together)
+    rows = [answer.tokens for answer in answers]
+    longest = max(map(len, rows))
+    requests = pack(
+        decoder,
+        rows,
+        batch=batch,
+        capacity=capacity or capacity_for(longest, decoder),
+        max_new_tokens=1,
+        budget=1,
+        sampling=[Sampling()] * len(rows),
+        keys=request_keys(0, len(rows)),
+    )
+    state = prefill(
+        decoder, Params(target.params, tuple(drafter.params for drafter in drafters)), requests
+    )
+    truth = np.full(requests.tokens.shape, NO_TOKEN, np.int32)
+    start = np.ones(batch, np.int32)
+    for i, answer in enumerate(answers):
+        truth[i, : len(answer.tokens)] = answer.tokens
+        start[i] = answer.start
+    return Observed(requests.tokens, truth, start, state.cache, state.drafter)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What a drafter drafts at every anchor of one answer.
+
+    Attributes:
+      nodes: [A, P] int32, number of the node at depth 1 … P of the true path; `size` from where
+        the tree does not follow it.
+      sizes: [A] int32, nodes of the tree.
+      scores: [A, N] float32, see `DraftTree`.
+    """
+
+    nodes: np.ndarray
+    sizes: np.ndarray
+    scores: np.ndarray
+
+
+def tabulate(
+    observed: Observed, answers: Sequence[Answer], drafter: LoadedDrafter, state: Any
+) -> list[Table]:
+    """Drafts the drafter's whole tree at every anchor of the answers.
+
+    Args:
+      state: the drafter's, one of `observed.states`.
+    """
+    anchors = max(answer.new_tokens for answer in answers)
+    parts = []
+    for first in range(0, anchors, ANCHORS):
+        part = _draft_anchors(
+            drafter.drafter,
+            drafter.params,
+            state,
+            observed.tokens,
+            observed.truth,
+            observed.start + first,
+        )
+        parts.append(jax.device_get(part))
+    nodes, sizes, scores = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+    return [Table(nodes[i], sizes[i], scores[i]) for i in range(len(answers))]
+
+
+@functools.partial(jax.jit, static_argnames="drafter")
+def _draft_anchors(drafter, params, state, tokens, truth, first):
+    """`Table`'s arrays with a leading B, at `ANCHORS` anchors from position `first` [B] on."""
+    batch = first.shape[0]
+    budget = jnp.full(batch, drafter.size, jnp.int32)
+    last = tokens.shape[1] - drafter.depth - 1
+
+    def at(offset):
+        position = jnp.minimum(first + offset, last)  # anchors past the end are never read
+        anchor = _take(tokens, position[:, None])[:, 0]
+        tree, _ = drafter.draft(params, state, anchor, position, budget)
+        path = _take(truth, position[:, None] + 1 + jnp.arange(drafter.depth))
+        return follow(tree, path), tree.valid.sum(axis=1), tree.scores
+
+    found = jax.lax.map(at, jnp.arange(ANCHORS))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
+
+
+def follow(tree: DraftTree, path: jax.Array) -> jax.Array:
+    """Node at each depth of a known continuation.
+
+    Args:
+      path: [B, P] int32, tokens after the anchor.
+
+    Returns:
+      [B, P] int32; N from the first depth on that the tree lacks.
+    """
+    size = tree.size
+
+    def deeper(above, token):
+        here = (tree.parents == above[:, None]) & (tree.tokens == token[:, None]) & tree.valid
+        node = jnp.where(here.any(axis=1), jnp.argmax(here, axis=1), size).astype(jnp.int32)
+        return node, node
+
+    root = jnp.zeros(path.shape[0], jnp.int32)
+    return jax.lax.scan(deeper, root, path.swapaxes(0, 1))[1].swapaxes(0, 1)
+
+
+def walk(answer: Answer, table: Table, budget: int) -> tuple[DecodeStats, list[int]]:
+    """The rounds that decoding would have taken, counted as it counts them.
+
+    Returns:
+      Its counts, and the anchor of each round as an index into the table.
+    """
+    anchor, nodes, committed, visited = 0, 0, [], []
+    end = len(answer.tokens) - answer.start
+    while anchor + 1 < answer.new_tokens:
+        accepted = int((table.nodes[anchor] < budget).sum())
+        decided = min(accepted + 1, end - anchor - 1)  # up to a stop id: no bonus after it
+        visited.append(anchor)
+        committed.append(decided)
+        nodes += min(budget, int(table.sizes[anchor]))
+        anchor += decided
+    return DecodeStats(tuple(committed), nodes), visited
+
+
+def predictions(
+    table: Table, visited: Sequence[int], budget: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the nodes drafted in a walk: probabilities, and which were accepted (both flat)."""
+    scores = table.scores[visited, 1:budget]  # node 0 is the anchor
+    number = np.arange(1, 1 + scores.shape[1])
+    accepted = (table.nodes[visited][:, None, :] == number[:, None]).any(axis=-1)
+    real = scores > -np.inf
+    return np.exp(scores[real]), accepted[real]
+
+
+def branch_gaps(
+    target: Target,
+    observed: Observed,
+    answers: Sequence[Answer],
+    drafter: LoadedDrafter,
+    state: Any,
+    *,
+    stride: int = 16,
+) -> list[float]:
+    """By how many nats the drafter overrates its own likeliest branch.
+
+    At every `stride`-th anchor the drafter's greedy chain of full depth is run through the
+    target; the gap is the drafter's log-probability of the chain minus the target's. JetSpec
+    calls a branch faithful when it is below 5 (spec/jetspec.md §3.5).
+
+    Args:
+      drafter: one whose tree is a chain.
+    """
+    gaps = []
+    for offset in range(0, max(answer.new_tokens for answer in answers), stride):
+        found = _branch_gap(
+            target.config,
+            drafter.drafter,
+            target.params,
+            drafter.params,
+            state,
+            observed,
+            observed.start + offset,
+        )
+        inside = [offset + 1 < answer.new_tokens for answer in answers]
+        gaps += np.asarray(found)[: len(answers)][inside].tolist()
+    return gaps
+
+
+@functools.partial(jax.jit, static_argnames=("config", "drafter"))
+def _branch_gap(config, drafter, params, drafter_params, state, observed, position):
+    position = jnp.minimum(position, observed.tokens.shape[1] - drafter.depth - 1)
+    anchor = _take(observed.tokens, position[:, None])[:, 0]
+    budget = jnp.full(position.shape, drafter.size, jnp.int32)
+    tree, _ = drafter.draft(drafter_params, state, anchor, position, budget)
+    output = forward(
+        params, config, tree.tokens, tree.depths, ancestors(tree), observed.cache, position
+    )
+    laws = jax.nn.log_softmax(unembed(params, output.hidden), axis=-1)
+    drawn = jnp.take_along_axis(laws[:, :-1], tree.tokens[:, 1:, None], axis=-1)[..., 0]
+    own = jnp.max(jnp.where(tree.valid, -tree.scores, -jnp.inf), axis=1)  # the deepest node's
+    return -own - jnp.sum(jnp.where(tree.valid[:, 1:], drawn, 0.0), axis=1)
+
+
+def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(rows, index, axis=1)

@@ -1,0 +1,179 @@
+"""The commands, from prompt files to tables and pictures, on a tiny target without a tokenizer
+of its own."""
+
+import json
+
+import pytest
+
+import jaxspec
+from jaxspec.cli import BAD_INPUT, main
+from jaxspec.evaluation import contenders as c
+from jaxspec.evaluation import measure, results
+from jaxspec.evaluation.view import View, best_plain, pairs
+from jaxspec.generation import Target
+from tests import tiny
+from tests.drafters import cases
+
+FOLDERS = {"run/a": "rnn", "run/b": "dflash"}
+
+
+class Characters:
+    """Stands in for a tokenizer: a character is a token."""
+
+    def chat(self, text, *, thinking=None):
+        return [ord(x) % 11 for x in text]
+
+    def decode(self, ids):
+        return "".join(chr(97 + i) for i in ids)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models():
+    """Tiny models behind the names that the commands load."""
+    with pytest.MonkeyPatch.context() as patch:
+        small = tiny.target()
+
+        def load_target(name, *, dtype):
+            return Target(name, small.config, small.params, Characters())
+
+        def load_drafter(spec, target, *, dtype):
+            return LOOKUP if spec == "ngram" else cases.loaded(FOLDERS[spec], c.TreeConfig())
+
+        LOOKUP = jaxspec.load_drafter("ngram", small)
+        patch.setattr(c, "load_target", load_target)
+        patch.setattr(c, "load_drafter", load_drafter)
+        patch.setattr(jaxspec, "enable_compilation_cache", lambda: None)
+        patch.setattr(measure, "verify_costs", lambda target: {1: 10.0, 8: 15.0})
+        phases = {"draft": 2.0, "grow": 1.0, "verify": 10.0, "commit": 0.5}
+        patch.setattr(measure, "phase_costs", lambda target, drafter, budget=1: phases)
+        yield
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Results of one run of `evaluate` with everything on."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    for name in ("sums", "code"):
+        rows = [{"turns": [f"{name} number {i}" * (i + 1)]} for i in range(3)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = folder / "results.jsonl"
+    code = main(
+        [
+            *("evaluate", "--prompts", str(folder / "sums.jsonl"), str(folder / "code.jsonl")),
+            *("--output", str(output), "--count", "2", "--max-new-tokens", "12"),
+            *("--temperatures", "0", "1", "--budgets", "2", "--batch-size", "2"),
+            *("--decoders", "lookup=ngram,budget=4", "chain=run/a,budget=4"),
+            *("marginal=run/a,tree=top_budget,head=none,budget=4",),
+            *("path=run/a,tree=path_conditioned,budget=4,candidates=6",),
+        ]
+    )
+    assert code == 0
+    return output
+
+
+def test_every_row_reads_back(file):
+    rows = results.read(file)
+    with file.open() as lines:
+        assert [json.loads(line) for line in lines] == [
+            json.loads(json.dumps(results.dataclasses.asdict(row))) for row in rows
+        ]
+    kinds = [row.kind for row in rows]
+    walks = 2 * 2 * 4 * 2  # temperatures, sets, decoders, budgets
+    decodes = 2 * 2 * (4 + 2)  # two forms of plain decoding
+    assert kinds.count("rounds") == walks + decodes
+    assert kinds.count("branches") == 2 * 2
+    assert kinds.count("reliability") == 2 * 2 * 3  # prompt lookup has no probabilities
+    assert kinds.count("costs") == 5 and kinds.count("verify") == 1
+
+
+def test_walks_and_decoding_agree_and_outputs_are_plain(file):
+    view = View(results.read(file))
+    for temperature in (0.0, 1.0):
+        walked = {
+            (x.label.decoder, x.label.budget): x for x in view.select("walk", temperature)
+        }
+        decoded = view.select("decode", temperature)
+        assert len(decoded) == 6
+        for line in decoded:
+            assert line.equal == "4/4"
+            if line.label.drafter != "plain":
+                twin = walked[line.label.decoder, line.label.budget]
+                assert line.tau[0] == twin.tau[0] and line.nodes == twin.nodes
+        assert best_plain(decoded).label.decoder.startswith("plain, ")
+
+
+def test_pairs_compare_trees_of_one_drafter(file):
+    view = View(results.read(file))
+    lines = [x for x in view.tau_lines(0.0) if x.label.budget == 4]
+    names = {(a.label.decoder, b.label.decoder) for a, b in pairs(lines)}
+    assert names == {("marginal", "chain"), ("path", "chain"), ("path", "marginal")}
+    names = {(a.label.decoder, b.label.decoder) for a, b in pairs(lines, ["lookup"])}
+    assert {(x, "lookup") for x in ("chain", "marginal", "path")} < names
+
+
+def test_report_draws_it_again(file, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(["report", str(file), "--output", str(tmp_path)]) == 0
+    text = (tmp_path / "tables.md").read_text()
+    for heading in (
+        *("Tokens per round (tau), temperature 0", "Ratios of tau", "Acceptance"),
+        *("Speed, temperature 1", "Milliseconds of a round", "verifying n nodes"),
+        "Drafters' own probabilities",
+    ):
+        assert heading in text
+    for line in text.splitlines():  # every table row has as many cells as its heading
+        if line.startswith("| path "):
+            assert line.count("|") > 5
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    kinds = ("acceptance-by-depth", "reliability", "speedup", "tau-by-budget")
+    assert pictures == sorted(f"{kind}-t{t}.png" for kind in kinds for t in (0, 1))
+    assert main(["report", str(file)]) == 0
+    assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"--output": "{file}"}, "exists already"),
+        ({"--decoders": "run/a"}, "expected NAME=DRAFTER,…; for example ours="),
+        ({"--decoders": "a=run/a,size=3"}, "option 'size=3' is not one of tree=…"),
+        ({"--decoders": "a=run/a,budget=x"}, "option 'budget=x'"),
+        ({"--decoders": "a=run/a,budget=0"}, "budget is 0; expected at least 1"),
+        ({"--decoders": "a=run/a,tree=oak"}, "tree is 'oak'; expected one of chain"),
+        ({"--decoders": "a=run/a,head=no"}, "head is 'no'; expected own or none"),
+        ({"--decoders": "a=ngram,tree=chain"}, "prompt lookup has a tree of its own"),
+        ({"--decoders": "a=run/b,tree=transitions"}, "needs a sequential head"),
+        ({"--decoders": "a=run/a a=run/b"}, "two decoders are called 'a'"),
+        ({"--max-new-tokens": "1"}, "--max-new-tokens is 1; expected at least 2"),
+        ({"--budgets": "0"}, "--budgets has 0"),
+        ({"--temperatures": "-1"}, "temperature is -1.0"),
+    ],
+)
+def test_bad_input(file, tmp_path, capsys, change, message):
+    arguments = {
+        "--prompts": str(file.parent / "sums.jsonl"),
+        "--output": str(tmp_path / "new.jsonl"),
+        "--decoders": "a=run/a",
+    } | {key: value.format(file=file) for key, value in change.items()}
+    words = [word for key, value in arguments.items() for word in (key, *value.split(" "))]
+    assert main(["evaluate", *words]) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"kind": "rounds"}', "nonsense"])
+def test_other_files_are_no_results(tmp_path, content, capsys):
+    path = tmp_path / "results.jsonl"
+    path.write_text(content)
+    assert main(["report", str(path)]) == BAD_INPUT
+    assert "python -m jaxspec evaluate" in capsys.readouterr().err
+
+
+def test_rows_that_cannot_be_compared_are_refused(file):
+    rows = results.read(file)
+    last = max(i for i, row in enumerate(rows) if row.kind == "rounds")
+    with pytest.raises(ValueError, match="a run was cut short"):
+        View(rows[:last] + rows[last + 1 :])
+    with pytest.raises(ValueError, match="walk rows of one set twice"):
+        View(rows + rows)

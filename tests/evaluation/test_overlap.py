@@ -1,0 +1,82 @@
+"""Which training texts share something with evaluation prompts."""
+
+import json
+
+import pytest
+
+from jaxspec.cli import BAD_INPUT, main
+from jaxspec.evaluation.overlap import Index, overlaps, texts_of, words
+
+FORMAT = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+STORY = (
+    "Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of "
+    "babysitting. How much did she earn?"
+)
+PROMPTS = [
+    STORY + FORMAT,
+    "A merchant wants to make a choice of purchase between 2 purchase plans." + FORMAT,
+    "Ken created a care package to send to his brother, who was away." + FORMAT,
+    "Write a function to reverse words.",
+]
+
+
+@pytest.mark.parametrize(
+    "text, prompt",
+    [
+        (STORY + FORMAT, 0),
+        (STORY.upper().replace(",", " -"), 0),  # format, case and punctuation do not matter
+        ("Tell me: " + STORY + " And then?", 0),
+        ("yesterday she just did 50 minutes of babysitting how much did she earn", 0),
+        ("yesterday she just did 50 minutes of babysitting how much did he earn", None),
+        ("write a function to reverse words", 3),
+        ("Please write a function to reverse words of a text.", 3),  # short prompts: all of it
+        ("Write a function to reverse lists of words.", None),
+        ("What is 3 + 4?" + FORMAT, None),  # what prompts share is their format
+        ("", None),
+    ],
+)
+def test_find(text, prompt):
+    found = Index(PROMPTS).find(text)
+    assert (None if found is None else found[0]) == prompt
+    if found:
+        assert found[1] in " ".join(words(text))
+
+
+def test_overlaps_look_at_every_part():
+    texts = [["nothing", "in common"], ["a", STORY]]
+    (found,) = overlaps(texts, PROMPTS)
+    assert (found.text, found.prompt) == (1, 0)
+    assert len(found.words.split()) == 13
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def test_the_command_names_lines_and_writes_the_clean_ones(tmp_path, capsys):
+    good = {"conversations": [{"role": "user", "content": "one line\u2028another"}]}
+    bad = {"conversations": [{"role": "user", "content": "Hi."}, {"content": STORY}]}
+    data = write(tmp_path / "data.jsonl", good, bad)
+    prompts = write(tmp_path / "prompts.jsonl", *({"turns": [p]} for p in PROMPTS))
+    clean = tmp_path / "clean.jsonl"
+    arguments = ["overlap", "--data", str(data), "--prompts", str(prompts)]
+    assert main([*arguments, "--clean", str(clean)]) == 1
+    out = capsys.readouterr().out
+    assert "line 2: 'weng earns 12 an hour" in out
+    assert "1 of 2 rows overlap with 4 prompts" in out
+    assert [json.loads(line) for line, _ in texts_of(clean)] == [good]
+    arguments[2] = str(clean)
+    assert main(arguments) == 0
+    assert main([*arguments, "--clean", str(clean)]) == BAD_INPUT
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "row", ["{", '{"text": "a"}', '{"turns": [1]}', '{"conversations": [1]}']
+)
+def test_other_rows_are_refused(tmp_path, row):
+    path = tmp_path / "data.jsonl"
+    path.write_text(row)
+    with pytest.raises(ValueError, match=r"line 1: expected \{\"conversations\""):
+        list(texts_of(path))
