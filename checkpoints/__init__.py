@@ -30,22 +30,29 @@ class LoadedTarget:
     tokenizer: Tokenizer | None
 
 
-def load(name_or_path: str | Path, dtype="float32") -> LoadedTarget:
+def load(name_or_path: str | Path, dtype="float32", devices: int = 1) -> LoadedTarget:
     """Loads a target.
 
     Args:
       name_or_path: a name of `checkpoints.catalog`, a GGUF file, a Hugging Face folder, or a
         name on the hub.
       dtype: of the weights.
+      devices: cuts the weights over so many, of all processes (`jaxspec.sharding`).
 
     Raises:
-      ValueError: it cannot be found or read, or is a model the decoder does not implement.
+      ValueError: it cannot be found or read, or is a model the decoder does not implement; or
+        there are fewer devices.
     """
     path = locate(name_or_path)
     reader = _format(path)
     config = reader.read_config(path)
     tokenizer = reader.load_tokenizer(path)
-    return LoadedTarget(config, reader.load_params(path, config, dtype), tokenizer)
+    mesh = None
+    if devices != 1:
+        from jaxspec.sharding import decoding_mesh
+
+        mesh = decoding_mesh(devices, config.num_kv_heads)
+    return LoadedTarget(config, reader.load_params(path, config, dtype, mesh), tokenizer)
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer | None:

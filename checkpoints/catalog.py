@@ -22,6 +22,9 @@ HUB = {
     "qwen3-32b": "Qwen/Qwen3-32B",
     "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
     "qwen3-235b-a22b": "Qwen/Qwen3-235B-A22B",
+    "qwen3-4b-2507": "Qwen/Qwen3-4B-Instruct-2507",
+    "qwen3-30b-a3b-2507": "Qwen/Qwen3-30B-A3B-Instruct-2507",
+    "qwen3-235b-a22b-2507": "Qwen/Qwen3-235B-A22B-Instruct-2507",
 }
 
 # SmolLM2-135M-Instruct (Apache-2.0) is a GGUF file inside a wheel; nothing else of it is used.

@@ -17,6 +17,7 @@ deepspec    `markov_rank`        slots predict the next position; carries the ta
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,6 +36,7 @@ from jaxspec.drafters.head import Vocabulary, abstract_weights
 from jaxspec.models.params import TargetParams
 
 LEGACY_PREFIX = "logit_head."
+TEMPERATURES = "sts_temperatures"  # key of config.json; one per slot
 
 
 def load_drafter(
@@ -62,7 +64,16 @@ def load_drafter(
     drafter = BlockDrafter(config, tree)
     tensors = _Renamed(SafetensorsFolder(folder))
     weights = _load(tensors, config, recognise(raw, folder), target_params, dtype)
-    return drafter, block_params(weights, target_params)
+    temperatures = _temperatures(raw.get(TEMPERATURES), config, folder)
+    return drafter, block_params(weights, target_params, temperatures=temperatures)
+
+
+def read_drafter_config(name_or_path: str | Path, target: TargetConfig) -> DrafterConfig:
+    """The configuration alone of a published drafter for a target; errors as `load_drafter`."""
+    folder = locate(name_or_path)
+    config = from_json(read_json(folder / "config.json"), folder)
+    check_target(config, target, folder)
+    return config
 
 
 def save_drafter(
@@ -86,6 +97,9 @@ def save_drafter(
         raise ValueError(f"{folder} already holds a checkpoint; save to a new folder")
     dtype = np.dtype(params.head.fc.dtype)
     raw = to_json(config, format, str(dtype))
+    if np.any(np.asarray(params.temperatures) != 1):
+        values = np.broadcast_to(params.temperatures, config.depth)
+        raw[TEMPERATURES] = [float(x) for x in values]
     folder.mkdir(parents=True, exist_ok=True)
     weights = {path: np.asarray(x[...]) for path, x in nnx.to_flat_state(params.head)}
     tensors = {
@@ -100,6 +114,37 @@ def save_drafter(
     tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+
+
+def save_temperatures(folder: str | Path, temperatures: Sequence[float]) -> None:
+    """Writes the confidence head's temperatures into the `config.json` of a drafter's folder.
+
+    Raises:
+      ValueError: the folder holds no drafter, or one that they do not fit.
+    """
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    config = from_json(raw, folder)
+    raw[TEMPERATURES] = _temperatures([float(x) for x in temperatures], config, folder)
+    fresh = path.with_name("config.json.new")
+    fresh.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+    fresh.replace(path)
+
+
+def _temperatures(found: Any, config: DrafterConfig, origin: Any) -> Any:
+    if found is None:
+        return 1.0
+    good = (
+        isinstance(found, list)
+        and len(found) == config.depth
+        and all(isinstance(x, (int, float)) and 0 < x < float("inf") for x in found)
+    )
+    if not good or config.confidence is None:
+        raise ValueError(
+            f"{origin}: '{TEMPERATURES}' is {found!r}; expected {config.depth} positive "
+            "numbers and a drafter with a confidence head"
+        )
+    return found
 
 
 def locate(name_or_path: str | Path) -> Path:

@@ -1,19 +1,21 @@
 """From checkpoint tensors, named as Hugging Face names them, to the fused layout.
 
 `destinations` is the table: for every array of `TargetParams` the tensors it is made of, where
-each goes, and in which order of axes. Arrays are built one at a time, tensor by tensor.
+each goes, and in which order of axes. Arrays are built one at a time, tensor by tensor, piece
+by piece; of an array that is cut over devices, a process reads and builds only its own shards.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from jaxspec.config import TargetConfig
@@ -25,6 +27,9 @@ from jaxspec.models.params import (
     TargetParams,
     abstract_params,
 )
+from jaxspec.sharding import shardings
+
+Box = tuple[tuple[int, int], ...]  # first and one past the last, per axis
 
 ALIGNMENT = 64  # bytes; JAX on the CPU adopts an aligned buffer instead of copying it
 LARGE = 1_000_000_000  # bytes; loading more shows progress
@@ -41,7 +46,10 @@ class Tensors(Protocol):
     origin: str
     shapes: Mapping[str, tuple[int, ...]]
 
-    def read(self, name: str) -> np.ndarray: ...
+    def pieces(
+        self, name: str, shape: tuple[int, ...], box: Box
+    ) -> Iterator[tuple[Box, np.ndarray]]:
+        """Boxes that make up `box` of a tensor seen as `shape`, and their values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,37 +74,114 @@ class Part:
         """Values in the tensor."""
         return math.prod(self.shape)
 
+    def within(self, shape: tuple[int, ...]) -> Box:
+        """Its place in an array of that shape."""
+        index = self.index if isinstance(self.index, tuple) else (self.index,)
+        index = () if self.index is ... else index
+        index += (slice(None),) * (len(shape) - len(index))
+        return tuple(
+            at.indices(n)[:2] if isinstance(at, slice) else (at, at + 1)
+            for at, n in zip(index, shape, strict=True)
+        )
 
-def load(config: TargetConfig, tensors: Tensors, dtype) -> TargetParams:
+    def order(self, ndim: int) -> tuple[int, ...]:
+        """The axes of the array, of `ndim` axes, in the tensor's order."""
+        index = self.index if isinstance(self.index, tuple) else (self.index,)
+        fixed = {axis for axis, at in enumerate(index) if isinstance(at, int)}
+        kept = [axis for axis in range(ndim) if axis not in fixed]
+        return tuple(kept[axis] for axis in self.axes)
+
+
+def load(
+    config: TargetConfig, tensors: Tensors, dtype, mesh: Mesh | None = None
+) -> TargetParams:
     """Builds the weights of a target.
 
     Names and shapes are checked before a value is read, values while they stream. Host memory
-    peaks at the result plus the largest tensor; of the result, an accelerator leaves one array
-    on the host at a time.
+    peaks at the result plus `tensors`' largest piece; of the result, an accelerator leaves one
+    array on the host at a time.
+
+    Args:
+      mesh: devices to cut the arrays over (`jaxspec.sharding`), of all processes if there are
+        several; each reads what its own devices hold. None is the default device.
 
     Raises:
       ValueError: a tensor is missing, is not part of the model, has another shape than
         `config` says, or holds a value that is not finite in `dtype`.
     """
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype is {dtype}; weights need float32, bfloat16 or float16")
+    dtype = check_dtype(dtype)
     table = destinations(config, tensors.shapes)
     parts = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Part))
     _check(config, tensors, parts)
-    total = sum(part.size for part in parts) * dtype.itemsize
+    specs = abstract_params(config, dtype)
+    boxes = (
+        jax.tree.map(lambda spec: _boxes(spec, None), specs)
+        if mesh is None
+        else jax.tree.map(_boxes, specs, shardings(mesh, specs))
+    )
+    total = sum(
+        math.prod(stop - start for start, stop in box) * dtype.itemsize
+        for local in jax.tree.leaves(boxes, is_leaf=lambda x: isinstance(x, _Boxes))
+        for box in local.devices
+    )
+    hidden = total < LARGE or jax.process_index() > 0
     with tqdm(
-        total=total, desc="weights", unit="B", unit_scale=True, disable=total < LARGE
+        total=total, desc="weights", unit="B", unit_scale=True, disable=hidden
     ) as progress:
 
-        def build(spec, parts):
-            array = _aligned_empty(spec.shape, dtype)
+        def build(spec, local, parts):
+            shards = {
+                box: _aligned_empty([stop - start for start, stop in box], dtype)
+                for box in local.devices
+            }
             for part in parts:
-                _place(tensors, part, array)
-                progress.update(part.size * dtype.itemsize)
-            return jax.block_until_ready(jax.device_put(array, may_alias=True))
+                for count in _place(tensors, part, spec.shape, shards):
+                    progress.update(count * dtype.itemsize)
+            return local.join(spec.shape, shards)
 
-        return jax.tree.map(build, abstract_params(config, dtype), table)
+        return jax.tree.map(build, specs, boxes, table)
+
+
+def check_dtype(dtype) -> np.dtype:
+    """The dtype; raises ValueError if weights cannot have it."""
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype is {dtype}; weights need float32, bfloat16 or float16")
+    return dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class _Boxes:
+    """The shards of one array that this process holds.
+
+    Attributes:
+      devices: of every box; several where an axis of the mesh does not cut the array.
+      sharding: None for the default device.
+    """
+
+    devices: Mapping[Box, Sequence[jax.Device | None]]
+    sharding: NamedSharding | None
+
+    def join(self, shape: tuple[int, ...], shards: Mapping[Box, np.ndarray]) -> jax.Array:
+        arrays = [
+            jax.device_put(shards[box], device, may_alias=True)
+            for box, devices in self.devices.items()
+            for device in devices
+        ]
+        jax.block_until_ready(arrays)
+        if self.sharding is None:
+            return arrays[0]
+        return jax.make_array_from_single_device_arrays(shape, self.sharding, arrays)
+
+
+def _boxes(spec: jax.ShapeDtypeStruct, sharding: NamedSharding | None) -> _Boxes:
+    if sharding is None:
+        return _Boxes({tuple((0, n) for n in spec.shape): [None]}, None)
+    devices: dict[Box, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        box = tuple(at.indices(n)[:2] for at, n in zip(index, spec.shape, strict=True))
+        devices.setdefault(box, []).append(device)
+    return _Boxes(devices, sharding)
 
 
 def destinations(config: TargetConfig, names: Mapping[str, Any]) -> TargetParams:
@@ -230,18 +315,64 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _place(tensors: Tensors, part: Part, array: np.ndarray) -> None:
-    view = array[part.index].transpose(part.axes)
-    with np.errstate(over="ignore"):  # found below, with the tensor's name
-        view[...] = tensors.read(part.name).reshape(view.shape)
-    if not np.isfinite(view).all():
-        raise ValueError(
-            f"{tensors.origin}: tensor '{part.name}' holds NaN or infinity as {array.dtype}; "
-            "the checkpoint is damaged, or its values need a wider dtype"
-        )
+def _place(
+    tensors: Tensors, part: Part, shape: tuple[int, ...], shards: Mapping[Box, np.ndarray]
+) -> Iterator[int]:
+    """Copies a tensor into the shards of an array; yields how many values were placed."""
+    place, order = part.within(shape), part.order(len(shape))
+    origin = [place[axis][0] for axis in order]
+    seen_as = tuple(place[axis][1] - place[axis][0] for axis in order)
+    wanted = {}  # box of the tensor, by shard
+    for box in shards:
+        overlap = _overlap(place, box)
+        if overlap is not None:
+            moved = [overlap[axis] for axis in order]
+            wanted[box] = tuple(
+                (start - low, stop - low)
+                for (start, stop), low in zip(moved, origin, strict=True)
+            )
+    if not wanted:
+        return
+    needed = tuple(
+        (min(start for start, _ in ends), max(stop for _, stop in ends))
+        for ends in zip(*wanted.values(), strict=True)
+    )
+    for piece, values in tensors.pieces(part.name, seen_as, needed):
+        for box, inside in wanted.items():
+            overlap = _overlap(piece, inside)
+            if overlap is None:
+                continue
+            # From the tensor's axes to those of the shard; axes the part fixes have one row.
+            rows = list(place)
+            for axis, (start, stop), low in zip(order, overlap, origin, strict=True):
+                rows[axis] = (start + low, stop + low)
+            target = shards[box][_slices(rows, box)]
+            source = values[_slices(overlap, piece)].transpose(np.argsort(order))
+            with np.errstate(over="ignore"):  # found below, with the tensor's name
+                target[...] = source.reshape(target.shape)
+            if not np.isfinite(target).all():
+                raise ValueError(
+                    f"{tensors.origin}: tensor '{part.name}' holds NaN or infinity as "
+                    f"{target.dtype}; the checkpoint is damaged, or its values need a wider "
+                    "dtype"
+                )
+            yield target.size
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _overlap(a: Box, b: Box) -> Box | None:
+    both = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
+    return both if all(start < stop for start, stop in both) else None
+
+
+def _slices(box: Sequence[tuple[int, int]], origin: Box) -> tuple[slice, ...]:
+    """Where `box` lies in an array that begins at the first corner of `origin`."""
+    return tuple(
+        slice(start - low, stop - low)
+        for (start, stop), (low, _) in zip(box, origin, strict=True)
+    )
+
+
+def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from checkpoints import fuse
 from checkpoints.gguf_file import GgufFile
@@ -60,9 +61,11 @@ def read_config(path: str | Path) -> TargetConfig:
     )
 
 
-def load_params(path: str | Path, config: TargetConfig, dtype=jnp.float32) -> TargetParams:
+def load_params(
+    path: str | Path, config: TargetConfig, dtype=jnp.float32, mesh: Mesh | None = None
+) -> TargetParams:
     """The weights, dequantised one tensor at a time, in the fused layout; see `fuse.load`."""
-    return fuse.load(config, _LlamaTensors(GgufFile(path), config), dtype)
+    return fuse.load(config, _LlamaTensors(GgufFile(path), config), dtype, mesh)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer | None:
@@ -96,10 +99,13 @@ class _LlamaTensors:
         self._names = {_rename(name): name for name in file.shapes}
         self.shapes = {name: file.shapes[source] for name, source in self._names.items()}
 
-    def read(self, name: str) -> np.ndarray:
+    def pieces(self, name: str, shape: tuple[int, ...], box: fuse.Box):
+        """The whole box at once: quantised blocks are not cut."""
         tensor = self._file.read(self._names[name])
         projection = re.search(r"self_attn\.([qk])_proj", name)
-        return tensor if projection is None else _unpermute(tensor, self._heads[projection[1]])
+        if projection is not None:
+            tensor = _unpermute(tensor, self._heads[projection[1]])
+        yield box, tensor.reshape(shape)[tuple(slice(*ends) for ends in box)]
 
 
 def _rename(name: str) -> str:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from checkpoints import fuse
 from checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import TargetConfig
-from jaxspec.models.params import TargetParams
+from jaxspec.models.params import TargetParams, abstract_params
+from jaxspec.sharding import shardings
 from jaxspec.tokenizer import Tokenizer
 
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "tokenizer.model")
 MODEL_TYPES = ("qwen3", "qwen3_moe", "llama", "qwen2")
+WEIGHTS = "weights.orbax"  # folder of a converted checkpoint, in place of safetensors
 REQUIRED = object()
 
 
@@ -95,9 +99,30 @@ def read_config(folder: str | Path) -> TargetConfig:
     )
 
 
-def load_params(folder: str | Path, config: TargetConfig, dtype=jnp.float32) -> TargetParams:
-    """The weights of a folder in the fused layout; see `fuse.load` for memory and errors."""
-    return fuse.load(config, SafetensorsFolder(Path(folder)), dtype)
+def load_params(
+    folder: str | Path, config: TargetConfig, dtype=jnp.float32, mesh: Mesh | None = None
+) -> TargetParams:
+    """The weights of a folder in the fused layout, from safetensors or a converted store.
+
+    See `fuse.load` for memory, errors and `mesh`.
+    """
+    folder = Path(folder)
+    if not (folder / WEIGHTS).exists():
+        return fuse.load(config, SafetensorsFolder(folder), dtype, mesh)
+    from checkpoints.store import load_weights  # Orbax takes seconds to import
+
+    specs = abstract_params(config, fuse.check_dtype(dtype))
+    if mesh is None:
+        device = SingleDeviceSharding(jax.devices()[0])
+        places = jax.tree.map(lambda _: device, specs)
+    else:
+        places = shardings(mesh, specs)
+    return load_weights(
+        folder / WEIGHTS,
+        jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), specs, places
+        ),
+    )
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer | None:

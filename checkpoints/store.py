@@ -1,9 +1,10 @@
-"""Checkpoints of a training run. The only user of Orbax."""
+"""Checkpoints of a training run, and weights of a target. The only user of Orbax."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 STATE, POSITION = "state", "position"
+CHUNK_BYTES = 64 * 2**20  # least that is read of an array, where it is larger
+IN_FLIGHT_BYTES = 256 * 2**20  # copies of arrays while they are written or read
 
 
 class Store:
@@ -102,6 +105,58 @@ class Store:
 
     def close(self) -> None:
         self._checkpoints.close()
+
+
+def save_weights(folder: Path, params: Any) -> None:
+    """Writes a pytree of arrays as a new store, uncompressed; every process its own shards."""
+    with _weights_context(params):
+        ocp.save(folder.absolute(), _by_path(params))
+
+
+def load_weights(folder: Path, like: Any) -> Any:
+    """The arrays of a store; every process reads what its devices hold.
+
+    Args:
+      like: a pytree of shapes, dtypes and shardings; a part of what was saved will do.
+
+    Raises:
+      ValueError: the store is damaged, or is of another model.
+    """
+    wanted = _by_path(like)
+    with _weights_context(like), _quiet():
+        try:
+            stored = ocp.metadata(folder.absolute()).metadata
+            for path, x in wanted.items():
+                found = getattr(stored.get(path), "shape", None)
+                if found != x.shape:
+                    raise ValueError(
+                        f"'{path}' is "
+                        + ("missing" if found is None else f"of shape {found}")
+                        + f", expected {x.shape}"
+                    )
+            absent = {path: ocp.PLACEHOLDER for path in stored if path not in wanted}
+            arrays = ocp.load(folder.absolute(), wanted | absent)
+        except Exception as error:  # whatever Orbax and TensorStore raise on a damaged file
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(
+                f"{folder} cannot be read ({reason[0][:200]}); convert the checkpoint again"
+            ) from error
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in wanted])
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    flat, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat}
+
+
+def _weights_context(arrays: Any) -> ocp.Context:
+    largest = max(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.memory.write_concurrent_bytes = max(IN_FLIGHT_BYTES, largest + 1)
+    context.memory.read_concurrent_bytes = max(IN_FLIGHT_BYTES, largest + 1)
+    return context
 
 
 def _score(metrics: dict[str, float]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import ml_dtypes
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PIECE = 32 * 2**20  # bytes that are read at once
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -31,6 +33,7 @@ class SafetensorsFolder:
     Attributes:
       origin: the folder, for messages.
       shapes: of every tensor.
+      bytes_read: of tensors, so far.
 
     Raises:
       ValueError: there are no safetensors; a file is missing, damaged, or outside the folder;
@@ -41,14 +44,71 @@ class SafetensorsFolder:
         self.origin = str(folder)
         self._entries = _entries(folder)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self.bytes_read = 0
+
+    @property
+    def dtypes(self) -> set[np.dtype]:
+        """Of all tensors, as stored."""
+        return {entry.dtype for entry in self._entries.values()}
 
     def read(self, name: str) -> np.ndarray:
-        """A fresh array. Read from the file, not through a memory map of it: pages of a map
-        count as memory in use for as long as it is open."""
+        """A whole tensor, a fresh array."""
+        shape = self.shapes[name]
+        return self._read(name, shape, tuple((0, n) for n in shape))
+
+    def pieces(
+        self, name: str, shape: tuple[int, ...], box: tuple[tuple[int, int], ...]
+    ) -> Iterator[tuple[tuple[tuple[int, int], ...], np.ndarray]]:
+        """Boxes of some rows, `PIECE` bytes or one row each, that make up `box`, with values.
+
+        Only the bytes of the box are read.
+
+        Args:
+          shape: to see the tensor as; the same values in the same order.
+          box: first and one past the last, per axis of `shape`.
+        """
+        if not shape:
+            yield (), self._read(name, (), ())
+            return
+        (start, stop), *rest = box
+        row = math.prod(b - a for a, b in rest) * self._entries[name].dtype.itemsize
+        step = max(1, PIECE // max(row, 1))
+        for first in range(start, stop, step):
+            piece = ((first, min(first + step, stop)), *rest)
+            yield piece, self._read(name, shape, piece)
+
+    def _read(self, name: str, shape, box) -> np.ndarray:
+        """Read from the file, not through a memory map of it: pages of a map count as memory
+        in use for as long as it is open."""
         entry = self._entries[name]
-        count = math.prod(entry.shape)
-        values = np.fromfile(entry.file, entry.dtype, count, offset=entry.offset)
-        return values.reshape(entry.shape)
+        extent = [stop - start for start, stop in box]
+        values = np.empty(extent, entry.dtype)
+        # Axes from `inner` on are read whole, so that each run of bytes is as long as can be.
+        inner = len(shape)
+        while inner and extent[inner - 1] == shape[inner - 1]:
+            inner -= 1
+        outer = max(inner - 1, 0)
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        corner = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+        buffer = memoryview(values.reshape(-1).view(np.uint8))
+        run = math.prod(extent[outer:]) * entry.dtype.itemsize
+        with open(entry.file, "rb", buffering=0) as stream:
+            for i, at in enumerate(np.ndindex(*extent[:outer])):
+                skipped = sum(a * stride for a, stride in zip(at, strides, strict=False))
+                stream.seek(entry.offset + (corner + skipped) * entry.dtype.itemsize)
+                self._fill(stream, buffer[i * run : (i + 1) * run], name)
+        self.bytes_read += values.nbytes
+        return values
+
+    def _fill(self, stream, buffer: memoryview, name: str) -> None:
+        while len(buffer):
+            count = stream.readinto(buffer)
+            if not count:
+                raise ValueError(
+                    f"{self.origin}: tensor '{name}' ended early while it was read; the file "
+                    "was changed after it was opened, load it again"
+                )
+            buffer = buffer[count:]
 
 
 def read_json(path: Path) -> dict:
@@ -58,16 +118,30 @@ def read_json(path: Path) -> dict:
       ValueError: the file does not exist or does not hold a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
             f"{path.parent} has no {path.name}; expected a Hugging Face checkpoint folder"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object")
     return value
+
+
+def parse_json(text: str | bytes):
+    """As `json.loads`, but an object that has a key twice is refused."""
+
+    def once(pairs):
+        found = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"it names {key!r} twice")
+            found[key] = value
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def _entries(folder: Path) -> dict[str, _Entry]:
@@ -110,14 +184,18 @@ def _inside(folder: Path, name: str) -> Path:
         raise ValueError(
             f"{folder / INDEX} names the file '{name}'; expected one inside {folder}"
         )
-    root, target = folder.resolve(), (folder / name).resolve()
+    try:
+        root, target = folder.resolve(), (folder / name).resolve()
+        found = target.is_file()
+    except (OSError, ValueError, RuntimeError):  # no name a file can have, or a link to itself
+        root, target, found = folder, folder, False
     allowed = [root]
     if root.parent.name == "snapshots":
         repository = root.parent.parent
         allowed += [repository / "blobs", repository.parent / "blobs"]
     if not any(target.is_relative_to(place) for place in allowed):
         raise ValueError(f"{folder / name} is a link to {target}, outside the folder; copy it")
-    if not target.is_file():
+    if not found:
         raise ValueError(
             f"{folder} has no file '{name}', which its index names; download it again"
         )
@@ -128,13 +206,13 @@ def _header(file: Path) -> dict[str, _Entry]:
     try:
         with safe_open(file, "numpy"):  # checks lengths and offsets against the file
             pass
-    except SafetensorError as error:
+        with open(file, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = parse_json(stream.read(size))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} is not a whole safetensors file ({error}); download it again"
         ) from None
-    with open(file, "rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
     header.pop("__metadata__", None)
     entries = {}
     for name, info in header.items():

@@ -40,15 +40,17 @@ class KVCache:
         """
         if after is not None:  # a comparison that cannot be folded away
             starts = jnp.where(jnp.isnan(after.ravel()[0]), 0, starts)
-        if starts.ndim == 0:
-            put = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, starts, 2)  # noqa: E731
-        else:
-            put = lambda cache, new: _put_rows(cache, new, starts)  # noqa: E731
 
         def update(caches, news):
-            return tuple(
-                put(cache, new.swapaxes(1, 2).astype(cache.dtype))
+            news = tuple(
+                new.swapaxes(1, 2).astype(cache.dtype)
                 for cache, new in zip(caches, news, strict=True)
+            )
+            if starts.ndim:
+                return _put_rows(caches, news, starts)
+            put = jax.lax.dynamic_update_slice_in_dim
+            return tuple(
+                put(cache, new, starts, 2) for cache, new in zip(caches, news, strict=True)
             )
 
         return KVCache(update(self.keys, rows.keys), update(self.values, rows.values))
@@ -79,6 +81,32 @@ def init_cache(
     )
 
 
-_put_rows = jax.vmap(
-    lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (0, start, 0))
-)
+def _put_rows(caches: tuple, news: tuple, starts: jax.Array) -> tuple:
+    """Overwrites rows of [B, K, S, D] arrays, every sequence at a start of its own.
+
+    Put together they are a scatter, before which XLA:CPU copies the whole cache. One by one
+    they are not, but there a bfloat16 cache would be converted to float32 for every row.
+    """
+    if caches[0].dtype != jnp.float32:
+        return _put_together(caches, news, starts)
+    return jax.lax.platform_dependent(
+        caches, news, starts, cpu=_put_one_by_one, default=_put_together
+    )
+
+
+def _put_one_by_one(caches: tuple, news: tuple, starts: jax.Array) -> tuple:
+    def put(row, caches):
+        def one(cache, new):
+            new = jax.lax.dynamic_slice_in_dim(new, row, 1)
+            return jax.lax.dynamic_update_slice(cache, new, (row, 0, starts[row], 0))
+
+        return tuple(map(one, caches, news))
+
+    return jax.lax.fori_loop(0, len(starts), put, caches)
+
+
+def _put_together(caches: tuple, news: tuple, starts: jax.Array) -> tuple:
+    put = jax.vmap(
+        lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (0, start, 0))
+    )
+    return tuple(put(cache, new, starts) for cache, new in zip(caches, news, strict=True))

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig
 from jaxspec.models.cache import KVCache, KVRows
-from jaxspec.models.layers import project, rms_norm, rotary_angles, rotate, swiglu
+from jaxspec.models.layers import lookup, project, rms_norm, rotary_angles, rotate, swiglu
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import AttentionParams, MlpParams, MoeParams, TargetParams
+from jaxspec.trees.packing import Packing
 from pallas_kernels.tree_attention import tree_attention
 
 
@@ -42,6 +43,7 @@ def forward(
     lengths: jax.Array,
     *,
     taps: tuple[int, ...] = (),
+    packing: Packing | None = None,
     implementation: str | None = None,
 ) -> ForwardOutput:
     """Runs the target on N nodes that see the committed prefix and their ancestors.
@@ -56,12 +58,16 @@ def forward(
       lengths: [B] int32, rows of the cache that are committed.
       taps: layers whose outputs to return, 0-based; -1 is the embedding, and the last layer
         is tapped after the final norm (as Hugging Face's `hidden_states[-1]`).
+      packing: runs on the nodes it packs alone: `hidden` and `taps` come packed, [1, T, .], and
+        rows of other nodes are meaningless.
       implementation: of tree attention, see `pallas_kernels.tree_attention`.
     """
     check_taps(taps, config)
     positions = lengths[:, None] + depths
+    if packing is not None:
+        tokens, positions = packing.gather(tokens), packing.gather(positions)
     angles = rotary_angles(positions, config.head_dim, config.rope_theta)
-    x = params.embed[tokens].astype(jnp.float32)  # [B, N, M]
+    x = lookup(params.embed, tokens)  # [B, N, M]
     outputs, keys, values = {-1: x}, [], []
     for i, layer in enumerate(params.layers):
         q, k, v = _qkv(layer.attention, config, x, angles)
@@ -70,6 +76,8 @@ def forward(
         k, v = jax.lax.optimization_barrier(
             (k.astype(cache.keys[i].dtype), v.astype(cache.values[i].dtype))
         )
+        if packing is not None:
+            q, k, v = (packing.spread(x) for x in (q, k, v))
         attended = tree_attention(
             q,
             cache.keys[i],
@@ -81,6 +89,8 @@ def forward(
             scale=config.head_dim**-0.5,
             implementation=implementation,
         )
+        if packing is not None:
+            attended = packing.gather(attended)
         x = x + _project_out(layer.attention, attended)
         x = x + _mlp(layer.mlp, config, x)
         outputs[i] = x

@@ -3,13 +3,57 @@ operands in the weights' dtype and accumulate in float32."""
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+WEIGHT_AXES = ("model", "rest")  # of a mesh; key/value heads are cut over the first alone
 
 
 def project(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """einsum of activations and a weight: operands in the weight's dtype, float32 result."""
-    return jnp.einsum(spec, x.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
+    """einsum of activations and a weight: operands in the weight's dtype, float32 result.
+
+    A single row of narrow operands is multiplied twice: XLA has kernels for matrices of them,
+    and for a vector widens or rearranges the whole weight, on CPUs and GPUs alike.
+    """
+    x = x.astype(weight.dtype)
+    letters, others = spec.split("->")[0].split(",")
+    single = math.prod(x.shape[:-1]) == 1 and letters[-2:-1] not in others
+    single = single and x.dtype != jnp.float32
+    if single:
+        x = jnp.repeat(x, 2, axis=-2)
+    out = jnp.einsum(spec, x, weight, preferred_element_type=jnp.float32)
+    return jax.lax.slice_in_dim(out, 0, 1, axis=x.ndim - 2) if single else out
+
+
+def cut_axes() -> tuple[str, ...]:
+    """Axes that weights are cut over, of the mesh set by `jax.set_mesh` if there is one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name in WEIGHT_AXES if dict(mesh.shape).get(name, 1) > 1)
+
+
+def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a table [V, M] in float32: index [...] -> [..., M].
+
+    Under a mesh that cuts weights, rows are: each device gives those it has, zeros for the
+    others, and a sum joins them. For a single index XLA would gather the whole table.
+    """
+    axes, mesh = cut_axes(), jax.sharding.get_abstract_mesh()
+    if not axes or table.shape[0] % math.prod(mesh.shape[name] for name in axes):
+        return table[index].astype(jnp.float32)
+
+    def of_this_device(table, index):
+        own = index - jax.lax.axis_index(axes) * table.shape[0]
+        here = (own >= 0) & (own < table.shape[0])
+        found = table[jnp.where(here, own, 0)].astype(jnp.float32)
+        return jax.lax.psum(jnp.where(here[..., None], found, 0), axes)
+
+    specs = (PartitionSpec(axes), PartitionSpec())
+    return jax.shard_map(
+        of_this_device, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+    )(table, index)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

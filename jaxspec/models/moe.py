@@ -2,33 +2,116 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxspec.config import TargetConfig
-from jaxspec.models.layers import project, swiglu
+from jaxspec.models.layers import cut_axes, project, swiglu
 from jaxspec.models.params import MoeParams
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 def mixture_of_experts(params: MoeParams, config: TargetConfig, x: jax.Array) -> jax.Array:
-    """Softmax over all experts, then the top k of them; x is [T, M], normed.
+    """The top k experts of every token, weighed by the router; x is [T, M], normed.
 
-    The T·k (token, expert) pairs are sorted by expert, so that each expert's rows are
-    contiguous and `ragged_dot` multiplies every group by its own matrix.
+    Under a mesh with axes "model" or "rest" (`jax.set_mesh`) experts are cut over both. Every
+    device sees all tokens and adds up what its own experts make of them; one sum over the
+    devices joins them, and no expert's weights move.
+
+    Raises:
+      ValueError: the mesh cuts the experts unevenly.
     """
-    k = config.experts_per_token
+    weight, expert = route(params, config, x)
+    axes = cut_axes()
+    if not axes:
+        return _weigh(_apply(x, params.gate_up, params.down, expert), weight)
+    mesh = jax.sharding.get_abstract_mesh()
+    experts, devices = params.down.shape[0], math.prod(mesh.shape[name] for name in axes)
+    if experts % devices:
+        raise ValueError(
+            f"{experts} experts cannot be cut over {devices} devices; give the mesh's axes "
+            f"{axes} sizes whose product divides them"
+        )
+
+    def of_this_device(x, gate_up, down, expert, weight):
+        own = expert - jax.lax.axis_index(axes) * gate_up.shape[0]
+        here = (own >= 0) & (own < gate_up.shape[0])
+        out = _apply(x, gate_up, down, jnp.where(here, own, gate_up.shape[0]))
+        return jax.lax.psum(_weigh(jnp.where(here[..., None], out, 0), weight), axes)
+
+    whole, cut = PartitionSpec(), PartitionSpec(axes)
+    return jax.shard_map(
+        of_this_device,
+        in_specs=(whole, cut, cut, whole, whole),
+        out_specs=whole,
+        check_vma=False,
+    )(x, params.gate_up, params.down, expert, weight)
+
+
+def route(params: MoeParams, config: TargetConfig, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Softmax over all experts, then the top k: weights and experts, both [T, k]."""
     probability = jax.nn.softmax(project("tm,me->te", x, params.router), axis=-1)
-    weight, expert = jax.lax.top_k(probability, k)  # [T, k]
+    weight, expert = jax.lax.top_k(probability, config.experts_per_token)
     if config.norm_topk_prob:
         weight = weight / weight.sum(axis=-1, keepdims=True)
+    return weight, expert
 
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertLoad:
+    """How evenly the nodes of a forward use one layer's experts.
+
+    Attributes:
+      read: experts that any node chose: those whose weights are read.
+      busiest: nodes of the busiest expert over the mean of all experts; 1 is even.
+      busiest_device: pairs of the busiest device over the mean, experts cut in order; all
+        devices wait for it.
+    """
+
+    read: jax.Array
+    busiest: jax.Array
+    busiest_device: jax.Array
+
+
+def expert_load(expert: jax.Array, experts: int, *, devices: int = 1) -> ExpertLoad:
+    """Statistics of a choice [T, k] of `route` among all `experts`.
+
+    >>> load = expert_load(jnp.array([[0, 1], [0, 3]]), 4, devices=2)
+    >>> int(load.read), float(load.busiest), float(load.busiest_device)
+    (3, 2.0, 1.5)
+    """
+    nodes = jnp.bincount(expert.reshape(-1), length=experts)
+    per_device = nodes.reshape(devices, -1).sum(axis=1)
+    return ExpertLoad(
+        read=(nodes > 0).sum(),
+        busiest=nodes.max() / nodes.mean(),
+        busiest_device=per_device.max() / per_device.mean(),
+    )
+
+
+def _apply(x: jax.Array, gate_up: jax.Array, down: jax.Array, expert: jax.Array) -> jax.Array:
+    """What each token's experts make of it: [T, M], experts [T, k] -> [T, k, M].
+
+    The T·k (token, expert) pairs are sorted by expert, so that each expert's rows are
+    contiguous and a grouped product multiplies each group by its own matrix. Pairs whose
+    expert is E, one past the last, come after all groups and out of it undefined.
+    """
+    experts, k = down.shape[0], expert.shape[1]
     order = jnp.argsort(expert.reshape(-1), stable=True)  # pairs by expert: [T * k]
-    group_sizes = jnp.bincount(expert.reshape(-1), length=config.num_experts)
-    hidden = _grouped(x[order // k], params.gate_up, group_sizes)
-    hidden = swiglu(hidden.reshape(-1, 2, params.down.shape[1]))
-    out = _grouped(hidden, params.down, group_sizes)[jnp.argsort(order)]  # back to token order
-    return jnp.einsum("tkm,tk->tm", out.reshape(*expert.shape, -1), weight)
+    group_sizes = jnp.bincount(expert.reshape(-1), length=experts + 1)[:experts]
+    hidden = _grouped(x[order // k], gate_up, group_sizes)
+    hidden = swiglu(hidden.reshape(-1, 2, down.shape[1]))
+    out = _grouped(hidden, down, group_sizes)[jnp.argsort(order)]  # back to token order
+    return out.reshape(*expert.shape, -1)
+
+
+def _weigh(out: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum("tkm,tk->tm", out, weight)
 
 
 def _grouped(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:

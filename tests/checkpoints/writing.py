@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -36,6 +37,12 @@ QWEN2 = DENSE | {"model_type": "qwen2", "tie_word_embeddings": True}
 def random_tensors(raw: dict, *, stacked_experts: bool = False) -> dict[str, np.ndarray]:
     """Every tensor that Hugging Face saves for such a configuration."""
     rng = np.random.default_rng(0)
+    shapes = tensor_shapes(raw, stacked_experts=stacked_experts)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def tensor_shapes(raw: dict, *, stacked_experts: bool = False) -> dict[str, tuple[int, ...]]:
+    """Of every tensor that Hugging Face saves for such a configuration."""
     width, dim = raw["hidden_size"], raw["head_dim"]
     queries, keys = raw["num_attention_heads"] * dim, raw["num_key_value_heads"] * dim
     inner, vocab = raw["intermediate_size"], raw["vocab_size"]
@@ -83,7 +90,27 @@ def random_tensors(raw: dict, *, stacked_experts: bool = False) -> dict[str, np.
                 f"{layer}.mlp.experts.{e}.up_proj.weight": (narrow, width),
                 f"{layer}.mlp.experts.{e}.down_proj.weight": (width, narrow),
             }
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return shapes
+
+
+def write_large_folder(folder: Path, raw: dict, *, shards: int) -> int:
+    """A checkpoint of random bfloat16 written shard by shard; returns its bytes."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw))
+    rng = np.random.default_rng(0)
+    shapes = tensor_shapes(raw)
+    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    weight_map = {name: files[i % shards] for i, name in enumerate(sorted(shapes))}
+    for file in files:
+        tensors = {}
+        for name, shape in shapes.items():
+            if weight_map[name] == file:
+                bits = rng.integers(0, 2**16, shape, np.uint16)
+                bits = bits & 0x83FF | 0x3C00  # below 2 ** -6, of either sign
+                tensors[name] = bits.view(ml_dtypes.bfloat16)
+        save_file(tensors, folder / file)
+    write_index(folder, weight_map)
+    return 2 * sum(int(np.prod(shape)) for shape in shapes.values())
 
 
 def write_folder(

@@ -1,0 +1,143 @@
+"""Where arrays live on a mesh of devices: one table, from an array's path to its partition.
+
+A mesh names up to three axes. `data` divides sequences (and, in training, the drafter and its
+optimizer). `model` divides key/value heads. `rest` is for devices beyond the number of
+key/value heads: together with `model` it divides what is wide (channels, experts, vocabulary),
+while attention's heads are the same along it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA, MODEL, REST = "data", "model", "rest"
+WIDE = (MODEL, REST)
+
+# The end of a path (regular expression), and what cuts each axis of the array. The first row
+# that matches and has as many axes counts; what no row matches is whole on every device.
+RULES: tuple[tuple[str, tuple], ...] = (
+    (r"embed|unembed|lm_head", (WIDE, None)),  # [V, M]
+    (r"qkv|q|kv", (None, MODEL, None, None)),  # [M, K, ., D]
+    (r"qkv_bias", (MODEL, None, None)),  # [K, G + 2, D]
+    (r"out", (MODEL, None, None, None)),  # [K, G, D, M]
+    (r"gate_up", (None, None, WIDE)),  # [M, 2, F]
+    (r"down", (WIDE, None)),  # [F, M]
+    (r"gate_up", (WIDE, None, None, None)),  # [E, M, 2, F]
+    (r"down", (WIDE, None, None)),  # [E, F, M]
+    (r"(keys|values)/\d+", (None, MODEL, None, None)),  # caches [B, K, S, D]
+)
+
+
+def make_mesh(*, data: int = 1, model: int = 1, rest: int = 1) -> Mesh:
+    """A mesh of the first data · model · rest devices, those of all processes.
+
+    Raises:
+      ValueError: there are fewer devices.
+    """
+    sizes = {DATA: data, MODEL: model, REST: rest}
+    count = data * model * rest
+    if min(sizes.values()) < 1 or count > jax.device_count():
+        raise ValueError(
+            f"a mesh of {data} x {model} x {rest} (data, model, rest) needs {count} devices; "
+            f"there are {jax.device_count()}"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=jax.devices()[:count],
+    )
+
+
+def decoding_mesh(devices: int, num_kv_heads: int) -> Mesh:
+    """A mesh for decoding: heads over as many devices as divide them, the rest beside.
+
+    Raises:
+      ValueError: there are fewer devices.
+    """
+    model = int(np.gcd(devices, num_kv_heads))
+    return make_mesh(model=model, rest=devices // model)
+
+
+def join_processes() -> None:
+    """Makes this process one of several that share a mesh; call it before JAX is used.
+
+    They meet where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say, or,
+    without these, where `jax.distributed` finds by itself: under SLURM and Open MPI.
+
+    Raises:
+      ValueError: neither says.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [os.environ.get(name) for name in names]
+    try:
+        if all(given):
+            address, count, process = given
+            jax.distributed.initialize(address, int(count), int(process))
+        else:
+            jax.distributed.initialize()
+    except ValueError as error:
+        raise ValueError(
+            f"the other processes cannot be found ({error}); start this under SLURM's srun, or "
+            f"set {', '.join(names)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def mesh_of(tree: Any):
+    """The context to compute in with a pytree's arrays: the mesh they are on, or None."""
+    place = jax.tree.leaves(tree)[0].sharding
+    if isinstance(place, NamedSharding):
+        with jax.set_mesh(place.mesh):
+            yield place.mesh
+    else:
+        yield None
+
+
+def shardings(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, tuple]] = RULES) -> Any:
+    """A sharding per array of a pytree: weights, caches, states, or their shapes.
+
+    An axis that does not divide evenly over all of its devices is cut over fewer of them, or
+    left whole.
+
+    Args:
+      rules: as `RULES`; with none, every array is whole on every device.
+    """
+
+    def sharding(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        return NamedSharding(mesh, _partition(mesh, name, x.shape, rules))
+
+    return jax.tree.map_with_path(sharding, tree)
+
+
+def place(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, tuple]] = RULES) -> Any:
+    """Puts a pytree of arrays, whole in every process, where `shardings` says."""
+    return jax.device_put(tree, shardings(mesh, tree, rules))
+
+
+def _partition(mesh: Mesh, name: str, shape: tuple[int, ...], rules) -> PartitionSpec:
+    for pattern, axes in rules:
+        if len(axes) == len(shape) and re.search(rf"(^|/)({pattern})$", name):
+            cuts = [_fitting(mesh, axis, n) for axis, n in zip(axes, shape, strict=True)]
+            while cuts and cuts[-1] is None:
+                cuts.pop()
+            return PartitionSpec(*cuts)
+    return PartitionSpec()
+
+
+def _fitting(mesh: Mesh, axis: str | tuple[str, ...] | None, size: int):
+    """The longest part of `axis` from its front that the mesh has and that divides `size`."""
+    wanted = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    names = [name for name in wanted if name in mesh.shape]
+    while names and size % int(np.prod([mesh.shape[name] for name in names])):
+        names.pop()
+    return None if not names else names[0] if len(names) == 1 else tuple(names)

@@ -1,0 +1,90 @@
+"""Checkpoints of published widths: memory while they load, and conversion bit for bit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxspec.models.presets import PRESETS
+from tests.checkpoints.writing import write_large_folder
+
+pytestmark = pytest.mark.gate
+
+ROOT = Path(__file__).parents[2]
+ALLOWED = 300_000_000  # bytes beside the weights, the interpreter and JAX included
+
+
+def published(name: str, **changes) -> dict:
+    """config.json of a preset, with some values changed."""
+    c = PRESETS[name]
+    raw = dict(
+        model_type="qwen3_moe" if c.sparse_layers else "qwen3",
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        max_position_embeddings=c.max_positions,
+        rope_theta=c.rope_theta,
+        tie_word_embeddings=c.tie_embeddings,
+        eos_token_id=list(c.eos_token_ids),
+        num_experts=c.num_experts,
+        num_experts_per_tok=c.experts_per_token,
+        moe_intermediate_size=c.moe_intermediate_size,
+        norm_topk_prob=c.norm_topk_prob,
+        mlp_only_layers=[],
+    )
+    return {key: value for key, value in (raw | changes).items() if value != 0}
+
+
+MODELS = {
+    "0.6b": (published("qwen3-0.6b"), 4),
+    "8b-1-layer": (published("qwen3-8b", num_hidden_layers=1), 2),
+    "30b-a3b-2-layers": (
+        published("qwen3-30b-a3b", num_hidden_layers=2, num_experts=8, num_experts_per_tok=2),
+        2,
+    ),
+}
+
+# Peak memory over the weights' own, and a digest of every bit of them.
+LOAD = r"""
+import hashlib, json, re, sys
+import checkpoints
+params = checkpoints.load(sys.argv[1], "bfloat16").params
+# Of this program alone: getrusage starts from what its parent held when it was started.
+peak = int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
+import jax, numpy as np
+size, digest = 0, hashlib.sha256()
+for x in jax.tree.leaves(params):
+    size += x.nbytes
+    digest.update(np.asarray(x).reshape(-1).view(np.uint8))
+print(json.dumps(dict(over=peak - size, size=size, digest=digest.hexdigest())))
+"""
+
+
+def run(*command) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_load_convert_and_load_again(tmp_path, model):
+    raw, shards = MODELS[model]
+    source, store, again = tmp_path / "source", tmp_path / "store", tmp_path / "again"
+    size = write_large_folder(source, raw, shards=shards)
+    loaded = json.loads(run("-c", LOAD, source))
+    print(f"{model}: {size / 1e6:.0f} MB, peak {loaded['over'] / 1e6:.0f} MB over the weights")
+    assert loaded["size"] == size
+    assert loaded["over"] < ALLOWED
+
+    run("-m", "jaxspec", "convert", "--target", source, "--output", store)
+    assert json.loads(run("-c", LOAD, store))["digest"] == loaded["digest"]
+    run("-m", "jaxspec", "convert", "--target", store, "--output", again, "--to", "safetensors")
+    assert json.loads(run("-c", LOAD, again))["digest"] == loaded["digest"]

@@ -1,0 +1,109 @@
+"""Weights cut over a mesh give what one device does, and no weight moves."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from jaxspec.models.moe import expert_load
+
+# A process of its own, because the number of devices is fixed when JAX starts.
+SCRIPT = """
+import dataclasses, functools
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxspec.models.cache import init_cache
+from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.layers import lookup
+from jaxspec.models.moe import mixture_of_experts
+from jaxspec.models.params import random_params
+from jaxspec.trees.tree import causal_bits
+from tests.tiny import MOE
+
+config = dataclasses.replace(MOE, num_experts=16, experts_per_token=4)
+params = random_params(config, jax.random.key(0), scale=0.3)
+experts = jax.jit(lambda p, x: mixture_of_experts(p, config, x))
+
+def mesh_of(**axes):
+    return jax.make_mesh(
+        tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)
+    )
+
+def cut(params, mesh):
+    def place(path, x):
+        expert = path[-1].name in ("gate_up", "down") and x.shape[0] == 16
+        spec = P(mesh.axis_names) if expert else P()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+    return jax.tree.map_with_path(place, params)
+
+def check(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+layer = params.layers[0].mlp
+for tokens in (1, 5, 64):
+    x = jax.random.normal(jax.random.key(tokens), (tokens, config.hidden_size))
+    whole = experts(layer, x)
+    for mesh in (mesh_of(model=8), mesh_of(model=2, rest=4)):
+        with jax.set_mesh(mesh):
+            check(experts(cut(layer, mesh), x), whole)
+            text = experts.lower(cut(layer, mesh), x).compile().as_text()
+        assert "all-gather" not in text and "all-to-all" not in text
+        assert text.count("all-reduce(") == 1, text.count("all-reduce(")
+
+table = jax.random.normal(jax.random.key(2), (48, 8))
+find = jax.jit(lookup)
+for index in (jnp.array([[37]]), jnp.array([[0, 47], [5, 6]])):
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(table, NamedSharding(mesh, P(("model", "rest"))))
+        assert (find(placed, index) == table[index]).all()
+        assert "all-gather" not in find.lower(placed, index).compile().as_text()
+
+@functools.partial(jax.jit, static_argnames="n")
+def logits(params, tokens, n):
+    cache = init_cache(config.num_layers, 4, 2, 32, config.head_dim, jnp.float32)
+    depths = jnp.broadcast_to(jnp.arange(n), (4, n))
+    bits = jnp.broadcast_to(causal_bits(n), (4, n, 1))
+    out = forward(params, config, tokens, depths, bits, cache, jnp.zeros(4, jnp.int32))
+    return unembed(params, out.hidden)
+
+tokens = jax.random.randint(jax.random.key(1), (4, 16), 0, config.vocab_size)
+whole = logits(params, tokens, 16)
+mesh = mesh_of(model=2, rest=4)
+with jax.set_mesh(mesh):
+    check(logits(cut(params, mesh), tokens, 16), whole)
+
+with jax.set_mesh(mesh_of(model=8)):
+    three = dataclasses.replace(layer, gate_up=layer.gate_up[:12], down=layer.down[:12])
+    try:
+        jax.eval_shape(experts, three, x)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_experts_and_vocabulary_are_cut_over_the_mesh():
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=os.environ | dict(JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu"),
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "12 experts cannot be cut over 8 devices" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "chosen, devices, expected",
+    [
+        ([[0, 1], [2, 3]], 2, (4, 1.0, 1.0)),  # every expert once
+        ([[0, 1], [0, 1]], 2, (2, 2.0, 2.0)),  # all on the first device
+        ([[0, 2], [0, 3]], 2, (3, 2.0, 1.0)),  # a favourite, and yet even devices
+    ],
+)
+def test_load_counts_experts_and_the_busiest(chosen, devices, expected):
+    load = expert_load(jnp.array(chosen), 4, devices=devices)
+    assert (int(load.read), float(load.busiest), float(load.busiest_device)) == expected

@@ -1,0 +1,137 @@
+"""Plans: what fits where, from shapes; and against the compiled programs themselves."""
+
+import json
+
+import pytest
+
+from jaxspec.cli import main
+from jaxspec.config import TreeConfig
+from jaxspec.drafters.block import BlockDrafter
+from jaxspec.drafters.plain import Plain
+from jaxspec.models.presets import PRESETS
+from jaxspec.planning import Setup, plan, published_drafter
+from pallas_kernels.h100.target import BYTES_PER_SECOND, MEMORY_BYTES
+
+BASE = [name for name in PRESETS if not name.endswith("2507")]  # the others have their shapes
+
+
+def setup(name, *, nodes=64, **options):
+    target = PRESETS[name]
+    tree = TreeConfig("best_first", size=nodes)
+    return Setup(target, BlockDrafter(published_drafter(target), tree), **options)
+
+
+def test_parts_of_qwen3_8b_on_one_device():
+    parts = plan(setup("qwen3-8b", context=4096, batch=2), ()).parts
+    assert parts["target weights"] == 2 * 8_190_735_360  # the card says 8.2 B parameters
+    assert parts["target cache"] == 2 * 2 * 36 * 8 * 4096 * 128 * 2
+    assert parts["drafter state"] == 2 * 2 * 5 * 8 * 4096 * 128 * 2
+    assert parts["other state"] < 10**6
+
+
+def test_the_vocabulary_that_a_drafter_shares_is_counted_once():
+    with_drafter = plan(setup("qwen3-8b"), ())
+    alone = plan(Setup(PRESETS["qwen3-8b"], Plain()), ())
+    head = with_drafter.parts["drafter weights"] - with_drafter.repeated
+    assert with_drafter.repeated == 2 * 2 * 151_936 * 4096
+    added = head + with_drafter.parts["drafter state"]
+    assert with_drafter.state - alone.state == pytest.approx(added, abs=100)
+
+
+def test_a_plain_step_reads_every_weight_but_the_embedding_and_the_cache():
+    floors = plan(Setup(PRESETS["qwen3-8b"], Plain(), context=4096), ()).floors
+    norms = 2 * 4096 * 2 * 36 + 2 * 2 * 128 * 36  # within rounding
+    read = 2 * 8_190_735_360 - 2 * 151_936 * 4096 + 2 * 36 * 8 * 4096 * 128 * 2
+    assert floors["plain"] == pytest.approx(1e3 * read / BYTES_PER_SECOND, rel=norms / read)
+    assert floors["draft"] == 0 and floors["round"] == floors["verify"] == floors["plain"]
+
+
+def test_a_plain_step_of_a_mixture_reads_the_chosen_experts_only():
+    one, many = (
+        plan(Setup(PRESETS["qwen3-30b-a3b"], Plain(), batch=batch, context=128), ()).floors
+        for batch in (1, 16)
+    )
+    assert one["plain"] < 2.2  # ms: 3.0 B parameters of 30.5 B
+    assert many["plain"] > 8 * one["plain"]  # 16 rows reach all 128 experts
+
+
+def test_speedup_grows_with_tau_and_shrinks_with_the_drafter():
+    drafted = plan(setup("qwen3-8b"), ())
+    assert drafted.speedup(4) == 2 * drafted.speedup(2)
+    assert 0.8 < drafted.speedup(1) < 1
+
+
+@pytest.mark.parametrize("devices, fits", [(1, False), (2, False), (4, False), (8, True)])
+def test_what_fits(devices, fits):
+    found = plan(setup("qwen3-235b-a22b", devices=devices), ())
+    assert found.fits == fits == (found.peak <= MEMORY_BYTES)
+    assert (found.most_rows >= 1) == fits
+
+
+def test_what_does_not_fit_is_not_compiled():
+    assert plan(setup("qwen3-235b-a22b")).programs == {}  # nor is a compiler needed
+
+
+def test_devices_share_all_but_what_is_small():
+    whole, cut = (plan(setup("qwen3-32b", devices=n), ()) for n in (1, 8))
+    assert cut.state == pytest.approx(whole.state / 8, rel=3e-2)  # fc is whole
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(context=1000), "context is 1000; expected a multiple of 128"),
+        (dict(context=128 * 1000), "context is 128000; the target has 40960 positions"),
+        (dict(batch=0), "batch is 0; expected at least 1"),
+        (dict(devices=5), "12288 channels cannot be cut evenly over 5 devices"),
+    ],
+)
+def test_setups_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        setup("qwen3-8b", **options)
+
+
+def test_command(capsys):
+    options = ["--devices", "1", "8", "--no-compile", "--tau", "3"]
+    assert main(["plan", "--target", "Qwen/Qwen3-235B-A22B", *options, "--json"]) == 1
+    one, eight = map(json.loads, capsys.readouterr().out.splitlines())
+    assert not one["fits"] and eight["fits"] and eight["programs"] == {}
+    assert eight["peak"] == sum(eight["parts"].values()) - eight["repeated"]
+    assert set(eight["speedup_at_best"]) == {"3.0"}
+    assert main(["plan", "--target", "qwen3-8b", "--no-compile", "--drafter", "none"]) == 0
+    assert "without temporaries, not compiled" in capsys.readouterr().out
+
+
+def test_command_with_a_name_nothing_is_known_of(capsys):
+    assert main(["plan", "--target", "Qwen/Qwen9", "--no-compile"]) == 2
+    assert "no preset and no folder Qwen/Qwen9" in capsys.readouterr().err
+
+
+# A program leaves out scalars that it does not read; of the arrays it misses none.
+UNREAD = 64
+
+
+@pytest.mark.h100
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", BASE)
+def test_figures_are_those_of_the_compiled_program(name, devices):
+    found = plan(setup(name, devices=devices), ("round",))
+    if not found.programs:
+        assert name == "qwen3-235b-a22b" and devices < 8 and not found.fits
+        return
+    compiled = found.programs["round"]
+    assert 0 <= sum(found.parts.values()) - compiled.arguments <= UNREAD
+    state = sum(size for part, size in found.parts.items() if not part.endswith("weights"))
+    assert 0 <= state - compiled.aliased <= 1000  # updated in place, all but the options
+    assert found.peak == compiled.peak - found.repeated
+    assert compiled.temporaries < 10**9 and found.fits
+
+
+@pytest.mark.h100
+def test_a_prompt_is_planned_too():
+    found = plan(setup("qwen3-8b", context=32_768, batch=4), ("prefill",))
+    compiled = found.programs["prefill"]
+    caches = found.parts["target cache"] + found.parts["drafter state"]
+    assert 0 <= compiled.outputs - caches < 10**7
+    assert found.fits
+    assert found.peak == max(found.state, compiled.peak - found.repeated)

@@ -1,0 +1,80 @@
+"""The table of partitions: what is cut, by how many devices, and what stays whole."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from jaxspec.drafters.head import abstract_weights
+from jaxspec.models.cache import init_cache
+from jaxspec.models.params import abstract_params
+from jaxspec.models.presets import PRESETS
+from jaxspec.sharding import make_mesh, shardings
+from pallas_kernels.h100.steps import drafter_config
+
+P = PartitionSpec
+WIDE = ("model", "rest")
+WHOLE = P()
+
+
+def mesh(**sizes):
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+
+def specs(sizes, tree, **options):
+    return jax.tree.map(lambda x: x.spec, shardings(mesh(**sizes), tree, **options))
+
+
+def test_dense_layer_over_as_many_devices_as_heads():
+    cut = specs(dict(model=8, rest=1), abstract_params(PRESETS["qwen3-8b"]))
+    attention, mlp = cut.layers[3].attention, cut.layers[3].mlp
+    assert attention.qkv == P(None, "model") and attention.out == P("model")
+    assert mlp.gate_up == P(None, None, WIDE) and mlp.down == P(WIDE)
+    assert cut.embed == cut.lm_head == P(WIDE)
+    norms = attention.norm, attention.q_norm, attention.k_norm, mlp.norm, cut.final_norm
+    assert set(norms) == {WHOLE}
+
+
+def test_more_devices_than_heads_share_experts_and_vocabulary():
+    cut = specs(dict(model=4, rest=2), abstract_params(PRESETS["qwen3-30b-a3b"]))
+    attention, mlp = cut.layers[0].attention, cut.layers[0].mlp
+    assert attention.qkv == P(None, "model")
+    assert mlp.gate_up == mlp.down == P(WIDE) and mlp.router == WHOLE
+    assert cut.embed == P(WIDE)
+
+
+@pytest.mark.parametrize("names", [("data", "model"), ("model",)])
+def test_axes_a_mesh_does_not_have_are_left_out(names):
+    cut = specs(dict.fromkeys(names, 2), abstract_params(PRESETS["qwen3-8b"]))
+    assert cut.layers[0].mlp.down == P("model") and cut.embed == P("model")
+
+
+def test_what_does_not_divide_is_cut_less():
+    tree = {"embed": jax.ShapeDtypeStruct((12, 5), jnp.float32)}
+    assert specs(dict(model=4, rest=3), tree)["embed"] == P(WIDE)
+    assert specs(dict(model=4, rest=2), tree)["embed"] == P("model")
+    assert specs(dict(model=5, rest=2), tree)["embed"] == WHOLE
+
+
+def test_caches_are_cut_by_key_value_head():
+    cache = jax.eval_shape(lambda: init_cache(2, 4, 8, 16, 4, jnp.float32))
+    cut = specs(dict(model=4, rest=1), {"state": cache})["state"]
+    assert set(cut.keys + cut.values) == {P(None, "model")}
+
+
+def test_drafters_are_cut_as_targets_are_or_not_at_all():
+    weights = abstract_weights(drafter_config(PRESETS["qwen3-8b"]), jnp.bfloat16)
+    layer = nnx.to_pure_dict(specs(dict(model=8), weights))["layers"][0]
+    assert layer["q"] == layer["kv"] == P(None, "model")
+    assert layer["gate_up"] == P(None, None, "model")
+    assert layer["down"] == layer["out"] == P("model")
+    whole = jax.tree.leaves(
+        specs(dict(model=8), weights, rules=()), is_leaf=lambda x: isinstance(x, P)
+    )
+    assert set(whole) == {WHOLE}
+
+
+def test_too_few_devices():
+    with pytest.raises(ValueError, match=r"999 x 2 x 1 .* needs 1998 devices; there are"):
+        make_mesh(data=999, model=2)
