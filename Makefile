@@ -26,10 +26,11 @@ parity: $(VENV)/test          ## logits and generations against PyTorch's transf
 
 # An environment of its own, so that the ordinary one stays free of CUDA wheels.
 H100 := $(VENV)-h100
+H100_TESTS := tests
 
 h100: $(H100)/ready           ## kernels and whole steps, compiled for an H100 without one
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 \
-		$(H100)/bin/python -m pytest -m h100
+		$(H100)/bin/python -m pytest -m h100 -n 2 --dist worksteal $(H100_TESTS)
 	$(H100)/bin/python -m pallas_kernels.h100 --quick
 
 $(H100)/ready: pyproject.toml pallas_kernels/requirements-h100.txt

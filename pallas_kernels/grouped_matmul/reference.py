@@ -14,9 +14,9 @@ def grouped_matmul_reference(
     Args:
       rows: [R, A], sorted by group.
       weights: [E, A, F], in the dtype of the rows.
-      group_sizes: [E] int32, rows of each group in order; they add up to R.
+      group_sizes: [E] int32, rows of each group in order; they add up to at most R.
 
     Returns:
-      [R, F] float32.
+      [R, F] float32; rows past the last group are undefined.
     """
     return jax.lax.ragged_dot(rows, weights, group_sizes, preferred_element_type=jnp.float32)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import pathlib
 import sys
 import time
 
@@ -21,20 +22,29 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     parser.add_argument("--quick", action="store_true", help="only what the gate needs")
     parser.add_argument("--sweep", action="store_true", help="compile every tile, then stop")
-    parser.add_argument("--only", default="", help="only names that contain this")
+    parser.add_argument(
+        "--cache",
+        type=pathlib.Path,
+        default=pathlib.Path("out/h100"),
+        help="folder of results; a program compiled before is not compiled again",
+    )
+    parser.add_argument("--only", nargs="+", default=[], help="only names with all of these")
     options = parser.parse_args()
 
     from pallas_kernels.h100 import kernels, steps
 
     if options.sweep:
-        for row in kernels.sweep():
+        for row in kernels.sweep(options.cache):
             print(json.dumps(row), flush=True)
         return 0
 
+    def named(item):
+        return all(part in str(item) for part in options.only)
+
     result = dict(kernels=[], steps=[])
-    chosen = [case for case in kernels.cases(options.quick) if options.only in str(case)]
+    chosen = list(filter(named, kernels.cases(options.quick)))
     for case in _progress(chosen):
-        compiled = case.compile()
+        compiled = case.compile(options.cache)
         result["kernels"].append(
             dict(
                 name=str(case),
@@ -42,9 +52,9 @@ def main() -> int:
                 faults=case.faults(compiled),
             )
         )
-    chosen = [step for step in steps.steps(options.quick) if options.only in str(step)]
+    chosen = list(filter(named, steps.steps(options.quick)))
     for step in _progress(chosen):
-        program = steps.compile_step(step)
+        program = steps.compile_step(step, options.cache)
         result["steps"].append(
             dict(
                 name=str(step),

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gzip
+import hashlib
+import importlib.metadata
 import importlib.util
+import json
+import os
 import pathlib
 import re
 import subprocess
 import tempfile
 
 from pallas_kernels.h100.hlo import Module
-from pallas_kernels.h100.target import SHARED_MEMORY_BYTES, lowering_for_h100
+from pallas_kernels.h100.target import DESCRIPTION, SHARED_MEMORY_BYTES, lowering_for_h100
 
-_OPTIONS = {"xla_dump_emitter_re": "ptx"}
+OPTIONS = {
+    # On a GPU, XLA times its own matrix products against cuBLAS's and takes the faster. With no
+    # GPU it takes untuned tiles: all of them are left to cuBLAS.
+    "xla_gpu_enable_triton_gemm": False,
+    # Small sums over devices would each be a generated kernel of the same code, more than half
+    # the time of compiling; without them the library's are called. Nothing else changes.
+    "xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False,
+}
+_DUMP = {"xla_dump_emitter_re": "ptx"}
+_COMPILERS = ("jaxlib", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm")
 _ENTRY = re.compile(r"\.entry (\w+)\(")
 _USAGE = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -65,6 +80,7 @@ class Program:
       arguments, outputs, aliased, temporaries: bytes; aliased ones are both argument and
         output, updated in place.
       kernels: those generated for it; the vendor's matrix products are not among them.
+      text: the optimised program, as HLO.
     """
 
     arguments: int
@@ -72,7 +88,11 @@ class Program:
     aliased: int
     temporaries: int
     kernels: tuple[Kernel, ...]
-    module: Module
+    text: str
+
+    @functools.cached_property
+    def module(self) -> Module:
+        return Module(self.text)
 
     @property
     def peak(self) -> int:
@@ -85,7 +105,11 @@ class Program:
 
 
 def compile_for_h100(
-    function, *args, mesh=None, generated_products: bool = False, **kwargs
+    function,
+    *args,
+    mesh=None,
+    cache: pathlib.Path | None = None,
+    **kwargs,
 ) -> Program:
     """Compiles `function(*args, **kwargs)` without running it and without a GPU.
 
@@ -94,19 +118,26 @@ def compile_for_h100(
       args, kwargs: static values, and `ShapeDtypeStruct`s whose shardings are on a mesh of
         `target.mesh`.
       mesh: the one they are on, where the function cuts its work over it.
-      generated_products: on a GPU, XLA times its own matrix products against cuBLAS's and
-        takes the faster. With no GPU it takes untuned tiles, so by default all of them are left
-        to cuBLAS. A product with a single row, where cuBLAS would need its weight converted,
-        is always XLA's own: set this for programs that have one.
+      cache: a folder of results, found again by what was compiled and by which versions.
 
     Raises:
       jax.errors.JaxRuntimeError: the compiler refuses, say for want of shared memory.
     """
     with lowering_for_h100(mesh):
         lowered = function.trace(*args, **kwargs).lower(lowering_platforms=("cuda",))
-    options = _OPTIONS | {"xla_gpu_enable_triton_gemm": generated_products}
+    if cache is None:
+        return _compile(lowered)
+    path = cache / f"{_digest(lowered.as_text())}.json.gz"
+    if path.exists():
+        return _read(path)
+    program = _compile(lowered)
+    _write(path, program)
+    return program
+
+
+def _compile(lowered) -> Program:
     with tempfile.TemporaryDirectory() as dump:
-        compiled = lowered.compile(compiler_options=options | {"xla_dump_to": dump})
+        compiled = lowered.compile(compiler_options=OPTIONS | _DUMP | {"xla_dump_to": dump})
         kernels = tuple(_kernels(pathlib.Path(dump)))
     memory = compiled.memory_analysis()
     return Program(
@@ -115,8 +146,32 @@ def compile_for_h100(
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         kernels=kernels,
-        module=Module(compiled.as_text()),
+        text=compiled.as_text(),
     )
+
+
+def _digest(lowered: str) -> str:
+    """Of all that decides the result: the program, its target, compilers, and what is kept."""
+    versions = [importlib.metadata.version(name) for name in _COMPILERS]
+    kept = [field.name for kind in (Program, Kernel) for field in dataclasses.fields(kind)]
+    parts = [lowered, DESCRIPTION, OPTIONS, versions, os.environ.get("XLA_FLAGS"), kept]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _write(path: pathlib.Path, program: Program) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(f".{os.getpid()}")  # renamed when complete
+    whole.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(program)).encode()))
+    whole.replace(path)
+
+
+def _read(path: pathlib.Path) -> Program:
+    fields = json.loads(gzip.decompress(path.read_bytes()))
+    kernels = tuple(
+        Kernel(**k | dict(grid=tuple(k["grid"]), warnings=tuple(k["warnings"])))
+        for k in fields.pop("kernels")
+    )
+    return Program(**fields, kernels=kernels)
 
 
 def _kernels(dump: pathlib.Path):

@@ -22,6 +22,7 @@ _CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 _TRUE_FALSE = re.compile(r"true_computation=%([\w.-]+), false_computation=%([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_PARTITIONS = re.compile(r"num_partitions=(\d+)")
 _ALIAS = re.compile(r"\{(\d*)\}: \((\d+), \{(\d*)\}")
 
 # Bookkeeping: no kernel runs for these.
@@ -84,6 +85,8 @@ class Module:
 
     def __init__(self, text: str):
         self.header = text.partition("\n")[0]
+        partitions = _PARTITIONS.search(self.header)
+        self.devices = int(partitions[1]) if partitions else 1
         self.computations: dict[str, dict[str, Op]] = {}
         current = {}
         for line in text.splitlines():
@@ -136,6 +139,10 @@ class Module:
     def moved_bytes(self) -> int:
         """Bytes that the kernels of one run read and write, at full cache lengths."""
         return sum(times * self._op_bytes(op, name) for op, name, times in self.walk())
+
+    def exchanged_bytes(self) -> int:
+        """Bytes that collectives of one run leave on this device."""
+        return sum(times * op.bytes for op, _, times in self.walk() if _exchanges(op))
 
     def large_copies(self, least: int) -> list[str]:
         """Instructions that write `least` bytes or more of what is only a rearranged input.
@@ -207,9 +214,11 @@ class Module:
             return 2 * op.bytes
         if op.code in _UPDATES:
             return 2 * ops[op.operands[_UPDATES[op.code]]].bytes
-        if "grouped_matmul" in op.rest:  # matrices of groups without rows are not read
+        if op.code == "custom-call" and "grouped_matmul" in op.rest:
+            # Matrices of groups without rows are not read. Groups are cut over the devices:
+            # with an even load each has its share of the rows.
             rows, weights = (ops[operand] for operand in op.operands[-2:])
-            matrices, count = weights.dimensions[0], rows.dimensions[0]
+            matrices, count = weights.dimensions[0], -(-rows.dimensions[0] // self.devices)
             inputs[-1] = weights.bytes * min(matrices, count) // matrices
         outputs = op.bytes
         if "cublas" in op.rest:  # its second result is scratch memory, not traffic
@@ -249,6 +258,19 @@ class Module:
             else:
                 return value.bytes
         return min(total, value.bytes)
+
+
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "all-to-all",
+    "reduce-scatter",
+    "collective-permute",
+)
+
+
+def _exchanges(op: Op) -> bool:
+    return op.code.startswith(_COLLECTIVES)
 
 
 # Where the new rows stand among the operands of an update in place.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -16,7 +17,7 @@ from pallas_kernels.grouped_matmul.triton import tile_rows
 from pallas_kernels.h100.compile import Kernel, compile_for_h100
 from pallas_kernels.h100.target import mesh
 from pallas_kernels.tree_attention.api import tree_attention
-from pallas_kernels.tree_attention.config import Shape, TileConfig, choose
+from pallas_kernels.tree_attention.config import TILES, Shape, TileConfig, choose
 
 REGISTERS = 65_536  # of a multiprocessor
 SHARED_MEMORY = 233_472
@@ -49,9 +50,9 @@ class AttentionCase:
             f"tile={t.rows}/{t.keys}/{t.nodes}x{t.splits} {t.warps}w {t.stages}s"
         )
 
-    def compile(self) -> tuple[Kernel, ...]:
+    def compile(self, cache: pathlib.Path | None = None) -> tuple[Kernel, ...]:
         s = self.shape
-        cache = _array(s.batch, s.kv_heads, s.capacity, s.head_dim, dtype=s.dtype)
+        prefix = _array(s.batch, s.kv_heads, s.capacity, s.head_dim, dtype=s.dtype)
         new = _array(s.batch, s.nodes, s.kv_heads, s.head_dim)
         options = dict(scale=1.0, window=self.window, implementation="triton", tile=self.tile)
         if self.window is not None:
@@ -59,13 +60,14 @@ class AttentionCase:
         return compile_for_h100(
             _attention,
             _array(s.batch, s.nodes, s.heads, s.head_dim),
-            cache,
-            cache,
+            prefix,
+            prefix,
             _array(s.batch, dtype=jnp.int32),
             new,
             new,
             _array(s.batch, s.nodes, -(-s.nodes // 32), dtype=jnp.uint32),
             **options,
+            cache=cache,
         ).kernels
 
     def faults(self, kernels: tuple[Kernel, ...]) -> list[str]:
@@ -85,13 +87,14 @@ class GroupedCase:
     def __str__(self) -> str:
         return f"grouped_matmul R={self.rows} E={self.groups} {self.depth}x{self.columns}"
 
-    def compile(self) -> tuple[Kernel, ...]:
+    def compile(self, cache: pathlib.Path | None = None) -> tuple[Kernel, ...]:
         return compile_for_h100(
             _grouped,
             _array(self.rows, self.depth, dtype=jnp.bfloat16),
             _array(self.groups, self.depth, self.columns, dtype=jnp.bfloat16),
             _array(self.groups, dtype=jnp.int32),
             implementation="triton",
+            cache=cache,
         ).kernels
 
     def faults(self, kernels: tuple[Kernel, ...]) -> list[str]:
@@ -115,28 +118,34 @@ def _named(kernels: tuple[Kernel, ...], name: str) -> Kernel:
 
 
 def cases(quick: bool = False) -> list[AttentionCase | GroupedCase]:
-    """Every kind of kernel that the library asks for: tiles, group sizes, windows, splits."""
+    """Every kind of kernel that the library asks for.
+
+    The gate has every tile of the table with and without a window, with and without splits;
+    the rest adds numbers of nodes between them, groups and capacities.
+    """
     found = []
-    for dtype, dim in itertools.product(("bfloat16", "float32"), (64, 128)):
-        shape = Shape(1, 1, 32, 8, dim, 4096, jnp.dtype(dtype))
-        change = functools.partial(dataclasses.replace, shape)
-        sizes = (1, 8, 64, 512) if quick else (1, 2, 4, 8, 16, 32, 60, 64, 128, 256, 512)
-        found += [AttentionCase(change(nodes=n)) for n in sizes]
-        found.append(AttentionCase(change(nodes=64), window=1024))
-        if quick:
-            continue
-        for n in (1, 8, 64):
-            # Groups of one, SmolLM2's three, Qwen3-14B's five, Qwen3-32B's eight.
-            heads = [8 * group for group in (1, 3, 5, 8)]
-            found += [AttentionCase(change(nodes=n, heads=h)) for h in heads]
-            found.append(AttentionCase(change(nodes=n), window=1024))
-            found.append(AttentionCase(change(nodes=n, batch=64)))  # no splits
-            found.append(AttentionCase(change(nodes=n, capacity=32_768)))
+    for dtype, dim, rows in TILES:
+        shape = Shape(1, rows // 4, 32, 8, dim, 4096, jnp.dtype(dtype))
+        for batch, window in itertools.product((1, 64), (None, 1024)):
+            found.append(AttentionCase(dataclasses.replace(shape, batch=batch), window))
     # Qwen3-30B-A3B's experts, for one token, a tree of 64 nodes, and prompt chunks.
     for rows, (depth, columns) in itertools.product(
         (8, 512, 4096, 16_384), ((2048, 1536), (768, 2048))
     ):
         found.append(GroupedCase(rows, 128, depth, columns))
+    if quick:
+        return found
+    for dtype, dim in itertools.product(("bfloat16", "float32"), (64, 128)):
+        shape = Shape(1, 1, 32, 8, dim, 4096, jnp.dtype(dtype))
+        change = functools.partial(dataclasses.replace, shape)
+        for n in (1, 2, 4, 8, 16, 32, 60, 64, 128, 256, 512):
+            found.append(AttentionCase(change(nodes=n)))
+        for n in (1, 8, 64):
+            # Groups of one, SmolLM2's three, Qwen3-14B's five, Qwen3-32B's eight.
+            heads = [8 * group for group in (1, 3, 5, 8)]
+            found += [AttentionCase(change(nodes=n, heads=h)) for h in heads]
+            found.append(AttentionCase(change(nodes=n), window=1024))
+            found.append(AttentionCase(change(nodes=n, capacity=32_768)))
     return list(dict.fromkeys(found))
 
 
@@ -150,7 +159,7 @@ def resident(kernel: Kernel) -> int:
     )
 
 
-def sweep() -> Iterator[dict]:
+def sweep(cache: pathlib.Path | None = None) -> Iterator[dict]:
     """Tiles for every class of shapes, those that fail included, as rows of a table."""
     rows_of = {"bfloat16": (16, 32, 64, 128), "float32": (16, 32, 64)}
     for dtype, dim in itertools.product(rows_of, (64, 128)):
@@ -163,7 +172,7 @@ def sweep() -> Iterator[dict]:
                 case = AttentionCase(shape, tile=tile)
                 row = dict(dtype=dtype, head_dim=dim, **dataclasses.asdict(tile))
                 try:
-                    kernels = case.compile()
+                    kernels = case.compile(cache)
                 except jax.errors.JaxRuntimeError as error:
                     yield row | dict(faults=[str(error).splitlines()[0][:120]])
                     continue

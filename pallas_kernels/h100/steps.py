@@ -8,19 +8,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxspec.config import DrafterConfig, TargetConfig, TreeConfig
-from jaxspec.decoding.loop import Decoder, Params, Requests, decode, prefill
+from jaxspec.decoding.loop import Requests, decode, prefill
+from jaxspec.decoding.round import Decoder, Params
 from jaxspec.decoding.sampling import SamplingRows
 from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.drafters.head import abstract_weights
 from jaxspec.drafters.plain import Plain
 from jaxspec.models.params import abstract_params
 from jaxspec.models.presets import PRESETS
+from jaxspec.sharding import shardings
 from jaxspec.trees.tree import DraftTree, root_only
 from pallas_kernels.h100.compile import Program, compile_for_h100
 from pallas_kernels.h100.target import BYTES_PER_SECOND, FLOPS_PER_SECOND, MEMORY_BYTES, mesh
@@ -70,6 +72,19 @@ class Step:
         return Given(self.nodes) if self.kind == "verify" else Plain()
 
 
+MODELS = ("qwen3-0.6b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b", "qwen3-30b-a3b")
+KINDS = (
+    ("decode", 1),
+    ("verify", 64),
+    ("verify", 128),
+    ("verify", 256),
+    ("prefill", 1),
+    ("draft", 64),
+    ("round", 64),
+)
+DECODING = ("decode", "verify", "round")
+
+
 def steps(quick: bool = False) -> list[Step]:
     """The gated steps of Qwen3-8B; with the rest, every size, context and device count."""
     gated = [Step("qwen3-8b", "verify", nodes) for nodes in (64, 128, 256)]
@@ -80,13 +95,13 @@ def steps(quick: bool = False) -> list[Step]:
     ]
     if quick:
         return gated
-    rest = []
-    for model in PRESETS:
-        rest += [Step(model, "verify", nodes) for nodes in (64, 128, 256)]
-        rest += [Step(model, kind) for kind in ("decode", "prefill")]
-        rest += [Step(model, kind, 64) for kind in ("draft", "round")]
-        rest += [Step(model, "verify", 64, context=32_768), Step(model, "round", 64, 32_768)]
-        rest += [Step(model, "round", 64, devices=devices) for devices in (2, 4, 8)]
+    rest = [
+        Step(model, kind, nodes, context, devices=devices)
+        for devices in (1, 8, 4, 2)
+        for context in (4096, 32_768)
+        for model in MODELS
+        for kind, nodes in KINDS
+    ]
     return gated + [step for step in rest if step not in gated]
 
 
@@ -97,6 +112,7 @@ class Given:
     size: int
     depth: int = DRAFT_BLOCK - 1
     taps: tuple[int, ...] = ()
+    verify_sizes: tuple[int, ...] = ()
 
     def init(self, params, batch: int, capacity: int) -> DraftTree:
         return root_only(jnp.zeros(batch, jnp.int32), size=self.size)
@@ -127,7 +143,7 @@ def drafter_config(target: TargetConfig) -> DrafterConfig:
     )
 
 
-def compile_step(step: Step) -> Program:
+def compile_step(step: Step, cache: pathlib.Path | None = None) -> Program:
     """Compiles it for `step.devices` H100s; memory and traffic are those of one of them."""
     decoder = Decoder(step.config, step.drafter, chunk=PREFILL_CHUNK)
     params = _abstract_params(step)
@@ -139,18 +155,11 @@ def compile_step(step: Step) -> Program:
     rows, rounds = put(
         [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((step.batch,), ())]
     )
-    function, args, products = {
-        "prefill": (prefill, (decoder, params, requests), step.batch),
-        "draft": (
-            _draft,
-            (decoder.drafter, params.drafter, state.drafter, rows, rows, rows),
-            2,
-        ),
-    }.get(
-        step.kind,
-        (decode, (decoder, params, state, requests.sampling, rounds), step.batch * step.nodes),
-    )
-    return compile_for_h100(function, *args, mesh=devices, generated_products=products == 1)
+    function, args = {
+        "prefill": (prefill, (decoder, params, requests)),
+        "draft": (_draft, (decoder.drafter, params.drafter, state.drafter, rows, rows, rows)),
+    }.get(step.kind, (decode, (decoder, params, state, requests.sampling, rounds)))
+    return compile_for_h100(function, *args, mesh=devices, cache=cache)
 
 
 @functools.partial(jax.jit, static_argnames="drafter")
@@ -177,25 +186,11 @@ def _abstract_requests(step: Step) -> Requests:
     return Requests(row(jnp.int32, step.context), row(), row(), row(), sampling)
 
 
-# The axis of a weight or a cache that tensor parallelism cuts, by its name in the pytree:
-# key/value heads over the axis "model", channels, experts and vocabulary over all devices.
-_HEADS = {"qkv": 1, "q": 1, "kv": 1, "out": 0, "keys": 1, "values": 1}
-_OTHERS = {"gate_up": 2, "down": 0, "embed": 0, "lm_head": 0, "unembed": 0}
-
-
 def _on_mesh(tree, mesh):
-    def place(path, leaf):
-        spec = PartitionSpec()
-        for key in path:
-            name = getattr(key, "name", getattr(key, "key", None))
-            if name in _HEADS:
-                spec = PartitionSpec(*[None] * _HEADS[name], "model")
-            elif name in _OTHERS:
-                axis = 0 if leaf.ndim == 4 else _OTHERS[name]  # experts come first
-                spec = PartitionSpec(*[None] * axis, ("model", "rest"))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    def put(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map_with_path(place, tree)
+    return jax.tree.map(put, tree, shardings(mesh, tree))
 
 
 def floor_bytes(step: Step) -> int:
@@ -255,6 +250,7 @@ def report(step: Step, program: Program) -> dict:
         temporaries=program.temporaries,
         peak=program.peak,
         fits=program.peak <= MEMORY_BYTES,
+        most_rows=most_rows(step, program) if step.kind in DECODING else None,
         launches=program.module.launches(),
         kernels=len(program.kernels),
         copies=program.module.large_copies(least),
@@ -262,6 +258,7 @@ def report(step: Step, program: Program) -> dict:
         floor_bytes=floor,
         moved_bytes=moved,
         moved_over_floor=round(moved / floor, 3),
+        exchanged_bytes=program.module.exchanged_bytes(),
         floor_flops=flops,
         floor_ms_estimate=round(
             1e3 * max(floor / BYTES_PER_SECOND, flops / FLOPS_PER_SECOND), 3
@@ -269,22 +266,32 @@ def report(step: Step, program: Program) -> dict:
     )
 
 
+def most_rows(step: Step, program: Program) -> int:
+    """An estimate, on the safe side, of the largest batch that fits.
+
+    A row more takes its share of the caches, which are what is updated in place, and at most
+    its share of the temporaries.
+    """
+    row = (program.aliased + program.temporaries) / step.batch
+    return max(0, step.batch + math.floor((MEMORY_BYTES - program.peak) / row))
+
+
 def faults(step: Step, program: Program) -> list[str]:
-    """What breaks the gate, which is Qwen3-8B's on one device."""
+    """What breaks the gate; the bounds are Qwen3-8B's on one device."""
     found = [
         fault
         for kernel in program.kernels
         if kernel.name.startswith(OURS)
         for fault in kernel.faults()
     ]
-    if step.model != "qwen3-8b" or step.devices > 1:
-        return found
     measured = report(step, program)
     found += [f"copies state: {copy}" for copy in measured["copies"]]
     found += [f"waits for the host: {name}" for name in measured["host_transfers"]]
+    if step.model != "qwen3-8b" or step.devices > 1:
+        return found
     if not measured["fits"]:
         found.append(f"needs {measured['peak'] / 2**30:.1f} GiB")
-    if step.kind in ("decode", "verify", "round"):
+    if step.kind in DECODING:
         cache = 2 * step.config.num_layers * _cache_bytes(step)
         if program.aliased < cache:
             found.append(f"updates {program.aliased} bytes in place, caches are {cache}")

@@ -16,7 +16,7 @@ BYTES_PER_SECOND = 3.35e12
 FLOPS_PER_SECOND = 989e12  # dense bfloat16
 SHARED_MEMORY_BYTES = 232_448  # most that one program may ask for
 
-_DESCRIPTION = {
+DESCRIPTION = {
     "gpu_device_info": {
         "cuda_compute_capability": {"major": 9, "minor": 0},
         "core_count": 132,
@@ -55,7 +55,7 @@ def mesh(devices: int = 1, heads: int = 1) -> Mesh:
         topology = topologies.get_topology_desc(
             "",
             platform="cuda",
-            target_config=_text_proto(_DESCRIPTION),
+            target_config=_text_proto(DESCRIPTION),
             topology=f"1x1x{devices}",
         )
     except Exception as error:

@@ -68,7 +68,7 @@ class Shape:
 # sweep (`python -m pallas_kernels.h100 --sweep`), not timed: no spill, no ptxas warning, and in
 # bfloat16 64 KiB or more of keys and values in flight per multiprocessor. Beside each:
 # registers per thread, KiB of shared memory.
-_TILES = {
+TILES = {
     ("bfloat16", 128, 16): (64, 16, 4, 3),  # 96, 70
     ("bfloat16", 128, 32): (64, 32, 4, 3),  # 168, 76
     ("bfloat16", 128, 64): (64, 64, 4, 3),  # 168, 113
@@ -85,8 +85,8 @@ _TILES = {
 
 def unsupported(shape: Shape) -> str | None:
     """Why the Triton kernel does not take this shape, or None if it does."""
-    dtypes = sorted({key[0] for key in _TILES})
-    dims = sorted({key[1] for key in _TILES})
+    dtypes = sorted({key[0] for key in TILES})
+    dims = sorted({key[1] for key in TILES})
     if jnp.dtype(shape.dtype).name not in dtypes:
         return f"the cache is {jnp.dtype(shape.dtype).name}; expected one of {dtypes}"
     if shape.head_dim not in dims:
@@ -98,11 +98,11 @@ def choose(shape: Shape) -> TileConfig:
     """The tile for a shape that is not `unsupported`."""
     dtype = jnp.dtype(shape.dtype).name
     rows = shape.nodes * shape.group
-    sizes = sorted(key[2] for key in _TILES if key[:2] == (dtype, shape.head_dim))
+    sizes = sorted(key[2] for key in TILES if key[:2] == (dtype, shape.head_dim))
     # The smallest tile that holds every row: the cache is then read once.
     fits = [size for size in sizes if size >= rows]
     tile_rows = fits[0] if fits else sizes[-1]
-    keys, most_nodes, warps, stages = _TILES[dtype, shape.head_dim, tile_rows]
+    keys, most_nodes, warps, stages = TILES[dtype, shape.head_dim, tile_rows]
     # A tree smaller than a step would only load masked lanes.
     nodes = min(most_nodes, max(MIN_TILE, 1 << (shape.nodes - 1).bit_length()))
     # Two warpgroups per multiprocessor: one multiplies while the other takes its softmax.

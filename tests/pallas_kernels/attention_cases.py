@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.tree_attention.config import Shape, TileConfig
+from pallas_kernels.tree_attention.config import Shape, TileConfig, choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,23 @@ CASES = {
     ),
     "512 nodes": case(1, 512, 2, 1, 64, 200, "bfloat16", (128, 128, 64, 2, 8, 2)),
 }
+
+
+@st.composite
+def chosen_cases(draw):
+    """Any small shape, cut as the library cuts it."""
+    kv_heads = draw(st.sampled_from([1, 2, 4]))
+    shape = Shape(
+        batch=draw(st.integers(1, 3)),
+        nodes=draw(st.integers(1, 48)),
+        heads=kv_heads * draw(st.integers(1, 5)),
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([64, 128])),
+        capacity=draw(st.integers(1, 600)),
+        dtype=jnp.dtype(draw(st.sampled_from(["bfloat16", "float32"]))),
+    )
+    window = draw(st.none() | st.integers(1, shape.capacity + 8))
+    return Case(shape, choose(shape), window)
 
 
 def edge_lengths(case: Case):

@@ -70,3 +70,13 @@ def test_a_mesh_shares_the_work():
     cut = array(1024, 1024, spec=(None, "model"), devices=4)
     arguments = array(16, 1024, devices=4), cut, array(64, 1024, devices=4)
     assert compile_for_h100(sound_step, *arguments).arguments < whole.arguments / 2
+
+
+def test_a_result_is_found_again_by_what_was_compiled(tmp_path, monkeypatch):
+    x, weight, cache = array(16, 1024), array(1024, 1024), array(4096, 1024)
+    first = compile_for_h100(sound_step, x, weight, cache, cache=tmp_path)
+    with monkeypatch.context() as forbidden:
+        forbidden.setattr("pallas_kernels.h100.compile._compile", None)
+        assert compile_for_h100(sound_step, x, weight, cache, cache=tmp_path) == first
+    compile_for_h100(sound_step, x, weight, array(8192, 1024), cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2

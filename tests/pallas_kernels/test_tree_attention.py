@@ -16,6 +16,7 @@ from pallas_kernels.tree_attention.reference import tree_attention_reference
 from pallas_kernels.tree_attention.triton import tree_attention_triton
 from tests.pallas_kernels.attention_cases import (
     CASES,
+    chosen_cases,
     edge_lengths,
     make_inputs,
     oracle,
@@ -26,17 +27,8 @@ reference = jax.jit(tree_attention_reference, static_argnames=("scale", "window"
 SCALE = 0.125
 
 
-@pytest.mark.parametrize("name", CASES)
-@settings(max_examples=4, deadline=None)
-@given(data=st.data())
-def test_both_implementations_compute_the_definition(name, data):
-    case = CASES[name]
-    arrays = make_inputs(
-        case,
-        data.draw(edge_lengths(case)),
-        seed=data.draw(st.integers(0, 2**32 - 1)),
-        depth=data.draw(st.floats(0, 1)),
-    )
+def check(case, arrays):
+    """Both implementations against the definition, and the kernel against itself."""
     options = dict(scale=SCALE, window=case.window)
     expected = oracle(**arrays, **options)
     kernel = functools.partial(
@@ -48,6 +40,28 @@ def test_both_implementations_compute_the_definition(name, data):
         error = np.abs(np.asarray(actual, np.float64) - expected).max()
         assert error < tolerance(case)
     assert (first == again).all()
+
+
+def draw_inputs(case, data):
+    return make_inputs(
+        case,
+        data.draw(edge_lengths(case)),
+        seed=data.draw(st.integers(0, 2**32 - 1)),
+        depth=data.draw(st.floats(0, 1)),
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=4, deadline=None)
+@given(data=st.data())
+def test_both_implementations_compute_the_definition(name, data):
+    check(CASES[name], draw_inputs(CASES[name], data))
+
+
+@settings(max_examples=8, deadline=None)
+@given(case=chosen_cases(), data=st.data())
+def test_any_shape_cut_as_the_library_cuts_it(case, data):
+    check(case, draw_inputs(case, data))
 
 
 def test_rows_past_the_length_are_not_read():
