@@ -20,11 +20,11 @@ from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.drafters.base import Committed
 from jaxspec.drafters.block import BlockDrafter, BlockParams, greedy, rollout
 from jaxspec.drafters.head import bind
+from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.generation import LoadedDrafter, Prompt, Target, as_token_ids, generate
 from jaxspec.models.cache import KVCache, init_cache
 from jaxspec.models.decoder import forward
 from jaxspec.models.params import TargetParams
-from jaxspec.training.blocks import run_blocks
 from jaxspec.training.features import target_features
 from jaxspec.trees.tree import causal_bits
 

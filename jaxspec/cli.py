@@ -14,47 +14,13 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jaxspec.commands import Convert, Plan
+from jaxspec.evaluation.commands import Evaluate, OverlapCheck, Report
+from jaxspec.options import DrafterOptions
+from jaxspec.serving.commands import Calibrate, Serve
 from jaxspec.training.commands import Regenerate, Train
 
 FAULT, BAD_INPUT = 1, 2
-
-TreeKind = Literal["chain", "best_first", "top_budget", "path_conditioned", "transitions"]
-
-
-@dataclasses.dataclass(frozen=True)
-class DrafterOptions:
-    """What proposes the tokens that the target checks."""
-
-    drafter: str = "ngram"
-    """none (plain decoding) | ngram (prompt lookup) | small:NAME (a small model with the same
-    vocabulary) | folder or hub name of a trained drafter (repo::subfolder too)."""
-    tree: TreeKind | None = None
-    """How scores become a tree; the drafter's own default if left out."""
-    width: int = 4
-    """Children per expanded node (best_first) or per tabulated parent (transitions)."""
-    budget: int = 8
-    """Nodes verified per round, root included."""
-    candidates: int = 16
-    """Tokens re-scored per parent (path_conditioned), or parents per depth (transitions)."""
-
-    def load(self, target):
-        from jaxspec.config import TreeConfig
-        from jaxspec.loading import load_drafter
-
-        if self.drafter == "none":
-            return load_drafter("none", target)
-        if self.budget < 1:
-            raise ValueError(f"--budget is {self.budget}; expected at least 1 (the root)")
-        if self.tree and self.drafter == "ngram":
-            raise ValueError(
-                f"--tree {self.tree} needs a drafter with scores; ngram merges its matches "
-                "into a tree of its own: leave --tree out"
-            )
-        # The verified size is static, a power of two; the budget within it is not.
-        size = 1 << (self.budget - 1).bit_length()
-        kind = self.tree or "chain"
-        tree = TreeConfig(kind, size=size, width=self.width, candidates=self.candidates)
-        return load_drafter(self.drafter, target, tree=tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,20 +60,25 @@ class Generate:
     """Draw chains from a trained drafter and verify them by rejection sampling."""
     batch_size: int = 1
     """Prompts decoded together; `seconds` is then the batch's."""
+    devices: int = 1
+    """Devices to cut the target and its caches over, those of all processes counted."""
+    distributed: bool = False
+    """This is one process of several (docs/multi-host.md); the first one prints."""
     json: bool = False
     """One JSON object per prompt on standard output, and nothing else there."""
 
     def run(self) -> int:
-        from tqdm import tqdm
-
         import jaxspec
+        from jaxspec.sharding import join_processes, mesh_of
 
         prompts = self._prompts()
+        if self.distributed:
+            join_processes()
         sampling = jaxspec.Sampling(
             temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
         )
         jaxspec.enable_compilation_cache()
-        target = jaxspec.load_target(self.target, dtype=self.dtype)
+        target = jaxspec.load_target(self.target, dtype=self.dtype, devices=self.devices)
         drafter = self.drafter.load(target)
         options = dict(
             drafter=drafter,
@@ -119,16 +90,27 @@ class Generate:
             thinking=self.thinking,
             rejection=self.rejection,
         )
+        with mesh_of(target.params):
+            self._decode(target, prompts, options)
+        return 0
+
+    def _decode(self, target, prompts: list, options: dict) -> None:
+        import jax
+        from tqdm import tqdm
+
+        import jaxspec
+
+        leads = jax.process_index() == 0
         capacity = jaxspec.warm_up(target, prompts, **options)
         starts = range(0, len(prompts), self.batch_size)
-        for start in tqdm(starts, unit="batch", disable=len(starts) == 1, file=sys.stderr):
+        hidden = len(starts) == 1 or not leads
+        for start in tqdm(starts, unit="batch", disable=hidden, file=sys.stderr):
             batch = prompts[start : start + self.batch_size]
             # Each prompt's seed follows from its place in the file, whatever the batches.
             seeds = [self.seed + start + i for i in range(len(batch))]
             done = jaxspec.generate(target, batch, seed=seeds, capacity=capacity, **options)
-            for completion in done:
+            for completion in done if leads else ():
                 self._print(completion)
-        return 0
 
     def _prompts(self) -> list:
         given = [x is not None for x in (self.prompt, self.prompts, self.prompt_ids)]
@@ -229,7 +211,7 @@ class Check:
 def read_prompts(path: Path) -> list[str]:
     """First turns of a JSONL file; rows are {"turns": [...]} or {"prompt": ...}."""
     rows = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):  # JSON may hold U+2028
         if not line.strip():
             continue
         row = _parse(line, f"{path}, line {number}")
@@ -277,7 +259,19 @@ def _parse(text: str, where: str):
         raise ValueError(f"{where}: not JSON ({error})") from error
 
 
-COMMANDS = {"generate": Generate, "check": Check, "regenerate": Regenerate, "train": Train}
+COMMANDS = {
+    "generate": Generate,
+    "check": Check,
+    "regenerate": Regenerate,
+    "train": Train,
+    "evaluate": Evaluate,
+    "report": Report,
+    "calibrate": Calibrate,
+    "serve": Serve,
+    "overlap": OverlapCheck,
+    "convert": Convert,
+    "plan": Plan,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -115,7 +115,7 @@ def generate(
         tokens passes the target's positions or the capacity, or an option out of range.
     """
     prompts = as_token_ids(target, prompts, raw=raw, thinking=thinking)
-    decoder, params = _bind(target, drafter, implementation, rejection)
+    decoder, params = bind(target, drafter, implementation, rejection)
     capacity = _check_capacity(decoder, prompts, max_new_tokens, capacity)
     budget = _check_budget(decoder, budget)
     sampling = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
@@ -178,7 +178,7 @@ def stream(
             f"target {target.name!r} has no tokenizer; use generate with token ids"
         )
     prompts = as_token_ids(target, [prompt], raw=raw, thinking=thinking)
-    decoder, params = _bind(target, drafter, implementation, rejection)
+    decoder, params = bind(target, drafter, implementation, rejection)
     requests = pack(
         decoder,
         prompts,
@@ -212,7 +212,7 @@ def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> in
     """
     raw, thinking = options.pop("raw", False), options.pop("thinking", None)
     rows = as_token_ids(target, prompts, raw=raw, thinking=thinking)
-    decoder, _ = _bind(target, options.get("drafter", PLAIN))
+    decoder, _ = bind(target, options.get("drafter", PLAIN))
     capacity = _check_capacity(
         decoder, rows, options.pop("max_new_tokens", 256), options.pop("capacity", None)
     )
@@ -270,12 +270,17 @@ def request_keys(seed: int | Sequence[int], count: int) -> jax.Array:
 _fold_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
 
 
-def _bind(
+def bind(
     target: Target,
     drafter: LoadedDrafter,
     implementation: str | None = None,
     rejection: bool = False,
 ) -> tuple[Decoder, Params]:
+    """The static half of decoding and its weights.
+
+    Raises:
+      ValueError: rejection sampling with a drafter that does not draw chains.
+    """
     static = drafter.drafter
     if rejection and not (hasattr(static, "draft_sampled") and static.size > static.depth):
         raise ValueError(
@@ -283,7 +288,13 @@ def _bind(
             "does not draw chains, or its size is not above its depth. Leave rejection out: "
             "sample-then-match is lossless with any drafter"
         )
-    decoder = Decoder(target.config, static, rejection=rejection, implementation=implementation)
+    decoder = Decoder(
+        target.config,
+        static,
+        rejection=rejection,
+        cache_dtype="float32" if jax.default_backend() == "cpu" else None,
+        implementation=implementation,
+    )
     return decoder, Params(target.params, drafter.params)
 
 

@@ -9,22 +9,27 @@ import jax
 
 from jaxspec.config import TreeConfig
 from jaxspec.generation import PLAIN, LoadedDrafter, Target
+from jaxspec.sharding import mesh_of, place
 
 
-def load_target(name_or_path: str | Path = "smollm2-135m", *, dtype: str = "float32") -> Target:
+def load_target(
+    name_or_path: str | Path = "smollm2-135m", *, dtype: str = "float32", devices: int = 1
+) -> Target:
     """Loads a target model.
 
     Args:
       name_or_path: a name of `checkpoints.catalog`, a GGUF file, a Hugging Face folder, or a
         name on the hub.
       dtype: of weights and cache, "float32" or "bfloat16"; products accumulate in float32.
+      devices: cuts the weights over so many, those of all processes counted
+        (`jaxspec.sharding`); compute with them inside `sharding.mesh_of(target.params)`.
 
     Raises:
       ValueError: it cannot be found, is damaged, or is a model the decoder does not implement.
     """
     import checkpoints
 
-    loaded = checkpoints.load(name_or_path, dtype)
+    loaded = checkpoints.load(name_or_path, dtype, devices)
     return Target(str(name_or_path), loaded.config, loaded.params, loaded.tokenizer)
 
 
@@ -66,7 +71,8 @@ def load_drafter(
     drafter, params = load_block_drafter(
         spec, target.config, target.params, tree or TreeConfig(), dtype
     )
-    return LoadedDrafter(drafter, params)
+    with mesh_of(target.params) as mesh:
+        return LoadedDrafter(drafter, params if mesh is None else place(mesh, params))
 
 
 def enable_compilation_cache(folder: str | Path | None = None) -> Path:

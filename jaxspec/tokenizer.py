@@ -8,6 +8,8 @@ from pathlib import Path
 
 Messages = Sequence[dict[str, str]]
 
+_NO_BLANKS = str.maketrans("", "", " -\n")
+
 
 class Tokenizer:
     """A tokenizer with the chat template of its model.
@@ -83,9 +85,9 @@ class Tokenizer:
             )
         )
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens the model expects around a plain text."""
-        return self._backend.encode(text)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids, with or without the special tokens the model expects around a text."""
+        return self._backend.encode(text, add_special_tokens=special)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text without special tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -105,13 +107,34 @@ class Tokenizer:
         Raises:
           ValueError: there is no chat template, or none with a switch for thinking.
         """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self._render(messages, thinking, add_generation_prompt=True, return_dict=False)
+
+    def render(self, messages: Messages, *, thinking: bool | None = None) -> list[int]:
+        """Token ids of a whole conversation, answers included; arguments as for `chat`."""
+        return self._render(messages, thinking, add_generation_prompt=False, return_dict=False)
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the chat template says which tokens are answers: `{% generation %}`."""
+        template = self._backend.chat_template or ""
+        return "{%generation%}" in template.translate(_NO_BLANKS)
+
+    def render_marked(self, messages: Messages) -> tuple[list[int], list[int]]:
+        """`render`, and 1 for every token of an answer, 0 for others; needs `marks_answers`."""
+        rendered = self._render(
+            messages, None, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return rendered["input_ids"], rendered["assistant_masks"]
+
+    def _render(self, messages: Messages, thinking: bool | None, **options):
         template = self._backend.chat_template
         if template is None:
             raise ValueError(
                 "the tokenizer has no chat template; encode the prompt as plain text, or use "
                 "a checkpoint tuned for chat"
             )
-        options = {}
         if thinking is not None:
             if "enable_thinking" not in template:
                 raise ValueError(
@@ -119,11 +142,7 @@ class Tokenizer:
                     "leave it at None"
                 )
             options["enable_thinking"] = thinking
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        return self._backend.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=False, **options
-        )
+        return self._backend.apply_chat_template(list(messages), **options)
 
     def stream(self) -> TextStream:
         """A decoder for ids that arrive one round at a time."""

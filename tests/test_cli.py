@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from jaxspec.cli import BAD_INPUT, main, read_prompts
+from jaxspec.training.regenerate import read_jobs
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
 
 
@@ -99,6 +100,14 @@ def test_prompt_files(tmp_path, content, message):
     with pytest.raises(ValueError) as error:
         read_prompts(path)
     assert message in str(error.value)
+
+
+def test_a_line_separator_inside_a_prompt_is_no_new_row(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"turns": ["one\u2028two"]}\n')
+    assert read_prompts(path) == ["one\u2028two"]
+    (job,) = read_jobs(path)
+    assert job.turns == ["one\u2028two"]
 
 
 def test_prompt_ids_must_be_lists_of_integers(folder, tmp_path, capsys):

@@ -55,6 +55,7 @@ class RandomTrees:
     depth: int = 5
     vocab: int = QWEN3.vocab_size
     taps: tuple[int, ...] = ()
+    verify_sizes: tuple[int, ...] = ()
 
     def init(self, params, batch, capacity):
         return jax.random.key(7)

@@ -16,14 +16,20 @@ class Regenerate:
     Examples:
       python -m jaxspec regenerate --prompts prompts.jsonl --output data.jsonl
       python -m jaxspec regenerate --questions 500 --temperature 0.7 --output data.jsonl
+      python -m jaxspec regenerate --prompts a.jsonl b.jsonl --dtype bfloat16 --rows 64 \
+          --max-new-tokens 256 --max-length 510 --temperature 0.7 --sampled 0.25 \
+          --output data.jsonl
     """
 
     output: Path
     """JSON lines of conversations; errors go to NAME.errors.jsonl beside it."""
-    prompts: Path | None = None
-    """JSON lines: {"turns": [...]}, {"prompt": ...} or {"conversations": [...]}."""
+    prompts: tuple[Path, ...] = ()
+    """JSON lines, one or several files: {"turns": [...]}, {"prompt": ...},
+    {"conversations": [...]}, or {"opening": ...}, a question the target goes on with."""
     questions: int = 0
     """Without prompts: how many questions the target writes and answers."""
+    question_tokens: int = 96
+    """At most this long is what it writes of a question."""
     target: str = "smollm2-135m"
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -34,6 +40,8 @@ class Regenerate:
     """Tokens a conversation may have."""
     temperature: float = 0.0
     """Of the answers; 0 is greedy."""
+    sampled: float = 1.0
+    """Share of the conversations answered at that temperature; the others are greedy."""
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -47,15 +55,12 @@ class Regenerate:
         import jaxspec
         from jaxspec.training import regenerate as r
 
-        if (self.prompts is None) == (self.questions < 1):
+        if bool(self.prompts) == (self.questions > 0):
             raise ValueError(
-                f"--prompts is {self.prompts} and --questions {self.questions}; give one"
+                f"--prompts has {len(self.prompts)} files and --questions is "
+                f"{self.questions}; give one of them"
             )
-        jobs = (
-            r.own_questions(self.questions)
-            if self.prompts is None
-            else r.read_jobs(self.prompts)
-        )
+        jobs = r.read_jobs(*self.prompts) if self.prompts else r.own_questions(self.questions)
         config = r.RegenerateConfig(
             max_new_tokens=self.max_new_tokens,
             sampling=jaxspec.Sampling(
@@ -64,8 +69,10 @@ class Regenerate:
                 top_p=self.top_p,
                 min_p=self.min_p,
             ),
+            sampled=self.sampled,
             thinking=self.thinking,
             max_length=self.max_length,
+            question_tokens=self.question_tokens,
             seed=self.seed,
             rows=self.rows,
         )

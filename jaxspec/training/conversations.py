@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxspec.jsonl import numbered_lines
 from jaxspec.tokenizer import Messages, Tokenizer
 
 
@@ -54,13 +55,12 @@ def encode(
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise ValueError("the conversation has no message of the role 'assistant'")
-    marks = (_backend(tokenizer).chat_template or "").translate(_NO_BLANKS)
-    if "{%generation%}" in marks:
+    if tokenizer.marks_answers:
         return [_marked(tokenizer, messages, finished)]
     examples: list[Example] = []
     for i in answers:
         prompt = tokenizer.chat(messages[:i], thinking=thinking)
-        whole = _render(tokenizer, messages[: i + 1], thinking)
+        whole = tokenizer.render(messages[: i + 1], thinking=thinking)
         if whole[: len(prompt)] != prompt:
             raise ValueError(
                 f"message {i}: the chat template does not render the answer after the prompt "
@@ -89,13 +89,7 @@ def read(path: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
       ValueError: the file cannot be read, or a line is something else.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -143,11 +137,8 @@ def read_examples(
 
 def _marked(tokenizer: Tokenizer, messages: Messages, finished: bool) -> Example:
     """By the template's own marks."""
-    rendered = _backend(tokenizer).apply_chat_template(
-        list(messages), return_dict=True, return_assistant_tokens_mask=True
-    )
-    tokens = np.array(rendered["input_ids"], np.int32)
-    supervised = np.array(rendered["assistant_masks"], bool)
+    ids, marks = tokenizer.render_marked(messages)
+    tokens, supervised = np.array(ids, np.int32), np.array(marks, bool)
     if not finished:
         last = np.flatnonzero(supervised)[-1] + 1
         stops = np.isin(tokens[:last], tokenizer.eos_token_ids) & supervised[:last]
@@ -160,17 +151,3 @@ def _until_stop(answer: list[int], tokenizer: Tokenizer, finished: bool) -> list
     """Without what the template writes after the stop id, which the target never does."""
     stop = next((i for i, x in enumerate(answer) if x in tokenizer.eos_token_ids), None)
     return answer if stop is None else answer[: stop + finished]
-
-
-def _render(tokenizer: Tokenizer, messages: Sequence, thinking: bool | None) -> list[int]:
-    options = {} if thinking is None else {"enable_thinking": thinking}
-    return _backend(tokenizer).apply_chat_template(
-        list(messages), add_generation_prompt=False, return_dict=False, **options
-    )
-
-
-def _backend(tokenizer: Tokenizer):
-    return tokenizer._backend
-
-
-_NO_BLANKS = str.maketrans("", "", " -\n")

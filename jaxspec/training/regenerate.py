@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.generation import PLAIN, LoadedDrafter, Target
+from jaxspec.jsonl import numbered_lines
 from jaxspec.tokenizer import Tokenizer
 from jaxspec.training.slots import Answer, Request, Slots
+
+GREEDY = Sampling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,8 @@ class RegenerateConfig:
     """How the target answers.
 
     Attributes:
+      sampled: share of the conversations answered by `sampling`; the others are greedy. Which
+        ones follows from the seed and their place in the input.
       thinking: switch of the chat template; None leaves it to the template.
       max_length: tokens a conversation may have; longer ones become errors.
       question: how it writes its own questions, up to `question_tokens` long.
@@ -38,12 +44,42 @@ class RegenerateConfig:
 
     max_new_tokens: int = 512
     sampling: Sampling = Sampling()
+    sampled: float = 1.0
     thinking: bool | None = None
     max_length: int = 1024
     question: Sampling = Sampling(temperature=1.0)
     question_tokens: int = 96
     seed: int = 0
     rows: int = 16
+
+    def __post_init__(self):
+        if not 0 <= self.sampled <= 1:
+            raise ValueError(
+                f"RegenerateConfig.sampled is {self.sampled}; expected a share, 0 … 1"
+            )
+        for name in ("max_new_tokens", "question_tokens", "rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"RegenerateConfig.{name} is {getattr(self, name)}; expected at least 1"
+                )
+
+    def sampling_of(self, job: Job) -> Sampling:
+        """How a conversation's answers are sampled."""
+        lot = np.random.default_rng((self.seed, job.number)).random()
+        return self.sampling if lot < self.sampled else GREEDY
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """A question the target goes on with in its own words.
+
+    Attributes:
+      text: how it begins; nothing leaves it all to the target.
+      ending: put after what the target wrote.
+    """
+
+    text: str = ""
+    ending: str = ""
 
 
 @dataclasses.dataclass
@@ -53,56 +89,59 @@ class Job:
     Attributes:
       number: its place in the input, from which its random numbers follow.
       messages: said so far.
-      turns: the user's, not yet asked; None is a question the target writes itself.
+      turns: the user's, not yet asked; an `Opening` is one the target writes itself.
       finished: the last answer ended by itself.
     """
 
     id: Any
     number: int
     messages: list[dict[str, str]]
-    turns: list[str | None]
+    turns: list[str | Opening]
     finished: bool = True
     new_tokens: int = 0
 
 
-def read_jobs(path: str | Path) -> list[Job]:
-    """Conversations to answer, from JSON lines.
+def read_jobs(*paths: str | Path) -> list[Job]:
+    """Conversations to answer, from files of JSON lines.
 
     A row is {"turns": [...]}, {"prompt": ...} or {"conversations": [...]}, whose answers are
-    dropped; its "id" is its line's number from 0 if it has none.
+    dropped, or {"opening": ..., "ending": ...}, a question the target writes between the two.
+    Its "id" is its line's number from 0 if it has none, after "FILE-" where there are several
+    files.
 
     Raises:
-      ValueError: the file cannot be read, a line is something else, or two have the same id.
+      ValueError: a file cannot be read, a line is something else, or two have the same id.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
     jobs: dict[Any, Job] = {}
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            messages, turns = _parts(row)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f'{path}, line {number + 1}: expected {{"turns": ["text", …]}}, {{"prompt": '
-                f'"text"}} or {{"conversations": […]}} with a user\'s message, '
-                f"found {line[:60]!r}"
-            ) from error
-        job = Job(row.get("id", number), number, messages, turns)
-        if job.id in jobs:
-            raise ValueError(f"{path}, line {number + 1}: id {job.id!r} was used before")
-        jobs[job.id] = job
+    for path in map(Path, paths):
+        for number, line in numbered_lines(path):
+            try:
+                row = json.loads(line)
+                messages, turns = _parts(row)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f'{path}, line {number}: expected {{"turns": ["text", …]}}, '
+                    f'{{"prompt": "text"}}, {{"conversations": […]}} with a user\'s message, '
+                    f'or {{"opening": "text"}}, found {line[:60]!r}'
+                ) from error
+            name = number - 1 if len(paths) == 1 else f"{path.stem}-{number - 1}"
+            job = Job(row.get("id", name), len(jobs), messages, turns)
+            if job.id in jobs:
+                raise ValueError(
+                    f"{path}, line {number}: id {job.id!r} was used before; ids tell "
+                    "which rows are done"
+                )
+            jobs[job.id] = job
     if not jobs:
-        raise ValueError(f"{path} holds no prompts; expected one JSON object per line")
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: no prompts; expected one JSON object per line"
+        )
     return list(jobs.values())
 
 
 def own_questions(count: int) -> list[Job]:
     """Conversations whose questions the target writes itself."""
-    return [Job(number, number, [], [None]) for number in range(count)]
+    return [Job(number, number, [], [Opening()]) for number in range(count)]
 
 
 def regenerate(
@@ -187,17 +226,16 @@ def _request(config: RegenerateConfig, target: Target, job: Job) -> Request:
     """
     step = len(job.messages)
     key = jax.random.fold_in(jax.random.key(config.seed), job.number)
-    if job.turns[0] is None:
-        prompt, length, sampling = (
-            user_header(target.tokenizer),
-            config.question_tokens,
-            config.question,
+    if isinstance(turn := job.turns[0], Opening):
+        prompt = user_header(target.tokenizer) + target.tokenizer.encode(
+            turn.text, special=False
         )
+        length, sampling = config.question_tokens, config.question
         step = 2**31 - 1  # apart from those of the answers
     else:
-        asked = [*job.messages, {"role": "user", "content": job.turns[0]}]
+        asked = [*job.messages, {"role": "user", "content": turn}]
         prompt = target.tokenizer.chat(asked, thinking=config.thinking)
-        length, sampling = config.max_new_tokens, config.sampling
+        length, sampling = config.max_new_tokens, config.sampling_of(job)
     return Request(job, prompt, length, sampling, jax.random.fold_in(key, step))
 
 
@@ -209,10 +247,11 @@ def _hear(target: Target, job: Job, answer: Answer) -> bool:
     """
     text = target.tokenizer.decode(answer.token_ids)
     turn = job.turns.pop(0)
-    if turn is None:
+    if isinstance(turn, Opening):
+        question = (turn.text + text).strip()
         if not text.strip():
-            raise ValueError("the target wrote an empty question")
-        job.turns.insert(0, text.strip())
+            raise ValueError(f"the target wrote nothing after {turn.text!r}")
+        job.turns.insert(0, question + turn.ending)
         return False
     job.messages += [
         {"role": "user", "content": turn},
@@ -224,6 +263,8 @@ def _hear(target: Target, job: Job, answer: Answer) -> bool:
 
 
 def _row(config: RegenerateConfig, target: Target, job: Job) -> dict[str, Any]:
+    sampling = dataclasses.asdict(config.sampling_of(job))
+    del sampling["stop_ids"]
     return {
         "id": job.id,
         "conversations": job.messages,
@@ -235,16 +276,18 @@ def _row(config: RegenerateConfig, target: Target, job: Job) -> dict[str, Any]:
             "seed": config.seed,
             "max_new_tokens": config.max_new_tokens,
             "new_tokens": job.new_tokens,
-            "temperature": config.sampling.temperature,
-            "top_k": config.sampling.top_k,
-            "top_p": config.sampling.top_p,
-            "min_p": config.sampling.min_p,
+            **sampling,
         },
     }
 
 
-def _parts(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str | None]]:
+def _parts(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str | Opening]]:
     """System messages, and the user's turns."""
+    if "opening" in row:
+        opening = Opening(row["opening"], row.get("ending", ""))
+        if not isinstance(opening.text, str) or not isinstance(opening.ending, str):
+            raise ValueError("an opening that is no text")
+        return [], [opening]
     if "conversations" in row:
         system = [x for x in row["conversations"] if x["role"] == "system"]
         turns = [x["content"] for x in row["conversations"] if x["role"] == "user"]

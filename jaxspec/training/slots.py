@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.decoding.loop import Decoder, Params, decode, prefill
+from jaxspec.decoding.loop import decode, prefill
 from jaxspec.decoding.requests import capacity_for, pack, unpack
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats
-from jaxspec.generation import PLAIN, LoadedDrafter, Target
+from jaxspec.generation import PLAIN, LoadedDrafter, Target, bind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +72,7 @@ class Slots:
         rounds: of a burst.
         """
         self.room, self.rows, self.refill, self.rounds = room, rows, min(refill, rows), rounds
-        self._decoder = Decoder(target.config, drafter.drafter)
-        self._params = Params(target.params, drafter.params)
+        self._decoder, self._params = bind(target, drafter)
         self._capacity = capacity_for(room, self._decoder)
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}

@@ -14,9 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.drafters.head import Vocabulary, bind, random_weights
+from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.models.params import MoeParams, TargetParams
 from jaxspec.training.batches import UNIT
-from jaxspec.training.blocks import before_labels, run_blocks, sample_anchors, supervised_slots
+from jaxspec.training.blocks import before_labels, sample_anchors, supervised_slots
 from jaxspec.training.features import target_features
 from jaxspec.training.losses import LossSums, drafter_loss
 from jaxspec.training.recipe import OptimizerConfig, TrainConfig

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from checkpoints.drafters import save_drafter
 from checkpoints.store import Store
 from jaxspec.generation import Prompt, Target
+from jaxspec.sharding import place
 from jaxspec.training.batches import Position, collate, plan
 from jaxspec.training.conversations import Example
 from jaxspec.training.recipe import TrainConfig
@@ -31,7 +32,6 @@ from jaxspec.training.sharding import (
     gather,
     place_batch,
     state_shardings,
-    target_shardings,
 )
 from jaxspec.training.step import TrainState, init_state, learning_rate, train_step
 from jaxspec.training.validation import trained_drafter, walked_tau
@@ -65,7 +65,7 @@ def train(
       examples: from `conversations.read_examples`.
       prompts: held out, for validation.
       resume_step: checkpoint to go on from; the newest by default.
-      mesh: devices to train on (`sharding.make_mesh`), of all processes if there are several:
+      mesh: devices to train on (`jaxspec.sharding`), of all processes if there are several:
         each calls this function with the same arguments and a folder they share. A run may go
         on with other devices.
 
@@ -90,8 +90,7 @@ def train(
     store = Store(folder / CHECKPOINTS, keep=config.keep)
     state, position = init_state(config, target.params), Position()
     if mesh is not None:
-        params = jax.device_put(target.params, target_shardings(mesh, target.params))
-        target = dataclasses.replace(target, params=params)
+        target = dataclasses.replace(target, params=place(mesh, target.params))
         state = jax.device_put(state, state_shardings(mesh, state))
     if store.steps or resume_step is not None:
         _, state, saved = store.restore(state, resume_step)

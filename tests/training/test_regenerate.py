@@ -33,6 +33,9 @@ class Letters:
             ids += [0, *(2 + ord(x) - ord("a") for x in message["content"]), 1]
         return [*ids, 0]
 
+    def encode(self, text, *, special=True):
+        return [2 + ord(x) - ord("a") for x in text]
+
     def decode(self, ids):
         return "".join(chr(ord("a") + i - 2) for i in ids if i > 1)
 
@@ -109,6 +112,16 @@ def test_the_target_writes_its_own_questions(target, tmp_path):
     assert all(question.isalpha() for question in questions)
 
 
+def test_the_target_goes_on_with_an_opening(target, tmp_path):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "own.jsonl"
+    rows = [{"opening": "abc", "ending": "xyz"}, {"opening": "de"}]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    assert regenerate(CONFIG, target, read_jobs(prompts), output) == 2
+    first, second = (rows_of(output)[i]["conversations"][0]["content"] for i in range(2))
+    assert first.startswith("abc") and first.endswith("xyz") and len(first) > 6
+    assert second.startswith("de") and len(second) > 2
+
+
 def test_prompts_are_read_in_three_shapes(tmp_path):
     path = tmp_path / "prompts.jsonl"
     talk = [
@@ -120,7 +133,7 @@ def test_prompts_are_read_in_three_shapes(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     got = [(job.id, job.messages, job.turns) for job in read_jobs(path)]
     assert got == [(0, [], ["a", "b"]), ("x", [], ["c"]), (2, talk[:1], ["q"])]
-    for line in ('{"turns": []}', "[1]", '{"text": "x"}', "{"):
+    for line in ('{"turns": []}', '{"opening": 1}', "[1]", '{"text": "x"}', "{"):
         path.write_text(line)
         with pytest.raises(ValueError, match="line 1: expected"):
             read_jobs(path)

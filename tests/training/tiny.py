@@ -12,10 +12,10 @@ import numpy as np
 from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.generation import Target
 from jaxspec.models.params import random_params
+from jaxspec.sharding import make_mesh
 from jaxspec.training.conversations import Example
 from jaxspec.training.losses import LossConfig
 from jaxspec.training.recipe import OptimizerConfig, TrainConfig
-from jaxspec.training.sharding import make_mesh
 from jaxspec.training.trainer import train
 from jaxspec.training.vocabulary_loss import Mixture
 
@@ -74,5 +74,5 @@ if __name__ == "__main__":
     folder, *sizes = sys.argv[1:]
     if len(sizes) > 2:
         jax.distributed.initialize(sizes[2], num_processes=2, process_id=int(sizes[3]))
-    mesh = make_mesh(*map(int, sizes[:2])) if sizes else None
+    mesh = make_mesh(data=int(sizes[0]), model=int(sizes[1])) if sizes else None
     train(CONFIG, target(), examples(), folder, mesh=mesh)

@@ -1,0 +1,197 @@
+"""Commands that make ready for a run: what fits where, and weights in another form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+DOES_NOT_FIT = 1  # exit code
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Write weights as an Orbax store, which reloads quickly on any mesh, or as safetensors.
+
+    The output is a folder that any command takes as its --target. Every bit written is read
+    back and compared.
+
+    Examples:
+      python -m jaxspec convert --target Qwen/Qwen3-8B --output qwen3-8b
+      python -m jaxspec convert --target qwen3-8b --output back --to safetensors
+    """
+
+    target: str
+    """Hugging Face folder or hub name, or a folder that was converted before."""
+    output: Path
+    """A new folder."""
+    to: Literal["orbax", "safetensors"] = "orbax"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights written; as stored by default."""
+    json: bool = False
+    """What was written as one JSON object on standard output."""
+
+    def run(self) -> int:
+        from checkpoints.convert import convert
+
+        done = convert(self.target, self.output, format=self.to, dtype=self.dtype)
+        if self.json:
+            print(json.dumps(dataclasses.asdict(done) | {"folder": str(done.folder)}))
+        else:
+            print(
+                f"{done.folder}: {done.bytes / 1e9:.2f} GB of {done.dtype}, {done.arrays} "
+                "arrays read back and equal bit for bit"
+            )
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Say what a setup needs on H100s and how fast it can be at best, before paying for one.
+
+    Compiles the programs that would run, from shapes alone: no weights, no GPU. Needs the
+    environment that `make h100` builds, or --no-compile, which leaves temporaries out. Floors
+    are estimates from datasheet numbers, not timings. Exit code 1 when something does not fit.
+
+    Examples:
+      .venv-h100/bin/python -m jaxspec plan --target Qwen/Qwen3-8B --context 32768 --batch 4 \\
+          --budget 128 --devices 1 2
+      python -m jaxspec plan --target qwen3-32b --devices 1 2 4 8 --no-compile
+    """
+
+    target: str
+    """Qwen3's hub name or preset, or a folder with a config.json."""
+    drafter: str = "published"
+    """published (DFlash's and JetSpec's proportions) | none | ngram | folder of a trained
+    drafter."""
+    tree: Literal["chain", "best_first", "top_budget", "path_conditioned", "transitions"] = (
+        "best_first"
+    )
+    width: int = 4
+    """Children per expanded node (best_first) or per tabulated parent (transitions)."""
+    candidates: int = 16
+    """Tokens re-scored per parent (path_conditioned), or parents per depth (transitions)."""
+    budget: int = 64
+    """Nodes verified per round, root included; rounded up to a power of two."""
+    context: int = 4096
+    """Tokens per row, prompt and answer."""
+    batch: int = 1
+    devices: tuple[int, ...] = (1,)
+    """Numbers of H100s, each planned in turn."""
+    tau: tuple[float, ...] = (2.0, 4.0, 6.0)
+    """Tokens committed per round to expect speedups for."""
+    compile: bool = True
+    """Compile a round and a prompt's chunk for their temporaries."""
+    json: bool = False
+    """One JSON object per number of devices on standard output."""
+
+    def run(self) -> int:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the plan is for GPUs that are not here
+        from tqdm import tqdm
+
+        from jaxspec import planning
+
+        if self.budget < 1:
+            raise ValueError(f"--budget is {self.budget}; expected at least 1 (the root)")
+        target = _target_config(self.target)
+        drafter = self._drafter(target)
+        setups = [
+            planning.Setup(target, drafter, self.context, self.batch, count)
+            for count in self.devices
+        ]
+        fits = True
+        programs = planning.PROGRAMS if self.compile else ()
+        for setup in tqdm(setups, unit="plan", file=sys.stderr, disable=len(setups) == 1):
+            plan = planning.plan(setup, programs)
+            fits &= plan.fits
+            print(json.dumps(self._row(plan)) if self.json else self._text(plan), flush=True)
+        return 0 if fits else DOES_NOT_FIT
+
+    def _drafter(self, target):
+        from jaxspec.config import TreeConfig
+        from jaxspec.drafters.block import BlockDrafter
+        from jaxspec.drafters.ngram import PromptLookup
+        from jaxspec.drafters.plain import Plain
+        from jaxspec.planning import published_drafter
+
+        size = 1 << (self.budget - 1).bit_length()
+        if self.drafter == "none":
+            return Plain()
+        if self.drafter == "ngram":
+            return PromptLookup(size=size)
+        if self.drafter == "published":
+            config = published_drafter(target)
+        else:
+            from checkpoints.drafters import read_drafter_config
+
+            config = read_drafter_config(self.drafter, target)
+        return BlockDrafter(config, TreeConfig(self.tree, size, self.width, self.candidates))
+
+    def _row(self, plan) -> dict:
+        from pallas_kernels.h100.target import MEMORY_BYTES
+
+        return dict(
+            target=self.target,
+            drafter=self.drafter,
+            context=self.context,
+            batch=self.batch,
+            nodes=plan.setup.drafter.size,
+            devices=plan.setup.devices,
+            parts=plan.parts,
+            repeated=plan.repeated,
+            programs={n: dataclasses.asdict(p) for n, p in plan.programs.items()},
+            peak=plan.peak,
+            memory=MEMORY_BYTES,
+            fits=plan.fits,
+            most_rows=plan.most_rows,
+            floor_ms=plan.floors,
+            speedup_at_best={str(tau): plan.speedup(tau) for tau in self.tau},
+        )
+
+    def _text(self, plan) -> str:
+        row = self._row(plan)
+        gib = lambda size: f"{size / 2**30:9.2f} GiB"  # noqa: E731
+        lines = [
+            f"{self.target}, bfloat16, on {row['devices']} H100: {row['batch']} rows of "
+            f"{row['context']} tokens, {row['nodes']} nodes a round; per device",
+            *(f"  {name:<34}{gib(size)}" for name, size in plan.parts.items() if size),
+        ]
+        if plan.repeated:
+            lines.append(f"  {'of which passed twice, held once':<34}{gib(-plan.repeated)}")
+        for name, program in plan.programs.items():
+            lines.append(f"  {name + ', temporaries':<34}{gib(program.temporaries)}")
+        known = "at peak" if plan.programs else "without temporaries, not compiled"
+        share = plan.peak / row["memory"]
+        verdict = "fits" if plan.fits else "DOES NOT FIT"
+        lines.append(f"  {known:<34}{gib(plan.peak)}  {share:.0%} of the memory: {verdict}")
+        if 0.75 < share <= 1:
+            lines.append(
+                "  JAX takes 75% by itself: "
+                f"set XLA_PYTHON_CLIENT_MEM_FRACTION={share + 0.01:.2f}"
+            )
+        lines.append(f"  batch that fits, an estimate       {row['most_rows']:9}")
+        floors = ", ".join(f"{name} {ms:.2f}" for name, ms in plan.floors.items())
+        lines.append(f"  floor in ms, estimates at full context: {floors}")
+        speedups = ", ".join(f"{plan.speedup(tau):.2f}x at tau {tau:g}" for tau in self.tau)
+        lines.append(f"  speedup at best over plain decoding: {speedups}\n")
+        return "\n".join(lines)
+
+
+def _target_config(name: str):
+    """Of a preset, of a hub name that has one, or of a folder."""
+    from checkpoints import catalog, huggingface
+    from jaxspec.models.presets import PRESETS
+
+    presets = {hub.lower(): preset for preset, hub in catalog.HUB.items()}
+    preset = presets.get(name.lower().replace("-thinking-2507", "-instruct-2507"), name.lower())
+    if preset in PRESETS:
+        return PRESETS[preset]
+    if not Path(name).is_dir():
+        raise ValueError(
+            f"there is no preset and no folder {name}; expected one of {', '.join(PRESETS)}, "
+            "their hub names, or a folder with a config.json"
+        )
+    return huggingface.read_config(name)

@@ -1,0 +1,44 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+TreeKind = Literal["chain", "best_first", "top_budget", "path_conditioned", "transitions"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterOptions:
+    """What proposes the tokens that the target checks."""
+
+    drafter: str = "ngram"
+    """none (plain decoding) | ngram (prompt lookup) | small:NAME (a small model with the same
+    vocabulary) | folder or hub name of a trained drafter (repo::subfolder too)."""
+    tree: TreeKind | None = None
+    """How scores become a tree; the drafter's own default if left out."""
+    width: int = 4
+    """Children per expanded node (best_first) or per tabulated parent (transitions)."""
+    budget: int = 8
+    """Nodes verified per round, root included."""
+    candidates: int = 16
+    """Tokens re-scored per parent (path_conditioned), or parents per depth (transitions)."""
+
+    def load(self, target):
+        from jaxspec.config import TreeConfig
+        from jaxspec.loading import load_drafter
+
+        if self.drafter == "none":
+            return load_drafter("none", target)
+        if self.budget < 1:
+            raise ValueError(f"--budget is {self.budget}; expected at least 1 (the root)")
+        if self.tree and self.drafter == "ngram":
+            raise ValueError(
+                f"--tree {self.tree} needs a drafter with scores; ngram merges its matches "
+                "into a tree of its own: leave --tree out"
+            )
+        # The verified size is static, a power of two; the budget within it is not.
+        size = 1 << (self.budget - 1).bit_length()
+        kind = self.tree or "chain"
+        tree = TreeConfig(kind, size=size, width=self.width, candidates=self.candidates)
+        return load_drafter(self.drafter, target, tree=tree)
