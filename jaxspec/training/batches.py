@@ -72,6 +72,19 @@ def plan(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> l
     return [batches[i] for i in random.permutation(len(batches))]
 
 
+def share(batch: Batch, *, micro_batch: int, host: int = 0, hosts: int = 1) -> np.ndarray:
+    """One host's sequences of every micro-batch of a batch, [n, b / hosts].
+
+    Raises:
+      ValueError: a micro-batch cannot be divided among the hosts.
+    """
+    if micro_batch % hosts:
+        raise ValueError(
+            f"a micro-batch of {micro_batch} sequences cannot be divided among {hosts} hosts"
+        )
+    return np.array(batch.rows).reshape(-1, hosts, micro_batch // hosts)[:, host]
+
+
 def collate(
     examples: Sequence[Example],
     batch: Batch,
@@ -85,11 +98,7 @@ def collate(
     Returns:
       Tokens int32 and supervised bool, [n, b / hosts, T], for n micro-batches of b sequences.
     """
-    if micro_batch % hosts:
-        raise ValueError(
-            f"a micro-batch of {micro_batch} sequences cannot be divided among {hosts} hosts"
-        )
-    rows = np.array(batch.rows).reshape(-1, hosts, micro_batch // hosts)[:, host]
+    rows = share(batch, micro_batch=micro_batch, host=host, hosts=hosts)
     tokens = np.zeros((*rows.shape, batch.length), np.int32)
     supervised = np.zeros((*rows.shape, batch.length), bool)
     for place, row in np.ndenumerate(rows):

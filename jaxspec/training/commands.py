@@ -133,11 +133,17 @@ class Train:
     checkpoint_every: int = 100
     resume_step: int | None = None
     """Checkpoint to go on from; the newest by default."""
+    features: Path | None = None
+    """Folder to keep the target's features in, where data is trained on more than once: built
+    first (its size is printed), or gone on with. By default every step computes them."""
+    features_dtype: Literal["float32", "bfloat16"] | None = None
+    """What a new folder stores them in; the target's dtype by default."""
     seed: int = 0
 
     def run(self) -> int:
         import jaxspec
         from jaxspec.training.conversations import read_examples
+        from jaxspec.training.feature_cache import open_features
         from jaxspec.training.recipe import OptimizerConfig, TrainConfig, drafter_config
         from jaxspec.training.regenerate import read_jobs
         from jaxspec.training.trainer import train
@@ -165,6 +171,9 @@ class Train:
             validate_every=self.validate_every,
             checkpoint_every=self.checkpoint_every,
         )
+        if self.features is not None:
+            taps = config.drafter.taps
+            open_features(self.features, target, examples, taps=taps, dtype=self.features_dtype)
         folder = train(
             config,
             target,
@@ -172,6 +181,7 @@ class Train:
             self.output,
             prompts=prompts,
             resume_step=self.resume_step,
+            features=self.features,
         )
         print(f"drafter: {folder}" if folder else "interrupted; the same command goes on")
         return 0

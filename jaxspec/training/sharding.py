@@ -30,9 +30,9 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def place_batch(mesh: Mesh | None, arrays: Any) -> Any:
-    """This process's share of micro-batches [n, b, T], joined with those of the others."""
+    """This process's share of micro-batches [n, b, T, ...], joined with those of the others."""
     if mesh is None:
-        return arrays
+        return jax.device_put(arrays)
     sharding = NamedSharding(mesh, PartitionSpec(None, DATA))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), arrays)
 

@@ -18,7 +18,7 @@ from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.models.params import MoeParams, TargetParams
 from jaxspec.training.batches import UNIT
 from jaxspec.training.blocks import before_labels, sample_anchors, supervised_slots
-from jaxspec.training.features import target_features
+from jaxspec.training.features import Features, target_features
 from jaxspec.training.losses import LossSums, drafter_loss
 from jaxspec.training.recipe import OptimizerConfig, TrainConfig
 from jaxspec.training.sharding import state_shardings
@@ -124,6 +124,7 @@ def train_step(
     state: TrainState,
     tokens: jax.Array,
     supervised: jax.Array,
+    features: Features | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
@@ -133,6 +134,7 @@ def train_step(
     Args:
       tokens: [n, b, T] int32, n micro-batches.
       supervised: [n, b, T] bool.
+      features: of the target, [n, b, T, ...], if they were computed before.
       mesh: the devices the arrays are placed on (`sharding`); None for one device.
 
     Returns:
@@ -150,7 +152,7 @@ def train_step(
         return jax.tree.map(jnp.add, carry, (slopes, sums)), None
 
     zeros = jax.tree.map(jnp.zeros_like, (state.weights, empty_sums(config.drafter)))
-    (slopes, sums), _ = jax.lax.scan(micro_batch, zeros, (tokens, supervised, keys))
+    (slopes, sums), _ = jax.lax.scan(micro_batch, zeros, (tokens, supervised, features, keys))
     weight = jnp.maximum(sums.weight, 1e-6)
     slopes = jax.tree.map(lambda x: x / weight, slopes)
     updates, optimizer_state = optimizer(config.optimizer, config.steps).update(
@@ -182,15 +184,17 @@ def batch_loss(
     weights: nnx.State,
     tokens: jax.Array,
     supervised: jax.Array,
+    features: Features | None,
     key: jax.Array,
 ) -> tuple[jax.Array, LossSums]:
     """The loss of sequences [b, T], not yet divided, and its parts. Consumes `key`."""
-    depth = config.drafter.depth
-    features = target_features(
-        target, target_config, tokens, taps=config.drafter.taps, chunk=UNIT
-    )
+    depth, dtype = config.drafter.depth, target.embed.dtype
+    if features is None:
+        features = target_features(
+            target, target_config, tokens, taps=config.drafter.taps, chunk=UNIT
+        )
+    features = jax.tree.map(lambda x: x.astype(dtype), features)
     anchors, kept = sample_anchors(key, supervised, config.anchors)
-    dtype = target.embed.dtype
     head = bind(config.drafter, jax.tree.map(lambda x: x.astype(dtype), weights))
     vocabulary = Vocabulary(target.embed, target.unembed)
     blocks = run_blocks(head, vocabulary, tokens, features.taps, anchors)

@@ -24,8 +24,10 @@ from checkpoints.drafters import save_drafter
 from checkpoints.store import Store
 from jaxspec.generation import Prompt, Target
 from jaxspec.sharding import place
-from jaxspec.training.batches import Position, collate, plan
+from jaxspec.training.batches import Batch, Position, collate, plan, share
 from jaxspec.training.conversations import Example
+from jaxspec.training.feature_cache import FeatureCache, open_features
+from jaxspec.training.features import Features
 from jaxspec.training.recipe import TrainConfig
 from jaxspec.training.sharding import (
     any_process,
@@ -52,6 +54,7 @@ def train(
     *,
     prompts: Sequence[Prompt] = (),
     resume_step: int | None = None,
+    features: str | Path | None = None,
     mesh: Mesh | None = None,
 ) -> Path | None:
     """Trains a drafter, or goes on with the run that the folder holds.
@@ -65,6 +68,8 @@ def train(
       examples: from `conversations.read_examples`.
       prompts: held out, for validation.
       resume_step: checkpoint to go on from; the newest by default.
+      features: folder of the target's features (`feature_cache`), filled first where it is not
+        whole; by default they are computed with every step and not kept.
       mesh: devices to train on (`jaxspec.sharding`), of all processes if there are several:
         each calls this function with the same arguments and a folder they share. A run may go
         on with other devices.
@@ -92,6 +97,9 @@ def train(
     if mesh is not None:
         target = dataclasses.replace(target, params=place(mesh, target.params))
         state = jax.device_put(state, state_shardings(mesh, state))
+    cached = None
+    if features is not None:
+        cached = open_features(features, target, examples, taps=config.drafter.taps)
     if store.steps or resume_step is not None:
         _, state, saved = store.restore(state, resume_step)
         position = Position(**saved)
@@ -107,27 +115,18 @@ def train(
         metrics.write(int(state.step), tau=tau)
         return tau
 
-    epoch, batches = -1, []
+    batches = BatchArrays(config, examples, mesh, cached)
     done = int(state.step)
     progress = tqdm(total=config.steps, initial=done, unit="step", file=sys.stderr)
     with contextlib.closing(store), progress, _termination() as terminated:
+        upcoming = batches.at(position)
         while done < config.steps:
-            if position.epoch != epoch:
-                epoch = position.epoch
-                batches = plan(
-                    [len(x) for x in examples], config.batch_size, seed=config.seed, epoch=epoch
-                )
-            arrays = collate(
-                examples,
-                batches[position.index],
-                micro_batch=config.micro_batch,
-                host=jax.process_index(),
-                hosts=hosts,
-            )
+            epoch = position.epoch
             state, means = train_step(
-                config, target.config, target.params, state, *place_batch(mesh, arrays), mesh
+                config, target.config, target.params, state, *upcoming, mesh
             )
-            position = position.after(len(batches))
+            position = batches.after(position)
+            upcoming = batches.at(position)  # while the devices compute
             means = jax.device_get(means)
             if not math.isfinite(means["loss"]):
                 raise ValueError(
@@ -154,6 +153,47 @@ def train(
     if leads:
         export(config, target, weights, folder / DRAFTER)
     return folder / DRAFTER
+
+
+class BatchArrays:
+    """The batches of a run by position, as `train_step` takes them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        examples: Sequence[Example],
+        mesh: Mesh | None,
+        features: FeatureCache | None,
+    ):
+        self._config, self._examples = config, examples
+        self._mesh, self._features = mesh, features
+        self._lengths = [len(example) for example in examples]
+        self._epoch, self._batches = -1, []
+
+    def at(self, position: Position) -> tuple[jax.Array, jax.Array, Features | None]:
+        """Tokens, supervised and, if they are kept, features, on the devices."""
+        batch = self._plan(position.epoch)[position.index]
+        part = dict(
+            micro_batch=self._config.micro_batch,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+        features = None
+        if self._features is not None:
+            features = self._features.read(share(batch, **part), batch.length)
+        arrays = collate(self._examples, batch, **part)
+        return place_batch(self._mesh, (*arrays, features))
+
+    def after(self, position: Position) -> Position:
+        return position.after(len(self._plan(position.epoch)))
+
+    def _plan(self, epoch: int) -> list[Batch]:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._batches = plan(
+                self._lengths, self._config.batch_size, seed=self._config.seed, epoch=epoch
+            )
+        return self._batches
 
 
 def export(config: TrainConfig, target: Target, weights: nnx.State, folder: Path) -> None:

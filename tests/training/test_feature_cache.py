@@ -1,0 +1,157 @@
+"""Features kept on disk are those the target computes, and survive a kill."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from checkpoints.tensors import read_json
+from jaxspec.training import feature_cache
+from jaxspec.training.batches import EMPTY, Batch, collate, share
+from jaxspec.training.conversations import Example
+from jaxspec.training.feature_cache import open_features, plan_shards
+from jaxspec.training.features import target_features
+from jaxspec.training.step import init_state, train_step
+from jaxspec.training.trainer import train
+from tests.training import tiny
+
+TAPS = tiny.DRAFTER.taps
+SHARD = 200 * 3 * 16 * 4  # bytes of 200 tokens
+
+
+def build(folder, examples=None, **options):
+    options = dict(taps=TAPS, shard_bytes=SHARD) | options
+    return open_features(folder, tiny.target(), examples or tiny.examples(), **options)
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_sequences_are_laid_out_by_length():
+    layout = plan_shards([5, 2, 9, 3, 1], 6)
+    assert layout.shards == ((4, 1, 3), (0,), (2,))
+    assert layout.starts == (0, 1, 0, 3, 0)
+    assert layout.rows == (6, 5, 9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_features_are_the_targets(tmp_path, dtype):
+    examples = tiny.examples()
+    cache = build(tmp_path, dtype=dtype)
+    assert len(shards(tmp_path)) > 3
+    rows = np.array([[7, EMPTY], [0, 19]])
+    got = cache.read(rows, 128)
+    assert got.taps.shape == (2, 2, 128, 32) and got.hidden.shape == (2, 2, 128, 16)
+    assert got.taps.dtype == jnp.dtype(dtype)
+    target = tiny.target()
+    for place, row in np.ndenumerate(rows):
+        count = 0 if row == EMPTY else len(examples[row])
+        assert not got.taps[place][count:].any() and not got.hidden[place][count:].any()
+        if count:
+            tokens = jnp.asarray(examples[row].tokens)[None]
+            want = target_features(target.params, target.config, tokens, taps=TAPS)
+            for name in ("taps", "hidden"):
+                np.testing.assert_allclose(
+                    getattr(got, name)[place][:count].astype(np.float32),
+                    getattr(want, name)[0],
+                    atol=2e-6 if dtype == "float32" else 0.02,
+                )
+
+
+def test_losses_are_those_of_features_computed_with_the_step(tmp_path):
+    """Exactly, in float32: sequences of one batch, so that both compute the same products."""
+    config = dataclasses.replace(tiny.CONFIG, batch_size=4, micro_batch=4)
+    target, examples = tiny.target(), tiny.examples(4)
+    batch = Batch((2, 0, 3, 1), 128)
+    arrays = collate(examples, batch, micro_batch=4)
+    cache = build(tmp_path, examples, shard_bytes=10**6)
+    kept = cache.read(share(batch, micro_batch=4), 128)
+
+    def step(features):
+        state = init_state(config, target.params)
+        return train_step(config, target.config, target.params, state, *arrays, features)
+
+    (state, means), (expected, expected_means) = step(kept), step(None)
+    jax.tree.map(np.testing.assert_array_equal, means, expected_means)
+    jax.tree.map(np.testing.assert_array_equal, state.weights, expected.weights)
+
+
+def test_a_run_with_kept_features_is_the_run_without(tmp_path):
+    target, examples = tiny.target(), tiny.examples()
+    config = dataclasses.replace(tiny.CONFIG, steps=5)
+    train(config, target, examples, tmp_path / "online")
+    train(config, target, examples, tmp_path / "kept", features=tmp_path / "features")
+    online, kept = (
+        [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("online", "kept")
+    )
+    for expected, got in zip(online, kept, strict=True):
+        np.testing.assert_allclose(got["loss"], expected["loss"], rtol=1e-6)
+
+
+def test_a_killed_build_goes_on_and_ends_the_same(tmp_path, monkeypatch, capsys):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    build(whole)
+    expected = shards(whole)
+
+    class Killed(BaseException):
+        pass
+
+    written = []
+
+    def write(path, tensors):
+        if len(written) == 2:  # as kill -9 leaves it
+            path.with_suffix(".partial").write_bytes(b"half a shard")
+            raise Killed
+        written.append(path.name)
+        original(path, tensors)
+
+    original = feature_cache._write
+    monkeypatch.setattr(feature_cache, "_write", write)
+    with pytest.raises(Killed):
+        build(killed)
+    monkeypatch.setattr(feature_cache, "_write", original)
+    stamps = {name: (killed / name).stat().st_mtime_ns for name in written}
+    capsys.readouterr()
+    build(killed)
+    assert shards(killed) == expected
+    assert stamps == {name: (killed / name).stat().st_mtime_ns for name in written}
+    assert "GB to write" in capsys.readouterr().err
+    build(killed)
+    assert "GB to write" not in capsys.readouterr().err
+    last = killed / max(expected)
+    last.write_bytes(last.read_bytes()[:-5])
+    build(killed)
+    assert shards(killed) == expected
+
+
+def test_features_of_something_else_are_refused(tmp_path):
+    build(tmp_path)
+    before = read_json(tmp_path / "index.json")
+    other = [Example(x.tokens[::-1], x.supervised) for x in tiny.examples()]
+    for change, message in [
+        (dict(taps=(0, 2)), r"taps \[0, 1\], expected \[0, 2\]"),
+        (dict(dtype="bfloat16"), "dtype 'float32', expected 'bfloat16'"),
+        (dict(examples=other), "digest"),
+    ]:
+        with pytest.raises(ValueError, match=f"of something else .*{message}"):
+            build(tmp_path, **change)
+    target = dataclasses.replace(tiny.target(), name="another")
+    with pytest.raises(ValueError, match="target 'tiny', expected 'another'"):
+        open_features(tmp_path, target, tiny.examples(), taps=TAPS)
+    with pytest.raises(ValueError, match="cannot be stored in 'int8'"):
+        build(tmp_path / "new", dtype="int8")
+    assert read_json(tmp_path / "index.json") == before
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match="needs 0.00 GB more and its disk has 0.00 GB"):
+        build(tmp_path)
+    assert not shards(tmp_path)
