@@ -14,7 +14,9 @@ from jaxspec.trees.tree import NO_PARENT, DraftTree, root_only
 # expand(slot, scores, state) -> (candidates, children)
 #   slot: int32, the drafted position; scores: [B, F] of the nodes above it, -inf where there is
 #   none; state: pytree of [B, F, ...] they carry.
-#   candidates: [B, X] scores of possible children, none above its parent's, X >= F.
+#   candidates: [B, X] scores of possible children, none above its parent's, X >= F. First
+#     children of all nodes come first: partial sorts are two to three times as quick where the
+#     likely stand in front.
 #   children(index [B, F]) -> (parents [B, F] in 0 … F - 1, tokens [B, F], their state).
 Expand = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Callable]]
 

@@ -85,12 +85,13 @@ def path_conditioned(
             gain = _survival(gain, confidence(slot, state, tokens))
 
         def children(index):
-            parents, rank = index // width, index % width
+            rank, parents = index // frontier, index % frontier
             tokens = jnp.take_along_axis(options, rank, axis=1)
             state = jax.tree.map(lambda x: x[rows, parents], inherited)
             return parents, tokens, (tokens, state)
 
-        return (scores[..., None] + jnp.minimum(gain, 0.0)).reshape(batch, -1), children
+        gain = jnp.minimum(gain, 0.0).swapaxes(1, 2)  # [B, C, F]
+        return (scores[:, None] + gain).reshape(batch, -1), children
 
     rows = jnp.arange(batch)[:, None]
     start = jax.tree.map(

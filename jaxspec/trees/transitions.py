@@ -25,7 +25,8 @@ def from_transitions(
     other is a leaf. All of depth 1 hangs from row 0, the anchor.
 
     Node i is the i-th best path. TreeFlash's heap settles equal scores by the smaller tuple of
-    ranks, this by the lower depth: among equally good nodes the last ones kept may differ.
+    ranks, this by the lower depth, then the lower rank: where nodes of exactly one score
+    straddle the budget, another of them may be kept. Neither tree is worth more.
 
     Args:
       tokens: [B, P, M, K] int32.
@@ -37,21 +38,22 @@ def from_transitions(
 
     Source: TreeFlash (arXiv 2606.03819).
     """
-    batch, depth, _, width = tokens.shape
+    batch, depth, frontier = *tokens.shape[:2], size - 1
     rows = jnp.arange(batch)[:, None]
 
     def expand(slot, scores, parent):
         # A leaf has no row: what row 0 says is cancelled.
         scores = jnp.where(parent >= 0, scores, -jnp.inf)
         table = jnp.maximum(parent, 0)
-        candidates = scores[..., None] + log_probs[rows, slot, table]  # [B, F, K]
+        gain = log_probs[rows, slot, table].swapaxes(1, 2)  # [B, K, F]
+        candidates = scores[:, None] + gain
 
         def children(index):
-            above, rank = index // width, index % width
+            rank, above = index // frontier, index % frontier
             place = rows, slot, jnp.take_along_axis(table, above, axis=1), rank
             return above, tokens[place], next_parent[place]
 
         return candidates.reshape(batch, -1), children
 
-    start = jnp.zeros((batch, size - 1), jnp.int32)
+    start = jnp.zeros((batch, frontier), jnp.int32)
     return grow_by_level(expand, start, root, depth=depth, size=size, budget=budget)

@@ -52,6 +52,13 @@ def test_equals_the_original_trees(golden):
                 path = sorted(np.flatnonzero(above[node]), key=lambda i, d=depths: d[i])[1:]
                 expected.add(tuple(tokens[path].tolist()))
         assert set(paths(row(tree, b))) == expected
+        # Which nodes are kept does not hang on ties, which TreeFlash settles otherwise.
+        assert tree.scores[b, size - 1] > best_left_out(arrays, rounds[b], size) + 1e-4
+
+
+def best_left_out(arrays, name, size):
+    tables = (arrays[f"{name}_transition_{part}"] for part in ("tokens", "logp", "next"))
+    return min(search(*tables, size).values())
 
 
 @settings(max_examples=15, deadline=None)
