@@ -206,7 +206,7 @@ _ELEMENTWISE = {
 }
 _COMPARE = [np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal]
 _CASTS = ("arith.extui", "arith.extsi", "arith.extf", "arith.truncf", "arith.sitofp")
-_EXTERN = {"__nv_exp2f": np.exp2}
+_EXTERN = {"__nv_exp2f": np.exp2, "__nv_logf": np.log, "__nv_log2f": np.log2}
 
 
 class _Program:

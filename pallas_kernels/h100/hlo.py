@@ -253,8 +253,8 @@ class Module:
                 total += user.bytes
             elif user.code in _UPDATES and user.operands[0] == value.name:
                 continue
-            elif user.code == "bitcast":
-                total += self._bytes_read(user, users, ops)
+            elif user.code in ("bitcast", "convert"):
+                total += self._bytes_read(user, users, ops) * value.bytes // user.bytes
             else:
                 return value.bytes
         return min(total, value.bytes)

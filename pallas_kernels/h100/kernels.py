@@ -22,6 +22,7 @@ from pallas_kernels.tree_attention.config import TILES, Shape, TileConfig, choos
 REGISTERS = 65_536  # of a multiprocessor
 SHARED_MEMORY = 233_472
 THREADS = 2_048
+MAX_NODES = 512  # of a tree
 WARPGROUP_ROWS = 64  # the smallest tile of a Hopper matrix product
 
 _attention = jax.jit(
@@ -120,21 +121,22 @@ def _named(kernels: tuple[Kernel, ...], name: str) -> Kernel:
 def cases(quick: bool = False) -> list[AttentionCase | GroupedCase]:
     """Every kind of kernel that the library asks for.
 
-    The gate has every tile of the table with and without a window, with and without splits;
-    the rest adds numbers of nodes between them, groups and capacities.
+    The gate has every tile of the table with and without a window, with and without splits,
+    and the most nodes; the rest adds numbers of nodes between them, groups and capacities.
     """
     found = []
     for dtype, dim, rows in TILES:
         shape = Shape(1, rows // 4, 32, 8, dim, 4096, jnp.dtype(dtype))
-        for batch, window in itertools.product((1, 64), (None, 1024)):
-            found.append(AttentionCase(dataclasses.replace(shape, batch=batch), window))
+        changes = {}, dict(batch=64), dict(nodes=MAX_NODES)
+        for change, window in itertools.product(changes, (None, 1024)):
+            found.append(AttentionCase(dataclasses.replace(shape, **change), window))
     # Qwen3-30B-A3B's experts, for one token, a tree of 64 nodes, and prompt chunks.
     for rows, (depth, columns) in itertools.product(
         (8, 512, 4096, 16_384), ((2048, 1536), (768, 2048))
     ):
         found.append(GroupedCase(rows, 128, depth, columns))
     if quick:
-        return found
+        return list(dict.fromkeys(found))
     for dtype, dim in itertools.product(("bfloat16", "float32"), (64, 128)):
         shape = Shape(1, 1, 32, 8, dim, 4096, jnp.dtype(dtype))
         change = functools.partial(dataclasses.replace, shape)

@@ -3,9 +3,10 @@
 Prefix and tree form one sequence of key blocks: first the blocks of the cache that hold
 committed rows, then those of the new keys. `attend` shares it evenly among `splits` programs
 per tile of query rows, so a program does whatever part of the prefix and of the tree falls to
-it, and blocks past a row's length are nobody's. With one split the program divides and writes
-the output itself; otherwise each leaves a partial output with its peak and total in float32,
-and `merge` joins them by log-sum-exp.
+it, and blocks past a row's length are nobody's. With one split the program writes the output
+itself; otherwise each leaves the output of its part and the log of its softmax's denominator,
+and `merge` weighs the parts by these. Sums are float32 throughout; parts are written in the
+cache's dtype, as the output is: in float32 they would be most of what attention writes.
 
 The softmax runs in base 2. A masked score is -inf while the running peak starts at a finite
 floor, so a program that saw no key contributes exp2(floor - peak) = 0 and never a NaN.
@@ -26,6 +27,7 @@ from pallas_kernels.tree_attention.config import TileConfig
 
 WORD_BITS = 32
 FLOOR = -1e30
+TINY = 1e-30  # below the total of any program that saw a key, which is at least 1
 MERGE_ELEMENTS = 4096  # partial outputs that one program of `merge` holds in registers
 
 
@@ -76,8 +78,7 @@ def tree_attention_triton(
         inputs.append(depths.reshape(-1))
     out = jax.ShapeDtypeStruct((queries, dim), dtype)
     partials = (
-        jax.ShapeDtypeStruct((tile.splits, queries, dim), jnp.float32),
-        jax.ShapeDtypeStruct((tile.splits, queries), jnp.float32),
+        jax.ShapeDtypeStruct((tile.splits, queries, dim), dtype),
         jax.ShapeDtypeStruct((tile.splits, queries), jnp.float32),
     )
     result = pl.pallas_call(
@@ -222,33 +223,32 @@ def attend(
     carry = lax.fori_loop(jnp.maximum(start - prefix, 0), stop - prefix, tree_step, carry)
 
     out, peak, total = carry
+    total = jnp.maximum(total, TINY)
+    out = (out / total[:, None]).astype(refs[0].dtype)
     if tile.splits == 1:
         (out_ref,) = refs
-        out = (out / total[:, None]).astype(out_ref.dtype)
         plgpu.store(out_ref.at[query[:, None], lane], out, mask=whole_row)
         return
-    out_ref, peak_ref, total_ref = refs
+    out_ref, log_ref = refs
     plgpu.store(out_ref.at[split, query[:, None], lane], out, mask=whole_row)
-    plgpu.store(peak_ref.at[split, query], peak, mask=real)
-    plgpu.store(total_ref.at[split, query], total, mask=real)
+    plgpu.store(log_ref.at[split, query], peak + jnp.log2(total), mask=real)
 
 
-def merge(out_ref, peak_ref, total_ref, result_ref, *, rows: int):
-    """Join the splits of `rows` queries: weigh each partial by exp2(its peak - the peak)."""
+def merge(out_ref, log_ref, result_ref, *, rows: int):
+    """Join the splits of `rows` queries: weigh each part by its share of the softmax."""
     splits, queries, dim = out_ref.shape
     row = pl.program_id(0) * rows + jnp.arange(rows)
     split = jnp.arange(splits)[:, None]
     exists = jnp.broadcast_to(row < queries, (splits, rows))
-    peak = plgpu.load(peak_ref.at[split, row[None, :]], mask=exists, other=FLOOR)
-    total = plgpu.load(total_ref.at[split, row[None, :]], mask=exists, other=1.0)
-    weight = jnp.exp2(peak - peak.max(0)[None, :])  # [splits, rows]
+    log = plgpu.load(log_ref.at[split, row[None, :]], mask=exists, other=FLOOR)
+    weight = jnp.exp2(log - log.max(0)[None, :])  # [splits, rows]
     lane = jnp.arange(dim)
     out = plgpu.load(
         out_ref.at[split[..., None], row[None, :, None], lane[None, None, :]],
         mask=jnp.broadcast_to(exists[..., None], (splits, rows, dim)),
         other=0.0,
     )
-    out = (out * weight[..., None]).sum(0) / (total * weight).sum(0)[:, None]
+    out = (out.astype(jnp.float32) * weight[..., None]).sum(0) / weight.sum(0)[:, None]
     plgpu.store(
         result_ref.at[row[:, None], lane[None, :]],
         out.astype(result_ref.dtype),
