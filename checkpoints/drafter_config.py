@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from checkpoints.json_config import JsonConfig
 from jaxspec.config import DrafterConfig
 
 FORMATS = ("dflash", "treeflash", "deepspec")
 HEAD_TYPES = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}  # theirs to ours
-REQUIRED = object()
 
 
 def recognise(raw: dict[str, Any], origin: Any) -> str:
@@ -37,55 +37,36 @@ def from_json(raw: dict[str, Any], origin: Any) -> DrafterConfig:
       ValueError: a key is missing or asks for something that is not implemented.
     """
     format = recognise(raw, origin)
+    whole = JsonConfig(raw, origin, "a drafter")
     # DeepSpec keeps its own keys beside the model's, the others in an object.
-    own = raw if format == "deepspec" else raw["dflash_config"]
-
-    def get(section, key, default=REQUIRED):
-        value = section.get(key)
-        if value is None and default is REQUIRED:
-            raise ValueError(f"{origin}: the drafter's configuration has no '{key}'")
-        return default if value is None else value
-
-    def only(section, key, *allowed):
-        value = section.get(key)
-        if value is not None and value not in allowed:
-            raise ValueError(
-                f"{origin}: '{key}' is {value!r}, which is not supported; "
-                f"expected {' or '.join(map(repr, allowed))}"
-            )
-
-    only(raw, "model_type", "qwen3")
-    only(raw, "hidden_act", "silu")
-    only(raw, "attention_bias", False)
-    only(own, "projector_type", "dspark")
-    only(own, "draft_shift", False)
-    only(own, "target_hidden_size", get(raw, "hidden_size"))
-    sizes = {get(own, "block_size", None), get(raw, "block_size", None)} - {None}
-    if len(sizes) != 1:
-        raise ValueError(
-            f"{origin}: the drafter's configuration gives "
-            f"{'two values of' if sizes else 'no'} 'block_size': {sorted(sizes)}"
-        )
-    heads = get(raw, "num_attention_heads")
-    config = DrafterConfig(
-        vocab_size=get(raw, "vocab_size"),
-        hidden_size=get(raw, "hidden_size"),
-        intermediate_size=get(raw, "intermediate_size"),
-        num_layers=get(raw, "num_hidden_layers"),
+    own = whole if format == "deepspec" else whole.section("dflash_config")
+    whole.one_of("model_type", ("qwen3",), "qwen3")
+    whole.one_of("hidden_act", ("silu",), "silu")
+    whole.one_of("attention_bias", (False,), False)
+    own.one_of("projector_type", ("dspark",), "dspark")
+    own.one_of("draft_shift", (False,), False)
+    hidden, heads = whole.integer("hidden_size"), whole.integer("num_attention_heads")
+    own.one_of("target_hidden_size", (hidden,), hidden)
+    config = whole.make(
+        DrafterConfig,
+        vocab_size=whole.integer("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=whole.integer("intermediate_size"),
+        num_layers=whole.integer("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=get(raw, "num_key_value_heads", heads),
-        head_dim=get(raw, "head_dim"),
-        target_layers=get(raw, "num_target_layers"),
-        taps=tuple(get(own, "target_layer_ids")),
-        block_size=sizes.pop(),
-        mask_token_id=get(own, "mask_token_id"),
-        causal=get(own, "causal_head", get(own, "causal", False)),
-        predict_next=get(own, "sample_from_anchor", format == "deepspec"),
-        window=_window(raw, origin),
-        rope_theta=_rope_theta(raw, only),
-        rms_norm_eps=get(raw, "rms_norm_eps", 1e-6),
-        max_positions=get(raw, "max_position_embeddings", 40_960),
-        **(_mlp(raw, only) if format == "treeflash" else _heads(own, only)),
+        num_kv_heads=whole.integer("num_key_value_heads", heads),
+        head_dim=whole.integer("head_dim"),
+        target_layers=whole.integer("num_target_layers"),
+        taps=own.items("target_layer_ids", int),
+        block_size=_block_size(whole, own),
+        mask_token_id=own.integer("mask_token_id", least=0),
+        causal=own.flag("causal_head", own.flag("causal")),
+        predict_next=own.flag("sample_from_anchor", format == "deepspec"),
+        window=_window(whole),
+        rope_theta=whole.rope_theta(),
+        rms_norm_eps=whole.number("rms_norm_eps", 1e-6),
+        max_positions=whole.integer("max_position_embeddings", 40_960),
+        **(_mlp(whole) if format == "treeflash" else _heads(own)),
     )
     if format == "deepspec" and config.target_layers - 1 in config.taps:
         raise ValueError(
@@ -164,15 +145,26 @@ def to_json(config: DrafterConfig, format: str, dtype: str) -> dict[str, Any]:
     return raw | own | _heads_to_json(c) | extra
 
 
-def _heads(own: dict[str, Any], only) -> dict[str, Any]:
-    rank = own.get("markov_rank") or 0
-    only(own, "markov_head_type", *HEAD_TYPES)
-    only(own, "enable_confidence_head", True, False)
+def _block_size(whole: JsonConfig, own: JsonConfig) -> int:
+    """Some formats give it at the top, some inside."""
+    places = [section for section in (own, whole) if section.has("block_size")]
+    sizes = sorted({section.integer("block_size") for section in places})
+    if len(sizes) != 1:
+        raise ValueError(
+            f"{whole.origin}: the drafter's configuration gives "
+            f"{'two values of' if sizes else 'no'} 'block_size': {sizes}"
+        )
+    return sizes[0]
+
+
+def _heads(own: JsonConfig) -> dict[str, Any]:
+    rank = own.integer("markov_rank", 0, least=0)
+    head = own.one_of("markov_head_type", tuple(HEAD_TYPES), "vanilla")
     confidence = None
-    if own.get("enable_confidence_head"):
-        with_previous = own.get("confidence_head_with_markov", rank > 0)
+    if own.flag("enable_confidence_head"):
+        with_previous = own.flag("confidence_head_with_markov", rank > 0)
         confidence = "hidden_and_previous" if with_previous else "hidden"
-    kind = HEAD_TYPES[own.get("markov_head_type") or "vanilla"] if rank else None
+    kind = HEAD_TYPES[head] if rank else None
     return {"sequential": kind, "rank": rank, "confidence": confidence}
 
 
@@ -189,10 +181,10 @@ def _heads_to_json(c: DrafterConfig) -> dict[str, Any]:
     return own
 
 
-def _mlp(raw: dict[str, Any], only) -> dict[str, Any]:
-    section = raw["treeflash_config"]
-    only(section, "ar_approximation", "swiglu")
-    return {"sequential": "mlp" if section.get("ar_approximation") else None}
+def _mlp(whole: JsonConfig) -> dict[str, Any]:
+    section = whole.section("treeflash_config")
+    corrects = section.one_of("ar_approximation", ("swiglu", None), None)
+    return {"sequential": "mlp" if corrects else None}
 
 
 def _check_expressible(c: DrafterConfig, format: str) -> None:
@@ -221,22 +213,12 @@ def _check_expressible(c: DrafterConfig, format: str) -> None:
             )
 
 
-def _window(raw: dict[str, Any], origin: Any) -> int | None:
-    kinds = set(raw.get("layer_types") or ["full_attention"])
+def _window(whole: JsonConfig) -> int | None:
+    kinds = set(whole.items("layer_types", str, ())) or {"full_attention"}
     if kinds == {"full_attention"}:
         return None
-    if kinds == {"sliding_attention"} and isinstance(raw.get("sliding_window"), int):
-        return raw["sliding_window"]
-    raise ValueError(
-        f"{origin}: 'layer_types' is {sorted(kinds)} with 'sliding_window' "
-        f"{raw.get('sliding_window')!r}; expected full attention in all layers, or sliding "
-        "attention of one width in all"
+    if kinds == {"sliding_attention"}:
+        return whole.integer("sliding_window")
+    raise whole.refusal(
+        "layer_types", "full attention in all layers, or sliding attention of one width in all"
     )
-
-
-def _rope_theta(raw: dict[str, Any], only) -> float:
-    for key in ("rope_parameters", "rope_scaling"):
-        only(raw.get(key) or {}, "rope_type", "default")
-        only(raw.get(key) or {}, "type", "default")
-    theta = (raw.get("rope_parameters") or {}).get("rope_theta", raw.get("rope_theta"))
-    return 10_000.0 if theta is None else float(theta)

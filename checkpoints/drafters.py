@@ -27,7 +27,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from checkpoints.drafter_config import from_json, recognise, to_json
-from checkpoints.fuse import Part
+from checkpoints.fuse import Part, check_dtype, check_finite
 from checkpoints.huggingface import resolve
 from checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import DrafterConfig, TargetConfig, TreeConfig
@@ -57,7 +57,7 @@ def load_drafter(
       ValueError: it is not a drafter of a known format, is damaged, or was made for another
         target.
     """
-    folder = locate(name_or_path)
+    dtype, folder = check_dtype(dtype), locate(name_or_path)
     raw = read_json(folder / "config.json")
     config = from_json(raw, folder)
     check_target(config, target_config, folder)
@@ -291,7 +291,9 @@ def _load(
         array = np.empty(spec.shape, spec.dtype)
         for part in table[path]:
             view = array[part.index].transpose(part.axes)
-            view[...] = tensors.read(part.name).reshape(view.shape)
+            with np.errstate(over="ignore"):  # found below, with the tensor's name
+                view[...] = tensors.read(part.name).reshape(view.shape)
+            check_finite(view, part.name, tensors.origin)
         return spec.replace(jnp.asarray(array))
 
     abstract = nnx.to_flat_state(abstract_weights(config, dtype))

@@ -110,6 +110,11 @@ def load(
         `config` says, or holds a value that is not finite in `dtype`.
     """
     dtype = check_dtype(dtype)
+    if config.num_layers > len(tensors.shapes):  # a damaged number may be very large
+        raise ValueError(
+            f"{tensors.origin} holds {len(tensors.shapes)} tensors; its configuration asks for "
+            f"{config.num_layers} layers: the checkpoint is incomplete or damaged"
+        )
     table = destinations(config, tensors.shapes)
     parts = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Part))
     _check(config, tensors, parts)
@@ -144,10 +149,23 @@ def load(
 
 def check_dtype(dtype) -> np.dtype:
     """The dtype; raises ValueError if weights cannot have it."""
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
+    try:
+        dtype = jnp.dtype(dtype)
+        good = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:  # no such name
+        good = False
+    if not good:
         raise ValueError(f"dtype is {dtype}; weights need float32, bfloat16 or float16")
     return dtype
+
+
+def check_finite(values: np.ndarray, name: str, origin: str) -> None:
+    """Raises ValueError if a tensor, in the dtype asked for, holds what is not a number."""
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"{origin}: tensor '{name}' holds NaN or infinity as {values.dtype}; the "
+            "checkpoint is damaged, or its values need a wider dtype"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,12 +368,7 @@ def _place(
             source = values[_slices(overlap, piece)].transpose(np.argsort(order))
             with np.errstate(over="ignore"):  # found below, with the tensor's name
                 target[...] = source.reshape(target.shape)
-            if not np.isfinite(target).all():
-                raise ValueError(
-                    f"{tensors.origin}: tensor '{part.name}' holds NaN or infinity as "
-                    f"{target.dtype}; the checkpoint is damaged, or its values need a wider "
-                    "dtype"
-                )
+            check_finite(target, part.name, tensors.origin)
             yield target.size
 
 

@@ -80,13 +80,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
     _expect(file, "tokenizer.ggml.model", "gpt2")
     _expect(file, "tokenizer.ggml.pre", "smollm")
     types = _get(file, "tokenizer.ggml.token_type", list)
-    return Tokenizer.from_bpe(
-        _get(file, "tokenizer.ggml.tokens", list),
-        _get(file, "tokenizer.ggml.merges", list),
-        special=[i for i, kind in enumerate(types) if kind == SPECIAL],
-        eos=_get(file, "tokenizer.ggml.eos_token_id", int),
-        chat_template=file.metadata.get("tokenizer.chat_template"),
-    )
+    tokens = _get(file, "tokenizer.ggml.tokens", list)
+    merges = _get(file, "tokenizer.ggml.merges", list)
+    eos = _get(file, "tokenizer.ggml.eos_token_id", int)
+    try:
+        return Tokenizer.from_bpe(
+            tokens,
+            merges,
+            special=[i for i, kind in enumerate(types) if kind == SPECIAL],
+            eos=eos,
+            chat_template=file.metadata.get("tokenizer.chat_template"),
+        )
+    except Exception as error:  # of many kinds: ids past the end, merges of unknown tokens
+        raise ValueError(
+            f"the tokenizer in {path} cannot be made ({error}); download it again"
+        ) from error
 
 
 class _LlamaTensors:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from checkpoints import fuse
+from checkpoints.json_config import REQUIRED, JsonConfig
 from checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams, abstract_params
@@ -20,7 +21,6 @@ TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "tokenizer.model")
 MODEL_TYPES = ("qwen3", "qwen3_moe", "llama", "qwen2")
 WEIGHTS = "weights.orbax"  # folder of a converted checkpoint, in place of safetensors
-REQUIRED = object()
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -60,7 +60,7 @@ def read_config(folder: str | Path) -> TargetConfig:
       ValueError: a key is missing or has a value this decoder does not implement.
     """
     folder = Path(folder)
-    raw = _Config(folder / "config.json")
+    raw = _config(folder / "config.json")
     model_type = raw.one_of("model_type", MODEL_TYPES, REQUIRED)
     _refuse_unsupported(raw, model_type)
     heads = raw.integer("num_attention_heads")
@@ -70,7 +70,7 @@ def read_config(folder: str | Path) -> TargetConfig:
     if model_type == "qwen3_moe":
         experts = "num_local_experts" if raw.has("num_local_experts") else "num_experts"
         step = raw.integer("decoder_sparse_step", 1)
-        dense = raw.get("mlp_only_layers", ())
+        dense = raw.items("mlp_only_layers", int, ())
         mixture = dict(
             num_experts=raw.integer(experts),
             experts_per_token=raw.integer("num_experts_per_tok"),
@@ -80,7 +80,8 @@ def read_config(folder: str | Path) -> TargetConfig:
                 i for i in range(layers) if i not in dense and (i + 1) % step == 0
             ),
         )
-    return TargetConfig(
+    return raw.make(
+        TargetConfig,
         vocab_size=raw.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=raw.integer("intermediate_size"),
@@ -88,7 +89,7 @@ def read_config(folder: str | Path) -> TargetConfig:
         num_heads=heads,
         num_kv_heads=raw.integer("num_key_value_heads", heads),
         head_dim=raw.integer("head_dim", hidden // heads),
-        rope_theta=_rope_theta(raw),
+        rope_theta=raw.rope_theta(),
         rms_norm_eps=raw.number("rms_norm_eps", 1e-6),
         max_positions=raw.integer("max_position_embeddings"),
         tie_embeddings=raw.flag("tie_word_embeddings"),
@@ -133,86 +134,27 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | None:
     return None
 
 
-class _Config:
-    """config.json with every refusal naming file, key, value and what was expected."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.values = read_json(path)
-
-    def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def get(self, key: str, default=REQUIRED):
-        """The value; the default where the key is absent or null."""
-        value = self.values.get(key)
-        if value is None and default is REQUIRED:
-            raise ValueError(f"{self.path} has no '{key}'; it is not a target's configuration")
-        return default if value is None else value
-
-    def integer(self, key: str, default=REQUIRED) -> int:
-        value = self.get(key, default)
-        if type(value) is not int or value < 1:
-            raise self.refusal(key, "a positive integer")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        value = self.get(key, default)
-        if type(value) not in (int, float) or not value > 0:
-            raise self.refusal(key, "a positive number")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        return self.one_of(key, (False, True), False)
-
-    def mapping(self, key: str) -> dict:
-        value = self.get(key, {})
-        if not isinstance(value, dict):
-            raise self.refusal(key, "an object")
-        return value
-
-    def one_of(self, key: str, allowed: tuple, default):
-        value = self.get(key, default)
-        if value not in allowed:
-            raise self.refusal(key, " or ".join(map(repr, allowed)))
-        return value
-
-    def refusal(self, key: str, expected: str) -> ValueError:
-        return ValueError(
-            f"{self.path}: '{key}' is {self.values.get(key)!r}, which is not supported; "
-            f"expected {expected}"
-        )
+def _config(path: Path) -> JsonConfig:
+    return JsonConfig(read_json(path), path, "a target")
 
 
-def _refuse_unsupported(raw: _Config, model_type: str) -> None:
+def _refuse_unsupported(raw: JsonConfig, model_type: str) -> None:
     raw.one_of("hidden_act", ("silu",), "silu")
     for key in ("use_sliding_window", "mlp_bias"):
         raw.one_of(key, (False,), False)
     if model_type != "qwen2":  # elsewhere the flag adds a bias to the output projection too
         raw.one_of("attention_bias", (False,), False)
-    if set(raw.get("layer_types", ())) - {"full_attention"}:
+    if set(raw.items("layer_types", str, ())) - {"full_attention"}:
         raise raw.refusal("layer_types", "'full_attention' throughout")
     if raw.has("quantization_config"):
         raise raw.refusal("quantization_config", "unquantised weights")
 
 
-def _rope_theta(raw: _Config) -> float:
-    """The base of the rotary frequencies, under transformers 5's key or transformers 4's."""
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = raw.mapping(key)
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise raw.refusal(key, "'rope_type': 'default'")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise raw.refusal(key, "'partial_rotary_factor': 1.0")
-    theta = raw.mapping("rope_parameters").get("rope_theta")
-    return raw.number("rope_theta", 10_000.0) if theta is None else float(theta)
-
-
-def _eos_token_ids(folder: Path, raw: _Config) -> tuple[int, ...]:
+def _eos_token_ids(folder: Path, raw: JsonConfig) -> tuple[int, ...]:
     """Those of config.json, then those only generation_config.json has."""
     sources = [raw]
     if (folder / "generation_config.json").exists():
-        sources.append(_Config(folder / "generation_config.json"))
+        sources.append(_config(folder / "generation_config.json"))
     found: dict[int, None] = {}
     for source in sources:
         value = source.get("eos_token_id", [])

@@ -123,6 +123,8 @@ def read_json(path: Path) -> dict:
         raise ValueError(
             f"{path.parent} has no {path.name}; expected a Hugging Face checkpoint folder"
         ) from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):

@@ -265,8 +265,16 @@ def own(raw):
         (
             "dflash",
             lambda c: c.update(rope_scaling={"rope_type": "yarn"}),
-            "'rope_type' is 'yarn'",
+            "'rope_scaling' is .*yarn.*expected 'rope_type': 'default'",
         ),
+        (
+            "dflash",
+            lambda c: c.update(hidden_size="32"),
+            "'hidden_size' is '32'.*a positive integer",
+        ),
+        ("dflash", lambda c: own(c).update(target_layer_ids=3), "is 3.* a list of integers"),
+        ("dflash", lambda c: c.update(num_key_value_heads=0), "'num_key_value_heads' is 0"),
+        ("dflash", lambda c: own(c).update(causal_head="no"), "'causal_head' is 'no'"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, kind, change, message):
@@ -274,6 +282,49 @@ def test_what_does_not_fit_is_refused(tmp_path, kind, change, message):
     edit(tmp_path / "a", change)
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "a")
+
+
+ANYTHING = ("x", None, -1, 0, 1.5, True, [], {}, [1], {"a": 1}, 1000, float("nan"))
+
+
+@pytest.mark.parametrize("kind", ["dflash", "gated", "treeflash"])
+def test_any_value_of_any_key_is_a_drafter_or_one_clear_refusal(kind):
+    config = dataclasses.replace(cases.KINDS[kind], confidence=None)
+    whole = to_json(config, FORMATS[kind], "float32")
+    sections = ("dflash_config", "treeflash_config", "rope_parameters")
+    changed = [whole | {key: value} for key in whole for value in ANYTHING]
+    changed += [
+        whole | {section: whole[section] | {key: value}}
+        for section in sections
+        for key in whole.get(section, ())
+        for value in ANYTHING
+    ]
+    refused = 0
+    for raw in changed:
+        try:
+            assert isinstance(from_json(raw, "drafts/a"), DrafterConfig)
+        except ValueError as error:
+            assert str(error).startswith("drafts/a"), raw
+            refused += 1
+    assert refused > len(changed) // 3
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_not_finite(tmp_path, value):
+    save(tmp_path / "a", "dspark")
+    path = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["layers.1.self_attn.v_proj.weight"][2, 3] = value
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="'layers.1.self_attn.v_proj.weight' holds NaN or inf"):
+        load(tmp_path / "a")
+
+
+def test_a_dtype_that_weights_cannot_have(tmp_path):
+    save(tmp_path / "a", "dflash")
+    for dtype in ("int8", "half-precision"):
+        with pytest.raises(ValueError, match=f"dtype is {dtype}; weights need float32"):
+            load(tmp_path / "a", dtype)
 
 
 @pytest.mark.parametrize("name", ["embed_tokens.weight", "lm_head.weight"])

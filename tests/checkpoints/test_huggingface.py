@@ -17,6 +17,11 @@ def config_of(folder, raw, generation=None):
     return read_config(folder)
 
 
+MIXTURE_KEYS = {
+    key: value for key, value in MIXTURE.items() if key not in DENSE or key == "model_type"
+}
+
+
 def without(raw, *keys):
     return {key: value for key, value in raw.items() if key not in keys}
 
@@ -136,12 +141,35 @@ def test_ids_that_end_a_text(tmp_path, eos, generation, ids):
         ({"rms_norm_eps": -1.0}, r"'rms_norm_eps' is -1.0.*a positive number"),
         ({"tie_word_embeddings": "no"}, r"'tie_word_embeddings' is 'no'"),
         ({"eos_token_id": "</s>"}, r"'eos_token_id' is '</s>'.*token id"),
-        ({"num_key_value_heads": 4}, r"num_heads is 6, not a multiple of num_kv_heads = 4"),
+        ({"layer_types": 1}, r"'layer_types' is 1.*a list of texts"),
+        (MIXTURE_KEYS | {"mlp_only_layers": 1}, r"'mlp_only_layers' is 1.*list of integers"),
+        (
+            {"num_key_value_heads": 4},
+            r"config.json: TargetConfig.num_heads is 6, not a multiple of num_kv_heads = 4",
+        ),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         config_of(tmp_path, DENSE | change)
+
+
+def test_any_value_of_any_key_is_a_target_or_one_clear_refusal(tmp_path):
+    raw = MIXTURE | dict(decoder_sparse_step=1, layer_types=["full_attention"], eos_token_id=1)
+    anything = ("x", None, -1, 0, 1.5, True, [], {}, [1], {"a": 1}, 1000, float("nan"))
+    rope = raw["rope_parameters"] | {"partial_rotary_factor": 1.0}
+    changed = [raw | {key: value} for key in raw for value in anything]
+    changed += [
+        raw | {"rope_parameters": rope | {key: value}} for key in rope for value in anything
+    ]
+    refused = 0
+    for one in changed:
+        try:
+            assert isinstance(config_of(tmp_path, one), TargetConfig)
+        except ValueError as error:
+            assert str(error).startswith(str(tmp_path / "config.json")), one
+            refused += 1
+    assert refused > len(changed) // 3
 
 
 @pytest.mark.parametrize("key", ["model_type", "vocab_size", "num_attention_heads"])
@@ -158,6 +186,10 @@ def test_damaged_config(tmp_path):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"holds a JSON list; expected an object"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ValueError, match=r"cannot read .*config.json: .*directory"):
         read_config(tmp_path)
 
 
