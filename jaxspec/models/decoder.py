@@ -26,11 +26,14 @@ class ForwardOutput:
       hidden: [B, N, M] float32, after the final norm; `unembed` turns it into logits.
       taps: [B, N, len(taps) * M] float32, outputs of the tapped layers side by side.
       rows: keys and values of the nodes, for `KVCache.write`.
+      experts: [B * N, k], those that the nodes chose in every layer that mixes some, for
+        `moe.expert_load`.
     """
 
     hidden: jax.Array
     taps: jax.Array
     rows: KVRows
+    experts: tuple[jax.Array, ...]
 
 
 def forward(
@@ -68,7 +71,7 @@ def forward(
         tokens, positions = packing.gather(tokens), packing.gather(positions)
     angles = rotary_angles(positions, config.head_dim, config.rope_theta)
     x = lookup(params.embed, tokens)  # [B, N, M]
-    outputs, keys, values = {-1: x}, [], []
+    outputs, keys, values, experts = {-1: x}, [], [], []
     for i, layer in enumerate(params.layers):
         q, k, v = _qkv(layer.attention, config, x, angles)
         # Rounded here and kept: XLA would rather keep every layer's whole projection until the
@@ -92,8 +95,10 @@ def forward(
         if packing is not None:
             attended = packing.gather(attended)
         x = x + _project_out(layer.attention, attended)
-        x = x + _mlp(layer.mlp, config, x)
+        out, chosen = _mlp(layer.mlp, config, x)
+        x = x + out
         outputs[i] = x
+        experts += chosen
         keys.append(k)
         values.append(v)
     hidden = rms_norm(x, params.final_norm, config.rms_norm_eps)
@@ -103,6 +108,7 @@ def forward(
         hidden=hidden,
         taps=jnp.concatenate(tapped, axis=-1) if tapped else x[..., :0],
         rows=KVRows(tuple(keys), tuple(values)),
+        experts=tuple(experts),
     )
 
 
@@ -142,11 +148,14 @@ def _project_out(params: AttentionParams, attended: jax.Array) -> jax.Array:
     return project("bnh,hm->bnm", attended.reshape(batch, n, -1), weight)
 
 
-def _mlp(params: MlpParams | MoeParams, config: TargetConfig, x: jax.Array) -> jax.Array:
+def _mlp(
+    params: MlpParams | MoeParams, config: TargetConfig, x: jax.Array
+) -> tuple[jax.Array, list[jax.Array]]:
+    """What it adds to x, and the experts that were chosen, if it mixes some."""
     normed = rms_norm(x, params.norm, config.rms_norm_eps)
     if isinstance(params, MoeParams):
-        out = mixture_of_experts(params, config, normed.reshape(-1, config.hidden_size))
-        return out.reshape(x.shape)
-    return project(
-        "bnf,fm->bnm", swiglu(project("bnm,mcf->bncf", normed, params.gate_up)), params.down
-    )
+        flat = normed.reshape(-1, config.hidden_size)
+        out, expert = mixture_of_experts(params, config, flat)
+        return out.reshape(x.shape), [expert]
+    hidden = swiglu(project("bnm,mcf->bncf", normed, params.gate_up))
+    return project("bnf,fm->bnm", hidden, params.down), []

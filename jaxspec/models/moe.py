@@ -15,8 +15,12 @@ from jaxspec.models.params import MoeParams
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
-def mixture_of_experts(params: MoeParams, config: TargetConfig, x: jax.Array) -> jax.Array:
+def mixture_of_experts(
+    params: MoeParams, config: TargetConfig, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The top k experts of every token, weighed by the router; x is [T, M], normed.
+
+    Returns the sums [T, M] and the experts [T, k].
 
     Under a mesh with axes "model" or "rest" (`jax.set_mesh`) experts are cut over both. Every
     device sees all tokens and adds up what its own experts make of them; one sum over the
@@ -28,7 +32,7 @@ def mixture_of_experts(params: MoeParams, config: TargetConfig, x: jax.Array) ->
     weight, expert = route(params, config, x)
     axes = cut_axes()
     if not axes:
-        return _weigh(_apply(x, params.gate_up, params.down, expert), weight)
+        return _weigh(_apply(x, params.gate_up, params.down, expert), weight), expert
     mesh = jax.sharding.get_abstract_mesh()
     experts, devices = params.down.shape[0], math.prod(mesh.shape[name] for name in axes)
     if experts % devices:
@@ -44,12 +48,13 @@ def mixture_of_experts(params: MoeParams, config: TargetConfig, x: jax.Array) ->
         return jax.lax.psum(_weigh(jnp.where(here[..., None], out, 0), weight), axes)
 
     whole, cut = PartitionSpec(), PartitionSpec(axes)
-    return jax.shard_map(
+    out = jax.shard_map(
         of_this_device,
         in_specs=(whole, cut, cut, whole, whole),
         out_specs=whole,
         check_vma=False,
     )(x, params.gate_up, params.down, expert, weight)
+    return out, expert
 
 
 def route(params: MoeParams, config: TargetConfig, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -78,14 +83,22 @@ class ExpertLoad:
     busiest_device: jax.Array
 
 
-def expert_load(expert: jax.Array, experts: int, *, devices: int = 1) -> ExpertLoad:
+def expert_load(
+    expert: jax.Array, experts: int, *, valid: jax.Array | None = None, devices: int = 1
+) -> ExpertLoad:
     """Statistics of a choice [T, k] of `route` among all `experts`.
+
+    Args:
+      valid: bool, T in all: nodes that count, as `DraftTree.valid`.
+      devices: over which the experts are cut.
 
     >>> load = expert_load(jnp.array([[0, 1], [0, 3]]), 4, devices=2)
     >>> int(load.read), float(load.busiest), float(load.busiest_device)
     (3, 2.0, 1.5)
     """
-    nodes = jnp.bincount(expert.reshape(-1), length=experts)
+    if valid is not None:  # those that do not count choose an expert that is not there
+        expert = jnp.where(valid.reshape(-1, 1), expert, experts)
+    nodes = jnp.bincount(expert.reshape(-1), length=experts + 1)[:experts]
     per_device = nodes.reshape(devices, -1).sum(axis=1)
     return ExpertLoad(
         read=(nodes > 0).sum(),

@@ -148,7 +148,9 @@ def test_experts_equal_a_loop_over_tokens_and_choices():
     )
     x = np.asarray(jax.random.normal(keys[3], (7, m)))
     for norm in (True, False):
-        found = mixture_of_experts(params, dataclasses.replace(config, norm_topk_prob=norm), x)
+        found, _ = mixture_of_experts(
+            params, dataclasses.replace(config, norm_topk_prob=norm), x
+        )
         for token in range(7):
             p = np.asarray(jax.nn.softmax(x[token] @ params.router))
             best = np.argsort(-p)[: config.experts_per_token]

@@ -1,5 +1,7 @@
 """The grouped matrix product, both implementations, against a loop over groups."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from pallas_kernels.grouped_matmul.triton import (
     tile_rows,
     unsupported,
 )
-from pallas_kernels.ttir_check import execute
+from pallas_kernels.ttir_check import _Buffer, execute
 
 GROUPS, DEPTH, COLUMNS = 6, 128, 256
 
@@ -63,6 +65,24 @@ def test_the_lowered_kernel_stays_in_bounds_and_writes_every_row_once(group_size
     arrays = make_inputs(group_sizes)
     (actual,) = execute(grouped_matmul_triton, *arrays)
     assert np.abs(actual - oracle(*arrays[:2], group_sizes)).max() < 1e-3
+
+
+@pytest.mark.parametrize("group_sizes", [(0, 17, 0, 0, 3, 0), (0, 0, 0, 0, 0, 1)])
+def test_only_matrices_of_groups_with_rows_are_read(monkeypatch, group_sizes):
+    rows, weights, sizes = make_inputs(group_sizes)
+    read = collections.Counter()
+    check = _Buffer.check
+
+    def watch(buffer, offsets, program, verb):
+        if buffer.data.size == weights.size:
+            read.update((offsets.reshape(-1) // (DEPTH * COLUMNS)).tolist())
+        check(buffer, offsets, program, verb)
+
+    monkeypatch.setattr(_Buffer, "check", watch)
+    execute(grouped_matmul_triton, rows, weights, sizes)
+    tile = tile_rows(sum(group_sizes), GROUPS)
+    tiles = {g: -(-size // tile) for g, size in enumerate(group_sizes) if size}
+    assert read == {g: count * DEPTH * COLUMNS for g, count in tiles.items()}
 
 
 def test_tiles_are_laid_per_group_and_the_rest_are_empty():

@@ -3,13 +3,19 @@
 The gate itself is `python -m pallas_kernels.h100`.
 """
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxspec.models.moe import mixture_of_experts
+from jaxspec.models.params import abstract_params
+from jaxspec.models.presets import PRESETS
+from jaxspec.sharding import shardings
 from pallas_kernels.h100.compile import compile_for_h100
 from pallas_kernels.h100.kernels import AttentionCase
 from pallas_kernels.h100.target import mesh
@@ -80,3 +86,38 @@ def test_a_result_is_found_again_by_what_was_compiled(tmp_path, monkeypatch):
         assert compile_for_h100(sound_step, x, weight, cache, cache=tmp_path) == first
     compile_for_h100(sound_step, x, weight, array(8192, 1024), cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def mixture(params, config, x):
+    return mixture_of_experts(params, config, x)[0]
+
+
+def compile_mixture(tokens, devices):
+    """A layer of Qwen3-30B-A3B's experts; returns it and the bytes of one expert."""
+    config = dataclasses.replace(PRESETS["qwen3-30b-a3b"], num_layers=1, sparse_layers=(0,))
+    on = mesh(devices, heads=math.gcd(devices, config.num_kv_heads))
+    layer = abstract_params(config, jnp.bfloat16).layers[0].mlp
+    x = jax.ShapeDtypeStruct((tokens, config.hidden_size), jnp.float32)
+    layer, x = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (layer, x),
+        shardings(on, (layer, x)),
+    )
+    expert = 3 * 2 * config.hidden_size * config.moe_intermediate_size
+    return compile_for_h100(mixture, layer, config, x, mesh=on), expert
+
+
+@pytest.mark.parametrize(
+    "tokens, devices, experts",
+    [(1, 1, 8), (4, 1, 32), (64, 1, 128), (1, 8, 1), (4, 4, 8), (64, 8, 16)],
+)
+def test_a_mixture_moves_the_experts_its_nodes_choose_and_no_others(tokens, devices, experts):
+    """At most 8 per node; of those, each device reads its own share and sends none."""
+    program, expert = compile_mixture(tokens, devices)
+    rest = 2**20 + tokens * 2**19  # router and activations
+    assert 0 < program.module.moved_bytes() - experts * expert < rest
+    assert 0 < program.arguments - 128 * expert // devices < 2**21
+    sent = 0 if devices == 1 else 4 * tokens * 2048  # the sum over the devices
+    assert program.module.exchanged_bytes() == sent
+    assert program.module.large_copies(expert) == []
