@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 import checkpoints
 from checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder
@@ -137,7 +138,7 @@ several = settings(
 
 @pytest.fixture(scope="module")
 def opened():
-    """Every file that this process opens from Python on, while the list is watched."""
+    """Every file that is opened from Python or by safetensors, while the list is watched."""
     paths, watching = [], [True]
 
     def watch(event, arguments):
@@ -145,7 +146,14 @@ def opened():
             paths.append(arguments[0])
 
     sys.addaudithook(watch)  # it cannot be taken off again
-    yield paths
+
+    def open_watched(file, framework):  # in Rust, which has no such hook
+        paths.append(file)
+        return safe_open(file, framework)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("checkpoints.tensors.safe_open", open_watched)
+        yield paths
     watching[0] = False
 
 
