@@ -47,6 +47,7 @@ def run_blocks(
     tokens: jax.Array,
     features: jax.Array,
     anchors: jax.Array,
+    starts: jax.Array | None = None,
     *,
     chunk: int = 32,
 ) -> BlockOutput:
@@ -61,23 +62,29 @@ def run_blocks(
     Args:
       tokens: [B, T] int32.
       features: [B, T, len(taps) * M].
-      anchors: [B, A] int32, positions 0 … T - 1.
+      anchors: [B, A] int32, 0 … T - 1.
+      starts: [B, T] int32, where a row holds several sequences: the first index of the one a
+        token belongs to. Positions count from there, and a block sees nothing before it; its
+        slots past the end of the sequence have labels of the next one.
     """
     config, length = head.config, tokens.shape[1]
+    first = None if starts is None else take(starts, anchors)  # [B, A]
     at = anchors[..., None] + jnp.arange(config.depth + 1)  # [B, A, P + 1]
     known = take(tokens, jnp.minimum(at, length - 1))
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    context = head.context(features, positions)
+    context = head.context(features, positions if starts is None else positions - starts)
     dtype = head.fc[...].dtype
     context = jax.tree.map(lambda x: x.astype(dtype), context)
 
     def attend(layer, q, k, v):
         keys, values = context.keys[layer], context.values[layer]
         q, k, v = (x.astype(dtype) for x in (q, k, v))
-        return block_attention(config, q, k, v, keys, values, anchors, chunk=chunk)
+        return block_attention(config, q, k, v, keys, values, anchors, first, chunk=chunk)
 
     return BlockOutput(
-        stream=head.stream(vocabulary, known[..., 0], anchors, attend),
+        stream=head.stream(
+            vocabulary, known[..., 0], anchors if first is None else anchors - first, attend
+        ),
         previous=known[..., :-1],
         labels=known[..., 1:],
         inside=at[..., 1:] < length,
@@ -92,6 +99,7 @@ def block_attention(
     context_keys: jax.Array,
     context_values: jax.Array,
     anchors: jax.Array,
+    first: jax.Array | None = None,
     *,
     chunk: int,
 ) -> jax.Array:
@@ -103,6 +111,7 @@ def block_attention(
       q: [B, A, b, H, D]; k, v: [B, A, b, K, D], of the blocks.
       context_keys, context_values: [B, T, K, D].
       anchors: [B, A] int32.
+      first: [B, A] int32, the first index of the context a block sees; 0 by default.
       chunk: anchors per sequence scored at a time.
 
     Returns:
@@ -118,21 +127,24 @@ def block_attention(
         return jnp.moveaxis(jnp.pad(x, pad).reshape(batch, parts, size, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def some(q, k, v, anchors):
-        return _attend(config, q, k, v, context_keys, context_values, anchors)
+    def some(q, k, v, anchors, first):
+        return _attend(config, q, k, v, context_keys, context_values, anchors, first)
 
+    blocks = (q, k, v, anchors, first)
     if parts == 1:
-        return some(q, k, v, anchors)
-    out = jax.lax.map(lambda part: some(*part), jax.tree.map(split, (q, k, v, anchors)))
+        return some(*blocks)
+    out = jax.lax.map(lambda part: some(*part), jax.tree.map(split, blocks))
     out = jnp.moveaxis(out, 0, 1)
     return out.reshape(batch, parts * size, *out.shape[3:])[:, :count]
 
 
-def _attend(config: DrafterConfig, q, k, v, context_keys, context_values, anchors):
+def _attend(config: DrafterConfig, q, k, v, context_keys, context_values, anchors, first):
     block, length = q.shape[2], context_keys.shape[1]
     q = q.reshape(*q.shape[:3], config.num_kv_heads, config.group_size, -1)
     slot = jnp.arange(block)
     before = jnp.arange(length) < anchors[..., None, None]  # [B, A, 1, T]
+    if first is not None:
+        before = before & (jnp.arange(length) >= first[..., None, None])
     within = slot[:, None] >= slot if config.causal else jnp.ones((block, block), bool)
     if config.window is not None:
         oldest = anchors[..., None] + slot - config.window + 1  # [B, A, b]

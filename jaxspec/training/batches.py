@@ -1,27 +1,29 @@
 """Which sequences make a batch: the same ones in the same order whenever an epoch is asked for.
 
 Sequences of similar length go together, padded to a bucket's length, so that few shapes are
-compiled and little is computed in vain.
+compiled and little is computed in vain. Packed, rows are of one length and hold as many
+sequences as fit, each from a multiple of `PACKED_UNIT` on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from jaxspec.training.conversations import Example
 
-UNIT = 128  # bucket lengths are multiples
-EMPTY = -1
+UNIT = 128  # bucket lengths are multiples, and what the target runs on at a time
+PACKED_UNIT = 64  # the same for packed rows: a larger one wastes more of a row
+OPEN_ROWS = 64  # that a sequence may join; more would fill rows little better
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Indices of its sequences, `EMPTY` for padding rows, and the length they are padded to."""
+    """Indices of the sequences of each row, () for padding, and the length of the rows."""
 
-    rows: tuple[int, ...]
+    rows: tuple[tuple[int, ...], ...]
     length: int
 
 
@@ -39,6 +41,20 @@ class Position:
         return Position(self.epoch + 1, 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a sequence stands in a batch: micro-batch, row of it, first position."""
+
+    sequence: int
+    micro_batch: int
+    row: int
+    start: int
+
+    def of(self, length: int) -> tuple[int, int, slice]:
+        """The index of so many tokens in an array [n, b, T, ...]."""
+        return self.micro_batch, self.row, slice(self.start, self.start + length)
+
+
 def bucket(length: int) -> int:
     """The smallest of 1, 2, 3, 4, 6, 8, 12, … units that holds `length` tokens."""
     units = -(-length // UNIT)
@@ -46,34 +62,89 @@ def bucket(length: int) -> int:
     return UNIT * (power * 3 // 4 if power > 2 and power * 3 // 4 >= units else power)
 
 
-def plan(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[Batch]:
+def plan(
+    lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, packed: int = 0
+) -> list[Batch]:
     """The batches of an epoch; every sequence is in exactly one.
 
     What is left over of a bucket joins the next longer one; only one batch, of the longest
-    left, has `EMPTY` rows.
+    left, has padding rows.
+
+    Args:
+      batch_size: rows of a batch.
+      packed: length of rows that sequences share; 0 gives each its own.
+
+    Raises:
+      ValueError: there are no sequences, or one does not fit a packed row.
     """
     if not lengths:
         raise ValueError("there are no sequences to train on")
     random = np.random.default_rng((seed, epoch))
     order = random.permutation(len(lengths))
+    if packed:
+        rows = pack(lengths, order.tolist(), packed)
+        rows += [()] * (-len(rows) % batch_size)
+        starts = range(0, len(rows), batch_size)
+        batches = [Batch(tuple(rows[i : i + batch_size]), packed) for i in starts]
+        return [batches[i] for i in random.permutation(len(batches))]
     buckets = np.array([bucket(length) for length in lengths])
     batches, waiting = [], []
     for length in np.unique(buckets).tolist():
         waiting += order[buckets[order] == length].tolist()
         whole = len(waiting) // batch_size * batch_size
         for start in range(0, whole, batch_size):
-            batches.append(Batch(tuple(waiting[start : start + batch_size]), length))
+            batches.append(_batch(waiting[start : start + batch_size], batch_size, length))
         waiting = waiting[whole:]
     if waiting:
-        padding = [EMPTY] * (batch_size - len(waiting))
-        batches.append(
-            Batch(tuple(waiting + padding), bucket(max(lengths[i] for i in waiting)))
-        )
+        longest = bucket(max(lengths[i] for i in waiting))
+        batches.append(_batch(waiting, batch_size, longest))
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def share(batch: Batch, *, micro_batch: int, host: int = 0, hosts: int = 1) -> np.ndarray:
-    """One host's sequences of every micro-batch of a batch, [n, b / hosts].
+def pack(
+    lengths: Sequence[int], order: Sequence[int], row_length: int
+) -> list[tuple[int, ...]]:
+    """Rows of sequences, each put in the first row that has room and is open.
+
+    Raises:
+      ValueError: a sequence does not fit a row.
+
+    >>> pack([64, 100, 50, 128], [0, 1, 2, 3], 192)
+    [(0, 1), (2, 3)]
+    """
+    longest = max(lengths)
+    if longest > row_length:
+        raise ValueError(
+            f"a sequence of {longest} tokens does not fit a packed row of {row_length}; cut "
+            "sequences shorter or pack longer rows"
+        )
+    rows: list[list[int]] = []
+    opened: dict[int, int] = {}  # row -> room
+    for sequence in order:
+        needed = _whole_units(lengths[sequence])
+        row = next((row for row, room in opened.items() if room >= needed), None)
+        if row is None:
+            row, opened[len(rows)] = len(rows), row_length
+            rows.append([])
+        rows[row].append(sequence)
+        opened[row] -= needed
+        if not opened[row] or len(opened) > OPEN_ROWS:
+            del opened[min(opened, key=opened.get)]
+    return [tuple(row) for row in rows]
+
+
+def places(
+    batch: Batch,
+    lengths: Sequence[int],
+    *,
+    micro_batch: int,
+    host: int = 0,
+    hosts: int = 1,
+) -> tuple[tuple[int, int], list[Place]]:
+    """One host's share of every micro-batch of a batch.
+
+    Returns:
+      How many micro-batches, and this host's rows of each; and where the sequences stand.
 
     Raises:
       ValueError: a micro-batch cannot be divided among the hosts.
@@ -82,27 +153,45 @@ def share(batch: Batch, *, micro_batch: int, host: int = 0, hosts: int = 1) -> n
         raise ValueError(
             f"a micro-batch of {micro_batch} sequences cannot be divided among {hosts} hosts"
         )
-    return np.array(batch.rows).reshape(-1, hosts, micro_batch // hosts)[:, host]
+    share = micro_batch // hosts
+    shape = (len(batch.rows) // micro_batch, share)
+
+    def find() -> Iterator[Place]:
+        for n, row in np.ndindex(shape):
+            start = 0
+            for sequence in batch.rows[n * micro_batch + host * share + row]:
+                yield Place(sequence, n, row, start)
+                start += _whole_units(lengths[sequence])
+
+    return shape, list(find())
 
 
 def collate(
-    examples: Sequence[Example],
-    batch: Batch,
-    *,
-    micro_batch: int,
-    host: int = 0,
-    hosts: int = 1,
-) -> tuple[np.ndarray, np.ndarray]:
-    """One host's share of every micro-batch of a batch.
+    examples: Sequence[Example], length: int, shape: tuple[int, int], found: Sequence[Place]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens int32, supervised bool, and where each token's sequence starts, [n, b, T].
 
-    Returns:
-      Tokens int32 and supervised bool, [n, b / hosts, T], for n micro-batches of b sequences.
+    The first token of a sequence is not supervised: nothing stands before it.
+
+    Args:
+      length: T.
+      shape, found: from `places`.
     """
-    rows = share(batch, micro_batch=micro_batch, host=host, hosts=hosts)
-    tokens = np.zeros((*rows.shape, batch.length), np.int32)
-    supervised = np.zeros((*rows.shape, batch.length), bool)
-    for place, row in np.ndenumerate(rows):
-        if row != EMPTY:
-            tokens[place][: len(examples[row])] = examples[row].tokens
-            supervised[place][: len(examples[row])] = examples[row].supervised
-    return tokens, supervised
+    tokens = np.zeros((*shape, length), np.int32)
+    supervised = np.zeros((*shape, length), bool)
+    starts = np.zeros((*shape, length), np.int32)
+    for place in found:
+        example = examples[place.sequence]
+        at = place.of(len(example))
+        tokens[at], supervised[at] = example.tokens, example.supervised
+        supervised[place.of(1)] = False
+        starts[place.micro_batch, place.row, place.start :] = place.start
+    return tokens, supervised, starts
+
+
+def _batch(rows: Sequence[int], batch_size: int, length: int) -> Batch:
+    return Batch((*((row,) for row in rows), *[()] * (batch_size - len(rows))), length)
+
+
+def _whole_units(length: int) -> int:
+    return -(-length // PACKED_UNIT) * PACKED_UNIT

@@ -91,6 +91,9 @@ class Train:
     Examples:
       python -m jaxspec train --data data.jsonl --output run --steps 2000
       python -m jaxspec generate --drafter run/drafter --prompt "Why is the sky blue?"
+      python -m jaxspec train --data data.jsonl --output causal --family jetspec \
+          --sequential rnn --features features --steps 2000
+      python -m jaxspec train --data more.jsonl --output again --initial run/drafter
     """
 
     data: Path
@@ -101,24 +104,32 @@ class Train:
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of products and of the exported weights; the trained ones are always float32."""
-    family: Literal["dspark", "dflash", "jetspec"] = "dspark"
-    """Slots, heads and losses as published."""
+    family: Literal["dspark", "dflash", "jetspec", "treeflash"] = "dspark"
+    """Slots, heads and losses as published; the next four change the drafter."""
+    sequential: Literal["none", "markov", "gated", "rnn", "mlp"] | None = None
+    """Head that knows the token before."""
+    confidence_head: Literal["none", "hidden", "hidden_and_previous"] | None = None
+    causal: bool | None = None
+    """A slot sees those before it alone, or all of its block."""
+    block_size: int | None = None
     validation: Path | None = None
     """Held-out prompts, JSON lines; the weights with the best walked tau are exported."""
     steps: int = 1000
     batch_size: int = 8
     micro_batch: int = 8
-    """Sequences per forward; gradients add up to the batch."""
+    """Rows per forward; gradients add up to the batch."""
     anchors: int = 512
-    """Blocks per sequence."""
+    """Blocks per row."""
+    packed: int = 0
+    """Length of rows that several sequences share; 0 gives each its own."""
     max_length: int = 1024
     """Sequences are cut to this many tokens."""
     learning_rate: float = 6e-4
     weight_decay: float = 0.0
-    initial: Literal["target", "random"] = "target"
-    """First weights: the target's last layers, or random ones."""
+    initial: str = "target"
+    """First weights: target (its last layers) | random | folder or hub name of a drafter, which
+    then says what is trained; the family's losses remain."""
     layers: int | None = None
-    block_size: int | None = None
     rank: int | None = None
     mask_token_id: int | None = None
     """An embedding row that no text uses; needed for targets without a preset."""
@@ -133,6 +144,15 @@ class Train:
     checkpoint_every: int = 100
     resume_step: int | None = None
     """Checkpoint to go on from; the newest by default."""
+    tensorboard: bool = False
+    """Write OUTPUT/tensorboard beside metrics.jsonl."""
+    devices: int = 1
+    """Devices to train on, those of all processes counted: rows, the drafter and its optimizer
+    are divided among them."""
+    target_devices: int = 1
+    """Devices among these to cut one copy of the target over."""
+    distributed: bool = False
+    """This is one process of several (docs/multi-host.md); all share OUTPUT."""
     features: Path | None = None
     """Folder to keep the target's features in, where data is trained on more than once: built
     first (its size is printed), or gone on with. By default every step computes them."""
@@ -142,35 +162,24 @@ class Train:
 
     def run(self) -> int:
         import jaxspec
+        from jaxspec.sharding import join_processes
         from jaxspec.training.conversations import read_examples
         from jaxspec.training.feature_cache import open_features
-        from jaxspec.training.recipe import OptimizerConfig, TrainConfig, drafter_config
         from jaxspec.training.regenerate import read_jobs
         from jaxspec.training.trainer import train
 
+        if self.distributed:
+            join_processes()
+        mesh = self._mesh()
         jaxspec.enable_compilation_cache()
         target = jaxspec.load_target(self.target, dtype=self.dtype)
         if target.tokenizer is None:
             raise ValueError(f"target {self.target!r} has no tokenizer to read the data with")
+        config = self._config(target.config)
         examples = read_examples(self.data, target.tokenizer, max_length=self.max_length)
         prompts = []
         if self.validation is not None:
             prompts = [job.turns[0] for job in read_jobs(self.validation)]
-        config = TrainConfig(
-            drafter=drafter_config(
-                self.family, target.config, self._preset(), block_size=self.block_size
-            ),
-            loss=self._loss(),
-            optimizer=OptimizerConfig(self.learning_rate, weight_decay=self.weight_decay),
-            steps=self.steps,
-            batch_size=self.batch_size,
-            micro_batch=self.micro_batch,
-            anchors=self.anchors,
-            initial=self.initial,
-            seed=self.seed,
-            validate_every=self.validate_every,
-            checkpoint_every=self.checkpoint_every,
-        )
         if self.features is not None:
             taps = config.drafter.taps
             open_features(self.features, target, examples, taps=taps, dtype=self.features_dtype)
@@ -182,32 +191,81 @@ class Train:
             prompts=prompts,
             resume_step=self.resume_step,
             features=self.features,
+            tensorboard=self.tensorboard,
+            mesh=mesh,
         )
         print(f"drafter: {folder}" if folder else "interrupted; the same command goes on")
         return 0
 
-    def _preset(self):
-        from jaxspec.training.recipe import PRESETS, Preset
+    def _config(self, target):
+        from jaxspec.training.recipe import OptimizerConfig, TrainConfig
 
-        preset = PRESETS.get(self.target)
+        return TrainConfig(
+            drafter=self._drafter(target),
+            loss=self._loss(),
+            optimizer=OptimizerConfig(self.learning_rate, weight_decay=self.weight_decay),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            micro_batch=self.micro_batch,
+            anchors=self.anchors,
+            packed=self.packed,
+            initial=self.initial,
+            seed=self.seed,
+            validate_every=self.validate_every,
+            checkpoint_every=self.checkpoint_every,
+        )
+
+    def _mesh(self):
+        from jaxspec.sharding import make_mesh
+
+        if self.devices < 1 or self.target_devices < 1 or self.devices % self.target_devices:
+            raise ValueError(
+                f"--devices is {self.devices} and --target-devices {self.target_devices}; "
+                "expected a multiple of the second"
+            )
+        if self.devices == 1:
+            return None
+        return make_mesh(data=self.devices // self.target_devices, model=self.target_devices)
+
+    def _drafter(self, target):
+        from checkpoints.drafters import read_drafter_config
+        from jaxspec.training.recipe import PRESETS, Preset, drafter_config, find_preset
+
+        sizes = _given(mask_token_id=self.mask_token_id, layers=self.layers, rank=self.rank)
+        changes = _given(
+            sequential=self.sequential,
+            confidence=self.confidence_head,
+            causal=self.causal,
+            block_size=self.block_size,
+        )
+        if self.initial not in ("target", "random"):
+            if sizes or changes:
+                raise ValueError(
+                    f"--initial {self.initial} says what the drafter is; leave out "
+                    f"{', '.join(sizes | changes)}"
+                )
+            return read_drafter_config(self.initial, target)
+        preset = find_preset(self.target)
         if preset is None and self.mask_token_id is None:
             raise ValueError(
                 f"there is no preset for target {self.target!r} (only {', '.join(PRESETS)}); "
                 "give --mask-token-id, an embedding row that no text uses"
             )
-        given = {"mask_token_id": self.mask_token_id, "layers": self.layers, "rank": self.rank}
-        given = {name: value for name, value in given.items() if value is not None}
-        return dataclasses.replace(preset, **given) if preset else Preset(**given)
+        preset = dataclasses.replace(preset, **sizes) if preset else Preset(**sizes)
+        changes = {name: None if x == "none" else x for name, x in changes.items()}
+        return drafter_config(self.family, target, preset, **changes)
 
     def _loss(self):
         from jaxspec.training.recipe import loss_config
 
         loss = loss_config(self.family)
-        given = {
-            "cross_entropy": self.cross_entropy,
-            "kl": self.kl,
-            "total_variation": self.total_variation,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
+        given = _given(
+            cross_entropy=self.cross_entropy, kl=self.kl, total_variation=self.total_variation
+        )
         loss = dataclasses.replace(loss, mixture=dataclasses.replace(loss.mixture, **given))
         return dataclasses.replace(loss, weighting=self.weighting or loss.weighting)
+
+
+def _given(**options):
+    """Those that were."""
+    return {name: value for name, value in options.items() if value is not None}

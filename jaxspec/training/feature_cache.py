@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from jaxspec.config import TargetConfig
 from jaxspec.generation import Target
 from jaxspec.models.params import TargetParams
 from jaxspec.sharding import DATA, mesh_of
-from jaxspec.training.batches import EMPTY, UNIT, Batch, bucket, collate
+from jaxspec.training.batches import UNIT, Batch, Place, bucket, collate, places
 from jaxspec.training.conversations import Example
 from jaxspec.training.features import Features, target_features
 
@@ -67,26 +68,26 @@ class FeatureCache:
         self._lengths, self._format = lengths, stored
         self._maps: dict[int, Features] = {}
 
-    def read(self, rows: np.ndarray, length: int) -> Features:
-        """Features of sequences, padded with zeros.
+    def read(self, length: int, shape: tuple[int, int], found: Sequence[Place]) -> Features:
+        """Features of a batch, zeros where there is no sequence.
 
         Args:
-          rows: indices of sequences, `EMPTY` for none, of any shape.
+          length: T.
+          shape, found: from `places`.
 
         Returns:
-          Host arrays [*rows.shape, length, ...] in the dtype they are stored in.
+          Host arrays [n, b, T, ...] in the dtype they are stored in.
         """
         stored = self._format
         out = Features(
-            np.zeros((*rows.shape, length, stored.hidden), stored.dtype),
-            np.zeros((*rows.shape, length, stored.taps), stored.dtype),
+            np.zeros((*shape, length, stored.hidden), stored.dtype),
+            np.zeros((*shape, length, stored.taps), stored.dtype),
         )
-        for place, row in np.ndenumerate(rows):
-            if row != EMPTY:
-                start, count = self._layout.starts[row], self._lengths[row]
-                shard = self._shard(self._layout.shard_of[row])
-                out.hidden[place][:count] = shard.hidden[start : start + count]
-                out.taps[place][:count] = shard.taps[start : start + count]
+        for place in found:
+            start, count = (x[place.sequence] for x in (self._layout.starts, self._lengths))
+            shard = self._shard(self._layout.shard_of[place.sequence])
+            out.hidden[place.of(count)] = shard.hidden[start : start + count]
+            out.taps[place.of(count)] = shard.taps[start : start + count]
         return out
 
     def _shard(self, number: int) -> Features:
@@ -270,11 +271,11 @@ def _computed(
 
     A batch is computed while the one before is copied and written.
     """
-    before = None
+    lengths, before = [len(example) for example in examples], None
     with mesh_of(target.params) as mesh:
-        for batch in _batches([len(examples[row]) for row in rows], rows, mesh):
-            tokens, _ = collate(examples, batch, micro_batch=len(batch.rows))
-            tokens = tokens[0]
+        for batch in _batches(lengths, rows, mesh):
+            shape, found = places(batch, lengths, micro_batch=len(batch.rows))
+            tokens = collate(examples, batch.length, shape, found)[0][0]
             if mesh is not None:
                 tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec(DATA)))
             features = _features(target.params, target.config, tokens, taps)
@@ -287,22 +288,21 @@ def _computed(
 def _batches(lengths: Sequence[int], rows: Sequence[int], mesh) -> Iterator[Batch]:
     """Powers of two of sequences of a bucket, so that few shapes are compiled."""
     divide = 1 if mesh is None else mesh.shape[DATA]
-    buckets = np.array([bucket(length) for length in lengths])
-    for length in np.unique(buckets).tolist():
-        waiting = [rows[i] for i in np.flatnonzero(buckets == length)]
+    for length, group in itertools.groupby(rows, key=lambda row: bucket(lengths[row])):
+        waiting = [(row,) for row in group]
         most = max(1, BATCH_TOKENS // length)
         while waiting:
             size = 1 << (min(most, len(waiting)).bit_length() - 1)
             taken, waiting = waiting[:size], waiting[size:]
-            padding = [EMPTY] * (-size % divide)
+            padding = [()] * (-size % divide)
             yield Batch((*taken, *padding), length)
 
 
 def _split(batch: Batch, features: Features) -> Iterator[tuple[int, Features]]:
     features = jax.device_get(features)
     for i, row in enumerate(batch.rows):
-        if row != EMPTY:
-            yield row, Features(features.hidden[i], features.taps[i])
+        for sequence in row:
+            yield sequence, Features(features.hidden[i], features.taps[i])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "taps"))

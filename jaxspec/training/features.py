@@ -32,6 +32,7 @@ def target_features(
     params: TargetParams,
     config: TargetConfig,
     tokens: jax.Array,
+    starts: jax.Array | None = None,
     *,
     taps: tuple[int, ...],
     chunk: int = 256,
@@ -41,6 +42,9 @@ def target_features(
 
     Args:
       tokens: [B, T] int32; T is at most `chunk` or a multiple of it.
+      starts: [B, T] int32, first position of the sequence a token belongs to, where rows hold
+        several; multiples of `chunk`. At a sequence's first chunk its row's cache is empty
+        again, so that no other mask is needed.
 
     Returns:
       In the dtype of the weights.
@@ -59,7 +63,7 @@ def target_features(
     bits = jnp.broadcast_to(bits, (batch, *bits.shape))
     depths = jnp.broadcast_to(jnp.arange(size), (batch, size))
 
-    def run(tokens, cache, start):
+    def run(tokens, cache, length):
         return forward(
             params,
             config,
@@ -67,7 +71,7 @@ def target_features(
             depths,
             bits,
             cache,
-            jnp.full(batch, start),
+            jnp.broadcast_to(length, batch),
             taps=taps,
             implementation=implementation,
         )
@@ -75,16 +79,18 @@ def target_features(
     def features(output):
         return Features(output.hidden.astype(dtype), output.taps.astype(dtype))
 
-    def step(carry, tokens):
-        cache, start = carry
-        output = run(tokens, cache, start)
-        cache = cache.write(output.rows, start, after=output.hidden)
-        return (cache, start + size), features(output)
+    def step(cache, chunk):
+        tokens, length = chunk
+        output = run(tokens, cache, length)
+        return cache.write(output.rows, length, after=output.hidden), features(output)
 
     if length == size:
         return jax.lax.stop_gradient(features(run(tokens, cache, 0)))
     chunks = jnp.moveaxis(tokens.reshape(batch, -1, size), 1, 0)
-    _, stacked = jax.lax.scan(step, (cache, jnp.int32(0)), chunks)
+    lengths = jnp.arange(0, length, size)  # of what is in the cache
+    if starts is not None:
+        lengths = lengths[:, None] - starts[:, ::size].T
+    _, stacked = jax.lax.scan(step, cache, (chunks, lengths))
 
     def join(x):
         return jnp.moveaxis(x, 0, 1).reshape(batch, length, -1)

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import PurePath
+from typing import Any
 
 from jaxspec.config import DrafterConfig, TargetConfig
+from jaxspec.training.batches import PACKED_UNIT
 from jaxspec.training.losses import LossConfig
 from jaxspec.training.vocabulary_loss import Mixture
 
-FAMILIES = ("dspark", "dflash", "jetspec")
+# What each family's drafter has beyond a bidirectional block whose slots predict their own
+# positions, and what it was published to be trained on.
+BACKBONES = {
+    "dspark": dict(
+        block_size=7,
+        predict_next=True,
+        sequential="markov",
+        confidence="hidden_and_previous",
+    ),
+    "dflash": dict(block_size=16),
+    "jetspec": dict(block_size=16, causal=True),
+    "treeflash": dict(block_size=16, sequential="mlp"),
+}
+LOSSES = {
+    "dspark": LossConfig(),
+    "dflash": LossConfig(Mixture(1.0, 0.0, 0.0), confidence=0.0, decay=7.0),
+    "jetspec": LossConfig(Mixture(0.0, 1.0, 0.0), confidence=0.0, weighting="uniform"),
+    "treeflash": LossConfig(Mixture(1.0, 0.0, 0.0), confidence=0.0, decay=7.0),
+}
+FAMILIES = tuple(BACKBONES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +56,12 @@ class TrainConfig:
 
     Attributes:
       steps: updates of the weights.
-      batch_size: sequences per update.
-      micro_batch: sequences per forward; the gradients of a batch are summed in float32.
-      anchors: blocks per sequence.
-      initial: "target" copies the target's last layers, "random" draws them.
+      batch_size: rows per update.
+      micro_batch: rows per forward; the gradients of a batch are summed in float32.
+      anchors: blocks per row.
+      packed: length of rows that several sequences share; 0 gives each a row of its own.
+      initial: "target" copies the target's last layers, "random" draws them; anything else is
+        the folder or hub name of a drafter to go on from, of the configuration `drafter`.
       validate_every, checkpoint_every: in steps; 0 does so at the end alone.
       keep: newest checkpoints kept, beside the best.
     """
@@ -49,6 +73,7 @@ class TrainConfig:
     batch_size: int = 8
     micro_batch: int = 8
     anchors: int = 512
+    packed: int = 0
     initial: str = "target"
     seed: int = 0
     validate_every: int = 0
@@ -66,9 +91,10 @@ class TrainConfig:
                 f"TrainConfig.batch_size is {self.batch_size}; expected a multiple of "
                 f"micro_batch = {self.micro_batch}"
             )
-        if self.initial not in ("target", "random"):
+        if self.packed < 0 or self.packed % PACKED_UNIT:
             raise ValueError(
-                f"TrainConfig.initial is {self.initial!r}; expected 'target' or 'random'"
+                f"TrainConfig.packed is {self.packed}; expected a multiple of {PACKED_UNIT}, "
+                "or 0"
             )
 
 
@@ -111,16 +137,31 @@ def spaced_taps(layers: int, count: int) -> tuple[int, ...]:
     return tuple(round(1 + i * (layers - 4) / (count - 1)) for i in range(count))
 
 
+def find_preset(target: str) -> Preset | None:
+    """By the last part of a name or path, in lower case.
+
+    >>> find_preset("Qwen/Qwen3-8B") == QWEN3
+    True
+    """
+    return PRESETS.get(PurePath(target).name.lower())
+
+
 def drafter_config(
-    family: str, target: TargetConfig, preset: Preset, *, block_size: int | None = None
+    family: str, target: TargetConfig, preset: Preset, **changes: Any
 ) -> DrafterConfig:
     """A drafter of one of `FAMILIES`, its layers shaped like the target's.
 
     Args:
-      block_size: of the family by default.
+      changes: fields of `DrafterConfig` in place of the family's; the rank of a sequential head
+        is always the preset's.
+
+    Raises:
+      ValueError: the family is unknown, or the changes do not go with it.
     """
-    dspark = family == "dspark"
-    return DrafterConfig(
+    _check_family(family)
+    own = BACKBONES[family] | changes
+    low_rank = own.get("sequential") in ("markov", "gated", "rnn")
+    shape = dict(
         vocab_size=target.vocab_size,
         hidden_size=target.hidden_size,
         intermediate_size=target.intermediate_size,
@@ -130,29 +171,25 @@ def drafter_config(
         head_dim=target.head_dim,
         target_layers=target.num_layers,
         taps=spaced_taps(target.num_layers, preset.taps),
-        block_size=block_size or (7 if dspark else 16),
         mask_token_id=preset.mask_token_id,
-        causal=family == "jetspec",
-        predict_next=dspark,
-        sequential="markov" if dspark else None,
-        rank=preset.rank if dspark else 0,
-        confidence="hidden_and_previous" if dspark else None,
+        rank=preset.rank if low_rank else 0,
         rope_theta=target.rope_theta,
         rms_norm_eps=target.rms_norm_eps,
         max_positions=target.max_positions,
     )
+    return DrafterConfig(**(shape | own))
 
 
 def loss_config(family: str) -> LossConfig:
-    """The loss each of `FAMILIES` was published with.
+    """The loss each of `FAMILIES` was published with; DFlash's for TreeFlash, which names none.
 
     Raises:
       ValueError: the family is unknown.
     """
-    if family == "dspark":
-        return LossConfig()
-    if family == "dflash":
-        return LossConfig(Mixture(1.0, 0.0, 0.0), confidence=0.0, decay=7.0)
-    if family == "jetspec":
-        return LossConfig(Mixture(0.0, 1.0, 0.0), confidence=0.0, weighting="uniform")
-    raise ValueError(f"the drafter family is {family!r}; expected one of {FAMILIES}")
+    _check_family(family)
+    return LOSSES[family]
+
+
+def _check_family(family: str) -> None:
+    if family not in FAMILIES:
+        raise ValueError(f"the drafter family is {family!r}; expected one of {FAMILIES}")

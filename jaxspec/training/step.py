@@ -16,9 +16,10 @@ from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.drafters.head import Vocabulary, bind, random_weights
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.models.params import MoeParams, TargetParams
-from jaxspec.training.batches import UNIT
+from jaxspec.training.batches import PACKED_UNIT, UNIT
 from jaxspec.training.blocks import before_labels, sample_anchors, supervised_slots
-from jaxspec.training.features import Features, target_features
+from jaxspec.training.features import target_features
+from jaxspec.training.loading import Rows
 from jaxspec.training.losses import LossSums, drafter_loss
 from jaxspec.training.recipe import OptimizerConfig, TrainConfig
 from jaxspec.training.sharding import state_shardings
@@ -61,15 +62,21 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
     )
 
 
-def init_state(config: TrainConfig, target: TargetParams) -> TrainState:
+def init_state(
+    config: TrainConfig, target: TargetParams, weights: nnx.State | None = None
+) -> TrainState:
     """The state before the first update.
 
     The final norm is always the target's: the LM head is, and expects inputs of that scale.
+
+    Args:
+      weights: to start from, in place of random ones or the target's layers.
     """
-    weights = random_weights(config.drafter, jax.random.key(config.seed))
-    weights.norm = weights.norm.replace(jnp.array(target.final_norm, jnp.float32))
-    if config.initial == "target":
-        weights = copy_layers(config.drafter, weights, target)
+    if weights is None:
+        weights = random_weights(config.drafter, jax.random.key(config.seed))
+        weights.norm = weights.norm.replace(jnp.array(target.final_norm, jnp.float32))
+        if config.initial == "target":
+            weights = copy_layers(config.drafter, weights, target)
     return TrainState(
         weights, optimizer(config.optimizer, config.steps).init(weights), jnp.int32(0)
     )
@@ -122,9 +129,7 @@ def train_step(
     target_config: TargetConfig,
     target: TargetParams,
     state: TrainState,
-    tokens: jax.Array,
-    supervised: jax.Array,
-    features: Features | None = None,
+    rows: Rows,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
@@ -132,9 +137,7 @@ def train_step(
     Products run in the target's dtype, sums and the weights themselves are float32.
 
     Args:
-      tokens: [n, b, T] int32, n micro-batches.
-      supervised: [n, b, T] bool.
-      features: of the target, [n, b, T, ...], if they were computed before.
+      rows: [n, b, ...], n micro-batches.
       mesh: the devices the arrays are placed on (`sharding`); None for one device.
 
     Returns:
@@ -142,7 +145,7 @@ def train_step(
       slot under teacher forcing [P], and the norm of the gradient.
     """
     keys = jax.random.split(
-        jax.random.fold_in(jax.random.key(config.seed), state.step), len(tokens)
+        jax.random.fold_in(jax.random.key(config.seed), state.step), len(rows.tokens)
     )
 
     def micro_batch(carry, batch):
@@ -152,7 +155,7 @@ def train_step(
         return jax.tree.map(jnp.add, carry, (slopes, sums)), None
 
     zeros = jax.tree.map(jnp.zeros_like, (state.weights, empty_sums(config.drafter)))
-    (slopes, sums), _ = jax.lax.scan(micro_batch, zeros, (tokens, supervised, features, keys))
+    (slopes, sums), _ = jax.lax.scan(micro_batch, zeros, (rows, keys))
     weight = jnp.maximum(sums.weight, 1e-6)
     slopes = jax.tree.map(lambda x: x / weight, slopes)
     updates, optimizer_state = optimizer(config.optimizer, config.steps).update(
@@ -182,28 +185,32 @@ def batch_loss(
     target_config: TargetConfig,
     target: TargetParams,
     weights: nnx.State,
-    tokens: jax.Array,
-    supervised: jax.Array,
-    features: Features | None,
+    rows: Rows,
     key: jax.Array,
 ) -> tuple[jax.Array, LossSums]:
-    """The loss of sequences [b, T], not yet divided, and its parts. Consumes `key`."""
+    """The loss of rows [b, ...], not yet divided, and its parts. Consumes `key`."""
     depth, dtype = config.drafter.depth, target.embed.dtype
+    features = rows.features
     if features is None:
         features = target_features(
-            target, target_config, tokens, taps=config.drafter.taps, chunk=UNIT
+            target,
+            target_config,
+            rows.tokens,
+            rows.starts,
+            taps=config.drafter.taps,
+            chunk=UNIT if rows.starts is None else PACKED_UNIT,
         )
     features = jax.tree.map(lambda x: x.astype(dtype), features)
-    anchors, kept = sample_anchors(key, supervised, config.anchors)
+    anchors, kept = sample_anchors(key, rows.supervised, config.anchors)
     head = bind(config.drafter, jax.tree.map(lambda x: x.astype(dtype), weights))
     vocabulary = Vocabulary(target.embed, target.unembed)
-    blocks = run_blocks(head, vocabulary, tokens, features.taps, anchors)
+    blocks = run_blocks(head, vocabulary, rows.tokens, features.taps, anchors, rows.starts)
     sums = drafter_loss(
         config.loss,
         head,
         vocabulary,
         blocks,
-        supervised_slots(supervised, anchors, kept, depth),
+        supervised_slots(rows.supervised, anchors, kept, depth),
         before_labels(features.hidden, anchors, depth),
     )
     return sums.total, jax.lax.stop_gradient(sums)

@@ -20,30 +20,28 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from checkpoints.drafters import save_drafter
+from checkpoints.drafter_config import to_json
+from checkpoints.drafters import load_drafter, save_drafter
 from checkpoints.store import Store
+from jaxspec.config import TreeConfig
 from jaxspec.generation import Prompt, Target
-from jaxspec.sharding import place
-from jaxspec.training.batches import Batch, Position, collate, plan, share
+from jaxspec.sharding import DATA, mesh_of, place
+from jaxspec.training.batches import Position
 from jaxspec.training.conversations import Example
-from jaxspec.training.feature_cache import FeatureCache, open_features
-from jaxspec.training.features import Features
+from jaxspec.training.feature_cache import open_features
+from jaxspec.training.loading import Loader
+from jaxspec.training.metrics import Metrics
 from jaxspec.training.recipe import TrainConfig
 from jaxspec.training.sharding import (
     any_process,
     gather,
-    place_batch,
     state_shardings,
 )
 from jaxspec.training.step import TrainState, init_state, learning_rate, train_step
 from jaxspec.training.validation import trained_drafter, walked_tau
 
-CONFIG, METRICS, CHECKPOINTS, DRAFTER = (
-    "config.json",
-    "metrics.jsonl",
-    "checkpoints",
-    "drafter",
-)
+CONFIG, METRICS, TENSORBOARD = "config.json", "metrics.jsonl", "tensorboard"
+CHECKPOINTS, DRAFTER = "checkpoints", "drafter"
 
 
 def train(
@@ -55,6 +53,7 @@ def train(
     prompts: Sequence[Prompt] = (),
     resume_step: int | None = None,
     features: str | Path | None = None,
+    tensorboard: bool = False,
     mesh: Mesh | None = None,
 ) -> Path | None:
     """Trains a drafter, or goes on with the run that the folder holds.
@@ -70,6 +69,7 @@ def train(
       resume_step: checkpoint to go on from; the newest by default.
       features: folder of the target's features (`feature_cache`), filled first where it is not
         whole; by default they are computed with every step and not kept.
+      tensorboard: writes the metrics to `tensorboard/` too.
       mesh: devices to train on (`jaxspec.sharding`), of all processes if there are several:
         each calls this function with the same arguments and a folder they share. A run may go
         on with other devices.
@@ -88,12 +88,22 @@ def train(
             f"{hosts} processes cannot decode together; train without prompts and validate "
             "the drafter afterwards"
         )
+    if mesh is not None and config.micro_batch % mesh.shape[DATA]:
+        raise ValueError(
+            f"a micro-batch of {config.micro_batch} rows cannot be divided among the "
+            f"{mesh.shape[DATA]} devices of the mesh's axis '{DATA}'"
+        )
+    # The end of the run would be late to learn that no format can say what was trained.
+    to_json(config.drafter, _format(config), "float32")
     if leads:
         _check_settings(folder, config, target)
     if (folder / DRAFTER).exists():
         return folder / DRAFTER
     store = Store(folder / CHECKPOINTS, keep=config.keep)
-    state, position = init_state(config, target.params), Position()
+    weights = None
+    if config.initial not in ("target", "random") and not store.steps:
+        weights = drafter_weights(config, target)
+    state, position = init_state(config, target.params, weights), Position()
     if mesh is not None:
         target = dataclasses.replace(target, params=place(mesh, target.params))
         state = jax.device_put(state, state_shardings(mesh, state))
@@ -103,30 +113,35 @@ def train(
     if store.steps or resume_step is not None:
         _, state, saved = store.restore(state, resume_step)
         position = Position(**saved)
-    metrics = Metrics(folder / METRICS if leads else os.devnull, after=int(state.step))
+    metrics = Metrics(
+        folder / METRICS if leads else os.devnull,
+        after=int(state.step),
+        tensorboard=folder / TENSORBOARD if tensorboard and leads else None,
+    )
     rate = learning_rate(config.optimizer, config.steps)
 
     def validate(state: TrainState) -> float | None:
         if not prompts:
             return None
-        tau = walked_tau(
-            target, trained_drafter(config.drafter, state.weights, target), prompts
-        )
+        weights = gather(mesh, state.weights)
+        with mesh_of(target.params):
+            tau = walked_tau(target, trained_drafter(config.drafter, weights, target), prompts)
         metrics.write(int(state.step), tau=tau)
         return tau
 
-    batches = BatchArrays(config, examples, mesh, cached)
+    loader = Loader(config, examples, mesh=mesh, features=cached)
     done = int(state.step)
     progress = tqdm(total=config.steps, initial=done, unit="step", file=sys.stderr)
-    with contextlib.closing(store), progress, _termination() as terminated:
-        upcoming = batches.at(position)
+    closing = contextlib.closing
+    with closing(store), closing(metrics), progress, _termination() as terminated:
+        upcoming = loader.at(position)
         while done < config.steps:
             epoch = position.epoch
             state, means = train_step(
-                config, target.config, target.params, state, *upcoming, mesh
+                config, target.config, target.params, state, upcoming, mesh
             )
-            position = batches.after(position)
-            upcoming = batches.at(position)  # while the devices compute
+            position = loader.after(position)
+            upcoming = loader.at(position)  # while the devices compute
             means = jax.device_get(means)
             if not math.isfinite(means["loss"]):
                 raise ValueError(
@@ -155,47 +170,6 @@ def train(
     return folder / DRAFTER
 
 
-class BatchArrays:
-    """The batches of a run by position, as `train_step` takes them."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        examples: Sequence[Example],
-        mesh: Mesh | None,
-        features: FeatureCache | None,
-    ):
-        self._config, self._examples = config, examples
-        self._mesh, self._features = mesh, features
-        self._lengths = [len(example) for example in examples]
-        self._epoch, self._batches = -1, []
-
-    def at(self, position: Position) -> tuple[jax.Array, jax.Array, Features | None]:
-        """Tokens, supervised and, if they are kept, features, on the devices."""
-        batch = self._plan(position.epoch)[position.index]
-        part = dict(
-            micro_batch=self._config.micro_batch,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-        )
-        features = None
-        if self._features is not None:
-            features = self._features.read(share(batch, **part), batch.length)
-        arrays = collate(self._examples, batch, **part)
-        return place_batch(self._mesh, (*arrays, features))
-
-    def after(self, position: Position) -> Position:
-        return position.after(len(self._plan(position.epoch)))
-
-    def _plan(self, epoch: int) -> list[Batch]:
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._batches = plan(
-                self._lengths, self._config.batch_size, seed=self._config.seed, epoch=epoch
-            )
-        return self._batches
-
-
 def export(config: TrainConfig, target: Target, weights: nnx.State, folder: Path) -> None:
     """Writes a drafter's checkpoint, in the target's dtype; it appears whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
@@ -203,44 +177,52 @@ def export(config: TrainConfig, target: Target, weights: nnx.State, folder: Path
     dtype = target.params.embed.dtype
     weights = jax.tree.map(lambda x: x.astype(dtype), weights)
     drafter = trained_drafter(config.drafter, weights, target)
-    save_drafter(partial, drafter.drafter, drafter.params)
+    save_drafter(partial, drafter.drafter, drafter.params, _format(config))
     os.rename(partial, folder)
 
 
-class Metrics:
-    """One JSON object per line, in the order of steps."""
+def drafter_weights(config: TrainConfig, target: Target) -> nnx.State:
+    """Weights, in float32, of the drafter that `config.initial` names.
 
-    def __init__(self, path: str | Path, *, after: int):
-        """Args: after: lines of later steps, which will be computed again, are dropped."""
-        path = Path(path)
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [
-            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after
-        ]
-        path.write_text("".join(kept))
-        self.path = path
-
-    def write(self, step: int, **values: Any) -> None:
-        with self.path.open("a") as stream:
-            stream.write(json.dumps({"step": step, **values}) + "\n")
+    Raises:
+      ValueError: it cannot be loaded, or is not what `config.drafter` says.
+    """
+    drafter, params = load_drafter(config.initial, target.config, target.params, TreeConfig())
+    found, wanted = (dataclasses.asdict(c) for c in (drafter.config, config.drafter))
+    other = [f"{x} {found[x]}, expected {wanted[x]}" for x in found if found[x] != wanted[x]]
+    if other:
+        raise ValueError(
+            f"the drafter in {config.initial} is not the one to train ({'; '.join(other)})"
+        )
+    return params.head
 
 
 def _check_settings(folder: Path, config: TrainConfig, target: Target) -> None:
-    """Writes the settings of a new run; those of an old one must be the same."""
-    settings = {"target": target.name, **dataclasses.asdict(config)}
-    text = json.dumps(settings, indent=2) + "\n"
+    """Writes the settings of a new run; those of an old one must be the same.
+
+    A setting that an old file lacks was added later, and had its default.
+    """
     path = folder / CONFIG
+    settings = {"target": target.name, **json.loads(json.dumps(dataclasses.asdict(config)))}
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
         return
-    if path.read_text() != text:
-        old = json.loads(path.read_text())
-        different = [name for name in settings if old.get(name) != json.loads(text)[name]]
+    old = json.loads(path.read_text())
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    different = [
+        name for name, value in settings.items() if old.get(name, defaults.get(name)) != value
+    ]
+    if different:
         raise ValueError(
             f"{folder} holds a run with other settings ({', '.join(different)} differ); "
             "train in a new folder or use the same ones"
         )
+
+
+def _format(config: TrainConfig) -> str:
+    """Of the exported drafter."""
+    return "treeflash" if config.drafter.sequential == "mlp" else "dflash"
 
 
 def _due(step: int, every: int) -> bool:

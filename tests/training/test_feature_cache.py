@@ -11,10 +11,11 @@ import pytest
 
 from checkpoints.tensors import read_json
 from jaxspec.training import feature_cache
-from jaxspec.training.batches import EMPTY, Batch, collate, share
+from jaxspec.training.batches import Batch, Position, places
 from jaxspec.training.conversations import Example
 from jaxspec.training.feature_cache import open_features, plan_shards
 from jaxspec.training.features import target_features
+from jaxspec.training.loading import Loader
 from jaxspec.training.step import init_state, train_step
 from jaxspec.training.trainer import train
 from tests.training import tiny
@@ -44,39 +45,39 @@ def test_features_are_the_targets(tmp_path, dtype):
     examples = tiny.examples()
     cache = build(tmp_path, dtype=dtype)
     assert len(shards(tmp_path)) > 3
-    rows = np.array([[7, EMPTY], [0, 19]])
-    got = cache.read(rows, 128)
+    batch = Batch(((7,), (), (0,), (19,)), 128)
+    shape, found = places(batch, [len(x) for x in examples], micro_batch=2)
+    got = cache.read(128, shape, found)
     assert got.taps.shape == (2, 2, 128, 32) and got.hidden.shape == (2, 2, 128, 16)
     assert got.taps.dtype == jnp.dtype(dtype)
     target = tiny.target()
-    for place, row in np.ndenumerate(rows):
-        count = 0 if row == EMPTY else len(examples[row])
-        assert not got.taps[place][count:].any() and not got.hidden[place][count:].any()
-        if count:
-            tokens = jnp.asarray(examples[row].tokens)[None]
-            want = target_features(target.params, target.config, tokens, taps=TAPS)
-            for name in ("taps", "hidden"):
-                np.testing.assert_allclose(
-                    getattr(got, name)[place][:count].astype(np.float32),
-                    getattr(want, name)[0],
-                    atol=2e-6 if dtype == "float32" else 0.02,
-                )
+    for (i,), place in zip(
+        batch.rows[:1] + batch.rows[2:], [(0, 0), (1, 0), (1, 1)], strict=True
+    ):
+        count = len(examples[i])
+        tokens = jnp.asarray(examples[i].tokens)[None]
+        want = target_features(target.params, target.config, tokens, taps=TAPS)
+        for name in ("taps", "hidden"):
+            found = getattr(got, name)[place].astype(np.float32)
+            expected = getattr(want, name)[0]
+            atol = 2e-6 if dtype == "float32" else 0.02
+            np.testing.assert_allclose(found[:count], expected, atol=atol)
+            assert not found[count:].any()
+    assert not got.hidden[0, 1].any()
 
 
 def test_losses_are_those_of_features_computed_with_the_step(tmp_path):
     """Exactly, in float32: sequences of one batch, so that both compute the same products."""
     config = dataclasses.replace(tiny.CONFIG, batch_size=4, micro_batch=4)
     target, examples = tiny.target(), tiny.examples(4)
-    batch = Batch((2, 0, 3, 1), 128)
-    arrays = collate(examples, batch, micro_batch=4)
     cache = build(tmp_path, examples, shard_bytes=10**6)
-    kept = cache.read(share(batch, micro_batch=4), 128)
+    online, kept = Loader(config, examples), Loader(config, examples, features=cache)
 
-    def step(features):
-        state = init_state(config, target.params)
-        return train_step(config, target.config, target.params, state, *arrays, features)
+    def step(loader):
+        state, rows = init_state(config, target.params), loader.at(Position())
+        return train_step(config, target.config, target.params, state, rows)
 
-    (state, means), (expected, expected_means) = step(kept), step(None)
+    (state, means), (expected, expected_means) = step(kept), step(online)
     jax.tree.map(np.testing.assert_array_equal, means, expected_means)
     jax.tree.map(np.testing.assert_array_equal, state.weights, expected.weights)
 

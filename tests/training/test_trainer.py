@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,20 +17,22 @@ from checkpoints.drafters import load_drafter
 from checkpoints.store import Store
 from jaxspec.config import TreeConfig
 from jaxspec.training.step import copy_layers, init_state, learning_rate
-from jaxspec.training.trainer import train
+from jaxspec.training.trainer import drafter_weights, train
+from tests.processes import free_port, many_devices
 from tests.training import tiny
 
 ROOT = Path(__file__).parents[2]
 
 
-def start(folder, cache, *mesh, **variables):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
+MESH = ("--mesh", "4", "2")
+
+
+def start(folder, cache, *options, devices=1):
+    environment = many_devices(devices) | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        **variables,
     }
-    command = [sys.executable, "-m", "tests.training.tiny", str(folder), *mesh]
+    command = [sys.executable, "-m", "tests.training.tiny", str(folder), *options]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -52,10 +53,15 @@ def signal_after(process, folder, lines, number):
     process.communicate(timeout=300)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+def steps_of(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "loss" in line]
+
+
+def assert_same_steps(folder, expected):
+    for want, got in zip(steps_of(expected), steps_of(folder), strict=True):
+        for name in ("loss", "gradient_norm", "acceptance"):
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -78,32 +84,51 @@ def test_interrupted_runs_end_the_same(whole_run, tmp_path):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.fixture(scope="module")
+def run_on_eight(whole_run, tmp_path_factory):
+    """The same run, the drafter cut over 4 devices and the target over 2 of each."""
+    folder = tmp_path_factory.mktemp("eight")
+    finish(start(folder, whole_run[1], *MESH, "--validate", devices=8))
+    return folder
+
+
 @pytest.mark.gate
-@pytest.mark.parametrize("processes", [1, 2])
-def test_many_devices_train_as_one_does(whole_run, tmp_path, processes):
+def test_many_devices_train_and_validate_as_one_does(whole_run, run_on_eight, tmp_path):
     whole, cache = whole_run
-    devices = f"--xla_force_host_platform_device_count={8 // processes}"
+    assert_same_steps(run_on_eight, whole)
+    finish(start(tmp_path, cache, "--validate"))
+    taus = [
+        json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["tau"]
+        for folder in (run_on_eight, tmp_path)
+    ]
+    assert taus[0] == taus[1] >= 1
+
+
+@pytest.mark.gate
+def test_two_processes_train_as_one_does(whole_run, tmp_path):
+    whole, cache = whole_run
     where = f"localhost:{free_port()}"
     started = [
-        start(
-            tmp_path,
-            cache,
-            *("4", "2"),
-            *((where, str(i)) if processes > 1 else ()),
-            XLA_FLAGS=devices,
-        )
-        for i in range(processes)
+        start(tmp_path, cache, *MESH, "--join", where, str(i), devices=4) for i in range(2)
     ]
     for process in started:
         finish(process)
-    one, many = (
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (whole, tmp_path)
-    )
-    for expected, got in zip(one, many, strict=True):
-        for name in ("loss", "gradient_norm", "acceptance"):
-            np.testing.assert_allclose(got[name], expected[name], rtol=1e-4)
+    assert_same_steps(tmp_path, whole)
     assert (tmp_path / "drafter" / "model.safetensors").exists()
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_run_goes_on_with_other_devices(whole_run, run_on_eight, tmp_path, devices):
+    """Saved on 8 devices and resumed on 1, and the reverse."""
+    whole, cache = whole_run
+    folder = tmp_path / "run"
+    shutil.copytree(run_on_eight if devices == 1 else whole, folder)
+    shutil.rmtree(folder / "drafter")
+    for step in (6, 8, 10, 12):
+        shutil.rmtree(folder / "checkpoints" / str(step))
+    finish(start(folder, cache, *(MESH if devices == 8 else ()), devices=devices))
+    assert_same_steps(folder, whole)
 
 
 def test_the_checkpoint_is_what_was_trained_and_loads(whole_run):
@@ -138,6 +163,45 @@ def test_the_first_weights_are_the_targets_last_layers():
     queries, keys = last.attention.qkv[:, :, :-2], last.attention.qkv[:, :, -2]
     np.testing.assert_array_equal(weights.layers[0].q[...], queries)
     np.testing.assert_array_equal(weights.layers[0].kv[:, :, 0], keys)
+
+
+def test_training_goes_on_from_an_exported_drafter(whole_run, tmp_path):
+    folder, _ = whole_run
+    config = dataclasses.replace(tiny.CONFIG, initial=str(folder / "drafter"), steps=1)
+    target = tiny.target()
+    _, params = load_drafter(folder / "drafter", target.config, target.params, TreeConfig())
+    weights = drafter_weights(config, target)
+    jax.tree.map(np.testing.assert_array_equal, weights, params.head)
+    train(config, target, tiny.examples(), tmp_path / "again")
+    assert steps_of(tmp_path / "again")[0]["loss"] < steps_of(folder)[0]["loss"]
+    other = dataclasses.replace(config.drafter, causal=True)
+    with pytest.raises(ValueError, match="causal False, expected True"):
+        drafter_weights(dataclasses.replace(config, drafter=other), target)
+    missing = dataclasses.replace(config, initial=str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="nothing"):
+        train(missing, target, tiny.examples(), tmp_path / "never")
+
+
+def test_settings_added_later_had_their_defaults(whole_run, tmp_path):
+    folder = shutil.copytree(whole_run[0], tmp_path / "run")
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["packed"]
+    path.write_text(json.dumps(settings))
+    assert train(tiny.CONFIG, tiny.target(), tiny.examples(), folder) == folder / "drafter"
+    with pytest.raises(ValueError, match=r"\(packed differ\)"):
+        packed = dataclasses.replace(tiny.CONFIG, packed=128)
+        train(packed, tiny.target(), tiny.examples(), folder)
+
+
+def test_what_no_format_can_say_is_refused_before_training(tmp_path):
+    drafter = dataclasses.replace(
+        tiny.DRAFTER, sequential="mlp", rank=0, confidence=None, predict_next=True
+    )
+    config = dataclasses.replace(tiny.CONFIG, drafter=drafter)
+    with pytest.raises(ValueError, match="'treeflash' has no key for predict_next"):
+        train(config, tiny.target(), tiny.examples(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_layers_of_other_shapes_are_refused():

@@ -1,10 +1,6 @@
-"""A run small enough for a test.
+"""A run small enough for a test: `python -m tests.training.tiny --help`."""
 
-`python -m tests.training.tiny FOLDER [DATA MODEL [ADDRESS PROCESS]]` trains it, on a mesh if
-one is given, as one of two processes if the address where they meet is.
-"""
-
-import sys
+import argparse
 
 import jax
 import numpy as np
@@ -54,6 +50,7 @@ CONFIG = TrainConfig(
     micro_batch=4,
     anchors=4,
     checkpoint_every=2,
+    keep=9,
 )
 
 
@@ -70,9 +67,20 @@ def examples(count: int = 20) -> list[Example]:
     return rows
 
 
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--mesh", type=int, nargs=2, metavar=("DATA", "MODEL"))
+    parser.add_argument("--join", nargs=2, metavar=("ADDRESS", "PROCESS"), help="of two")
+    parser.add_argument("--validate", action="store_true")
+    options = parser.parse_args()
+    if options.join:
+        address, process = options.join
+        jax.distributed.initialize(address, num_processes=2, process_id=int(process))
+    mesh = make_mesh(data=options.mesh[0], model=options.mesh[1]) if options.mesh else None
+    prompts = [[1, 2, 3], [4, 5]] if options.validate else []
+    train(CONFIG, target(), examples(), options.folder, prompts=prompts, mesh=mesh)
+
+
 if __name__ == "__main__":
-    folder, *sizes = sys.argv[1:]
-    if len(sizes) > 2:
-        jax.distributed.initialize(sizes[2], num_processes=2, process_id=int(sizes[3]))
-    mesh = make_mesh(data=int(sizes[0]), model=int(sizes[1])) if sizes else None
-    train(CONFIG, target(), examples(), folder, mesh=mesh)
+    main()

@@ -1,0 +1,86 @@
+"""The batches of a run as arrays on the devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from jaxspec.training.batches import Batch, Position, collate, places, plan
+from jaxspec.training.conversations import Example
+from jaxspec.training.feature_cache import FeatureCache
+from jaxspec.training.features import Features
+from jaxspec.training.recipe import TrainConfig
+from jaxspec.training.sharding import place_batch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Sequences in rows.
+
+    Attributes:
+      tokens: [..., b, T] int32.
+      supervised: [..., b, T] bool, tokens the target wrote.
+      starts: [..., b, T] int32, first position of the sequence a token belongs to; None if
+        every row holds one.
+      features: [..., b, T, .] of the target, if they were computed before.
+    """
+
+    tokens: jax.Array
+    supervised: jax.Array
+    starts: jax.Array | None = None
+    features: Features | None = None
+
+
+class Loader:
+    """The batches of a run by position, [n, b, T] for n micro-batches of b rows."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        examples: Sequence[Example],
+        *,
+        mesh: Mesh | None = None,
+        features: FeatureCache | None = None,
+    ):
+        self._config, self._examples = config, examples
+        self._mesh, self._features = mesh, features
+        self._lengths = [len(example) for example in examples]
+        self._epoch, self._batches = -1, []
+
+    def at(self, position: Position) -> Rows:
+        """This process's part is put on its devices; nothing waits for them."""
+        batch = self._plan(position.epoch)[position.index]
+        shape, found = places(
+            batch,
+            self._lengths,
+            micro_batch=self._config.micro_batch,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+        tokens, supervised, starts = collate(self._examples, batch.length, shape, found)
+        features = None
+        if self._features is not None:
+            features = self._features.read(batch.length, shape, found)
+        rows = Rows(tokens, supervised, starts if self._config.packed else None, features)
+        return place_batch(self._mesh, rows)
+
+    def after(self, position: Position) -> Position:
+        """The position of the next batch."""
+        return position.after(len(self._plan(position.epoch)))
+
+    def _plan(self, epoch: int) -> list[Batch]:
+        if epoch != self._epoch:
+            config = self._config
+            self._batches = plan(
+                self._lengths,
+                config.batch_size,
+                seed=config.seed,
+                epoch=epoch,
+                packed=config.packed,
+            )
+            self._epoch = epoch
+        return self._batches

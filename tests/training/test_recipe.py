@@ -1,0 +1,92 @@
+"""Drafters by family and target, and the options that change them."""
+
+from pathlib import Path
+
+import pytest
+
+from checkpoints.drafter_config import to_json
+from jaxspec.models import presets
+from jaxspec.training.commands import Train
+from jaxspec.training.recipe import (
+    FAMILIES,
+    PRESETS,
+    drafter_config,
+    find_preset,
+    loss_config,
+    spaced_taps,
+)
+from tests.training import tiny
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("qwen3")])
+def test_every_qwen3_has_drafters(name, family):
+    target = presets.PRESETS[name]
+    config = drafter_config(family, target, PRESETS[name])
+    assert (config.num_layers, len(config.taps)) == (5, 5)
+    assert config.taps == spaced_taps(target.num_layers, 5)
+    assert config.hidden_size == target.hidden_size
+    to_json(config, "treeflash" if family == "treeflash" else "dflash", "float32")
+    loss_config(family)
+
+
+def test_the_published_drafters_shapes():
+    target, preset = presets.PRESETS["qwen3-8b"], PRESETS["qwen3-8b"]
+    dspark, dflash, jetspec, treeflash = (drafter_config(f, target, preset) for f in FAMILIES)
+    assert (dspark.depth, dspark.sequential, dspark.rank) == (7, "markov", 256)
+    assert (dflash.depth, dflash.causal, dflash.sequential) == (15, False, None)
+    assert (jetspec.depth, jetspec.causal) == (15, True)
+    assert (treeflash.depth, treeflash.sequential, treeflash.rank) == (15, "mlp", 0)
+    with pytest.raises(ValueError, match="family is 'eagle'; expected one of"):
+        drafter_config("eagle", target, preset)
+    with pytest.raises(ValueError, match="family is 'eagle'; expected one of"):
+        loss_config("eagle")
+
+
+def test_presets_are_found_by_hub_name_and_path():
+    assert find_preset("Qwen/Qwen3-30B-A3B") is PRESETS["qwen3-30b-a3b"]
+    assert find_preset("/models/Qwen3-0.6B") is PRESETS["qwen3-0.6b"]
+    assert find_preset("gpt2") is None
+
+
+def drafter(**options):
+    command = Train(data=Path("data"), output=Path("run"), target="Qwen/Qwen3-4B", **options)
+    return command._drafter(presets.PRESETS["qwen3-4b"])
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(family="treeflash"), dict(sequential="mlp", causal=False, rank=0)),
+        (
+            dict(family="jetspec", sequential="rnn", rank=64, block_size=8),
+            dict(sequential="rnn", causal=True, rank=64, depth=7),
+        ),
+        (
+            dict(family="dspark", sequential="gated", causal=True),
+            dict(sequential="gated", causal=True, confidence="hidden_and_previous"),
+        ),
+        (
+            dict(family="dspark", sequential="none", confidence_head="hidden"),
+            dict(sequential=None, rank=0, confidence="hidden"),
+        ),
+        (dict(family="dflash", layers=2, mask_token_id=5), dict(num_layers=2, mask_token_id=5)),
+    ],
+)
+def test_options_change_the_family(options, expected):
+    config = drafter(**options)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_heads_that_do_not_go_together_are_refused():
+    with pytest.raises(ValueError, match="only markov, gated and rnn heads embed"):
+        drafter(family="dspark", sequential="none")
+    with pytest.raises(ValueError, match="leave out causal"):
+        drafter(initial="some/drafter", causal=True)
+    with pytest.raises(ValueError, match="no preset for target 'gpt2' .*--mask-token-id"):
+        Train(data=Path("x"), output=Path("y"), target="gpt2")._drafter(tiny.TARGET_CONFIG)
+
+
+def test_devices_must_divide():
+    with pytest.raises(ValueError, match="--devices is 3 and --target-devices 2"):
+        Train(data=Path("x"), output=Path("y"), devices=3, target_devices=2)._mesh()
