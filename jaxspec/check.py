@@ -122,7 +122,7 @@ def check(
     """
     if not isinstance(drafter.drafter, BlockDrafter):
         raise ValueError(
-            f"{drafter.drafter} cannot be checked; expected a drafter with a checkpoint"
+            f"{type(drafter.drafter).__name__} cannot be checked; expected a trained drafter"
         )
     config, params = drafter.drafter.config, drafter.params
     for text in texts:

@@ -16,6 +16,7 @@ import tyro
 
 from jaxspec.commands import Convert, Plan
 from jaxspec.evaluation.commands import Evaluate, OverlapCheck, Report
+from jaxspec.jsonl import numbered_lines
 from jaxspec.options import DrafterOptions
 from jaxspec.serving.commands import Calibrate, Serve
 from jaxspec.training.commands import Regenerate, Train
@@ -211,9 +212,7 @@ class Check:
 def read_prompts(path: Path) -> list[str]:
     """First turns of a JSONL file; rows are {"turns": [...]} or {"prompt": ...}."""
     rows = []
-    for number, line in enumerate(_read(path).split("\n"), 1):  # JSON may hold U+2028
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         row = _parse(line, f"{path}, line {number}")
         text = None
         if isinstance(row, dict):

@@ -99,8 +99,8 @@ def generate(
       seed: prompt i uses `seed` folded with i; or one seed per prompt.
       budget: nodes verified per round, root included; the drafter's whole tree by default.
       batch_size: prompts decoded together.
-      capacity: places for tokens per row; the smallest bucket that fits by default. Calls that
-        share it share compiled programs.
+      capacity: places for tokens per row, a multiple of 128; the smallest bucket that fits by
+        default. Calls that share it share compiled programs.
       thinking: turns the thinking of a Qwen3 chat template on or off.
       rejection: a block drafter draws its chains instead of taking the likeliest tokens, and
         they are verified by rejection sampling: the same law, but other tokens than plain
@@ -216,7 +216,10 @@ def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> in
     capacity = _check_capacity(
         decoder, rows, options.pop("max_new_tokens", 256), options.pop("capacity", None)
     )
-    batch = min(options.get("batch_size", 8), len(rows))
+    batch = max(1, min(options.get("batch_size", 8), len(rows)))
+    for name in ("sampling", "seed"):  # one for all prompts, or one each
+        if isinstance(options.get(name), Sequence):
+            options[name] = options[name][:batch]
     generate(target, rows[:batch], max_new_tokens=1, capacity=capacity, **options)
     return capacity
 
@@ -281,21 +284,31 @@ def bind(
     Raises:
       ValueError: rejection sampling with a drafter that does not draw chains.
     """
-    static = drafter.drafter
-    if rejection and not (hasattr(static, "draft_sampled") and static.size > static.depth):
-        raise ValueError(
-            f"rejection sampling needs a block drafter whose tree holds its chain; {static} "
-            "does not draw chains, or its size is not above its depth. Leave rejection out: "
-            "sample-then-match is lossless with any drafter"
-        )
+    if rejection:
+        _check_draws(drafter.drafter)
     decoder = Decoder(
         target.config,
-        static,
+        drafter.drafter,
         rejection=rejection,
         cache_dtype="float32" if jax.default_backend() == "cpu" else None,
         implementation=implementation,
     )
     return decoder, Params(target.params, drafter.params)
+
+
+def _check_draws(drafter: Drafter) -> None:
+    otherwise = "or leave rejection out: sample-then-match is lossless with any drafter"
+    if not hasattr(drafter, "draft_sampled"):
+        raise ValueError(
+            "rejection sampling needs a drafter that draws its chains; "
+            f"{type(drafter).__name__} does not. Use a trained block drafter, {otherwise}"
+        )
+    if drafter.tree.kind != "chain" or drafter.size <= drafter.depth:
+        raise ValueError(
+            f"rejection sampling needs a chain of {drafter.depth + 1} nodes for all that the "
+            f"drafter draws; its tree is {drafter.tree.kind!r} with {drafter.size}. Use such a "
+            f"chain, {otherwise}"
+        )
 
 
 def _check_capacity(
@@ -316,6 +329,8 @@ def _check_capacity(
             f"capacity is {capacity}; a prompt of {longest} tokens, {max_new_tokens} new ones "
             f"and the drafter's depth need {needed}. Raise it or leave it out"
         )
+    if capacity is not None and capacity % decoder.chunk:
+        raise ValueError(f"capacity is {capacity}; expected a multiple of {decoder.chunk}")
     return needed if capacity is None else capacity
 
 

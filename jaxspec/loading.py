@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from jaxspec.config import TreeConfig
 from jaxspec.generation import PLAIN, LoadedDrafter, Target
@@ -34,7 +36,13 @@ def load_target(
 
 
 def load_drafter(
-    spec: str, target: Target, *, tree: TreeConfig | None = None, dtype: str = "float32"
+    spec: str,
+    target: Target,
+    *,
+    tree: TreeConfig | None = None,
+    dtype: str = "float32",
+    threshold: float = 0.0,
+    survival: float = 0.0,
 ) -> LoadedDrafter:
     """A drafter for a target.
 
@@ -44,10 +52,39 @@ def load_drafter(
         drafter ("repo::subfolder" too).
       tree: what it drafts; each kind of drafter has its default.
       dtype: of the drafter's weights.
+      threshold: a chain ends before the first token that the drafter's confidence head gives
+        less than this probability of being accepted after those before it; 0 keeps all.
+      survival: a chain ends where the product of those probabilities falls below this.
 
     Raises:
-      ValueError: the drafter cannot be found or does not fit the target.
+      ValueError: the drafter cannot be found, does not fit the target, or has no chains or no
+        confidence head for the rules given.
     """
+    loaded = _load_drafter(spec, target, tree, dtype)
+    if not (threshold or survival):
+        return loaded
+    from jaxspec.drafters.block import BlockDrafter
+
+    for name, value in (("threshold", threshold), ("survival", survival)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; expected a probability, 0 … 1")
+    static = loaded.drafter
+    if not (
+        isinstance(static, BlockDrafter)
+        and static.config.confidence
+        and static.tree.kind == "chain"
+    ):
+        raise ValueError(
+            "threshold and survival end the chains of a trained drafter by its confidence "
+            f"head; {spec!r} has no such head, or its tree is no chain. Leave them out"
+        )
+    rules = dict(threshold=jnp.float32(threshold), survival=jnp.float32(survival))
+    return dataclasses.replace(loaded, params=dataclasses.replace(loaded.params, **rules))
+
+
+def _load_drafter(
+    spec: str, target: Target, tree: TreeConfig | None, dtype: str
+) -> LoadedDrafter:
     if spec == "none":
         return PLAIN
     if spec == "ngram":
@@ -64,6 +101,12 @@ def load_drafter(
                 f"target {target.name!r} one of {target.config.vocab_size}; "
                 "a small drafter must share the target's tokenizer"
             )
+        known = small.tokenizer and target.tokenizer
+        if known and _tokenizes(small) != _tokenizes(target):
+            raise ValueError(
+                f"drafter {small.name!r} turns text into other tokens than target "
+                f"{target.name!r}; a small drafter must share the target's tokenizer"
+            )
         drafter = SmallModel(small.config, tree) if tree else SmallModel(small.config)
         return LoadedDrafter(drafter, small.params)
     from checkpoints.drafters import load_drafter as load_block_drafter
@@ -73,6 +116,11 @@ def load_drafter(
     )
     with mesh_of(target.params) as mesh:
         return LoadedDrafter(drafter, params if mesh is None else place(mesh, params))
+
+
+def _tokenizes(target: Target) -> list[int]:
+    """Token ids of a text that most tokenizers cut differently."""
+    return target.tokenizer.encode("Hello, world! 1969 naïve\n\tdef f(x):", special=False)
 
 
 def enable_compilation_cache(folder: str | Path | None = None) -> Path:

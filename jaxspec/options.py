@@ -23,6 +23,10 @@ class DrafterOptions:
     """Nodes verified per round, root included."""
     candidates: int = 16
     """Tokens re-scored per parent (path_conditioned), or parents per depth (transitions)."""
+    threshold: float = 0.0
+    """End a chain before the first token whose confidence is below this."""
+    survival: float = 0.0
+    """End a chain where the product of its confidences falls below this."""
 
     def load(self, target):
         from jaxspec.config import TreeConfig
@@ -41,4 +45,5 @@ class DrafterOptions:
         size = 1 << (self.budget - 1).bit_length()
         kind = self.tree or "chain"
         tree = TreeConfig(kind, size=size, width=self.width, candidates=self.candidates)
-        return load_drafter(self.drafter, target, tree=tree)
+        rules = dict(threshold=self.threshold, survival=self.survival)
+        return load_drafter(self.drafter, target, tree=tree, **rules)

@@ -1,14 +1,21 @@
 """The command line: what it prints for people and machines, and its exit codes."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
 
-from jaxspec.cli import BAD_INPUT, main, read_prompts
+from checkpoints.drafters import save_drafter
+from jaxspec.cli import BAD_INPUT, FAULT, main, read_prompts
+from jaxspec.config import TreeConfig
+from jaxspec.tokenizer import Tokenizer
 from jaxspec.training.regenerate import read_jobs
+from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
+from tests.drafters import cases
+from tests.test_stream import VOCABULARY
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +123,26 @@ def test_prompt_ids_must_be_lists_of_integers(folder, tmp_path, capsys):
         ids.write_text(content)
         code, _, err = run(capsys, "--target", folder, "--prompt-ids", ids)
         assert code == BAD_INPUT and "expected a JSON list of lists of token ids" in err
+
+
+def test_check_prints_a_report_and_exits_with_1_at_a_fault(tmp_path, monkeypatch, capsys):
+    tokenizer = Tokenizer.from_bpe(VOCABULARY, [], special=[0], eos=0, chat_template=None)
+    target = dataclasses.replace(tiny.target(), tokenizer=tokenizer)
+    monkeypatch.setattr("jaxspec.load_target", lambda *_, **__: target)
+    monkeypatch.setattr("jaxspec.check._alternatives", lambda *_: ())  # each compiles
+    untrained = cases.loaded("dflash", TreeConfig("chain", size=8))
+    save_drafter(tmp_path / "drafter", untrained.drafter, untrained.params)
+    (tmp_path / "text.txt").write_text("abcde" * 6)
+    common = ["check", "--drafter", str(tmp_path / "drafter"), "--text"]
+    assert main([*common, str(tmp_path / "text.txt"), "--json"]) == FAULT
+    report = json.loads(capsys.readouterr().out)
+    assert report["rounds"] > 1 and len(report["differences"]) == untrained.drafter.depth
+    assert max(report["differences"]) < report["tolerance"]
+    assert report["findings"][0].startswith("almost nothing is accepted")
+
+    (tmp_path / "short.txt").write_text("abc")
+    assert main([*common, str(tmp_path / "short.txt")]) == BAD_INPUT
+    assert "a text of 3 tokens from position 1 on is too short" in capsys.readouterr().err
 
 
 def test_importing_jaxspec_is_quick():

@@ -1,5 +1,7 @@
 """The accepted path against a walk from the root, node by node."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,29 @@ def test_random_trees_equal_the_walk():
             assert tree.parents[b, node] == above and tree.valid[b, node]
             assert tree.tokens[b, node] == choices[b, above]
     assert max(lengths) == depth + 1 and min(lengths) == 1  # both ends occurred
+
+
+def test_the_law_is_the_targets_for_any_tree():
+    """All targets over two tokens and three positions: what is emitted is what each one says.
+
+    A sampling target is a mixture of these 2 ** 7 choices, so its law is kept exactly; for
+    trees whose siblings repeat tokens as well.
+    """
+    prefixes = [p for n in range(3) for p in itertools.product((0, 1), repeat=n)]
+    targets = list(itertools.product((0, 1), repeat=len(prefixes)))
+    assert len(targets) == 128
+    for seed in range(6):
+        tree = random_tree(9, 2, 2, jax.random.key(seed), jnp.int32(0), jnp.int32(9 - seed))
+        paths = {0: ()}
+        for node in np.flatnonzero(tree.valid)[1:]:
+            paths[node] = (*paths[int(tree.parents[node])], int(tree.tokens[node]))
+        rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (128, *x.shape)), tree)
+        said = [dict(zip(prefixes, target, strict=True)) for target in targets]
+        choices = [[one[paths.get(node, ())] for node in range(9)] for one in said]
+        out = accept(rows, ancestors(rows), jnp.array(choices), max_depth=2)
+        for row, one in enumerate(said):
+            emitted = out.tokens[row, : int(out.count[row])].tolist()
+            assert emitted == [one[tuple(emitted[:i])] for i in range(len(emitted))]
 
 
 def choices_by_path(tree, vocab):

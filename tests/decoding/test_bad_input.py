@@ -7,9 +7,10 @@ import pytest
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.ngram import PromptLookup
-from jaxspec.generation import generate, stream
+from jaxspec.generation import generate, stream, warm_up
 from jaxspec.loading import load_drafter
 from jaxspec.models.decoder import check_taps
+from jaxspec.tokenizer import Tokenizer
 from tests import tiny
 
 
@@ -28,6 +29,7 @@ from tests import tiny
         ),
         ([[1]], dict(max_new_tokens=0), "max_new_tokens is 0; expected at least 1"),
         ([[1]], dict(capacity=128), "capacity is 128; .* need 384. Raise it or leave it out"),
+        ([[1]], dict(capacity=400), "capacity is 400; expected a multiple of 128"),
         ([[1]], dict(budget=17), "budget is 17; the drafter's trees have 1 … 16 nodes"),
         ([[1]], dict(budget=0), "budget is 0; the drafter's trees have 1 … 16 nodes"),
         ([[1]], dict(batch_size=0), "batch_size is 0; expected at least 1"),
@@ -43,6 +45,22 @@ from tests import tiny
 def test_requests(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny.target(), prompts, drafter=tiny.RANDOM, **options)
+
+
+def test_warming_up_refuses_what_generating_does():
+    for options, message in (
+        (dict(batch_size=0), "batch_size is 0; expected at least 1"),
+        (dict(budget=17), "budget is 17; the drafter's trees have 1 … 16 nodes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            warm_up(tiny.target(), [[1], [2]], drafter=tiny.RANDOM, **options)
+
+
+def test_warming_up_takes_one_option_each():
+    prompts = tiny.prompts(3, 4, 5)
+    options = dict(sampling=[Sampling()] * 3, seed=[7, 8, 9], batch_size=2, max_new_tokens=4)
+    capacity = warm_up(tiny.target(), prompts, **options)
+    assert len(generate(tiny.target(), prompts, capacity=capacity, **options)) == 3
 
 
 def test_streaming_needs_a_tokenizer():
@@ -61,6 +79,32 @@ def test_a_small_drafter_must_share_the_vocabulary(monkeypatch):
     monkeypatch.setattr("jaxspec.loading.load_target", lambda *_, **__: tiny.target(other))
     with pytest.raises(ValueError, match="vocabulary of 13 tokens, target 'tiny' one of 11"):
         load_drafter("small:other", tiny.target())
+
+
+def test_a_small_drafter_must_share_the_tokenizer(monkeypatch):
+    alphabet = [*"abdefHlorwx", "Ġ"]
+
+    def with_tokens(tokens):
+        tokenizer = Tokenizer.from_bpe(tokens, [], special=[], eos=0, chat_template=None)
+        return dataclasses.replace(tiny.target(), tokenizer=tokenizer)
+
+    other = with_tokens(alphabet[::-1])
+    monkeypatch.setattr("jaxspec.loading.load_target", lambda *_, **__: other)
+    with pytest.raises(ValueError, match="turns text into other tokens than target 'tiny'"):
+        load_drafter("small:other", with_tokens(alphabet))
+    load_drafter("small:same", other)
+
+
+@pytest.mark.parametrize(
+    "spec, rules, message",
+    [
+        ("ngram", dict(threshold=0.5), "'ngram' has no such head, or its tree is no chain"),
+        ("ngram", dict(survival=1.5), "survival is 1.5; expected a probability, 0 … 1"),
+    ],
+)
+def test_confidence_rules(spec, rules, message):
+    with pytest.raises(ValueError, match=message):
+        load_drafter(spec, tiny.target(), **rules)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxspec.config import TreeConfig
 from jaxspec.decoding.loop import decode, prefill
 from jaxspec.decoding.requests import capacity_for, pack
 from jaxspec.decoding.sampling import Sampling
@@ -13,6 +14,7 @@ from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel
 from jaxspec.generation import LoadedDrafter, bind, generate, request_keys
 from tests import tiny
+from tests.drafters import cases
 
 
 def prepared(drafter, batch=2, capacity=None):
@@ -53,16 +55,32 @@ def test_one_compilation_for_all_prompts_lengths_temperatures_and_budgets():
     assert decode._cache_size() - before[1] == 1
 
 
-def test_rounds_transfer_nothing():
+SMALL = LoadedDrafter(SmallModel(tiny.QWEN3, depth=2), tiny.target().params)
+DRAFTERS = {
+    "random": tiny.RANDOM,
+    "lookup": LoadedDrafter(PromptLookup(size=8)),
+    "small": SMALL,
+    "block": cases.loaded("rnn", TreeConfig("path_conditioned", size=8, candidates=6)),
+}
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_rounds_transfer_nothing(name):
+    decoder, params, requests = prepared(DRAFTERS[name])
+    state, rounds = prefill(decoder, params, requests), jax.device_put(np.int32(3))
+    compiled = decode.lower(decoder, params, state, requests.sampling, rounds).compile()
+    with jax.transfer_guard("disallow"):
+        state = compiled(params, state, requests.sampling, rounds)
+    assert state.rounds.tolist() == [3, 3]
+    # The guard does not see what a program itself does: it has no callback and no feed.
+    assert not re.findall(r"callback|infeed|outfeed|(?:send|recv)\(", compiled.as_text())
+
+
+def test_the_guard_sees_a_transfer():
     decoder, params, requests = prepared(tiny.RANDOM)
     state = prefill(decoder, params, requests)
-    rounds = jax.device_put(np.int32(3))
-    with jax.transfer_guard("disallow"):
-        state = decode(decoder, params, state, requests.sampling, rounds)
-    assert state.rounds.tolist() == [3, 3]
-
-
-SMALL = LoadedDrafter(SmallModel(tiny.QWEN3, depth=2), tiny.target().params)
+    with jax.transfer_guard("disallow"), pytest.raises(RuntimeError, match="[Dd]isallow"):
+        decode(decoder, params, state, requests.sampling, np.int32(3))
 
 
 @pytest.mark.parametrize(

@@ -146,9 +146,24 @@ def test_rejection_is_greedy_at_temperature_zero():
     assert [c.token_ids for c in drawn] == [c.token_ids for c in plain]
 
 
-def test_rejection_needs_a_drafter_that_draws():
-    with pytest.raises(ValueError, match="rejection sampling needs a block drafter"):
-        generate(tiny.target(), [[1]], drafter=MATCHED, rejection=True)
+@pytest.mark.parametrize(
+    "drafter, message",
+    [
+        (MATCHED, "needs a drafter that draws its chains; RandomTrees does not. Use a trained"),
+        (
+            cases.loaded("dspark", TreeConfig("chain", size=4)),
+            "needs a chain of 5 nodes .* its tree is 'chain' with 4. Use such",
+        ),
+        (
+            cases.loaded("dspark", TreeConfig("path_conditioned", size=8)),
+            "needs a chain of 5 nodes .* its tree is 'path_conditioned' with 8",
+        ),
+    ],
+    ids=["no chains", "too short", "no chain"],
+)
+def test_rejection_needs_a_drafter_that_draws(drafter, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny.target(), [[1]], drafter=drafter, rejection=True)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 import pytest
 
+from checkpoints.drafters import save_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.generation import generate
+from jaxspec.loading import load_drafter
 from tests import tiny
 from tests.drafters import cases
 
@@ -41,3 +43,17 @@ def outputs(**options):
 @pytest.mark.parametrize("kind", TREES)
 def test_speculative_equals_plain(plain, kind):
     assert outputs(drafter=cases.loaded(kind, TREES[kind])) == plain
+
+
+@pytest.mark.parametrize("rule", ["threshold", "survival"])
+def test_confidence_rules_shorten_chains_and_change_nothing(plain, rule, tmp_path):
+    loaded = cases.loaded("dspark", TREES["dspark"])
+    save_drafter(tmp_path / "dspark", loaded.drafter, loaded.params)
+    folder, target = str(tmp_path / "dspark"), tiny.target()
+    drafter = load_drafter(folder, target, tree=TREES["dspark"], **{rule: 0.5})
+    done = generate(
+        target, PROMPTS, max_new_tokens=30, seed=3, sampling=SAMPLINGS, drafter=drafter
+    )
+    assert [completion.token_ids for completion in done] == plain
+    nodes = [completion.stats.nodes / completion.stats.rounds for completion in done]
+    assert 1 < sum(nodes) / len(nodes) < loaded.drafter.depth + 1
