@@ -66,8 +66,13 @@ def block_drafters(target: Target, folder: str | None) -> list[Entry]:
         ("jetspec", "best_first"),
         ("dspark", "chain"),
         ("dspark", "path_conditioned"),
+        ("treeflash", "transitions"),
     ):
-        config = drafter_config(family, target.config, PRESETS[TARGET])
+        corrected = family == "treeflash"  # DFlash's backbone and one more part
+        config = drafter_config(
+            "dflash" if corrected else family, target.config, PRESETS[TARGET]
+        )
+        config = dataclasses.replace(config, sequential="mlp") if corrected else config
         weights = random_weights(config, jax.random.key(0))
         drafter = BlockDrafter(config, jaxspec.TreeConfig())
         loaded = LoadedDrafter(drafter, block_params(weights, target.params))

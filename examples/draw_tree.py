@@ -12,14 +12,13 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 import jaxspec
-from jaxspec.config import TREE_KINDS
-from jaxspec.decoding.loop import Decoder, Params, decode, prefill
+from jaxspec.decoding.loop import decode, prefill
 from jaxspec.decoding.requests import capacity_for, pack
+from jaxspec.decoding.round import Decoder, Params, propose
 from jaxspec.generation import bind, request_keys
 from jaxspec.trees.draw import as_figure, as_text, follow, visible
 
@@ -49,25 +48,19 @@ class Options:
     out: str | None = None
 
     def __post_init__(self):
-        if self.kind not in TREE_KINDS:
-            raise ValueError(f"kind is {self.kind!r}; expected one of {TREE_KINDS}")
         if self.rounds < 1:
             raise ValueError(f"rounds is {self.rounds}; expected at least 1")
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
-def draft(decoder: Decoder, params: Params, state):
+def draft(decoder: Decoder, params: Params, state, sampling):
     """The tree that the next round will verify."""
-    position = state.length - 1
-    anchor = jnp.take_along_axis(state.tokens, position[:, None], axis=1)[:, 0]
-    return decoder.drafter.draft(params.drafter, state.drafter, anchor, position, state.budget)[
-        0
-    ]
+    return propose(decoder, params, state, sampling)[0].tree
 
 
 def main(options: Options):
-    target = jaxspec.load_target(options.target)
     tree = jaxspec.TreeConfig(options.kind, size=options.size, width=options.width)
+    target = jaxspec.load_target(options.target)
     drafter = jaxspec.load_drafter(options.drafter, target, tree=tree)
     decoder, params = bind(target, drafter)
 
@@ -94,7 +87,8 @@ def main(options: Options):
     for number in range(1, options.rounds + 1):
         if state.done[0]:
             break
-        grown, before = draft(decoder, params, state), int(state.length[0])
+        grown = draft(decoder, params, state, requests.sampling)
+        before = int(state.length[0])
         state = decode(decoder, params, state, requests.sampling, np.int32(1))
         decided = state.tokens[0, before : int(state.length[0])].tolist()
         path = follow(grown, decided[:-1])  # the last one is the target's own

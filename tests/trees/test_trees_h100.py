@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxspec.trees.grow import best_first, path_conditioned, top_budget
+from jaxspec.trees.grow import best_first, from_transitions, path_conditioned, top_budget
 from jaxspec.trees.tree import ancestors
 
 pytestmark = pytest.mark.h100
@@ -38,11 +38,26 @@ def grown_path_conditioned(logits, root, budget, size):
     return tree, ancestors(tree)
 
 
+@functools.partial(jax.jit, static_argnames="size")
+def grown_from_transitions(logits, root, budget, size):
+    table = logits[..., :256].reshape(*logits.shape[:2], 16, 16)
+    children = jnp.broadcast_to(jnp.arange(16), table.shape)
+    tree = from_transitions(
+        children, jnp.minimum(table, 0), children, root, budget=budget, size=size
+    )
+    return tree, ancestors(tree)
+
+
 # Launches per tree, ancestor sets included: about 15 per step of `best_first`, which takes
 # (N - 1) / W of them, and as many per level of the others.
 @pytest.mark.parametrize(
     "build, most",
-    [(grown_best_first, 600), (grown_top_budget, 200), (grown_path_conditioned, 300)],
+    [
+        (grown_best_first, 600),
+        (grown_top_budget, 200),
+        (grown_from_transitions, 200),
+        (grown_path_conditioned, 300),
+    ],
 )
 def test_one_loop_and_no_host(build, most):
     from pallas_kernels.h100.compile import compile_for_h100
