@@ -120,6 +120,8 @@ class Generate:
                 f"{sum(given)} of --prompt, --prompts and --prompt-ids were given; expected one"
             )
         if self.prompt is not None:
+            if not self.prompt.strip():
+                raise ValueError("--prompt is empty; expected some text")
             return [self.prompt]
         return (
             read_prompt_ids(self.prompt_ids)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxspec.config import TreeConfig
 from jaxspec.generation import PLAIN, LoadedDrafter, Target
@@ -60,14 +60,15 @@ def load_drafter(
       ValueError: the drafter cannot be found, does not fit the target, or has no chains or no
         confidence head for the rules given.
     """
+    rules = {"threshold": threshold, "survival": survival}
+    for name, value in rules.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; expected a probability, 0 … 1")
     loaded = _load_drafter(spec, target, tree, dtype)
-    if not (threshold or survival):
+    if not any(rules.values()):
         return loaded
     from jaxspec.drafters.block import BlockDrafter
 
-    for name, value in (("threshold", threshold), ("survival", survival)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}; expected a probability, 0 … 1")
     static = loaded.drafter
     if not (
         isinstance(static, BlockDrafter)
@@ -78,8 +79,12 @@ def load_drafter(
             "threshold and survival end the chains of a trained drafter by its confidence "
             f"head; {spec!r} has no such head, or its tree is no chain. Leave them out"
         )
-    rules = dict(threshold=jnp.float32(threshold), survival=jnp.float32(survival))
-    return dataclasses.replace(loaded, params=dataclasses.replace(loaded.params, **rules))
+    params = loaded.params
+    placed = {  # on the devices of the others
+        name: jax.device_put(np.float32(value), getattr(params, name).sharding)
+        for name, value in rules.items()
+    }
+    return dataclasses.replace(loaded, params=dataclasses.replace(params, **placed))
 
 
 def _load_drafter(

@@ -81,6 +81,7 @@ def test_people_see_tokens_rounds_and_tau(folder, tmp_path, capsys):
     [
         ((), "0 of --prompt, --prompts and --prompt-ids were given; expected one"),
         (("--prompt", "a", "--prompts", "b"), "2 of --prompt, --prompts and"),
+        (("--prompt", " "), "--prompt is empty; expected some text"),
         (("--prompts", "absent.jsonl"), "cannot read absent.jsonl"),
         (("--target", "./absent", "--prompt", "a"), "absent"),
         (("--prompt", "a", "--temperature", "-1"), "temperature is -1.0"),
