@@ -24,7 +24,8 @@ from jaxspec.cli import read_prompts
 from jaxspec.decoding.schedule import Adaptive, Fixed
 from jaxspec.generation import PLAIN, as_token_ids
 from jaxspec.serving.commands import with_survival
-from jaxspec.serving.engine import Engine, EngineConfig
+from jaxspec.serving.config import EngineConfig
+from jaxspec.serving.engine import Engine
 from jaxspec.serving.load import closed_loop, mix, summarise, to_runner
 from jaxspec.serving.requests import Request
 from jaxspec.serving.runner import Runner

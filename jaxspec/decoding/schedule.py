@@ -19,7 +19,7 @@ from jaxspec.decoding.commit import commit
 from jaxspec.decoding.round import Decoder, Draft, Params, VerifySize, propose, verify
 from jaxspec.decoding.sampling import SamplingRows
 from jaxspec.decoding.state import DecodeState
-from jaxspec.trees.tree import NO_PARENT, root_only
+from jaxspec.trees.tree import NO_PARENT, DraftTree, root_only
 
 UNKNOWN = -1.0
 MAX_SIZES = 16
@@ -173,50 +173,85 @@ def fixed_round(decoder, params, batch, habit, times, schedule, sizes):
 def adaptive_round(decoder, params, batch, habit, times, schedule, sizes):
     """One budget for all rows."""
     state, running = batch.state, ~batch.state.done
-    rows = running.sum()
-    old = batch.survivals[:, schedule.age - 1]
-    old = jnp.where(old == UNKNOWN, habit.usual, old)
-    size = best_size(jnp.where(running[:, None], old, 0.0), rows, times)
-    size = jnp.where((size == 0) & (habit.idle >= schedule.probe), 1, size)
+    size = choose_size(batch.survivals, habit, running, times, schedule)
+    drafted = size > 0
     draft, state = jax.lax.cond(
-        size > 0,
+        drafted,
         lambda state: propose(decoder, params, state, batch.sampling),
         lambda state: (_no_draft(decoder, params, state, batch.sampling), state),
         state,
     )
-    believed = survival(draft.tree)
-    # Depth by depth, what was believed of a node against what became of such nodes.
-    trust = (habit.happened + PRIOR) / (habit.foretold + PRIOR)
-    fresh = believed * trust[jnp.maximum(draft.tree.depths[:, 1:] - 1, 0)]
-    fresh = jax.lax.cummin(jnp.minimum(fresh, 1.0), axis=1)
-    kept = admit(
-        jnp.where(running[:, None], fresh, 0.0),
-        times.totals[size] - rows,
-        times.per_row[size] - 1,
-    )
-    draft = _cut(draft, kept)
+    fresh = foresee(draft.tree, habit)
+    draft = cut(draft, keep(fresh, running, size, times))
     before = state.length
     batch, habit = _finish(decoder, params, batch, habit, draft, state, sizes, size)
-
-    drafted = size > 0
-    counted = draft.tree.valid[:, 1:] & running[:, None]
-    depth = jnp.arange(1, decoder.drafter.depth + 1)
-    at_depth = draft.tree.depths[:, 1:, None] == depth  # [B, N - 1, P]
-    foretold = jnp.where(counted, believed, 0.0)[..., None] * at_depth
-    accepted = (batch.state.length - before)[:, None] > depth
-    mean = jnp.where(running[:, None], fresh, 0.0).sum(0) / jnp.maximum(rows, 1)
-    learned = dataclasses.replace(
-        habit,
-        usual=0.9 * habit.usual + 0.1 * mean,
-        foretold=MEMORY * habit.foretold + foretold.sum((0, 1)),
-        happened=MEMORY * habit.happened + (accepted & running[:, None]).sum(0),
-        idle=jnp.int32(0),
-    )
+    accepted = batch.state.length - before - 1
+    learned = learn(habit, draft.tree, fresh, accepted, running)
     waited = dataclasses.replace(habit, idle=habit.idle + 1)
     habit = jax.tree.map(lambda a, b: jnp.where(drafted, a, b), learned, waited)
     newest = jnp.concatenate([fresh[:, None], batch.survivals[:, :-1]], axis=1)
     newest = jnp.where(drafted & running[:, None, None], newest, batch.survivals)
     return dataclasses.replace(batch, survivals=newest), habit
+
+
+def choose_size(
+    survivals: jax.Array,
+    habit: Habit,
+    running: jax.Array,
+    times: StepTimes,
+    schedule: Adaptive,
+) -> jax.Array:
+    """The size of a round that is not drafted yet, an index into `times`.
+
+    Args:
+      survivals: [B, age, N - 1], see `Batch`.
+      running: [B] bool.
+    """
+    old = survivals[:, schedule.age - 1]
+    old = jnp.where(old == UNKNOWN, habit.usual, old)
+    size = best_size(jnp.where(running[:, None], old, 0.0), running.sum(), times)
+    return jnp.where((size == 0) & (habit.idle >= schedule.probe), 1, size)
+
+
+def foresee(tree: DraftTree, habit: Habit) -> jax.Array:
+    """Survivals of a fresh draft [B, N - 1], corrected by what became of such nodes before."""
+    trust = (habit.happened + PRIOR) / (habit.foretold + PRIOR)
+    found = survival(tree) * trust[jnp.maximum(tree.depths[:, 1:] - 1, 0)]
+    return jax.lax.cummin(jnp.minimum(found, 1.0), axis=1)
+
+
+def keep(fresh: jax.Array, running: jax.Array, size: jax.Array, times: StepTimes) -> jax.Array:
+    """Drafted nodes of each row [B] that a round of this size verifies."""
+    return admit(
+        jnp.where(running[:, None], fresh, 0.0),
+        times.totals[size] - running.sum(),
+        times.per_row[size] - 1,
+    )
+
+
+def learn(
+    habit: Habit, tree: DraftTree, fresh: jax.Array, accepted: jax.Array, running: jax.Array
+) -> Habit:
+    """After a round that drafted.
+
+    Args:
+      tree: what of the draft was verified.
+      fresh: [B, N - 1], `foresee` of the whole draft.
+      accepted: [B] int32, drafted tokens that were decided.
+    """
+    depth = jnp.arange(1, habit.foretold.shape[0] + 1)
+    at_depth = tree.depths[:, 1:, None] == depth  # [B, N - 1, P]
+    verified = tree.valid[:, 1:] & running[:, None]
+    believed = jnp.where(verified, survival(tree), 0.0)[..., None] * at_depth
+    happened = (accepted[:, None] >= depth) & running[:, None]
+    mean = jnp.where(running[:, None], fresh, 0.0).sum(0) / jnp.maximum(running.sum(), 1)
+    return dataclasses.replace(
+        habit,
+        usual=0.9 * habit.usual + 0.1 * mean,
+        foretold=MEMORY * habit.foretold + believed.sum((0, 1)),
+        happened=MEMORY * habit.happened + happened.sum(0),
+        idle=jnp.int32(0),
+    )
 
 
 def _finish(decoder, params, batch, habit, draft, state, sizes, size):
@@ -242,7 +277,7 @@ def _no_draft(decoder: Decoder, params: Params, state: DecodeState, sampling) ->
     return dataclasses.replace(empty, tree=root_only(anchor, size=decoder.drafter.size))
 
 
-def _cut(draft: Draft, kept: jax.Array) -> Draft:
+def cut(draft: Draft, kept: jax.Array) -> Draft:
     """The first `kept` [B] drafted nodes of every row."""
     tree, drawn = draft.tree, draft.drawn
     valid = tree.valid & (jnp.arange(tree.size) <= kept[:, None])

@@ -32,10 +32,12 @@ class Serve:
     host: str = "127.0.0.1"
     """Address to listen on. There is no authentication here: put one in front of others."""
     port: int = 8000
+    """0 takes a free one."""
     slots: int = 8
     """Requests decoded together."""
     room: int = 1024
-    """Tokens a prompt and its answer may have together; memory is slots + 1 times this."""
+    """Tokens a prompt and its answer may have together; caches take up to 1.5 slots + 1 times
+    this."""
     queue: int = 64
     """Requests that may wait; more are answered 429."""
     schedule: Literal["adaptive", "fixed"] = "adaptive"
@@ -57,20 +59,23 @@ class Serve:
 
     def run(self) -> int:
         try:
-            from jaxspec.serving.server import Limits, server
+            from jaxspec.serving.connections import Limits
+            from jaxspec.serving.server import bind, server
         except ModuleNotFoundError as error:
             raise ValueError(
                 f"{error.name} is not installed; pip install 'jaxspec[serve]'"
             ) from error
         import jaxspec
         from jaxspec.decoding.schedule import Adaptive, Fixed
+        from jaxspec.serving.config import EngineConfig
         from jaxspec.serving.curve import Curve
-        from jaxspec.serving.engine import Engine, EngineConfig
+        from jaxspec.serving.engine import Engine
         from jaxspec.serving.runner import Runner
 
         if not 0 <= self.port < 2**16:
             raise ValueError(f"--port is {self.port}; expected 0 … 65535")
         limits = Limits(body_bytes=self.body_bytes, connections=self.connections)
+        bound = bind(self.host, self.port)
         curve = None
         if self.curve is not None and self.curve.exists():
             curve = Curve.load(self.curve)
@@ -94,10 +99,11 @@ class Serve:
         engine.warm_up()
         if adaptive and curve is None and self.curve is not None:
             engine.curve.save(self.curve)
-        name = Path(self.target).stem
-        http = server(Runner(engine), name=name, host=self.host, port=self.port, limits=limits)
-        print(f"serving {name} on http://{self.host}:{self.port}/v1", flush=True)
-        http.run()
+        name = Path(self.target).absolute().name.removesuffix(".gguf")
+        host, port = bound.getsockname()[:2]
+        http = server(Runner(engine), name=name, host=self.host, port=port, limits=limits)
+        print(f"serving {name} on http://{host}:{port}/v1", flush=True)
+        http.run([bound])
         return 0
 
 

@@ -9,75 +9,23 @@ import dataclasses
 import itertools
 import threading
 from collections import deque
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.decoding.budget import StepTimes
 from jaxspec.decoding.loop import Prefilling, Requests
-from jaxspec.decoding.requests import capacity_for, pack
-from jaxspec.decoding.schedule import (
-    MAX_SIZES,
-    Adaptive,
-    Fixed,
-    Schedule,
-    decode_rows,
-    init_habit,
-    verify_sizes,
-)
+from jaxspec.decoding.schedule import MAX_SIZES, Batch
 from jaxspec.decoding.stats import DecodeStats
-from jaxspec.generation import PLAIN, LoadedDrafter, Target, bind, request_keys
-from jaxspec.serving.curve import Curve, measure, setup_of
-from jaxspec.serving.requests import QueueFull, Request, Update
-from jaxspec.serving.rows import (
-    Batch,
-    begin_prompt,
-    empty_rows,
-    end_prompt,
-    move_rows,
-    place,
-    recent_tokens,
-    run_chunk,
-    stop_rows,
-)
+from jaxspec.generation import PLAIN, LoadedDrafter, Target
+from jaxspec.serving.config import EngineConfig
+from jaxspec.serving.curve import Curve
+from jaxspec.serving.programs import Programs, only
+from jaxspec.serving.requests import Finish, QueueFull, Request, Update
+from jaxspec.serving.rows import move_rows, place, recent_tokens, stop_rows
 
 SHRINK_AFTER = 8  # steps with too many rows
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """Limits of an engine; its memory follows from them and is allocated within them.
-
-    Attributes:
-      slots: requests decoded together, at most.
-      room: tokens that a prompt and its answer may have together.
-      queue: requests that may wait for a slot.
-      schedule: `Fixed` or `Adaptive`; None is adaptive where there is something to draft.
-      budget: nodes per row, root included, with a fixed schedule; the whole tree if None.
-      max_nodes: of all rows in one round, with an adaptive schedule.
-      chunk: prompt tokens run between two bursts of rounds.
-      rounds: of a burst, after which tokens are given out.
-      rejection: see `jaxspec.generate`.
-    """
-
-    slots: int = 8
-    room: int = 1024
-    queue: int = 64
-    schedule: Schedule | None = None
-    budget: int | None = None
-    max_nodes: int = 128
-    chunk: int = 64
-    rounds: int = 1
-    rejection: bool = False
-    implementation: str | None = None
-
-    def __post_init__(self):
-        for name in ("slots", "room", "queue", "max_nodes", "chunk", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"EngineConfig.{name} is {getattr(self, name)}; expected at least 1"
-                )
 
 
 @dataclasses.dataclass
@@ -120,35 +68,18 @@ class Engine:
         *,
         curve: Curve | None = None,
     ):
-        """Raises ValueError when the room passes the target's positions, or a budget is off."""
-        size = drafter.drafter.size
-        schedule = config.schedule or (Adaptive() if size > 1 else Fixed())
-        self._check(target, config, schedule, size)
-        self.target, self.config = target, dataclasses.replace(config, schedule=schedule)
-        decoder, self._params = bind(target, drafter, config.implementation, config.rejection)
-        self._decoder = dataclasses.replace(decoder, chunk=config.chunk)
-        self._schedule, self._age = schedule, schedule.age
-        self._budget = size if config.budget is None else config.budget
-        self._capacity = capacity_for(config.room, self._decoder)
-        self._buckets = [1]
-        while self._buckets[-1] < config.slots:
-            self._buckets.append(min(2 * self._buckets[-1], config.slots))
-        adaptive = isinstance(schedule, Adaptive)
-        self._sizes = {
-            rows: verify_sizes(
-                rows,
-                size if adaptive else self._budget,
-                config.max_nodes if adaptive else rows * size,
-            )
-            for rows in self._buckets
-        }
+        """Raises ValueError: see `EngineConfig.resolved` and `Curve.check`."""
+        self.target = target
+        self.config = config.resolved(target.config, drafter.drafter.size)
+        self._programs = Programs(target, drafter, self.config)
         self.curve = curve
         self._times: dict[int, StepTimes] | None = None
         if curve is not None:
             curve.check(self.setup())
-            self._times = {rows: curve.times(rows) for rows in self._buckets}
-        elif not adaptive:
-            self._times = {rows: _unused(len(sizes)) for rows, sizes in self._sizes.items()}
+            self._times = self._staircases(curve)
+        elif not self._programs.adaptive:  # which does not look at them
+            sizes = self._programs.sizes.items()
+            self._times = {rows: only(own, 0) for rows, own in sizes}
 
         self._lock = threading.Lock()
         self._numbers = itertools.count()
@@ -157,23 +88,9 @@ class Engine:
         self._prompt: _Prompt | None = None
         self._rows: list[_Running | None] = [None]
         self._batch: Batch | None = None
-        self._habit = init_habit(size, self._decoder.drafter.depth)
+        self._habit = self._programs.habit()
         self._idle_rows = 0
         self.rounds_by_size = [0] * MAX_SIZES
-
-    @staticmethod
-    def _check(target: Target, config: EngineConfig, schedule: Schedule, size: int) -> None:
-        if isinstance(schedule, Adaptive) and size < 2:
-            raise ValueError("an adaptive schedule needs a drafter; use Fixed without one")
-        if config.budget is not None and not isinstance(schedule, Fixed):
-            raise ValueError(f"budget is {config.budget}, but the schedule is not Fixed")
-        if config.budget is not None and not 1 <= config.budget <= size:
-            raise ValueError(f"budget is {config.budget}; the drafter's trees have 1 … {size}")
-        if config.room > target.config.max_positions:
-            raise ValueError(
-                f"room is {config.room} tokens per request; the target has "
-                f"{target.config.max_positions} positions"
-            )
 
     # Any thread.
 
@@ -213,49 +130,20 @@ class Engine:
 
     def setup(self) -> dict:
         """What step times depend on; a stored curve must have been measured for the same."""
-        return setup_of(
-            self.target,
-            self._decoder,
-            self._params,
-            {rows: [s.total for s in sizes] for rows, sizes in self._sizes.items()},
-            {rows: [s.per_row for s in sizes] for rows, sizes in self._sizes.items()},
-            self._capacity,
-        )
+        return self._programs.setup()
 
     def warm_up(self, *, repeats: int = 5) -> None:
         """Compiles every program and, for an adaptive schedule without one, measures the curve.
 
         Nothing is compiled after it.
         """
-        adaptive, seconds = isinstance(self._schedule, Adaptive), {}
         missing = self._times is None
-        for rows, sizes in self._sizes.items():
-            seconds[rows] = []
-            for size in range(len(sizes) if adaptive else 1):
-                times = _only(sizes, size)
-                batch, median = measure(
-                    lambda batch, times=times, rows=rows: self._decode(batch, times, rows, 1),
-                    self._half_full(rows),
-                    repeats if missing else 0,
-                )
-                seconds[rows].append(median)
-            recent_tokens(batch, np.zeros(rows, np.int32), width=self._width)
-            batch = place(stop_rows(batch, np.ones(rows, bool)), self._empty(1), np.int32(0))
-            bucket = self._buckets.index(rows)
-            for other in self._buckets[max(bucket - 1, 0) : bucket + 2]:
-                move_rows(batch, np.zeros(other, np.int32))
-        request = Request((0,), 1)
-        requests = self._pack(request)
-        prefilling = begin_prompt(self._decoder, self._params, capacity=self._capacity)
-        prefilling = run_chunk(self._decoder, self._params, requests, np.int32(0), prefilling)
-        self._end_prompt(requests, prefilling)
+        seconds = self._programs.compile(repeats if missing else 0)
         if missing:
             self.curve = Curve(self.setup(), seconds)
             self.curve.check(self.setup())
-            self._times = {rows: self.curve.times(rows) for rows in self._buckets}
-        self._habit = init_habit(self._decoder.drafter.size, self._decoder.drafter.depth)
-        self._batch = self._empty(1)
-        self._rows = [None]
+            self._times = self._staircases(self.curve)
+        self._batch = self._programs.empty(1)
 
     def step(self) -> list[Update]:
         """One turn: cancellations, at most one prompt chunk, a burst of rounds.
@@ -306,20 +194,18 @@ class Engine:
     def _advance_prompt(self) -> list[Update]:
         """One chunk of the prompt at hand, its first token, or its place in the batch."""
         if self._prompt is None:
+            if not self._waiting:
+                return []
+            running = self._waiting[0]  # nobody else takes from the queue
+            requests = self._programs.pack(running.request)
+            prompt = _Prompt(running, requests, self._programs.begin_prompt())
             with self._lock:
-                if not self._waiting:
-                    return []
-                running = self._waiting.popleft()
-            prefilling = begin_prompt(self._decoder, self._params, capacity=self._capacity)
-            self._prompt = _Prompt(running, self._pack(running.request), prefilling)
+                self._prompt = prompt
+                self._waiting.popleft()
         prompt, updates = self._prompt, []
         if prompt.batch is None:
-            prompt.prefilling = run_chunk(
-                self._decoder,
-                self._params,
-                prompt.requests,
-                np.int32(prompt.chunk),
-                prompt.prefilling,
+            prompt.prefilling = self._programs.run_chunk(
+                prompt.requests, prompt.chunk, prompt.prefilling
             )
             prompt.chunk += 1
             if prompt.chunk * self.config.chunk < len(prompt.running.request.prompt):
@@ -331,7 +217,7 @@ class Engine:
         return updates
 
     def _first_token(self, prompt: _Prompt) -> list[Update]:
-        prompt.batch = self._end_prompt(prompt.requests, prompt.prefilling)
+        prompt.batch = self._programs.end_prompt(prompt.requests, prompt.prefilling)
         prompt.prefilling, running = None, prompt.running
         state = prompt.batch.state
         tokens, done = jax.device_get((state.tokens, state.done))
@@ -350,8 +236,10 @@ class Engine:
             return []
         rows = len(self._rows)
         start = np.array([row.length if row else 0 for row in self._rows], np.int32)
-        self._batch = self._decode(self._batch, self._times[rows], rows, self.config.rounds)
-        recent = recent_tokens(self._batch, start, width=self._width)
+        self._batch, self._habit = self._programs.decode(
+            self._batch, self._habit, self._times[rows], self.config.rounds
+        )
+        recent = recent_tokens(self._batch, start, width=self._programs.width)
         state = self._batch.state
         recent, length, done, by_size = jax.device_get(
             (recent, state.length, state.done, self._habit.rounds)
@@ -376,7 +264,12 @@ class Engine:
             updates += self._release([i for i, _ in ended], finish, [t for _, t in ended])
         return updates
 
-    def _release(self, rows, finish, tokens) -> list[Update]:
+    def _release(
+        self,
+        rows: Sequence[int],
+        finish: Sequence[Finish],
+        tokens: Sequence[tuple[int, ...]],
+    ) -> list[Update]:
         """Frees rows; their last updates."""
         state = self._batch.state
         rounds, committed, nodes = jax.device_get((state.rounds, state.committed, state.nodes))
@@ -390,22 +283,22 @@ class Engine:
     def _free_row(self) -> int | None:
         """A free row, of a larger batch if need be; None when all slots are taken."""
         if all(self._rows):
-            bucket = self._buckets.index(len(self._rows)) + 1
-            if bucket == len(self._buckets):
+            bucket = self._programs.buckets.index(len(self._rows)) + 1
+            if bucket == len(self._programs.buckets):
                 return None
-            self._resize(self._buckets[bucket])
+            self._resize(self._programs.buckets[bucket])
         return self._rows.index(None)
 
     def _fit_rows(self) -> None:
         """Shrinks a batch that has been too large for a while, or is empty."""
-        bucket = self._buckets.index(len(self._rows))
+        smaller = [rows for rows in self._programs.buckets if rows < len(self._rows)]
         running = sum(row is not None for row in self._rows)
-        if bucket == 0 or running > self._buckets[bucket - 1] or self._prompt is not None:
+        if not smaller or running > smaller[-1] or self._prompt is not None:
             self._idle_rows = 0
             return
         self._idle_rows += 1
         if self._idle_rows > SHRINK_AFTER or not running:
-            self._resize(self._buckets[bucket - 1])
+            self._resize(smaller[-1])
             self._idle_rows = 0
 
     def _resize(self, rows: int) -> None:
@@ -415,69 +308,9 @@ class Engine:
         self._batch = move_rows(self._batch, source)
         self._rows = [self._rows[i] for i in taken] + [None] * (rows - len(taken))
 
-    def _decode(self, batch: Batch, times: StepTimes, rows: int, rounds: int) -> Batch:
-        batch, self._habit = decode_rows(
-            self._decoder,
-            self._params,
-            batch,
-            self._habit,
-            times,
-            np.int32(rounds),
-            schedule=self._schedule,
-            sizes=self._sizes[rows],
-        )
-        return batch
-
-    def _end_prompt(self, requests: Requests, prefilling: Prefilling) -> Batch:
-        held = prefilling.cache, prefilling.drafter
-        return end_prompt(
-            self._decoder, self._params, requests, prefilling.final, held, age=self._age
-        )
-
-    def _half_full(self, rows: int) -> Batch:
-        batch = self._empty(rows)
-        length = jnp.full(rows, self._capacity // 2, jnp.int32)
-        limit = jnp.full(rows, self._capacity - self._decoder.drafter.depth - 1, jnp.int32)
-        state = dataclasses.replace(
-            batch.state, length=length, limit=limit, done=jnp.zeros(rows, bool)
-        )
-        return dataclasses.replace(batch, state=state)
-
-    def _empty(self, rows: int) -> Batch:
-        return empty_rows(
-            self._decoder, self._params, rows=rows, capacity=self._capacity, age=self._age
-        )
-
-    def _pack(self, request: Request) -> Requests:
-        return pack(
-            self._decoder,
-            [request.prompt],
-            batch=1,
-            capacity=self._capacity,
-            max_new_tokens=request.max_new_tokens,
-            budget=self._budget,
-            sampling=[request.sampling],
-            keys=request_keys([request.seed], 1),
-        )
+    def _staircases(self, curve: Curve) -> dict[int, StepTimes]:
+        return {rows: curve.times(rows) for rows in self._programs.buckets}
 
     def _stop_ids(self, request: Request) -> tuple[int, ...]:
         stops = request.sampling.stop_ids
         return self.target.config.eos_token_ids if stops is None else stops
-
-    @property
-    def _width(self) -> int:
-        """Tokens a burst may decide per row."""
-        return self.config.rounds * (self._decoder.drafter.depth + 1)
-
-
-def _only(sizes, chosen: int) -> StepTimes:
-    """Step times that leave one size to choose."""
-    seconds = np.full(len(sizes), np.inf, np.float32)
-    seconds[chosen] = 1.0
-    totals, per_row = ([getattr(s, n) for s in sizes] for n in ("total", "per_row"))
-    return StepTimes(np.array(totals, np.int32), np.array(per_row, np.int32), seconds)
-
-
-def _unused(count: int) -> StepTimes:
-    """What a fixed schedule does not look at."""
-    return StepTimes(np.zeros(count, np.int32), np.zeros(count, np.int32), np.ones(count, "f4"))

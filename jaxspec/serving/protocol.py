@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import secrets
 from typing import Any
+
+from jinja2 import TemplateError
 
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats
@@ -59,6 +62,16 @@ class Asked:
     include_usage: bool
 
 
+def parse_body(data: bytes) -> Any:
+    """The JSON value of a request's body."""
+    try:
+        value = json.loads(data.decode())
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON ({error})") from error
+    return value
+
+
 def read_completion(body: Any, target: Target, room: int) -> Asked:
     """`POST /v1/completions`: one prompt, a text or a list of token ids."""
     fields = _Fields(body, COMMON | {"prompt"})
@@ -90,7 +103,7 @@ def read_chat(body: Any, target: Target, room: int) -> Asked:
             [_message(i, message) for i, message in enumerate(messages)],
             thinking=options.get("enable_thinking"),
         )
-    except ValueError as error:
+    except (ValueError, TemplateError) as error:  # templates refuse orders of roles
         raise BadRequest(str(error), "messages") from error
     return _asked(fields, prompt, room, default=None)
 
@@ -118,7 +131,10 @@ class _Fields:
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise BadRequest(f"{name} must be a number, not {value!r}", name)
-        return value
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise BadRequest(f"{name} is too large", name) from error
 
     def integer(self, name: str, default: int) -> int:
         value = self.get(name, default)
@@ -182,9 +198,12 @@ def _message(index: int, message: Any) -> dict[str, str]:
         raise BadRequest(f"{where} must have a role, one of {ROLES}", "messages")
     content = message.get("content")
     if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in content
+        isinstance(part, dict)
+        and part.get("type") == "text"
+        and isinstance(part.get("text"), str)
+        for part in content
     ):
-        content = "".join(str(part.get("text", "")) for part in content)
+        content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise BadRequest(f"{where} must have text as its content", "messages")
     return {"role": message["role"], "content": content}

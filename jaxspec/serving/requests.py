@@ -11,6 +11,8 @@ from jaxspec.decoding.requests import MAX_STOP_IDS
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats
 
+MAX_TEMPERATURE = 1e30  # float32 holds it, and a logit over it
+
 Finish = Literal["stop", "length", "cancelled"]
 
 
@@ -53,10 +55,25 @@ class Request:
             )
         if type(self.seed) is not int or not 0 <= self.seed < 2**31:
             raise ValueError(f"the seed is {self.seed!r}; expected 0 … 2**31 - 1")
-        if self.sampling.stop_ids and len(self.sampling.stop_ids) > MAX_STOP_IDS:
+        self._check_sampling(config)
+
+    def _check_sampling(self, config: TargetConfig) -> None:
+        """What the arrays of a batch cannot hold would end all its requests."""
+        stops = self.sampling.stop_ids
+        stops = config.eos_token_ids if stops is None else stops
+        if len(stops) > MAX_STOP_IDS:
+            raise ValueError(f"{len(stops)} stop ids were given; at most {MAX_STOP_IDS} fit")
+        bad = [t for t in stops if not 0 <= t < config.vocab_size]
+        if bad:
             raise ValueError(
-                f"{len(self.sampling.stop_ids)} stop ids were given; at most {MAX_STOP_IDS} fit"
+                f"there is stop id {bad[0]}; the target's vocabulary is "
+                f"0 … {config.vocab_size - 1}"
             )
+        for name, most in (("temperature", MAX_TEMPERATURE), ("top_k", 2**31 - 1)):
+            if getattr(self.sampling, name) > most:
+                raise ValueError(
+                    f"{name} is {getattr(self.sampling, name)}; expected at most {most}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
+import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 import uvicorn
 from starlette.applications import Starlette
@@ -29,15 +29,17 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jaxspec.generation import Target
+from jaxspec.serving.connections import Limits, timed_protocol
+from jaxspec.serving.events import EventStream, unless_gone
 from jaxspec.serving.metrics import Metrics, Watch
 from jaxspec.serving.protocol import (
     Asked,
     BadRequest,
     Shape,
     error_body,
+    parse_body,
     read_chat,
     read_completion,
     usage,
@@ -49,33 +51,12 @@ from jaxspec.serving.text import Answer
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a client may take.
-
-    Attributes:
-      body_bytes: of a request.
-      request_seconds: to send a request's headers, and again for its body.
-      stall_seconds: a stream's reader may stand still this long before it is cut off.
-      idle_seconds: a connection may stay open between requests.
-      connections: open at a time; more are answered 503.
-    """
-
-    body_bytes: int = 1 << 20
-    request_seconds: float = 10.0
-    stall_seconds: float = 30.0
-    idle_seconds: int = 5
-    connections: int = 256
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not value > 0:
-                raise ValueError(f"Limits.{field.name} is {value}; expected more than 0")
-
-
 def application(
-    runner: Runner, *, name: str, limits: Limits = Limits(), hosts: tuple[str, ...] = ()
+    runner: Runner,
+    *,
+    name: str,
+    limits: Limits = Limits(),  # noqa: B008
+    hosts: tuple[str, ...] = (),
 ) -> Starlette:
     """The ASGI application; closing it closes the runner.
 
@@ -112,7 +93,12 @@ def application(
 
 
 def server(
-    runner: Runner, *, name: str, host: str, port: int, limits: Limits = Limits()
+    runner: Runner,
+    *,
+    name: str,
+    host: str,
+    port: int,
+    limits: Limits = Limits(),  # noqa: B008
 ) -> uvicorn.Server:
     """A server, not yet running: `.run()` blocks."""
     hosts = (*LOOPBACK, "[::1]") if host in LOOPBACK else ()
@@ -130,6 +116,22 @@ def server(
         server_header=False,
     )
     return uvicorn.Server(config)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket for `uvicorn.Server.run`; connections are refused until that listens.
+
+    Raises:
+      ValueError: the address is not to be had.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise ValueError(f"cannot serve on {host}, port {port}: {error.strerror}") from error
+    return bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +166,9 @@ class _Service:
 
     async def _answer(self, request: Request, read: Callable, chat: bool) -> Response:
         try:
-            body = await self._body(request)
-            self._check_model(body)
+            data = await self._body(request)
             # Tokenizing takes long for long texts; the other requests go on meanwhile.
-            room = self.runner.engine.config.room
-            asked = await asyncio.to_thread(read, body, self.target, room)
+            asked = await asyncio.to_thread(self._understand, data, read)
             ticket = self.runner.submit(asked.request)
         except BadRequest as error:
             self.metrics.refused("bad_request")
@@ -188,11 +188,11 @@ class _Service:
         kind = "chatcmpl" if chat else "cmpl"
         shape = Shape(chat, f"{kind}-{uuid.uuid4().hex}", int(time.time()), self.name)
         if asked.stream:
-            return _EventStream(self._events(asked, ticket, watch, shape), watch)
+            return EventStream(self._events(asked, ticket, watch, shape), ticket, watch)
         return await self._whole(request, asked, ticket, watch, shape)
 
-    async def _body(self, request: Request):
-        """The JSON body, within the limits of size and time."""
+    async def _body(self, request: Request) -> bytes:
+        """The body, within the limits of size and time."""
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != "application/json":
             raise BadRequest(
@@ -217,17 +217,16 @@ class _Service:
             raise BadRequest(f"the body took longer than {seconds} s", status=408) from error
         except ClientDisconnect as error:
             raise BadRequest("the body ended early") from error
-        try:
-            return json.loads(b"".join(parts))
-        except (ValueError, RecursionError) as error:
-            raise BadRequest(f"the body is not JSON ({error})") from error
+        return b"".join(parts)
 
-    def _check_model(self, body) -> None:
+    def _understand(self, data: bytes, read: Callable) -> Asked:
+        body = parse_body(data)
         asked = body.get("model") if isinstance(body, dict) else None
         if asked is not None and asked != self.name:
             raise BadRequest(
                 f"there is no model {asked!r}; this server has {self.name!r}", "model", 404
             )
+        return read(body, self.target, self.runner.engine.config.room)
 
     async def _whole(
         self, request: Request, asked: Asked, ticket: Ticket, watch: Watch, shape: Shape
@@ -242,20 +241,12 @@ class _Service:
             return shape.whole("".join(parts), end.finish, end.usage)
 
         try:
-            collecting = asyncio.create_task(collect())
-            gone = asyncio.create_task(_disconnected(request.receive))
-            try:
-                done, _ = await asyncio.wait(
-                    (collecting, gone), return_when=asyncio.FIRST_COMPLETED
-                )
-                if collecting not in done:
-                    return Response(status_code=499)  # nobody reads it
-                body = collecting.result()
-                finish = body["choices"][0]["finish_reason"]
-                return JSONResponse(body)
-            finally:
-                for task in (collecting, gone):
-                    task.cancel()
+            with ticket:
+                body = await unless_gone(collect(), request.receive)
+            if body is None:
+                return Response(status_code=499)  # nobody reads it
+            finish = body["choices"][0]["finish_reason"]
+            return JSONResponse(body)
         except EngineFailed as error:
             finish = "failed"
             return JSONResponse(error_body(str(error), "server_error"), 503)
@@ -264,7 +255,7 @@ class _Service:
 
     async def _events(
         self, asked: Asked, ticket: Ticket, watch: Watch, shape: Shape
-    ) -> AsyncIterator[tuple[dict, str | None]]:
+    ) -> AsyncGenerator[tuple[dict, str | None]]:
         """Objects of a stream, each with the reason if it ends the answer."""
         first = True
         try:
@@ -282,25 +273,24 @@ class _Service:
         """Text as it grows; the last piece has the reason and the usage."""
         answer = Answer(self.target.tokenizer, asked.stops)
         count, finish = 0, None
-        with ticket:
-            async for update in ticket:
-                watch.see(update)
-                if answer.stopped:  # cut; only the counts of the cancelled rest are awaited
-                    text = ""
-                else:
-                    count += len(update.tokens)
-                    text = answer.add(update.tokens)
-                    if update.finish and not answer.stopped:
-                        text += answer.finish()
-                if answer.stopped and not finish:
-                    finish = "stop"
-                    ticket.cancel()
-                if update.finish is None:
-                    yield _Piece(text)
-                    continue
-                finish = finish or update.finish
-                counts = usage(len(asked.request.prompt), count, update.stats)
-                yield _Piece(text, finish, counts)
+        async for update in ticket:
+            watch.see(update)
+            if answer.stopped:  # cut; only the counts of the cancelled rest are awaited
+                text = ""
+            else:
+                count += len(update.tokens)
+                text = answer.add(update.tokens)
+                if update.finish and not answer.stopped:
+                    text += answer.finish()
+            if answer.stopped and not finish:
+                finish = "stop"
+                ticket.cancel()
+            if update.finish is None:
+                yield _Piece(text)
+                continue
+            finish = finish or update.finish
+            counts = usage(len(asked.request.prompt), count, update.stats)
+            yield _Piece(text, finish, counts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,100 +300,6 @@ class _Piece:
     usage: dict | None = None
 
 
-class _EventStream(Response):
-    """Server-sent events; a reader that has gone ends the request."""
-
-    def __init__(self, events: AsyncIterator, watch: Watch):
-        self._events, self._watch = events, watch
-        self._finish = "disconnected"
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
-        del self.headers["content-length"]
-
-    async def __call__(self, scope, receive, send) -> None:
-        pumping = asyncio.create_task(self._pump(send))
-        gone = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait((pumping, gone), return_when=asyncio.FIRST_COMPLETED)
-            if pumping.done():
-                pumping.result()
-        finally:
-            for task in (pumping, gone):
-                task.cancel()
-            await asyncio.gather(pumping, gone, return_exceptions=True)
-            await self._events.aclose()
-            self._watch.end(self._finish)
-
-    async def _pump(self, send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
-        async for event, finish in self._events:
-            self._finish = finish or self._finish
-            await send(_body(f"data: {json.dumps(event)}\n\n"))
-        await send(_body("data: [DONE]\n\n", last=True))
-
-
-def _body(text: str, *, last: bool = False) -> dict:
-    return {"type": "http.response.body", "body": text.encode(), "more_body": not last}
-
-
-async def _disconnected(receive) -> None:
-    """Returns when the client has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _not_found(request: Request, error) -> Response:
     message = f"{request.method} {request.url.path} is not served here"
     return JSONResponse(error_body(message, "invalid_request_error"), error.status_code)
-
-
-def timed_protocol(limits: Limits) -> type[H11Protocol]:
-    """uvicorn's HTTP/1.1 with limits on clients that stand still.
-
-    uvicorn itself waits forever for headers that do not come and for readers that do not read.
-    """
-
-    class TimedProtocol(H11Protocol):
-        _request: asyncio.TimerHandle | None = None
-        _stall: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport) -> None:
-            super().connection_made(transport)
-            self._await_request()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self._answering():
-                self._request = _disarm(self._request)
-            elif self._request is None:
-                self._await_request()
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._stall = self.loop.call_later(limits.stall_seconds, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            self._stall = _disarm(self._stall)
-
-        def connection_lost(self, error) -> None:
-            self._request, self._stall = _disarm(self._request), _disarm(self._stall)
-            super().connection_lost(error)
-
-        def _answering(self) -> bool:
-            return self.cycle is not None and not self.cycle.response_complete
-
-        def _await_request(self) -> None:
-            self._request = self.loop.call_later(limits.request_seconds, self._give_up)
-
-        def _give_up(self) -> None:
-            self._request = None
-            if not self._answering():
-                self.transport.abort()
-
-    return TimedProtocol
-
-
-def _disarm(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()

@@ -4,6 +4,7 @@ Two requests, two tokens, depth 3: every pair of drafts, every acceptance, in fl
 is lossless iff the joint law of what both requests emit is the product of the target's laws.
 """
 
+import dataclasses
 import itertools
 
 import jax
@@ -11,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec.decoding import budget
+from jaxspec.decoding import budget, schedule
+from jaxspec.decoding.accept import accept
 from jaxspec.decoding.budget import StepTimes, survival
+from jaxspec.decoding.round import Draft
+from jaxspec.decoding.schedule import UNKNOWN, Adaptive, init_habit
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
-from jaxspec.trees.tree import DraftTree
+from jaxspec.trees.tree import DraftTree, ancestors, chain
 
 admit = jax.jit(budget.admit)
 best_size = jax.jit(budget.best_size)
@@ -134,6 +138,27 @@ def by_older_best(survivals, older, times):
     return jax.vmap(lambda s: admit(s, nodes, per_row))(survivals)
 
 
+@jax.jit
+def by_engine(survivals, older, times):
+    """What `adaptive_round` does with drawn chains: its own steps, in its own order."""
+    habit = dataclasses.replace(
+        init_habit(DEPTH + 1, DEPTH),
+        usual=jnp.array([0.7, 0.5, 0.2]),
+        foretold=jnp.array([20.0, 12.0, 3.0]),
+        happened=jnp.array([14.0, 12.0, 6.0]),
+    )
+    running = jnp.ones(2, bool)
+
+    def one(s, drafts):
+        tree = chain(drafts[:, 0], drafts, jnp.full(2, DEPTH), jnp.log(conditional(s)))
+        fresh = schedule.foresee(tree, habit)
+        past = fresh[:, None] if older is None else older
+        size = schedule.choose_size(past, habit, running, times, Adaptive(past.shape[1]))
+        return schedule.keep(fresh, running, size, times)
+
+    return jax.vmap(one)(survivals, jnp.array(PAIRS))
+
+
 def per_row(rule):
     return lambda system: jax.vmap(rule)(system.survivals())
 
@@ -153,6 +178,12 @@ RULES = {
     "budget of older survivals": lambda system: by_older_best(
         system.survivals(), jnp.array([[0.9, 0.6, 0.5], [0.8, 0.3, 0.1]]), system.times
     ),
+    # The first request has two drafts behind it, the second one has one.
+    "the engine's": lambda system: by_engine(
+        system.survivals(),
+        jnp.array([[[0.1, 0.1, 0.1], [0.9, 0.8, 0.6]], [[0.2] * 3, [UNKNOWN] * 3]]),
+        system.times,
+    ),
 }
 
 
@@ -168,9 +199,12 @@ def test_lossless_by_enumeration(name):
     assert varied >= 4 or name == "fixed"
 
 
-def test_the_best_budget_of_the_current_draft_is_biased():
+@pytest.mark.parametrize(
+    "rule", [by_current_best, lambda survivals, times: by_engine(survivals, None, times)]
+)
+def test_the_best_budget_of_the_current_draft_is_biased(rule):
     found = [System(seed) for seed in SEEDS]
-    bias = [s.bias(by_current_best(s.survivals(), s.times)) for s in found]
+    bias = [s.bias(rule(s.survivals(), s.times)) for s in found]
     assert max(bias) > 0.01
     assert sum(b > 1e-6 for b in bias) >= 6
 
@@ -179,6 +213,38 @@ def test_it_is_exact_with_confidences_that_ignore_the_tokens():
     for seed in SEEDS:
         system = System(seed, token_aware=False)
         assert system.bias(by_current_best(system.survivals(), system.times)) < EXACT
+
+
+def test_trees_may_be_cut_by_any_rule():
+    """Sample-then-match: cut anywhere, a tree emits what the target chooses, whatever that is.
+
+    A tree of depth 3 over two tokens, and everything the target may choose after 15 prefixes.
+    """
+    nodes = [(), (0,), (1,), (0, 1), (0, 0), (1, 1), (0, 1, 1), (1, 1, 0)]
+    parents = [-1] + [nodes.index(path[:-1]) for path in nodes[1:]]
+    choices = np.array(list(itertools.product((0, 1), repeat=len(PREFIXES))), np.int32)
+    count = len(choices)
+    after = choices[:, [PREFIXES.index(path) for path in nodes]]
+    tree = DraftTree(
+        tokens=jnp.array([[0, *(path[-1] for path in nodes[1:])]] * count),
+        parents=jnp.array([parents] * count),
+        depths=jnp.array([[len(path) for path in nodes]] * count),
+        scores=jnp.zeros((count, len(nodes))),
+        valid=jnp.ones((count, len(nodes)), bool),
+    )
+    plain, prefix = [], np.zeros((count, 0), int)
+    place = {path: i for i, path in enumerate(PREFIXES)}
+    for _ in range(DEPTH + 1):
+        plain.append([row[place[tuple(p)]] for row, p in zip(choices, prefix, strict=True)])
+        prefix = np.stack(plain, axis=1)
+    longest = set()
+    for kept in range(len(nodes)):
+        drafted = schedule.cut(Draft(tree), jnp.full(count, kept)).tree
+        found = jax.jit(accept, static_argnums=3)(drafted, ancestors(drafted), after, DEPTH)
+        inside = np.arange(DEPTH + 1) < np.asarray(found.count)[:, None]
+        assert (np.asarray(found.tokens) == prefix)[inside].all()
+        longest.add(int(found.count.max()))
+    assert longest == {1, 2, 3, 4}
 
 
 def test_the_papers_counterexample():

@@ -11,8 +11,9 @@ from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel
 from jaxspec.generation import LoadedDrafter, generate
+from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.curve import Curve
-from jaxspec.serving.engine import Engine, EngineConfig
+from jaxspec.serving.engine import Engine
 from jaxspec.serving.requests import Request
 from tests import tiny
 from tests.drafters import cases

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -69,6 +70,14 @@ def test_confidence_scores_where_there_is_a_head(folder):
 def test_bad_options(arguments, message, capsys):
     assert main(arguments) == BAD_INPUT
     assert message in capsys.readouterr().err
+
+
+def test_an_address_in_use_is_refused_before_anything_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--port", port, "--target", "nothing"]) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert f"cannot serve on 127.0.0.1, port {port}" in error and error.count("\n") == 1
 
 
 def test_a_curve_file_is_checked_before_anything_is_loaded(tmp_path, capsys):

@@ -33,11 +33,16 @@ def test_it_is_stored_and_loaded(tmp_path):
         ({1: [0.01, 0.02], 2: [0.0, 0.02]}, "expected positive seconds"),
         ({1: [0.01, 0.02], 2: [float("nan"), 0.02]}, "expected positive seconds"),
         ({1: [1.0, 1.0], 2: [1.0, 1.01]}, "is flat .* measure it again"),
+        ({1: [1.0, 1.0], 2: [2.0, 2.01]}, "is flat .* measure it again"),
     ],
 )
 def test_a_curve_that_says_nothing_is_refused(seconds, message):
     with pytest.raises(ValueError, match=f"(?i){message}"):
         dataclasses.replace(CURVE, seconds=seconds).check(SETUP)
+
+
+def test_one_number_of_rows_may_have_no_step():
+    dataclasses.replace(CURVE, seconds={1: [1.0, 1.0], 2: [1.0, 1.5]}).check(SETUP)
 
 
 def test_a_curve_of_something_else_is_refused():

@@ -12,9 +12,10 @@ from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.schedule import Adaptive, Fixed, decode_rows
 from jaxspec.drafters.plain import Plain
 from jaxspec.generation import LoadedDrafter
-from jaxspec.serving import rows
+from jaxspec.serving import programs, rows
+from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.curve import Curve
-from jaxspec.serving.engine import Engine, EngineConfig
+from jaxspec.serving.engine import Engine
 from jaxspec.serving.requests import QueueFull, Request
 from tests import tiny
 from tests.serving import engines
@@ -187,6 +188,12 @@ def test_a_full_queue_is_refused_and_loses_nothing():
         (Request((1,) * 40, 30), "need 70 places; requests have 60"),
         (Request((1,), 5, seed=-1), "seed is -1"),
         (Request((1,), 5, Sampling(stop_ids=tuple(range(9)))), "9 stop ids"),
+        (Request((1,), 5, Sampling(stop_ids=(11,))), "stop id 11; .* 0 … 10"),
+        (
+            Request((1,), 5, Sampling(temperature=1e39)),
+            "temperature is 1e\\+39; expected at most",
+        ),
+        (Request((1,), 5, Sampling(top_k=2**31)), "top_k is 2147483648; expected at most"),
     ],
 )
 def test_requests_that_cannot_be_served(request_, message):
@@ -233,12 +240,18 @@ def test_the_engine_holds_the_cache_it_says():
     assert engine.device_bytes() == sum(x.nbytes for x in leaves)
 
 
-def test_a_missing_curve_is_measured_and_can_be_given_again(tmp_path):
+def test_a_missing_curve_is_measured_and_can_be_given_again(tmp_path, monkeypatch):
+    clock = iter([0.01, 0.03])
+
+    def measured(step, state, repeats):
+        assert repeats == 2
+        return step(state), next(clock)
+
+    monkeypatch.setattr(programs, "measure", measured)
     config = EngineConfig(slots=1, room=60, chunk=16, max_nodes=2, schedule=Adaptive())
     engine = Engine(tiny.target(), engines.LOOKUP, config)
     engine.warm_up(repeats=2)
-    ((one, two),) = engine.curve.seconds.values()
-    assert one > 0 and two > 0
+    assert engine.curve.seconds == {1: [0.01, 0.03]}
     engine.curve.save(tmp_path / "curve.json")
     again = Engine(
         tiny.target(), engines.LOOKUP, config, curve=Curve.load(tmp_path / "curve.json")
@@ -254,10 +267,11 @@ def test_no_round_copies_a_cache(drafter):
     """Neither the choice of drafting at all nor the choice of a size may copy one."""
     config = EngineConfig(slots=2, room=500, chunk=16, max_nodes=4, schedule=Adaptive())
     engine = Engine(tiny.target(), engines.DRAFTERS[drafter], config)
-    batch, sizes = engine._empty(2), engine._sizes[2]
+    own = engine._programs
+    batch, sizes = own.empty(2), own.sizes[2]
     times = StepTimes(*(np.zeros(len(sizes), t) for t in ("i4", "i4", "f4")))
     options = dict(schedule=config.schedule, sizes=sizes)
-    arguments = engine._decoder, engine._params, batch, engine._habit, times, np.int32(1)
+    arguments = own._decoder, own._params, batch, own.habit(), times, np.int32(1)
     text = decode_rows.lower(*arguments, **options).compile().as_text()
     keys = batch.state.cache.keys[0].shape
     shape = rf"f32\[{','.join(map(str, keys))}\]"

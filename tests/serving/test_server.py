@@ -2,33 +2,27 @@
 
 import asyncio
 import json
-import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 
 import openai
 import pytest
 import uvicorn
-from prometheus_client.parser import text_string_to_metric_families
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.server import ServerState
 
 from jaxspec.decoding.sampling import Sampling
-from jaxspec.decoding.schedule import Fixed
-from jaxspec.generation import Target
-from jaxspec.serving.engine import Engine, EngineConfig
+from jaxspec.serving.config import EngineConfig
+from jaxspec.serving.connections import Limits, timed_protocol
+from jaxspec.serving.engine import Engine
 from jaxspec.serving.requests import Request
 from jaxspec.serving.runner import Runner
-from jaxspec.serving.server import Limits, application, server, timed_protocol
-from jaxspec.tokenizer import Tokenizer
+from jaxspec.serving.server import application
 from tests import tiny
-from tests.serving import engines
+from tests.serving import servers
 from tests.serving.engines import alone
+from tests.serving.servers import connect, exchange, get, post, read_all, sample
 
-VOCABULARY = ["<end>", "a", "b", "c", "Ġa", "Ġb", "Ã", "©", "Ċ", "d", "e"]
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 LIMITS = Limits(
     body_bytes=20_000, request_seconds=0.6, stall_seconds=0.6, idle_seconds=2, connections=40
 )
@@ -36,28 +30,15 @@ LIMITS = Limits(
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.from_bpe(VOCABULARY, [], special=[0], eos=0, chat_template=TEMPLATE)
+    return servers.tokenizer()
 
 
 @pytest.fixture(scope="module")
-def running(tokenizer):
+def running():
     """A server on a free port: (port, runner)."""
-    model = tiny.target()
-    target = Target("tiny", model.config, model.params, tokenizer)
-    few = dict(slots=2, queue=6, schedule=Fixed(), budget=2)
-    engine = Engine(target, engines.LOOKUP, EngineConfig(**(engines.CONFIG | few)))
-    engine.warm_up()
-    runner = Runner(engine)
-    http = server(runner, name="tiny", host="127.0.0.1", port=0, limits=LIMITS)
-    thread = threading.Thread(target=http.run, daemon=True)
-    thread.start()
-    while not http.started:
-        time.sleep(0.01)
-    port = http.servers[0].sockets[0].getsockname()[1]
-    yield port, runner
-    http.should_exit = True
-    thread.join(10)
-    assert not thread.is_alive() and not runner.healthy
+    with servers.serve(limits=LIMITS) as found:
+        yield found
+    assert not found[1].healthy
 
 
 @pytest.fixture
@@ -65,10 +46,7 @@ def port(running):
     """Nothing is left of a test's requests after it."""
     port, runner = running
     yield port
-    deadline = time.monotonic() + 10
-    while runner.tickets or runner.engine.busy:
-        assert time.monotonic() < deadline, "requests were left behind"
-        time.sleep(0.01)
+    servers.await_idle(runner)
     assert runner.healthy
 
 
@@ -194,7 +172,15 @@ BAD = [
     ({"messages": []}, 400, "at least one message"),
     ({"messages": [{"role": "robot", "content": "a"}]}, 400, "must have a role"),
     ({"messages": [{"role": "user", "content": 5}]}, 400, "must have text"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, 400, "text"),
+    ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "begin with the user"),
     ([1], 400, "must be a JSON object"),
+    # What would not fit the arrays of a batch, or an answer's encoding.
+    ({"prompt": "a", "top_k": 2**40}, 400, "top_k is 1099511627776"),
+    ({"prompt": "a", "temperature": 1e300}, 400, "temperature is 1e+300"),
+    ({"prompt": "a", "temperature": 10**400}, 400, "temperature is too large"),
+    ({"prompt": "a\ud800"}, 400, "is not JSON"),
+    ({"\ud800": 1}, 400, "is not JSON"),
 ]
 
 
@@ -329,53 +315,3 @@ def test_a_server_needs_a_tokenizer(running):
     with pytest.raises(ValueError, match="has no tokenizer"):
         application(runner, name="tiny")
     runner.close()
-
-
-def connect(port):
-    return socket.create_connection(("127.0.0.1", port), timeout=10)
-
-
-def read_all(one) -> bytes:
-    parts = []
-    try:
-        while part := one.recv(65536):
-            parts.append(part)
-    except ConnectionResetError:
-        pass  # cut off
-    one.close()
-    return b"".join(parts)
-
-
-def exchange(port, data: bytes) -> bytes:
-    one = connect(port)
-    try:
-        one.sendall(data)
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # it was answered before all was sent
-    return read_all(one)
-
-
-def post(port, path, data, media="application/json"):
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}", data, {"Content-Type": media}, method="POST"
-    )
-    return fetch(request)
-
-
-def get(port, path):
-    return fetch(urllib.request.Request(f"http://127.0.0.1:{port}{path}"))
-
-
-def fetch(request):
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-
-
-def sample(port, name, **labels) -> float:
-    families = text_string_to_metric_families(get(port, "/metrics")[1])
-    found = [s for f in families for s in f.samples if s.name == name and s.labels == labels]
-    return found[0].value if found else 0.0

@@ -1,0 +1,68 @@
+"""Limits of an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxspec.config import TargetConfig
+from jaxspec.decoding.schedule import Adaptive, Fixed, Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Limits of an engine; its memory follows from them.
+
+    Caches take `room` tokens for every slot and for the prompt at hand, and while a batch grows
+    for half the slots more. `Engine.warm_up` reaches that peak.
+
+    Attributes:
+      slots: requests decoded together, at most.
+      room: tokens that a prompt and its answer may have together.
+      queue: requests that may wait for a slot.
+      schedule: `Fixed` or `Adaptive`; None is adaptive where there is something to draft.
+      budget: nodes per row, root included, with a fixed schedule; the whole tree if None.
+      max_nodes: of all rows in one round, with an adaptive schedule.
+      chunk: prompt tokens run between two bursts of rounds.
+      rounds: of a burst, after which tokens are given out.
+      rejection: see `jaxspec.generate`.
+    """
+
+    slots: int = 8
+    room: int = 1024
+    queue: int = 64
+    schedule: Schedule | None = None
+    budget: int | None = None
+    max_nodes: int = 128
+    chunk: int = 64
+    rounds: int = 1
+    rejection: bool = False
+    implementation: str | None = None
+
+    def __post_init__(self):
+        for name in ("slots", "room", "queue", "max_nodes", "chunk", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"EngineConfig.{name} is {getattr(self, name)}; expected at least 1"
+                )
+
+    def resolved(self, target: TargetConfig, size: int) -> EngineConfig:
+        """With a schedule and a budget, for a drafter whose trees have `size` nodes.
+
+        Raises:
+          ValueError: the room passes the target's positions, or the budget or the schedule does
+            not fit the drafter.
+        """
+        schedule = self.schedule or (Adaptive() if size > 1 else Fixed())
+        if isinstance(schedule, Adaptive) and size < 2:
+            raise ValueError("an adaptive schedule needs a drafter; use Fixed without one")
+        if self.budget is not None and not isinstance(schedule, Fixed):
+            raise ValueError(f"budget is {self.budget}, but the schedule is not Fixed")
+        if self.budget is not None and not 1 <= self.budget <= size:
+            raise ValueError(f"budget is {self.budget}; the drafter's trees have 1 … {size}")
+        if self.room > target.max_positions:
+            raise ValueError(
+                f"room is {self.room} tokens per request; the target has "
+                f"{target.max_positions} positions"
+            )
+        budget = size if self.budget is None else self.budget
+        return dataclasses.replace(self, schedule=schedule, budget=budget)

@@ -1,0 +1,88 @@
+"""Connections whose clients may not stand still."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a client may take.
+
+    Attributes:
+      body_bytes: of a request.
+      request_seconds: to send a request's headers, and again for its body.
+      stall_seconds: a stream's reader may stand still this long before it is cut off.
+      idle_seconds: a connection may stay open between requests.
+      connections: open at a time; more are answered 503, and beyond twice as many cut off.
+    """
+
+    body_bytes: int = 1 << 20
+    request_seconds: float = 10.0
+    stall_seconds: float = 30.0
+    idle_seconds: int = 5
+    connections: int = 256
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not value > 0:
+                raise ValueError(f"Limits.{field.name} is {value}; expected more than 0")
+
+
+def timed_protocol(limits: Limits) -> type[H11Protocol]:
+    """uvicorn's HTTP/1.1 with limits on clients that stand still.
+
+    uvicorn itself waits forever for headers that do not come and for readers that do not read.
+    """
+
+    class TimedProtocol(H11Protocol):
+        _request: asyncio.TimerHandle | None = None
+        _stall: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > 2 * limits.connections:
+                transport.abort()  # before silent ones use up the process's files
+            else:
+                self._await_request()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._answering():
+                self._request = _disarm(self._request)
+            elif self._request is None:
+                self._await_request()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._stall = self.loop.call_later(limits.stall_seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._stall = _disarm(self._stall)
+
+        def connection_lost(self, error) -> None:
+            self._request, self._stall = _disarm(self._request), _disarm(self._stall)
+            super().connection_lost(error)
+
+        def _answering(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def _await_request(self) -> None:
+            self._request = self.loop.call_later(limits.request_seconds, self._give_up)
+
+        def _give_up(self) -> None:
+            self._request = None
+            if not self._answering():
+                self.transport.abort()
+
+    return TimedProtocol
+
+
+def _disarm(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

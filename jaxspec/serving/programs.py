@@ -1,0 +1,161 @@
+"""The compiled programs of an engine: one set per number of rows, made before it serves."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.decoding.budget import StepTimes
+from jaxspec.decoding.loop import Prefilling, Requests
+from jaxspec.decoding.requests import capacity_for, pack
+from jaxspec.decoding.round import VerifySize
+from jaxspec.decoding.schedule import (
+    Adaptive,
+    Batch,
+    Habit,
+    decode_rows,
+    init_habit,
+    verify_sizes,
+)
+from jaxspec.generation import LoadedDrafter, Target, bind, request_keys
+from jaxspec.serving.config import EngineConfig
+from jaxspec.serving.curve import measure, setup_of
+from jaxspec.serving.requests import Request
+from jaxspec.serving.rows import (
+    begin_prompt,
+    empty_rows,
+    end_prompt,
+    move_rows,
+    place,
+    recent_tokens,
+    run_chunk,
+    stop_rows,
+)
+
+
+class Programs:
+    """What one target, drafter and configuration run on the device; it holds no request.
+
+    Attributes:
+      adaptive: whether step times decide what a round verifies.
+      buckets: numbers of rows that a batch may have, ascending.
+      sizes: verify sizes by number of rows.
+      width: tokens that a burst may decide per row.
+    """
+
+    def __init__(self, target: Target, drafter: LoadedDrafter, config: EngineConfig):
+        """Args: config: resolved."""
+        decoder, self._params = bind(target, drafter, config.implementation, config.rejection)
+        self._decoder = dataclasses.replace(decoder, chunk=config.chunk)
+        self._target, self._config = target, config
+        self._capacity = capacity_for(config.room, self._decoder)
+        self.adaptive = isinstance(config.schedule, Adaptive)
+        self.width = config.rounds * (drafter.drafter.depth + 1)
+        self.buckets = [1]
+        while self.buckets[-1] < config.slots:
+            self.buckets.append(min(2 * self.buckets[-1], config.slots))
+        size = drafter.drafter.size
+        self.sizes = {
+            rows: verify_sizes(rows, size, config.max_nodes)
+            if self.adaptive
+            else verify_sizes(rows, config.budget, rows * size)
+            for rows in self.buckets
+        }
+
+    def setup(self) -> dict[str, Any]:
+        """What step times depend on; a stored curve must have been measured for the same."""
+        return setup_of(self._target, self._decoder, self._params, self.sizes, self._capacity)
+
+    def pack(self, request: Request) -> Requests:
+        return pack(
+            self._decoder,
+            [request.prompt],
+            batch=1,
+            capacity=self._capacity,
+            max_new_tokens=request.max_new_tokens,
+            budget=self._config.budget,
+            sampling=[request.sampling],
+            keys=request_keys([request.seed], 1),
+        )
+
+    def begin_prompt(self) -> Prefilling:
+        return begin_prompt(self._decoder, self._params, capacity=self._capacity)
+
+    def run_chunk(self, requests: Requests, i: int, prefilling: Prefilling) -> Prefilling:
+        return run_chunk(self._decoder, self._params, requests, np.int32(i), prefilling)
+
+    def end_prompt(self, requests: Requests, prefilling: Prefilling) -> Batch:
+        held, age = (prefilling.cache, prefilling.drafter), self._config.schedule.age
+        return end_prompt(
+            self._decoder, self._params, requests, prefilling.final, held, age=age
+        )
+
+    def empty(self, rows: int) -> Batch:
+        """A batch whose rows are all free."""
+        age, capacity = self._config.schedule.age, self._capacity
+        return empty_rows(self._decoder, self._params, rows=rows, capacity=capacity, age=age)
+
+    def habit(self) -> Habit:
+        """Before the first round."""
+        return init_habit(self._decoder.drafter.size, self._decoder.drafter.depth)
+
+    def decode(
+        self, batch: Batch, habit: Habit, times: StepTimes, rounds: int
+    ) -> tuple[Batch, Habit]:
+        """See `decode_rows`."""
+        return decode_rows(
+            self._decoder,
+            self._params,
+            batch,
+            habit,
+            times,
+            np.int32(rounds),
+            schedule=self._config.schedule,
+            sizes=self.sizes[batch.state.length.shape[0]],
+        )
+
+    def compile(self, repeats: int = 0) -> dict[int, list[float | None]]:
+        """Runs every program once, a round of every size `repeats` times more.
+
+        Returns:
+          Median seconds of a round, by number of rows and size; None without repeats.
+        """
+        seconds: dict[int, list[float | None]] = {}
+        for rows, sizes in self.sizes.items():
+            seconds[rows] = []
+            for size in range(len(sizes) if self.adaptive else 1):
+                times = only(sizes, size)
+                (batch, _), median = measure(
+                    lambda state, times=times: self.decode(*state, times, 1),
+                    (self._half_full(rows), self.habit()),
+                    repeats,
+                )
+                seconds[rows].append(median)
+            recent_tokens(batch, np.zeros(rows, np.int32), width=self.width)
+            batch = place(stop_rows(batch, np.ones(rows, bool)), self.empty(1), np.int32(0))
+            bucket = self.buckets.index(rows)
+            for other in self.buckets[max(bucket - 1, 0) : bucket + 2]:
+                move_rows(batch, np.zeros(other, np.int32))
+        requests = self.pack(Request((0,), 1))
+        self.end_prompt(requests, self.run_chunk(requests, 0, self.begin_prompt()))
+        return seconds
+
+    def _half_full(self, rows: int) -> Batch:
+        batch = self.empty(rows)
+        length = jnp.full(rows, self._capacity // 2, jnp.int32)
+        limit = jnp.full(rows, self._capacity - self._decoder.drafter.depth - 1, jnp.int32)
+        state = dataclasses.replace(
+            batch.state, length=length, limit=limit, done=jnp.zeros(rows, bool)
+        )
+        return dataclasses.replace(batch, state=state)
+
+
+def only(sizes: tuple[VerifySize, ...], chosen: int) -> StepTimes:
+    """Step times that leave one size to choose."""
+    seconds = np.full(len(sizes), np.inf, np.float32)
+    seconds[chosen] = 1.0
+    totals, per_row = ([getattr(s, n) for s in sizes] for n in ("total", "per_row"))
+    return StepTimes(np.array(totals, np.int32), np.array(per_row, np.int32), seconds)
