@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxspec.evaluation import metrics as m
 from jaxspec.evaluation.results import Rounds
-from jaxspec.evaluation.view import ALL, Line, View, best_plain, is_plain
+from jaxspec.evaluation.view import ALL, View, best_plain, is_plain, largest_budgets
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; then dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -90,11 +90,9 @@ def tau_by_budget(view: View, temperature: float):
 
 def acceptance_by_depth(view: View, temperature: float):
     """Survival and conditional acceptance, each decoder at its largest budget."""
-    largest: dict[str, Line] = {}
-    for line in view.tau_lines(temperature):
-        known = largest.get(line.label.decoder)
-        if known is None or line.label.budget > known.label.budget:
-            largest[line.label.decoder] = line
+    largest = {
+        line.label.decoder: line for line in largest_budgets(view.tau_lines(temperature))
+    }
     if not largest:
         return None
     figure, (left, right) = _panels(1, 2, (4.2, 3.3), sharex=True, sharey=True)

@@ -13,6 +13,7 @@ from jaxspec.evaluation.view import (
     View,
     best_plain,
     is_plain,
+    largest_budgets,
     mean_of_sets,
     pairs,
     total,
@@ -57,11 +58,13 @@ def tau_table(view: View, lines: Sequence[Line]) -> str:
     rows = []
     for line in lines:
         cells = [
-            f"{line.of(name).tau[0]:.2f}" if name in line.sets else "" for name in view.sets
+            f"{m.estimate(line.of(name).tau):.2f}" if name in line.sets else ""
+            for name in view.sets
         ]
         overall = f"{m.estimate(line.tau):.2f}"
         rows.append([*_names(line), *cells, overall, f"{mean_of_sets(line):.2f}"])
-    head = ["decoder", "tree", "budget", *view.sets, "all [95%]", "mean of sets"]
+    head = ["decoder", "tree", "budget", *(f"{name} [95%]" for name in view.sets)]
+    head += ["all [95%]", "mean of sets"]
     return table(head, rows, left=2)
 
 
@@ -77,48 +80,54 @@ def pair_table(compared: Sequence[tuple[Line, Line]]) -> str:
 
 
 def acceptance_table(lines: Sequence[Line]) -> str:
-    rows = []
+    """Survival and conditional acceptance by depth: every budget over all prompts, and each
+    decoder's largest by set."""
+    largest, rows = largest_budgets(lines), []
     for line in lines:
-        rates = m.conditional(line.survival)[:SHOWN_DEPTHS]
-        cells = ["" if np.isnan(rate) else f"{rate:.2f}" for rate in rates]
-        cells += [""] * (SHOWN_DEPTHS - len(cells))
-        rate = f"{line.alpha:.2f}" if line.nodes > 1 else ""
-        rows.append(
-            [*_names(line), f"{line.nodes:.1f}", f"{line.verify_rate:.2f}", rate, *cells]
-        )
-    depths = [f"p{depth}" for depth in range(1, SHOWN_DEPTHS + 1)]
-    head = ["decoder", "tree", "budget", "nodes", "verify rate", "alpha", *depths]
+        names = [ALL, *line.sets] if line in largest else [ALL]
+        for name in names:
+            own = line.of(name)
+            survival = own.survival[:SHOWN_DEPTHS]
+            rates = m.conditional(survival)
+            cells = [
+                "" if np.isnan(rate) else f"{alive:.2f} ({rate:.2f})"
+                for alive, rate in zip(survival, rates, strict=True)
+            ]
+            cells += [""] * (SHOWN_DEPTHS - len(cells))
+            alpha = f"{own.alpha:.2f}" if own.nodes > 1 else ""
+            numbers = [f"{own.nodes:.1f}", f"{own.verify_rate:.2f}", alpha]
+            rows.append([*_names(line), name, *numbers, *cells])
+    depths = [f"depth {depth}" for depth in range(1, SHOWN_DEPTHS + 1)]
+    head = ["decoder", "tree", "budget", "set", "nodes", "verify rate", "alpha", *depths]
     return table(head, rows, left=2) + (
         "\n\nnodes: verified per round; verify rate: tokens committed per node; alpha: the "
-        "acceptance rate of a chain of as many drafted tokens with the same tau; p1, p2, …: "
-        "share that accepts depth 1, 2, … among the rounds that accepted all before."
+        "acceptance rate of a chain of as many drafted tokens with the same tau; depth k: "
+        "share of rounds that accept at least k drafted tokens, and in brackets among those "
+        "that accept k - 1."
     )
 
 
 def speed_table(view: View, lines: Sequence[Line]) -> str:
-    """Tokens per second, and times the best plain decoding of the run."""
-    best = best_plain(lines)
-    rows = []
+    """Tokens per second and times the best plain decoding of the run, over all and by set."""
+    best, rows = best_plain(lines), []
     for line in lines:
-        cells = []
-        for name in view.sets:
-            rate, plain = line.of(name).rate[0], best.of(name).rate[0]
-            cells.append(f"{rate:.1f} ({rate / plain:.2f}x)")
-        theory = None if is_plain(line) else view.theoretical(line)
-        rows.append(
-            [
-                *_names(line),
-                *cells,
-                f"{m.estimate(line.rate / best.rate):.2f}",
-                "" if theory is None else f"{theory:.2f}",
-                f"{line.tau[0]:.2f}",
-                line.equal,
-            ]
-        )
-    head = ["decoder", "tree", "budget", *view.sets]
-    head += ["speedup [95%]", "theory", "tau", "same output"]
-    return table(head, rows, left=2) + (
-        f"\n\ntokens/s, prompt included, and times *{best.label.decoder}*, the fastest plain "
+        for name in (ALL, *line.sets):
+            own, plain = line.of(name), best.of(name)
+            theory = None if is_plain(line) else view.theoretical(own)
+            rows.append(
+                [
+                    *_names(line),
+                    name,
+                    f"{own.rate[0]:.1f}",
+                    f"{m.estimate(own.rate / plain.rate):.2f}",
+                    "" if theory is None else f"{theory:.2f}",
+                    f"{own.tau[0]:.2f}",
+                    own.equal,
+                ]
+            )
+    head = ["decoder", "tree", "budget", "set", "tokens/s", "speedup [95%]", "theory", "tau"]
+    return table([*head, "same output"], rows, left=2) + (
+        f"\n\nspeedup: prompt included, over *{best.label.decoder}*, the fastest plain "
         "decoding of the run; same output: answers equal, token for token, to plain decoding's "
         "in the same dtype; theory: (1 - α^(γ+1)) / ((1 - α)(γc + 1)), which takes verifying "
         "to cost one plain round."
@@ -154,14 +163,16 @@ def drafter_table(view: View) -> str:
         key = row.decoder, f"{row.temperature:g}", str(row.budget)
         groups[key] = groups.get(key, 0) + np.asarray(row.bins)
     for key, bins in groups.items():
-        rows.append([*key, f"{m.calibration_error(bins):.3f}", "", ""])
+        rows.append([*key, ALL, f"{m.calibration_error(bins):.3f}", "", ""])
     gaps: dict[tuple, list[float]] = {}
     for row in view.branches:
-        gaps.setdefault((row.drafter, f"{row.temperature:g}", ""), []).extend(row.gaps)
+        for name in (ALL, row.set):
+            key = row.drafter, f"{row.temperature:g}", "", name
+            gaps.setdefault(key, []).extend(row.gaps)
     for key, found in gaps.items():
         share, middle = np.mean(np.array(found) < FAITHFUL), np.median(found)
         rows.append([*key, "", f"{share:.2f} of {len(found)}", f"{middle:.1f}"])
-    head = ["decoder or drafter", "temperature", "budget"]
+    head = ["decoder or drafter", "temperature", "budget", "set"]
     head += ["calibration error", "faithful branches", "median gap"]
     return table(head, rows, left=1) + (
         "\n\ncalibration error: mean |predicted - accepted| of a tree's nodes in ten bins of "

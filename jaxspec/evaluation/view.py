@@ -179,6 +179,16 @@ def best_plain(lines: Sequence[Line]) -> Line:
     return max(forms, key=lambda line: line.rate[0])
 
 
+def largest_budgets(lines: Iterable[Line]) -> list[Line]:
+    """Of each decoder's lines the one with the largest budget, in order of decoders."""
+    found: dict[str, Line] = {}
+    for line in lines:
+        known = found.setdefault(line.label.decoder, line)
+        if line.label.budget > known.label.budget:
+            found[line.label.decoder] = line
+    return list(found.values())
+
+
 def total(cost: Costs) -> float:
     """Milliseconds of a round."""
     return sum(ms or 0.0 for ms in cost.phases.values())

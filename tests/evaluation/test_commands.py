@@ -121,9 +121,13 @@ def test_report_draws_it_again(file, tmp_path, capsys):
         "Drafters' own probabilities",
     ):
         assert heading in text
-    for line in text.splitlines():  # every table row has as many cells as its heading
-        if line.startswith("| path "):
-            assert line.count("|") > 5
+    for block in text.split("\n\n"):  # every table row has as many cells as its heading
+        if block.startswith("| "):
+            assert len({line.count("|") for line in block.splitlines()}) == 1
+    # Speed, acceptance and faithfulness over all prompts and by set.
+    for row in ("| path | path_conditioned | 4 | {} |", "| run/a | 1 |  | {} |"):
+        for name in ("all", "sums", "code"):
+            assert text.count(row.format(name)) >= 1
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))
     kinds = ("acceptance-by-depth", "reliability", "speedup", "tau-by-budget")
     assert pictures == sorted(f"{kind}-t{t}.png" for kind in kinds for t in (0, 1))
