@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# From prompts to drafters for SmolLM2-135M-Instruct: data, features, every kind of drafter at
+# equal training, and the table that compares them. Killed, the same command goes on.
+#
+#   examples/shipped_drafter/recipe.sh [FOLDER] [KIND…]
+#
+# FOLDER is out/shipped by default; the kinds are those of `options` below, all by default.
+# Settings from the environment: STEPS, SEED, and PROMPTS, the folder of evaluation prompts.
+# Needs: pip install -e '.[data,plots]'
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=${1:-out/shipped}
+shift || true
+prompts=${PROMPTS:-../shared/prompts}
+steps=${STEPS:-4000} seed=${SEED:-0}
+jaxspec() { "${PYTHON:-python}" -m jaxspec "$@"; }
+
+options() { # what makes each kind; all share data, steps, layers, taps, block and first weights
+  case $1 in
+    dflash)    echo "--sequential none   --no-causal" ;;
+    jetspec)   echo "--sequential none   --causal" ;;
+    markov)    echo "--sequential markov --no-causal --confidence-head hidden_and_previous" ;;
+    rnn)       echo "--sequential rnn    --no-causal --confidence-head hidden_and_previous" ;;
+    treeflash) echo "--sequential mlp    --no-causal --confidence-head none" ;;
+    ours)      echo "--sequential rnn    --causal    --confidence-head hidden_and_previous" ;;
+    *) echo "unknown kind $1" >&2; return 2 ;;
+  esac
+}
+
+mkdir -p "$out"
+[ -s "$out/prompts.jsonl" ] ||
+  "${PYTHON:-python}" examples/shipped_drafter/prompts.py --output "$out/prompts.jsonl"
+
+jaxspec regenerate --prompts "$out/prompts.jsonl" --output "$out/answers.jsonl" \
+  --dtype bfloat16 --rows 64 --max-new-tokens 208 --max-length 382 --question-tokens 64 \
+  --temperature 0.7 --sampled 0.2
+
+# Nothing that an evaluation prompt says may be trained on.
+[ -s "$out/data.jsonl" ] ||
+  jaxspec overlap --data "$out/answers.jsonl" --prompts "$prompts"/*.jsonl \
+    --clean "$out/data.jsonl" || [ -s "$out/data.jsonl" ]
+jaxspec overlap --data "$out/data.jsonl" --prompts "$prompts"/*.jsonl
+
+kinds=("$@")
+[ ${#kinds[@]} -gt 0 ] || kinds=(dflash jetspec markov rnn treeflash ours)
+decoders=(lookup=ngram,budget=16)
+for kind in "${kinds[@]}"; do
+  run=$out/$kind-$seed
+  # shellcheck disable=SC2046
+  jaxspec train --data "$out/data.jsonl" --features "$out/features" --output "$run" \
+    --family dspark $(options "$kind") --layers 2 --rank 64 --dtype bfloat16 \
+    --max-length 384 --batch-size 8 --anchors 24 --learning-rate 1e-3 \
+    --steps "$steps" --checkpoint-every 200 --seed "$seed"
+  decoders+=("$kind chain=$run/drafter,tree=chain,budget=8")
+  decoders+=("$kind marginal=$run/drafter,tree=top_budget,head=none,budget=16")
+  case $kind in markov | rnn | treeflash | ours)
+    decoders+=("$kind path=$run/drafter,tree=path_conditioned,budget=16") ;;
+  esac
+done
+
+[ -s "$out/evaluation.jsonl" ] ||
+  jaxspec evaluate --prompts "$prompts"/{gsm8k,math500,humaneval,mbpp,mt-bench}.jsonl \
+    --count 16 --tau-only --budgets 2 4 8 16 32 64 --temperatures 0 1 \
+    --decoders "${decoders[@]}" --output "$out/evaluation.jsonl"
+jaxspec report "$out/evaluation.jsonl" --output "$out/report"
