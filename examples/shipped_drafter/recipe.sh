@@ -17,12 +17,12 @@ jaxspec() { "${PYTHON:-python}" -m jaxspec "$@"; }
 
 options() { # what makes each kind; all share data, steps, layers, taps, block and first weights
   case $1 in
-    dflash)    echo "--sequential none   --no-causal" ;;
-    jetspec)   echo "--sequential none   --causal" ;;
-    markov)    echo "--sequential markov --no-causal --confidence-head hidden_and_previous" ;;
-    rnn)       echo "--sequential rnn    --no-causal --confidence-head hidden_and_previous" ;;
-    treeflash) echo "--sequential mlp    --no-causal --confidence-head none" ;;
-    ours)      echo "--sequential rnn    --causal    --confidence-head hidden_and_previous" ;;
+    dflash)    echo "--sequential none   --causal False" ;;
+    jetspec)   echo "--sequential none   --causal True" ;;
+    markov)    echo "--sequential markov --causal False --confidence-head hidden_and_previous" ;;
+    rnn)       echo "--sequential rnn    --causal False --confidence-head hidden_and_previous" ;;
+    treeflash) echo "--sequential mlp    --causal False --confidence-head none" ;;
+    ours)      echo "--sequential rnn    --causal True  --confidence-head hidden_and_previous" ;;
     *) echo "unknown kind $1" >&2; return 2 ;;
   esac
 }
