@@ -164,7 +164,6 @@ class Train:
         import jaxspec
         from jaxspec.sharding import join_processes
         from jaxspec.training.conversations import read_examples
-        from jaxspec.training.feature_cache import open_features
         from jaxspec.training.regenerate import read_jobs
         from jaxspec.training.trainer import train
 
@@ -180,9 +179,6 @@ class Train:
         prompts = []
         if self.validation is not None:
             prompts = [job.turns[0] for job in read_jobs(self.validation)]
-        if self.features is not None:
-            taps = config.drafter.taps
-            open_features(self.features, target, examples, taps=taps, dtype=self.features_dtype)
         folder = train(
             config,
             target,
@@ -191,6 +187,7 @@ class Train:
             prompts=prompts,
             resume_step=self.resume_step,
             features=self.features,
+            features_dtype=self.features_dtype,
             tensorboard=self.tensorboard,
             mesh=mesh,
         )

@@ -53,6 +53,7 @@ def train(
     prompts: Sequence[Prompt] = (),
     resume_step: int | None = None,
     features: str | Path | None = None,
+    features_dtype: str | None = None,
     tensorboard: bool = False,
     mesh: Mesh | None = None,
 ) -> Path | None:
@@ -69,6 +70,7 @@ def train(
       resume_step: checkpoint to go on from; the newest by default.
       features: folder of the target's features (`feature_cache`), filled first where it is not
         whole; by default they are computed with every step and not kept.
+      features_dtype: what a new folder stores them in; the target's dtype by default.
       tensorboard: writes the metrics to `tensorboard/` too.
       mesh: devices to train on (`jaxspec.sharding`), of all processes if there are several:
         each calls this function with the same arguments and a folder they share. A run may go
@@ -109,7 +111,8 @@ def train(
         state = jax.device_put(state, state_shardings(mesh, state))
     cached = None
     if features is not None:
-        cached = open_features(features, target, examples, taps=config.drafter.taps)
+        taps = config.drafter.taps
+        cached = open_features(features, target, examples, taps=taps, dtype=features_dtype)
     if store.steps or resume_step is not None:
         _, state, saved = store.restore(state, resume_step)
         position = Position(**saved)

@@ -10,13 +10,17 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from checkpoints.drafters import load_drafter
 from checkpoints.store import Store
 from jaxspec.config import TreeConfig
-from jaxspec.training.step import copy_layers, init_state, learning_rate
+from jaxspec.training.batches import Position
+from jaxspec.training.loading import Loader
+from jaxspec.training.step import copy_layers, init_state, learning_rate, train_step
 from jaxspec.training.trainer import drafter_weights, train
 from tests.processes import free_port, many_devices
 from tests.training import tiny
@@ -86,9 +90,11 @@ def test_interrupted_runs_end_the_same(whole_run, tmp_path):
 
 @pytest.fixture(scope="module")
 def run_on_eight(whole_run, tmp_path_factory):
-    """The same run, the drafter cut over 4 devices and the target over 2 of each."""
-    folder = tmp_path_factory.mktemp("eight")
-    finish(start(folder, whole_run[1], *MESH, "--validate", devices=8))
+    """The same run, the drafter cut over 4 devices and the target over 2 of each, its features
+    kept on disk."""
+    folder, features = tmp_path_factory.mktemp("eight"), tmp_path_factory.mktemp("features")
+    options = (*MESH, "--validate", "--features", str(features))
+    finish(start(folder, whole_run[1], *options, devices=8))
     return folder
 
 
@@ -192,6 +198,39 @@ def test_settings_added_later_had_their_defaults(whole_run, tmp_path):
     with pytest.raises(ValueError, match=r"\(packed differ\)"):
         packed = dataclasses.replace(tiny.CONFIG, packed=128)
         train(packed, tiny.target(), tiny.examples(), folder)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        dict(sequential="mlp", rank=0, confidence=None, predict_next=False),
+        dict(sequential="gated", predict_next=False, confidence="hidden"),
+        dict(sequential="rnn", causal=True),
+    ],
+    ids=["mlp", "gated", "causal rnn"],
+)
+def test_every_head_is_trained_and_exported(tmp_path, head):
+    drafter = dataclasses.replace(tiny.DRAFTER, **head)
+    config = dataclasses.replace(tiny.CONFIG, drafter=drafter, steps=4, batch_size=4)
+    target = tiny.target()
+    folder = train(config, target, tiny.examples(4), tmp_path)
+    steps = steps_of(tmp_path)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    loaded, params = load_drafter(folder, target.config, target.params, TreeConfig())
+    assert loaded.config == drafter
+    before = nnx.to_pure_dict(init_state(config, target.params).weights)["sequential"]
+    after = nnx.to_pure_dict(params.head)["sequential"]
+    assert all((after[name] != before[name]).any() for name in before)
+
+
+def test_weights_and_sums_stay_float32_for_a_bfloat16_target():
+    target = tiny.target()
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), target.params)
+    rows = Loader(tiny.CONFIG, tiny.examples()).at(Position())
+    state = init_state(tiny.CONFIG, params)
+    lowered = train_step.lower(tiny.CONFIG, target.config, params, state, rows)
+    floats = [x for x in jax.tree.leaves(lowered.out_info) if x.dtype != jnp.int32]
+    assert {x.dtype for x in floats} == {jnp.dtype("float32")}
 
 
 def test_what_no_format_can_say_is_refused_before_training(tmp_path):

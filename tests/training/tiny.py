@@ -73,13 +73,22 @@ def main():
     parser.add_argument("--mesh", type=int, nargs=2, metavar=("DATA", "MODEL"))
     parser.add_argument("--join", nargs=2, metavar=("ADDRESS", "PROCESS"), help="of two")
     parser.add_argument("--validate", action="store_true")
+    parser.add_argument("--features")
     options = parser.parse_args()
     if options.join:
         address, process = options.join
         jax.distributed.initialize(address, num_processes=2, process_id=int(process))
     mesh = make_mesh(data=options.mesh[0], model=options.mesh[1]) if options.mesh else None
     prompts = [[1, 2, 3], [4, 5]] if options.validate else []
-    train(CONFIG, target(), examples(), options.folder, prompts=prompts, mesh=mesh)
+    train(
+        CONFIG,
+        target(),
+        examples(),
+        options.folder,
+        prompts=prompts,
+        features=options.features,
+        mesh=mesh,
+    )
 
 
 if __name__ == "__main__":
