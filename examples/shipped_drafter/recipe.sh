@@ -17,12 +17,12 @@ jaxspec() { "${PYTHON:-python}" -m jaxspec "$@"; }
 
 options() { # what makes each kind; all share data, steps, layers, taps, block and first weights
   case $1 in
-    dflash)    echo "--sequential none   --causal False" ;;
-    jetspec)   echo "--sequential none   --causal True" ;;
-    markov)    echo "--sequential markov --causal False --confidence-head hidden_and_previous" ;;
-    rnn)       echo "--sequential rnn    --causal False --confidence-head hidden_and_previous" ;;
-    treeflash) echo "--sequential mlp    --causal False --confidence-head none" ;;
-    ours)      echo "--sequential rnn    --causal True  --confidence-head hidden_and_previous" ;;
+    dflash)    echo "--family dspark --sequential none   --causal False" ;;
+    jetspec)   echo "--family dspark --sequential none   --causal True" ;;
+    markov)    echo "--family dspark --sequential markov --causal False --confidence-head hidden_and_previous" ;;
+    rnn)       echo "--family dspark --sequential rnn    --causal False --confidence-head hidden_and_previous" ;;
+    treeflash) echo "--family treeflash --block-size 8" ;;
+    ours)      echo "--family dspark --sequential rnn    --causal True  --confidence-head hidden_and_previous" ;;
     *) echo "unknown kind $1" >&2; return 2 ;;
   esac
 }
@@ -48,7 +48,8 @@ for kind in "${kinds[@]}"; do
   run=$out/$kind-$seed
   # shellcheck disable=SC2046
   jaxspec train --data "$out/data.jsonl" --features "$out/features" --output "$run" \
-    --family dspark $(options "$kind") --layers 2 --rank 64 --dtype bfloat16 \
+    $(options "$kind") --layers 2 --rank 64 --dtype bfloat16 \
+    --cross-entropy 0.1 --total-variation 0.9 --kl 0 --weighting exponential \
     --max-length 384 --batch-size 8 --anchors 24 --learning-rate 1e-3 \
     --steps "$steps" --checkpoint-every 200 --seed "$seed"
   decoders+=("$kind chain=$run/drafter,tree=chain,budget=8")
