@@ -69,12 +69,15 @@ class Simulated:
     Attributes:
       tokens_per_second: of all requests.
       per_token: mean seconds per token as a request sees them, from its slot on.
+      first_token: mean seconds from a request's arrival to the end of its first round, the
+        wait for a slot included; a prompt itself takes no time.
       nodes_per_row: mean nodes verified per row and round, root included.
       tau: mean tokens committed per row and round.
     """
 
     tokens_per_second: float
     per_token: float
+    first_token: float
     nodes_per_row: float
     tau: float
 
@@ -112,7 +115,7 @@ def simulate(
     left = np.full(len(arrivals), tokens)
     started = np.zeros(len(arrivals))
     old: dict[int, list[np.ndarray]] = {}
-    now, spent, nodes, rounds, committed = 0.0, [], 0, 0, 0
+    now, spent, first, nodes, rounds, committed = 0.0, [], [], 0, 0, 0
     while waiting or running:
         while waiting and len(running) < slots and arrivals[waiting[0]] <= now:
             running.append(waiting.pop(0))
@@ -138,6 +141,7 @@ def simulate(
         nodes += len(running) + kept[: len(running)].sum()
         rounds += len(running)
         committed += decided.sum()
+        first += [now - arrivals[request] for request in running if left[request] == tokens]
         left[running] -= decided
         for request in [r for r in running if left[r] == 0]:
             running.remove(request)
@@ -146,6 +150,7 @@ def simulate(
     return Simulated(
         tokens_per_second=float(committed / (now - min(arrivals))),
         per_token=float(np.mean(spent)),
+        first_token=float(np.mean(first)),
         nodes_per_row=float(nodes / rounds),
         tau=float(committed / rounds),
     )

@@ -119,3 +119,43 @@ def test_the_adaptive_rule_is_as_good_as_the_better_fixed_one(users, seed):
     assert rates["adaptive"] >= 0.97 * max(rates["none"], rates["fixed"])
     if users == 1:  # alone, drafts are free; in a crowd each node costs
         assert rates["fixed"] > 1.5 * rates["none"]
+
+
+def served_one_by_one(times):
+    """Mean seconds from arrival to the end of a service of 1 s: Lindley's recursion."""
+    free, waits = 0.0, []
+    for at in times:
+        free = max(free, at) + 1.0
+        waits.append(free - at)
+    return np.mean(waits)
+
+
+def test_simulated_requests_queue_for_a_slot():
+    """One slot and one round per request are the queue M/D/1: its law, and its very waits."""
+    options = dict(slots=1, tokens=1)
+    waits = []
+    for rate in (0.2, 0.5, 0.8):
+        times = arrivals(rate, 1500, seed=5)
+        waits.append(simulate(MACHINE, "none", times, **options).first_token)
+        assert waits[-1] == pytest.approx(served_one_by_one(times))
+    assert waits[0] < waits[1] < waits[2]
+    # Pollaczek and Khinchine: 1 + rate / (2 (1 - rate)); long queues converge slowly.
+    assert waits[:2] == pytest.approx([1.125, 1.5], rel=0.1)
+
+
+@pytest.mark.parametrize("rule", ["none", "fixed", "adaptive"])
+def test_simulated_load_over_time(rule):
+    """Time to first token rises with the rate of arrivals, and so do tokens per second until
+    the machine has no more."""
+
+    def found(rate):
+        times = arrivals(rate, 60, seed=2)
+        return simulate(MACHINE, rule, times, slots=4, tokens=12, depth=3, seed=3)
+
+    calm, busy, crowd = found(0.01), found(0.3), found(3.0)
+    assert found(0.3) == busy  # no clock, one seed
+    assert calm.first_token < busy.first_token < crowd.first_token
+    assert crowd.first_token > 10 * calm.first_token
+    assert calm.tokens_per_second < busy.tokens_per_second < crowd.tokens_per_second
+    if rule == "adaptive":  # alone a request drafts all it can, in a crowd less
+        assert calm.nodes_per_row > 3.5 > crowd.nodes_per_row
