@@ -12,10 +12,14 @@ treeflash   `treeflash_config`   backbone under `model.`, MLP under `ar_approxim
 deepspec    `markov_rank`        slots predict the next position; carries the target's
                                  embedding and LM head; DFlash is rank 0
 ==========  ===================  =========================================================
+
+A draft vocabulary (`drafters.head.Vocabulary`) is one more tensor, its token ids. A program
+that ignores it drafts from the whole one.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -31,12 +35,13 @@ from checkpoints.fuse import Part, check_dtype, check_finite
 from checkpoints.huggingface import resolve
 from checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import DrafterConfig, TargetConfig, TreeConfig
-from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params
+from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params, whole_weights
 from jaxspec.drafters.head import Vocabulary, abstract_weights
 from jaxspec.models.params import TargetParams
 
 LEGACY_PREFIX = "logit_head."
 TEMPERATURES = "sts_temperatures"  # key of config.json; one per slot
+DRAFT_TOKENS = "draft_token_ids"  # a tensor, int32 [V']
 
 
 def load_drafter(
@@ -62,10 +67,11 @@ def load_drafter(
     config = from_json(raw, folder)
     check_target(config, target_config, folder)
     drafter = BlockDrafter(config, tree)
-    tensors = _Renamed(SafetensorsFolder(folder))
+    tensors = _Renamed(SafetensorsFolder(folder, integers=(DRAFT_TOKENS,)))
+    kept = _draft_tokens(tensors, config.vocab_size)
     weights = _load(tensors, config, recognise(raw, folder), target_params, dtype)
     temperatures = _temperatures(raw.get(TEMPERATURES), config, folder)
-    return drafter, block_params(weights, target_params, temperatures=temperatures)
+    return drafter, block_params(weights, target_params, kept=kept, temperatures=temperatures)
 
 
 def read_drafter_config(name_or_path: str | Path, target: TargetConfig) -> DrafterConfig:
@@ -95,13 +101,20 @@ def save_drafter(
         format = "treeflash" if config.sequential == "mlp" else "dflash"
     if any((folder / name).exists() for name in ("config.json", "model.safetensors")):
         raise ValueError(f"{folder} already holds a checkpoint; save to a new folder")
+    kept = params.vocabulary.kept
+    if kept is not None and format == "deepspec":
+        raise ValueError(
+            "format 'deepspec' repeats the target's LM head, of which a drafter with a draft "
+            "vocabulary has some rows; choose another format"
+        )
     dtype = np.dtype(params.head.fc.dtype)
     raw = to_json(config, format, str(dtype))
     if np.any(np.asarray(params.temperatures) != 1):
         values = np.broadcast_to(params.temperatures, config.depth)
         raw[TEMPERATURES] = [float(x) for x in values]
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {path: np.asarray(x[...]) for path, x in nnx.to_flat_state(params.head)}
+    weights = nnx.to_flat_state(whole_weights(params))
+    weights = {path: np.asarray(x[...]) for path, x in weights}
     tensors = {
         part.name: weights[path][part.index].transpose(part.axes).reshape(part.shape)
         for path, parts in destinations(config, format).items()
@@ -110,6 +123,8 @@ def save_drafter(
     if format == "deepspec":
         for name, array in _vocabulary(params.vocabulary):
             tensors[name] = np.asarray(array).astype(dtype)
+    if kept is not None:
+        tensors[DRAFT_TOKENS] = np.asarray(kept)
     # safetensors writes a strided view's memory as it lies; PyTorch readers want the metadata.
     tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -145,6 +160,32 @@ def _temperatures(found: Any, config: DrafterConfig, origin: Any) -> Any:
             "numbers and a drafter with a confidence head"
         )
     return found
+
+
+def _draft_tokens(tensors: _Renamed, vocab: int) -> np.ndarray | None:
+    """The draft vocabulary, ascending ids [V'], if there is one."""
+    if DRAFT_TOKENS not in tensors.shapes:
+        return None
+    shape = tensors.shapes[DRAFT_TOKENS]
+
+    def refuse(found: str) -> ValueError:
+        return ValueError(
+            f"{tensors.origin}: tensor '{DRAFT_TOKENS}' {found}; expected 2 … {vocab} token "
+            f"ids, all different, 0 … {vocab - 1}, in ascending order"
+        )
+
+    if len(shape) != 1 or not 2 <= shape[0] <= vocab:
+        raise refuse(f"has shape {shape}")
+    ids = tensors.read(DRAFT_TOKENS)
+    outside = ids[(ids < 0) | (ids >= vocab)]
+    if outside.size:
+        raise refuse(f"names token {outside[0]}")
+    for before, token in itertools.pairwise(ids.tolist()):
+        if token == before:
+            raise refuse(f"names token {token} twice")
+        if token < before:
+            raise refuse(f"has {before} before {token}")
+    return ids
 
 
 def locate(name_or_path: str | Path) -> Path:
@@ -309,7 +350,7 @@ def _check_names(tensors: _Renamed, expected: dict[str, tuple[int, ...]]) -> Non
                 + (f"has shape {found}" if found else "is missing")
                 + f"; its configuration asks for {shape}"
             )
-    unknown = sorted(set(tensors.shapes) - set(expected))
+    unknown = sorted(set(tensors.shapes) - set(expected) - {DRAFT_TOKENS})
     if unknown:
         raise ValueError(
             f"{tensors.origin}: tensor '{unknown[0]}' has no place in the drafter its "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import ml_dtypes
@@ -40,9 +40,10 @@ class SafetensorsFolder:
         two files hold a tensor of one name; a tensor is not of a float type.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, integers: Sequence[str] = ()):
+        """Args: integers: tensors that are int32 instead."""
         self.origin = str(folder)
-        self._entries = _entries(folder)
+        self._entries = _entries(folder, integers)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         self.bytes_read = 0
 
@@ -146,9 +147,9 @@ def parse_json(text: str | bytes):
     return json.loads(text, object_pairs_hook=once)
 
 
-def _entries(folder: Path) -> dict[str, _Entry]:
+def _entries(folder: Path, integers: Sequence[str]) -> dict[str, _Entry]:
     if (folder / SINGLE).exists():
-        return _header(_inside(folder, SINGLE))
+        return _header(_inside(folder, SINGLE), integers)
     if not (folder / INDEX).exists():
         raise ValueError(_no_weights(folder))
     weight_map = read_json(folder / INDEX).get("weight_map")
@@ -159,7 +160,7 @@ def _entries(folder: Path) -> dict[str, _Entry]:
     files = {name: _inside(folder, name) for name in sorted(set(weight_map.values()))}
     entries: dict[str, _Entry] = {}
     for file in files.values():
-        for name, entry in _header(file).items():
+        for name, entry in _header(file, integers).items():
             if name in entries:
                 raise ValueError(
                     f"tensor '{name}' is in {entries[name].file.name} and again in "
@@ -204,7 +205,7 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _header(file: Path) -> dict[str, _Entry]:
+def _header(file: Path, integers: Sequence[str]) -> dict[str, _Entry]:
     try:
         with safe_open(file, "numpy"):  # checks lengths and offsets against the file
             pass
@@ -218,12 +219,14 @@ def _header(file: Path) -> dict[str, _Entry]:
     header.pop("__metadata__", None)
     entries = {}
     for name, info in header.items():
-        if info["dtype"] not in DTYPES:
+        known = {"I32": np.int32} if name in integers else DTYPES
+        if info["dtype"] not in known:
             raise ValueError(
                 f"{file}: tensor '{name}' is stored as {info['dtype']}; expected "
-                f"{', '.join(DTYPES)}: use the unquantised checkpoint"
+                + ", ".join(known)
+                + ("" if name in integers else ": use the unquantised checkpoint")
             )
-        dtype, start = np.dtype(DTYPES[info["dtype"]]), info["data_offsets"][0]
+        dtype, start = np.dtype(known[info["dtype"]]), info["data_offsets"][0]
         entries[name] = _Entry(file, 8 + size + start, dtype, tuple(info["shape"]))
     return entries
 

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.drafters.base import Committed
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
-from jaxspec.drafters.head import DraftHead, Vocabulary, bind
+from jaxspec.drafters.head import OUTPUT, DraftHead, Vocabulary, bind, restrict
 from jaxspec.models.cache import KVCache, init_cache
 from jaxspec.models.params import TargetParams
 from jaxspec.trees.build import build
@@ -33,13 +34,16 @@ class BlockParams:
     """What a block drafter reads.
 
     Attributes:
-      head: its own weights (`head.abstract_weights`).
-      vocabulary: the target's embedding and LM head.
+      head: its own weights (`head.abstract_weights`); with a draft vocabulary W2 has its rows
+        alone.
+      vocabulary: the target's embedding and LM head, and which tokens are drafted.
       threshold: scalar float32; a chain ends before the first slot less confident than this.
       survival: scalar float32; a chain ends before its survival falls below this. 0 turns
         either rule off; both need a confidence head.
       temperatures: scalar or [P] float32, divide the confidence logits of each slot
         (`evaluation.calibration`).
+      whole_output: [V, R], W2 as a checkpoint holds it, where the head's has fewer rows; read
+        by `whole_weights` alone.
     """
 
     head: nnx.State
@@ -47,20 +51,39 @@ class BlockParams:
     threshold: jax.Array
     survival: jax.Array
     temperatures: jax.Array
+    whole_output: jax.Array | None = None
 
 
 def block_params(
     head: nnx.State,
     target: TargetParams,
     *,
+    kept: ArrayLike | None = None,
     threshold: float = 0.0,
     survival: float = 0.0,
     temperatures: Sequence[float] | float = 1.0,
 ) -> BlockParams:
-    """A head's weights joined with the target's embedding and LM head, which are not copied."""
-    vocabulary = Vocabulary(target.embed, target.unembed)
+    """A head's weights joined with the target's embedding and LM head, which are not copied.
+
+    Args:
+      head: weights as a checkpoint holds them.
+      kept: [V'] int32, the tokens to draft, ascending: the rows they need are gathered here,
+        once. None drafts all.
+    """
+    kept = None if kept is None else jnp.asarray(kept, jnp.int32)
+    whole = dict(nnx.to_flat_state(head)).get(OUTPUT) if kept is not None else None
+    head, vocabulary = restrict(head, Vocabulary(target.embed, target.unembed), kept)
     rules = (jnp.asarray(x, jnp.float32) for x in (threshold, survival, temperatures))
-    return BlockParams(head, vocabulary, *rules)
+    return BlockParams(head, vocabulary, *rules, None if whole is None else whole[...])
+
+
+def whole_weights(params: BlockParams) -> nnx.State:
+    """The head's weights as `block_params` got them, and as a checkpoint holds them."""
+    if params.whole_output is None:
+        return params.head
+    flat = dict(nnx.to_flat_state(params.head))
+    flat[OUTPUT] = flat[OUTPUT].replace(params.whole_output)
+    return nnx.from_flat_state(list(flat.items()))
 
 
 @jax.tree_util.register_dataclass
@@ -180,7 +203,7 @@ class BlockDrafter:
                 if self.survival_scores:
                     size, kept = self.tree.size, budget - 1
                     return chain(anchor, tokens, kept, log_confidence, size=size), state
-            tree = build(self.tree, logits, anchor, budget)
+            tree = _with_ids(build(self.tree, logits, anchor, budget), vocabulary)
         return tree, state
 
     def draft_sampled(
@@ -210,6 +233,7 @@ class BlockDrafter:
         tokens, log_q = rollout(head, vocabulary, stream, base, anchor, choose)
         log_confidence = _log_confidence(head, params, stream, anchor, tokens)
         lengths = _chain_lengths(params, log_confidence)
+        log_q = vocabulary.spread(log_q)
         return SampledChain(tokens, log_q, lengths, log_confidence), state
 
     def stream(
@@ -242,16 +266,22 @@ class BlockDrafter:
     ) -> DraftTree:
         vocabulary = params.vocabulary
 
-        def step(slot, state, tokens, candidates):
-            latent, state = head.advance(vocabulary, stream[:, slot, None], tokens, state)
+        def ids(slot, nodes):  # the root of a tree over indices is a token already
+            if vocabulary.kept is None:
+                return nodes
+            return jnp.where(slot == 0, nodes, vocabulary.ids(nodes))
+
+        def step(slot, state, nodes, candidates):
+            previous = ids(slot, nodes)
+            latent, state = head.advance(vocabulary, stream[:, slot, None], previous, state)
             scores = jnp.take_along_axis(base[:, slot], candidates, axis=1)
             return head.correct(vocabulary, scores, latent, candidates), state
 
-        def confidence(slot, state, tokens):
-            logits = head.confidence_logits(stream[:, slot, None], tokens)
+        def confidence(slot, state, nodes):
+            logits = head.confidence_logits(stream[:, slot, None], ids(slot, nodes))
             return logits / jnp.broadcast_to(params.temperatures, (self.depth,))[slot]
 
-        return path_conditioned(
+        tree = path_conditioned(
             base,
             anchor,
             step,
@@ -261,6 +291,7 @@ class BlockDrafter:
             size=self.tree.size,
             confidence=confidence if self.survival_scores else None,
         )
+        return _with_ids(tree, vocabulary)
 
 
 def rollout(
@@ -275,22 +306,25 @@ def rollout(
 
     Args:
       stream: [B, P, M].
-      base: [B, P, V], base logits.
+      base: [B, P, V'], base logits.
       anchor: [B] int32.
-      choose: (slot, logits [B, V]) -> (token [B] int32, the law it was chosen from [B, V]).
+      choose: (slot, logits [B, V']) -> (index [B] int32 of the choice in the vocabulary, the
+        law it was made by [B, V']).
 
     Returns:
-      tokens [B, P] int32 and the laws [B, P, V].
+      tokens [B, P] int32, their ids, and the laws [B, P, V'].
     """
     slots = jnp.arange(base.shape[1])
     if head.sequential is None:  # no choice changes the next
-        return jax.vmap(choose, in_axes=(0, 1), out_axes=1)(slots, base)
+        chosen, laws = jax.vmap(choose, in_axes=(0, 1), out_axes=1)(slots, base)
+        return vocabulary.ids(chosen), laws
 
     def step(carry, inputs):
         previous, state = carry
         slot, stream, logits = inputs
         latent, state = head.advance(vocabulary, stream, previous, state)
-        token, law = choose(slot, head.correct(vocabulary, logits, latent))
+        chosen, law = choose(slot, head.correct(vocabulary, logits, latent))
+        token = vocabulary.ids(chosen)
         return (token, state), (token, law)
 
     start = anchor, head.sequential.initial_state(anchor.shape)
@@ -303,7 +337,7 @@ def tempered(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     """log softmax(logits / T) in float32: the one law that is both drawn from and verified.
 
     Args:
-      logits: [B, V].
+      logits: [B, V'].
       temperature: [B]; at 0 the likeliest token has probability one.
     """
     hot = temperature[:, None]
@@ -313,14 +347,22 @@ def tempered(logits: jax.Array, temperature: jax.Array) -> jax.Array:
 
 
 def draw(key: jax.Array, slot: jax.Array, log_q: jax.Array) -> jax.Array:
-    """A token from a log-law [V]; consumes `key` folded with the slot."""
-    token = jax.random.categorical(jax.random.fold_in(key, slot), log_q)
-    return token.astype(jnp.int32)
+    """An index from a log-law [V']; consumes `key` folded with the slot."""
+    chosen = jax.random.categorical(jax.random.fold_in(key, slot), log_q)
+    return chosen.astype(jnp.int32)
 
 
 def greedy(slot: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The likeliest token, for `rollout`."""
+    """The likeliest choice, for `rollout`."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits
+
+
+def _with_ids(tree: DraftTree, vocabulary: Vocabulary) -> DraftTree:
+    """A tree grown over indices of the vocabulary, its root a token, with tokens throughout."""
+    if vocabulary.kept is None:
+        return tree
+    tokens = jnp.where(tree.depths > 0, vocabulary.ids(tree.tokens), tree.tokens)
+    return dataclasses.replace(tree, tokens=tokens)
 
 
 def _log_confidence(head: DraftHead, params: BlockParams, stream, anchor, tokens) -> jax.Array:
@@ -354,7 +396,7 @@ def transition_table(
     """The likeliest children of the likeliest parents of every depth (TreeFlash).
 
     The parents of slot 0 are all the anchor; those of slot k are the likeliest tokens of slot
-    k - 1 by base logits. `parents` and `children` are cut to the vocabulary's size.
+    k - 1 by base logits. `parents` and `children` are cut to the draft vocabulary's size.
 
     Returns:
       tokens int32, their log-probabilities given the parent, and the child's index among the
@@ -364,12 +406,13 @@ def transition_table(
     parents, children = min(parents, vocab), min(children, vocab)
     likely, _ = top_log_probs(base[:, :-1], parents)  # [B, P - 1, parents]
     first = jnp.broadcast_to(anchor[:, None, None], (*anchor.shape, 1, parents))
-    previous = jnp.concatenate([first, likely], axis=1)
+    previous = jnp.concatenate([first, vocabulary.ids(likely)], axis=1)
     latent, _ = head.advance(vocabulary, stream[:, :, None], previous, ())
     logits = head.correct(vocabulary, base[:, :, None], latent)
-    tokens, log_probs = top_log_probs(logits, children)
+    chosen, log_probs = top_log_probs(logits, children)
 
-    same = tokens[:, :-1, :, :, None] == likely[:, :, None, None, :]
+    same = chosen[:, :-1, :, :, None] == likely[:, :, None, None, :]
     index = jnp.where(same.any(-1), jnp.argmax(same, axis=-1), -1)
     leaves = jnp.full_like(index[:, :1], -1)
-    return tokens, log_probs, jnp.concatenate([index, leaves], axis=1)
+    following = jnp.concatenate([index, leaves], axis=1)
+    return vocabulary.ids(chosen), log_probs, following

@@ -28,19 +28,45 @@ from jaxspec.models.layers import lookup, project, rms_norm, rotary_angles, rota
 # attend(layer, q [..., b, H, D], k [..., b, K, D], v [..., b, K, D]) -> [..., b, H, D]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
+OUTPUT = ("sequential", "output")  # path of W2 in a head's weights
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
     """The target's own arrays, shared and never saved with a drafter.
 
+    A draft vocabulary of V' tokens is much cheaper to score than all V and contains most of
+    what a target writes. Inside a draft, logits and choices are indices 0 … V' - 1; tokens are
+    ids everywhere else. Without one V' = V, and the two are the same.
+
     Attributes:
       embed: [V, M].
-      unembed: [V, M], the LM head.
+      unembed: [V', M], rows of the LM head.
+      kept: [V'] int32, the tokens these rows stand for, ascending; None for all of them.
     """
 
     embed: jax.Array
     unembed: jax.Array
+    kept: jax.Array | None = None
+
+    def ids(self, index: jax.Array) -> jax.Array:
+        """Tokens [...] of indices [...]."""
+        return index if self.kept is None else self.kept[index]
+
+    def index(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Indices [...] of tokens [...], and which tokens have one; other indices are any."""
+        if self.kept is None:
+            return tokens, jnp.ones(tokens.shape, bool)
+        index = jnp.minimum(jnp.searchsorted(self.kept, tokens), self.kept.shape[0] - 1)
+        return index.astype(jnp.int32), self.kept[index] == tokens
+
+    def spread(self, log_q: jax.Array) -> jax.Array:
+        """Log-laws over the draft vocabulary [..., V'] as laws over the whole one [..., V]."""
+        if self.kept is None:
+            return log_q
+        never = jnp.full((*log_q.shape[:-1], self.embed.shape[0]), -jnp.inf, log_q.dtype)
+        return never.at[..., self.kept].set(log_q)
 
 
 class DraftLayer(nnx.Module):
@@ -145,7 +171,7 @@ class DraftHead(nnx.Module):
         return x[..., -self.config.depth :, :]
 
     def logits(self, vocabulary: Vocabulary, stream: jax.Array) -> jax.Array:
-        """Base logits, float32 [..., V], of a stream [..., M]."""
+        """Base logits, float32 [..., V'], of a stream [..., M]."""
         return project("...m,vm->...v", self.normed(stream), vocabulary.unembed)
 
     def normed(self, stream: jax.Array) -> jax.Array:
@@ -188,12 +214,12 @@ class DraftHead(nnx.Module):
         """Logits given the previous token.
 
         Args:
-          base: base logits [..., V], or of the candidates alone, [B, C].
+          base: base logits [..., V'], or of the candidates alone, [B, C].
           latent: [..., R or M]; [B, n, R or M] with candidates.
-          candidates: [B, C] int32: only these tokens of the vocabulary are scored.
+          candidates: [B, C] int32: only these indices of the vocabulary are scored.
 
         Returns:
-          float32 [..., V], or [B, n, C].
+          float32 [..., V'], or [B, n, C].
         """
         replaces = self.config.sequential == "mlp"
         rows = vocabulary.unembed if replaces else self.sequential.output[...]
@@ -217,6 +243,27 @@ class DraftHead(nnx.Module):
 def bind(config: DrafterConfig, weights: nnx.State) -> DraftHead:
     """The head with the given weights; also inside jit."""
     return nnx.merge(_split(config)[0], weights)
+
+
+def restrict(
+    weights: nnx.State, vocabulary: Vocabulary, kept: jax.Array | None
+) -> tuple[nnx.State, Vocabulary]:
+    """What a head reads to draft some tokens alone: their rows, gathered.
+
+    Of the weights it is the output table W2 [V, R] that becomes [V', R]; the previous token may
+    be any.
+
+    Args:
+      vocabulary: the whole one.
+      kept: see `Vocabulary`; None leaves both as they are.
+    """
+    if kept is None:
+        return weights, vocabulary
+    flat = dict(nnx.to_flat_state(weights))
+    if OUTPUT in flat:
+        flat[OUTPUT] = flat[OUTPUT].replace(flat[OUTPUT][...][kept])
+    vocabulary = Vocabulary(vocabulary.embed, vocabulary.unembed[kept], kept)
+    return nnx.from_flat_state(list(flat.items())), vocabulary
 
 
 def abstract_weights(config: DrafterConfig, dtype=jnp.float32) -> nnx.State:

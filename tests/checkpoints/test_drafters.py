@@ -174,6 +174,73 @@ def test_a_subfolder_of_a_repository(tmp_path):
         locate(f"{tmp_path / 'repo'}::missing")
 
 
+KEPT = [0, 2, 3, 7, 10]
+
+
+def save_reduced(folder, kind):
+    """A drafter that drafts the tokens of `KEPT`; its params."""
+    drafter, params = save(folder / "whole", kind)
+    params = block_params(params.head, tiny.target().params, kept=KEPT)
+    save_drafter(folder / "reduced", drafter, params)
+    return params
+
+
+@pytest.mark.parametrize("kind", ["dflash", "treeflash", "rnn"])
+def test_a_draft_vocabulary_is_one_more_tensor(tmp_path, kind):
+    params = save_reduced(tmp_path, kind)
+    whole, reduced = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("whole", "reduced")
+    )
+    ids = reduced.pop("draft_token_ids")
+    assert ids.dtype == np.int32 and ids.tolist() == KEPT
+    assert set(reduced) == set(whole)
+    for name, values in whole.items():  # W2 too has a row for every token
+        np.testing.assert_array_equal(reduced[name], values)
+    configs = [(tmp_path / name / "config.json").read_text() for name in ("whole", "reduced")]
+    assert configs[0] == configs[1]
+
+    drafter, loaded = load(tmp_path / "reduced")
+    assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert loaded.vocabulary.unembed.shape[0] == len(KEPT)
+    save_drafter(tmp_path / "again", drafter, loaded)
+    for name in ("config.json", "model.safetensors"):
+        first, second = ((tmp_path / x / name).read_bytes() for x in ("reduced", "again"))
+        assert first == second
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([3], r"has shape \(1,\); expected 2 … 11 token ids"),
+        (list(range(12)), r"has shape \(12,\)"),
+        ([[1, 2], [3, 4]], r"has shape \(2, 2\)"),
+        ([1, 11], "names token 11; expected .* 0 … 10"),
+        ([-1, 4], "names token -1"),
+        ([1, 4, 4, 5], "names token 4 twice"),
+        ([1, 6, 4], "has 6 before 4; expected .* in ascending order"),
+    ],
+)
+def test_a_draft_vocabulary_that_is_none(tmp_path, ids, message):
+    save_reduced(tmp_path, "jetspec")
+    path = tmp_path / "reduced" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"draft_token_ids": np.array(ids, np.int32)}, path)
+    with pytest.raises(ValueError, match=f"reduced: tensor 'draft_token_ids' {message}"):
+        load(tmp_path / "reduced")
+    save_file(tensors | {"draft_token_ids": np.array([1.0, 2.0], np.float32)}, path)
+    with pytest.raises(ValueError, match="'draft_token_ids' is stored as F32; expected I32"):
+        load(tmp_path / "reduced")
+
+
+def test_a_format_that_repeats_the_lm_head_has_no_draft_vocabulary(tmp_path):
+    drafter, params = save(tmp_path / "whole", "dspark")
+    params = block_params(params.head, tiny.target().params, kept=KEPT)
+    with pytest.raises(ValueError, match="'deepspec' repeats the target's LM head"):
+        save_drafter(tmp_path / "reduced", drafter, params, "deepspec")
+    assert not (tmp_path / "reduced").exists()
+
+
 def test_an_export_never_overwrites(tmp_path):
     save(tmp_path / "a", "dflash")
     before = (tmp_path / "a" / "model.safetensors").read_bytes()
