@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,9 @@ class Evaluate:
     [,dtype=D], with drafters as for `generate`; head=none leaves a sequential head out, as for
     the trees of DDTree and JetSpec. Plain decoding is always among those timed.
 
+    A run that was interrupted goes on when it is given again: what its output holds is not
+    measured twice.
+
     Examples:
       python -m jaxspec evaluate --prompts ../shared/prompts/*.jsonl --output results.jsonl \\
           --decoders lookup=ngram chain=run/drafter \\
@@ -34,7 +39,8 @@ class Evaluate:
     turn is used."""
     decoders: tuple[str, ...]
     output: Path
-    """JSON lines of results (`jaxspec.evaluation.results`); `report` draws them."""
+    """JSON lines of results (`jaxspec.evaluation.results`); `report` draws them. A file that is
+    there must hold results of the same setup."""
     target: str = "smollm2-135m"
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     count: int = 16
@@ -59,16 +65,20 @@ class Evaluate:
         from jaxspec.evaluation import measure
         from jaxspec.evaluation.contenders import Contender, load
         from jaxspec.evaluation.report import markdown
-        from jaxspec.evaluation.results import Setup, append, read
+        from jaxspec.evaluation.results import Setup, append, cut_torn, held, key, read
         from jaxspec.evaluation.view import View
 
         contenders = [Contender.parse(text) for text in self.decoders]
         self._check(contenders)
         texts = {path.stem: self._chosen(path) for path in self.prompts}
         jaxspec.enable_compilation_cache()
+        setup = Setup(self._setup(texts))
+        done = held(self.output, setup)
         entries = load(self.target, contenders)
         sets = self._encoded(entries[0].target, texts)
-        append(self.output, Setup(self._setup(sets)))
+        cut_torn(self.output)
+        if key(setup) not in done:
+            append(self.output, setup)
 
         def measured() -> Iterator:
             for temperature in self.temperatures:
@@ -79,6 +89,7 @@ class Evaluate:
                     budgets=self.budgets,
                     max_new_tokens=self.max_new_tokens,
                     batch_size=self.batch_size,
+                    done=done,
                 )
             if self.tau_only:
                 return
@@ -96,19 +107,17 @@ class Evaluate:
                     temperature=temperature,
                     max_new_tokens=self.max_new_tokens,
                     plain_targets=plain,
+                    done=done,
                 )
-            yield from measure.costs(entries)
+            yield from measure.costs(entries, done=done)
 
         for row in measured():
-            append(self.output, row)
+            if key(row) not in done:
+                append(self.output, row)
         print(markdown(View(read(self.output))))
         return 0
 
     def _check(self, contenders) -> None:
-        if self.output.exists():
-            raise ValueError(
-                f"--output {self.output} exists already; choose another name or delete it"
-            )
         if not contenders or not self.prompts:
             raise ValueError("nothing to compare: give --decoders and --prompts, at least one")
         names = [path.stem for path in self.prompts]
@@ -142,7 +151,8 @@ class Evaluate:
             for name, rows in texts.items()
         }
 
-    def _setup(self, sets) -> dict:
+    def _setup(self, texts: dict[str, list[str]]) -> dict:
+        """What results of one file have in common. Temperatures may be added, and the clock."""
         import jax
 
         import jaxspec
@@ -150,9 +160,14 @@ class Evaluate:
         return {
             "target": self.target,
             "decoders": list(self.decoders),
-            "prompts": {name: len(rows) for name, rows in sets.items()},
+            "prompts": {name: len(rows) for name, rows in texts.items()},
+            "prompts_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16],
+            "thinking": self.thinking,
             "timed": self.timed,
             "max_new_tokens": self.max_new_tokens,
+            "budgets": self.budgets,
+            "batch_size": self.batch_size,
+            "plain_dtypes": self.plain_dtypes,
             "device": jax.devices()[0].device_kind,
             "cores": os.cpu_count(),
             "jaxspec": jaxspec.__version__,

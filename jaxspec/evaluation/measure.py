@@ -14,7 +14,15 @@ from jaxspec.evaluation import walk as w
 from jaxspec.evaluation.contenders import Contender, Entry
 from jaxspec.evaluation.metrics import reliability_bins
 from jaxspec.evaluation.phases import phase_costs, verify_costs
-from jaxspec.evaluation.results import Branches, Costs, Reliability, Rounds, Verify, counts
+from jaxspec.evaluation.results import (
+    Branches,
+    Costs,
+    Done,
+    Reliability,
+    Rounds,
+    Verify,
+    counts,
+)
 from jaxspec.evaluation.speed import Run, plain_forms, runner, take_turns
 from jaxspec.generation import LoadedDrafter, Target
 
@@ -31,6 +39,7 @@ def tau(
     max_new_tokens: int = 256,
     batch_size: int = 8,
     stride: int = 16,
+    done: Done = (),
 ) -> Iterator[Rounds | Reliability | Branches]:
     """Walks every contender along the target's own answers, without a clock.
 
@@ -38,11 +47,13 @@ def tau(
       budgets: walked besides each contender's own.
       stride: anchors between the branches that are compared with the target; 0 leaves the
         comparison out.
+      done: keys of rows that are known (`results.key`); a set whose rounds are all among them
+        is left out.
     """
     for dtype in dict.fromkeys(entry.contender.dtype for entry in entries):
         group = [entry for entry in entries if entry.contender.dtype == dtype]
         yield from _Walks(group, sets, budgets, max_new_tokens, batch_size).rows(
-            temperature, stride
+            temperature, stride, done
         )
 
 
@@ -65,8 +76,11 @@ class _Walks:
             longest + max_new_tokens + self.spare, Decoder(self.target.config, together)
         )
 
-    def rows(self, temperature: float, stride: int):
+    def rows(self, temperature: float, stride: int, done: Done):
+        walks = [(e.contender.name, budget) for e in self.entries for budget in self.budgets[e]]
         for name, rows in self.sets.items():
+            if _known(done, "walk", name, temperature, walks):
+                continue
             answers = w.record(
                 self.target,
                 rows,
@@ -77,9 +91,8 @@ class _Walks:
                 capacity=self.capacity,
             )
             tables, gaps = self._tables(answers, stride, name)
+            # The rounds come last: where they are known, all of the set is.
             for entry in self.entries:
-                for budget in self.budgets[entry]:
-                    yield self._rounds(entry, name, temperature, budget, answers, tables[entry])
                 bins = self._bins(entry, answers, tables[entry])
                 if bins is not None:
                     c = entry.contender
@@ -87,6 +100,9 @@ class _Walks:
                     yield Reliability(name, temperature, c.name, budget, bins.tolist())
             for drafter, found in gaps.items():
                 yield Branches(name, temperature, drafter, self._dtype, found)
+            for entry in self.entries:
+                for budget in self.budgets[entry]:
+                    yield self._rounds(entry, name, temperature, budget, answers, tables[entry])
 
     @property
     def _dtype(self) -> str:
@@ -149,17 +165,30 @@ def speed(
     max_new_tokens: int = 256,
     plain_targets: Mapping[str, Target] | None = None,
     others: Mapping[str, Run] | None = None,
+    done: Done = (),
 ) -> Iterator[Rounds]:
     """Decodes with every contender, and plainly in every form, by turns and with a clock.
 
     Args:
       plain_targets: by dtype, targets that decode plainly besides the contenders' own.
       others: further decoders to time, for example another library's.
+      done: keys of rows that are known (`results.key`); a set whose rounds are all among them
+        is left out. One that lacks a row is decoded again by all, who take turns.
     """
     sampling, every = Sampling(temperature=temperature), [r for s in sets.values() for r in s]
     runs: dict[Contender, Run] = {}
     targets = {entry.contender.dtype: entry.target for entry in entries}
     targets = {**(plain_targets or {}), **targets}
+    forms = {(f"{name}, {d}", d): form for d in targets for name, form in plain_forms().items()}
+    timed = [(name, 1) for name, _ in forms] + [(name, 1) for name in others or {}]
+    timed += [(entry.contender.name, entry.contender.budget) for entry in entries]
+    missing = {
+        name: rows
+        for name, rows in sets.items()
+        if not _known(done, "decode", name, temperature, timed)
+    }
+    if not missing:
+        return
 
     def add(contender: Contender, target: Target, drafter: LoadedDrafter, budget: int):
         runs[contender] = runner(
@@ -171,21 +200,20 @@ def speed(
             budget=budget,
         )
 
-    for dtype, target in targets.items():
-        for name, drafter in plain_forms().items():
-            add(plain(f"{name}, {dtype}", dtype), target, drafter, 1)
+    for (name, dtype), form in forms.items():
+        add(plain(name, dtype), targets[dtype], form, 1)
     for entry in entries:
         c = entry.contender
         add(c, entry.target, entry.sized(), c.budget)
     for name, run in (others or {}).items():
         runs[plain(name, "float32")] = run
 
-    for name, rows in sets.items():
-        done = take_turns(
+    for name, rows in missing.items():
+        answers = take_turns(
             runs, rows, progress=lambda x, d=f"decode {name}": tqdm(x, desc=d, leave=False)
         )
         reference = {}
-        for c, completions in done.items():
+        for c, completions in answers.items():
             own = reference.setdefault(c.dtype, completions)  # its target's plain decoding
             yield Rounds(
                 **_labels(name, temperature, c, c.budget),
@@ -199,18 +227,32 @@ def speed(
             )
 
 
-def costs(entries: Sequence[Entry]) -> Iterator[Costs | Verify]:
-    """Phases of a round of every contender, and of verifying n nodes."""
+def costs(entries: Sequence[Entry], *, done: Done = ()) -> Iterator[Costs | Verify]:
+    """Phases of a round of every contender, and of verifying n nodes.
+
+    Args:
+      done: keys of rows that are known (`results.key`), and left out.
+    """
     targets = {entry.contender.dtype: entry.target for entry in entries}
     for dtype, target in targets.items():
-        yield Verify(dtype, {str(n): ms for n, ms in verify_costs(target).items()})
+        if ("verify", dtype) not in done:
+            yield Verify(dtype, {str(n): ms for n, ms in verify_costs(target).items()})
+        if ("costs", PLAIN, dtype, 1) in done:
+            continue
         plain_ms = [phase_costs(target, form) for form in plain_forms().values()]
         best = min(plain_ms, key=lambda phases: phases["verify"] + phases["commit"])
         yield Costs(PLAIN, dtype, 1, best)
     for entry in tqdm(entries, desc="phases", leave=False):
         c = entry.contender
+        if ("costs", c.name, c.dtype, c.budget) in done:
+            continue
         phases = phase_costs(entry.target, entry.sized(), budget=c.budget)
         yield Costs(c.name, c.dtype, c.budget, phases)
+
+
+def _known(done: Done, how: str, set: str, temperature: float, decoders) -> bool:
+    """Whether the rounds of all `decoders`, each a (name, budget), are known."""
+    return all(("rounds", how, set, temperature, *decoder) in done for decoder in decoders)
 
 
 def plain(name: str, dtype: str) -> Contender:

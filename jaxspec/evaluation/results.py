@@ -8,14 +8,15 @@
 - ``costs``: milliseconds of the phases of a round (`Costs`).
 - ``verify``: milliseconds of a forward over n nodes (`Verify`).
 
-A table and pictures can be drawn again from the file alone (`python -m jaxspec report`).
+A table and pictures can be drawn again from the file alone (`python -m jaxspec report`), and a
+run that was interrupted goes on from it (`held`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,6 +143,27 @@ class Setup:
 Row = Rounds | Reliability | Branches | Costs | Verify | Setup
 KINDS = {cls.kind: cls for cls in Row.__args__}
 
+# What tells a row from the others of its kind in one run.
+IDENTITY = {
+    "rounds": ("how", "set", "temperature", "decoder", "budget"),
+    "reliability": ("set", "temperature", "decoder", "budget"),
+    "branches": ("set", "temperature", "drafter", "dtype"),
+    "costs": ("decoder", "dtype", "budget"),
+    "verify": ("dtype",),
+    "setup": (),
+}
+Key = tuple
+Done = Collection[Key]
+
+
+def key(row: Row) -> Key:
+    """The row's kind and identity.
+
+    >>> key(Verify("float32", {"1": 10.0}))
+    ('verify', 'float32')
+    """
+    return (row.kind, *(getattr(row, name) for name in IDENTITY[row.kind]))
+
 
 def counts(stats: Sequence[DecodeStats]) -> dict[str, list]:
     """The fields of `Rounds` that follow from decoding's own counts."""
@@ -163,16 +185,63 @@ def read(path: str | Path) -> list[Row]:
     Raises:
       ValueError: it cannot be read, or a line is something else.
     """
-    rows = []
-    for number, line in numbered_lines(path):
-        try:
-            fields = json.loads(line)
-            rows.append(KINDS[fields["kind"]](**fields))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected a row of an evaluation (`python -m jaxspec "
-                f"evaluate` writes them), found {line[:60]!r}"
-            ) from error
+    rows = [_parse(path, number, line) for number, line in numbered_lines(path)]
     if not any(isinstance(row, Rounds) for row in rows):
         raise ValueError(f"{path} holds no measurement; run `python -m jaxspec evaluate`")
     return rows
+
+
+def held(path: Path, setup: Setup) -> set[Key]:
+    """Keys of the rows that a run of the same setup left in a file; none without a file.
+
+    A last line that an interruption cut short does not count, see `cut_torn`.
+
+    Raises:
+      ValueError: the file is another setup's, or no evaluation's.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return set()
+    lines = list(numbered_lines(path))
+    if _torn(path):
+        del lines[-1]
+    rows = [_parse(path, number, line) for number, line in lines]
+    found = [row.fields for row in rows if isinstance(row, Setup)]
+    if not found:
+        raise ValueError(
+            f"{path} exists already, without the setup of an evaluation; choose another name "
+            "or delete it"
+        )
+    wanted = json.loads(json.dumps(setup.fields))  # a tuple comes back as a list
+    for fields in found:
+        for name in [*wanted, *fields]:
+            old, new = (x.get(name, "unknown") for x in (fields, wanted))
+            if old != new:
+                raise ValueError(
+                    f"{path} holds results of another setup: {name} was {old!r}, now it is "
+                    f"{new!r}; choose another name, or give the options of then to go on"
+                )
+    return {key(row) for row in rows}
+
+
+def cut_torn(path: Path) -> None:
+    """Removes what an interruption left of a last line."""
+    if path.exists() and (torn := _torn(path)):
+        with path.open("r+b") as stream:
+            stream.truncate(path.stat().st_size - len(torn))
+
+
+def _torn(path: Path) -> bytes:
+    """A last line without its end."""
+    last = path.read_bytes().rpartition(b"\n")[2]
+    return last if last.strip() else b""
+
+
+def _parse(path: str | Path, number: int, line: str) -> Row:
+    try:
+        fields = json.loads(line)
+        return KINDS[fields["kind"]](**fields)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}, line {number}: expected a row of an evaluation (`python -m jaxspec "
+            f"evaluate` writes them), found {line[:60]!r}"
+        ) from error

@@ -57,18 +57,21 @@ def file(tmp_path_factory):
         rows = [{"turns": [f"{name} number {i}" * (i + 1)]} for i in range(3)]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     output = folder / "results.jsonl"
-    code = main(
+    assert evaluate(folder, output) == 0
+    return output
+
+
+def evaluate(folder, output, *more):
+    return main(
         [
             *("evaluate", "--prompts", str(folder / "sums.jsonl"), str(folder / "code.jsonl")),
             *("--output", str(output), "--count", "2", "--max-new-tokens", "12"),
             *("--temperatures", "0", "1", "--budgets", "2", "--batch-size", "2"),
             *("--decoders", "lookup=ngram,budget=4", "chain=run/a,budget=4"),
             *("marginal=run/a,tree=top_budget,head=none,budget=4",),
-            *("path=run/a,tree=path_conditioned,budget=4,candidates=6",),
+            *("path=run/a,tree=path_conditioned,budget=4,candidates=6", *more),
         ]
     )
-    assert code == 0
-    return output
 
 
 def test_every_row_reads_back(file):
@@ -84,6 +87,91 @@ def test_every_row_reads_back(file):
     assert kinds.count("branches") == 2 * 2
     assert kinds.count("reliability") == 2 * 2 * 3  # prompt lookup has no probabilities
     assert kinds.count("costs") == 5 and kinds.count("verify") == 1
+
+
+class Calls:
+    """A function that counts its calls."""
+
+    def __init__(self, function):
+        self.function, self.count = function, 0
+
+    def __call__(self, *args, **kwargs):
+        self.count += 1
+        return self.function(*args, **kwargs)
+
+
+def without_clock(path):
+    return [{**json.loads(line), "seconds": None} for line in path.open()]
+
+
+@pytest.mark.parametrize(
+    "last, walked, decoded",
+    [
+        (("rounds", "walk", "sums", 1.0, "chain"), 2, 4),  # in the middle of a set
+        (("rounds", "decode", "sums", 1.0, "path"), 0, 1),  # between two sets
+        (("costs", "chain"), 0, 0),
+    ],
+    ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else str(x),
+)
+def test_an_interrupted_run_goes_on(file, tmp_path, monkeypatch, last, walked, decoded):
+    """The result is that of one run, and no set is measured twice."""
+    kept, lines = [], file.read_text().splitlines(keepends=True)
+    while (
+        not kept
+        or results.key(results.KINDS[kept[-1]["kind"]](**kept[-1]))[: len(last)] != last
+    ):
+        kept.append(json.loads(lines[len(kept)]))
+    output = tmp_path / "results.jsonl"
+    output.write_text("".join(lines[: len(kept)]) + lines[len(kept)][:40])  # a torn line
+    record, turns = Calls(measure.w.record), Calls(measure.take_turns)
+    monkeypatch.setattr(measure.w, "record", record)
+    monkeypatch.setattr(measure, "take_turns", turns)
+    assert evaluate(file.parent, output) == 0
+    assert (record.count, turns.count) == (walked, decoded)
+    assert output.read_text().startswith("".join(lines[: len(kept)]))
+    assert without_clock(output) == without_clock(file)
+
+
+def test_a_finished_run_is_left_alone(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr(measure.w, "record")  # nothing is measured
+    monkeypatch.delattr(measure, "take_turns")
+    before = file.read_bytes()
+    assert evaluate(file.parent, file) == 0
+    assert file.read_bytes() == before
+    assert "Tokens per round (tau)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("--batch-size", "1"), "batch_size was 2, now it is 1"),
+        (("--budgets", "2", "3"), "budgets was [2], now it is [2, 3]"),
+        (("--count", "1"), "prompts was {'sums': 2, 'code': 2}, now it is {'sums': 1, 'code'"),
+    ],
+)
+def test_another_setup_does_not_go_on(file, capsys, change, message):
+    before = file.read_bytes()
+    assert evaluate(file.parent, file, *change) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert file.read_bytes() == before
+
+
+def test_other_prompts_of_the_same_names_do_not_go_on(file, tmp_path, capsys):
+    for name in ("sums", "code"):
+        text = (file.parent / f"{name}.jsonl").read_text().replace("number 0", "number 7")
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    assert evaluate(tmp_path, file) == BAD_INPUT
+    assert "prompts_sha256 was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["nonsense", "nonsense\n", '{"kind": "verify", "dtype"'])
+def test_a_file_of_something_else_is_not_written_to(file, tmp_path, capsys, content):
+    output = tmp_path / "results.jsonl"
+    output.write_text(content)
+    assert evaluate(file.parent, output) == BAD_INPUT
+    assert str(output) in capsys.readouterr().err
+    assert output.read_text() == content
 
 
 def test_walks_and_decoding_agree_and_outputs_are_plain(file):
@@ -138,7 +226,7 @@ def test_report_draws_it_again(file, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"--output": "{file}"}, "exists already"),
+        ({"--output": "{file}"}, "holds results of another setup: decoders was"),
         ({"--decoders": "run/a"}, "expected NAME=DRAFTER,…; for example ours="),
         ({"--decoders": "a=run/a,size=3"}, "option 'size=3' is not one of tree=…"),
         ({"--decoders": "a=run/a,budget=x"}, "option 'budget=x'"),
