@@ -10,8 +10,8 @@ from jaxspec.drafters.head import abstract_weights
 from jaxspec.models.cache import init_cache
 from jaxspec.models.params import abstract_params
 from jaxspec.models.presets import PRESETS
+from jaxspec.planning import published_drafter
 from jaxspec.sharding import make_mesh, shardings
-from pallas_kernels.h100.steps import drafter_config
 
 P = PartitionSpec
 WIDE = ("model", "rest")
@@ -64,7 +64,7 @@ def test_caches_are_cut_by_key_value_head():
 
 
 def test_drafters_are_cut_as_targets_are_or_not_at_all():
-    weights = abstract_weights(drafter_config(PRESETS["qwen3-8b"]), jnp.bfloat16)
+    weights = abstract_weights(published_drafter(PRESETS["qwen3-8b"]), jnp.bfloat16)
     layer = nnx.to_pure_dict(specs(dict(model=8), weights))["layers"][0]
     assert layer["q"] == layer["kv"] == P(None, "model")
     assert layer["gate_up"] == P(None, None, "model")

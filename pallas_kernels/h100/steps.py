@@ -13,7 +13,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from jaxspec.config import DrafterConfig, TargetConfig, TreeConfig
+from jaxspec.config import TargetConfig, TreeConfig
 from jaxspec.decoding.loop import Requests, decode, prefill
 from jaxspec.decoding.round import Decoder, Params
 from jaxspec.decoding.sampling import SamplingRows
@@ -22,6 +22,7 @@ from jaxspec.drafters.head import abstract_weights
 from jaxspec.drafters.plain import Plain
 from jaxspec.models.params import abstract_params
 from jaxspec.models.presets import PRESETS
+from jaxspec.planning import published_drafter
 from jaxspec.sharding import shardings
 from jaxspec.trees.tree import DraftTree, root_only
 from pallas_kernels.h100.compile import Program, compile_for_h100
@@ -67,7 +68,7 @@ class Step:
     def drafter(self):
         if self.kind in ("draft", "round"):
             return BlockDrafter(
-                drafter_config(self.config), TreeConfig("best_first", size=self.nodes)
+                published_drafter(self.config), TreeConfig("best_first", size=self.nodes)
             )
         return Given(self.nodes) if self.kind == "verify" else Plain()
 
@@ -122,25 +123,6 @@ class Given:
 
     def draft(self, params, state: DraftTree, anchor, position, budget):
         return dataclasses.replace(state, tokens=state.tokens.at[:, 0].set(anchor)), state
-
-
-def drafter_config(target: TargetConfig) -> DrafterConfig:
-    """DFlash's and JetSpec's proportions: five layers, five taps, blocks of 16."""
-    return DrafterConfig(
-        vocab_size=target.vocab_size,
-        hidden_size=target.hidden_size,
-        intermediate_size=target.intermediate_size,
-        num_layers=5,
-        num_heads=target.num_heads,
-        num_kv_heads=target.num_kv_heads,
-        head_dim=target.head_dim,
-        target_layers=target.num_layers,
-        taps=tuple(1 + i * (target.num_layers - 4) // 4 for i in range(5)),
-        block_size=DRAFT_BLOCK,
-        mask_token_id=target.vocab_size - 1,
-        causal=True,
-        predict_next=True,
-    )
 
 
 def compile_step(step: Step, cache: pathlib.Path | None = None) -> Program:
@@ -204,8 +186,8 @@ def floor_bytes(step: Step) -> int:
     )
     drafter = 0
     if step.kind in ("draft", "round"):
-        head = _bytes(abstract_weights(drafter_config(c), DTYPE))
-        drafter = head + vocabulary + rows * drafter_config(c).num_layers
+        head = _bytes(abstract_weights(published_drafter(c), DTYPE))
+        drafter = head + vocabulary + rows * published_drafter(c).num_layers
     if step.kind == "draft":
         return drafter // step.devices
     verified = vocabulary + rows * c.num_layers

@@ -1,17 +1,11 @@
 """Weights read straight to the shards of a mesh, by one process and by two."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from checkpoints.tensors import SafetensorsFolder
 from tests.checkpoints.writing import DENSE, MIXTURE, QWEN2, random_tensors, write_folder
-from tests.processes import free_port, many_devices
+from tests.processes import run_script
 
-ROOT = Path(__file__).parents[2]
 WIDE = dict(
     vocab_size=48,
     intermediate_size=32,
@@ -59,40 +53,18 @@ print(json.dumps(dict(read=tensors.bytes_read, held=held, total=total)))
 """
 
 
-def run(folder, processes):
-    where = f"localhost:{free_port()}"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(folder)]
-            + ([where, str(i)] if processes > 1 else []),
-            env=many_devices(8 // processes),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(processes)
-    ]
-    reports = []
-    for process in started:
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
-        reports.append(json.loads(out.splitlines()[-1]))
-    return reports
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_one_process_reads_every_byte_once(tmp_path, model):
     raw = MODELS[model]
     write_folder(tmp_path, raw, random_tensors(raw, stacked_experts=model == "stacked"))
-    (report,) = run(tmp_path, 1)
+    (report,) = run_script(SCRIPT, tmp_path, 1)
     assert report["read"] == report["held"] == report["total"]
 
 
 def test_two_processes_read_their_own_shards(tmp_path):
     raw = MODELS["mixture"]
     write_folder(tmp_path, raw, random_tensors(raw), shards=3)
-    reports = run(tmp_path, 2)
+    reports = run_script(SCRIPT, tmp_path, 2)
     for report in reports:
         assert report["read"] == report["held"] < 0.7 * report["total"]
     assert sum(report["held"] for report in reports) >= reports[0]["total"]

@@ -1,15 +1,8 @@
 """Decoding trees over a mesh, tensor and expert parallel, gives the tokens of one device."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.processes import free_port, many_devices
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_script
 
 SCRIPT = """
 import dataclasses, json, sys
@@ -68,27 +61,6 @@ print(json.dumps(dict(alone=alone, together=together, cache=[whole, *shards])))
 """
 
 
-def run(name, processes):
-    where = f"localhost:{free_port()}"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, name] + ([where, str(i)] if processes > 1 else []),
-            env=many_devices(8 // processes),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(processes)
-    ]
-    reports = []
-    for process in started:
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-        reports.append(json.loads(out.splitlines()[-1]))
-    return reports
-
-
 @pytest.mark.parametrize(
     "name, processes",
     [
@@ -99,7 +71,7 @@ def run(name, processes):
     ],
 )
 def test_eight_devices_decode_as_one(name, processes):
-    for report in run(name, processes):
+    for report in run_script(SCRIPT, name, processes):
         assert [len(row) for row in report["alone"]] == [20] * 4
         for how, tokens in report["together"].items():
             assert tokens == report["alone"], how
