@@ -1,9 +1,15 @@
 """Throughput and time per token against offered load, one run on this machine.
 
 Four ways to serve the same replayed prompts, closed loop, 1 … 32 users at a time: no drafter, a
-fixed chain, a fixed tree, and the adaptive schedule. Every engine runs in this process, so HTTP
-is not in it. `--simulate` adds the same schedule against H100 floors, which is a simulation and
+fixed chain, a fixed tree, and the adaptive schedule. At every load the ways take turns, in an
+order that rotates, so that a machine that slows down slows all of them. Every engine runs in
+this process, so HTTP is not in it; weights are shared, and an engine that waits keeps one row
+of caches. `--simulate` adds the same schedule against H100 floors, which is a simulation and
 labelled as one.
+
+The defaults (SmolLM2-135M in bfloat16, every slot used four times, in two turns) are meant for
+about 6 minutes on two free cores once the programs are in the compilation cache; the first run
+compiles for minutes before. `--turns`, `--max-new-tokens` and `--users` make it shorter.
 
     python examples/benchmark_serving.py --drafter run/drafter --output serving.json
 """
@@ -14,7 +20,11 @@ import asyncio
 import dataclasses
 import json
 import platform
+import statistics
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 import tyro
@@ -37,6 +47,7 @@ PROMPTS = (
     "Repeat three times: the quick brown fox jumps over the lazy dog.",
     "Write a Python function that adds two numbers.",
 )
+ADAPTIVE = "adaptive"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +56,15 @@ class Benchmark:
     """JSON of all results; beside it, with the same name, the picture."""
     drafter: str = "ngram"
     target: str = "smollm2-135m"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     tree: str = "path_conditioned"
     """Of the fixed tree and the adaptive engine; drafters without scores have their own."""
     prompts: Path | None = None
     users: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    requests_per_user: int = 4
+    turns: int = 2
+    """Of every way at every load; medians of them are reported, and their spread."""
+    requests_per_user: int = 2
+    """In one turn."""
     max_new_tokens: int = 64
     chain: int = 8
     """Nodes per row of the fixed chain, root included."""
@@ -61,71 +76,178 @@ class Benchmark:
 
 
 def main(options: Benchmark) -> None:
+    began = time.perf_counter()
     jaxspec.enable_compilation_cache()
-    target = jaxspec.load_target(options.target)
+    target = jaxspec.load_target(options.target, dtype=options.dtype)
     texts = PROMPTS if options.prompts is None else read_prompts(options.prompts)
     prompts = as_token_ids(target, list(texts), raw=False, thinking=None)
+    runners = {}
+    for name, engine in engines(options, target):
+        engine.warm_up()
+        runners[name] = Runner(engine)
+        measure(
+            runners[name], requests(options, prompts, 4)[:4], 4
+        )  # a first load, not counted
+        print(f"{name}: ready after {time.perf_counter() - began:.0f} s", flush=True)
+    turns = list(take_turns(options, prompts, runners))
+    for runner in runners.values():
+        runner.close()
+    rows, ratios = medians(turns), ratios_of(turns)
     results = {
         "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
         "options": {k: str(v) for k, v in dataclasses.asdict(options).items()},
-        "measured": [],
+        "seconds": time.perf_counter() - began,
+        "measured": rows,
+        "ratios": ratios,
+        "turns": turns,
     }
-    for name, drafter, schedule, budget in ways(options, target):
-        engine = Engine(
-            target,
-            drafter,
-            EngineConfig(
-                slots=max(options.users),
-                room=options.room,
-                queue=4 * max(options.users),
-                schedule=schedule,
-                budget=budget,
-                max_nodes=options.max_nodes,
-            ),
-        )
-        engine.warm_up()
-        runner = Runner(engine)
-        for users in options.users:
-            before = list(engine.rounds_by_size)
-            asked = [
-                Request(tuple(prompt), options.max_new_tokens, seed=i)
-                for i, prompt in enumerate(mix(prompts, users * options.requests_per_user))
-            ]
-            found = summarise(asyncio.run(closed_loop_of(runner, asked, users)))
-            sizes = [b - a for a, b in zip(before, engine.rounds_by_size, strict=True)]
-            row = {"way": name, "users": users, "rounds_by_size": sizes}
-            results["measured"].append(row | dataclasses.asdict(found))
-            print(
-                f"{name:12} {users:3} users  {found.tokens_per_second:8.1f} tokens/s  "
-                f"{1e3 * found.per_token[0]:7.1f} ms per token  "
-                f"{1e3 * found.first_token[0]:7.0f} ms to the first",
-                flush=True,
-            )
-        runner.close()
     if options.simulate:
         results["simulated, H100 floors"] = simulated(options.users)
     options.output.write_text(json.dumps(results, indent=1) + "\n")
-    draw(results, options.output.with_suffix(".png"))
+    draw(rows, options.output.with_suffix(".png"))
+    print(table(rows, ratios))
 
 
-def ways(options: Benchmark, target):
-    """(name, drafter, schedule, budget) of every line."""
+def engines(options: Benchmark, target) -> Iterator[tuple[str, Engine]]:
+    """Every way's engine, by the way's name."""
     from jaxspec import TreeConfig, load_drafter
 
     def load(kind, size):
         scored = options.drafter not in ("none", "ngram")
         tree = TreeConfig(kind if scored else "chain", size=size)
-        return with_survival(load_drafter(options.drafter, target, tree=tree))
+        drafter = load_drafter(options.drafter, target, tree=tree, dtype=options.dtype)
+        return with_survival(drafter)
 
-    yield "none", PLAIN, Fixed(), None
-    yield "fixed chain", load("chain", options.chain), Fixed(), options.chain
+    def engine(drafter, schedule, budget=None):
+        config = EngineConfig(
+            slots=max(options.users),
+            room=options.room,
+            queue=4 * max(options.users),
+            schedule=schedule,
+            budget=budget,
+            max_nodes=options.max_nodes,
+        )
+        return Engine(target, drafter, config)
+
     tree = load(options.tree, options.budget)
-    yield "fixed tree", tree, Fixed(), options.budget
-    yield "adaptive", tree, Adaptive(), None
+    yield "none", engine(PLAIN, Fixed())
+    yield "fixed chain", engine(load("chain", options.chain), Fixed(), options.chain)
+    yield "fixed tree", engine(tree, Fixed(), options.budget)
+    yield ADAPTIVE, engine(tree, Adaptive())
+
+
+def take_turns(options: Benchmark, prompts, runners: dict[str, Runner]) -> Iterator[dict]:
+    """One row per turn. Between two turns of one load a way moves one place on in the order."""
+    names = list(runners)
+    for load, users in enumerate(options.users):
+        for turn in range(options.turns):
+            first = (load + turn) % len(names)
+            for name in names[first:] + names[:first]:
+                asked = requests(options, prompts, users)
+                row = {"way": name, "users": users, "turn": turn}
+                row |= measure(runners[name], asked, users)
+                yield row
+                print(
+                    f"{users:3} users, turn {turn + 1}  {name:12} "
+                    f"{row['tokens_per_second']:8.1f} tokens/s",
+                    flush=True,
+                )
+
+
+def requests(options: Benchmark, prompts, users: int) -> list[Request]:
+    return [
+        Request(tuple(prompt), options.max_new_tokens, seed=i)
+        for i, prompt in enumerate(mix(prompts, users * options.requests_per_user))
+    ]
+
+
+def measure(runner: Runner, asked: Sequence[Request], users: int) -> dict:
+    """A closed loop, and the engine at rest after it."""
+    before = list(runner.engine.rounds_by_size)
+    seen = asyncio.run(closed_loop_of(runner, asked, users))
+    while runner.engine.busy and runner.healthy:  # it gives its caches back
+        time.sleep(0.01)
+    found = summarise(seen)
+    if found.failed:
+        errors = {one.error for one in seen if one.error}
+        raise RuntimeError(f"{found.failed} of {found.requests} requests failed: {errors}")
+    after = runner.engine.rounds_by_size
+    sizes = [b - a for a, b in zip(before, after, strict=True)]
+    return {**dataclasses.asdict(found), "rounds_by_size": sizes}
 
 
 async def closed_loop_of(runner, asked, users):
     return await closed_loop(to_runner(runner), asked, users)
+
+
+def medians(turns: Sequence[dict]) -> list[dict]:
+    """One row per load and way: medians of its turns; `…_spread` is the lowest and highest."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in turns:
+        groups.setdefault((row["users"], row["way"]), []).append(row)
+    rows = []
+    for (users, way), own in groups.items():
+        values = {
+            "tokens_per_second": [row["tokens_per_second"] for row in own],
+            "ms_per_token": [1e3 * row["per_token"][0] for row in own],
+            "ms_to_first": [1e3 * row["first_token"][0] for row in own],
+        }
+        row = {"users": users, "way": way}
+        for name, found in values.items():
+            row[name] = statistics.median(found)
+            row[f"{name}_spread"] = [min(found), max(found)]
+        rows.append(row)
+    order = list(
+        dict.fromkeys(row["way"] for row in turns if row["users"] == turns[0]["users"])
+    )
+    return sorted(rows, key=lambda row: (row["users"], order.index(row["way"])))
+
+
+def ratios_of(turns: Sequence[dict]) -> list[dict]:
+    """Throughput of the adaptive way over that of the best other way, at each load.
+
+    The best has the largest median. Each turn is compared with the same turn of the best, which
+    ran beside it; the ratio is the median of these.
+    """
+    rows, ratios = medians(turns), []
+    for users in dict.fromkeys(row["users"] for row in rows):
+        fixed = [row for row in rows if row["users"] == users and row["way"] != ADAPTIVE]
+        best = max(fixed, key=lambda row: row["tokens_per_second"])["way"]
+        rate = {
+            (row["way"], row["turn"]): row["tokens_per_second"]
+            for row in turns
+            if row["users"] == users
+        }
+        by_turn = [rate[ADAPTIVE, t] / rate[best, t] for way, t in rate if way == ADAPTIVE]
+        spread = [min(by_turn), max(by_turn)]
+        ratio = statistics.median(by_turn)
+        ratios.append({"users": users, "best_fixed": best, "ratio": ratio, "spread": spread})
+    return ratios
+
+
+def table(rows: Sequence[dict], ratios: Sequence[dict]) -> str:
+    """Markdown: medians, with the lowest and highest turn in brackets."""
+
+    def cell(row, name):
+        low, high = row[f"{name}_spread"]
+        return f"{row[name]:.1f} ({low:.1f} … {high:.1f})"
+
+    lines = [
+        "",
+        "| users | way | tokens/s | ms per token | ms to the first |",
+        "|" + "---|" * 5,
+    ]
+    for row in rows:
+        cells = (cell(row, n) for n in ("tokens_per_second", "ms_per_token", "ms_to_first"))
+        lines.append(f"| {row['users']} | {row['way']} | {' | '.join(cells)} |")
+    lines += ["", "| users | best fixed way | adaptive, times its tokens/s |", "|" + "---|" * 3]
+    for row in ratios:
+        low, high = row["spread"]
+        lines.append(
+            f"| {row['users']} | {row['best_fixed']} | "
+            f"{row['ratio']:.2f} ({low:.2f} … {high:.2f}) |"
+        )
+    return "\n".join(lines)
 
 
 def simulated(users) -> list[dict]:
@@ -138,25 +260,29 @@ def simulated(users) -> list[dict]:
     ]
 
 
-def draw(results: dict, path: Path) -> None:
+def draw(rows: Sequence[dict], path: Path) -> None:
+    """Medians as lines, spreads as bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    rate, wait = figure.subplots(1, 2)
-    rows = results["measured"]
-    for way in dict.fromkeys(row["way"] for row in rows):
-        own = [row for row in rows if row["way"] == way]
-        users = [row["users"] for row in own]
-        rate.plot(users, [row["tokens_per_second"] for row in own], marker="o", label=way)
-        wait.plot(users, [1e3 * row["per_token"][0] for row in own], marker="o", label=way)
-    rate.set(xscale="log", xlabel="users at a time", ylabel="tokens per second, all users")
-    wait.set(xscale="log", xlabel="users at a time", ylabel="ms per token, median user")
-    for axes in (rate, wait):
+    names = {
+        "tokens_per_second": "tokens per second, all users",
+        "ms_per_token": "ms per token, median user",
+    }
+    for axes, (name, label) in zip(figure.subplots(1, 2), names.items(), strict=True):
+        for way in dict.fromkeys(row["way"] for row in rows):
+            own = [row for row in rows if row["way"] == way]
+            users, middle = ([row[k] for row in own] for k in ("users", name))
+            low = [row[name] - row[f"{name}_spread"][0] for row in own]
+            high = [row[f"{name}_spread"][1] - row[name] for row in own]
+            axes.errorbar(users, middle, (low, high), marker="o", capsize=2, label=way)
+        axes.set_xscale("log", base=2)
         axes.set_xticks(users, users)
+        axes.set(xlabel="users at a time", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
-    rate.legend()
+    axes.legend()
     figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Benchmark))
+    main(tyro.cli(Benchmark, description=__doc__))
