@@ -33,7 +33,7 @@ class BlockOutput:
     inside: jax.Array
 
     def logits(self, head: DraftHead, vocabulary: Vocabulary) -> jax.Array:
-        """Final logits, float32 [B, A, P, V], the sequential head included."""
+        """Final logits, float32 [B, A, P, V'], the sequential head included."""
         base = head.logits(vocabulary, self.stream)
         if head.sequential is None:
             return base

@@ -124,6 +124,9 @@ class Train:
     """Length of rows that several sequences share; 0 gives each its own."""
     max_length: int = 1024
     """Sequences are cut to this many tokens."""
+    draft_vocab: int = 0
+    """Draft the most frequent tokens of the data alone, so many: quicker to train and to draft
+    with, and nothing is lost. 0 drafts all."""
     learning_rate: float = 6e-4
     weight_decay: float = 0.0
     initial: str = "target"
@@ -206,6 +209,7 @@ class Train:
             micro_batch=self.micro_batch,
             anchors=self.anchors,
             packed=self.packed,
+            draft_vocab=self.draft_vocab,
             initial=self.initial,
             seed=self.seed,
             validate_every=self.validate_every,

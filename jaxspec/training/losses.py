@@ -63,7 +63,8 @@ class LossSums:
       weight: its denominator.
       cross_entropy, kl, total_variation, confidence: weighted sums of each.
       accepted: [P], sums of the probability that a slot is accepted if reached, or of the
-        label's where the target's distribution is not computed.
+        label's where the target's distribution is not computed; 0 for labels outside the draft
+        vocabulary.
       counted: [P], slots supervised.
     """
 
@@ -87,17 +88,24 @@ def drafter_loss(
 ) -> LossSums:
     """The loss of teacher-forced blocks.
 
+    With a draft vocabulary the drafter and the target are compared on it alone: the target's
+    distribution is that of its kept tokens, renormalised. A slot whose label is outside is left
+    out of every loss, the confidence's too: its distribution says nothing there. The slots
+    after it still count. Each is predicted given true tokens, and after a label that is merely
+    unlikely they are as seldom reached, and count as well.
+
     Args:
       blocks: from `run_blocks`.
       supervised: [B, A, P] bool, slots with a label that counts.
       target: [B, A, P, M], the target's hidden state before each label, after its final norm.
     """
-    batch, _, depth = supervised.shape
+    batch = len(supervised)
     flat = lambda x: x.reshape(batch, -1, *x.shape[3:])  # noqa: E731
     drafter = jax.tree.map(flat, factors(head, vocabulary, blocks))
     if drafter.latent is not None:
         drafter = dataclasses.replace(drafter, output=head.sequential.output[...])
-    labels = flat(blocks.labels)
+    labels, known = vocabulary.index(flat(blocks.labels))
+    judged = supervised & known.reshape(supervised.shape)
     unembed = vocabulary.unembed
     teacher = flat(target) if config.compares(head) else None
 
@@ -108,7 +116,7 @@ def drafter_loss(
         nothing = jnp.zeros(labels.shape)
         _, losses = vocabulary_loss(labels_only, frozen, unembed, None, labels, nothing)
         probability = jnp.exp(-losses.cross_entropy).reshape(supervised.shape)
-    weights, denominator = position_weights(config, supervised, probability)
+    weights, denominator = position_weights(config, judged, probability)
     flat_weights = weights.reshape(labels.shape)
 
     total, losses = vocabulary_loss(
@@ -125,7 +133,6 @@ def drafter_loss(
     def weighted(losses):
         return jnp.float32(0) if losses is None else jnp.sum(flat_weights * losses)
 
-    counted = supervised.astype(jnp.float32)
     return LossSums(
         total=total,
         weight=denominator,
@@ -133,8 +140,8 @@ def drafter_loss(
         kl=weighted(losses.kl),
         total_variation=weighted(losses.total_variation),
         confidence=jax.lax.stop_gradient(bce),
-        accepted=jnp.sum(accepted.reshape(-1, depth) * counted.reshape(-1, depth), axis=0),
-        counted=jnp.sum(counted, axis=(0, 1)),
+        accepted=jnp.sum(accepted.reshape(judged.shape) * judged, axis=(0, 1)),
+        counted=jnp.sum(supervised.astype(jnp.float32), axis=(0, 1)),
     )
 
 
@@ -162,7 +169,8 @@ def position_weights(
 
     Args:
       supervised: [..., A, P] bool.
-      label_probability: [..., A, P], the drafter's; needed by dpace alone.
+      label_probability: [..., A, P], the drafter's; needed by dpace alone, and 0 where a slot
+        is not supervised.
 
     Returns:
       Weights [..., A, P], and what to divide the weighted sum by: the sum of the weights, or
@@ -170,10 +178,11 @@ def position_weights(
     """
     slots = jnp.arange(supervised.shape[-1])
     if config.weighting == "dpace":
-        smoothed = (1 - config.smoothing) * label_probability + config.smoothing
+        probability = label_probability * supervised
+        smoothed = (1 - config.smoothing) * probability + config.smoothing
         reached = jnp.cumprod(smoothed, axis=-1) * supervised
         weights = jnp.cumsum(reached[..., ::-1], axis=-1)[..., ::-1] * supervised
-        return weights, jnp.sum(supervised[..., 0].astype(jnp.float32))
+        return weights, jnp.sum(supervised.any(axis=-1).astype(jnp.float32))
     decay = jnp.exp(-slots / config.decay) if config.weighting == "exponential" else 1.0
     weights = supervised * jnp.broadcast_to(decay, slots.shape).astype(jnp.float32)
     return weights, jnp.sum(weights)

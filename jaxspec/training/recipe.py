@@ -60,6 +60,8 @@ class TrainConfig:
       micro_batch: rows per forward; the gradients of a batch are summed in float32.
       anchors: blocks per row.
       packed: length of rows that several sequences share; 0 gives each a row of its own.
+      draft_vocab: tokens drafted, the most frequent of the examples; 0 drafts all, or what the
+        drafter to go on from does.
       initial: "target" copies the target's last layers, "random" draws them; anything else is
         the folder or hub name of a drafter to go on from, of the configuration `drafter`.
       validate_every, checkpoint_every: in steps; 0 does so at the end alone.
@@ -74,6 +76,7 @@ class TrainConfig:
     micro_batch: int = 8
     anchors: int = 512
     packed: int = 0
+    draft_vocab: int = 0
     initial: str = "target"
     seed: int = 0
     validate_every: int = 0
@@ -90,6 +93,11 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig.batch_size is {self.batch_size}; expected a multiple of "
                 f"micro_batch = {self.micro_batch}"
+            )
+        if self.draft_vocab and not 2 <= self.draft_vocab <= self.drafter.vocab_size:
+            raise ValueError(
+                f"TrainConfig.draft_vocab is {self.draft_vocab}; expected 2 … "
+                f"{self.drafter.vocab_size}, the target's vocabulary, or 0 for all of it"
             )
         if self.packed < 0 or self.packed % PACKED_UNIT:
             raise ValueError(

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.config import DrafterConfig, TargetConfig
-from jaxspec.drafters.head import Vocabulary, bind, random_weights
+from jaxspec.drafters.head import Vocabulary, bind, random_weights, restrict
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.models.params import MoeParams, TargetParams
 from jaxspec.training.batches import PACKED_UNIT, UNIT
@@ -131,6 +131,7 @@ def train_step(
     state: TrainState,
     rows: Rows,
     mesh: Mesh | None = None,
+    kept: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
@@ -139,6 +140,7 @@ def train_step(
     Args:
       rows: [n, b, ...], n micro-batches.
       mesh: the devices the arrays are placed on (`sharding`); None for one device.
+      kept: [V'] int32, the tokens drafted (`drafters.head.Vocabulary`); None for all.
 
     Returns:
       The new state, and means over the batch: the loss and its parts, the acceptance of each
@@ -150,7 +152,7 @@ def train_step(
 
     def micro_batch(carry, batch):
         slopes, sums = jax.grad(batch_loss, argnums=3, has_aux=True)(
-            config, target_config, target, state.weights, *batch
+            config, target_config, target, state.weights, *batch, kept
         )
         return jax.tree.map(jnp.add, carry, (slopes, sums)), None
 
@@ -187,6 +189,7 @@ def batch_loss(
     weights: nnx.State,
     rows: Rows,
     key: jax.Array,
+    kept: jax.Array | None = None,
 ) -> tuple[jax.Array, LossSums]:
     """The loss of rows [b, ...], not yet divided, and its parts. Consumes `key`."""
     depth, dtype = config.drafter.depth, target.embed.dtype
@@ -201,16 +204,17 @@ def batch_loss(
             chunk=UNIT if rows.starts is None else PACKED_UNIT,
         )
     features = jax.tree.map(lambda x: x.astype(dtype), features)
-    anchors, kept = sample_anchors(key, rows.supervised, config.anchors)
-    head = bind(config.drafter, jax.tree.map(lambda x: x.astype(dtype), weights))
-    vocabulary = Vocabulary(target.embed, target.unembed)
+    anchors, real = sample_anchors(key, rows.supervised, config.anchors)
+    weights = jax.tree.map(lambda x: x.astype(dtype), weights)
+    weights, vocabulary = restrict(weights, Vocabulary(target.embed, target.unembed), kept)
+    head = bind(config.drafter, weights)
     blocks = run_blocks(head, vocabulary, rows.tokens, features.taps, anchors, rows.starts)
     sums = drafter_loss(
         config.loss,
         head,
         vocabulary,
         blocks,
-        supervised_slots(rows.supervised, anchors, kept, depth),
+        supervised_slots(rows.supervised, anchors, real, depth),
         before_labels(features.hidden, anchors, depth),
     )
     return sums.total, jax.lax.stop_gradient(sums)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -24,8 +26,10 @@ from checkpoints.drafter_config import to_json
 from checkpoints.drafters import load_drafter, save_drafter
 from checkpoints.store import Store
 from jaxspec.config import TreeConfig
-from jaxspec.generation import Prompt, Target
+from jaxspec.drafters.block import whole_weights
+from jaxspec.generation import LoadedDrafter, Prompt, Target
 from jaxspec.sharding import DATA, mesh_of, place
+from jaxspec.training import draft_vocabulary
 from jaxspec.training.batches import Position
 from jaxspec.training.conversations import Example
 from jaxspec.training.feature_cache import open_features
@@ -42,6 +46,7 @@ from jaxspec.training.validation import trained_drafter, walked_tau
 
 CONFIG, METRICS, TENSORBOARD = "config.json", "metrics.jsonl", "tensorboard"
 CHECKPOINTS, DRAFTER = "checkpoints", "drafter"
+DRAFT_VOCABULARY = "draft_vocabulary.json"
 
 
 def train(
@@ -60,9 +65,10 @@ def train(
     """Trains a drafter, or goes on with the run that the folder holds.
 
     The folder gets `config.json`, `metrics.jsonl`, `checkpoints/` and, at the end, `drafter/`:
-    the best weights by walked tau, or the last ones without prompts. A run that was killed
-    goes on from its newest checkpoint and ends with the same weights, bit for bit on the same
-    devices. SIGTERM ends it after the current step, with a checkpoint.
+    the best weights by walked tau, or the last ones without prompts; with a draft vocabulary
+    also `draft_vocabulary.json`, its tokens and the share of the target's that they cover. A
+    run that was killed goes on from its newest checkpoint and ends with the same weights, bit
+    for bit on the same devices. SIGTERM ends it after the current step, with a checkpoint.
 
     Args:
       examples: from `conversations.read_examples`.
@@ -80,8 +86,9 @@ def train(
       The folder of the drafter, or None if the run was interrupted.
 
     Raises:
-      ValueError: the folder holds a run with other settings, the checkpoint is damaged, the
-        loss is not a number, or several processes shall validate.
+      ValueError: the folder holds a run with other settings or examples that give another
+        draft vocabulary, the checkpoint is damaged, the loss is not a number, or several
+        processes shall validate.
     """
     folder, hosts = Path(folder), jax.process_count()
     leads = jax.process_index() == 0
@@ -102,13 +109,15 @@ def train(
     if (folder / DRAFTER).exists():
         return folder / DRAFTER
     store = Store(folder / CHECKPOINTS, keep=config.keep)
-    weights = None
+    weights, known = None, draft_vocabulary.read(folder / DRAFT_VOCABULARY)
     if config.initial not in ("target", "random") and not store.steps:
-        weights = drafter_weights(config, target)
+        weights, known = initial_drafter(config, target)
+    kept = _draft_vocabulary(config, target, examples, known, folder if leads else None)
     state, position = init_state(config, target.params, weights), Position()
     if mesh is not None:
         target = dataclasses.replace(target, params=place(mesh, target.params))
         state = jax.device_put(state, state_shardings(mesh, state))
+        kept = place(mesh, kept)
     cached = None
     if features is not None:
         taps = config.drafter.taps
@@ -128,7 +137,8 @@ def train(
             return None
         weights = gather(mesh, state.weights)
         with mesh_of(target.params):
-            tau = walked_tau(target, trained_drafter(config.drafter, weights, target), prompts)
+            drafter = trained_drafter(config.drafter, weights, target, kept=kept)
+            tau = walked_tau(target, drafter, prompts)
         metrics.write(int(state.step), tau=tau)
         return tau
 
@@ -141,7 +151,7 @@ def train(
         while done < config.steps:
             epoch = position.epoch
             state, means = train_step(
-                config, target.config, target.params, state, upcoming, mesh
+                config, target.config, target.params, state, upcoming, mesh, kept
             )
             position = loader.after(position)
             upcoming = loader.at(position)  # while the devices compute
@@ -167,28 +177,28 @@ def train(
         best = store.best
         if best not in (None, done):
             _, state, _ = store.restore(state, best)
-    weights = gather(mesh, state.weights)
+    dtype = target.params.embed.dtype
+    weights = jax.tree.map(lambda x: x.astype(dtype), gather(mesh, state.weights))
+    drafter = trained_drafter(config.drafter, weights, target, kept=kept)
     if leads:
-        export(config, target, weights, folder / DRAFTER)
+        export(config, drafter, folder / DRAFTER)
     return folder / DRAFTER
 
 
-def export(config: TrainConfig, target: Target, weights: nnx.State, folder: Path) -> None:
-    """Writes a drafter's checkpoint, in the target's dtype; it appears whole or not at all."""
+def export(config: TrainConfig, drafter: LoadedDrafter, folder: Path) -> None:
+    """Writes a drafter's checkpoint; it appears whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    dtype = target.params.embed.dtype
-    weights = jax.tree.map(lambda x: x.astype(dtype), weights)
-    drafter = trained_drafter(config.drafter, weights, target)
     save_drafter(partial, drafter.drafter, drafter.params, _format(config))
     os.rename(partial, folder)
 
 
-def drafter_weights(config: TrainConfig, target: Target) -> nnx.State:
-    """Weights, in float32, of the drafter that `config.initial` names.
+def initial_drafter(config: TrainConfig, target: Target) -> tuple[nnx.State, np.ndarray | None]:
+    """The drafter that `config.initial` names: weights in float32, and the tokens it drafts.
 
     Raises:
-      ValueError: it cannot be loaded, or is not what `config.drafter` says.
+      ValueError: it cannot be loaded, is not what `config.drafter` says, or has a draft
+        vocabulary where `config` asks for another.
     """
     drafter, params = load_drafter(config.initial, target.config, target.params, TreeConfig())
     found, wanted = (dataclasses.asdict(c) for c in (drafter.config, config.drafter))
@@ -197,7 +207,52 @@ def drafter_weights(config: TrainConfig, target: Target) -> nnx.State:
         raise ValueError(
             f"the drafter in {config.initial} is not the one to train ({'; '.join(other)})"
         )
-    return params.head
+    kept = params.vocabulary.kept
+    if kept is not None and config.draft_vocab:
+        raise ValueError(
+            f"draft_vocab is {config.draft_vocab}, but the drafter in {config.initial} has a "
+            f"draft vocabulary, of {len(kept)} tokens, and keeps it; leave draft_vocab 0"
+        )
+    return whole_weights(params), None if kept is None else np.asarray(kept)
+
+
+def _draft_vocabulary(
+    config: TrainConfig,
+    target: Target,
+    examples: Sequence[Example],
+    known: np.ndarray | None,
+    folder: Path | None,
+) -> jax.Array | None:
+    """The tokens that the run drafts, [V'], written down and printed; None for all.
+
+    Args:
+      known: from the run's folder, or of the drafter to go on from.
+      folder: of the run, in the process that leads.
+
+    Raises:
+      ValueError: the examples give others than those known.
+    """
+    vocab, kept = config.drafter.vocab_size, known
+    if config.draft_vocab:
+        kept = draft_vocabulary.most_frequent(
+            examples, config.draft_vocab, vocab=vocab, always=target.config.eos_token_ids
+        )
+        if known is not None and not np.array_equal(kept, known):
+            raise ValueError(
+                f"{DRAFT_VOCABULARY} of the run holds other tokens than are most frequent in "
+                "these examples; go on with the data that it began with"
+            )
+    if kept is None:
+        return None
+    if folder is not None:
+        covered = draft_vocabulary.coverage(examples, kept, vocab=vocab)
+        draft_vocabulary.save(folder / DRAFT_VOCABULARY, kept, covered)
+        print(
+            f"draft vocabulary: {len(kept)} of {vocab} tokens, {covered:.2%} of those that the "
+            "target wrote",
+            file=sys.stderr,
+        )
+    return jnp.asarray(kept)
 
 
 def _check_settings(folder: Path, config: TrainConfig, target: Target) -> None:

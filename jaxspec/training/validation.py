@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flax import nnx
+from jax.typing import ArrayLike
 
 from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.decoding.stats import pooled_tau
@@ -13,16 +14,22 @@ from jaxspec.generation import LoadedDrafter, Prompt, Target, generate
 
 
 def trained_drafter(
-    config: DrafterConfig, weights: nnx.State, target: Target, tree: TreeConfig | None = None
+    config: DrafterConfig,
+    weights: nnx.State,
+    target: Target,
+    tree: TreeConfig | None = None,
+    kept: ArrayLike | None = None,
 ) -> LoadedDrafter:
     """A head's weights as a drafter for `jaxspec.generate`.
 
     Args:
       tree: what it drafts; the whole chain by default.
+      kept: the tokens it drafts (`block_params`).
     """
     if tree is None:
         tree = TreeConfig("chain", size=1 << config.depth.bit_length())
-    return LoadedDrafter(BlockDrafter(config, tree), block_params(weights, target.params))
+    params = block_params(weights, target.params, kept=kept)
+    return LoadedDrafter(BlockDrafter(config, tree), params)
 
 
 def walked_tau(

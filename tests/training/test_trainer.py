@@ -21,7 +21,7 @@ from jaxspec.config import TreeConfig
 from jaxspec.training.batches import Position
 from jaxspec.training.loading import Loader
 from jaxspec.training.step import copy_layers, init_state, learning_rate, train_step
-from jaxspec.training.trainer import drafter_weights, train
+from jaxspec.training.trainer import initial_drafter, train
 from tests.processes import free_port, many_devices
 from tests.training import tiny
 
@@ -176,13 +176,14 @@ def test_training_goes_on_from_an_exported_drafter(whole_run, tmp_path):
     config = dataclasses.replace(tiny.CONFIG, initial=str(folder / "drafter"), steps=1)
     target = tiny.target()
     _, params = load_drafter(folder / "drafter", target.config, target.params, TreeConfig())
-    weights = drafter_weights(config, target)
+    weights, kept = initial_drafter(config, target)
+    assert kept is None
     jax.tree.map(np.testing.assert_array_equal, weights, params.head)
     train(config, target, tiny.examples(), tmp_path / "again")
     assert steps_of(tmp_path / "again")[0]["loss"] < steps_of(folder)[0]["loss"]
     other = dataclasses.replace(config.drafter, causal=True)
     with pytest.raises(ValueError, match="causal False, expected True"):
-        drafter_weights(dataclasses.replace(config, drafter=other), target)
+        initial_drafter(dataclasses.replace(config, drafter=other), target)
     missing = dataclasses.replace(config, initial=str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="nothing"):
         train(missing, target, tiny.examples(), tmp_path / "never")
