@@ -17,8 +17,8 @@ jaxspec() { "${PYTHON:-python}" -m jaxspec "$@"; }
 
 options() { # what makes each kind; all share data, steps, layers, taps, block and first weights
   case $1 in
-    dflash)    echo "--family dspark --sequential none   --causal False" ;;
-    jetspec)   echo "--family dspark --sequential none   --causal True" ;;
+    dflash)    echo "--family dspark --sequential none   --causal False --confidence-head none" ;;
+    jetspec)   echo "--family dspark --sequential none   --causal True  --confidence-head none" ;;
     markov)    echo "--family dspark --sequential markov --causal False --confidence-head hidden_and_previous" ;;
     rnn)       echo "--family dspark --sequential rnn    --causal False --confidence-head hidden_and_previous" ;;
     treeflash) echo "--family treeflash --block-size 8" ;;
