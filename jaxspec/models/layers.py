@@ -24,8 +24,31 @@ def project(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     single = single and x.dtype != jnp.float32
     if single:
         x = jnp.repeat(x, 2, axis=-2)
-    out = jnp.einsum(spec, x, weight, preferred_element_type=jnp.float32)
+
+    def product(x, weight):
+        return jnp.einsum(spec, x, weight, preferred_element_type=jnp.float32)
+
+    turned = others[-1] in letters  # the weight's last axis is contracted
+    out = _where_it_stands(product, x, weight) if turned else product(x, weight)
     return jax.lax.slice_in_dim(out, 0, 1, axis=x.ndim - 2) if single else out
+
+
+def _where_it_stands(function, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """function(x, weight), whose work on a narrow weight stays where it is used.
+
+    Before a loop XLA:CPU would turn or widen the whole weight for the loop to use, in every
+    call of a program. It looks for no such work in a branch, so this is one; the other branch
+    is never taken (a NaN is none either).
+    """
+
+    def branch(x, weight):
+        shape = jax.eval_shape(function, x, weight)
+        never = lambda *_: jnp.zeros(shape.shape, shape.dtype)  # noqa: E731
+        return jax.lax.cond(x.ravel()[0] == jnp.inf, never, function, x, weight)
+
+    if weight.dtype == jnp.float32 or not x.size:
+        return function(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=branch, default=function)
 
 
 def cut_axes() -> tuple[str, ...]:
@@ -42,7 +65,8 @@ def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
     """
     axes, mesh = cut_axes(), jax.sharding.get_abstract_mesh()
     if not axes or table.shape[0] % math.prod(mesh.shape[name] for name in axes):
-        return table[index].astype(jnp.float32)
+        rows = lambda index, table: table[index].astype(jnp.float32)  # noqa: E731
+        return _where_it_stands(rows, index, table)
 
     def of_this_device(table, index):
         own = index - jax.lax.axis_index(axes) * table.shape[0]

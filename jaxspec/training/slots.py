@@ -23,6 +23,9 @@ from jaxspec.decoding.stats import DecodeStats
 from jaxspec.generation import PLAIN, LoadedDrafter, Target, bind
 
 
+CHUNK = 32  # prompt tokens per forward: a refill of a few rows waits for its longest prompt
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One prompt.
@@ -64,7 +67,7 @@ class Slots:
         drafter: LoadedDrafter = PLAIN,
         rows: int = 16,
         refill: int = 4,
-        rounds: int = 16,
+        rounds: int = 8,
     ):
         """Args:
         rows: decoded together.
@@ -72,7 +75,8 @@ class Slots:
         rounds: of a burst.
         """
         self.room, self.rows, self.refill, self.rounds = room, rows, min(refill, rows), rounds
-        self._decoder, self._params = bind(target, drafter)
+        decoder, self._params = bind(target, drafter)
+        self._decoder = dataclasses.replace(decoder, chunk=CHUNK)
         self._capacity = capacity_for(room, self._decoder)
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}

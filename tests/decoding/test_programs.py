@@ -1,5 +1,6 @@
 """What is compiled, and what it does: few programs, no transfers, no copies of a cache."""
 
+import dataclasses
 import re
 
 import jax
@@ -12,15 +13,16 @@ from jaxspec.decoding.requests import capacity_for, pack
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel
-from jaxspec.generation import LoadedDrafter, bind, generate, request_keys
+from jaxspec.generation import PLAIN, LoadedDrafter, bind, generate, request_keys
 from tests import tiny
 from tests.drafters import cases
 
 
-def prepared(drafter, batch=2, capacity=None):
+def prepared(drafter, batch=2, capacity=None, dtype="float32"):
     """decoder, params and requests of a small batch, on the device."""
     target = tiny.target()
-    decoder, params = bind(target, drafter, None)
+    params = jax.tree.map(lambda x: x.astype(dtype), target.params)
+    decoder, params = bind(dataclasses.replace(target, params=params), drafter, None)
     requests = pack(
         decoder,
         tiny.prompts(*range(3, 3 + batch)),
@@ -102,15 +104,23 @@ def test_no_copy_of_a_cache_in_a_loop(drafter, batch):
     assert not [line for part in bodies for line in re.findall(rf"= {cache}\S* copy\(", part)]
 
 
-def test_no_copy_of_a_weight():
-    decoder, params, requests = prepared(tiny.RANDOM)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("drafter", [PLAIN, tiny.RANDOM], ids=["plain", "random"])
+def test_no_copy_of_a_weight(drafter, dtype):
+    """Neither in a round nor before the first: XLA moves work on weights in front of loops."""
+    decoder, params, requests = prepared(drafter, batch=5, dtype=dtype)
     state = jax.eval_shape(prefill, decoder, params, requests)
     text = (
         decode.lower(decoder, params, state, requests.sampling, np.int32(1)).compile().as_text()
     )
-    shapes = {",".join(map(str, w.shape)) for w in jax.tree.leaves(params.target) if w.ndim > 1}
-    moved = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
-    assert not shapes & set(moved)
+    weights = [w for w in jax.tree.leaves(params.target) if w.ndim > 1]
+    shapes = {",".join(map(str, w.shape[::way])) for w in weights for way in (1, -1)}
+    parts = [part for part in text.split("\n\n") if not part.lstrip().startswith("%fused")]
+    made = re.findall(
+        r"= [a-z0-9]+\[([\d,]+)\]\S* (?:copy|transpose|convert|fusion)\(", "\n".join(parts)
+    )
+    assert made
+    assert shapes & set(made) == set()
 
 
 def test_capacities_come_in_few_buckets():
