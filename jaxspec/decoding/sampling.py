@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 NO_TOKEN = -1
-SAMPLED_AT_ONCE = 16  # nodes; their noise and filters take several arrays [B, ., V]
+ROWS_AT_ONCE, NODES_AT_ONCE = 8, 16  # that sample; noise and filters take several [., ., V]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,24 +85,32 @@ def choose(
       [B, N] int32.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    sampled = rows.temperature > 0
+    order = jnp.argsort(~sampled)  # those that sample first: only they cost something
+    together = math.gcd(logits.shape[0], ROWS_AT_ONCE)
 
-    step = math.gcd(logits.shape[1], SAMPLED_AT_ONCE)
+    def some_rows(i, chosen):
+        own = jax.lax.dynamic_slice_in_dim(order, i * together, together)
+        given = jax.tree.map(lambda x: x[own], (logits, depths, positions, rows))
+        drawn = jnp.where(sampled[own, None], _draw(*given, max_depth), chosen[own])
+        return chosen.at[own].set(drawn)
 
-    def sample(_):
-        # Nodes of one depth choose for the same position, so they share its noise.
-        noise = _noise(rows.key, positions, max_depth + 1, logits.shape[-1])  # [B, P + 1, V]
+    return jax.lax.fori_loop(0, -(-sampled.sum() // together), some_rows, greedy)
 
-        def some_nodes(i, chosen):
-            part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * step, step, axis=1)  # noqa: E731
-            drawn = jnp.take_along_axis(noise, part(depths)[..., None], axis=1)
-            drawn = jnp.argmax(_filtered(part(logits), rows) + drawn, axis=-1)
-            drawn = drawn.astype(jnp.int32)
-            return jax.lax.dynamic_update_slice_in_dim(chosen, drawn, i * step, axis=1)
 
-        sampled = jax.lax.fori_loop(0, logits.shape[1] // step, some_nodes, greedy)
-        return jnp.where((rows.temperature > 0)[:, None], sampled, greedy)
+def _draw(logits, depths, positions, rows: SamplingRows, max_depth: int) -> jax.Array:
+    """`choose` where every row samples."""
+    # Nodes of one depth choose for the same position, so they share its noise.
+    noise = _noise(rows.key, positions, max_depth + 1, logits.shape[-1])  # [B, P + 1, V]
+    step = math.gcd(logits.shape[1], NODES_AT_ONCE)
 
-    return jax.lax.cond(jnp.any(rows.temperature > 0), sample, lambda _: greedy, None)
+    def some_nodes(i, chosen):
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * step, step, axis=1)  # noqa: E731
+        drawn = jnp.take_along_axis(noise, part(depths)[..., None], axis=1)
+        drawn = jnp.argmax(_filtered(part(logits), rows) + drawn, axis=-1).astype(jnp.int32)
+        return jax.lax.dynamic_update_slice_in_dim(chosen, drawn, i * step, axis=1)
+
+    return jax.lax.fori_loop(0, logits.shape[1] // step, some_nodes, jnp.zeros_like(depths))
 
 
 def log_law(logits: jax.Array, rows: SamplingRows) -> jax.Array:
