@@ -42,6 +42,7 @@ from jaxspec.models.params import TargetParams
 LEGACY_PREFIX = "logit_head."
 TEMPERATURES = "sts_temperatures"  # key of config.json; one per slot
 DRAFT_TOKENS = "draft_token_ids"  # a tensor, int32 [V']
+SHIPPED = "shipped"  # name of the drafter in this package, for the catalog's default target
 
 
 def load_drafter(
@@ -189,11 +190,13 @@ def _draft_tokens(tensors: _Renamed, vocab: int) -> np.ndarray | None:
 
 
 def locate(name_or_path: str | Path) -> Path:
-    """The folder of a drafter: `path`, `hub/name`, or either with `::subfolder`.
+    """The folder of a drafter: `shipped`, `path`, `hub/name`, or one with `::subfolder`.
 
     Raises:
       ValueError: there is none, or the subfolder leads out of it.
     """
+    if name_or_path == SHIPPED:
+        return Path(__file__).parent / "smollm2-135m"
     name, separator, inner = str(name_or_path).partition("::")
     path = PurePosixPath(inner)
     if separator and (path.is_absolute() or ".." in path.parts or not path.parts):

@@ -13,6 +13,9 @@ from jaxspec.config import TreeConfig
 from jaxspec.generation import PLAIN, LoadedDrafter, Target
 from jaxspec.sharding import mesh_of, place
 
+LOOKUP_TOO = "+ngram"  # after a drafter's name
+DEEPEST_MATCH = 15  # tokens copied at a time beside a trained drafter
+
 
 def load_target(
     name_or_path: str | Path = "smollm2-135m", *, dtype: str = "float32", devices: int = 1
@@ -48,8 +51,9 @@ def load_drafter(
 
     Args:
       spec: "none" (plain decoding), "ngram" (prompt lookup), "small:NAME" (a small model with
-        the same vocabulary, loaded as a target is), or the folder or hub name of a trained
-        drafter ("repo::subfolder" too).
+        the same vocabulary, loaded as a target is), "shipped" (the trained one that comes with
+        the package, for the default target), or the folder or hub name of a trained drafter
+        ("repo::subfolder" too). "+ngram" after one of the last three joins prompt lookup.
       tree: what it drafts; each kind of drafter has its default.
       dtype: of the drafter's weights.
       threshold: a chain ends before the first token that the drafter's confidence head gives
@@ -64,6 +68,9 @@ def load_drafter(
     for name, value in rules.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}; expected a probability, 0 … 1")
+    if spec.endswith(LOOKUP_TOO):
+        options = dict(tree=tree, dtype=dtype, **rules)
+        return with_lookup(load_drafter(spec.removesuffix(LOOKUP_TOO), target, **options))
     loaded = _load_drafter(spec, target, tree, dtype)
     if not any(rules.values()):
         return loaded
@@ -85,6 +92,22 @@ def load_drafter(
         for name, value in rules.items()
     }
     return dataclasses.replace(loaded, params=dataclasses.replace(params, **placed))
+
+
+def with_lookup(loaded: LoadedDrafter) -> LoadedDrafter:
+    """A drafter joined with prompt lookup, in trees of the same size.
+
+    Raises:
+      ValueError: it drafts nothing, or is prompt lookup itself.
+    """
+    from jaxspec.drafters.joined import Joined
+    from jaxspec.drafters.ngram import PromptLookup
+
+    drafter = loaded.drafter
+    if drafter.size < 2 or isinstance(drafter, PromptLookup):
+        raise ValueError(f"{drafter} has nothing to join with prompt lookup; leave +ngram out")
+    lookup = PromptLookup(size=drafter.size, depth=min(drafter.size - 1, DEEPEST_MATCH))
+    return LoadedDrafter(Joined((drafter, lookup), drafter.size), (loaded.params, ()))
 
 
 def _load_drafter(

@@ -14,7 +14,8 @@ class DrafterOptions:
 
     drafter: str = "ngram"
     """none (plain decoding) | ngram (prompt lookup) | small:NAME (a small model with the same
-    vocabulary) | folder or hub name of a trained drafter (repo::subfolder too)."""
+    vocabulary) | shipped | folder or hub name of a trained drafter (repo::subfolder too). The
+    last three may be joined with prompt lookup: shipped+ngram."""
     tree: TreeKind | None = None
     """How scores become a tree; the drafter's own default if left out."""
     width: int = 4

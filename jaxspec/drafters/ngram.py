@@ -15,23 +15,32 @@ from jaxspec.drafters.base import Committed
 from jaxspec.trees.merge import merge
 from jaxspec.trees.tree import DraftTree
 
+# How often the token after a match of 1, 2, … tokens, the longest and latest, is the target's
+# own next: 240 greedy answers of SmolLM2-135M-Instruct to training prompts, 32,000 tokens.
+AGREEMENT = (0.26, 0.57, 0.61, 0.67, 0.72, 0.78, 0.80, 0.83, 0.85, 0.92)
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptLookup:
     """Drafts the continuations of the longest, then most recent, earlier matches.
 
+    A token that is accepted makes the match longer by one, so a path's probability is the
+    product of the agreements from its match on, and that all better matches fail.
+
     Attributes:
       size: N, nodes of the tree, root included.
       depth: P, tokens copied from each match.
       continuations: C, matches merged into the tree, best first.
-      min_match, max_match: tokens that must agree, and beyond which longer is not better.
+      min_match: tokens that must agree.
+      agreement: probability of the next token after matches of 1, 2, … tokens; beyond the last
+        longer is not better.
     """
 
     size: int = 8
     depth: int = 7
     continuations: int = 4
     min_match: int = 1
-    max_match: int = 4
+    agreement: tuple[float, ...] = AGREEMENT
     taps: tuple[int, ...] = ()
     verify_sizes: tuple[int, ...] = (1, 4)
 
@@ -41,10 +50,10 @@ class PromptLookup:
                 raise ValueError(
                     f"PromptLookup.{name} is {getattr(self, name)}; expected at least 1"
                 )
-        if self.max_match < self.min_match:
+        if len(self.agreement) < self.min_match or not all(0 < x < 1 for x in self.agreement):
             raise ValueError(
-                f"PromptLookup.max_match is {self.max_match}; "
-                f"expected at least min_match = {self.min_match}"
+                f"PromptLookup.agreement is {self.agreement}; expected at least min_match = "
+                f"{self.min_match} probabilities"
             )
 
     def init(self, params, batch: int, capacity: int) -> jax.Array:
@@ -64,20 +73,22 @@ class PromptLookup:
         budget: jax.Array,
     ) -> tuple[DraftTree, jax.Array]:
         history = _write(state, anchor[:, None], position)
-        continuations, lengths = jax.vmap(self._look_up)(history, position)
-        tree = merge(anchor, continuations, lengths, size=self.size, budget=budget)
+        continuations, scores = jax.vmap(self._look_up)(history, position)
+        tree = merge(anchor, continuations, scores, size=self.size, budget=budget)
         return tree, history
 
     def _look_up(self, history: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Continuations [C, P] of the best earlier matches, and their lengths [C].
+        """Continuations [C, P] of the best earlier matches, and log-probabilities of their
+        paths [C, P].
 
         Args:
           history: [S] tokens, decided up to and including index `last`.
         """
         end = jnp.arange(history.shape[0])  # where an earlier match would end
-        length = jnp.zeros_like(end)  # of the common suffix, up to max_match
+        length = jnp.zeros_like(end)  # of the common suffix, up to the longest of interest
+        longest = len(self.agreement)
         unbroken = end < last
-        for back in range(self.max_match):
+        for back in range(longest):
             same = jnp.roll(history, back) == history[last - back]
             unbroken = unbroken & same & (end >= back) & (last >= back)
             length = length + unbroken
@@ -88,8 +99,12 @@ class PromptLookup:
         period = jnp.maximum(last - end, 1)[:, None]
         take = end[:, None] + 1 + jnp.arange(self.depth) % period
         tokens = history.at[take].get(mode="fill", fill_value=0)
-        lengths = jnp.where(best >= 0, self.depth, 0)
-        return tokens, lengths
+        match = jnp.minimum(length[end][:, None] + jnp.arange(self.depth), longest)
+        agreement = jnp.array(self.agreement)[match - 1]  # [C, P]
+        failed = jnp.cumprod(1 - agreement[:-1, 0])  # all better matches
+        agreement = agreement.at[1:, 0].multiply(failed)
+        scores = jnp.cumsum(jnp.log(agreement), axis=1)
+        return tokens, jnp.where(best[:, None] >= 0, scores, -jnp.inf)
 
 
 _write = jax.vmap(

@@ -10,9 +10,10 @@ from flax import nnx
 from jaxspec.config import TREE_KINDS, TreeConfig
 from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.head import abstract_weights
+from jaxspec.drafters.joined import Joined
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.generation import LoadedDrafter, Target
-from jaxspec.loading import load_drafter, load_target
+from jaxspec.loading import load_drafter, load_target, with_lookup
 
 EXAMPLE = "ours=run/drafter,tree=path_conditioned,budget=16"
 
@@ -23,7 +24,7 @@ class Contender:
 
     Attributes:
       name: as tables show it.
-      drafter: "ngram", "small:NAME", or a folder or hub name (`jaxspec.load_drafter`).
+      drafter: as for `jaxspec.load_drafter`, "…+ngram" included.
       tree: one of `config.TREE_KINDS`; None for prompt lookup, which has its own.
       head: "own", or "none" to leave a block drafter's sequential head out: every depth is then
         scored alone, as DFlash, DDTree and JetSpec do.
@@ -102,14 +103,18 @@ class Entry:
 
     def sized(self, budget: int | None = None, *, tree: str | None = None) -> LoadedDrafter:
         """The drafter of trees that hold `budget` nodes (the contender's by default)."""
-        c, drafter = self.contender, self.drafter.drafter
+        c, loaded = self.contender, self.drafter
         size = 1 << (max(budget or c.budget, 2) - 1).bit_length()
-        if isinstance(drafter, PromptLookup):
-            return LoadedDrafter(dataclasses.replace(drafter, size=size))
+        if isinstance(loaded.drafter, PromptLookup):
+            return LoadedDrafter(dataclasses.replace(loaded.drafter, size=size))
         config = TreeConfig(tree or c.tree, size, c.width, c.candidates)
-        loaded = without_head(self.drafter) if c.head == "none" else self.drafter
+        joined = isinstance(loaded.drafter, Joined)
+        if joined:
+            loaded = LoadedDrafter(loaded.drafter.drafters[0], loaded.params[0])
+        loaded = without_head(loaded) if c.head == "none" else loaded
         sized = dataclasses.replace(loaded.drafter, tree=config)
-        return dataclasses.replace(loaded, drafter=sized)
+        loaded = dataclasses.replace(loaded, drafter=sized)
+        return with_lookup(loaded) if joined else loaded
 
 
 def without_head(loaded: LoadedDrafter) -> LoadedDrafter:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from jaxspec.decoding.requests import capacity_for
 from jaxspec.decoding.round import Decoder
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.joined import Joined, Together
 from jaxspec.evaluation import walk as w
 from jaxspec.evaluation.contenders import Contender, Entry
 from jaxspec.evaluation.metrics import reliability_bins
@@ -71,7 +72,7 @@ class _Walks:
         self.drafters = {name: self.walked[e] for name, e in first.items()}
         self.spare = max(d.drafter.depth for d in self.drafters.values()) + 1
         longest = max(len(row) for rows in sets.values() for row in rows)
-        together = w.Together(tuple(d.drafter for d in self.drafters.values()))
+        together = Together(tuple(d.drafter for d in self.drafters.values()))
         self.capacity = capacity_for(
             longest + max_new_tokens + self.spare, Decoder(self.target.config, together)
         )
@@ -116,6 +117,7 @@ class _Walks:
             e.contender.drafter: e.sized(e.drafter.drafter.depth + 1, tree="chain")
             for e in self.entries
             if stride and e.contender.tree and e.contender.head == "own"
+            if not isinstance(e.drafter.drafter, Joined)
         }
         for start in tqdm(
             range(0, len(answers), self.batch), desc=f"walk {name}", unit="batch", leave=False

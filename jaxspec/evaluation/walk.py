@@ -24,7 +24,7 @@ from jaxspec.decoding.requests import capacity_for, pack
 from jaxspec.decoding.round import Decoder, Params
 from jaxspec.decoding.sampling import NO_TOKEN, Sampling
 from jaxspec.decoding.stats import DecodeStats
-from jaxspec.drafters.base import Committed, Drafter
+from jaxspec.drafters.joined import Together
 from jaxspec.generation import LoadedDrafter, Target, generate, request_keys
 from jaxspec.models.cache import KVCache
 from jaxspec.models.decoder import forward, unembed
@@ -84,38 +84,6 @@ def record(
         Answer((*row, *completion.token_ids), len(row), max_new_tokens)
         for row, completion in zip(rows, done, strict=True)
     ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Together:
-    """Several drafters that observe one pass of the target; it drafts nothing itself."""
-
-    drafters: tuple[Drafter, ...]
-    size: int = 1
-    verify_sizes: tuple[int, ...] = ()
-
-    @property
-    def depth(self) -> int:
-        return max(drafter.depth for drafter in self.drafters)
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return tuple(sorted({tap for drafter in self.drafters for tap in drafter.taps}))
-
-    def init(self, params, batch: int, capacity: int):
-        pairs = zip(self.drafters, params, strict=True)
-        return tuple(drafter.init(own, batch, capacity) for drafter, own in pairs)
-
-    def observe(self, params, state, committed: Committed):
-        taps = jnp.split(committed.features, max(len(self.taps), 1), axis=-1)
-
-        def own(drafter):
-            parts = [taps[self.taps.index(tap)] for tap in drafter.taps]
-            features = jnp.concatenate(parts or [taps[0][..., :0]], axis=-1)
-            return dataclasses.replace(committed, features=features)
-
-        parts = zip(self.drafters, params, state, strict=True)
-        return tuple(drafter.observe(p, s, own(drafter)) for drafter, p, s in parts)
 
 
 @jax.tree_util.register_dataclass

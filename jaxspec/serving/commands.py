@@ -109,7 +109,14 @@ class Serve:
 
 def with_survival(drafter):
     """The drafter with its scores from its confidence head, where it can."""
+    from jaxspec.drafters.joined import Joined
+
     static = drafter.drafter
+    if isinstance(static, Joined):
+        (own, *others), (params, *rest) = static.drafters, drafter.params
+        own = with_survival(dataclasses.replace(drafter, drafter=own, params=params))
+        joined = dataclasses.replace(static, drafters=(own.drafter, *others))
+        return dataclasses.replace(drafter, drafter=joined, params=(own.params, *rest))
     config = getattr(static, "config", None)
     if not getattr(config, "confidence", None):
         return drafter

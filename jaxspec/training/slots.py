@@ -22,7 +22,6 @@ from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.generation import PLAIN, LoadedDrafter, Target, bind
 
-
 CHUNK = 32  # prompt tokens per forward: a refill of a few rows waits for its longest prompt
 
 

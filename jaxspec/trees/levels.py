@@ -11,6 +11,8 @@ from jax import lax
 
 from jaxspec.trees.tree import NO_PARENT, DraftTree, root_only
 
+ROOT = -1  # parent of nodes at depth 1, among nodes that are not numbered yet
+
 # expand(slot, scores, state) -> (candidates, children)
 #   slot: int32, the drafted position; scores: [B, F] of the nodes above it, -inf where there is
 #   none; state: pytree of [B, F, ...] they carry.
@@ -52,14 +54,40 @@ def grow_by_level(
     start = jnp.where(jnp.arange(frontier) == 0, 0.0, -jnp.inf)
     start = jnp.broadcast_to(start, (batch, frontier))
     _, levels = lax.scan(level, (start, state), jnp.arange(depth))
-    scores, parents, tokens = (jnp.moveaxis(x, 0, 1).reshape(batch, -1) for x in levels)
+    scores, parents, tokens = (jnp.moveaxis(x, 0, 1) for x in levels)  # [B, P, F]
+    slot = jnp.arange(depth)[:, None]
+    parents = jnp.where(slot == 0, ROOT, (slot - 1) * frontier + parents)
+    depths = jnp.broadcast_to(slot + 1, scores.shape)
+    found = (x.reshape(batch, -1) for x in (tokens, parents, depths, scores))
+    return best_nodes(root, *found, size=size, budget=budget)
 
-    scores, place = lax.top_k(scores, frontier)  # place = (depth - 1) * F + place in the level
-    rows = jnp.arange(batch)[:, None]
-    node = jnp.arange(1, size)
-    number = jnp.zeros((batch, depth * frontier), jnp.int32).at[rows, place].set(node)
-    depths = place // frontier + 1
-    above = number[rows, (depths - 2) * frontier + parents[rows, place]]
+
+def best_nodes(
+    root: jax.Array,
+    tokens: jax.Array,
+    parents: jax.Array,
+    depths: jax.Array,
+    scores: jax.Array,
+    *,
+    size: int,
+    budget: jax.Array,
+) -> DraftTree:
+    """The tree of the best among M nodes, best first.
+
+    Args:
+      root: [B] int32.
+      tokens, parents, depths: [B, M] int32, M >= size - 1; a parent is the index of another
+        node before its child, or `ROOT`.
+      scores: [B, M] float32, none above its parent's; -inf where there is no node.
+      size: N.
+      budget: [B] int32, at most this many nodes per row, the root included.
+    """
+    batch, count = tokens.shape
+    scores, place = lax.top_k(scores, size - 1)  # of equal scores the first comes first
+    rows, node = jnp.arange(batch)[:, None], jnp.arange(1, size)
+    number = jnp.zeros((batch, count), jnp.int32).at[rows, place].set(node)
+    above = parents[rows, place]
+    above = jnp.where(above == ROOT, 0, number[rows, above])
     kept = (scores > -jnp.inf) & (node < budget[:, None])
 
     def column(root, nodes, padding):
@@ -68,8 +96,8 @@ def grow_by_level(
 
     return DraftTree(
         tokens=column(root[:, None], tokens[rows, place], 0),
-        parents=column(NO_PARENT, jnp.where(depths == 1, 0, above), NO_PARENT),
-        depths=column(0, depths, 0),
+        parents=column(NO_PARENT, above, NO_PARENT),
+        depths=column(0, depths[rows, place], 0),
         scores=column(0.0, scores, -jnp.inf),
         valid=column(True, True, False),
     )

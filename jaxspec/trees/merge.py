@@ -1,67 +1,104 @@
-"""Several continuations of one anchor as one tree: shared beginnings are shared nodes."""
+"""Several proposals for one anchor as one tree: shared beginnings are shared nodes."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from jaxspec.trees.tree import NO_PARENT, DraftTree
+from jaxspec.trees.levels import ROOT, best_nodes
+from jaxspec.trees.tree import DraftTree
 
 
 def merge(
     anchor: jax.Array,
     continuations: jax.Array,
-    lengths: jax.Array,
+    scores: jax.Array,
     *,
     size: int,
     budget: jax.Array,
 ) -> DraftTree:
-    """The trie of C continuations, earlier ones first.
+    """The best nodes of the trie of C continuations.
 
-    Nodes are numbered continuation by continuation and, inside one, from the anchor down, so
-    that a tree of a larger budget contains a smaller one's. `a b c` and `a b d` give::
+    `a b c` and `a b d`, the first with the better scores, give::
 
         anchor(0) - a(1) - b(2) - c(3)
                                \\- d(4)
 
     Args:
       anchor: [B] int32.
-      continuations: [B, C, P] int32, in order of priority.
-      lengths: [B, C] int32: tokens of each that count; 0 leaves a continuation out.
+      continuations: [B, C, P] int32.
+      scores: [B, C, P] float32, log-probability of every path from the anchor; -inf from where
+        a continuation ends. Where several share a node, it has the best of their scores.
       size: N; nodes beyond it are dropped.
       budget: [B] int32, at most this many nodes per row, the root included.
 
     Returns:
-      A DraftTree whose valid nodes have score 0: continuations carry no probability.
+      A DraftTree, best nodes first; of equally good ones earlier continuations' come first.
     """
-    return jax.vmap(_merge_row, in_axes=(0, 0, 0, None, 0))(
-        anchor, continuations, lengths, size, budget
-    )
-
-
-def _merge_row(anchor, continuations, lengths, size, budget) -> DraftTree:
-    count, depth = continuations.shape
-    real = jnp.arange(depth) < lengths[:, None]  # [C, P]
-    equal = (continuations[:, None] == continuations) & real[:, None] & real  # [C, C, P]
+    batch, count, depth = continuations.shape
+    real = scores > -jnp.inf
+    equal = continuations[:, :, None] == continuations[:, None]  # [B, C, C, P]
+    equal &= real[:, :, None] & real[:, None]
     shared = jnp.cumprod(equal, axis=-1) == 1  # the first p + 1 tokens are the same
-    # The earliest continuation that begins the same way owns the node; a real one has at
-    # least itself.
-    owner = jnp.argmax(shared, axis=1)  # [C, P]
-    new = real & (owner == jnp.arange(count)[:, None])
-    number = jnp.cumsum(new.reshape(-1)).reshape(count, depth)  # of the node, where new
-    above = number[owner[:, :-1], jnp.arange(depth - 1)]
-    parent = jnp.pad(above, ((0, 0), (1, 0)))  # depth 1 hangs from the root
+    # The earliest continuation that begins the same way owns the node.
+    owner = jnp.argmax(shared, axis=1)  # [B, C, P]
+    own = owner == jnp.arange(count)[:, None]
+    best = jnp.max(jnp.where(shared, scores[:, :, None], -jnp.inf), axis=1)
+    level = jnp.arange(depth)
+    parents = jnp.roll(owner, 1, axis=-1) * depth + level - 1
+    parents = jnp.where(level == 0, ROOT, parents)
+    depths = jnp.broadcast_to(level + 1, owner.shape)
+    nodes = continuations, parents, depths, jnp.where(own & real, best, -jnp.inf)
+    missing = [(0, 0), (0, max(0, size - 1 - count * depth))]
+    padded = (jnp.pad(x.reshape(batch, -1), missing) for x in nodes[:-1])
+    last = jnp.pad(nodes[-1].reshape(batch, -1), missing, constant_values=-jnp.inf)
+    return best_nodes(anchor, *padded, last, size=size, budget=budget)
 
-    place = jnp.where(new & (number < budget), number, size)
 
-    def scatter(values, fill):
-        return jnp.full(size, fill).at[place].set(values, mode="drop")
+def union(
+    first: DraftTree, second: DraftTree, *, size: int, depth: int, budget: jax.Array
+) -> DraftTree:
+    """The best nodes of two scored trees over the same anchors, best first.
 
-    valid = scatter(True, False).at[0].set(True)
-    return DraftTree(
-        tokens=scatter(continuations, 0).at[0].set(anchor).astype(jnp.int32),
-        parents=scatter(parent, NO_PARENT).astype(jnp.int32),
-        depths=scatter(jnp.arange(1, depth + 1), 0).astype(jnp.int32),
-        scores=jnp.where(valid, 0.0, -jnp.inf),
-        valid=valid,
+    A path that both contain has the better of its two scores.
+
+    Args:
+      first, second: of Na and Nb nodes, together more than N.
+      size: N.
+      depth: a bound of both trees' depths.
+      budget: [B] int32, at most this many nodes per row, the root included.
+    """
+    same = first.tokens[:, :, None] == second.tokens[:, None]  # [B, Na, Nb]
+    same &= first.depths[:, :, None] == second.depths[:, None]
+    same &= first.valid[:, :, None] & second.valid[:, None]
+    rows = jnp.arange(same.shape[0])[:, None, None]
+    above = first.parents[:, :, None], second.parents[:, None]  # a root's is not looked at
+    is_root = first.depths[:, :, None] == 0
+    # Correct for paths of up to i tokens after i steps.
+    same = jax.lax.fori_loop(
+        0, depth, lambda _, paths: same & (is_root | paths[rows, *above]), same
+    )
+    twin, has_twin = jnp.argmax(same, axis=1), same.any(axis=1)  # [B, Nb]
+    better = jnp.max(jnp.where(same, second.scores[:, None], -jnp.inf), axis=2)
+    ours = jnp.maximum(first.scores, better)
+
+    # Nodes without the root: the first tree's, then the second's own.
+    drafted = first.size - 1
+    parents = jnp.where(first.parents == 0, ROOT, first.parents - 1)
+    place = jnp.where(has_twin, twin - 1, drafted - 1 + jnp.arange(second.size))
+    place = place.at[:, 0].set(ROOT)
+    theirs = jnp.take_along_axis(place, jnp.maximum(second.parents, 0), axis=1)
+    own = jnp.where(has_twin | ~second.valid, -jnp.inf, second.scores)
+
+    def join(a, b):
+        return jnp.concatenate([a[:, 1:], b[:, 1:]], axis=1)
+
+    return best_nodes(
+        first.tokens[:, 0],
+        join(first.tokens, second.tokens),
+        join(parents, theirs),
+        join(first.depths, second.depths),
+        join(ours, own),
+        size=size,
+        budget=budget,
     )

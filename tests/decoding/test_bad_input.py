@@ -113,7 +113,10 @@ def test_confidence_rules(spec, rules, message):
         (lambda: TreeConfig("bush"), "TreeConfig.kind is 'bush'; expected one of"),
         (lambda: TreeConfig(size=0), "TreeConfig.size is 0; expected at least 1"),
         (lambda: PromptLookup(depth=0), "PromptLookup.depth is 0; expected at least 1"),
-        (lambda: PromptLookup(min_match=5), "max_match is 4; expected at least min_match = 5"),
+        (
+            lambda: PromptLookup(min_match=11),
+            "agreement is .* at least min_match = 11",
+        ),
         (lambda: dataclasses.replace(tiny.QWEN3, num_kv_heads=3), "num_heads is 4, not a mult"),
         (lambda: dataclasses.replace(tiny.QWEN3, head_dim=15), "head_dim is 15; .* even"),
         (lambda: dataclasses.replace(tiny.QWEN3, num_layers=0), "num_layers is 0; expected"),

@@ -11,6 +11,7 @@ from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.plain import Plain
 from jaxspec.drafters.small_model import SmallModel
 from jaxspec.generation import LoadedDrafter, generate
+from jaxspec.loading import with_lookup
 from jaxspec.models.params import random_params
 from tests import tiny
 
@@ -22,6 +23,11 @@ DRAFTERS = {
     "small chain": LoadedDrafter(SmallModel(SMALL.config), SMALL.params),
     "small tree": LoadedDrafter(
         SmallModel(SMALL.config, TreeConfig("top_budget", size=16), depth=4), SMALL.params
+    ),
+    "small tree and lookup": with_lookup(
+        LoadedDrafter(
+            SmallModel(SMALL.config, TreeConfig("top_budget", size=16), depth=4), SMALL.params
+        )
     ),
     "itself": LoadedDrafter(SmallModel(tiny.QWEN3), tiny.target().params),
 }

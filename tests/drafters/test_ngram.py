@@ -1,6 +1,7 @@
 """Prompt lookup against a slow search of the token list."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +10,7 @@ from jaxspec.drafters.base import Committed
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.trees.tree import NO_PARENT
 
-LOOKUP = PromptLookup(size=8, depth=4, continuations=2, min_match=1, max_match=3)
+LOOKUP = PromptLookup(size=8, depth=4, continuations=2, min_match=1, agreement=(0.3, 0.5, 0.6))
 
 
 def draft(tokens, drafter=LOOKUP, budget=None):
@@ -78,7 +79,7 @@ def slow_lookup(tokens, drafter):
     for end in range(last):
         length = 0
         while (
-            length < drafter.max_match
+            length < len(drafter.agreement)
             and end - length >= 0
             and tokens[end - length] == tokens[last - length]
         ):
@@ -93,14 +94,26 @@ def slow_lookup(tokens, drafter):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
 def test_random_histories(tokens):
-    drafter = PromptLookup(size=16, depth=4, continuations=3, min_match=1, max_match=3)
+    drafter = PromptLookup(
+        size=16, depth=4, continuations=3, min_match=1, agreement=(0.3, 0.5, 0.6)
+    )
     assert draft(tokens, drafter) == slow_lookup(tokens, drafter)
 
 
 @pytest.mark.parametrize("budget", range(1, 9))
-def test_the_budget_keeps_the_best_match_first(budget):
+def test_a_smaller_budget_keeps_a_part(budget):
     tokens = [1, 2, 3, 4, 5, 6, 9, 2, 3, 7, 7, 7, 8, 1, 2, 3]
     whole = draft(tokens)
     part = draft(tokens, budget=budget)
     assert len(part) == min(budget - 1, len(whole)) and part <= whole
-    assert part <= prefixes([4, 5, 6, 9]) or len(part) > 4
+
+
+def test_paths_have_the_probability_of_their_match():
+    """1 2 3 matches by three tokens, 2 3 by two: the second counts if the first fails."""
+    tokens = [1, 2, 3, 4, 5, 6, 9, 2, 3, 7, 7, 7, 8, 1, 2, 3]
+    drafter = PromptLookup(size=5, depth=2, continuations=2, agreement=(0.3, 0.5, 0.6, 0.9))
+    history, last = jnp.array([tokens]), jnp.array([len(tokens) - 1])
+    tree, _ = drafter.draft((), history, history[:, -1], last, jnp.array([5]))
+    assert tree.tokens[0].tolist() == [3, 4, 5, 7, 7]
+    expected = [1.0, 0.6, 0.6 * 0.9, 0.4 * 0.5, 0.4 * 0.5 * 0.6]
+    np.testing.assert_allclose(np.exp(tree.scores[0]), expected, rtol=1e-6)

@@ -11,6 +11,7 @@ from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel
 from jaxspec.evaluation import walk as w
 from jaxspec.generation import LoadedDrafter, generate
+from jaxspec.loading import with_lookup
 from jaxspec.trees.tree import DraftTree
 from tests import tiny
 from tests.drafters import cases
@@ -34,6 +35,7 @@ DRAFTERS = {
         "treeflash", TreeConfig("transitions", size=SIZE, width=3, candidates=4)
     ),
 }
+DRAFTERS["path_conditioned and lookup"] = with_lookup(DRAFTERS["path_conditioned"])
 SAMPLINGS = {
     "greedy": Sampling(),
     "sampled, stops": Sampling(temperature=1.0, stop_ids=(3,)),
@@ -44,7 +46,7 @@ SAMPLINGS = {
 def recorded(request):
     sampling = SAMPLINGS[request.param]
     answers = w.record(
-        tiny.target(), PROMPTS, max_new_tokens=NEW, spare=8, sampling=sampling, batch_size=4
+        tiny.target(), PROMPTS, max_new_tokens=NEW, spare=16, sampling=sampling, batch_size=4
     )
     observed = w.observe(tiny.target(), list(DRAFTERS.values()), answers, batch=4)
     return sampling, answers, observed

@@ -50,7 +50,7 @@ def test_a_tree_without_probabilities_shows_none():
     tree = merge(
         jnp.array([0]),
         jnp.array([[[1, 3], [1, 4]]]),
-        jnp.array([[2, 2]]),
+        jnp.zeros((1, 2, 2)),
         size=8,
         budget=jnp.array([8]),
     )

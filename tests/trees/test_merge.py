@@ -1,4 +1,4 @@
-"""The trie of several continuations against a dictionary of paths."""
+"""Tries of continuations and unions of trees, against dictionaries of paths."""
 
 import jax
 import jax.numpy as jnp
@@ -6,75 +6,132 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxspec.trees.merge import merge
-from jaxspec.trees.tree import NO_PARENT
+from jaxspec.trees.merge import merge, union
+from jaxspec.trees.tree import chain
 
 merged = jax.jit(merge, static_argnames="size")
+united = jax.jit(union, static_argnames=("size", "depth"))
 
 
 def rows(*values):
     return jnp.asarray(values, jnp.int32)
 
 
+def scores(*values):
+    return jnp.asarray([values], jnp.float32)
+
+
 def test_two_continuations_share_their_beginning():
-    tree = merged(rows(9), rows([[1, 2, 3], [1, 2, 4]]), rows([3, 3]), size=8, budget=rows(8))
+    given = scores([-1, -2, -3], [-1.5, -2.5, -3.5])
+    tree = merged(rows(9), rows([[1, 2, 3], [1, 2, 4]]), given, size=8, budget=rows(8))
     assert tree.tokens[0].tolist() == [9, 1, 2, 3, 4, 0, 0, 0]
     assert tree.parents[0].tolist() == [-1, 0, 1, 2, 2, -1, -1, -1]
     assert tree.depths[0].tolist() == [0, 1, 2, 3, 3, 0, 0, 0]
     assert tree.valid[0].tolist() == [True] * 5 + [False] * 3
-    assert tree.scores[0].tolist() == [0.0] * 5 + [-np.inf] * 3
+    assert tree.scores[0].tolist() == [0, -1, -2, -3, -3.5] + [-np.inf] * 3
 
 
 def test_equal_tokens_under_different_parents_are_different_nodes():
-    tree = merged(rows(9), rows([[1, 5], [2, 5]]), rows([2, 2]), size=5, budget=rows(5))
+    given = scores([-1, -2], [-3, -4])
+    tree = merged(rows(9), rows([[1, 5], [2, 5]]), given, size=5, budget=rows(5))
     assert tree.tokens[0].tolist() == [9, 1, 5, 2, 5]
     assert tree.parents[0].tolist() == [-1, 0, 1, 0, 3]
 
 
-def test_a_shorter_earlier_continuation_is_extended_by_a_later_one():
-    tree = merged(rows(9), rows([[1, 7, 7], [1, 2, 3]]), rows([1, 3]), size=4, budget=rows(4))
-    assert tree.tokens[0].tolist() == [9, 1, 2, 3]
-    assert tree.parents[0].tolist() == [-1, 0, 1, 2]
+def test_the_better_score_of_a_shared_node_counts():
+    given = scores([-3, -4], [-1, -5])
+    tree = merged(rows(9), rows([[1, 7], [1, 2]]), given, size=4, budget=rows(4))
+    assert tree.tokens[0].tolist() == [9, 1, 7, 2]
+    assert tree.scores[0].tolist() == [0, -1, -4, -5]
 
 
-def test_the_budget_and_the_size_cut_the_tree():
-    args = rows(9), rows([[1, 2, 3], [4, 5, 6]]), rows([3, 3])
-    by_budget = merged(*args, size=8, budget=rows(3))
-    by_size = merged(*args, size=3, budget=rows(8))
-    assert by_budget.tokens[0].tolist() == [9, 1, 2, 0, 0, 0, 0, 0]
-    assert by_size.tokens[0].tolist() == [9, 1, 2]
+def test_the_budget_and_the_size_keep_the_best():
+    args = rows(9), rows([[1, 2, 3], [4, 5, 6]]), scores([-1, -4, -5], [-2, -3, -6])
+    by_budget = merged(*args, size=8, budget=rows(4))
+    by_size = merged(*args, size=4, budget=rows(8))
+    assert by_budget.tokens[0].tolist() == [9, 1, 4, 5, 0, 0, 0, 0]
+    assert by_size.tokens[0].tolist() == [9, 1, 4, 5]
 
 
-def oracle(anchor, continuations, lengths, budget):
-    """Nodes in order of creation as (token, parent, depth)."""
-    nodes, numbers = [(anchor, NO_PARENT, 0)], {(): 0}
-    for tokens, length in zip(continuations, lengths, strict=True):
-        for end in range(1, length + 1):
-            path = tuple(tokens[:end])
-            if path not in numbers:
-                numbers[path] = len(nodes)
-                nodes.append((path[-1], numbers[path[:-1]], end))
-    return nodes[:budget]
+def paths_of(tree, b):
+    """{path: score} of a row's drafted nodes."""
+    paths, found = {0: ()}, {}
+    for node in range(1, tree.size):
+        if tree.valid[b, node]:
+            parent = int(tree.parents[b, node])
+            assert 0 <= parent < node and tree.depths[b, node] == len(paths[parent]) + 1
+            paths[node] = (*paths[parent], int(tree.tokens[b, node]))
+            assert paths[node] not in found
+            found[paths[node]] = float(tree.scores[b, node])
+    return found
+
+
+def random_continuations(draw, batch, count, depth):
+    """Tokens, and scores that fall from level to level and end somewhere."""
+    tokens = draw.integers(0, 2, (batch, count, depth))
+    found = np.cumsum(-draw.integers(1, 50, (batch, count, depth)) / 8.0, axis=-1)
+    ends = draw.integers(0, depth + 1, (batch, count, 1))
+    found = np.where(np.arange(depth) < ends, found, -np.inf)
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(found, jnp.float32)
+
+
+def best(paths, budget):
+    """The scores that a tree of `budget` nodes must hold."""
+    return sorted(paths.values(), reverse=True)[: budget - 1]
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_equals_a_dictionary_of_paths(data):
-    batch, count, depth, size = 4, 3, 4, 10
-    draw = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    continuations = draw.integers(0, 2, (batch, count, depth))
-    lengths = draw.integers(0, depth + 1, (batch, count))
+@given(st.integers(0, 2**32 - 1))
+def test_equals_a_dictionary_of_paths(seed):
+    batch, size = 4, 10
+    draw = np.random.default_rng(seed)
+    tokens, found = random_continuations(draw, batch, 3, 4)
     anchor, budget = draw.integers(0, 9, batch), draw.integers(1, size + 1, batch)
-    tree = merged(
-        jnp.asarray(anchor, jnp.int32),
-        jnp.asarray(continuations, jnp.int32),
-        jnp.asarray(lengths, jnp.int32),
-        size=size,
-        budget=jnp.asarray(budget, jnp.int32),
-    )
+    args = jnp.asarray(anchor, jnp.int32), tokens, found
+    tree = merged(*args, size=size, budget=jnp.asarray(budget, jnp.int32))
+    assert tree.tokens[:, 0].tolist() == anchor.tolist()
     for b in range(batch):
-        nodes = oracle(int(anchor[b]), continuations[b].tolist(), lengths[b], budget[b])
-        padding = [(0, NO_PARENT, 0)] * (size - len(nodes))
-        got = zip(tree.tokens[b], tree.parents[b], tree.depths[b], strict=True)
-        assert [tuple(map(int, node)) for node in got] == nodes + padding
-        assert int(tree.valid[b].sum()) == len(nodes)
+        expected = {}
+        for row, values in zip(tokens[b].tolist(), found[b].tolist(), strict=True):
+            for end, value in enumerate(values, 1):
+                if value > -np.inf:
+                    path = tuple(row[:end])
+                    expected[path] = max(value, expected.get(path, -np.inf))
+        got = paths_of(tree, b)
+        assert list(got.values()) == best(expected, budget[b])
+        assert got.items() <= expected.items()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_union_equals_that_of_the_paths(seed):
+    batch, size, depth = 4, 9, 4
+    draw = np.random.default_rng(seed)
+    anchor = jnp.asarray(draw.integers(0, 9, batch), jnp.int32)
+    full = jnp.full(batch, size, jnp.int32)
+    parts = [
+        merged(anchor, *random_continuations(draw, batch, 3, depth), size=size, budget=full)
+        for _ in range(2)
+    ]
+    budget = draw.integers(1, size + 1, batch)
+    tree = united(*parts, size=size, depth=depth, budget=jnp.asarray(budget, jnp.int32))
+    assert tree.tokens[:, 0].tolist() == anchor.tolist()
+    for b in range(batch):
+        first, second = (paths_of(part, b) for part in parts)
+        both = {
+            path: max(first.get(path, -np.inf), second.get(path, -np.inf))
+            for path in first | second
+        }
+        got = paths_of(tree, b)
+        assert list(got.values()) == best(both, budget[b])
+        assert got.items() <= both.items()
+
+
+def test_a_union_with_a_deeper_chain_goes_on_below_the_tree():
+    tree = merged(
+        rows(9), rows([[1, 2], [3, 4]]), scores([-1, -2], [-3, -4]), size=5, budget=rows(5)
+    )
+    longer = chain(rows(9), rows([1, 2, 6, 7]), rows(4), jnp.full((1, 4), -0.25))
+    both = united(tree, longer, size=6, depth=4, budget=rows(6))
+    assert both.tokens[0].tolist() == [9, 1, 2, 6, 7, 3]
+    assert both.parents[0].tolist() == [-1, 0, 1, 2, 3, 0]

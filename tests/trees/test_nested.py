@@ -59,7 +59,8 @@ def grown_chain(logits, root, budget, size):
 @functools.partial(jax.jit, static_argnames="size")
 def grown_merge(logits, root, budget, size):
     drafts = jnp.argmax(logits.reshape(BATCH, 3, DEPTH, 4), -1) // 2
-    return merge(root, drafts, jnp.full((BATCH, 3), DEPTH), size=size, budget=budget)
+    scores = jnp.cumsum(-jnp.abs(logits[:, :3, :DEPTH]), axis=-1)
+    return merge(root, drafts, scores, size=size, budget=budget)
 
 
 BUILDERS = [
