@@ -5,14 +5,15 @@
 #   examples/shipped_drafter/recipe.sh [FOLDER] [KIND…]
 #
 # FOLDER is out/shipped by default; the kinds are those of `options` below, all by default.
-# Settings from the environment: STEPS, SEED, and PROMPTS, the folder of evaluation prompts.
+# Settings from the environment: STEPS, SEED, DRAFT_VOCAB, and PROMPTS, the folder of evaluation
+# prompts.
 # Needs: pip install -e '.[data,plots]'
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-out/shipped}
 shift || true
 prompts=${PROMPTS:-../shared/prompts}
-steps=${STEPS:-4000} seed=${SEED:-0}
+steps=${STEPS:-2000} seed=${SEED:-0} vocab=${DRAFT_VOCAB:-16384}
 jaxspec() { "${PYTHON:-python}" -m jaxspec "$@"; }
 
 options() { # what makes each kind; all share data, steps, layers, taps, block and first weights
@@ -48,14 +49,15 @@ for kind in "${kinds[@]}"; do
   run=$out/$kind-$seed
   # shellcheck disable=SC2046
   jaxspec train --data "$out/data.jsonl" --features "$out/features" --output "$run" \
-    $(options "$kind") --layers 2 --rank 64 --dtype bfloat16 \
+    $(options "$kind") --layers 2 --rank 64 --draft-vocab "$vocab" --dtype bfloat16 \
     --cross-entropy 0.1 --total-variation 0.9 --kl 0 --weighting exponential \
     --max-length 384 --batch-size 8 --anchors 24 --learning-rate 1e-3 \
     --steps "$steps" --checkpoint-every 200 --seed "$seed"
   decoders+=("$kind chain=$run/drafter,tree=chain,budget=8")
   decoders+=("$kind marginal=$run/drafter,tree=top_budget,head=none,budget=16")
   case $kind in markov | rnn | treeflash | ours)
-    decoders+=("$kind path=$run/drafter,tree=path_conditioned,budget=16") ;;
+    decoders+=("$kind path=$run/drafter,tree=path_conditioned,budget=16")
+    decoders+=("$kind path and lookup=$run/drafter+ngram,tree=path_conditioned,budget=16") ;;
   esac
 done
 
