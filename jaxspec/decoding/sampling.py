@@ -91,26 +91,27 @@ def choose(
 
     def some_rows(i, chosen):
         own = jax.lax.dynamic_slice_in_dim(order, i * together, together)
-        given = jax.tree.map(lambda x: x[own], (logits, depths, positions, rows))
-        drawn = jnp.where(sampled[own, None], _draw(*given, max_depth), chosen[own])
-        return chosen.at[own].set(drawn)
+        drawn = _draw(logits, depths, positions, rows, own, max_depth)
+        return chosen.at[own].set(jnp.where(sampled[own, None], drawn, chosen[own]))
 
     return jax.lax.fori_loop(0, -(-sampled.sum() // together), some_rows, greedy)
 
 
-def _draw(logits, depths, positions, rows: SamplingRows, max_depth: int) -> jax.Array:
-    """`choose` where every row samples."""
+def _draw(logits, depths, positions, rows, own, max_depth: int) -> jax.Array:
+    """`choose` for the rows `own` [R], all of which sample: [R, N] int32."""
+    rows = jax.tree.map(lambda x: x[own], rows)
     # Nodes of one depth choose for the same position, so they share its noise.
-    noise = _noise(rows.key, positions, max_depth + 1, logits.shape[-1])  # [B, P + 1, V]
+    noise = _noise(rows.key, positions[own], max_depth + 1, logits.shape[-1])  # [R, P + 1, V]
     step = math.gcd(logits.shape[1], NODES_AT_ONCE)
 
     def some_nodes(i, chosen):
-        part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * step, step, axis=1)  # noqa: E731
+        part = lambda x: x[own[:, None], i * step + jnp.arange(step)]  # noqa: E731
         drawn = jnp.take_along_axis(noise, part(depths)[..., None], axis=1)
         drawn = jnp.argmax(_filtered(part(logits), rows) + drawn, axis=-1).astype(jnp.int32)
         return jax.lax.dynamic_update_slice_in_dim(chosen, drawn, i * step, axis=1)
 
-    return jax.lax.fori_loop(0, logits.shape[1] // step, some_nodes, jnp.zeros_like(depths))
+    start = jnp.zeros((own.shape[0], logits.shape[1]), jnp.int32)
+    return jax.lax.fori_loop(0, logits.shape[1] // step, some_nodes, start)
 
 
 def log_law(logits: jax.Array, rows: SamplingRows) -> jax.Array:

@@ -181,6 +181,7 @@ class Report:
 
     Examples:
       python -m jaxspec report results.jsonl --output docs/evaluation
+      python -m jaxspec report checkpoints/smollm2-135m/evaluation.jsonl --into README.md
     """
 
     results: tyro.conf.Positional[tuple[Path, ...]]
@@ -189,17 +190,26 @@ class Report:
     """Folder for tables.md and the pictures; the tables are printed if left out."""
     against: tuple[str, ...] = ()
     """Decoders that all others are compared with, at equal budget."""
+    into: Path | None = None
+    """Markdown file that gets the summary between its lines `<!-- results -->` and
+    `<!-- end of results -->`."""
 
     def run(self) -> int:
         from jaxspec.evaluation.plots import save_all
-        from jaxspec.evaluation.report import markdown
+        from jaxspec.evaluation.report import into, markdown, summary
         from jaxspec.evaluation.results import read
         from jaxspec.evaluation.view import View
 
         view = View([row for path in self.results for row in read(path)])
         tables = markdown(view, against=self.against)
+        if self.into is not None:
+            try:
+                text = into(self.into.read_text(encoding="utf-8"), summary(view))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"--into {self.into}: {error}") from None
+            self.into.write_text(text, encoding="utf-8")
         if self.output is None:
-            print(tables)
+            print(self.into or tables)
             return 0
         self.output.mkdir(parents=True, exist_ok=True)
         pictures = save_all(view, self.output)

@@ -21,6 +21,7 @@ from jaxspec.evaluation.view import (
 
 FAITHFUL = 5.0  # nats; JetSpec's bound
 SHOWN_DEPTHS = 8
+MARKS = "<!-- results -->", "<!-- end of results -->"  # around the summary in a document
 
 
 def markdown(view: View, *, against: Sequence[str] = ()) -> str:
@@ -51,6 +52,41 @@ def markdown(view: View, *, against: Sequence[str] = ()) -> str:
         parts += ["## Drafters' own probabilities", drafter_table(view)]
     parts += [_setup(view)] if view.setups else []
     return "\n\n".join(parts) + "\n"
+
+
+def summary(view: View) -> str:
+    """What people look for first: times the best plain decoding, and tau, by set.
+
+    Raises:
+      ValueError: nothing was decoded with a clock.
+    """
+    temperature = view.temperatures[0]
+    lines = view.select("decode", temperature)
+    if not lines:
+        raise ValueError("nothing was decoded with a clock; evaluate without --tau-only")
+    best, rows = best_plain(lines), []
+    for line in lines:
+        cells = []
+        for name in view.sets:
+            times = (line.of(name).rate / best.of(name).rate)[0]
+            cells.append(f"{times:.2f}x ({line.of(name).tau[0]:.2f})")
+        overall = f"{m.estimate(line.rate / best.rate):.2f} ({line.tau[0]:.2f})"
+        rate = f"{line.rate[0]:.1f}"
+        rows.append([line.label.decoder, line.label.dtype, rate, *cells, overall, line.equal])
+    head = ["decoder", "dtype", "tokens/s", *view.sets, "all [95%]", "same output"]
+    return table(head, rows, left=2)
+
+
+def into(text: str, tables: str) -> str:
+    """A Markdown text with `tables` between its marks.
+
+    Raises:
+      ValueError: it does not have both marks, once each.
+    """
+    begin, end = MARKS
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected one line {begin!r} and after it one line {end!r}")
+    return text[: text.index(begin) + len(begin)] + f"\n{tables}\n" + text[text.index(end) :]
 
 
 def tau_table(view: View, lines: Sequence[Line]) -> str:

@@ -223,6 +223,23 @@ def test_report_draws_it_again(file, tmp_path, capsys):
     assert text in capsys.readouterr().out
 
 
+def test_report_writes_its_summary_into_a_document(file, tmp_path, capsys):
+    document = tmp_path / "README.md"
+    document.write_text("# Title\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
+    for _ in range(2):
+        assert main(["report", str(file), "--into", str(document)]) == 0
+    lines = document.read_text().splitlines()
+    assert lines[:2] == ["# Title", "<!-- results -->"]
+    assert lines[-2:] == ["<!-- end of results -->", "after"] and "old" not in lines
+    table = [line.split(" | ") for line in lines[2:-2]]
+    assert len(table) == 2 + 6 and {len(row) for row in table} == {7}
+    assert all("4/4" in row[-1] for row in table[2:])
+    document.write_text("no marks")
+    assert main(["report", str(file), "--into", str(document)]) == BAD_INPUT
+    assert "<!-- results -->" in capsys.readouterr().err
+    assert document.read_text() == "no marks"
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
