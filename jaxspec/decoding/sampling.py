@@ -86,15 +86,19 @@ def choose(
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     sampled = rows.temperature > 0
-    order = jnp.argsort(~sampled)  # those that sample first: only they cost something
-    together = math.gcd(logits.shape[0], ROWS_AT_ONCE)
 
-    def some_rows(i, chosen):
-        own = jax.lax.dynamic_slice_in_dim(order, i * together, together)
-        drawn = _draw(logits, depths, positions, rows, own, max_depth)
-        return chosen.at[own].set(jnp.where(sampled[own, None], drawn, chosen[own]))
+    def sample(_):
+        order = jnp.argsort(~sampled)  # those that sample first: only they cost something
+        together = math.gcd(logits.shape[0], ROWS_AT_ONCE)
 
-    return jax.lax.fori_loop(0, -(-sampled.sum() // together), some_rows, greedy)
+        def some_rows(i, chosen):
+            own = jax.lax.dynamic_slice_in_dim(order, i * together, together)
+            drawn = _draw(logits, depths, positions, rows, own, max_depth)
+            return chosen.at[own].set(jnp.where(sampled[own, None], drawn, chosen[own]))
+
+        return jax.lax.fori_loop(0, -(-sampled.sum() // together), some_rows, greedy)
+
+    return jax.lax.cond(sampled.any(), sample, lambda _: greedy, None)
 
 
 def _draw(logits, depths, positions, rows, own, max_depth: int) -> jax.Array:
