@@ -1,6 +1,6 @@
 """Plain and speculative decoding side by side: the same text, in fewer forwards.
 
-python examples/generate.py [PROMPT] [--target T] [--drafter D] [--max-new-tokens N]
+python examples/generate.py [PROMPT] [--target T] [--drafter D] [--nodes N] [--max-new-tokens N]
 """
 
 import argparse
@@ -16,13 +16,18 @@ parser.add_argument(
     "prompt", nargs="?", default="Write a Python function that reverses a list."
 )
 parser.add_argument("--target", default="smollm2-135m")
-parser.add_argument("--drafter", default="ngram", help="ngram | small:NAME | a trained drafter")
+parser.add_argument(
+    "--drafter",
+    default="shipped+ngram",
+    help="ngram | shipped | small:NAME | a trained drafter; +ngram adds lookup",
+)
+parser.add_argument("--nodes", type=int, default=8, help="verified per round, root included")
 parser.add_argument("--max-new-tokens", type=int, default=200)
 args = parser.parse_args()
 
 jaxspec.enable_compilation_cache()
 target = jaxspec.load_target(args.target)
-tree = jaxspec.TreeConfig(size=8)
+tree = jaxspec.TreeConfig("path_conditioned", size=args.nodes)
 runs = {}
 for name in ("none", args.drafter):
     drafter = jaxspec.load_drafter(name, target, tree=tree)

@@ -13,7 +13,7 @@ cd "$(dirname "$0")/../.."
 out=${1:-out/shipped}
 shift || true
 prompts=${PROMPTS:-../shared/prompts}
-steps=${STEPS:-2000} seed=${SEED:-0} vocab=${DRAFT_VOCAB:-16384}
+steps=${STEPS:-1400} seed=${SEED:-0} vocab=${DRAFT_VOCAB:-16384}
 jaxspec() { "${PYTHON:-python}" -m jaxspec "$@"; }
 
 options() { # what makes each kind; all share data, steps, layers, taps, block and first weights
@@ -51,7 +51,7 @@ for kind in "${kinds[@]}"; do
   jaxspec train --data "$out/data.jsonl" --features "$out/features" --output "$run" \
     $(options "$kind") --layers 2 --rank 64 --draft-vocab "$vocab" --dtype bfloat16 \
     --cross-entropy 0.1 --total-variation 0.9 --kl 0 --weighting exponential \
-    --max-length 384 --batch-size 8 --anchors 24 --learning-rate 1e-3 \
+    --max-length 384 --batch-size 8 --anchors 24 --learning-rate 3e-3 \
     --steps "$steps" --checkpoint-every 200 --seed "$seed"
   decoders+=("$kind chain=$run/drafter,tree=chain,budget=8")
   decoders+=("$kind marginal=$run/drafter,tree=top_budget,head=none,budget=16")

@@ -72,8 +72,9 @@ def summary(view: View) -> str:
             cells.append(f"{times:.2f}x ({line.of(name).tau[0]:.2f})")
         overall = f"{m.estimate(line.rate / best.rate):.2f} ({line.tau[0]:.2f})"
         rate = f"{line.rate[0]:.1f}"
-        rows.append([line.label.decoder, line.label.dtype, rate, *cells, overall, line.equal])
-    head = ["decoder", "dtype", "tokens/s", *view.sets, "all [95%]", "same output"]
+        names = line.label.decoder, line.label.dtype, str(line.label.budget)
+        rows.append([*names, rate, *cells, overall, line.equal])
+    head = ["decoder", "dtype", "nodes", "tokens/s", *view.sets, "all [95%]", "same output"]
     return table(head, rows, left=2)
 
 

@@ -232,7 +232,7 @@ def test_report_writes_its_summary_into_a_document(file, tmp_path, capsys):
     assert lines[:2] == ["# Title", "<!-- results -->"]
     assert lines[-2:] == ["<!-- end of results -->", "after"] and "old" not in lines
     table = [line.split(" | ") for line in lines[2:-2]]
-    assert len(table) == 2 + 6 and {len(row) for row in table} == {7}
+    assert len(table) == 2 + 6 and {len(row) for row in table} == {8}
     assert all("4/4" in row[-1] for row in table[2:])
     document.write_text("no marks")
     assert main(["report", str(file), "--into", str(document)]) == BAD_INPUT

@@ -1,0 +1,44 @@
+"""The drafter in the package: small, described beside it, lossless, and better than nothing."""
+
+from pathlib import Path
+
+import pytest
+
+import checkpoints
+from checkpoints.drafters import SHIPPED, locate
+from jaxspec.config import TreeConfig
+from jaxspec.evaluation.results import Setup, read
+from jaxspec.generation import Target, generate
+from jaxspec.loading import load_drafter
+
+README = Path(checkpoints.__file__).parents[1] / "README.md"
+
+
+def test_it_is_small_and_described():
+    folder = locate(SHIPPED)
+    assert (folder / "model.safetensors").stat().st_size < 40e6
+    assert "recipe" in (folder / "README.md").read_text()
+    setups = [row for row in read(folder / "evaluation.jsonl") if isinstance(row, Setup)]
+    assert [row.fields["target"] for row in setups] == ["smollm2-135m"]
+
+
+@pytest.mark.skipif(not README.is_file(), reason="installed without the repository")
+def test_the_readme_shows_its_evaluation():
+    """`python -m jaxspec report checkpoints/smollm2-135m/evaluation.jsonl --into README.md`"""
+    from jaxspec.evaluation.report import into, summary
+    from jaxspec.evaluation.view import View
+
+    text = README.read_text(encoding="utf-8")
+    assert into(text, summary(View(read(locate(SHIPPED) / "evaluation.jsonl")))) == text
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", [SHIPPED, f"{SHIPPED}+ngram"])
+def test_its_trees_change_no_token_and_save_forwards(smollm2, name):
+    target = Target("smollm2-135m", smollm2.config, smollm2.params, smollm2.tokenizer)
+    drafter = load_drafter(name, target, tree=TreeConfig("path_conditioned", size=8))
+    prompt = "A farmer has 12 hens. Each lays 5 eggs a week. How many eggs are laid in 3 weeks?"
+    (plain,) = generate(target, prompt, max_new_tokens=40)
+    (drafted,) = generate(target, prompt, max_new_tokens=40, drafter=drafter)
+    assert drafted.token_ids == plain.token_ids
+    assert drafted.stats.rounds < 0.8 * plain.stats.rounds
