@@ -85,7 +85,7 @@ def test_every_row_reads_back(file):
     decodes = 2 * 2 * (4 + 2)  # two forms of plain decoding
     assert kinds.count("rounds") == walks + decodes
     assert kinds.count("branches") == 2 * 2
-    assert kinds.count("reliability") == 2 * 2 * 3  # prompt lookup has no probabilities
+    assert kinds.count("reliability") == 2 * 2 * 4
     assert kinds.count("costs") == 5 and kinds.count("verify") == 1
 
 
