@@ -82,7 +82,7 @@ class Habit:
       usual: [N - 1] float32, mean survivals: what a row without a past is expected to have.
       foretold, happened: [P] float32, verified nodes of each depth: the sum of their survival
         probabilities, and how many were accepted. Their ratio corrects what drafters that are
-        not calibrated (or carry no probabilities at all) believe.
+        not calibrated believe.
       idle: int32, rounds since the last draft.
       rounds: [MAX_SIZES] int32, rounds of every size so far.
     """
