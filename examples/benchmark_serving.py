@@ -1,7 +1,7 @@
 """Throughput and time per token against offered load, one run on this machine.
 
-Four ways to serve the same replayed prompts, closed loop, 1 … 32 users at a time: no drafter, a
-fixed chain, a fixed tree, and the adaptive schedule. At every load the ways take turns, in an
+Ways to serve the same replayed prompts, closed loop, 1 … 32 users at a time: no drafter, a
+fixed chain, fixed trees, and the adaptive schedule. At every load the ways take turns, in an
 order that rotates, so that a machine that slows down slows all of them. Every engine runs in
 this process, so HTTP is not in it; weights are shared, and an engine that waits keeps one row
 of caches. `--simulate` adds the same schedule against H100 floors, which is a simulation and
@@ -11,7 +11,7 @@ The defaults (SmolLM2-135M in bfloat16, every slot used four times, in two turns
 about 6 minutes on two free cores once the programs are in the compilation cache; the first run
 compiles for minutes before. `--turns`, `--max-new-tokens` and `--users` make it shorter.
 
-    python examples/benchmark_serving.py --drafter run/drafter --output serving.json
+    python examples/benchmark_serving.py --drafter shipped+ngram --output serving.json
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Benchmark:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     tree: str = "path_conditioned"
     """Of the fixed tree and the adaptive engine; drafters without scores have their own."""
-    prompts: Path | None = None
+    prompts: tuple[Path, ...] = ()
+    """JSON lines; the first `--count` of each. By default a few questions of our own."""
+    count: int = 8
     users: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     turns: int = 2
     """Of every way at every load; medians of them are reported, and their spread."""
@@ -67,9 +69,10 @@ class Benchmark:
     """In one turn."""
     max_new_tokens: int = 64
     chain: int = 8
-    """Nodes per row of the fixed chain, root included."""
-    budget: int = 16
-    """Nodes per row of the fixed tree, and the most of one row in the adaptive one."""
+    """Nodes per row of the fixed chain, root included. It is the drafter's own: `+ngram`, which
+    would make two chains of it, is left out."""
+    trees: tuple[int, ...] = (8, 16)
+    """Nodes per row of the fixed trees; the largest is the most of an adaptive row."""
     max_nodes: int = 128
     room: int = 256
     simulate: bool = False
@@ -79,8 +82,8 @@ def main(options: Benchmark) -> None:
     began = time.perf_counter()
     jaxspec.enable_compilation_cache()
     target = jaxspec.load_target(options.target, dtype=options.dtype)
-    texts = PROMPTS if options.prompts is None else read_prompts(options.prompts)
-    prompts = as_token_ids(target, list(texts), raw=False, thinking=None)
+    texts = [text for path in options.prompts for text in read_prompts(path)[: options.count]]
+    prompts = as_token_ids(target, texts or list(PROMPTS), raw=False, thinking=None)
     runners = {}
     for name, engine in engines(options, target):
         engine.warm_up()
@@ -113,10 +116,9 @@ def engines(options: Benchmark, target) -> Iterator[tuple[str, Engine]]:
     from jaxspec import TreeConfig, load_drafter
 
     def load(kind, size):
-        scored = options.drafter not in ("none", "ngram")
-        tree = TreeConfig(kind if scored else "chain", size=size)
-        drafter = load_drafter(options.drafter, target, tree=tree, dtype=options.dtype)
-        return with_survival(drafter)
+        name = options.drafter.removesuffix("+ngram") if kind == "chain" else options.drafter
+        tree = TreeConfig(kind if name not in ("none", "ngram") else "chain", size=size)
+        return with_survival(load_drafter(name, target, tree=tree, dtype=options.dtype))
 
     def engine(drafter, schedule, budget=None):
         config = EngineConfig(
@@ -129,11 +131,12 @@ def engines(options: Benchmark, target) -> Iterator[tuple[str, Engine]]:
         )
         return Engine(target, drafter, config)
 
-    tree = load(options.tree, options.budget)
     yield "none", engine(PLAIN, Fixed())
     yield "fixed chain", engine(load("chain", options.chain), Fixed(), options.chain)
-    yield "fixed tree", engine(tree, Fixed(), options.budget)
-    yield ADAPTIVE, engine(tree, Adaptive())
+    trees = {size: load(options.tree, size) for size in options.trees}
+    for size, tree in trees.items():
+        yield f"fixed tree of {size}", engine(tree, Fixed(), size)
+    yield ADAPTIVE, engine(trees[max(trees)], Adaptive())
 
 
 def take_turns(options: Benchmark, prompts, runners: dict[str, Runner]) -> Iterator[dict]:
@@ -148,7 +151,7 @@ def take_turns(options: Benchmark, prompts, runners: dict[str, Runner]) -> Itera
                 row |= measure(runners[name], asked, users)
                 yield row
                 print(
-                    f"{users:3} users, turn {turn + 1}  {name:12} "
+                    f"{users:3} users, turn {turn + 1}  {name:16} "
                     f"{row['tokens_per_second']:8.1f} tokens/s",
                     flush=True,
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -108,6 +109,17 @@ def with_lookup(loaded: LoadedDrafter) -> LoadedDrafter:
         raise ValueError(f"{drafter} has nothing to join with prompt lookup; leave +ngram out")
     lookup = PromptLookup(size=drafter.size, depth=min(drafter.size - 1, DEEPEST_MATCH))
     return LoadedDrafter(Joined((drafter, lookup), drafter.size), (loaded.params, ()))
+
+
+def change_drafter(
+    loaded: LoadedDrafter, change: Callable[[LoadedDrafter], LoadedDrafter]
+) -> LoadedDrafter:
+    """change(loaded); where prompt lookup is joined with a drafter, that drafter changes."""
+    from jaxspec.drafters.joined import Joined
+
+    if not isinstance(loaded.drafter, Joined):
+        return change(loaded)
+    return with_lookup(change(LoadedDrafter(loaded.drafter.drafters[0], loaded.params[0])))
 
 
 def _load_drafter(

@@ -31,6 +31,15 @@ class Verdict:
     rows: KVRows
     nodes: jax.Array
 
+    def padded(self, width: int) -> Verdict:
+        """With zeros, so that its path has room for `width` nodes."""
+        missing = width - self.acceptance.path.shape[1]
+
+        def pad(x):
+            return jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
+
+        return jax.tree.map(lambda x: pad(x) if x.ndim > 1 else x, self) if missing else self
+
 
 def commit(
     state: DecodeState,
@@ -60,13 +69,16 @@ def commit(
         position=anchor_position,
         count=length - state.length,
     )
+    # What is decided depends on every read of the cache, and what is written must be seen to
+    # depend on it (`KVCache.write`): without a draft nothing else does.
+    start = jnp.where(acceptance.tokens[:, 0] < 0, 0, anchor_position)
     batch = jnp.arange(running.shape[0])
     return dataclasses.replace(
         state,
         tokens=write_tokens(state.tokens, acceptance.tokens, state.length, length),
         length=length,
         done=state.done | stopped | (length >= state.limit),
-        cache=state.cache.write(verdict.rows, anchor_position),
+        cache=state.cache.write(verdict.rows, start),
         drafter=drafter.observe(drafter_params, state.drafter, observed),
         rounds=state.rounds + running,
         committed=state.committed.at[batch, state.rounds].add(decided),

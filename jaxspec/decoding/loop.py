@@ -74,18 +74,22 @@ def prefill(decoder: Decoder, params: Params, requests: Requests) -> DecodeState
 
 
 def begin_prefill(decoder: Decoder, params: Params, batch: int, capacity: int) -> Prefilling:
-    """Empty caches for `batch` prompts."""
+    """Empty caches for `batch` prompts, the drafter's in the dtype of the target's."""
     config = decoder.config
+    dtype = decoder.cache_dtype or params.target.embed.dtype
+    drafter = decoder.drafter.init(params.drafter, batch, capacity)
+    drafter = jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, drafter
+    )
     cache = init_cache(
         config.num_layers,
         batch,
         config.num_kv_heads,
         capacity,
         config.head_dim,
-        decoder.cache_dtype or params.target.embed.dtype,
+        dtype,
     )
-    final = jnp.zeros((batch, config.hidden_size), jnp.float32)
-    return Prefilling(cache, decoder.drafter.init(params.drafter, batch, capacity), final)
+    return Prefilling(cache, drafter, jnp.zeros((batch, config.hidden_size), jnp.float32))
 
 
 def prefill_chunk(

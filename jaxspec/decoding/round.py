@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -33,8 +34,9 @@ class Decoder:
         otherwise trees are verified by sample-then-match. Both are lossless; only the latter
         gives plain sampling's tokens at the same seed.
       implementation: of tree attention.
-      cache_dtype: of the target's keys and values; None for that of the weights. "float32"
-        makes bfloat16 models faster on a CPU, where XLA converts whole caches to write rows.
+      cache_dtype: of the target's and the drafter's keys and values; None for that of the
+        target's weights. "float32" makes bfloat16 models faster on a CPU, where XLA converts
+        whole caches to write rows.
     """
 
     config: TargetConfig
@@ -104,6 +106,11 @@ class VerifySize:
     total: int
     per_row: int
 
+    def depth(self, decoder: Decoder) -> int:
+        """The longest path that a row's nodes can make; a drawn chain has its own length."""
+        depth = decoder.drafter.depth
+        return depth if decoder.rejection else min(depth, self.per_row - 1)
+
 
 def verify(
     decoder: Decoder,
@@ -135,15 +142,19 @@ def verify(
         jnp.array([size.per_row for size in sizes])
         >= jnp.max(jnp.where(running, jnp.arange(1, full + 1), 1))
     )
-    branches = [
-        lambda draft, size=size: _verify(decoder, params, state, sampling, draft, size)
-        for size in sizes
-    ]
+
+    def branch(size):
+        depth = sizes[-1].depth(decoder)
+        run = functools.partial(_verify, decoder, params, state, sampling, size=size)
+        return lambda draft: run(draft=draft).padded(depth + 1)
+
+    branches = [branch(size) for size in sizes]
     return jax.lax.switch(jnp.maximum(jnp.argmax(fits), at_least), branches, draft)
 
 
 def _verify(decoder, params, state, sampling, draft: Draft, size: VerifySize) -> Verdict:
-    drafter, position = decoder.drafter, state.length - 1
+    """`verify` with one size; the verdict has its depth."""
+    drafter, depth, position = decoder.drafter, size.depth(decoder), state.length - 1
     tree = jax.tree.map(lambda x: x[:, : size.per_row], draft.tree)
     bits = ancestors(tree)
     packing = None
@@ -165,14 +176,14 @@ def _verify(decoder, params, state, sampling, draft: Draft, size: VerifySize) ->
     if draft.drawn is not None:
         _, keys = round_keys(sampling.key, position)
         logits = logits if packing is None else packing.spread(logits)
-        laws = log_law(logits[:, : drafter.depth + 1], sampling)
+        laws = log_law(logits[:, : depth + 1], sampling)
         # Rows past the tree are past every chain as well: their laws are never read.
-        laws = jnp.pad(laws, ((0, 0), (0, drafter.depth + 1 - laws.shape[1]), (0, 0)))
+        laws = jnp.pad(laws, ((0, 0), (0, depth + 1 - laws.shape[1]), (0, 0)))
         drawn = draft.drawn
         acceptance = accept_sampled(laws, drawn.tokens, drawn.log_q, drawn.lengths, keys)
     else:
-        choices = _choose(logits, tree, position + 1, sampling, drafter.depth, packing)
-        acceptance = accept(tree, bits, choices, drafter.depth)
+        choices = _choose(logits, tree, position + 1, sampling, depth, packing)
+        acceptance = accept(tree, bits, choices, depth)
     path = acceptance.path
     taps = output.taps if packing is None else packing.spread(output.taps)
     return Verdict(

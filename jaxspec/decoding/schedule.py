@@ -24,6 +24,7 @@ from jaxspec.trees.tree import NO_PARENT, DraftTree, root_only
 UNKNOWN = -1.0
 MAX_SIZES = 16
 MEMORY = 0.98  # per drafting round, of how well survivals foretold acceptance
+PATIENCE = 4
 PRIOR = 8.0  # accepted nodes, as many as foretold
 
 
@@ -40,7 +41,8 @@ class Adaptive:
 
     Attributes:
       age: rounds that lie between a draft and the choice of size it informs, at least 1.
-      probe: rounds without a draft after which one is drafted to see whether it pays again.
+      probe: rounds without a draft after which one is drafted to see whether it pays again;
+        after each that says no, twice as many, up to 2**`PATIENCE` times as many.
     """
 
     age: int = 2
@@ -84,6 +86,7 @@ class Habit:
         probabilities, and how many were accepted. Their ratio corrects what drafters that are
         not calibrated believe.
       idle: int32, rounds since the last draft.
+      probes: int32, drafts in a row that no size was chosen for.
       rounds: [MAX_SIZES] int32, rounds of every size so far.
     """
 
@@ -91,6 +94,7 @@ class Habit:
     foretold: jax.Array
     happened: jax.Array
     idle: jax.Array
+    probes: jax.Array
     rounds: jax.Array
 
 
@@ -101,6 +105,7 @@ def init_habit(size: int, depth: int) -> Habit:
         foretold=jnp.zeros(depth, jnp.float32),
         happened=jnp.zeros(depth, jnp.float32),
         idle=jnp.int32(0),
+        probes=jnp.int32(0),
         rounds=jnp.zeros(MAX_SIZES, jnp.int32),
     )
 
@@ -110,8 +115,8 @@ def verify_sizes(rows: int, per_row: int, max_nodes: int) -> tuple[VerifySize, .
 
     Args:
       rows: B.
-      per_row: N, the most one row may have; below the last size a row may have up to four times
-        its share.
+      per_row: N, the most one row may have; below the last size a row may have up to twice its
+        share. Attention has that many queries in every row, whether used or not.
       max_nodes: of all rows; the last size has room for at most this many (for two nodes a row
         in any case).
     """
@@ -120,7 +125,7 @@ def verify_sizes(rows: int, per_row: int, max_nodes: int) -> tuple[VerifySize, .
     sizes, total = [VerifySize(rows, 1)], 2 * rows
     while sizes[-1].total < most:
         total = min(total, most)
-        share = total if rows == 1 else 4 * total // rows
+        share = total if rows == 1 else 2 * total // rows
         sizes.append(VerifySize(total, per_row if total == most else min(per_row, share)))
         total *= 2
     return tuple(sizes)
@@ -167,30 +172,53 @@ def fixed_round(decoder, params, batch, habit, times, schedule, sizes):
     draft, state = propose(decoder, params, batch.state, batch.sampling)
     running = ~state.done[:, None] & draft.tree.valid
     size = _smallest(sizes, running)
-    return _finish(decoder, params, batch, habit, draft, state, sizes, size)
+    batch = dataclasses.replace(batch, state=state)
+    return _finish(decoder, params, batch, habit, draft, sizes, size)
 
 
 def adaptive_round(decoder, params, batch, habit, times, schedule, sizes):
     """One budget for all rows."""
-    state, running = batch.state, ~batch.state.done
-    size = choose_size(batch.survivals, habit, running, times, schedule)
-    drafted = size > 0
-    draft, state = jax.lax.cond(
-        drafted,
-        lambda state: propose(decoder, params, state, batch.sampling),
-        lambda state: (_no_draft(decoder, params, state, batch.sampling), state),
-        state,
-    )
+    running = ~batch.state.done
+    pays = choose_size(batch.survivals, habit, running, times, schedule)
+    size = jnp.where(pays == 0, probe(habit, schedule), pays)
+
+    def plain(carry):
+        return _plain_round(decoder, params, *carry)
+
+    def drafted(carry):
+        return _drafted_round(decoder, params, *carry, times, sizes, size, pays > 0)
+
+    carry = _if(size == 0, plain, (batch, habit))
+    return _if(size > 0, drafted, carry)
+
+
+def _if(condition: jax.Array, step, carry):
+    """step(carry) if the condition holds, in place; a `cond` would copy what is carried."""
+    once = lambda carry: (jnp.bool(False), step(carry[1]))  # noqa: E731
+    return jax.lax.while_loop(lambda carry: carry[0], once, (condition, carry))[1]
+
+
+def _plain_round(decoder, params, batch, habit):
+    """Without a draft; what is committed has room for one token."""
+    state = batch.state
+    anchor = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
+    draft, sizes = Draft(root_only(anchor)), (VerifySize(len(anchor), 1),)
+    batch, habit = _finish(decoder, params, batch, habit, draft, sizes, 0)
+    return batch, dataclasses.replace(habit, idle=habit.idle + 1)
+
+
+def _drafted_round(decoder, params, batch, habit, times, sizes, size, chosen):
+    """Args: size, chosen: index into `sizes`, and whether the draft was expected to pay."""
+    running, before = ~batch.state.done, batch.state.length
+    draft, state = propose(decoder, params, batch.state, batch.sampling)
     fresh = foresee(draft.tree, habit)
     draft = cut(draft, keep(fresh, running, size, times))
-    before = state.length
-    batch, habit = _finish(decoder, params, batch, habit, draft, state, sizes, size)
+    batch = dataclasses.replace(batch, state=state)
+    batch, habit = _finish(decoder, params, batch, habit, draft, sizes, size)
     accepted = batch.state.length - before - 1
-    learned = learn(habit, draft.tree, fresh, accepted, running)
-    waited = dataclasses.replace(habit, idle=habit.idle + 1)
-    habit = jax.tree.map(lambda a, b: jnp.where(drafted, a, b), learned, waited)
     newest = jnp.concatenate([fresh[:, None], batch.survivals[:, :-1]], axis=1)
-    newest = jnp.where(drafted & running[:, None, None], newest, batch.survivals)
+    newest = jnp.where(running[:, None, None], newest, batch.survivals)
+    habit = learn(habit, draft.tree, fresh, accepted, running, chosen)
     return dataclasses.replace(batch, survivals=newest), habit
 
 
@@ -209,8 +237,13 @@ def choose_size(
     """
     old = survivals[:, schedule.age - 1]
     old = jnp.where(old == UNKNOWN, habit.usual, old)
-    size = best_size(jnp.where(running[:, None], old, 0.0), running.sum(), times)
-    return jnp.where((size == 0) & (habit.idle >= schedule.probe), 1, size)
+    return best_size(jnp.where(running[:, None], old, 0.0), running.sum(), times)
+
+
+def probe(habit: Habit, schedule: Adaptive) -> jax.Array:
+    """The size of a round whose draft is not expected to pay: 0, or now and then 1."""
+    patience = schedule.probe << jnp.minimum(habit.probes, PATIENCE)
+    return (habit.idle >= patience).astype(jnp.int32)
 
 
 def foresee(tree: DraftTree, habit: Habit) -> jax.Array:
@@ -230,7 +263,12 @@ def keep(fresh: jax.Array, running: jax.Array, size: jax.Array, times: StepTimes
 
 
 def learn(
-    habit: Habit, tree: DraftTree, fresh: jax.Array, accepted: jax.Array, running: jax.Array
+    habit: Habit,
+    tree: DraftTree,
+    fresh: jax.Array,
+    accepted: jax.Array,
+    running: jax.Array,
+    chosen: jax.Array,
 ) -> Habit:
     """After a round that drafted.
 
@@ -238,6 +276,7 @@ def learn(
       tree: what of the draft was verified.
       fresh: [B, N - 1], `foresee` of the whole draft.
       accepted: [B] int32, drafted tokens that were decided.
+      chosen: bool, whether the draft was expected to pay.
     """
     depth = jnp.arange(1, habit.foretold.shape[0] + 1)
     at_depth = tree.depths[:, 1:, None] == depth  # [B, N - 1, P]
@@ -251,12 +290,15 @@ def learn(
         foretold=MEMORY * habit.foretold + believed.sum((0, 1)),
         happened=MEMORY * habit.happened + happened.sum(0),
         idle=jnp.int32(0),
+        probes=jnp.where(chosen, 0, habit.probes + 1),
     )
 
 
-def _finish(decoder, params, batch, habit, draft, state, sizes, size):
-    verdict = verify(decoder, params, state, batch.sampling, draft, sizes, size)
-    state = commit(state, decoder.drafter, params.drafter, verdict, batch.sampling.stop_ids)
+def _finish(decoder, params, batch, habit, draft, sizes, size):
+    verdict = verify(decoder, params, batch.state, batch.sampling, draft, sizes, size)
+    state = commit(
+        batch.state, decoder.drafter, params.drafter, verdict, batch.sampling.stop_ids
+    )
     rounds = habit.rounds.at[size].add(1)
     return dataclasses.replace(batch, state=state), dataclasses.replace(habit, rounds=rounds)
 
@@ -267,14 +309,6 @@ def _smallest(sizes: tuple[VerifySize, ...], running: jax.Array) -> jax.Array:
     totals = jnp.array([size.total for size in sizes])
     per_row = jnp.array([size.per_row for size in sizes])
     return jnp.argmax((totals >= running.sum()) & (per_row >= longest)).astype(jnp.int32)
-
-
-def _no_draft(decoder: Decoder, params: Params, state: DecodeState, sampling) -> Draft:
-    """What `propose` returns, with the root alone."""
-    shape, _ = jax.eval_shape(functools.partial(propose, decoder), params, state, sampling)
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
-    anchor = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
-    return dataclasses.replace(empty, tree=root_only(anchor, size=decoder.drafter.size))
 
 
 def cut(draft: Draft, kept: jax.Array) -> Draft:

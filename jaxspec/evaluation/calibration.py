@@ -27,6 +27,7 @@ from jaxspec.generation import LoadedDrafter, Target
 
 BINS = 20
 GRID = np.geomspace(0.25, 4.0, 81)  # holds 1: scaling never makes the fitted rounds worse
+DRAWS = 400  # of what chance does to the calibration error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,9 @@ def fit_temperatures(rollouts: Rollouts) -> np.ndarray:
     """Sequential temperature scaling: [P], each the best of `GRID` given those before it.
 
     T_k minimises the calibration error of the survival of slot k, T_1 … T_{k-1} held fixed.
-    Ties go to the temperature nearest 1.
+    Ties go to the temperature nearest 1. It stays 1 where the error is one that true
+    probabilities show in one of twenty such samples (`chance_error`): there is nothing to mend,
+    and the smallest error of 81 would be the luckiest.
     """
     grid = sorted(GRID, key=lambda t: abs(np.log(t)))
     temperatures, before = [], np.ones(len(rollouts.logits))
@@ -79,7 +82,8 @@ def fit_temperatures(rollouts: Rollouts) -> np.ndarray:
             calibration_error(reliability_bins(p[known], happened[known], count=BINS))
             for p in options
         ]
-        best = int(np.argmin(errors))
+        _, most = chance_error(options[0][known])  # grid[0] is 1
+        best = 0 if errors[0] <= most else int(np.argmin(errors))
         temperatures.append(float(grid[best]))
         before = options[best]
     return np.array(temperatures)
@@ -93,6 +97,7 @@ class Quality:
       rounds: in which the slot's fate is known.
       predicted, happened: means.
       ece: expected calibration error, `BINS` equal bins.
+      chance: the `ece` that true probabilities would show on as many rounds, on average.
       auroc: chance that a round that survived was given more than one that did not; nan if all
         or none did.
       brier: mean squared error.
@@ -103,6 +108,7 @@ class Quality:
     predicted: float
     happened: float
     ece: float
+    chance: float
     auroc: float
     brier: float
     bins: list[list[float]]
@@ -123,12 +129,28 @@ def assess(rollouts: Rollouts, temperatures: Sequence[float] | float = 1.0) -> l
                 predicted=float(p.mean()) if p.size else float("nan"),
                 happened=float(y.mean()) if p.size else float("nan"),
                 ece=calibration_error(bins),
+                chance=chance_error(p)[0],
                 auroc=auroc(p, y),
                 brier=float(np.mean((p - y) ** 2)) if p.size else float("nan"),
                 bins=bins.tolist(),
             )
         )
     return rows
+
+
+def chance_error(predicted: np.ndarray) -> tuple[float, float]:
+    """Calibration error of these probabilities [R] if they were true: mean, 95th percentile.
+
+    A sample has an error even then, the larger the fewer rounds it has.
+    """
+    dice = np.random.default_rng(0)
+    errors = [
+        calibration_error(
+            reliability_bins(predicted, dice.random(len(predicted)) < predicted, count=BINS)
+        )
+        for _ in range(DRAWS)
+    ]
+    return float(np.mean(errors)), float(np.quantile(errors, 0.95))
 
 
 def auroc(predicted: np.ndarray, happened: np.ndarray) -> float:

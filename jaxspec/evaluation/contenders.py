@@ -10,10 +10,9 @@ from flax import nnx
 from jaxspec.config import TREE_KINDS, TreeConfig
 from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.head import abstract_weights
-from jaxspec.drafters.joined import Joined
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.generation import LoadedDrafter, Target
-from jaxspec.loading import load_drafter, load_target, with_lookup
+from jaxspec.loading import change_drafter, load_drafter, load_target
 
 EXAMPLE = "ours=run/drafter,tree=path_conditioned,budget=16"
 
@@ -108,13 +107,13 @@ class Entry:
         if isinstance(loaded.drafter, PromptLookup):
             return LoadedDrafter(dataclasses.replace(loaded.drafter, size=size))
         config = TreeConfig(tree or c.tree, size, c.width, c.candidates)
-        joined = isinstance(loaded.drafter, Joined)
-        if joined:
-            loaded = LoadedDrafter(loaded.drafter.drafters[0], loaded.params[0])
-        loaded = without_head(loaded) if c.head == "none" else loaded
-        sized = dataclasses.replace(loaded.drafter, tree=config)
-        loaded = dataclasses.replace(loaded, drafter=sized)
-        return with_lookup(loaded) if joined else loaded
+
+        def change(loaded):
+            loaded = without_head(loaded) if c.head == "none" else loaded
+            sized = dataclasses.replace(loaded.drafter, tree=config)
+            return dataclasses.replace(loaded, drafter=sized)
+
+        return change_drafter(loaded, change)
 
 
 def without_head(loaded: LoadedDrafter) -> LoadedDrafter:

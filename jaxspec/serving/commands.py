@@ -109,14 +109,13 @@ class Serve:
 
 def with_survival(drafter):
     """The drafter with its scores from its confidence head, where it can."""
-    from jaxspec.drafters.joined import Joined
+    from jaxspec.loading import change_drafter
 
+    return change_drafter(drafter, _with_survival)
+
+
+def _with_survival(drafter):
     static = drafter.drafter
-    if isinstance(static, Joined):
-        (own, *others), (params, *rest) = static.drafters, drafter.params
-        own = with_survival(dataclasses.replace(drafter, drafter=own, params=params))
-        joined = dataclasses.replace(static, drafters=(own.drafter, *others))
-        return dataclasses.replace(drafter, drafter=joined, params=(own.params, *rest))
     config = getattr(static, "config", None)
     if not getattr(config, "confidence", None):
         return drafter
@@ -133,7 +132,9 @@ class Calibrate:
     """Fit the temperatures of a drafter's confidence head, and store them with it.
 
     The target answers the prompts; half of the answers fit the temperatures, the other half
-    says what they are worth (calibration error, AUROC and Brier score by slot).
+    says what they are worth: calibration error (ECE) by slot, beside the one that chance alone
+    gives a calibrated head on as many rounds, AUROC and Brier score. Temperatures that do not
+    lower the mean error there are not stored.
 
     Examples:
       python -m jaxspec calibrate --drafter run/drafter --prompts prompts.jsonl
@@ -192,17 +193,21 @@ class Calibrate:
         temperatures = calibration.fit_temperatures(fitted)
         raw = calibration.assess(held_out)
         scaled = calibration.assess(held_out, temperatures)
-        print("slot  temperature  rounds  survival  ECE raw  ECE scaled  AUROC  Brier")
+        print(
+            "slot  temperature  rounds  survival  ECE raw  ECE scaled  by chance  AUROC  Brier"
+        )
         for slot, (t, r, s) in enumerate(zip(temperatures, raw, scaled, strict=True), 1):
             print(
                 f"{slot:4d}  {t:11.3f}  {r.rounds:6d}  {r.happened:8.3f}  {r.ece:7.4f}  "
-                f"{s.ece:10.4f}  {s.auroc:5.3f}  {s.brier:.4f}"
+                f"{s.ece:10.4f}  {s.chance:9.4f}  {s.auroc:5.3f}  {s.brier:.4f}"
             )
-        means = [float(np.nanmean([q.ece for q in rows])) for rows in (raw, scaled)]
-        print(f"mean ECE on held-out answers: {means[0]:.4f} -> {means[1]:.4f}")
+        before, after = (float(np.nanmean([q.ece for q in rows])) for rows in (raw, scaled))
+        print(f"mean ECE on held-out answers: {before:.4f} -> {after:.4f}")
         if self.picture is not None:
             calibration.draw_reliability([("raw", raw), ("scaled", scaled)], self.picture)
-        if not self.dry_run:
+        if not after < before:
+            print("nothing stored: the head is no better for these temperatures")
+        elif not self.dry_run:
             save_temperatures(self.drafter, temperatures)
             print(f"stored in {self.drafter}/config.json")
         return 0

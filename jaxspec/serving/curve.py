@@ -124,16 +124,26 @@ def setup_of(
     }
 
 
-def measure(step: Callable[[Any], Any], state: Any, repeats: int) -> tuple[Any, float | None]:
-    """Runs `state = step(state)` once to compile it, then `repeats` times.
+def measure(
+    steps: Sequence[Callable[[Any], Any]], fresh: Callable[[], Any], repeats: int
+) -> tuple[Any, list[float] | None]:
+    """Runs each `state = step(state)` once to compile it, then all in turns, `repeats` times.
+
+    In turns, so that a machine that is slower for a while is so for all; of each the fastest
+    counts, as what else a machine does only adds to a time.
+
+    Args:
+      fresh: makes the state that a turn begins with.
 
     Returns:
-      The state, and the median seconds of a step; None when it was not repeated.
+      The last state, and the seconds of every step; None when they were not repeated.
     """
-    state = jax.block_until_ready(step(state))
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        state = jax.block_until_ready(step(state))
-        seconds.append(time.perf_counter() - began)
-    return state, float(np.median(seconds)) if seconds else None
+    turns = []
+    for _ in range(1 + repeats):
+        state, seconds = jax.block_until_ready(fresh()), []
+        for step in steps:
+            began = time.perf_counter()
+            state = jax.block_until_ready(step(state))
+            seconds.append(time.perf_counter() - began)
+        turns.append(seconds)
+    return state, np.min(turns[1:], axis=0).tolist() if repeats else None

@@ -117,23 +117,22 @@ class Programs:
             sizes=self.sizes[batch.state.length.shape[0]],
         )
 
-    def compile(self, repeats: int = 0) -> dict[int, list[float | None]]:
+    def compile(self, repeats: int = 0) -> dict[int, list[float] | None]:
         """Runs every program once, a round of every size `repeats` times more.
 
         Returns:
-          Median seconds of a round, by number of rows and size; None without repeats.
+          Seconds of a round (`curve.measure`), by number of rows and size.
         """
-        seconds: dict[int, list[float | None]] = {}
+        seconds: dict[int, list[float] | None] = {}
+
+        def step(times):
+            return lambda state: self.decode(*state, times, 1)
+
         for rows, sizes in self.sizes.items():
-            seconds[rows] = []
-            for size in range(len(sizes) if self.adaptive else 1):
-                times = only(sizes, size)
-                (batch, _), median = measure(
-                    lambda state, times=times: self.decode(*state, times, 1),
-                    (self._half_full(rows), self.habit()),
-                    repeats,
-                )
-                seconds[rows].append(median)
+            count = len(sizes) if self.adaptive else 1
+            steps = [step(only(sizes, size)) for size in range(count)]
+            fresh = lambda rows=rows: (self._half_full(rows), self.habit())  # noqa: E731
+            (batch, _), seconds[rows] = measure(steps, fresh, repeats)
             recent_tokens(batch, np.zeros(rows, np.int32), width=self.width)
             batch = place(stop_rows(batch, np.ones(rows, bool)), self.empty(1), np.int32(0))
             bucket = self.buckets.index(rows)

@@ -76,12 +76,15 @@ def best_nodes(
 
     Args:
       root: [B] int32.
-      tokens, parents, depths: [B, M] int32, M >= size - 1; a parent is the index of another
-        node before its child, or `ROOT`.
+      tokens, parents, depths: [B, M] int32; a parent is the index of another node before its
+        child, or `ROOT`.
       scores: [B, M] float32, none above its parent's; -inf where there is no node.
       size: N.
       budget: [B] int32, at most this many nodes per row, the root included.
     """
+    missing = [(0, 0), (0, max(0, size - 1 - tokens.shape[1]))]
+    tokens, parents, depths = (jnp.pad(x, missing) for x in (tokens, parents, depths))
+    scores = jnp.pad(scores, missing, constant_values=-jnp.inf)
     batch, count = tokens.shape
     scores, place = lax.top_k(scores, size - 1)  # of equal scores the first comes first
     rows, node = jnp.arange(batch)[:, None], jnp.arange(1, size)

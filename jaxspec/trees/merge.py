@@ -49,10 +49,8 @@ def merge(
     parents = jnp.where(level == 0, ROOT, parents)
     depths = jnp.broadcast_to(level + 1, owner.shape)
     nodes = continuations, parents, depths, jnp.where(own & real, best, -jnp.inf)
-    missing = [(0, 0), (0, max(0, size - 1 - count * depth))]
-    padded = (jnp.pad(x.reshape(batch, -1), missing) for x in nodes[:-1])
-    last = jnp.pad(nodes[-1].reshape(batch, -1), missing, constant_values=-jnp.inf)
-    return best_nodes(anchor, *padded, last, size=size, budget=budget)
+    flat = (x.reshape(batch, -1) for x in nodes)
+    return best_nodes(anchor, *flat, size=size, budget=budget)
 
 
 def union(
@@ -63,7 +61,7 @@ def union(
     A path that both contain has the better of its two scores.
 
     Args:
-      first, second: of Na and Nb nodes, together more than N.
+      first, second: of Na and Nb nodes.
       size: N.
       depth: a bound of both trees' depths.
       budget: [B] int32, at most this many nodes per row, the root included.

@@ -4,16 +4,19 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxspec.config import TreeConfig
+from jaxspec.decoding import schedule
 from jaxspec.decoding.loop import decode, prefill
 from jaxspec.decoding.requests import capacity_for, pack
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel
 from jaxspec.generation import PLAIN, LoadedDrafter, bind, generate, request_keys
+from jaxspec.serving.programs import only
 from tests import tiny
 from tests.drafters import cases
 
@@ -102,6 +105,40 @@ def test_no_copy_of_a_cache_in_a_loop(drafter, batch):
     text = prefill.lower(decoder, params, requests).compile().as_text()
     bodies = [part for part in text.split("\n\n") if not part.lstrip().startswith("ENTRY")]
     assert not [line for part in bodies for line in re.findall(rf"= {cache}\S* copy\(", part)]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(
+    ("drafter", "served"),
+    [
+        (PLAIN, schedule.Fixed()),
+        (LoadedDrafter(PromptLookup(size=8)), schedule.Adaptive()),
+        (DRAFTERS["block"], schedule.Adaptive()),
+    ],
+    ids=["plain", "lookup, adaptive", "block, adaptive"],
+)
+def test_no_copy_of_a_cache_in_served_rounds(drafter, served, batch):
+    """With a draft or without: a `cond` between the two would copy every cache."""
+    decoder, params, requests = prepared(drafter, batch, capacity=768)
+    state = prefill(decoder, params, requests)
+    size = drafter.drafter.size
+    sizes = schedule.verify_sizes(batch, size, 64)
+    survivals = jnp.ones((batch, served.age, size - 1))
+    lowered = schedule.decode_rows.lower(
+        decoder,
+        params,
+        schedule.Batch(state, requests.sampling, survivals),
+        schedule.init_habit(size, drafter.drafter.depth),
+        only(sizes, 0),
+        np.int32(1),
+        schedule=served,
+        sizes=sizes,
+    )
+    text = lowered.compile().as_text()
+    caches = [x for x in jax.tree.leaves((state.cache, state.drafter)) if x.ndim == 4]
+    for shape in {",".join(map(str, cache.shape)) for cache in caches}:
+        assert re.search(rf"f32\[{shape}\]", text)
+        assert not re.findall(rf"= f32\[{shape}\]\S* copy\(", text)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

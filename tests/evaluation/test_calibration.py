@@ -10,6 +10,7 @@ from jaxspec.evaluation.calibration import (
     Rollouts,
     assess,
     auroc,
+    chance_error,
     draw_reliability,
     fit_temperatures,
     rollouts,
@@ -52,8 +53,17 @@ def test_true_confidences_are_left_alone():
     rounds = drawn(20_000, seed=3)
     true = Rollouts(rounds.logits / TRUE, rounds.accepted, rounds.limit)
     assert max(q.ece for q in assess(true)) < 0.02
-    np.testing.assert_allclose(fit_temperatures(true), 1.0, atol=0.25)
+    assert fit_temperatures(true).tolist() == [1.0, 1.0, 1.0]
     assert 1.0 in GRID
+
+
+def test_chance_alone_gives_an_error_the_larger_the_fewer_rounds():
+    rounds = drawn(2_000, seed=4)
+    true = Rollouts(rounds.logits / TRUE, rounds.accepted, rounds.limit)
+    for quality in assess(true):
+        assert quality.ece == pytest.approx(quality.chance, rel=0.5)
+    few, many = (chance_error(np.linspace(0.1, 0.9, n))[0] for n in (100, 10_000))
+    assert few > 5 * many
 
 
 def test_slots_past_the_end_of_a_text_do_not_count():

@@ -60,7 +60,13 @@ def test_other_files_are_refused(tmp_path, text):
         Curve.load(tmp_path / "absent.json")
 
 
-def test_measuring_runs_once_more_than_it_counts():
-    state, seconds = measure(lambda x: x + 1, 0, 3)
-    assert state == 4 and seconds > 0
-    assert measure(lambda x: x + 1, 0, 0) == (1, None)
+def test_measuring_takes_turns_and_does_not_count_the_first():
+    ran = []
+
+    def step(name):
+        return lambda state: ran.append(name) or state + name
+
+    state, seconds = measure([step("a"), step("b")], lambda: "", 2)
+    assert ran == ["a", "b"] * 3 and state == "ab"
+    assert len(seconds) == 2 and min(seconds) > 0
+    assert measure([step("a")], lambda: "", 0) == ("a", None)
