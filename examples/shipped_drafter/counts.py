@@ -66,15 +66,13 @@ def agreement(examples: Iterable[Example]) -> tuple[np.ndarray, np.ndarray]:
     matches, agreed = np.zeros((2, LONGEST + 1), int)
     for example in tqdm(examples, unit="answer"):
         tokens = example.tokens
-        for last in np.flatnonzero(example.supervised) - 1:
+        for last in np.flatnonzero(example.supervised) - 1:  # never 0: a prompt is longer
             length = np.zeros(last, int)  # of the match that ends at each earlier place
             unbroken = np.ones(last, bool)
             for back in range(min(LONGEST, last)):
                 unbroken[:back] = False
                 unbroken[back:] &= tokens[: last - back] == tokens[last - back]
                 length += unbroken
-            if not last:
-                continue
             end = last - 1 - np.argmax(length[::-1])
             matches[length[end]] += 1
             agreed[length[end]] += tokens[end + 1] == tokens[last + 1]

@@ -69,16 +69,14 @@ def commit(
         position=anchor_position,
         count=length - state.length,
     )
-    # What is decided depends on every read of the cache, and what is written must be seen to
-    # depend on it (`KVCache.write`): without a draft nothing else does.
-    start = jnp.where(acceptance.tokens[:, 0] < 0, 0, anchor_position)
     batch = jnp.arange(running.shape[0])
     return dataclasses.replace(
         state,
         tokens=write_tokens(state.tokens, acceptance.tokens, state.length, length),
         length=length,
         done=state.done | stopped | (length >= state.limit),
-        cache=state.cache.write(verdict.rows, start),
+        # Without a draft nothing else that is written depends on what was read.
+        cache=state.cache.write(verdict.rows, anchor_position, after=acceptance.tokens),
         drafter=drafter.observe(drafter_params, state.drafter, observed),
         rounds=state.rounds + running,
         committed=state.committed.at[batch, state.rounds].add(decided),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -84,7 +83,7 @@ def propose(
 ) -> tuple[Draft, DecodeState]:
     """The drafter's half: a tree per row, at most the row's budget of nodes."""
     drafter, position = decoder.drafter, state.length - 1
-    anchor = jnp.take_along_axis(state.tokens, position[:, None], axis=1)[:, 0]
+    anchor = state.anchor
     drafted_from = params.drafter, state.drafter, anchor, position
     if decoder.rejection:
         keys, _ = round_keys(sampling.key, position)
@@ -106,10 +105,11 @@ class VerifySize:
     total: int
     per_row: int
 
-    def depth(self, decoder: Decoder) -> int:
+    def depth(self, drafter: Drafter, draft: Draft) -> int:
         """The longest path that a row's nodes can make; a drawn chain has its own length."""
-        depth = decoder.drafter.depth
-        return depth if decoder.rejection else min(depth, self.per_row - 1)
+        return (
+            drafter.depth if draft.drawn is not None else min(drafter.depth, self.per_row - 1)
+        )
 
 
 def verify(
@@ -142,11 +142,12 @@ def verify(
         jnp.array([size.per_row for size in sizes])
         >= jnp.max(jnp.where(running, jnp.arange(1, full + 1), 1))
     )
+    width = sizes[-1].depth(decoder.drafter, draft) + 1
 
     def branch(size):
-        depth = sizes[-1].depth(decoder)
-        run = functools.partial(_verify, decoder, params, state, sampling, size=size)
-        return lambda draft: run(draft=draft).padded(depth + 1)
+        return lambda draft: _verify(decoder, params, state, sampling, draft, size).padded(
+            width
+        )
 
     branches = [branch(size) for size in sizes]
     return jax.lax.switch(jnp.maximum(jnp.argmax(fits), at_least), branches, draft)
@@ -154,7 +155,8 @@ def verify(
 
 def _verify(decoder, params, state, sampling, draft: Draft, size: VerifySize) -> Verdict:
     """`verify` with one size; the verdict has its depth."""
-    drafter, depth, position = decoder.drafter, size.depth(decoder), state.length - 1
+    drafter, position = decoder.drafter, state.length - 1
+    depth = size.depth(drafter, draft)
     tree = jax.tree.map(lambda x: x[:, : size.per_row], draft.tree)
     bits = ancestors(tree)
     packing = None

@@ -24,7 +24,7 @@ from jaxspec.trees.tree import NO_PARENT, DraftTree, root_only
 UNKNOWN = -1.0
 MAX_SIZES = 16
 MEMORY = 0.98  # per drafting round, of how well survivals foretold acceptance
-PATIENCE = 4
+PATIENCE = 4  # times that the wait for the next probe doubles
 PRIOR = 8.0  # accepted nodes, as many as foretold
 
 
@@ -42,7 +42,7 @@ class Adaptive:
     Attributes:
       age: rounds that lie between a draft and the choice of size it informs, at least 1.
       probe: rounds without a draft after which one is drafted to see whether it pays again;
-        after each that says no, twice as many, up to 2**`PATIENCE` times as many.
+        after each that says no, twice as many, `PATIENCE` times at most.
     """
 
     age: int = 2
@@ -199,10 +199,12 @@ def _if(condition: jax.Array, step, carry):
 
 
 def _plain_round(decoder, params, batch, habit):
-    """Without a draft; what is committed has room for one token."""
-    state = batch.state
-    anchor = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
-    draft, sizes = Draft(root_only(anchor)), (VerifySize(len(anchor), 1),)
+    """Without a draft: plain decoding, whose choices have noise of their own (`round_keys`).
+
+    What is committed has room for one token.
+    """
+    draft = Draft(root_only(batch.state.anchor))
+    sizes = (VerifySize(draft.tree.tokens.size, 1),)
     batch, habit = _finish(decoder, params, batch, habit, draft, sizes, 0)
     return batch, dataclasses.replace(habit, idle=habit.idle + 1)
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxspec.models.cache import KVCache
 
@@ -43,3 +44,8 @@ class DecodeState:
     rounds: jax.Array
     committed: jax.Array
     nodes: jax.Array
+
+    @property
+    def anchor(self) -> jax.Array:
+        """[B] int32, the last decided token of every row."""
+        return jnp.take_along_axis(self.tokens, self.length[:, None] - 1, axis=1)[:, 0]

@@ -17,8 +17,8 @@ from jaxspec.trees.tree import DraftTree
 
 # How often the token after a match of 1, 2, … tokens, the longest and latest, is the target's
 # own next: counted in 240 greedy answers of SmolLM2-135M-Instruct to training prompts, 32,000
-# tokens (examples/shipped_drafter/counts.py), and made to rise. `evaluate` says how well
-# calibrated such paths are.
+# tokens, and made to rise. In 240 others, 40,000 tokens, examples/shipped_drafter/counts.py
+# finds the same within 0.03. `evaluate` says how well calibrated such paths are.
 AGREEMENT = (0.26, 0.57, 0.61, 0.67, 0.72, 0.78, 0.80, 0.83, 0.85, 0.92)
 
 

@@ -127,9 +127,8 @@ def _propose(decoder, params, state, sampling):
 
 @functools.partial(jax.jit, static_argnames="decoder")
 def _draft_pass(decoder, params, state):
-    drafter, position = decoder.drafter, state.length - 1
-    anchor = jnp.take_along_axis(state.tokens, position[:, None], axis=1)[:, 0]
-    stream = drafter.stream(params.drafter, state.drafter, anchor, position)
+    drafter = decoder.drafter
+    stream = drafter.stream(params.drafter, state.drafter, state.anchor, state.length - 1)
     return bind(drafter.config, params.drafter.head).logits(params.drafter.vocabulary, stream)
 
 

@@ -39,7 +39,7 @@ class KVCache:
             before it writes (and it drops `optimization_barrier` too early to help).
         """
         if after is not None:  # a comparison that cannot be folded away
-            starts = jnp.where(jnp.isnan(after.ravel()[0]), 0, starts)
+            starts = jnp.where(jnp.isnan(after.ravel()[0].astype(jnp.float32)), 0, starts)
 
         def update(caches, news):
             news = tuple(

@@ -19,6 +19,7 @@ from jaxspec.generation import PLAIN, LoadedDrafter, bind, generate, request_key
 from jaxspec.serving.programs import only
 from tests import tiny
 from tests.drafters import cases
+from tests.serving import engines
 
 
 def prepared(drafter, batch=2, capacity=None, dtype="float32"):
@@ -114,8 +115,9 @@ def test_no_copy_of_a_cache_in_a_loop(drafter, batch):
         (PLAIN, schedule.Fixed()),
         (LoadedDrafter(PromptLookup(size=8)), schedule.Adaptive()),
         (DRAFTERS["block"], schedule.Adaptive()),
+        (engines.DRAFTERS["survival chain"], schedule.Adaptive()),
     ],
-    ids=["plain", "lookup, adaptive", "block, adaptive"],
+    ids=["plain", "lookup, adaptive", "block, adaptive", "survival chain, adaptive"],
 )
 def test_no_copy_of_a_cache_in_served_rounds(drafter, served, batch):
     """With a draft or without: a `cond` between the two would copy every cache."""

@@ -23,13 +23,13 @@ def test_drafts_that_do_not_pay_are_tried_ever_less_often(probes, wait):
 
 def test_what_a_draft_teaches():
     habit = dataclasses.replace(init_habit(4, 3), idle=jnp.int32(16), probes=jnp.int32(2))
-    log_survival = jnp.log(jnp.array([[0.8, 0.4, 0.2]]))
+    fresh = jnp.array([[0.8, 0.4, 0.2]])
     tokens = jnp.array([[1, 2, 3]])
     tree = chain(jnp.array([0]), tokens, jnp.array([2]), jnp.log(jnp.full((1, 3), 0.5)), size=4)
-    after = learn(habit, tree, jnp.exp(log_survival), jnp.array([1]), jnp.array([True]), False)
+    after = learn(habit, tree, fresh, jnp.array([1]), jnp.array([True]), False)
     assert after.foretold.tolist() == pytest.approx([0.5, 0.25, 0.0])  # two were verified
     assert after.happened.tolist() == [1.0, 0.0, 0.0]
     assert after.usual.tolist() == pytest.approx([0.98, 0.94, 0.92])
     assert (int(after.idle), int(after.probes)) == (0, 3)
-    chosen = learn(habit, tree, jnp.exp(log_survival), jnp.array([1]), jnp.array([True]), True)
+    chosen = learn(habit, tree, fresh, jnp.array([1]), jnp.array([True]), True)
     assert int(chosen.probes) == 0
