@@ -206,6 +206,8 @@ def _plain_round(decoder, params, batch, habit):
     draft = Draft(root_only(batch.state.anchor))
     sizes = (VerifySize(draft.tree.tokens.size, 1),)
     batch, habit = _finish(decoder, params, batch, habit, draft, sizes, 0)
+    unknown = jnp.full_like(batch.survivals[:, 0], UNKNOWN)
+    batch = dataclasses.replace(batch, survivals=push(batch.survivals, unknown))
     return batch, dataclasses.replace(habit, idle=habit.idle + 1)
 
 
@@ -218,10 +220,13 @@ def _drafted_round(decoder, params, batch, habit, times, sizes, size, chosen):
     batch = dataclasses.replace(batch, state=state)
     batch, habit = _finish(decoder, params, batch, habit, draft, sizes, size)
     accepted = batch.state.length - before - 1
-    newest = jnp.concatenate([fresh[:, None], batch.survivals[:, :-1]], axis=1)
-    newest = jnp.where(running[:, None, None], newest, batch.survivals)
     habit = learn(habit, draft.tree, fresh, accepted, running, chosen)
-    return dataclasses.replace(batch, survivals=newest), habit
+    return dataclasses.replace(batch, survivals=push(batch.survivals, fresh)), habit
+
+
+def push(survivals: jax.Array, newest: jax.Array) -> jax.Array:
+    """`Batch.survivals` after a round, whose own are [B, N - 1]."""
+    return jnp.concatenate([newest[:, None], survivals[:, :-1]], axis=1)
 
 
 def choose_size(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -90,6 +91,7 @@ class Engine:
         self._batch: Batch | None = None
         self._habit = self._programs.habit()
         self._idle_rows = 0
+        self._burst_seconds = 0.0
         self.rounds_by_size = [0] * MAX_SIZES
 
     # Any thread.
@@ -146,7 +148,9 @@ class Engine:
         self._batch = self._programs.empty(1)
 
     def step(self) -> list[Update]:
-        """One turn: cancellations, at most one prompt chunk, a burst of rounds.
+        """One turn: cancellations, prompt chunks for as long as a burst takes, a burst of rounds.
+
+        Running rows so wait for prompts half of the time at most, or for one chunk.
 
         Returns:
           What happened to the requests; nothing when there is nothing to do.
@@ -154,7 +158,7 @@ class Engine:
         if self._batch is None:
             self.warm_up()
         updates = self._apply_cancellations()
-        updates += self._advance_prompt()
+        updates += self._advance_prompts()
         updates += self._advance_rows()
         self._fit_rows()
         return updates
@@ -191,6 +195,18 @@ class Engine:
             self._batch = stop_rows(self._batch, mask)
         return updates
 
+    def _advance_prompts(self) -> list[Update]:
+        """A chunk, and more while they have taken less time than the last burst."""
+        began = time.perf_counter()
+        updates = self._advance_prompt()
+        while self._prompt_runs() and time.perf_counter() - began < self._burst_seconds:
+            updates += self._advance_prompt()
+        return updates
+
+    def _prompt_runs(self) -> bool:
+        """Whether there is a chunk to run; a prompt may also be waiting for a row."""
+        return bool(self._waiting) if self._prompt is None else self._prompt.batch is None
+
     def _advance_prompt(self) -> list[Update]:
         """One chunk of the prompt at hand, its first token, or its place in the batch."""
         if self._prompt is None:
@@ -204,8 +220,8 @@ class Engine:
                 self._waiting.popleft()
         prompt, updates = self._prompt, []
         if prompt.batch is None:
-            prompt.prefilling = self._programs.run_chunk(
-                prompt.requests, prompt.chunk, prompt.prefilling
+            prompt.prefilling = jax.block_until_ready(
+                self._programs.run_chunk(prompt.requests, prompt.chunk, prompt.prefilling)
             )
             prompt.chunk += 1
             if prompt.chunk * self.config.chunk < len(prompt.running.request.prompt):
@@ -234,6 +250,7 @@ class Engine:
     def _advance_rows(self) -> list[Update]:
         if not any(self._rows):
             return []
+        began = time.perf_counter()
         rows = len(self._rows)
         start = np.array([row.length if row else 0 for row in self._rows], np.int32)
         self._batch, self._habit = self._programs.decode(
@@ -245,6 +262,7 @@ class Engine:
             (recent, state.length, state.done, self._habit.rounds)
         )
         self.rounds_by_size = by_size.tolist()
+        self._burst_seconds = time.perf_counter() - began
         updates, ended = [], []
         for i, running in enumerate(self._rows):
             if running is None:

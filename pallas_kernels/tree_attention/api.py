@@ -8,7 +8,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.tree_attention.config import Shape, TileConfig, choose, unsupported
-from pallas_kernels.tree_attention.reference import tree_attention_reference
+from pallas_kernels.tree_attention.xla import tree_attention_xla
 
 HEADS_AXIS = "model"  # of the mesh set by `jax.set_mesh`, if any
 
@@ -33,7 +33,7 @@ def tree_attention(
     Under a mesh with an axis "model" (`jax.set_mesh`), key/value heads are cut over it.
 
     Args:
-      implementation: "xla" (the reference, any platform), "triton" (NVIDIA GPUs), or None:
+      implementation: "xla" (any platform), "triton" (NVIDIA GPUs), or None:
         triton where the program is compiled for an NVIDIA GPU and the shape is supported,
         else xla.
       tile: how the Triton kernel cuts the work; chosen from the shapes if absent.
@@ -79,16 +79,16 @@ def _over_heads(attend, arrays) -> jax.Array:
 
 def _dispatch(*arrays, implementation, tile, **options) -> jax.Array:
     shape = _shape(*arrays[:2])
-    reference = functools.partial(_reference, **options)
+    plain = functools.partial(_xla, **options)
     reason = unsupported(shape)
     if implementation == "xla" or (implementation is None and reason):
-        return reference(*arrays)
+        return plain(*arrays)
     if reason:
         raise ValueError(f"implementation 'triton' does not take this: {reason}; use 'xla'")
     kernel = functools.partial(_triton, **options, tile=tile or choose(shape))
     if implementation == "triton":
         return kernel(*arrays)
-    return jax.lax.platform_dependent(*arrays, cuda=kernel, default=reference)
+    return jax.lax.platform_dependent(*arrays, cuda=kernel, default=plain)
 
 
 def _shape(q: jax.Array, k_cache: jax.Array) -> Shape:
@@ -97,8 +97,8 @@ def _shape(q: jax.Array, k_cache: jax.Array) -> Shape:
     return Shape(batch, nodes, heads, kv_heads, dim, capacity, k_cache.dtype)
 
 
-def _reference(*arrays, **options):
-    return tree_attention_reference(*arrays[:-1], depths=arrays[-1], **options)
+def _xla(*arrays, **options):
+    return tree_attention_xla(*arrays[:-1], depths=arrays[-1], **options)
 
 
 def _triton(*arrays, **options):

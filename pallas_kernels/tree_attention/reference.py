@@ -41,16 +41,13 @@ def tree_attention_reference(
     Returns:
       [B, N, H, D] in the dtype of q.
     """
-    batch, n, heads, dim = q.shape
+    batch, n, heads, _ = q.shape
     kv_heads, capacity = k_cache.shape[1], k_cache.shape[2]
     group = heads // kv_heads
-    # Queries that share a key/value head form the rows of one matrix product: [B, K, N*G, D].
-    rows = q.reshape(batch, n, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
-    rows = rows.reshape(batch, kv_heads, n * group, dim).astype(k_cache.dtype)
+    rows = head_groups(q, kv_heads).astype(k_cache.dtype)
 
     visible = jnp.arange(capacity) < lengths[:, None, None]  # [B, 1, S]
-    bits = (ancestors[..., None] >> jnp.arange(WORD_BITS, dtype=jnp.uint32)) & 1
-    related = bits.reshape(batch, n, -1)[..., :n] == 1  # [B, N, N]
+    related = related_nodes(ancestors, n)
     if window is not None:
         position = lengths[:, None] + depths  # [B, N]
         oldest = position - window + 1
@@ -80,5 +77,24 @@ def tree_attention_reference(
         v_new.astype(v_cache.dtype),
         preferred_element_type=jnp.float32,
     )
-    out = (out / total[..., None]).reshape(batch, kv_heads, n, group, dim)
-    return out.transpose(0, 2, 1, 3, 4).reshape(batch, n, heads, dim).astype(q.dtype)
+    return nodes_apart(out / total[..., None], n).astype(q.dtype)
+
+
+def head_groups(q: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, N, H, D] -> [B, K, N*G, D]: queries of one key/value head, for one matrix product."""
+    batch, n, heads, dim = q.shape
+    rows = q.reshape(batch, n, kv_heads, heads // kv_heads, dim).transpose(0, 2, 1, 3, 4)
+    return rows.reshape(batch, kv_heads, -1, dim)
+
+
+def nodes_apart(rows: jax.Array, n: int) -> jax.Array:
+    """The inverse of `head_groups`."""
+    batch, kv_heads, _, dim = rows.shape
+    out = rows.reshape(batch, kv_heads, n, -1, dim).transpose(0, 2, 1, 3, 4)
+    return out.reshape(batch, n, -1, dim)
+
+
+def related_nodes(ancestors: jax.Array, n: int) -> jax.Array:
+    """[B, N, N] bool: node i sees node j."""
+    bits = (ancestors[..., None] >> jnp.arange(WORD_BITS, dtype=jnp.uint32)) & 1
+    return bits.reshape(*ancestors.shape[:2], -1)[..., :n] == 1

@@ -1,4 +1,4 @@
-"""Tree attention, both implementations, against its definition."""
+"""Tree attention, every implementation, against its definition."""
 
 import functools
 
@@ -14,6 +14,7 @@ from pallas_kernels.tree_attention import tree_attention
 from pallas_kernels.tree_attention.config import Shape, TileConfig, choose, unsupported
 from pallas_kernels.tree_attention.reference import tree_attention_reference
 from pallas_kernels.tree_attention.triton import tree_attention_triton
+from pallas_kernels.tree_attention.xla import tree_attention_xla
 from tests.pallas_kernels.attention_cases import (
     CASES,
     chosen_cases,
@@ -24,11 +25,12 @@ from tests.pallas_kernels.attention_cases import (
 )
 
 reference = jax.jit(tree_attention_reference, static_argnames=("scale", "window"))
+blocks = jax.jit(tree_attention_xla, static_argnames=("scale", "window", "block"))
 SCALE = 0.125
 
 
 def check(case, arrays):
-    """Both implementations against the definition, and the kernel against itself."""
+    """Every implementation against the definition, and the kernel against itself."""
     options = dict(scale=SCALE, window=case.window)
     expected = oracle(**arrays, **options)
     kernel = functools.partial(
@@ -36,7 +38,8 @@ def check(case, arrays):
     )
     first, again = kernel(), kernel()
     assert first.dtype == arrays["q"].dtype
-    for actual in (first, reference(**arrays, **options)):
+    in_blocks = blocks(**arrays, **options, block=case.tile.keys)
+    for actual in (first, reference(**arrays, **options), in_blocks):
         error = np.abs(np.asarray(actual, np.float64) - expected).max()
         assert error < tolerance(case)
     assert (first == again).all()
@@ -54,7 +57,7 @@ def draw_inputs(case, data):
 @pytest.mark.parametrize("name", CASES)
 @settings(max_examples=4, deadline=None)
 @given(data=st.data())
-def test_both_implementations_compute_the_definition(name, data):
+def test_every_implementation_computes_the_definition(name, data):
     check(CASES[name], draw_inputs(CASES[name], data))
 
 
@@ -75,6 +78,15 @@ def test_rows_past_the_length_are_not_read():
     for name in ("k_cache", "v_cache"):
         arrays[name] = jnp.where(spoiled, jnp.nan, arrays[name])
     assert (kernel(**arrays) == expected).all()
+
+
+def test_a_longer_row_beside_it_changes_nothing_of_a_row_in_blocks():
+    arrays = make_inputs(CASES["decode"], (40, 96))
+    both = blocks(**arrays, scale=SCALE, block=32)
+    alone = blocks(
+        **{**arrays, "lengths": jnp.array([40, 1], jnp.int32)}, scale=SCALE, block=32
+    )
+    assert (both[0] == alone[0]).all()
 
 
 def abstract(shape: Shape, **changes):
@@ -109,7 +121,7 @@ def test_supported_shapes_lower_to_triton_where_a_gpu_is_the_target(nodes, dim, 
     assert "__gpu$xla.gpu.triton" in lowered.as_text()
 
 
-def test_on_a_cpu_the_reference_runs():
+def test_on_a_cpu_the_kernel_does_not_run():
     arguments = abstract(Shape(1, 8, 12, 4, 64, 128, jnp.dtype("float32")))
     assert "triton" not in attention.lower(**arguments).as_text()
 
