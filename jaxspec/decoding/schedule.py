@@ -85,6 +85,9 @@ class Habit:
       foretold, happened: [P] float32, verified nodes of each depth: the sum of their survival
         probabilities, and how many were accepted. Their ratio corrects what drafters that are
         not calibrated believe.
+      varied, lasted: float32, by how much drafts' survivals differed from the usual ones,
+        squared, and how much of that the same row's next drafts shared: their ratio says what
+        an old survival still tells.
       idle: int32, rounds since the last draft.
       probes: int32, drafts in a row that no size was chosen for.
       rounds: [MAX_SIZES] int32, rounds of every size so far.
@@ -93,6 +96,8 @@ class Habit:
     usual: jax.Array
     foretold: jax.Array
     happened: jax.Array
+    varied: jax.Array
+    lasted: jax.Array
     idle: jax.Array
     probes: jax.Array
     rounds: jax.Array
@@ -104,6 +109,8 @@ def init_habit(size: int, depth: int) -> Habit:
         usual=jnp.ones(size - 1, jnp.float32),
         foretold=jnp.zeros(depth, jnp.float32),
         happened=jnp.zeros(depth, jnp.float32),
+        varied=jnp.float32(1),
+        lasted=jnp.float32(1),
         idle=jnp.int32(0),
         probes=jnp.int32(0),
         rounds=jnp.zeros(MAX_SIZES, jnp.int32),
@@ -179,7 +186,7 @@ def fixed_round(decoder, params, batch, habit, times, schedule, sizes):
 def adaptive_round(decoder, params, batch, habit, times, schedule, sizes):
     """One budget for all rows."""
     running = ~batch.state.done
-    pays = choose_size(batch.survivals, habit, running, times, schedule)
+    pays = choose_size(batch.survivals[:, -1], habit, running, times)
     size = jnp.where(pays == 0, probe(habit, schedule), pays)
 
     def plain(carry):
@@ -220,7 +227,8 @@ def _drafted_round(decoder, params, batch, habit, times, sizes, size, chosen):
     batch = dataclasses.replace(batch, state=state)
     batch, habit = _finish(decoder, params, batch, habit, draft, sizes, size)
     accepted = batch.state.length - before - 1
-    habit = learn(habit, draft.tree, fresh, accepted, running, chosen)
+    old = batch.survivals[:, -1]
+    habit = learn(habit, draft.tree, fresh, old, accepted, running, chosen)
     return dataclasses.replace(batch, survivals=push(batch.survivals, fresh)), habit
 
 
@@ -230,21 +238,17 @@ def push(survivals: jax.Array, newest: jax.Array) -> jax.Array:
 
 
 def choose_size(
-    survivals: jax.Array,
-    habit: Habit,
-    running: jax.Array,
-    times: StepTimes,
-    schedule: Adaptive,
+    old: jax.Array, habit: Habit, running: jax.Array, times: StepTimes
 ) -> jax.Array:
     """The size of a round that is not drafted yet, an index into `times`.
 
     Args:
-      survivals: [B, age, N - 1], see `Batch`.
+      old: [B, N - 1], survivals of the rows' drafts as many rounds ago as their age.
       running: [B] bool.
     """
-    old = survivals[:, schedule.age - 1]
-    old = jnp.where(old == UNKNOWN, habit.usual, old)
-    return best_size(jnp.where(running[:, None], old, 0.0), running.sum(), times)
+    expected = habit.usual + habit.lasted / habit.varied * (old - habit.usual)
+    expected = jnp.where(old == UNKNOWN, habit.usual, jnp.clip(expected, 0.0, 1.0))
+    return best_size(jnp.where(running[:, None], expected, 0.0), running.sum(), times)
 
 
 def probe(habit: Habit, schedule: Adaptive) -> jax.Array:
@@ -273,6 +277,7 @@ def learn(
     habit: Habit,
     tree: DraftTree,
     fresh: jax.Array,
+    old: jax.Array,
     accepted: jax.Array,
     running: jax.Array,
     chosen: jax.Array,
@@ -282,6 +287,7 @@ def learn(
     Args:
       tree: what of the draft was verified.
       fresh: [B, N - 1], `foresee` of the whole draft.
+      old: [B, N - 1], what `choose_size` saw instead.
       accepted: [B] int32, drafted tokens that were decided.
       chosen: bool, whether the draft was expected to pay.
     """
@@ -291,8 +297,12 @@ def learn(
     believed = jnp.where(verified, survival(tree), 0.0)[..., None] * at_depth
     happened = (accepted[:, None] >= depth) & running[:, None]
     mean = jnp.where(running[:, None], fresh, 0.0).sum(0) / jnp.maximum(running.sum(), 1)
+    known = running[:, None] & (old != UNKNOWN)
+    unlike = jnp.where(known, old - habit.usual, 0.0)
     return dataclasses.replace(
         habit,
+        varied=MEMORY * habit.varied + jnp.sum(unlike**2),
+        lasted=MEMORY * habit.lasted + jnp.sum(unlike * (fresh - habit.usual)),
         usual=0.9 * habit.usual + 0.1 * mean,
         foretold=MEMORY * habit.foretold + believed.sum((0, 1)),
         happened=MEMORY * habit.happened + happened.sum(0),
