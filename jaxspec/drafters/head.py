@@ -226,7 +226,7 @@ class DraftHead(nnx.Module):
         if candidates is None:
             scores = project("...r,vr->...v", latent, rows)
             return scores if replaces else base + scores
-        scores = project("bnr,bcr->bnc", latent, rows[candidates])
+        scores = project("bnr,bcr->bnc", latent, lookup(rows, candidates))
         return scores if replaces else base[:, None] + scores
 
     def confidence_logits(self, stream: jax.Array, previous: jax.Array) -> jax.Array:

@@ -49,7 +49,9 @@ def tree_attention_xla(
     def attend(carry, keys, values, spec, mask):
         """One more part of the softmax; mask [B, N or 1, its keys]."""
         peak, total, out = carry
-        s = scale * jnp.einsum(f"bkrd,{spec}->bkrs", rows, keys, preferred_element_type=jnp.float32)
+        s = scale * jnp.einsum(
+            f"bkrd,{spec}->bkrs", rows, keys, preferred_element_type=jnp.float32
+        )
         mask = jnp.repeat(mask, group, axis=1) if mask.shape[1] == n else mask
         s = jnp.where(mask[:, None], s, -jnp.inf)
         higher = jnp.maximum(peak, s.max(-1, keepdims=True))

@@ -25,7 +25,7 @@ from tests.serving import engines
 def prepared(drafter, batch=2, capacity=None, dtype="float32"):
     """decoder, params and requests of a small batch, on the device."""
     target = tiny.target()
-    params = jax.tree.map(lambda x: x.astype(dtype), target.params)
+    params = narrowed(target.params, dtype)
     decoder, params = bind(dataclasses.replace(target, params=params), drafter, None)
     requests = pack(
         decoder,
@@ -38,6 +38,15 @@ def prepared(drafter, batch=2, capacity=None, dtype="float32"):
         keys=request_keys(0, batch),
     )
     return decoder, params, jax.device_put(requests)
+
+
+def kind(value):
+    return value if isinstance(value, str) else type(value.drafter).__name__
+
+
+def narrowed(params, dtype):
+    narrow = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+    return jax.tree.map(narrow, params)
 
 
 def test_one_compilation_for_all_prompts_lengths_temperatures_and_budgets():
@@ -144,15 +153,20 @@ def test_no_copy_of_a_cache_in_served_rounds(drafter, served, batch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("drafter", [PLAIN, tiny.RANDOM], ids=["plain", "random"])
+@pytest.mark.parametrize(
+    "drafter", [PLAIN, tiny.RANDOM, "dspark", "rnn", "treeflash"], ids=kind
+)
 def test_no_copy_of_a_weight(drafter, dtype):
     """Neither in a round nor before the first: XLA moves work on weights in front of loops."""
+    if isinstance(drafter, str):
+        drafter = cases.loaded(drafter, TreeConfig("path_conditioned", size=8, candidates=6))
+    drafter = dataclasses.replace(drafter, params=narrowed(drafter.params, dtype))
     decoder, params, requests = prepared(drafter, batch=5, dtype=dtype)
     state = jax.eval_shape(prefill, decoder, params, requests)
     text = (
         decode.lower(decoder, params, state, requests.sampling, np.int32(1)).compile().as_text()
     )
-    weights = [w for w in jax.tree.leaves(params.target) if w.ndim > 1]
+    weights = [w for w in jax.tree.leaves(params) if w.ndim > 1 and w.size > 100]  # no biases
     shapes = {",".join(map(str, w.shape[::way])) for w in weights for way in (1, -1)}
     parts = [part for part in text.split("\n\n") if not part.lstrip().startswith("%fused")]
     made = re.findall(
