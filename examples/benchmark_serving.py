@@ -63,7 +63,7 @@ class Benchmark:
     """JSON lines; the first `--count` of each. By default a few questions of our own."""
     count: int = 8
     users: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    turns: int = 2
+    turns: int = 3
     """Of every way at every load; medians of them are reported, and their spread."""
     requests_per_user: int = 2
     """In one turn."""
@@ -74,6 +74,8 @@ class Benchmark:
     trees: tuple[int, ...] = (8, 16)
     """Nodes per row of the fixed trees; the largest is the most of an adaptive row."""
     max_nodes: int = 128
+    rounds: int = 4
+    """Between two looks of the host, in every way."""
     room: int = 256
     simulate: bool = False
 
@@ -131,6 +133,7 @@ def engines(options: Benchmark, target) -> Iterator[tuple[str, Engine]]:
             schedule=schedule,
             budget=budget,
             max_nodes=options.max_nodes,
+            rounds=options.rounds,
         )
         return Engine(target, drafter, config)
 

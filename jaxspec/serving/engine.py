@@ -148,7 +148,7 @@ class Engine:
         self._batch = self._programs.empty(1)
 
     def step(self) -> list[Update]:
-        """One turn: cancellations, prompt chunks for as long as a burst takes, a burst of rounds.
+        """One turn: cancellations, prompt chunks (as long as a burst takes), a burst of rounds.
 
         Running rows so wait for prompts half of the time at most, or for one chunk.
 
