@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,26 +124,24 @@ def setup_of(
     }
 
 
+def take_turn(state: Any, steps: Sequence[Callable[[Any], Any]]) -> tuple[Any, list[float]]:
+    """Runs each `state = step(state)`; the last state, and the seconds of every step."""
+    state, seconds = jax.block_until_ready(state), []
+    for step in steps:
+        began = time.perf_counter()
+        state = jax.block_until_ready(step(state))
+        seconds.append(time.perf_counter() - began)
+    return state, seconds
+
+
 def measure(
-    steps: Sequence[Callable[[Any], Any]], fresh: Callable[[], Any], repeats: int
-) -> tuple[Any, list[float] | None]:
-    """Runs each `state = step(state)` once to compile it, then all in turns, `repeats` times.
+    turns: Mapping[int, Callable[[], Sequence[float]]], repeats: int
+) -> dict[int, list[float]]:
+    """Seconds of the steps that each of `turns` runs, all turns `repeats` times over.
 
-    In turns, so that a machine that is slower for a while is so for all; of each the fastest
-    counts, as what else a machine does only adds to a time.
-
-    Args:
-      fresh: makes the state that a turn begins with.
-
-    Returns:
-      The last state, and the seconds of every step; None when they were not repeated.
+    Of each step the fastest counts, as what else a machine does only adds to a time; and as
+    its repeats lie far apart, a machine that is slower for a while does not spoil one curve
+    and leave the next as it is.
     """
-    turns = []
-    for _ in range(1 + repeats):
-        state, seconds = jax.block_until_ready(fresh()), []
-        for step in steps:
-            began = time.perf_counter()
-            state = jax.block_until_ready(step(state))
-            seconds.append(time.perf_counter() - began)
-        turns.append(seconds)
-    return state, np.min(turns[1:], axis=0).tolist() if repeats else None
+    found = [{name: turn() for name, turn in turns.items()} for _ in range(repeats)]
+    return {name: np.min([own[name] for own in found], axis=0).tolist() for name in turns}

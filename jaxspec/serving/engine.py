@@ -134,15 +134,14 @@ class Engine:
         """What step times depend on; a stored curve must have been measured for the same."""
         return self._programs.setup()
 
-    def warm_up(self, *, repeats: int = 5) -> None:
+    def warm_up(self, *, repeats: int = 10) -> None:
         """Compiles every program and, for an adaptive schedule without one, measures the curve.
 
         Nothing is compiled after it.
         """
-        missing = self._times is None
-        seconds = self._programs.compile(repeats if missing else 0)
-        if missing:
-            self.curve = Curve(self.setup(), seconds)
+        self._programs.compile()
+        if self._times is None:
+            self.curve = Curve(self.setup(), self._programs.measure(repeats))
             self.curve.check(self.setup())
             self._times = self._staircases(self.curve)
         self._batch = self._programs.empty(1)

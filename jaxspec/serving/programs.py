@@ -22,7 +22,7 @@ from jaxspec.decoding.schedule import (
 )
 from jaxspec.generation import LoadedDrafter, Target, bind, request_keys
 from jaxspec.serving.config import EngineConfig
-from jaxspec.serving.curve import measure, setup_of
+from jaxspec.serving.curve import measure, setup_of, take_turn
 from jaxspec.serving.requests import Request
 from jaxspec.serving.rows import (
     begin_prompt,
@@ -117,22 +117,10 @@ class Programs:
             sizes=self.sizes[batch.state.length.shape[0]],
         )
 
-    def compile(self, repeats: int = 0) -> dict[int, list[float] | None]:
-        """Runs every program once, a round of every size `repeats` times more.
-
-        Returns:
-          Seconds of a round (`curve.measure`), by number of rows and size.
-        """
-        seconds: dict[int, list[float] | None] = {}
-
-        def step(times):
-            return lambda state: self.decode(*state, times, 1)
-
-        for rows, sizes in self.sizes.items():
-            count = len(sizes) if self.adaptive else 1
-            steps = [step(only(sizes, size)) for size in range(count)]
-            fresh = lambda rows=rows: (self._half_full(rows), self.habit())  # noqa: E731
-            (batch, _), seconds[rows] = measure(steps, fresh, repeats)
+    def compile(self) -> None:
+        """Runs every program once."""
+        for rows in self.sizes:
+            (batch, _), _ = self._turn(rows)
             recent_tokens(batch, np.zeros(rows, np.int32), width=self.width)
             batch = place(stop_rows(batch, np.ones(rows, bool)), self.empty(1), np.int32(0))
             bucket = self.buckets.index(rows)
@@ -140,7 +128,22 @@ class Programs:
                 move_rows(batch, np.zeros(other, np.int32))
         requests = self.pack(Request((0,), 1))
         self.end_prompt(requests, self.run_chunk(requests, 0, self.begin_prompt()))
-        return seconds
+
+    def measure(self, repeats: int) -> dict[int, list[float]]:
+        """Seconds of a round by number of rows and size (`curve.measure`), once compiled."""
+        turns = {rows: lambda rows=rows: self._turn(rows)[1] for rows in self.sizes}
+        return measure(turns, repeats)
+
+    def _turn(self, rows: int):
+        """`take_turn`: one round of every size that the schedule may choose."""
+        sizes = self.sizes[rows]
+
+        def step(size):
+            times = only(sizes, size)
+            return lambda state: self.decode(*state, times, 1)
+
+        count = len(sizes) if self.adaptive else 1
+        return take_turn((self._half_full(rows), self.habit()), [step(i) for i in range(count)])
 
     def _half_full(self, rows: int) -> Batch:
         batch = self.empty(rows)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxspec.serving.curve import Curve, measure
+from jaxspec.serving.curve import Curve, measure, take_turn
 
 SETUP = {
     "target": "tiny",
@@ -60,13 +60,17 @@ def test_other_files_are_refused(tmp_path, text):
         Curve.load(tmp_path / "absent.json")
 
 
-def test_measuring_takes_turns_and_does_not_count_the_first():
-    ran = []
-
-    def step(name):
-        return lambda state: ran.append(name) or state + name
-
-    state, seconds = measure([step("a"), step("b")], lambda: "", 2)
-    assert ran == ["a", "b"] * 3 and state == "ab"
+def test_a_turn_runs_its_steps_in_order():
+    state, seconds = take_turn("", [lambda state: state + "a", lambda state: state + "b"])
+    assert state == "ab"
     assert len(seconds) == 2 and min(seconds) > 0
-    assert measure([step("a")], lambda: "", 0) == ("a", None)
+
+
+def test_measuring_takes_turns_of_which_the_fastest_step_counts():
+    ran, seconds = [], {1: iter([[3.0, 5.0], [4.0, 2.0]]), 2: iter([[7.0], [6.0]])}
+
+    def turn(rows):
+        return lambda: ran.append(rows) or next(seconds[rows])
+
+    assert measure({1: turn(1), 2: turn(2)}, 2) == {1: [3.0, 2.0], 2: [6.0]}
+    assert ran == [1, 2] * 2

@@ -238,9 +238,10 @@ def test_the_engine_holds_the_cache_it_says():
 
 
 def test_a_missing_curve_is_measured_and_can_be_given_again(tmp_path, monkeypatch):
-    def measured(steps, fresh, repeats):
-        assert len(steps) == 2 and repeats == 2
-        return steps[1](steps[0](fresh())), [0.01, 0.03]
+    def measured(turns, repeats):
+        assert list(turns) == [1] and repeats == 2
+        assert len(turns[1]()) == 2
+        return {1: [0.01, 0.03]}
 
     monkeypatch.setattr(programs, "measure", measured)
     config = EngineConfig(slots=1, room=60, chunk=16, max_nodes=2, schedule=Adaptive())
