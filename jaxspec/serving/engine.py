@@ -26,7 +26,7 @@ from jaxspec.serving.programs import Programs, only
 from jaxspec.serving.requests import Finish, QueueFull, Request, Update
 from jaxspec.serving.rows import move_rows, place, recent_tokens, stop_rows
 
-SHRINK_AFTER = 8  # steps with too many rows
+SHRINK_AFTER = 8  # rounds with too many rows
 
 
 @dataclasses.dataclass
@@ -90,7 +90,7 @@ class Engine:
         self._rows: list[_Running | None] = [None]
         self._batch: Batch | None = None
         self._habit = self._programs.habit()
-        self._idle_rows = 0
+        self._idle_rounds = 0
         self._burst_seconds = 0.0
         self.rounds_by_size = [0] * MAX_SIZES
 
@@ -311,12 +311,12 @@ class Engine:
         smaller = [rows for rows in self._programs.buckets if rows < len(self._rows)]
         running = sum(row is not None for row in self._rows)
         if not smaller or running > smaller[-1] or self._prompt is not None:
-            self._idle_rows = 0
+            self._idle_rounds = 0
             return
-        self._idle_rows += 1
-        if self._idle_rows > SHRINK_AFTER or not running:
+        self._idle_rounds += self.config.rounds
+        if self._idle_rounds > SHRINK_AFTER or not running:
             self._resize(smaller[-1])
-            self._idle_rows = 0
+            self._idle_rounds = 0
 
     def _resize(self, rows: int) -> None:
         taken = [i for i, row in enumerate(self._rows) if row is not None]
