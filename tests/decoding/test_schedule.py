@@ -14,6 +14,7 @@ from jaxspec.decoding.schedule import (
     init_habit,
     learn,
     probe,
+    push,
 )
 from jaxspec.trees.tree import chain
 
@@ -59,3 +60,10 @@ def test_an_old_survival_counts_as_much_as_such_ones_did(lasted, size):
     for old, expected in (([0.9, 0.8, 0.7], size), ([UNKNOWN] * 3, 0)):
         chosen = choose_size(jnp.array([old]), habit, jnp.array([True]), times)
         assert int(chosen) == expected
+
+
+def test_survivals_are_forgotten_once_they_are_older_than_their_age():
+    survivals = jnp.array([[[0.9], [0.8]]])  # the last round's, and the one's before
+    once = push(survivals, jnp.array([[UNKNOWN]]))
+    assert once.tolist() == [[[UNKNOWN], [jnp.float32(0.9)]]]
+    assert push(once, jnp.array([[UNKNOWN]])).tolist() == [[[UNKNOWN], [UNKNOWN]]]

@@ -1,6 +1,7 @@
 """Continuous batching: every request gets what it gets alone, and nothing is left behind."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -84,7 +85,13 @@ def test_requests_that_arrive_late_change_nothing():
     assert [tokens(found[i]) for i in ids] == [alone(r) for r in asked]
 
 
-def test_prompts_run_in_chunks_between_rounds():
+@pytest.fixture
+def still_clock(monkeypatch):
+    """No burst of rounds takes any time."""
+    monkeypatch.setattr("jaxspec.serving.engine.time", SimpleNamespace(perf_counter=lambda: 0.0))
+
+
+def test_prompts_run_in_chunks_between_rounds(still_clock):
     """While a long prompt is run, a decoding row gets tokens at every step."""
     engine = warm()
     short = engine.submit(Request((1, 2), 40))
@@ -97,6 +104,18 @@ def test_prompts_run_in_chunks_between_rounds():
     assert len(seen) == 4  # 50 tokens in chunks of 16
     assert all(any(u.id == short and u.tokens for u in step) for step in seen)
     drain(engine)
+
+
+def test_prompts_may_take_as_long_as_the_last_rounds_did(still_clock):
+    engine = warm()
+    asked = [Request(tuple(prompt), 4) for prompt in tiny.prompts(50, 40, 30, 20, 10)]
+    ids = [engine.submit(request) for request in asked]
+    engine._burst_seconds = 1.0
+    found = {update.id: [update] for update in engine.step()}
+    assert len(engine._rows) == 4 and all(engine._rows)
+    assert engine.waiting == 0 and engine._prompt.batch is not None  # the fifth has no row
+    drain(engine, found)
+    assert len(found) == len(ids)
 
 
 def test_a_request_alone_has_a_batch_of_one_row():
