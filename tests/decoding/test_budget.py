@@ -16,7 +16,7 @@ from jaxspec.decoding import budget, schedule
 from jaxspec.decoding.accept import accept
 from jaxspec.decoding.budget import StepTimes, survival
 from jaxspec.decoding.round import Draft
-from jaxspec.decoding.schedule import UNKNOWN, Adaptive, init_habit
+from jaxspec.decoding.schedule import UNKNOWN, init_habit
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
 from jaxspec.trees.tree import DraftTree, ancestors, chain
 
@@ -146,14 +146,15 @@ def by_engine(survivals, older, times):
         usual=jnp.array([0.7, 0.5, 0.2]),
         foretold=jnp.array([20.0, 12.0, 3.0]),
         happened=jnp.array([14.0, 12.0, 6.0]),
+        lasted=jnp.float32(0.95),
     )
     running = jnp.ones(2, bool)
 
     def one(s, drafts):
         tree = chain(drafts[:, 0], drafts, jnp.full(2, DEPTH), jnp.log(conditional(s)))
         fresh = schedule.foresee(tree, habit)
-        past = fresh[:, None] if older is None else older
-        size = schedule.choose_size(past, habit, running, times, Adaptive(past.shape[1]))
+        past = fresh if older is None else older[:, -1]
+        size = schedule.choose_size(past, habit, running, times)
         return schedule.keep(fresh, running, size, times)
 
     return jax.vmap(one)(survivals, jnp.array(PAIRS))

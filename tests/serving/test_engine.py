@@ -88,7 +88,9 @@ def test_requests_that_arrive_late_change_nothing():
 @pytest.fixture
 def still_clock(monkeypatch):
     """No burst of rounds takes any time."""
-    monkeypatch.setattr("jaxspec.serving.engine.time", SimpleNamespace(perf_counter=lambda: 0.0))
+    monkeypatch.setattr(
+        "jaxspec.serving.engine.time", SimpleNamespace(perf_counter=lambda: 0.0)
+    )
 
 
 def test_prompts_run_in_chunks_between_rounds(still_clock):
