@@ -22,7 +22,8 @@ class EngineConfig:
       schedule: `Fixed` or `Adaptive`; None is adaptive where there is something to draft.
       budget: nodes per row, root included, with a fixed schedule; the whole tree if None.
       max_nodes: of all rows in one round, with an adaptive schedule.
-      chunk: prompt tokens run between two bursts of rounds.
+      chunk: prompt tokens of one forward; between two bursts of rounds prompts have as many as
+        take as long as a burst, and at least one.
       rounds: of a burst, after which tokens are given out.
       rejection: see `jaxspec.generate`.
     """
