@@ -86,8 +86,8 @@ class Habit:
         probabilities, and how many were accepted. Their ratio corrects what drafters that are
         not calibrated believe.
       varied, lasted: float32, by how much drafts' survivals differed from the usual ones,
-        squared, and how much of that the same row's next drafts shared: their ratio says what
-        an old survival still tells.
+        squared, and how much of that the same row's drafts still shared when they informed a
+        choice: their ratio says what an old survival tells.
       idle: int32, rounds since the last draft.
       probes: int32, drafts in a row that no size was chosen for.
       rounds: [MAX_SIZES] int32, rounds of every size so far.

@@ -23,7 +23,15 @@ from jaxspec.config import DrafterConfig
 from jaxspec.drafters.confidence import Confidence
 from jaxspec.drafters.sequential import HEADS, ones, weight
 from jaxspec.models.cache import KVRows
-from jaxspec.models.layers import lookup, project, rms_norm, rotary_angles, rotate, swiglu
+from jaxspec.models.layers import (
+    lookup,
+    lookup_whole,
+    project,
+    rms_norm,
+    rotary_angles,
+    rotate,
+    swiglu,
+)
 
 # attend(layer, q [..., b, H, D], k [..., b, K, D], v [..., b, K, D]) -> [..., b, H, D]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -226,7 +234,8 @@ class DraftHead(nnx.Module):
         if candidates is None:
             scores = project("...r,vr->...v", latent, rows)
             return scores if replaces else base + scores
-        scores = project("bnr,bcr->bnc", latent, lookup(rows, candidates))
+        found = (lookup if replaces else lookup_whole)(rows, candidates)
+        scores = project("bnr,bcr->bnc", latent, found)
         return scores if replaces else base[:, None] + scores
 
     def confidence_logits(self, stream: jax.Array, previous: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxspec.config import DrafterConfig
-from jaxspec.models.layers import lookup, project, rms_norm
+from jaxspec.models.layers import lookup_whole, project, rms_norm
 
 
 class Markov(nnx.Module):
@@ -35,7 +35,7 @@ class Markov(nnx.Module):
 
     def embed(self, previous: jax.Array) -> jax.Array:
         """W1[previous], float32 [..., R]."""
-        return lookup(self.previous[...], previous)
+        return lookup_whole(self.previous[...], previous)
 
     def advance(self, hidden: jax.Array, previous: jax.Array, state):
         """One slot: hidden [..., M], previous [...] -> (latent [..., R], state)."""

@@ -65,8 +65,7 @@ def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
     """
     axes, mesh = cut_axes(), jax.sharding.get_abstract_mesh()
     if not axes or table.shape[0] % math.prod(mesh.shape[name] for name in axes):
-        rows = lambda index, table: table[index].astype(jnp.float32)  # noqa: E731
-        return _where_it_stands(rows, index, table)
+        return lookup_whole(table, index)
 
     def of_this_device(table, index):
         own = index - jax.lax.axis_index(axes) * table.shape[0]
@@ -78,6 +77,12 @@ def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
     return jax.shard_map(
         of_this_device, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
     )(table, index)
+
+
+def lookup_whole(table: jax.Array, index: jax.Array) -> jax.Array:
+    """`lookup` in a table that every device has whole: nothing is joined."""
+    rows = lambda index, table: table[index].astype(jnp.float32)  # noqa: E731
+    return _where_it_stands(rows, index, table)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

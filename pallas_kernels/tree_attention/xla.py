@@ -47,7 +47,7 @@ def tree_attention_xla(
     oldest = jnp.zeros_like(position) if window is None else position - window + 1
 
     def attend(carry, keys, values, spec, mask):
-        """One more part of the softmax; mask [B, N or 1, its keys]."""
+        """One more part of the softmax; mask [B, N, its keys], or N = 1: all see the same."""
         peak, total, out = carry
         s = scale * jnp.einsum(
             f"bkrd,{spec}->bkrs", rows, keys, preferred_element_type=jnp.float32
