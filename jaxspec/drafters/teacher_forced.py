@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxspec.config import DrafterConfig
 from jaxspec.drafters.head import DraftHead, Vocabulary
+from jaxspec.models.layers import product
 
 
 @jax.tree_util.register_dataclass
@@ -150,9 +151,6 @@ def _attend(config: DrafterConfig, q, k, v, context_keys, context_values, anchor
         oldest = anchors[..., None] + slot - config.window + 1  # [B, A, b]
         before = before & (jnp.arange(length) >= oldest[..., None])
         within = within & (slot > slot[:, None] - config.window)
-
-    def product(spec, x, y):
-        return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
     def scores(spec, keys, mask):
         masked = jnp.where(mask[..., None, None, :, :], product(spec, q, keys), -jnp.inf)

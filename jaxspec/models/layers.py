@@ -3,6 +3,7 @@ operands in the weights' dtype and accumulate in float32."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -25,12 +26,36 @@ def project(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     if single:
         x = jnp.repeat(x, 2, axis=-2)
 
-    def product(x, weight):
-        return jnp.einsum(spec, x, weight, preferred_element_type=jnp.float32)
-
     turned = others[-1] in letters  # the weight's last axis is contracted
-    out = _where_it_stands(product, x, weight) if turned else product(x, weight)
+    einsum = functools.partial(product, spec)
+    out = _where_it_stands(einsum, x, weight) if turned else einsum(x, weight)
     return jax.lax.slice_in_dim(out, 0, 1, axis=x.ndim - 2) if single else out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """einsum of operands of one dtype, float32 result.
+
+    Differentiated, its slope is rounded to that dtype too. JAX's own rule multiplies a float32
+    slope with narrow operands, which are then widened: half as fast on CPUs, less on GPUs.
+    """
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+def _product_forward(spec, x, y):
+    return product(spec, x, y), (x, y)
+
+
+def _product_backward(spec, operands, slope):
+    x, y = operands
+    (left, right), out = spec.split("->")[0].split(","), spec.split("->")[1]
+    slope = slope.astype(x.dtype)
+    dx = product(f"{out},{right}->{left}", slope, y)
+    dy = product(f"{out},{left}->{right}", slope, x)
+    return dx.astype(x.dtype), dy.astype(y.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 def _where_it_stands(function, x: jax.Array, weight: jax.Array) -> jax.Array:
