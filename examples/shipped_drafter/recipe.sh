@@ -5,8 +5,8 @@
 #   examples/shipped_drafter/recipe.sh [FOLDER] [KIND…]
 #
 # FOLDER is out/shipped by default; the kinds are those of `options` below, all by default.
-# Settings from the environment: STEPS, SEED, DRAFT_VOCAB, and PROMPTS, the folder of evaluation
-# prompts.
+# Settings from the environment: STEPS, SEED, DRAFT_VOCAB, COUNT (evaluation prompts per set), and
+# PROMPTS, their folder.
 # Needs: pip install -e '.[data,plots]'
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -44,25 +44,30 @@ jaxspec overlap --data "$out/data.jsonl" --prompts "$prompts"/*.jsonl
 
 kinds=("$@")
 [ ${#kinds[@]} -gt 0 ] || kinds=(dflash jetspec markov rnn treeflash ours)
-decoders=(lookup=ngram,budget=16)
+mkdir -p "$out/evaluation"
 for kind in "${kinds[@]}"; do
   run=$out/$kind-$seed
   # shellcheck disable=SC2046
-  jaxspec train --data "$out/data.jsonl" --features "$out/features" --output "$run" \
-    $(options "$kind") --layers 2 --rank 64 --draft-vocab "$vocab" --dtype bfloat16 \
-    --cross-entropy 0.1 --total-variation 0.9 --kl 0 --weighting exponential \
-    --max-length 384 --batch-size 8 --anchors 24 --learning-rate 3e-3 \
-    --steps "$steps" --checkpoint-every 200 --seed "$seed"
-  decoders+=("$kind chain=$run/drafter,tree=chain,budget=8")
-  decoders+=("$kind marginal=$run/drafter,tree=top_budget,head=none,budget=16")
-  case $kind in markov | rnn | treeflash | ours)
-    decoders+=("$kind path=$run/drafter,tree=path_conditioned,budget=16")
-    decoders+=("$kind path and lookup=$run/drafter+ngram,tree=path_conditioned,budget=16") ;;
-  esac
-done
+  [ -s "$run/drafter/config.json" ] ||
+    jaxspec train --data "$out/data.jsonl" --features "$out/features" --output "$run" \
+      $(options "$kind") --layers 2 --rank 64 --draft-vocab "$vocab" --dtype bfloat16 \
+      --cross-entropy 0.1 --total-variation 0.9 --kl 0 --weighting exponential \
+      --max-length 384 --batch-size 8 --anchors 24 --learning-rate 3e-3 \
+      --steps "$steps" --checkpoint-every 100 --seed "$seed"
 
-[ -s "$out/evaluation.jsonl" ] ||
+  decoders=()
+  decoder() { decoders+=("$kind $1=$run/drafter$3,tree=$2,budget=16"); }
+  decoder chain chain ""
+  decoder top_budget top_budget ,head=none # every depth scored alone, DDTree's and
+  decoder best_first best_first ,head=none # JetSpec's trees
+  case $kind in markov | treeflash) decoder transitions transitions "" ;; esac
+  case $kind in markov | rnn | treeflash | ours)
+    decoder path_conditioned path_conditioned ""
+    decoder lookup path_conditioned +ngram ;;
+  esac
   jaxspec evaluate --prompts "$prompts"/{gsm8k,math500,humaneval,mbpp,mt-bench}.jsonl \
-    --count 16 --tau-only --budgets 2 4 8 16 32 64 --temperatures 0 1 \
-    --decoders "${decoders[@]}" --output "$out/evaluation.jsonl"
-jaxspec report "$out/evaluation.jsonl" --output "$out/report"
+    --count "${COUNT:-16}" --tau-only --budgets 2 4 8 16 32 64 128 --temperatures 0 1 \
+    --decoders "${decoders[@]}" --output "$out/evaluation/$kind-$seed.jsonl" >/dev/null
+done
+"${PYTHON:-python}" examples/shipped_drafter/compare.py "$out/evaluation/"*-"$seed.jsonl" \
+  --output "$out/kinds.png"

@@ -78,13 +78,13 @@ def summary(view: View) -> str:
     return table(head, rows, left=2)
 
 
-def into(text: str, tables: str) -> str:
+def into(text: str, tables: str, marks: tuple[str, str] = MARKS) -> str:
     """A Markdown text with `tables` between its marks.
 
     Raises:
       ValueError: it does not have both marks, once each.
     """
-    begin, end = MARKS
+    begin, end = marks
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"expected one line {begin!r} and after it one line {end!r}")
     return text[: text.index(begin) + len(begin)] + f"\n{tables}\n" + text[text.index(end) :]

@@ -1,0 +1,161 @@
+"""Which of causal masking, sequential heads and conditioned trees moves tau, at equal training.
+
+Reads what `recipe.sh` measured, one file per kind of drafter, and draws the table, the ratios
+that answer the question, and a picture. Intervals are 95% bootstrap intervals over prompts;
+ratios are paired by prompt.
+
+    python examples/shipped_drafter/compare.py out/shipped/evaluation/*.jsonl --budget 16
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import tyro
+
+from jaxspec.evaluation import metrics as m
+from jaxspec.evaluation.plots import COLOURS, QUIET
+from jaxspec.evaluation.report import into, table
+from jaxspec.evaluation.results import read
+from jaxspec.evaluation.view import Line, View
+
+MARKS = "<!-- kinds -->", "<!-- end of kinds -->"
+TREES = ("chain", "top_budget", "best_first", "transitions", "path_conditioned", "lookup")
+KINDS = {
+    "dflash": "DFlash: slots see each other",
+    "jetspec": "JetSpec: causal slots",
+    "markov": "DSpark, Markov head",
+    "rnn": "DSpark, RNN head",
+    "treeflash": "TreeFlash, MLP head",
+    "ours": "causal slots, RNN head",
+}
+CONTRASTS = (  # what changes, and the two decoders whose ratio of tau says what it does
+    ("causal masking, chain", "jetspec chain", "dflash chain"),
+    ("causal masking, tree", "jetspec top_budget", "dflash top_budget"),
+    ("causal masking under an RNN, chain", "ours chain", "rnn chain"),
+    ("causal masking under an RNN, tree", "ours path_conditioned", "rnn path_conditioned"),
+    ("Markov head, chain", "markov chain", "dflash chain"),
+    ("RNN head, chain", "rnn chain", "dflash chain"),
+    ("MLP head, chain", "treeflash chain", "dflash chain"),
+    ("RNN in place of Markov, tree", "rnn path_conditioned", "markov path_conditioned"),
+    ("a tree, no head", "dflash top_budget", "dflash chain"),
+    ("a conditioned tree, Markov", "markov path_conditioned", "markov chain"),
+    ("a conditioned tree, RNN", "rnn path_conditioned", "rnn chain"),
+    ("its nodes conditioned, one drafter", "markov path_conditioned", "markov top_budget"),
+    ("head and conditioned nodes", "markov path_conditioned", "dflash top_budget"),
+    ("on the path, not a table", "treeflash path_conditioned", "treeflash transitions"),
+    ("lookup in the same tree", "markov lookup", "markov path_conditioned"),
+)
+
+Lines = dict[str, Line]  # by the decoder's name, "KIND TREE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    results: tyro.conf.Positional[tuple[Path, ...]]
+    """JSON lines of `python -m jaxspec evaluate`, decoders named "KIND TREE"."""
+    budget: int = 16
+    """Nodes per round of trees; chains have as many as their drafter's block."""
+    output: Path | None = None
+    """Picture (PNG)."""
+    into: Path | None = None
+    """Markdown file whose text between the lines `<!-- kinds -->` and `<!-- end of kinds -->`
+    is replaced; printed if left out."""
+
+    def run(self) -> int:
+        view = View([row for path in self.results for row in read(path)])
+        found = {t: chosen(view, t, self.budget) for t in view.temperatures}
+        if not any(found.values()):
+            raise ValueError(f"no walk with budget {self.budget} in the given files")
+        text = "\n\n".join(
+            f"{taus(lines, self.budget, t)}\n\n{contrasts(lines)}" for t, lines in found.items()
+        )
+        if self.into is None:
+            print(text)
+        else:
+            document = self.into.read_text(encoding="utf-8")
+            self.into.write_text(into(document, text, MARKS), encoding="utf-8")
+        if self.output is not None:
+            picture(found, self.budget).savefig(self.output, dpi=150, facecolor="white")
+        return 0
+
+
+def chosen(view: View, temperature: float, budget: int) -> Lines:
+    lines = view.select("walk", temperature)
+    return {line.label.decoder: line for line in lines if line.label.budget == budget}
+
+
+def taus(lines: Lines, budget: int, temperature: float) -> str:
+    trees = [tree for tree in TREES if any(f"{kind} {tree}" in lines for kind in KINDS)]
+    rows = [
+        [KINDS[kind], *(cell(lines, kind, tree) for tree in trees)] for kind in kinds(lines)
+    ]
+    head = [f"tokens per round, {budget} nodes, temperature {temperature:g}", *trees]
+    return table(head, rows, left=1)
+
+
+def cell(lines: Lines, kind: str, tree: str) -> str:
+    line = lines.get(f"{kind} {tree}")
+    return "" if line is None else f"{m.estimate(line.tau):.2f}"
+
+
+def kinds(lines: Lines) -> list[str]:
+    return [kind for kind in KINDS if f"{kind} chain" in lines]
+
+
+def contrasts(lines: Lines) -> str:
+    rows = [
+        [what, over, under, f"{m.estimate(lines[over].tau / lines[under].tau):.3f}"]
+        for what, over, under in CONTRASTS
+        if over in lines and under in lines
+    ]
+    return table(["what changes", "tau of", "over that of", "ratio [95%]"], rows, left=3)
+
+
+def picture(found: dict[float, Lines], budget: int):
+    """A panel per temperature: kinds side by side, a dot with its interval per tree."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.1 * len(found)), layout="constrained")
+    panels = figure.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, (temperature, lines) in zip(panels, found.items(), strict=True):
+        names = kinds(lines)
+        for i, (tree, colour) in enumerate(zip(TREES, COLOURS, strict=False)):
+            own = [
+                (place + 0.11 * (i - (len(TREES) - 1) / 2), m.estimate(line.tau))
+                for place, kind in enumerate(names)
+                if (line := lines.get(f"{kind} {tree}")) is not None
+            ]
+            if own:
+                x, found_taus = zip(*own, strict=True)
+                y = [e.value for e in found_taus]
+                below = [e.value - e.low for e in found_taus]
+                above = [e.high - e.value for e in found_taus]
+                look = dict(fmt="o", color=colour, ms=5, lw=1.4)
+                panel.errorbar(x, y, [below, above], label=tree, **look)
+        labels = [KINDS[kind].replace(", ", ",\n").replace(": ", ":\n") for kind in names]
+        panel.set_xticks(range(len(names)), labels)
+        panel.set_title(f"temperature {temperature:g}", loc="left", fontsize=10, color=QUIET)
+        panel.set_ylabel("tokens per round (tau)")
+        panel.grid(axis="y", color="#e3e7eb", lw=0.7)
+        panel.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.suptitle(
+        f"Kinds of drafter at equal training, {budget} nodes",
+        x=0.01,
+        ha="left",
+        fontweight="bold",
+    )
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(tyro.cli(Compare, description=__doc__).run())
+    except ValueError as error:
+        sys.exit(f"error: {error}")
