@@ -66,7 +66,7 @@ for kind in "${kinds[@]}"; do
     decoder lookup path_conditioned +ngram ;;
   esac
   jaxspec evaluate --prompts "$prompts"/{gsm8k,math500,humaneval,mbpp,mt-bench}.jsonl \
-    --count "${COUNT:-16}" --tau-only --budgets 2 4 8 16 32 64 128 --temperatures 0 1 \
+    --count "${COUNT:-16}" --tau-only --budgets 2 4 8 16 32 --temperatures 0 1 \
     --decoders "${decoders[@]}" --output "$out/evaluation/$kind-$seed.jsonl" >/dev/null
 done
 "${PYTHON:-python}" examples/shipped_drafter/compare.py "$out/evaluation/"*-"$seed.jsonl" \
