@@ -1,0 +1,59 @@
+"""`examples/shipped_drafter/compare.py`: the table that compares kinds of drafter."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxspec.evaluation import results
+
+SCRIPT = Path(__file__).parents[2] / "examples/shipped_drafter/compare.py"
+
+
+@pytest.fixture(scope="module")
+def compare():
+    spec = importlib.util.spec_from_file_location("compare_kinds", SCRIPT)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def files(tmp_path):
+    """DFlash commits 2 tokens in every round, JetSpec 2 or 3 alike: 1.25 times as many."""
+    committed = {"dflash": [[0, 0, 10], [0, 0, 20]], "jetspec": [[0, 0, 5, 5], [0, 0, 10, 10]]}
+    paths = []
+    for kind, rounds in committed.items():
+        paths.append(tmp_path / f"{kind}.jsonl")
+        for budget in (8, 16):
+            row = results.Rounds(
+                *("sums", 0.0, f"{kind} chain", f"run/{kind}", "chain", "own", "float32"),
+                *(budget, "walk", rounds, [80, 160], [25, 50]),
+            )
+            results.append(paths[-1], row)
+    return paths
+
+
+def test_contrasts_are_ratios_of_tau(compare, files, capsys):
+    assert compare.Compare(tuple(files)).run() == 0
+    text = capsys.readouterr().out
+    assert "| DFlash: slots see each other | 2.00 [2.00, 2.00] |" in text
+    assert "| JetSpec: causal slots | 2.50 [2.50, 2.50] |" in text
+    assert "| jetspec chain | dflash chain | 1.250 [1.250, 1.250] |" in text
+    assert "Markov" not in text  # was not measured
+
+
+def test_a_document_and_a_picture_are_drawn(compare, files, tmp_path):
+    document, picture = tmp_path / "README.md", tmp_path / "kinds.png"
+    begin, end = compare.MARKS
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    assert compare.Compare(tuple(files), output=picture, into=document).run() == 0
+    text = document.read_text()
+    assert text.startswith(f"before\n{begin}\n| tokens") and text.endswith(f"|\n{end}\nafter\n")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_budget_that_was_not_walked_is_refused(compare, files):
+    with pytest.raises(ValueError, match="no walk with budget 99"):
+        compare.Compare(tuple(files), budget=99).run()
