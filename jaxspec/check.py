@@ -122,7 +122,8 @@ def check(
     """
     if not isinstance(drafter.drafter, BlockDrafter):
         raise ValueError(
-            f"{type(drafter.drafter).__name__} cannot be checked; expected a trained drafter"
+            f"{type(drafter.drafter).__name__} cannot be checked; expected a trained drafter, "
+            "without +ngram"
         )
     config, params = drafter.drafter.config, drafter.params
     for text in texts:

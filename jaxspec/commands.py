@@ -66,7 +66,7 @@ class Plan:
     """Qwen3's hub name or preset, or a folder with a config.json."""
     drafter: str = "published"
     """published (DFlash's and JetSpec's proportions) | none | ngram | folder of a trained
-    drafter."""
+    drafter. The first and the last may be joined with prompt lookup: published+ngram."""
     tree: Literal["chain", "best_first", "top_budget", "path_conditioned", "transitions"] = (
         "best_first"
     )
@@ -115,6 +115,7 @@ class Plan:
         from jaxspec.drafters.block import BlockDrafter
         from jaxspec.drafters.ngram import PromptLookup
         from jaxspec.drafters.plain import Plain
+        from jaxspec.loading import LOOKUP_TOO, beside_lookup
         from jaxspec.planning import published_drafter
 
         size = 1 << (self.budget - 1).bit_length()
@@ -122,13 +123,16 @@ class Plan:
             return Plain()
         if self.drafter == "ngram":
             return PromptLookup(size=size)
-        if self.drafter == "published":
+        name = self.drafter.removesuffix(LOOKUP_TOO)
+        if name == "published":
             config = published_drafter(target)
         else:
             from checkpoints.drafters import read_drafter_config
 
-            config = read_drafter_config(self.drafter, target)
-        return BlockDrafter(config, TreeConfig(self.tree, size, self.width, self.candidates))
+            config = read_drafter_config(name, target)
+        tree = TreeConfig(self.tree, size, self.width, self.candidates)
+        drafter = BlockDrafter(config, tree)
+        return drafter if name == self.drafter else beside_lookup(drafter)
 
     def _row(self, plan) -> dict:
         from pallas_kernels.h100.target import MEMORY_BYTES

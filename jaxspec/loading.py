@@ -11,6 +11,9 @@ import jax
 import numpy as np
 
 from jaxspec.config import TreeConfig
+from jaxspec.drafters.base import Drafter
+from jaxspec.drafters.joined import Joined
+from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.generation import PLAIN, LoadedDrafter, Target
 from jaxspec.sharding import mesh_of, place
 
@@ -96,27 +99,26 @@ def load_drafter(
 
 
 def with_lookup(loaded: LoadedDrafter) -> LoadedDrafter:
-    """A drafter joined with prompt lookup, in trees of the same size.
+    """A drafter joined with prompt lookup (`beside_lookup`)."""
+    return LoadedDrafter(beside_lookup(loaded.drafter), (loaded.params, ()))
+
+
+def beside_lookup(drafter: Drafter) -> Joined:
+    """The static part of a drafter and prompt lookup in trees of the same size.
 
     Raises:
       ValueError: it drafts nothing, or is prompt lookup itself.
     """
-    from jaxspec.drafters.joined import Joined
-    from jaxspec.drafters.ngram import PromptLookup
-
-    drafter = loaded.drafter
     if drafter.size < 2 or isinstance(drafter, PromptLookup):
         raise ValueError(f"{drafter} has nothing to join with prompt lookup; leave +ngram out")
     lookup = PromptLookup(size=drafter.size, depth=min(drafter.size - 1, DEEPEST_MATCH))
-    return LoadedDrafter(Joined((drafter, lookup), drafter.size), (loaded.params, ()))
+    return Joined((drafter, lookup), drafter.size)
 
 
 def change_drafter(
     loaded: LoadedDrafter, change: Callable[[LoadedDrafter], LoadedDrafter]
 ) -> LoadedDrafter:
     """change(loaded); where prompt lookup is joined with a drafter, that drafter changes."""
-    from jaxspec.drafters.joined import Joined
-
     if not isinstance(loaded.drafter, Joined):
         return change(loaded)
     return with_lookup(change(LoadedDrafter(loaded.drafter.drafters[0], loaded.params[0])))
@@ -128,8 +130,6 @@ def _load_drafter(
     if spec == "none":
         return PLAIN
     if spec == "ngram":
-        from jaxspec.drafters.ngram import PromptLookup
-
         return LoadedDrafter(PromptLookup(size=tree.size) if tree else PromptLookup())
     if spec.startswith("small:"):
         from jaxspec.drafters.small_model import SmallModel

@@ -21,8 +21,9 @@ from jaxspec.decoding.requests import MAX_STOP_IDS
 from jaxspec.decoding.sampling import SamplingRows
 from jaxspec.decoding.state import DecodeState
 from jaxspec.drafters.base import Drafter
-from jaxspec.drafters.block import BlockDrafter, block_params
+from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params
 from jaxspec.drafters.head import abstract_weights
+from jaxspec.drafters.joined import Joined
 from jaxspec.models.params import MoeParams, TargetParams, abstract_params
 from jaxspec.sharding import MODEL, REST, shardings
 from pallas_kernels.h100.target import BYTES_PER_SECOND, FLOPS_PER_SECOND, MEMORY_BYTES
@@ -82,8 +83,10 @@ class Setup:
 
     @property
     def block(self) -> DrafterConfig | None:
-        """Of a drafter with weights."""
-        return self.drafter.config if isinstance(self.drafter, BlockDrafter) else None
+        """Of a drafter with weights, alone or joined with prompt lookup."""
+        joined = isinstance(self.drafter, Joined)
+        drafter = self.drafter.drafters[0] if joined else self.drafter
+        return drafter.config if isinstance(drafter, BlockDrafter) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +171,9 @@ def plan(setup: Setup, programs: tuple[str, ...] = PROGRAMS) -> Plan:
         "drafter state": _size(state.drafter),
         "other state": _size((rest, requests.sampling)) + 4,  # and the number of rounds
     }
-    repeated = _size(params.drafter.vocabulary) if setup.block else 0
+    is_block = lambda x: isinstance(x, BlockParams)  # noqa: E731
+    blocks = filter(is_block, jax.tree.leaves(params.drafter, is_leaf=is_block))
+    repeated = sum(_size(block.vocabulary) for block in blocks)
     known = Plan(setup, parts, repeated, {}, floors(setup))
     if not known.fits:
         return known
@@ -236,11 +241,15 @@ def abstract_arguments(
 ) -> tuple[Params, Requests, DecodeState]:
     """What `prefill` and `decode` take, as shapes placed on a mesh, in bfloat16."""
     target = abstract_params(decoder.config, DTYPE)
-    drafter: Any = ()
-    if isinstance(decoder.drafter, BlockDrafter):
-        weights = abstract_weights(decoder.drafter.config, DTYPE)
-        drafter = jax.eval_shape(block_params, weights, target)
-    params = Params(target, drafter)
+
+    def drafter_params(drafter: Drafter) -> Any:
+        if isinstance(drafter, Joined):
+            return tuple(map(drafter_params, drafter.drafters))
+        if not isinstance(drafter, BlockDrafter):
+            return ()
+        return jax.eval_shape(block_params, abstract_weights(drafter.config, DTYPE), target)
+
+    params = Params(target, drafter_params(decoder.drafter))
     requests = _abstract_requests(context, batch)
     state = jax.eval_shape(functools.partial(prefill, decoder), params, requests)
     return tuple(placed(mesh, tree) for tree in (params, requests, state))

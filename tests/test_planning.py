@@ -1,5 +1,6 @@
 """Plans: what fits where, from shapes; and against the compiled programs themselves."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from jaxspec.cli import main
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.plain import Plain
+from jaxspec.loading import beside_lookup
 from jaxspec.models.presets import PRESETS
 from jaxspec.planning import Setup, plan, published_drafter
 from pallas_kernels.h100.target import BYTES_PER_SECOND, MEMORY_BYTES
@@ -34,6 +36,15 @@ def test_the_vocabulary_that_a_drafter_shares_is_counted_once():
     assert with_drafter.repeated == 2 * 2 * 151_936 * 4096
     added = head + with_drafter.parts["drafter state"]
     assert with_drafter.state - alone.state == pytest.approx(added, abs=100)
+
+
+def test_prompt_lookup_joined_with_a_drafter_adds_no_weights():
+    alone = setup("qwen3-8b")
+    joined = dataclasses.replace(alone, drafter=beside_lookup(alone.drafter))
+    one, both = plan(alone, ()), plan(joined, ())
+    assert both.floors == one.floors and both.repeated == one.repeated > 0
+    assert both.parts["drafter weights"] == one.parts["drafter weights"]
+    assert one.state <= both.state < one.state + 10**6  # lookup keeps the row's tokens
 
 
 def test_a_plain_step_reads_every_weight_but_the_embedding_and_the_cache():

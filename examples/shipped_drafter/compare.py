@@ -1,10 +1,10 @@
 """Which of causal masking, sequential heads and conditioned trees moves tau, at equal training.
 
-Reads what `recipe.sh` measured, one file per kind of drafter, and draws the table, the ratios
-that answer the question, and a picture. Intervals are 95% bootstrap intervals over prompts;
+Reads what `recipe.sh` measured and draws the table, the ratios that answer the question, and a
+picture. Intervals are 95% bootstrap intervals over prompts;
 ratios are paired by prompt.
 
-    python examples/shipped_drafter/compare.py out/shipped/evaluation/*.jsonl --budget 16
+    python examples/shipped_drafter/compare.py out/shipped/kinds-0.jsonl --budget 16
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ jaxspec overlap --data "$out/data.jsonl" --prompts "$prompts"/*.jsonl
 
 kinds=("$@")
 [ ${#kinds[@]} -gt 0 ] || kinds=(dflash jetspec markov rnn treeflash ours)
-mkdir -p "$out/evaluation"
+decoders=()
 for kind in "${kinds[@]}"; do
   run=$out/$kind-$seed
   # shellcheck disable=SC2046
@@ -55,7 +55,6 @@ for kind in "${kinds[@]}"; do
       --max-length 384 --batch-size 8 --anchors 24 --learning-rate 3e-3 \
       --steps "$steps" --checkpoint-every 100 --seed "$seed"
 
-  decoders=()
   decoder() { decoders+=("$kind $1=$run/drafter$3,tree=$2,budget=16"); }
   decoder chain chain ""
   decoder top_budget top_budget ,head=none # every depth scored alone, DDTree's and
@@ -65,9 +64,9 @@ for kind in "${kinds[@]}"; do
     decoder path_conditioned path_conditioned ""
     decoder lookup path_conditioned +ngram ;;
   esac
-  jaxspec evaluate --prompts "$prompts"/{gsm8k,math500,humaneval,mbpp,mt-bench}.jsonl \
-    --count "${COUNT:-16}" --tau-only --budgets 2 4 8 16 32 --temperatures 0 1 \
-    --decoders "${decoders[@]}" --output "$out/evaluation/$kind-$seed.jsonl" >/dev/null
 done
-"${PYTHON:-python}" examples/shipped_drafter/compare.py "$out/evaluation/"*-"$seed.jsonl" \
-  --output "$out/kinds.png"
+results=$out/kinds-$seed.jsonl
+jaxspec evaluate --prompts "$prompts"/{gsm8k,math500,humaneval,mbpp,mt-bench}.jsonl \
+  --count "${COUNT:-8}" --tau-only --budgets 2 4 8 16 32 --temperatures 0 1 \
+  --decoders "${decoders[@]}" --output "$results" >/dev/null
+"${PYTHON:-python}" examples/shipped_drafter/compare.py "$results" --output "$out/kinds.png"
