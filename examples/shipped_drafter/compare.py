@@ -1,8 +1,7 @@
 """Which of causal masking, sequential heads and conditioned trees moves tau, at equal training.
 
 Reads what `recipe.sh` measured and draws the table, the ratios that answer the question, and a
-picture. Intervals are 95% bootstrap intervals over prompts;
-ratios are paired by prompt.
+picture. Intervals are 95% bootstrap intervals over prompts; ratios are paired by prompt.
 
     python examples/shipped_drafter/compare.py out/shipped/kinds-0.jsonl --budget 16
 """
