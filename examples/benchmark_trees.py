@@ -70,14 +70,13 @@ def whole_top_budget(logits, root, budget, size):
 @functools.partial(jax.jit, static_argnames="size")
 def whole_path_conditioned(logits, previous, output, root, budget, size):
     """With a Markov head: base + W2 W1[previous token]."""
-    rows = jnp.arange(logits.shape[0])[:, None]
 
-    def step(slot, state, tokens, candidates):
-        bias = jnp.einsum("bnr,bcr->bnc", previous[tokens], output[candidates])
-        return logits[rows, slot, candidates][:, None] + bias, state
+    def step(slot, state, tokens):
+        return logits[:, slot, None] + previous[tokens] @ output.T, state
 
+    depth = logits.shape[1]
     tree = path_conditioned(
-        logits, root, step, (), candidates=CANDIDATES, budget=budget, size=size
+        root, step, (), depth=depth, parents=CANDIDATES, budget=budget, size=size
     )
     return tree, ancestors(tree)
 

@@ -73,7 +73,7 @@ class Plan:
     width: int = 4
     """Children per expanded node (best_first) or per tabulated parent (transitions)."""
     candidates: int = 16
-    """Tokens re-scored per parent (path_conditioned), or parents per depth (transitions)."""
+    """Parents scored per depth (path_conditioned, transitions)."""
     budget: int = 64
     """Nodes verified per round, root included; rounded up to a power of two."""
     context: int = 4096

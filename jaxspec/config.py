@@ -83,8 +83,8 @@ class TreeConfig:
       size: N, nodes of the tree, root included; what is verified is padded to it. The budget
         of a row, an array, may be smaller.
       width: children per expanded node (`best_first`) or per tabulated parent (`transitions`).
-      candidates: tokens re-scored per parent (`path_conditioned`), or parents tabulated per
-        depth (`transitions`).
+      candidates: parents per depth whose children are scored, over the whole vocabulary
+        (`path_conditioned`, `transitions`).
     """
 
     kind: str = "chain"

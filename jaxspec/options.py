@@ -23,7 +23,7 @@ class DrafterOptions:
     budget: int = 8
     """Nodes verified per round, root included."""
     candidates: int = 16
-    """Tokens re-scored per parent (path_conditioned), or parents per depth (transitions)."""
+    """Parents scored per depth (path_conditioned, transitions)."""
     threshold: float = 0.0
     """End a chain before the first token whose confidence is below this."""
     survival: float = 0.0

@@ -111,9 +111,10 @@ class BlockDrafter:
     """DFlash, JetSpec, DSpark or TreeFlash, by `config`; the tree it grows, by `tree`.
 
     With a sequential head, `chain`, `best_first` and `top_budget` score along the head's own
-    greedy choices, `path_conditioned` re-scores every child given its actual ancestors, and
-    `transitions` (TreeFlash's) tabulates children for the `tree.candidates` likeliest parents
-    of every depth, `tree.width` each. Without one, depths are scored alone.
+    greedy choices, `path_conditioned` scores what follows the `tree.candidates` best nodes of
+    every depth given all of their ancestors, and `transitions` (TreeFlash's) tabulates
+    `tree.width` children of as many likely tokens of every depth. Without one, depths are
+    scored alone.
 
     The state is the `KVCache` of the context.
 
@@ -271,22 +272,21 @@ class BlockDrafter:
                 return nodes
             return jnp.where(slot == 0, nodes, vocabulary.ids(nodes))
 
-        def step(slot, state, nodes, candidates):
+        def step(slot, state, nodes):
             previous = ids(slot, nodes)
             latent, state = head.advance(vocabulary, stream[:, slot, None], previous, state)
-            scores = jnp.take_along_axis(base[:, slot], candidates, axis=1)
-            return head.correct(vocabulary, scores, latent, candidates), state
+            return head.correct(vocabulary, base[:, slot, None], latent), state
 
         def confidence(slot, state, nodes):
             logits = head.confidence_logits(stream[:, slot, None], ids(slot, nodes))
             return logits / jnp.broadcast_to(params.temperatures, (self.depth,))[slot]
 
         tree = path_conditioned(
-            base,
             anchor,
             step,
             head.sequential.initial_state((*anchor.shape, 1)),
-            candidates=min(self.tree.candidates, base.shape[-1]),
+            depth=self.depth,
+            parents=self.tree.candidates,
             budget=budget,
             size=self.tree.size,
             confidence=confidence if self.survival_scores else None,

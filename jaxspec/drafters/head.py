@@ -25,7 +25,6 @@ from jaxspec.drafters.sequential import HEADS, ones, weight
 from jaxspec.models.cache import KVRows
 from jaxspec.models.layers import (
     lookup,
-    lookup_whole,
     project,
     rms_norm,
     rotary_angles,
@@ -212,31 +211,16 @@ class DraftHead(nnx.Module):
         slots = (jnp.moveaxis(stream, -2, 0), jnp.moveaxis(previous, -1, 0))
         return jnp.moveaxis(jax.lax.scan(slot, state, slots)[1], 0, -2)
 
-    def correct(
-        self,
-        vocabulary: Vocabulary,
-        base: jax.Array,
-        latent: jax.Array,
-        candidates: jax.Array | None = None,
-    ) -> jax.Array:
-        """Logits given the previous token.
+    def correct(self, vocabulary: Vocabulary, base: jax.Array, latent: jax.Array) -> jax.Array:
+        """Logits given the previous token, float32 [..., V'].
 
         Args:
-          base: base logits [..., V'], or of the candidates alone, [B, C].
-          latent: [..., R or M]; [B, n, R or M] with candidates.
-          candidates: [B, C] int32: only these indices of the vocabulary are scored.
-
-        Returns:
-          float32 [..., V'], or [B, n, C].
+          base: base logits, that broadcast to the result.
+          latent: [..., R or M].
         """
-        replaces = self.config.sequential == "mlp"
-        rows = vocabulary.unembed if replaces else self.sequential.output[...]
-        if candidates is None:
-            scores = project("...r,vr->...v", latent, rows)
-            return scores if replaces else base + scores
-        found = (lookup if replaces else lookup_whole)(rows, candidates)
-        scores = project("bnr,bcr->bnc", latent, found)
-        return scores if replaces else base[:, None] + scores
+        if self.config.sequential == "mlp":
+            return project("...r,vr->...v", latent, vocabulary.unembed)
+        return base + project("...r,vr->...v", latent, self.sequential.output[...])
 
     def confidence_logits(self, stream: jax.Array, previous: jax.Array) -> jax.Array:
         """[...] of a stream [..., M] and the tokens before its slots [...]."""

@@ -15,16 +15,14 @@ from jaxspec.trees.tree import DraftTree
 # What a drafter's sequential head supplies, a pure function called inside a jit, n nodes at a
 # time, all at one depth:
 #
-#   step(slot, state, tokens [B, n], candidates [B, C]) -> (logits [B, n, C], state)
+#   step(slot, state, tokens [B, n]) -> (logits [B, n, V], state)
 #
 #   slot: traced int32, 0 … P - 1, the drafted position.
 #   state: pytree of [B, n, ...], what each node's path left behind before its own token.
 #   tokens: int32, each node's token, at the position before the slot (slot 0: the anchor).
-#   candidates: int32, the tokens that may follow, the same for every node of a row.
-#   logits: float32, the candidates' corrected logits given the node, on the scale of the base
-#     logits; without a head the base logits themselves.
+#   logits: float32, of the token that follows the node.
 #   the returned state: [B, n, ...], inherited by the node's children.
-Step = Callable[[jax.Array, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Step = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 
 # confidence(slot, state, tokens [B, n]) -> logits [B, n] of the probability that the target
 # follows the drafter's first choice after this node.
@@ -32,68 +30,61 @@ Confidence = Callable[[jax.Array, Any, jax.Array], jax.Array]
 
 
 def path_conditioned(
-    logits: jax.Array,
     root: jax.Array,
     step: Step,
     state: Any,
     *,
-    candidates: int,
+    depth: int,
+    parents: int,
     budget: jax.Array,
     size: int,
     confidence: Confidence | None = None,
 ) -> DraftTree:
     """The best paths when a child's probability depends on all tokens above it.
 
-    The children of every node of a level are the C likeliest tokens of the base logits,
-    scored by `step` for that node and normalised together with what the base distribution
-    leaves outside them, so that log-probs are exact when C = V. Work per level is nodes x C,
-    never nodes x V. Node i is the i-th best path: an exact best-first search over these scores.
+    The M best nodes of a level are expanded: `step` scores the whole vocabulary after each.
+    Node i is the i-th best path of those: an exact best-first search where M is N - 1, as no
+    level has more nodes that count. Work per level is M x V.
 
     With `confidence`, scores are the log of survival probabilities: the chance that the target
-    accepts the whole path. Let q be the corrected distribution after a node and c its
+    accepts the whole path. Let q be the drafter's distribution after a node and c its
     confidence. The drafter's first choice, argmax q, survives with probability c, as along
     DSpark's chains (spec/dspark.md §1.3). Any other child keeps q, scaled by (1 - c) / (1 -
     max q) where the children's total would exceed one. Where c = max q these are the log-probs.
 
     Args:
-      logits: [B, P, V], base logits; row p is for the token at depth p + 1.
       root: [B] int32, the anchor.
       step: see `Step`.
       state: pytree of [B, 1, ...], the root's; () for heads that remember nothing.
-      candidates: C, children considered per node; at most V.
+      depth: P, levels below the root.
+      parents: M.
       budget: [B] int32, nodes of each row, the root included.
       size: N, the budget's upper bound.
       confidence: see `Confidence`; calibrated if scores are to be compared between requests.
     """
-    batch, depth, vocab = logits.shape
-    frontier, width = size - 1, candidates
-    likely, base, log_total = top_logits(logits, width)  # [B, P, C], [B, P, C], [B, P]
-    if width == vocab:
-        outside = jnp.full_like(log_total, -jnp.inf)
-    else:
-        inside = jax.nn.logsumexp(base - log_total[..., None], axis=-1)
-        outside = log_total + _log1mexp(inside)
+    batch, frontier = root.shape[0], size - 1
+    expanded = min(parents, frontier)
+    rows = jnp.arange(batch)[:, None]
 
     def expand(slot, scores, nodes):
-        tokens, state = nodes
-        options = likely[:, slot]  # [B, C]
-        corrected, inherited = step(slot, state, tokens, options)
-        inside = jax.nn.logsumexp(corrected, axis=-1)
-        total = jnp.logaddexp(inside, outside[:, slot, None])
-        gain = corrected - total[..., None]  # [B, F, C]
+        tokens, state = jax.tree.map(lambda x: x[:, :expanded], nodes)  # the best come first
+        logits, inherited = step(slot, state, tokens)
+        width = min(frontier, logits.shape[-1])
+        likely, top, log_total = top_logits(logits, width)  # [B, M, K], [B, M, K], [B, M]
+        gain = top - log_total[..., None]
         if confidence is not None:
             gain = _survival(gain, confidence(slot, state, tokens))
+        gain = jnp.minimum(gain, 0.0).swapaxes(1, 2)  # [B, K, M]
+        found = (scores[:, None, :expanded] + gain).reshape(batch, -1)
+        missing = max(0, frontier - found.shape[1])
 
         def children(index):
-            rank, parents = index // frontier, index % frontier
-            tokens = jnp.take_along_axis(options, rank, axis=1)
-            state = jax.tree.map(lambda x: x[rows, parents], inherited)
-            return parents, tokens, (tokens, state)
+            rank, above = index // expanded, index % expanded
+            tokens = likely[rows, above, rank]
+            return above, tokens, (tokens, jax.tree.map(lambda x: x[rows, above], inherited))
 
-        gain = jnp.minimum(gain, 0.0).swapaxes(1, 2)  # [B, C, F]
-        return (scores[:, None] + gain).reshape(batch, -1), children
+        return jnp.pad(found, [(0, 0), (0, missing)], constant_values=-jnp.inf), children
 
-    rows = jnp.arange(batch)[:, None]
     start = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (batch, frontier, *x.shape[2:])), (root[:, None], state)
     )

@@ -56,12 +56,8 @@ def masked(monkeypatch):
     logits, correct = DraftHead.logits, DraftHead.correct
     mask = jnp.full(tiny.QWEN3.vocab_size, -jnp.inf).at[jnp.array(KEPT)].set(0.0)
 
-    def masked_correct(self, vocabulary, base, latent, candidates=None):
-        scores = correct(self, vocabulary, base, latent, candidates)
-        return scores + (mask if candidates is None else mask[candidates][:, None])
-
     monkeypatch.setattr(DraftHead, "logits", lambda *args: logits(*args) + mask)
-    monkeypatch.setattr(DraftHead, "correct", masked_correct)
+    monkeypatch.setattr(DraftHead, "correct", lambda *args: correct(*args) + mask)
 
 
 @pytest.mark.parametrize("kind", TREES)

@@ -1,4 +1,4 @@
-"""Sequential heads: step by step, teacher-forced, and on candidates alone."""
+"""Sequential heads: step by step, and teacher-forced."""
 
 import functools
 
@@ -14,19 +14,17 @@ heads = pytest.mark.parametrize("kind", ["dspark", "gated", "rnn", "treeflash"])
 
 
 @functools.partial(jax.jit, static_argnames="kind")
-def both_forms(kind, stream, previous, candidates):
+def both_forms(kind, stream, previous):
     head, vocabulary = bind(cases.KINDS[kind], cases.params(kind).head), cases.vocabulary()
     base = head.logits(vocabulary, stream)
     latents = head.teacher_forced(vocabulary, stream, previous)
     forced = head.correct(vocabulary, base, latents)
 
-    state, steps, some = head.sequential.initial_state(previous.shape[:1]), [], []
+    state, steps = head.sequential.initial_state(previous.shape[:1]), []
     for slot in range(previous.shape[1]):
         latent, state = head.advance(vocabulary, stream[:, slot], previous[:, slot], state)
         steps.append(head.correct(vocabulary, base[:, slot], latent))
-        chosen = jnp.take_along_axis(base[:, slot], candidates, axis=1)
-        some.append(head.correct(vocabulary, chosen, latent[:, None], candidates)[:, 0])
-    return forced, jnp.stack(steps, axis=1), jnp.stack(some, axis=1)
+    return forced, jnp.stack(steps, axis=1)
 
 
 @heads
@@ -35,8 +33,5 @@ def test_forms_agree(kind):
     depth, width = cases.KINDS[kind].depth, cases.SHAPE["hidden_size"]
     stream = jnp.asarray(random.standard_normal((2, depth, width)), jnp.float32)
     previous = jnp.asarray(random.integers(0, 11, (2, depth)))
-    candidates = jnp.array([[3, 0, 10], [7, 7, 1]])
-    forced, steps, some = both_forms(kind, stream, previous, candidates)
+    forced, steps = both_forms(kind, stream, previous)
     np.testing.assert_allclose(steps, forced, atol=1e-5)
-    picked = jnp.take_along_axis(forced, candidates[:, None, :], axis=2)
-    np.testing.assert_allclose(some, picked, atol=1e-5)

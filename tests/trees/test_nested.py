@@ -35,12 +35,12 @@ def grown_top_budget(logits, root, budget, size):
 
 @functools.partial(jax.jit, static_argnames="size")
 def grown_path_conditioned(logits, root, budget, size):
-    def step(slot, state, tokens, candidates):
-        scores = logits[jnp.arange(BATCH)[:, None], slot, candidates]
-        unlike = tokens[..., None] != candidates[:, None]
-        return scores[:, None] + 2.0 * unlike, state
+    def step(slot, state, tokens):
+        unlike = tokens[..., None] != jnp.arange(logits.shape[-1])
+        return logits[:, slot, None] + 2.0 * unlike, state
 
-    return path_conditioned(logits, root, step, (), candidates=5, budget=budget, size=size)
+    depth = logits.shape[1]
+    return path_conditioned(root, step, (), depth=depth, parents=5, budget=budget, size=size)
 
 
 @functools.partial(jax.jit, static_argnames="size")

@@ -30,29 +30,21 @@ RECURRENT = 0.7 * normal(3, 2 * RANK, RANK)
 CONFIDENCE = normal(4, DEPTH, VOCAB)
 
 
-def base_at(slot, candidates):
-    return jnp.asarray(BASE)[jnp.arange(BATCH)[:, None], slot, candidates][:, None]
+def no_head(slot, state, tokens):
+    logits = jnp.asarray(BASE)[:, slot, None]
+    return jnp.broadcast_to(logits, (*tokens.shape, VOCAB)), state
 
 
-def bias(latent, candidates):
-    return jnp.einsum("bnr,bcr->bnc", latent, jnp.asarray(OUTPUT)[candidates])
-
-
-def no_head(slot, state, tokens, candidates):
-    logits = base_at(slot, candidates)
-    return jnp.broadcast_to(logits, (*tokens.shape, candidates.shape[1])), state
-
-
-def markov(slot, state, tokens, candidates):
+def markov(slot, state, tokens):
     """base + W2 W1[previous token]."""
     latent = jnp.asarray(PREVIOUS)[tokens]
-    return base_at(slot, candidates) + bias(latent, candidates), state
+    return jnp.asarray(BASE)[:, slot, None] + latent @ OUTPUT.T, state
 
 
-def recurrent(slot, state, tokens, candidates):
+def recurrent(slot, state, tokens):
     """s' = tanh(R [s; W1[previous token]]), base + W2 s'."""
     state = jnp.tanh(jnp.concatenate([state, jnp.asarray(PREVIOUS)[tokens]], -1) @ RECURRENT)
-    return base_at(slot, candidates) + bias(state, candidates), state
+    return jnp.asarray(BASE)[:, slot, None] + state @ OUTPUT.T, state
 
 
 def confident(slot, state, tokens):
@@ -60,16 +52,17 @@ def confident(slot, state, tokens):
 
 
 STATES = {no_head: (), markov: (), recurrent: np.zeros((BATCH, 1, RANK), np.float32)}
-grow = jax.jit(path_conditioned, static_argnames=("step", "candidates", "size", "confidence"))
+STATIC = ("step", "depth", "parents", "size", "confidence")
+grow = jax.jit(path_conditioned, static_argnames=STATIC)
 
 
-def grown(step, *, candidates=VOCAB, size=SIZE, budget=BUDGET, confidence=None):
+def grown(step, *, parents=400, size=SIZE, budget=BUDGET, confidence=None):
     tree = grow(
-        BASE,
         ROOT,
         step,
         STATES[step],
-        candidates=candidates,
+        depth=DEPTH,
+        parents=parents,
         budget=budget,
         size=size,
         confidence=confidence,
@@ -88,22 +81,14 @@ def teacher_forced(step, b, path):
     return BASE[b, len(path)] + OUTPUT.astype(float) @ latent
 
 
-def likely(b, slot, candidates):
-    return np.argsort(-BASE[b, slot], kind="stable")[:candidates]
-
-
-def share(step, b, path, candidates):
-    """(token, log-prob) of the candidates after a path, beside the base mass outside them."""
-    chosen = likely(b, len(path), candidates)
-    logits = teacher_forced(step, b, path)[chosen]
-    outside = np.delete(BASE[b, len(path)], chosen)
-    log_probs = log_softmax(np.concatenate([logits, outside]))[:candidates]
-    return list(zip(chosen, log_probs, strict=True))
+def laws(step, b, path):
+    """(token, log-prob) of all tokens after a path."""
+    return list(enumerate(log_softmax(teacher_forced(step, b, path))))
 
 
 @pytest.mark.parametrize("step", [markov, recurrent])
 def test_scores_are_the_teacher_forced_log_probs(step):
-    tree = grown(step)
+    tree = grown(step, parents=3)
     for b in range(BATCH):
         for path, score in paths(row(tree, b)).items():
             forced = sum(
@@ -113,20 +98,34 @@ def test_scores_are_the_teacher_forced_log_probs(step):
             assert score == pytest.approx(forced, abs=1e-4)
 
 
-@pytest.mark.parametrize("candidates", [6, VOCAB])
 @pytest.mark.parametrize("step", [no_head, markov, recurrent])
-def test_equals_best_first_search_over_its_scores(step, candidates):
-    tree = grown(step, candidates=candidates)
+def test_equals_best_first_search_over_its_scores(step):
+    tree = grown(step)
     for b in range(BATCH):
-        expected = best_paths(
-            lambda path, b=b: share(step, b, path, candidates), DEPTH, BUDGET[b] - 1
-        )
+        expected = best_paths(lambda path, b=b: laws(step, b, path), DEPTH, BUDGET[b] - 1)
         assert_same_paths(paths(row(tree, b)), expected)
 
 
-@pytest.mark.parametrize("candidates", [SIZE - 1, VOCAB])
-def test_without_a_head_it_is_the_best_tree_under_marginals(candidates):
-    got = grown(no_head, candidates=candidates)
+@pytest.mark.parametrize("parents", [1, 3])
+def test_the_best_nodes_of_a_level_are_its_parents(parents):
+    """A search that expands so many of a level, kept or not, and then takes the best of all."""
+    tree = grown(recurrent, parents=parents)
+    for b in range(BATCH):
+        level, found = [((), 0.0)], {}
+        for _ in range(DEPTH):
+            level = [
+                ((*path, token), score + gain)
+                for path, score in level[:parents]
+                for token, gain in laws(recurrent, b, path)
+            ]
+            level.sort(key=lambda node: -node[1])
+            found |= dict(level)
+        best = sorted(found.items(), key=lambda node: -node[1])[: BUDGET[b] - 1]
+        assert_same_paths(paths(row(tree, b)), dict(best))
+
+
+def test_without_a_head_it_is_the_best_tree_under_marginals():
+    got = grown(no_head)
     expected = jax.jit(top_budget, static_argnames="size")(BASE, ROOT, budget=BUDGET, size=SIZE)
     np.testing.assert_array_equal(got.tokens, expected.tokens)
     np.testing.assert_array_equal(got.parents, expected.parents)
@@ -145,9 +144,9 @@ def test_a_recurrent_head_sees_more_than_the_last_token():
     assert max(np.ptp(gains) for gains in steps.values()) > 0.1
 
 
-def survival(b, path, candidates):
+def survival(b, path):
     """(token, log-survival): the first choice takes c, the others what remains."""
-    tokens, log_q = zip(*share(markov, b, path, candidates), strict=True)
+    tokens, log_q = zip(*laws(markov, b, path), strict=True)
     q = np.exp(log_q)
     c = 1 / (1 + np.exp(-CONFIDENCE[len(path), (ROOT[b], *path)[-1]].astype(float)))
     first = int(np.argmax(q))
@@ -157,13 +156,10 @@ def survival(b, path, candidates):
     return list(zip(tokens, np.log(kept), strict=True))
 
 
-@pytest.mark.parametrize("candidates", [6, VOCAB])
-def test_with_confidence_scores_are_survival_probabilities(candidates):
-    tree = grown(markov, candidates=candidates, confidence=confident)
+def test_with_confidence_scores_are_survival_probabilities():
+    tree = grown(markov, confidence=confident)
     for b in range(BATCH):
-        expected = best_paths(
-            lambda path, b=b: survival(b, path, candidates), DEPTH, BUDGET[b] - 1
-        )
+        expected = best_paths(lambda path, b=b: survival(b, path), DEPTH, BUDGET[b] - 1)
         assert_same_paths(paths(row(tree, b)), expected)
 
 

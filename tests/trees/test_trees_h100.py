@@ -28,13 +28,12 @@ def grown_top_budget(logits, root, budget, size):
 
 @functools.partial(jax.jit, static_argnames="size")
 def grown_path_conditioned(logits, root, budget, size):
-    rows = jnp.arange(logits.shape[0])[:, None]
+    def step(slot, state, tokens):
+        repeated = tokens[..., None] == jnp.arange(logits.shape[-1])
+        return logits[:, slot, None] - 2.0 * repeated, state
 
-    def step(slot, state, tokens, candidates):
-        repeated = tokens[..., None] == candidates[:, None]
-        return logits[rows, slot, candidates][:, None] - 2.0 * repeated, state
-
-    tree = path_conditioned(logits, root, step, (), candidates=16, budget=budget, size=size)
+    depth = logits.shape[1]
+    tree = path_conditioned(root, step, (), depth=depth, parents=16, budget=budget, size=size)
     return tree, ancestors(tree)
 
 
