@@ -48,14 +48,14 @@ def grown_from_transitions(logits, root, budget, size):
 
 
 # Launches per tree, ancestor sets included: about 15 per step of `best_first`, which takes
-# (N - 1) / W of them, and as many per level of the others.
+# (N - 1) / W of them, as many per level of the others, and 20 where it scores the vocabulary.
 @pytest.mark.parametrize(
     "build, most",
     [
         (grown_best_first, 600),
         (grown_top_budget, 200),
         (grown_from_transitions, 200),
-        (grown_path_conditioned, 300),
+        (grown_path_conditioned, 350),
     ],
 )
 def test_one_loop_and_no_host(build, most):
