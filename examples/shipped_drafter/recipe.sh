@@ -5,8 +5,8 @@
 #   examples/shipped_drafter/recipe.sh [FOLDER] [KIND…]
 #
 # FOLDER is out/shipped by default; the kinds are those of `options` below, all by default.
-# Settings from the environment: STEPS, SEED, DRAFT_VOCAB, COUNT (evaluation prompts per set), and
-# PROMPTS, their folder.
+# Settings from the environment: STEPS, SEED, DRAFT_VOCAB, COUNT (evaluation prompts per set),
+# NEW_TOKENS (of their answers), and PROMPTS, their folder.
 # Needs: pip install -e '.[data,plots]'
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -67,6 +67,7 @@ for kind in "${kinds[@]}"; do
 done
 results=$out/kinds-$seed.jsonl
 jaxspec evaluate --prompts "$prompts"/{gsm8k,math500,humaneval,mbpp,mt-bench}.jsonl \
-  --count "${COUNT:-8}" --tau-only --budgets 2 4 8 16 32 --temperatures 0 1 \
+  --count "${COUNT:-8}" --max-new-tokens "${NEW_TOKENS:-256}" \
+  --tau-only --budgets 2 4 8 16 32 --temperatures 0 1 \
   --decoders "${decoders[@]}" --output "$results" >/dev/null
 "${PYTHON:-python}" examples/shipped_drafter/compare.py "$results" --output "$out/kinds.png"

@@ -69,7 +69,7 @@ def path_conditioned(
     def expand(slot, scores, nodes):
         tokens, state = jax.tree.map(lambda x: x[:, :expanded], nodes)  # the best come first
         logits, inherited = step(slot, state, tokens)
-        width = min(frontier, logits.shape[-1])
+        width = min(size, logits.shape[-1])  # confidence may put the first choice last
         likely, top, log_total = top_logits(logits, width)  # [B, M, K], [B, M, K], [B, M]
         gain = top - log_total[..., None]
         if confidence is not None:
