@@ -5,7 +5,8 @@
 #   examples/shipped_drafter/recipe.sh [FOLDER] [KIND…]
 #
 # FOLDER is out/shipped by default; the kinds are those of `options` below, all by default.
-# Settings from the environment: STEPS, SEED, DRAFT_VOCAB, COUNT (evaluation prompts per set),
+# Settings from the environment: STEPS, SEED, DRAFT_VOCAB, INITIAL (a drafter of that kind to go on
+# from; its draft vocabulary stays), RATE (of learning), COUNT (evaluation prompts per set),
 # NEW_TOKENS (of their answers), and PROMPTS, their folder.
 # Needs: pip install -e '.[data,plots]'
 set -euo pipefail
@@ -13,7 +14,7 @@ cd "$(dirname "$0")/../.."
 out=${1:-out/shipped}
 shift || true
 prompts=${PROMPTS:-../shared/prompts}
-steps=${STEPS:-1400} seed=${SEED:-0} vocab=${DRAFT_VOCAB:-16384}
+steps=${STEPS:-1400} seed=${SEED:-0} rate=${RATE:-3e-3}
 jaxspec() { "${PYTHON:-python}" -m jaxspec "$@"; }
 
 options() { # what makes each kind; all share data, steps, layers, taps, block and first weights
@@ -47,12 +48,13 @@ kinds=("$@")
 decoders=()
 for kind in "${kinds[@]}"; do
   run=$out/$kind-$seed
-  # shellcheck disable=SC2046
+  what="$(options "$kind") --layers 2 --rank 64 --draft-vocab ${DRAFT_VOCAB:-16384}"
+  [ -z "${INITIAL:-}" ] || what="--initial $INITIAL"
+  # shellcheck disable=SC2086
   [ -s "$run/drafter/config.json" ] ||
-    jaxspec train --data "$out/data.jsonl" --features "$out/features" --output "$run" \
-      $(options "$kind") --layers 2 --rank 64 --draft-vocab "$vocab" --dtype bfloat16 \
+    jaxspec train --data "$out/data.jsonl" --features "$out/features" --output "$run" $what \
       --cross-entropy 0.1 --total-variation 0.9 --kl 0 --weighting exponential \
-      --max-length 384 --batch-size 8 --anchors 24 --learning-rate 3e-3 \
+      --max-length 384 --batch-size 8 --anchors 24 --dtype bfloat16 --learning-rate "$rate" \
       --steps "$steps" --checkpoint-every 100 --seed "$seed"
 
   decoder() { decoders+=("$kind $1=$run/drafter$3,tree=$2,budget=16"); }
