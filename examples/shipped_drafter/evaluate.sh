@@ -21,6 +21,7 @@ decoder() { # NAME TREE NODES [OPTION] [+ngram]
 decoder "chain" chain 8
 decoder "DDTree's tree" top_budget 16 ,head=none # every depth scored alone
 decoder "JetSpec's tree" best_first 16 ,head=none
+decoder "along its chain" top_budget 16 # every depth given the head's own greedy choices
 decoder "TreeFlash's tree" transitions 16
 decoder "path" path_conditioned 8
 decoder "path 16" path_conditioned 16

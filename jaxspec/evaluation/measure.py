@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -44,6 +45,9 @@ def tau(
 ) -> Iterator[Rounds | Reliability | Branches]:
     """Walks every contender along the target's own answers, without a clock.
 
+    Contenders that differ in their budget alone are walked once, at the budgets of all, under
+    the first's name.
+
     Args:
       budgets: walked besides each contender's own.
       stride: anchors between the branches that are compared with the target; 0 leaves the
@@ -62,13 +66,19 @@ class _Walks:
     """Contenders of one target, walked set by set."""
 
     def __init__(self, entries, sets: Sets, budgets, max_new_tokens: int, batch_size: int):
-        self.entries, self.sets = entries, sets
+        alike: dict[Contender, list[Entry]] = {}  # one walk serves those that differ in budget
+        for e in entries:
+            alike.setdefault(dataclasses.replace(e.contender, name="", budget=1), []).append(e)
+        self.budgets = {
+            same[0]: sorted({*budgets, *(e.contender.budget for e in same)})
+            for same in alike.values()
+        }
+        self.entries, self.sets = list(self.budgets), sets
         self.target: Target = entries[0].target
         self.max_new_tokens, self.batch = max_new_tokens, batch_size
-        self.budgets = {e: sorted({*budgets, e.contender.budget}) for e in entries}
-        self.walked = {e: e.sized(self.budgets[e][-1]) for e in entries}
+        self.walked = {e: e.sized(self.budgets[e][-1]) for e in self.entries}
         # One observation serves all trees of a drafter.
-        first = {e.contender.drafter: e for e in reversed(entries)}
+        first = {e.contender.drafter: e for e in reversed(self.entries)}
         self.drafters = {name: self.walked[e] for name, e in first.items()}
         self.spare = max(d.drafter.depth for d in self.drafters.values()) + 1
         longest = max(len(row) for rows in sets.values() for row in rows)

@@ -190,6 +190,21 @@ def test_walks_and_decoding_agree_and_outputs_are_plain(file):
         assert best_plain(decoded).label.decoder.startswith("plain, ")
 
 
+def test_contenders_that_differ_in_budget_share_a_walk(file, tmp_path):
+    output = tmp_path / "results.jsonl"
+    arguments = [
+        *("evaluate", "--prompts", str(file.parent / "sums.jsonl"), "--count", "2"),
+        *("--output", str(output), "--max-new-tokens", "12", "--batch-size", "2", "--tau-only"),
+        *("--decoders", "small=run/a,budget=2", "large=run/a,budget=4"),
+    ]
+    assert main(arguments) == 0
+    walks = {(row.decoder, row.budget) for row in results.read(output) if row.kind == "rounds"}
+    assert walks == {("small", 2), ("small", 4)}
+    before = output.read_bytes()
+    assert main(arguments) == 0  # all of it is known
+    assert output.read_bytes() == before
+
+
 def test_pairs_compare_trees_of_one_drafter(file):
     view = View(results.read(file))
     lines = [x for x in view.tau_lines(0.0) if x.label.budget == 4]
