@@ -137,6 +137,9 @@ def speedup(view: View, temperature: float):
             0.92 * width,
             yerr=whiskers,
             color=style["color"],
+            edgecolor="white",
+            lw=0,
+            hatch="" if style["ls"] == "-" else "////",
             label=f"{line.label.decoder} (budget {line.label.budget})",
             error_kw={"lw": 0.9, "ecolor": QUIET},
         )
