@@ -48,11 +48,11 @@ kinds=("$@")
 decoders=()
 for kind in "${kinds[@]}"; do
   run=$out/$kind-$seed
-  what="$(options "$kind") --layers 2 --rank 64 --draft-vocab ${DRAFT_VOCAB:-16384}"
-  [ -z "${INITIAL:-}" ] || what="--initial $INITIAL"
+  drafter="$(options "$kind") --layers 2 --rank 64 --draft-vocab ${DRAFT_VOCAB:-16384}"
+  [ -z "${INITIAL:-}" ] || drafter="--initial $INITIAL"
   # shellcheck disable=SC2086
   [ -s "$run/drafter/config.json" ] ||
-    jaxspec train --data "$out/data.jsonl" --features "$out/features" --output "$run" $what \
+    jaxspec train --data "$out/data.jsonl" --features "$out/features" --output "$run" $drafter \
       --cross-entropy 0.1 --total-variation 0.9 --kl 0 --weighting exponential \
       --max-length 384 --batch-size 8 --anchors 24 --dtype bfloat16 --learning-rate "$rate" \
       --steps "$steps" --checkpoint-every 100 --seed "$seed"
