@@ -39,6 +39,8 @@ CONTRASTS = (  # what changes, and the two decoders whose ratio of tau says what
     ("RNN head, chain", "rnn chain", "dflash chain"),
     ("MLP head, chain", "treeflash chain", "dflash chain"),
     ("RNN in place of Markov, tree", "rnn path_conditioned", "markov path_conditioned"),
+    ("causal RNN in place of Markov, chain", "ours chain", "markov chain"),
+    ("causal RNN in place of Markov, tree", "ours path_conditioned", "markov path_conditioned"),
     ("a tree, no head", "dflash top_budget", "dflash chain"),
     ("a conditioned tree, Markov", "markov path_conditioned", "markov chain"),
     ("a conditioned tree, RNN", "rnn path_conditioned", "rnn chain"),
@@ -55,6 +57,8 @@ Lines = dict[str, Line]  # by the decoder's name, "KIND TREE"
 class Compare:
     results: tyro.conf.Positional[tuple[Path, ...]]
     """JSON lines of `python -m jaxspec evaluate`, decoders named "KIND TREE"."""
+    again: tuple[Path, ...] = ()
+    """The same of drafters trained from another seed, in tables of their own."""
     budget: int = 16
     """Nodes per round of trees; chains have as many as their drafter's block."""
     output: Path | None = None
@@ -64,13 +68,11 @@ class Compare:
     is replaced; printed if left out."""
 
     def run(self) -> int:
-        view = View([row for path in self.results for row in read(path)])
-        found = {t: chosen(view, t, self.budget) for t in view.temperatures}
-        if not any(found.values()):
-            raise ValueError(f"no walk with budget {self.budget} in the given files")
-        text = "\n\n".join(
-            f"{taus(lines, self.budget, t)}\n\n{contrasts(lines)}" for t, lines in found.items()
-        )
+        found = chosen(self.results, self.budget)
+        text = tables(found, self.budget)
+        if self.again:
+            again = chosen(self.again, self.budget)
+            text += f"\n\nAnother seed:\n\n{tables(again, self.budget)}"
         if self.into is None:
             print(text)
         else:
@@ -81,9 +83,22 @@ class Compare:
         return 0
 
 
-def chosen(view: View, temperature: float, budget: int) -> Lines:
-    lines = view.select("walk", temperature)
-    return {line.label.decoder: line for line in lines if line.label.budget == budget}
+def chosen(files: tuple[Path, ...], budget: int) -> dict[float, Lines]:
+    """What was walked with one budget, by temperature."""
+    view = View([row for path in files for row in read(path)])
+    found = {
+        t: {x.label.decoder: x for x in view.select("walk", t) if x.label.budget == budget}
+        for t in view.temperatures
+    }
+    if not any(found.values()):
+        raise ValueError(f"no walk with budget {budget} in {', '.join(map(str, files))}")
+    return found
+
+
+def tables(found: dict[float, Lines], budget: int) -> str:
+    return "\n\n".join(
+        f"{taus(lines, budget, t)}\n\n{contrasts(lines)}" for t, lines in found.items()
+    )
 
 
 def taus(lines: Lines, budget: int, temperature: float) -> str:

@@ -1,15 +1,18 @@
-"""Two facts of a data set that constants rest on, counted.
+"""Facts of a data set, counted: how much the target wrote, and what constants rest on.
 
-How often the token after a match of 1, 2, … tokens is the target's own next
-(`drafters.ngram.AGREEMENT`), and how much of held-out answers a draft vocabulary covers
-(`train --draft-vocab`). Greedy answers only for the first, one tenth held out for the second.
+Of questions only what the target wrote counts, not the opening that `--prompts` gave it. The
+constants: how often the token after a match of 1, 2, … tokens is the target's own next
+(`drafters.ngram.AGREEMENT`; greedy answers only), and how much of held-out answers, one tenth,
+a draft vocabulary covers (`train --draft-vocab`).
 
-    python examples/shipped_drafter/counts.py --data out/shipped/data.jsonl
+    python examples/shipped_drafter/counts.py --data out/shipped/data.jsonl \
+        --prompts out/shipped/prompts.jsonl
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from tqdm import tqdm
 
 from checkpoints import catalog
 from checkpoints.gguf import load_tokenizer
+from jaxspec.jsonl import numbered_lines
 from jaxspec.training.conversations import Example, encode, read
 from jaxspec.training.draft_vocabulary import coverage, most_frequent
 
@@ -30,6 +34,8 @@ LONGEST = 10  # tokens of a match; longer ones count as these
 class Counts:
     data: Path
     """JSON lines, as `regenerate` writes them."""
+    prompts: Path | None = None
+    """What they answer, as `prompts.py` writes it; needed to count questions."""
     answers: int = 240
     """Greedy answers in which matches are looked for."""
     sizes: tuple[int, ...] = (4096, 8192, 12288, 16384, 24576)
@@ -40,6 +46,12 @@ class Counts:
 def main(options: Counts) -> None:
     tokenizer = load_tokenizer(catalog.smollm2())
     rows = list(read(options.data))
+    answered = sum(row["metadata"]["new_tokens"] for row in rows)
+    print(f"{len(rows):,} conversations, {answered:,} tokens of answers by the target")
+    if options.prompts is not None:
+        prompts = [json.loads(line) for _, line in numbered_lines(options.prompts)]
+        asked = question_tokens(tokenizer, rows, {prompt["id"]: prompt for prompt in prompts})
+        print(f"{asked:,} tokens of questions by the target, {answered + asked:,} in all")
     np.random.default_rng(options.seed).shuffle(rows)
 
     def examples(rows: Iterable[dict]) -> list[Example]:
@@ -58,6 +70,24 @@ def main(options: Counts) -> None:
     for size in options.sizes:
         kept = most_frequent(seen[tenth:], size, vocab=VOCAB)
         print(f"{size:16d}  {coverage(seen[:tenth], kept, vocab=VOCAB):23.4f}")
+
+
+def question_tokens(tokenizer, rows: list[dict], prompts: dict[int, dict]) -> int:
+    """Written by the target between a prompt's opening and its ending; none of a given one.
+
+    Raises:
+      ValueError: a conversation's question is not of its prompt.
+    """
+    total = 0
+    for row in rows:
+        prompt, asked = prompts[row["id"]], row["conversations"][0]["content"]
+        if "opening" not in prompt:
+            continue
+        start, end = prompt["opening"].lstrip(), prompt.get("ending", "")
+        if not asked.startswith(start) or not asked.endswith(end):
+            raise ValueError(f"conversation {row['id']} does not go on from {start!r}")
+        total += len(tokenizer.encode(asked[len(start) : len(asked) - len(end)]))
+    return total
 
 
 def agreement(examples: Iterable[Example]) -> tuple[np.ndarray, np.ndarray]:

@@ -192,11 +192,12 @@ class Report:
     """Decoders that all others are compared with, at equal budget."""
     into: Path | None = None
     """Markdown file that gets the summary between its lines `<!-- results -->` and
-    `<!-- end of results -->`."""
+    `<!-- end of results -->`, and tau by budget between `<!-- taus -->` and
+    `<!-- end of taus -->` where it has them."""
 
     def run(self) -> int:
         from jaxspec.evaluation.plots import save_all
-        from jaxspec.evaluation.report import into, markdown, summary
+        from jaxspec.evaluation.report import TAU_MARKS, into, markdown, summary, tau_by_budget
         from jaxspec.evaluation.results import read
         from jaxspec.evaluation.view import View
 
@@ -205,6 +206,8 @@ class Report:
         if self.into is not None:
             try:
                 text = into(self.into.read_text(encoding="utf-8"), summary(view))
+                if any(mark in text for mark in TAU_MARKS):
+                    text = into(text, tau_by_budget(view), TAU_MARKS)
             except (OSError, ValueError) as error:
                 raise ValueError(f"--into {self.into}: {error}") from None
             self.into.write_text(text, encoding="utf-8")

@@ -22,6 +22,8 @@ from jaxspec.evaluation.view import (
 FAITHFUL = 5.0  # nats; JetSpec's bound
 SHOWN_DEPTHS = 8
 MARKS = "<!-- results -->", "<!-- end of results -->"  # around the summary in a document
+TAU_MARKS = "<!-- taus -->", "<!-- end of taus -->"  # around tau by budget
+SHOWN_BUDGETS = 5  # the largest
 
 
 def markdown(view: View, *, against: Sequence[str] = ()) -> str:
@@ -76,6 +78,18 @@ def summary(view: View) -> str:
         rows.append([*names, rate, *cells, overall, line.equal])
     head = ["decoder", "dtype", "nodes", "tokens/s", *view.sets, "all [95%]", "same output"]
     return table(head, rows, left=2)
+
+
+def tau_by_budget(view: View) -> str:
+    """Tau over all prompts at the first temperature: a decoder per line, a column for
+    each of the largest budgets."""
+    found: dict[str, dict[int, str]] = {}
+    for line in view.tau_lines(view.temperatures[0]):
+        cells = found.setdefault(line.label.decoder, {})
+        cells[line.label.budget] = f"{m.estimate(line.tau):.2f}"
+    budgets = sorted({b for cells in found.values() for b in cells})[-SHOWN_BUDGETS:]
+    rows = [[name, *(cells.get(b, "") for b in budgets)] for name, cells in found.items()]
+    return table(["nodes", *map(str, budgets)], rows, left=1)
 
 
 def into(text: str, tables: str, marks: tuple[str, str] = MARKS) -> str:

@@ -249,6 +249,11 @@ def test_report_writes_its_summary_into_a_document(file, tmp_path, capsys):
     table = [line.split(" | ") for line in lines[2:-2]]
     assert len(table) == 2 + 6 and {len(row) for row in table} == {8}
     assert all("4/4" in row[-1] for row in table[2:])
+    document.write_text(document.read_text() + "<!-- taus -->\n<!-- end of taus -->\nlast\n")
+    assert main(["report", str(file), "--into", str(document)]) == 0
+    taus = document.read_text().split("<!-- taus -->\n")[1].splitlines()
+    assert taus[0] == "| nodes | 2 | 4 |" and taus[-2:] == ["<!-- end of taus -->", "last"]
+    assert all(line.count("|") == 4 for line in taus[:-2]) and len(taus) == 2 + 4 + 2
     document.write_text("no marks")
     assert main(["report", str(file), "--into", str(document)]) == BAD_INPUT
     assert "<!-- results -->" in capsys.readouterr().err

@@ -44,6 +44,14 @@ def test_contrasts_are_ratios_of_tau(compare, files, capsys):
     assert "Markov" not in text  # was not measured
 
 
+def test_another_seed_has_tables_of_its_own(compare, files, capsys):
+    dflash, jetspec = files
+    assert compare.Compare((dflash,), again=(jetspec,)).run() == 0
+    first, second = capsys.readouterr().out.split("Another seed:")
+    assert "DFlash" in first and "JetSpec" not in first
+    assert "| JetSpec: causal slots | 2.50 [2.50, 2.50] |" in second and "DFlash" not in second
+
+
 def test_a_document_and_a_picture_are_drawn(compare, files, tmp_path):
     document, picture = tmp_path / "README.md", tmp_path / "kinds.png"
     begin, end = compare.MARKS
