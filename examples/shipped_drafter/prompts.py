@@ -7,13 +7,17 @@
 Three sources, none of them an evaluation prompt: training prompts of public sets (`--folder`,
 GSM8K's training questions and Arena-Hard), tasks made by rule (reasoning-gym), and openings
 that the target goes on from in its own words ("Write a python function to …"). Everything
-follows from the seed; rows come shuffled, so that any first part of them has the same mixture.
+follows from the seed (and the 62 polynomials from $PYTHONHASHSEED, as reasoning-gym draws them from
+sets); rows come shuffled, so that any first part of them has the same mixture.
 """
 
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
+
+from jaxspec.jsonl import numbered_lines
 
 PROMPTS = Path(__file__).parents[2].parent / "shared" / "prompts" / "train"
 STEPS = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -133,8 +137,7 @@ def rows(folder: Path, rng: random.Random) -> list[dict]:
 
 def turns(path: Path) -> list[str]:
     """The first turn of every row."""
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line)["turns"][0] for line in lines]
+    return [json.loads(line)["turns"][0] for _, line in numbered_lines(path)]
 
 
 def by_rule() -> list[tuple[str, str]]:
@@ -167,7 +170,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    made = rows(args.folder, rng)
+    try:
+        made = rows(args.folder, rng)
+    except ValueError as error:
+        sys.exit(f"error: {error}; --folder names the one that holds training prompts")
     rng.shuffle(made)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w", encoding="utf-8") as lines:

@@ -30,10 +30,9 @@ options() { # what makes each kind; all share data, steps, layers, taps, block a
 }
 
 mkdir -p "$out"
-[ -s "$out/prompts.jsonl" ] ||
-  "${PYTHON:-python}" examples/shipped_drafter/prompts.py --output "$out/prompts.jsonl"
-
 if [ ! -s "$out/data.jsonl" ]; then
+  [ -s "$out/prompts.jsonl" ] ||
+    "${PYTHON:-python}" examples/shipped_drafter/prompts.py --output "$out/prompts.jsonl"
   jaxspec regenerate --prompts "$out/prompts.jsonl" --output "$out/answers.jsonl" \
     --dtype bfloat16 --rows 64 --max-new-tokens 208 --max-length 382 --question-tokens 64 \
     --temperature 0.7 --sampled 0.2
