@@ -7,8 +7,8 @@
 Three sources, none of them an evaluation prompt: training prompts of public sets (`--folder`,
 GSM8K's training questions and Arena-Hard), tasks made by rule (reasoning-gym), and openings
 that the target goes on from in its own words ("Write a python function to …"). Everything
-follows from the seed (and the 62 polynomials from $PYTHONHASHSEED, as reasoning-gym draws them from
-sets); rows come shuffled, so that any first part of them has the same mixture.
+follows from the seed, but reasoning-gym's polynomials also from $PYTHONHASHSEED; rows come
+shuffled, so that any first part of them has the same mixture.
 """
 
 import argparse
