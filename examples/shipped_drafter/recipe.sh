@@ -6,7 +6,7 @@
 #
 # FOLDER is out/shipped by default; the kinds are those of `options` below, all by default.
 # Settings from the environment: STEPS, SEED, DRAFT_VOCAB, INITIAL (a drafter of that kind to go on
-# from; its draft vocabulary stays), RATE (of learning), COUNT (evaluation prompts per set),
+# from; its draft vocabulary stays), RATE (of learning), COUNT (evaluation prompts per set), SETS,
 # NEW_TOKENS (of their answers), and PROMPTS, their folder.
 # Needs: pip install -e '.[data,plots]'
 set -euo pipefail
@@ -67,7 +67,9 @@ for kind in "${kinds[@]}"; do
   esac
 done
 results=$out/kinds-$seed.jsonl
-jaxspec evaluate --prompts "$prompts"/{gsm8k,math500,humaneval,mbpp,mt-bench}.jsonl \
+read -ra sets <<<"${SETS:-gsm8k math500 humaneval mbpp mt-bench}"
+sets=("${sets[@]/#/$prompts/}")
+jaxspec evaluate --prompts "${sets[@]/%/.jsonl}" \
   --count "${COUNT:-8}" --max-new-tokens "${NEW_TOKENS:-256}" \
   --tau-only --budgets 2 4 8 16 32 --temperatures 0 1 \
   --decoders "${decoders[@]}" --output "$results" >/dev/null
