@@ -80,7 +80,9 @@ def question_tokens(tokenizer, rows: list[dict], prompts: dict[int, dict]) -> in
     """
     total = 0
     for row in rows:
-        prompt, asked = prompts[row["id"]], row["conversations"][0]["content"]
+        prompt, asked = prompts.get(row["id"]), row["conversations"][0]["content"]
+        if prompt is None:
+            raise ValueError(f"conversation {row['id']} answers none of the prompts")
         if "opening" not in prompt:
             continue
         start, end = prompt["opening"].lstrip(), prompt.get("ending", "")
