@@ -16,16 +16,15 @@ from pathlib import Path
 
 import jax
 
-import checkpoints
 import jaxspec
-from jaxspec.cli import read_prompts
+from jaxspec import checkpoints
+from jaxspec.data.prompts import read_prompts, spread
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.drafters.head import random_weights
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel
 from jaxspec.evaluation import measure
-from jaxspec.evaluation.commands import spread
 from jaxspec.evaluation.contenders import Contender, Entry
 from jaxspec.evaluation.report import markdown
 from jaxspec.evaluation.results import append

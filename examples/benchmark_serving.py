@@ -29,11 +29,10 @@ import jax
 import tyro
 
 import jaxspec
-from jaxspec.cli import read_prompts
+from jaxspec.data.prompts import read_prompts
 from jaxspec.decoding.schedule import Adaptive, Fixed
 from jaxspec.generation import PLAIN, as_token_ids
-from jaxspec.loading import LOOKUP_TOO
-from jaxspec.serving.commands import with_survival
+from jaxspec.loading import LOOKUP_TOO, with_survival
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.load import closed_loop, mix, summarise, to_runner

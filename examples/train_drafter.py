@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 import jaxspec
+from jaxspec.data.conversations import read_examples
 from jaxspec.decoding.stats import pooled_tau
-from jaxspec.training.conversations import read_examples
 from jaxspec.training.losses import LossConfig
 from jaxspec.training.recipe import PRESETS, OptimizerConfig, TrainConfig, drafter_config
 from jaxspec.training.regenerate import RegenerateConfig, read_jobs, regenerate

@@ -36,7 +36,7 @@ def load_target(
     Raises:
       ValueError: it cannot be found, is damaged, or is a model the decoder does not implement.
     """
-    import checkpoints
+    from jaxspec import checkpoints
 
     loaded = checkpoints.load(name_or_path, dtype, devices)
     return Target(str(name_or_path), loaded.config, loaded.params, loaded.tokenizer)
@@ -124,6 +124,24 @@ def change_drafter(
     return with_lookup(change(LoadedDrafter(loaded.drafter.drafters[0], loaded.params[0])))
 
 
+def with_survival(drafter):
+    """The drafter with its scores from its confidence head, where it can."""
+    return change_drafter(drafter, _with_survival)
+
+
+def _with_survival(drafter):
+    static = drafter.drafter
+    config = getattr(static, "config", None)
+    if not getattr(config, "confidence", None):
+        return drafter
+    tree = static.tree.kind
+    if tree == "chain" or (tree == "path_conditioned" and config.sequential):
+        return dataclasses.replace(
+            drafter, drafter=dataclasses.replace(static, survival_scores=True)
+        )
+    return drafter
+
+
 def _load_drafter(
     spec: str, target: Target, tree: TreeConfig | None, dtype: str
 ) -> LoadedDrafter:
@@ -149,7 +167,7 @@ def _load_drafter(
             )
         drafter = SmallModel(small.config, tree) if tree else SmallModel(small.config)
         return LoadedDrafter(drafter, small.params)
-    from checkpoints.drafters import load_drafter as load_block_drafter
+    from jaxspec.checkpoints.drafters import load_drafter as load_block_drafter
 
     drafter, params = load_block_drafter(
         spec, target.config, target.params, tree or TreeConfig(), dtype

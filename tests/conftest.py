@@ -33,7 +33,7 @@ if _missing(CUDA):
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-import checkpoints  # noqa: E402
+from jaxspec import checkpoints  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 

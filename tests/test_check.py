@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from checkpoints import huggingface
-from checkpoints.drafters import load_drafter
 from jaxspec.check import Report, Text, check, draft_everywhere, judge, padded
+from jaxspec.checkpoints import huggingface
+from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.plain import Plain
 from jaxspec.generation import LoadedDrafter, Target, generate

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from checkpoints.drafters import save_drafter
-from jaxspec.cli import BAD_INPUT, FAULT, main, read_prompts
+from jaxspec.checkpoints.drafters import save_drafter
+from jaxspec.cli import BAD_INPUT, FAULT, main
 from jaxspec.config import TreeConfig
+from jaxspec.data.prompts import read_prompts
 from jaxspec.tokenizer import Tokenizer
 from jaxspec.training.regenerate import read_jobs
 from tests import tiny

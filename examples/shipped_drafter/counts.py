@@ -20,10 +20,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from checkpoints import catalog
-from checkpoints.gguf import load_tokenizer
-from jaxspec.jsonl import numbered_lines
-from jaxspec.training.conversations import Example, encode, read
+from jaxspec.checkpoints import catalog
+from jaxspec.checkpoints.gguf import load_tokenizer
+from jaxspec.data.conversations import Example, encode, read
+from jaxspec.data.jsonl import numbered_lines
 from jaxspec.training.draft_vocabulary import coverage, most_frequent
 
 VOCAB = 49152

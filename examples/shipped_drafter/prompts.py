@@ -17,7 +17,7 @@ import random
 import sys
 from pathlib import Path
 
-from jaxspec.jsonl import numbered_lines
+from jaxspec.data.jsonl import numbered_lines
 
 PROMPTS = Path(__file__).parents[2].parent / "shared" / "prompts" / "train"
 STEPS = "\nPlease reason step by step, and put your final answer within \\boxed{}."

@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from jaxspec.jsonl import numbered_lines
+from jaxspec.data.jsonl import numbered_lines
 
 NGRAM = 13  # words; the length GPT-3's decontamination used
 FORMAT_NGRAM, FORMAT_PROMPTS = 6, 3

@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxspec.data.jsonl import numbered_lines
 from jaxspec.decoding.stats import DecodeStats
-from jaxspec.jsonl import numbered_lines
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxspec.training.conversations import Example
+from jaxspec.data.conversations import Example
 
 UNIT = 128  # bucket lengths are multiples, and what the target runs on at a time
 PACKED_UNIT = 64  # the same for packed rows: a larger one wastes more of a row

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxspec.training.conversations import Example
+from jaxspec.data.conversations import Example
 
 
 def most_frequent(

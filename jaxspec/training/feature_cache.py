@@ -26,13 +26,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from checkpoints.tensors import DTYPES, read_json
+from jaxspec.checkpoints.tensors import DTYPES, read_json
 from jaxspec.config import TargetConfig
+from jaxspec.data.conversations import Example
 from jaxspec.generation import Target
 from jaxspec.models.params import TargetParams
 from jaxspec.sharding import DATA, mesh_of
 from jaxspec.training.batches import UNIT, Batch, Place, bucket, collate, places
-from jaxspec.training.conversations import Example
 from jaxspec.training.features import Features, target_features
 
 INDEX = "index.json"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
+from jaxspec.data.conversations import Example
 from jaxspec.training.batches import Batch, Position, collate, places, plan
-from jaxspec.training.conversations import Example
 from jaxspec.training.feature_cache import FeatureCache
 from jaxspec.training.features import Features
 from jaxspec.training.recipe import TrainConfig

@@ -20,9 +20,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jaxspec.data.jsonl import numbered_lines
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.generation import PLAIN, LoadedDrafter, Target
-from jaxspec.jsonl import numbered_lines
 from jaxspec.tokenizer import Tokenizer
 from jaxspec.training.slots import Answer, Request, Slots
 

@@ -22,16 +22,16 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from checkpoints.drafter_config import to_json
-from checkpoints.drafters import load_drafter, save_drafter
-from checkpoints.store import Store
+from jaxspec.checkpoints.drafter_config import to_json
+from jaxspec.checkpoints.drafters import load_drafter, save_drafter
+from jaxspec.checkpoints.store import Store
 from jaxspec.config import TreeConfig
+from jaxspec.data.conversations import Example
 from jaxspec.drafters.block import whole_weights
 from jaxspec.generation import LoadedDrafter, Prompt, Target
 from jaxspec.sharding import DATA, mesh_of, place
 from jaxspec.training import draft_vocabulary
 from jaxspec.training.batches import Position
-from jaxspec.training.conversations import Example
 from jaxspec.training.feature_cache import open_features
 from jaxspec.training.loading import Loader
 from jaxspec.training.metrics import Metrics

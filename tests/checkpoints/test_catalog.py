@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from checkpoints import catalog
+from jaxspec.checkpoints import catalog
 
 CONTENT = b"GGUF" + bytes(1000)
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import checkpoints
-from checkpoints.convert import convert
-from checkpoints.huggingface import WEIGHTS
-from checkpoints.tensors import SafetensorsFolder
+from jaxspec import checkpoints
+from jaxspec.checkpoints.convert import convert
+from jaxspec.checkpoints.huggingface import WEIGHTS
+from jaxspec.checkpoints.tensors import SafetensorsFolder
 from tests.checkpoints.writing import (
     DENSE,
     LLAMA,

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-import checkpoints
-from checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder
+from jaxspec import checkpoints
+from jaxspec.checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder, write_index
 
 TENSORS = random_tensors(DENSE)
@@ -152,7 +152,7 @@ def opened():
         return safe_open(file, framework)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("checkpoints.tensors.safe_open", open_watched)
+        patch.setattr("jaxspec.checkpoints.tensors.safe_open", open_watched)
         yield paths
     watching[0] = False
 

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from checkpoints import huggingface
-from checkpoints.drafter_config import from_json, recognise, to_json
-from checkpoints.drafters import load_drafter, locate, save_drafter
+from jaxspec.checkpoints import huggingface
+from jaxspec.checkpoints.drafter_config import from_json, recognise, to_json
+from jaxspec.checkpoints.drafters import load_drafter, locate, save_drafter
 from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.drafters.head import random_weights

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from checkpoints.huggingface import load_params, read_config
+from jaxspec.checkpoints.huggingface import load_params, read_config
 from jaxspec.models.params import abstract_params
 from tests.checkpoints.writing import (
     DENSE,

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import checkpoints
-from checkpoints.gguf import load_params, load_tokenizer, read_config
-from checkpoints.gguf_file import GgufFile
-from checkpoints.huggingface import load_params as load_folder
+from jaxspec import checkpoints
+from jaxspec.checkpoints.gguf import load_params, load_tokenizer, read_config
+from jaxspec.checkpoints.gguf_file import GgufFile
+from jaxspec.checkpoints.huggingface import load_params as load_folder
 from jaxspec.config import TargetConfig
 from tests.checkpoints.writing import LLAMA, random_tensors, write_folder
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-import checkpoints
-from checkpoints.huggingface import read_config, resolve
+from jaxspec import checkpoints
+from jaxspec.checkpoints.huggingface import read_config, resolve
 from jaxspec.config import TargetConfig
 from tests.checkpoints.writing import DENSE, LLAMA, MIXTURE, QWEN2, random_tensors, write_folder
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import checkpoints
+from jaxspec import checkpoints
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
 
 
@@ -39,5 +39,7 @@ def test_unknown_name():
 
 def test_importing_the_package_imports_no_format():
     formats = ("jax", "transformers", "gguf", "safetensors")
-    code = f"import sys, checkpoints; sys.exit(any(m in sys.modules for m in {formats}))"
+    code = (
+        f"import sys, jaxspec.checkpoints; sys.exit(any(m in sys.modules for m in {formats}))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

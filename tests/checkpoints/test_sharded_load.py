@@ -2,7 +2,7 @@
 
 import pytest
 
-from checkpoints.tensors import SafetensorsFolder
+from jaxspec.checkpoints.tensors import SafetensorsFolder
 from tests.checkpoints.writing import DENSE, MIXTURE, QWEN2, random_tensors, write_folder
 from tests.processes import run_script
 
@@ -26,9 +26,9 @@ import jax, numpy as np
 from pathlib import Path
 if len(sys.argv) > 2:
     jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
-from checkpoints import fuse
-from checkpoints.huggingface import load_params, read_config
-from checkpoints.tensors import SafetensorsFolder
+from jaxspec.checkpoints import fuse
+from jaxspec.checkpoints.huggingface import load_params, read_config
+from jaxspec.checkpoints.tensors import SafetensorsFolder
 from jaxspec.sharding import decoding_mesh
 
 folder = Path(sys.argv[1])
@@ -72,7 +72,7 @@ def test_two_processes_read_their_own_shards(tmp_path):
 
 @pytest.mark.parametrize("piece", [1, 40, 10**6])
 def test_pieces_make_up_the_box(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr("checkpoints.tensors.PIECE", piece)
+    monkeypatch.setattr("jaxspec.checkpoints.tensors.PIECE", piece)
     tensors = random_tensors(DENSE)
     folder = SafetensorsFolder(write_folder(tmp_path, DENSE, tensors))
     name = "model.layers.0.self_attn.o_proj.weight"  # [12, 24]

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-import checkpoints
-from checkpoints.drafters import SHIPPED, locate
+from jaxspec import checkpoints
+from jaxspec.checkpoints.drafters import SHIPPED, locate
 from jaxspec.config import TreeConfig
 from jaxspec.evaluation.results import Setup, read
 from jaxspec.generation import Target, generate
 from jaxspec.loading import load_drafter
 
-README = Path(checkpoints.__file__).parents[1] / "README.md"
+README = Path(checkpoints.__file__).parents[2] / "README.md"
 
 
 def test_it_is_small_and_described():

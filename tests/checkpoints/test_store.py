@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from checkpoints.store import Store
+from jaxspec.checkpoints.store import Store
 
 
 def state(seed):

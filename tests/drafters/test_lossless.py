@@ -2,7 +2,7 @@
 
 import pytest
 
-from checkpoints.drafters import save_drafter
+from jaxspec.checkpoints.drafters import save_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.generation import generate

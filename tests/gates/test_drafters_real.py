@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from jaxspec.cli import read_prompts
+from jaxspec.data.prompts import read_prompts
 from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.drafters.head import random_weights
 from jaxspec.generation import LoadedDrafter, Target, generate

@@ -53,7 +53,7 @@ MODELS = {
 # Peak memory over the weights' own, and a digest of every bit of them.
 LOAD = r"""
 import hashlib, json, re, sys
-import checkpoints
+from jaxspec import checkpoints
 params = checkpoints.load(sys.argv[1], "bfloat16").params
 # Of this program alone: getrusage starts from what its parent held when it was started.
 peak = int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from jaxspec.cli import read_prompts
 from jaxspec.config import TreeConfig
+from jaxspec.data.prompts import read_prompts
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import checkpoints
+from jaxspec import checkpoints
 from jaxspec.models.cache import init_cache
 from jaxspec.models.decoder import forward, unembed
 from jaxspec.trees.tree import causal_bits

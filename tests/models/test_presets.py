@@ -16,8 +16,8 @@ import math
 import jax
 import pytest
 
-from checkpoints.catalog import HUB
-from checkpoints.huggingface import read_config
+from jaxspec.checkpoints.catalog import HUB
+from jaxspec.checkpoints.huggingface import read_config
 from jaxspec.models.params import MoeParams, abstract_params
 from jaxspec.models.presets import PRESETS
 

@@ -12,11 +12,11 @@ import urllib.request
 import numpy as np
 import pytest
 
-from checkpoints.drafters import load_drafter, save_drafter, save_temperatures
+from jaxspec.checkpoints.drafters import load_drafter, save_drafter, save_temperatures
 from jaxspec.cli import BAD_INPUT, main
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.block import BlockDrafter
-from jaxspec.serving.commands import with_survival
+from jaxspec.loading import with_survival
 from tests import tiny
 from tests.drafters import cases
 from tests.serving import engines

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import checkpoints
-from checkpoints.drafters import destinations, load_drafter
+from jaxspec import checkpoints
+from jaxspec.checkpoints.drafters import destinations, load_drafter
 from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.drafters.head import Vocabulary, bind, random_weights
 from jaxspec.drafters.teacher_forced import run_blocks

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxspec.data.conversations import Example, encode, read_examples
 from jaxspec.training.batches import (
     PACKED_UNIT,
     Batch,
@@ -17,7 +18,6 @@ from jaxspec.training.batches import (
     places,
     plan,
 )
-from jaxspec.training.conversations import Example, encode, read_examples
 
 
 class Words:
@@ -136,7 +136,7 @@ def test_a_template_that_puts_the_answer_elsewhere_is_refused():
 
 @pytest.mark.real
 def test_the_small_targets_own_template(smollm2_path):
-    import checkpoints
+    from jaxspec import checkpoints
 
     t = checkpoints.load_tokenizer(smollm2_path)
     (example,) = encode(t, TALK)

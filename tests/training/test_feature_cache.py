@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoints.tensors import read_json
+from jaxspec.checkpoints.tensors import read_json
+from jaxspec.data.conversations import Example
 from jaxspec.training import feature_cache
 from jaxspec.training.batches import Batch, Position, places
-from jaxspec.training.conversations import Example
 from jaxspec.training.feature_cache import open_features, plan_shards
 from jaxspec.training.features import target_features
 from jaxspec.training.loading import Loader

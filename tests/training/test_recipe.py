@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints.drafter_config import to_json
+from jaxspec.checkpoints.drafter_config import to_json
+from jaxspec.cli.train import Train
 from jaxspec.models import presets
-from jaxspec.training.commands import Train
 from jaxspec.training.recipe import (
     FAMILIES,
     PRESETS,

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from checkpoints.drafters import load_drafter
-from checkpoints.store import Store
+from jaxspec.checkpoints.drafters import load_drafter
+from jaxspec.checkpoints.store import Store
 from jaxspec.config import TreeConfig
 from jaxspec.training.batches import Position
 from jaxspec.training.loading import Loader

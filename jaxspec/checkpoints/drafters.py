@@ -30,10 +30,10 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from checkpoints.drafter_config import from_json, recognise, to_json
-from checkpoints.fuse import Part, check_dtype, check_finite
-from checkpoints.huggingface import resolve
-from checkpoints.tensors import SafetensorsFolder, read_json
+from jaxspec.checkpoints.drafter_config import from_json, recognise, to_json
+from jaxspec.checkpoints.fuse import Part, check_dtype, check_finite
+from jaxspec.checkpoints.huggingface import resolve
+from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import DrafterConfig, TargetConfig, TreeConfig
 from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params, whole_weights
 from jaxspec.drafters.head import Vocabulary, abstract_weights
@@ -196,7 +196,7 @@ def locate(name_or_path: str | Path) -> Path:
       ValueError: there is none, or the subfolder leads out of it.
     """
     if name_or_path == SHIPPED:
-        return Path(__file__).parent / "smollm2-135m"
+        return Path(__file__).parents[1] / "shipped" / "smollm2-135m"
     name, separator, inner = str(name_or_path).partition("::")
     path = PurePosixPath(inner)
     if separator and (path.is_absolute() or ".." in path.parts or not path.parts):

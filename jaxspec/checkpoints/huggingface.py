@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from checkpoints import fuse
-from checkpoints.json_config import REQUIRED, JsonConfig
-from checkpoints.tensors import SafetensorsFolder, read_json
+from jaxspec.checkpoints import fuse
+from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
+from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams, abstract_params
 from jaxspec.sharding import shardings
@@ -110,7 +110,7 @@ def load_params(
     folder = Path(folder)
     if not (folder / WEIGHTS).exists():
         return fuse.load(config, SafetensorsFolder(folder), dtype, mesh)
-    from checkpoints.store import load_weights  # Orbax takes seconds to import
+    from jaxspec.checkpoints.store import load_weights  # Orbax takes seconds to import
 
     specs = abstract_params(config, fuse.check_dtype(dtype))
     if mesh is None:

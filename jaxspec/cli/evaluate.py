@@ -1,4 +1,4 @@
-"""`evaluate`, `report` and `overlap`, from a shell."""
+"""`evaluate`, from a shell."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-FAULT = 1
+from jaxspec.data.prompts import read_prompts, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +137,6 @@ class Evaluate:
             Sampling(temperature=temperature)  # refuses what cannot be
 
     def _chosen(self, path: Path) -> list[str]:
-        from jaxspec.cli import read_prompts
-
         return spread(read_prompts(path), self.count)
 
     def _encoded(self, target, texts: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -173,102 +169,3 @@ class Evaluate:
             "jaxspec": jaxspec.__version__,
             "jax": jax.__version__,
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """Draw the tables and pictures of an evaluation again, from its results alone.
-
-    Examples:
-      python -m jaxspec report results.jsonl --output docs/evaluation
-      python -m jaxspec report checkpoints/smollm2-135m/evaluation.jsonl --into README.md
-    """
-
-    results: tyro.conf.Positional[tuple[Path, ...]]
-    """Files that `evaluate` wrote; several are read as one."""
-    output: Path | None = None
-    """Folder for tables.md and the pictures; the tables are printed if left out."""
-    against: tuple[str, ...] = ()
-    """Decoders that all others are compared with, at equal budget."""
-    into: Path | None = None
-    """Markdown file that gets the summary between its lines `<!-- results -->` and
-    `<!-- end of results -->`, and tau by budget between `<!-- taus -->` and
-    `<!-- end of taus -->` where it has them."""
-
-    def run(self) -> int:
-        from jaxspec.evaluation.plots import save_all
-        from jaxspec.evaluation.report import TAU_MARKS, into, markdown, summary, tau_by_budget
-        from jaxspec.evaluation.results import read
-        from jaxspec.evaluation.view import View
-
-        view = View([row for path in self.results for row in read(path)])
-        tables = markdown(view, against=self.against)
-        if self.into is not None:
-            try:
-                text = into(self.into.read_text(encoding="utf-8"), summary(view))
-                if any(mark in text for mark in TAU_MARKS):
-                    text = into(text, tau_by_budget(view), TAU_MARKS)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"--into {self.into}: {error}") from None
-            self.into.write_text(text, encoding="utf-8")
-        if self.output is None:
-            print(self.into or tables)
-            return 0
-        self.output.mkdir(parents=True, exist_ok=True)
-        pictures = save_all(view, self.output)
-        text = self.output / "tables.md"
-        text.write_text(tables, encoding="utf-8")
-        for path in (text, *pictures):
-            print(path)
-        return 0
-
-
-@dataclasses.dataclass(frozen=True)
-class OverlapCheck:
-    """Check that training data and evaluation prompts are disjoint; exit code 1 if not.
-
-    Examples:
-      python -m jaxspec overlap --data data.jsonl --prompts ../shared/prompts/*.jsonl
-    """
-
-    data: tuple[Path, ...]
-    """JSON lines: conversations, or prompts."""
-    prompts: tuple[Path, ...]
-    """JSON lines of evaluation prompts; every turn counts."""
-    ngram: int = 13
-    """Words in a row that two texts may not have in common."""
-    clean: Path | None = None
-    """Write the lines without overlap here."""
-
-    def run(self) -> int:
-        from jaxspec.evaluation.overlap import overlaps, texts_of
-
-        if self.clean is not None and self.clean.exists():
-            raise ValueError(f"--clean {self.clean} exists already; choose another name")
-        if self.ngram < 1:
-            raise ValueError(f"--ngram is {self.ngram}; expected at least 1")
-        prompts = [
-            part for path in self.prompts for _, parts in texts_of(path) for part in parts
-        ]
-        rows = [row for path in self.data for row in texts_of(path)]
-        found = list(overlaps((parts for _, parts in rows), prompts, ngram=self.ngram))
-        for overlap in found:
-            prompt = " ".join(prompts[overlap.prompt].split())
-            print(f"line {overlap.text + 1}: {overlap.words!r}\n  prompt: {prompt[:90]!r}")
-        if self.clean is not None:
-            bad = {overlap.text for overlap in found}
-            kept = [line for number, (line, _) in enumerate(rows) if number not in bad]
-            self.clean.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        print(f"{len(found)} of {len(rows)} rows overlap with {len(prompts)} prompts")
-        return FAULT if found else 0
-
-
-def spread(rows: list, count: int) -> list:
-    """`count` of the rows, evenly apart; all if it is 0.
-
-    >>> spread([0, 1, 2, 3, 4, 5], 3)
-    [0, 2, 4]
-    """
-    if not 0 < count < len(rows):
-        return rows
-    return [rows[i * len(rows) // count] for i in range(count)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxspec.jsonl import numbered_lines
+from jaxspec.data.jsonl import numbered_lines
 from jaxspec.tokenizer import Messages, Tokenizer
 
 

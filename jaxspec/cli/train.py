@@ -1,87 +1,10 @@
-"""`regenerate` and `train`, from a shell."""
+"""`train`, from a shell."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 from typing import Literal
-
-
-@dataclasses.dataclass(frozen=True)
-class Regenerate:
-    """Let the target answer prompts, or its own questions: what a drafter is trained on.
-
-    Killed and started again, it goes on where it was.
-
-    Examples:
-      python -m jaxspec regenerate --prompts prompts.jsonl --output data.jsonl
-      python -m jaxspec regenerate --questions 500 --temperature 0.7 --output data.jsonl
-      python -m jaxspec regenerate --prompts a.jsonl b.jsonl --dtype bfloat16 --rows 64 \
-          --max-new-tokens 256 --max-length 510 --temperature 0.7 --sampled 0.25 \
-          --output data.jsonl
-    """
-
-    output: Path
-    """JSON lines of conversations; errors go to NAME.errors.jsonl beside it."""
-    prompts: tuple[Path, ...] = ()
-    """JSON lines, one or several files: {"turns": [...]}, {"prompt": ...},
-    {"conversations": [...]}, or {"opening": ...}, a question the target goes on with."""
-    questions: int = 0
-    """Without prompts: how many questions the target writes and answers."""
-    question_tokens: int = 96
-    """At most this long is what it writes of a question."""
-    target: str = "smollm2-135m"
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    drafter: str = "none"
-    """Speeds it up and changes nothing else; as for `generate`."""
-    max_new_tokens: int = 512
-    max_length: int = 1024
-    """Tokens a conversation may have."""
-    temperature: float = 0.0
-    """Of the answers; 0 is greedy."""
-    sampled: float = 1.0
-    """Share of the conversations answered at that temperature; the others are greedy."""
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    thinking: bool | None = None
-    """Turn a Qwen3 chat template's thinking on or off; written into every row."""
-    rows: int = 16
-    """Conversations decoded together."""
-    seed: int = 0
-
-    def run(self) -> int:
-        import jaxspec
-        from jaxspec.training import regenerate as r
-
-        if bool(self.prompts) == (self.questions > 0):
-            raise ValueError(
-                f"--prompts has {len(self.prompts)} files and --questions is "
-                f"{self.questions}; give one of them"
-            )
-        jobs = r.read_jobs(*self.prompts) if self.prompts else r.own_questions(self.questions)
-        config = r.RegenerateConfig(
-            max_new_tokens=self.max_new_tokens,
-            sampling=jaxspec.Sampling(
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                min_p=self.min_p,
-            ),
-            sampled=self.sampled,
-            thinking=self.thinking,
-            max_length=self.max_length,
-            question_tokens=self.question_tokens,
-            seed=self.seed,
-            rows=self.rows,
-        )
-        jaxspec.enable_compilation_cache()
-        target = jaxspec.load_target(self.target, dtype=self.dtype)
-        drafter = jaxspec.load_drafter(self.drafter, target)
-        count = r.regenerate(config, target, jobs, self.output, drafter=drafter)
-        print(f"{self.output}: {count} conversations")
-        return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +88,8 @@ class Train:
 
     def run(self) -> int:
         import jaxspec
+        from jaxspec.data.conversations import read_examples
         from jaxspec.sharding import join_processes
-        from jaxspec.training.conversations import read_examples
         from jaxspec.training.regenerate import read_jobs
         from jaxspec.training.trainer import train
 
@@ -229,7 +152,7 @@ class Train:
         return make_mesh(data=self.devices // self.target_devices, model=self.target_devices)
 
     def _drafter(self, target):
-        from checkpoints.drafters import read_drafter_config
+        from jaxspec.checkpoints.drafters import read_drafter_config
         from jaxspec.training.recipe import PRESETS, Preset, drafter_config, find_preset
 
         sizes = _given(mask_token_id=self.mask_token_id, layers=self.layers, rank=self.rank)

@@ -19,10 +19,10 @@ import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from checkpoints import huggingface, locate
-from checkpoints.fuse import Part, destinations
-from checkpoints.store import load_weights, save_weights
-from checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder, read_json
+from jaxspec.checkpoints import huggingface, locate
+from jaxspec.checkpoints.fuse import Part, destinations
+from jaxspec.checkpoints.store import load_weights, save_weights
+from jaxspec.checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder, read_json
 from jaxspec.models.params import TargetParams
 
 FORMATS = ("orbax", "safetensors")

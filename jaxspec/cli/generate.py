@@ -1,27 +1,17 @@
-"""`python -m jaxspec`: what the library does, from a shell.
-
-Exit codes: 0 done, 1 a check found a fault, 2 bad input (one line on standard error).
-"""
+"""`generate`, from a shell."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from jaxspec.commands import Convert, Plan
-from jaxspec.evaluation.commands import Evaluate, OverlapCheck, Report
-from jaxspec.jsonl import numbered_lines
-from jaxspec.options import DrafterOptions
-from jaxspec.serving.commands import Calibrate, Serve
-from jaxspec.training.commands import Regenerate, Train
-
-FAULT, BAD_INPUT = 1, 2
+from jaxspec.cli.options import DrafterOptions
+from jaxspec.data.prompts import read_prompt_ids, read_prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,138 +140,3 @@ class Generate:
             f"{new_tokens / completion.seconds:.1f} tokens/s]\n",
             flush=True,
         )
-
-
-CHECK_PROMPTS = (
-    "Natalia sold 48 clips in April and half as many in May. How many did she sell in all?",
-    "Write a Python function that returns the n-th Fibonacci number.",
-    "Why is the sky blue?",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """Check that a trained drafter fits its target, and that decoding runs it as training did.
-
-    Compares the drafter's logits slot by slot between the two ways, walks the target's own
-    answers (or --text) for tau, and tries what is most often wrong: taps off by one, the other
-    slot layout, another mask id, the other thinking mode. Exit code 1 when something looks
-    wrong.
-
-    Examples:
-      python -m jaxspec check --drafter run/drafter
-      python -m jaxspec check --target Qwen/Qwen3-8B --drafter JetSpec/jetspec-qwen3-8b
-    """
-
-    drafter: str
-    """Folder or hub name of a trained drafter (repo::subfolder too)."""
-    target: str = "smollm2-135m"
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    text: Path | None = None
-    """Text to walk over instead of the target's answers to a few questions."""
-    max_new_tokens: int = 96
-    """Length of those answers."""
-    thinking: bool | None = None
-    """Turn a Qwen3 chat template's thinking on or off."""
-    json: bool = False
-    """The report as one JSON object on standard output."""
-
-    def run(self) -> int:
-        import jaxspec
-        from jaxspec.check import Text, check, check_answers
-        from jaxspec.generation import as_token_ids
-
-        text = None if self.text is None else _read(self.text)
-        jaxspec.enable_compilation_cache()
-        target = jaxspec.load_target(self.target, dtype=self.dtype)
-        drafter = jaxspec.load_drafter(self.drafter, target)
-        if text is None:
-            report = check_answers(
-                target,
-                drafter,
-                CHECK_PROMPTS,
-                max_new_tokens=self.max_new_tokens,
-                thinking=self.thinking,
-            )
-        else:
-            (ids,) = as_token_ids(target, [text], raw=True, thinking=None)
-            report = check(target, drafter, [Text(tuple(ids))])
-        print(json.dumps(dataclasses.asdict(report)) if self.json else report)
-        return FAULT if report.findings else 0
-
-
-def read_prompts(path: Path) -> list[str]:
-    """First turns of a JSONL file; rows are {"turns": [...]} or {"prompt": ...}."""
-    rows = []
-    for number, line in numbered_lines(path):
-        row = _parse(line, f"{path}, line {number}")
-        text = None
-        if isinstance(row, dict):
-            turns = row.get("turns")
-            text = turns[0] if isinstance(turns, list) and turns else row.get("prompt")
-        if not isinstance(text, str):
-            raise ValueError(
-                f'{path}, line {number}: expected {{"turns": ["text", …]}} or '
-                f'{{"prompt": "text"}}, found {line[:60]!r}'
-            )
-        rows.append(text)
-    if not rows:
-        raise ValueError(f"{path} holds no prompts; expected one JSON object per line")
-    return rows
-
-
-def read_prompt_ids(path: Path) -> list[list[int]]:
-    """A JSON list of lists of token ids."""
-    rows = _parse(_read(path), str(path))
-    good = (
-        isinstance(rows, list)
-        and rows
-        and all(
-            isinstance(row, list) and all(type(token) is int for token in row) for row in rows
-        )
-    )
-    if not good:
-        raise ValueError(f"{path}: expected a JSON list of lists of token ids, [[1, 2, …], …]")
-    return rows
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-
-
-def _parse(text: str, where: str):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-
-
-COMMANDS = {
-    "generate": Generate,
-    "check": Check,
-    "regenerate": Regenerate,
-    "train": Train,
-    "evaluate": Evaluate,
-    "report": Report,
-    "calibrate": Calibrate,
-    "serve": Serve,
-    "overlap": OverlapCheck,
-    "convert": Convert,
-    "plan": Plan,
-}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS, prog="python -m jaxspec", description=__doc__, args=arguments
-    )
-    try:
-        return command.run()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT

@@ -63,7 +63,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
 
 def locate(name_or_path: str | Path) -> Path:
     """The local file or folder behind a name, downloaded if need be; errors as `load`."""
-    from checkpoints import catalog, huggingface
+    from jaxspec.checkpoints import catalog, huggingface
 
     if name_or_path in catalog.names() and not Path(name_or_path).exists():
         name_or_path = catalog.locate(name_or_path)
@@ -72,7 +72,7 @@ def locate(name_or_path: str | Path) -> Path:
 
 def _format(path: Path):
     """The module that reads this kind of checkpoint."""
-    from checkpoints import gguf, huggingface
+    from jaxspec.checkpoints import gguf, huggingface
 
     if path.is_dir():
         return huggingface

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from checkpoints.json_config import JsonConfig
+from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.config import DrafterConfig
 
 FORMATS = ("dflash", "treeflash", "deepspec")

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from checkpoints import fuse
-from checkpoints.gguf_file import GgufFile
+from jaxspec.checkpoints import fuse
+from jaxspec.checkpoints.gguf_file import GgufFile
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams
 from jaxspec.tokenizer import Tokenizer

@@ -1,0 +1,70 @@
+"""`check`, from a shell."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+from jaxspec.data.jsonl import read_text
+
+FAULT = 1  # exit code
+
+CHECK_PROMPTS = (
+    "Natalia sold 48 clips in April and half as many in May. How many did she sell in all?",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Why is the sky blue?",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Check that a trained drafter fits its target, and that decoding runs it as training did.
+
+    Compares the drafter's logits slot by slot between the two ways, walks the target's own
+    answers (or --text) for tau, and tries what is most often wrong: taps off by one, the other
+    slot layout, another mask id, the other thinking mode. Exit code 1 when something looks
+    wrong.
+
+    Examples:
+      python -m jaxspec check --drafter run/drafter
+      python -m jaxspec check --target Qwen/Qwen3-8B --drafter JetSpec/jetspec-qwen3-8b
+    """
+
+    drafter: str
+    """Folder or hub name of a trained drafter (repo::subfolder too)."""
+    target: str = "smollm2-135m"
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    text: Path | None = None
+    """Text to walk over instead of the target's answers to a few questions."""
+    max_new_tokens: int = 96
+    """Length of those answers."""
+    thinking: bool | None = None
+    """Turn a Qwen3 chat template's thinking on or off."""
+    json: bool = False
+    """The report as one JSON object on standard output."""
+
+    def run(self) -> int:
+        import jaxspec
+        from jaxspec.check import Text, check, check_answers
+        from jaxspec.generation import as_token_ids
+
+        text = None if self.text is None else read_text(self.text)
+        jaxspec.enable_compilation_cache()
+        target = jaxspec.load_target(self.target, dtype=self.dtype)
+        drafter = jaxspec.load_drafter(self.drafter, target)
+        if text is None:
+            report = check_answers(
+                target,
+                drafter,
+                CHECK_PROMPTS,
+                max_new_tokens=self.max_new_tokens,
+                thinking=self.thinking,
+            )
+        else:
+            (ids,) = as_token_ids(target, [text], raw=True, thinking=None)
+            report = check(target, drafter, [Text(tuple(ids))])
+        print(json.dumps(dataclasses.asdict(report)) if self.json else report)
+        return FAULT if report.findings else 0

@@ -1,0 +1,44 @@
+"""`convert`, from a shell."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Write weights as an Orbax store, which reloads quickly on any mesh, or as safetensors.
+
+    The output is a folder that any command takes as its --target. Every bit written is read
+    back and compared.
+
+    Examples:
+      python -m jaxspec convert --target Qwen/Qwen3-8B --output qwen3-8b
+      python -m jaxspec convert --target qwen3-8b --output back --to safetensors
+    """
+
+    target: str
+    """Hugging Face folder or hub name, or a folder that was converted before."""
+    output: Path
+    """A new folder."""
+    to: Literal["orbax", "safetensors"] = "orbax"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights written; as stored by default."""
+    json: bool = False
+    """What was written as one JSON object on standard output."""
+
+    def run(self) -> int:
+        from jaxspec.checkpoints.convert import convert
+
+        done = convert(self.target, self.output, format=self.to, dtype=self.dtype)
+        if self.json:
+            print(json.dumps(dataclasses.asdict(done) | {"folder": str(done.folder)}))
+        else:
+            print(
+                f"{done.folder}: {done.bytes / 1e9:.2f} GB of {done.dtype}, {done.arrays} "
+                "arrays read back and equal bit for bit"
+            )
+        return 0

@@ -1,0 +1,108 @@
+"""`serve`, from a shell."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from jaxspec.cli.options import DrafterOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+    """Serve a model over HTTP with OpenAI's completions and chat shapes, speculatively.
+
+    Needs the extra 'serve'. At start every program is compiled and, for the adaptive schedule,
+    the time of a round of every size is measured (or read from --curve).
+
+    Examples:
+      python -m jaxspec serve
+      python -m jaxspec serve --drafter run/drafter --tree path_conditioned --budget 16
+      curl localhost:8000/v1/completions -H "Content-Type: application/json" \\
+          -d '{"prompt": "Once upon a time", "max_tokens": 32}'
+    """
+
+    drafter: Annotated[DrafterOptions, tyro.conf.arg(name="")] = DrafterOptions()
+    target: str = "smollm2-135m"
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    host: str = "127.0.0.1"
+    """Address to listen on. There is no authentication here: put one in front of others."""
+    port: int = 8000
+    """0 takes a free one."""
+    slots: int = 8
+    """Requests decoded together."""
+    room: int = 1024
+    """Tokens a prompt and its answer may have together; caches take up to 1.5 slots + 1 times
+    this."""
+    queue: int = 64
+    """Requests that may wait; more are answered 429."""
+    schedule: Literal["adaptive", "fixed"] = "adaptive"
+    """adaptive: all requests' nodes compete for what a round may cost; fixed: the whole budget
+    for each."""
+    max_nodes: int = 128
+    """Nodes of all requests in one adaptive round."""
+    chunk: int = 64
+    """Prompt tokens run between two rounds of the others."""
+    rounds: int = 1
+    """Rounds between two looks at the queue."""
+    rejection: bool = False
+    """Draw chains from a trained drafter and verify them by rejection sampling."""
+    curve: Path | None = None
+    """Step times: read if the file is there, measured and written if not."""
+    body_bytes: int = 1 << 20
+    """Largest body of a request."""
+    connections: int = 256
+
+    def run(self) -> int:
+        try:
+            from jaxspec.serving.connections import Limits
+            from jaxspec.serving.server import bind, server
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"{error.name} is not installed; pip install 'jaxspec[serve]'"
+            ) from error
+        import jaxspec
+        from jaxspec.decoding.schedule import Adaptive, Fixed
+        from jaxspec.loading import with_survival
+        from jaxspec.serving.config import EngineConfig
+        from jaxspec.serving.curve import Curve
+        from jaxspec.serving.engine import Engine
+        from jaxspec.serving.runner import Runner
+
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"--port is {self.port}; expected 0 … 65535")
+        limits = Limits(body_bytes=self.body_bytes, connections=self.connections)
+        bound = bind(self.host, self.port)
+        curve = None
+        if self.curve is not None and self.curve.exists():
+            curve = Curve.load(self.curve)
+        jaxspec.enable_compilation_cache()
+        target = jaxspec.load_target(self.target, dtype=self.dtype)
+        drafter = with_survival(self.drafter.load(target))
+        adaptive = self.schedule == "adaptive" and drafter.drafter.size > 1
+        config = EngineConfig(
+            slots=self.slots,
+            room=self.room,
+            queue=self.queue,
+            schedule=Adaptive() if adaptive else Fixed(),
+            budget=None if adaptive else min(self.drafter.budget, drafter.drafter.size),
+            max_nodes=self.max_nodes,
+            chunk=self.chunk,
+            rounds=self.rounds,
+            rejection=self.rejection,
+        )
+        engine = Engine(target, drafter, config, curve=curve)
+        print("compiling and measuring …", flush=True)
+        engine.warm_up()
+        if adaptive and curve is None and self.curve is not None:
+            engine.curve.save(self.curve)
+        name = Path(self.target).absolute().name.removesuffix(".gguf")
+        host, port = bound.getsockname()[:2]
+        http = server(Runner(engine), name=name, host=self.host, port=port, limits=limits)
+        print(f"serving {name} on http://{host}:{port}/v1", flush=True)
+        http.run([bound])
+        return 0
