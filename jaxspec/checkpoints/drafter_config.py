@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from jaxspec.checkpoints.json_config import JsonConfig
+from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL, refuse_quantised
+from jaxspec.checkpoints.rope import rope_theta
 from jaxspec.config import DrafterConfig
 
+TEMPERATURES = "sts_temperatures"  # key of config.json; one per slot
+# Beside those of any model: training, the target's own vocabulary, growth of trees by default.
+DRAFTER_HARMLESS = HARMLESS | {
+    *("num_anchors", "candidate_tokens", "eos_token_id", "tie_word_embeddings"),
+    *("sliding_window", "use_sliding_window", TEMPERATURES),
+}
 FORMATS = ("dflash", "treeflash", "deepspec")
+PREDICT_NEXT = ("sample_from_anchor", "query_zero_predicts_next")
 HEAD_TYPES = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}  # theirs to ours
 
 
@@ -33,13 +42,17 @@ def recognise(raw: dict[str, Any], origin: Any) -> str:
 def from_json(raw: dict[str, Any], origin: Any) -> DrafterConfig:
     """The drafter a `config.json` describes; accepts the keys of transformers 4 and 5.
 
+    Warns of keys that are not known (`JsonConfig.finish`).
+
     Raises:
-      ValueError: a key is missing or asks for something that is not implemented.
+      ValueError: a key is missing, asks for something that is not implemented, or contradicts
+        another.
     """
     format = recognise(raw, origin)
     whole = JsonConfig(raw, origin, "a drafter")
     # DeepSpec keeps its own keys beside the model's, the others in an object.
     own = whole if format == "deepspec" else whole.section("dflash_config")
+    refuse_quantised(whole)
     whole.one_of("model_type", ("qwen3",), "qwen3")
     whole.one_of("hidden_act", ("silu",), "silu")
     whole.one_of("attention_bias", (False,), False)
@@ -60,10 +73,10 @@ def from_json(raw: dict[str, Any], origin: Any) -> DrafterConfig:
         taps=own.items("target_layer_ids", int),
         block_size=_block_size(whole, own),
         mask_token_id=own.integer("mask_token_id", least=0),
-        causal=own.flag("causal_head", own.flag("causal")),
-        predict_next=own.flag("sample_from_anchor", format == "deepspec"),
+        causal=_agreed(whole, own, ("causal_head", "causal", "is_causal"), False),
+        predict_next=_agreed(whole, own, PREDICT_NEXT, format == "deepspec"),
         window=_window(whole),
-        rope_theta=whole.rope_theta(),
+        rope_theta=rope_theta(whole, full_rotary=True),
         rms_norm_eps=whole.number("rms_norm_eps", 1e-6),
         max_positions=whole.integer("max_position_embeddings", 40_960),
         **(_mlp(whole) if format == "treeflash" else _heads(own)),
@@ -73,6 +86,7 @@ def from_json(raw: dict[str, Any], origin: Any) -> DrafterConfig:
             f"{origin}: 'target_layer_ids' names the last layer, {config.taps[-1]}, which this "
             "format means before the target's final norm; expected layers before it"
         )
+    whole.finish(DRAFTER_HARMLESS, NEUTRAL)
     return config
 
 
@@ -157,6 +171,22 @@ def _block_size(whole: JsonConfig, own: JsonConfig) -> int:
     return sizes[0]
 
 
+def _agreed(whole: JsonConfig, own: JsonConfig, keys: tuple[str, ...], default: bool) -> bool:
+    """One switch under the names that programs give it, at the top or inside."""
+    found = {
+        f"'{key}' of {section.origin}": section.flag(key)
+        for section in (whole, own)
+        for key in keys
+        if section.has(key)
+    }
+    if len(set(found.values())) > 1:
+        said = " but ".join(f"{name} is {value}" for name, value in found.items())
+        raise ValueError(
+            f"{whole.origin}: {said}; they name one switch: keep the one that training used"
+        )
+    return next(iter(found.values()), default)
+
+
 def _heads(own: JsonConfig) -> dict[str, Any]:
     rank = own.integer("markov_rank", 0, least=0)
     head = own.one_of("markov_head_type", tuple(HEAD_TYPES), "vanilla")
@@ -214,10 +244,18 @@ def _check_expressible(c: DrafterConfig, format: str) -> None:
 
 
 def _window(whole: JsonConfig) -> int | None:
-    kinds = set(whole.items("layer_types", str, ())) or {"full_attention"}
-    if kinds == {"full_attention"}:
+    layers = whole.integer("num_hidden_layers")
+    kinds = whole.items("layer_types", str, ())
+    if not kinds and whole.flag("use_sliding_window"):  # as Qwen's configuration has it
+        full = whole.integer("max_window_layers", 28, least=0)
+        kinds = tuple(
+            "full_attention" if i < full else "sliding_attention" for i in range(layers)
+        )
+    if kinds and len(kinds) != layers:
+        raise whole.refusal("layer_types", f"one for each of the {layers} layers")
+    if set(kinds) <= {"full_attention"}:
         return None
-    if kinds == {"sliding_attention"}:
+    if set(kinds) == {"sliding_attention"}:
         return whole.integer("sliding_window")
     raise whole.refusal(
         "layer_types", "full attention in all layers, or sliding attention of one width in all"

@@ -30,7 +30,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from jaxspec.checkpoints.drafter_config import from_json, recognise, to_json
+from jaxspec.checkpoints.drafter_config import TEMPERATURES, from_json, recognise, to_json
 from jaxspec.checkpoints.fuse import Part, check_dtype, check_finite
 from jaxspec.checkpoints.huggingface import resolve
 from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
@@ -40,7 +40,6 @@ from jaxspec.drafters.head import Vocabulary, abstract_weights
 from jaxspec.models.params import TargetParams
 
 LEGACY_PREFIX = "logit_head."
-TEMPERATURES = "sts_temperatures"  # key of config.json; one per slot
 DRAFT_TOKENS = "draft_token_ids"  # a tensor, int32 [V']
 SHIPPED = "shipped"  # name of the drafter in this package, for the catalog's default target
 

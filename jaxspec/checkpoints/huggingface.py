@@ -11,6 +11,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxspec.checkpoints import fuse
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
+from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL, refuse_quantised
+from jaxspec.checkpoints.rope import rope_theta
 from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams, abstract_params
@@ -20,6 +22,7 @@ from jaxspec.tokenizer import Tokenizer
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "tokenizer.model")
 MODEL_TYPES = ("qwen3", "qwen3_moe", "llama", "qwen2")
+MODELOPT = "hf_quant_config.json"  # beside config.json, of quantised weights
 WEIGHTS = "weights.orbax"  # folder of a converted checkpoint, in place of safetensors
 
 
@@ -56,11 +59,18 @@ def resolve(name_or_path: str | Path) -> Path:
 def read_config(folder: str | Path) -> TargetConfig:
     """The model that `config.json` describes; accepts the keys of transformers 4 and 5.
 
+    Warns of keys that are not known (`JsonConfig.finish`).
+
     Raises:
       ValueError: a key is missing or has a value this decoder does not implement.
     """
     folder = Path(folder)
     raw = _config(folder / "config.json")
+    if (folder / MODELOPT).exists():
+        raise ValueError(
+            f"{folder} has a {MODELOPT}: its weights are quantised; use the checkpoint in "
+            "bfloat16"
+        )
     model_type = raw.one_of("model_type", MODEL_TYPES, REQUIRED)
     _refuse_unsupported(raw, model_type)
     heads = raw.integer("num_attention_heads")
@@ -80,7 +90,8 @@ def read_config(folder: str | Path) -> TargetConfig:
                 i for i in range(layers) if i not in dense and (i + 1) % step == 0
             ),
         )
-    return raw.make(
+    head_dim = raw.integer("head_dim", hidden // heads)
+    config = raw.make(
         TargetConfig,
         vocab_size=raw.integer("vocab_size"),
         hidden_size=hidden,
@@ -88,8 +99,8 @@ def read_config(folder: str | Path) -> TargetConfig:
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=raw.integer("num_key_value_heads", heads),
-        head_dim=raw.integer("head_dim", hidden // heads),
-        rope_theta=raw.rope_theta(),
+        head_dim=head_dim,
+        rope_theta=rope_theta(raw),
         rms_norm_eps=raw.number("rms_norm_eps", 1e-6),
         max_positions=raw.integer("max_position_embeddings"),
         tie_embeddings=raw.flag("tie_word_embeddings"),
@@ -98,6 +109,10 @@ def read_config(folder: str | Path) -> TargetConfig:
         eos_token_ids=_eos_token_ids(folder, raw),
         **mixture,
     )
+    raw.one_of("rotary_dim", (head_dim,), head_dim)
+    raw.one_of("query_pre_attn_scalar", (head_dim,), head_dim)
+    raw.finish(HARMLESS, NEUTRAL)
+    return config
 
 
 def load_params(
@@ -144,10 +159,11 @@ def _refuse_unsupported(raw: JsonConfig, model_type: str) -> None:
         raw.one_of(key, (False,), False)
     if model_type != "qwen2":  # elsewhere the flag adds a bias to the output projection too
         raw.one_of("attention_bias", (False,), False)
-    if set(raw.items("layer_types", str, ())) - {"full_attention"}:
-        raise raw.refusal("layer_types", "'full_attention' throughout")
-    if raw.has("quantization_config"):
-        raise raw.refusal("quantization_config", "unquantised weights")
+    kinds, layers = raw.items("layer_types", str, ()), raw.integer("num_hidden_layers")
+    if set(kinds) - {"full_attention"} or len(kinds) not in (0, layers):
+        raise raw.refusal("layer_types", f"'full_attention' for each of {layers} layers")
+    raw.has("sliding_window")  # of full attention it says nothing
+    refuse_quantised(raw)
 
 
 def _eos_token_ids(folder: Path, raw: JsonConfig) -> tuple[int, ...]:

@@ -1,8 +1,10 @@
 """Values of a `config.json`: each refusal names the file, the key, what it is and what it
-should be."""
+should be; `JsonConfig.finish` accounts for the keys that nothing has read."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
 REQUIRED = object()
@@ -10,6 +12,8 @@ REQUIRED = object()
 
 class JsonConfig:
     """An object of a JSON file. A key that is absent or null takes the default of its reading.
+
+    Keys that are looked at count as read; `finish` accounts for the others.
 
     Attributes:
       values: the object itself.
@@ -19,11 +23,15 @@ class JsonConfig:
 
     def __init__(self, values: dict[str, Any], origin: Any, owner: str):
         self.values, self.origin, self.owner = values, origin, owner
+        self._read: set[str] = set()
+        self._sections: dict[str, JsonConfig] = {}
 
     def has(self, key: str) -> bool:
+        self._read.add(key)
         return self.values.get(key) is not None
 
     def get(self, key: str, default: Any = REQUIRED) -> Any:
+        self._read.add(key)
         value = self.values.get(key)
         if value is None and default is REQUIRED:
             raise ValueError(
@@ -52,7 +60,7 @@ class JsonConfig:
 
     def one_of(self, key: str, allowed: tuple, default: Any) -> Any:
         value = self.get(key, default)
-        if value not in allowed:
+        if not any(_equal(value, one) for one in allowed):
             raise self.refusal(key, " or ".join(map(repr, allowed)))
         return value
 
@@ -68,18 +76,43 @@ class JsonConfig:
         value = self.get(key, default)
         if not isinstance(value, dict):
             raise self.refusal(key, "an object")
-        return JsonConfig(value, f"{self.origin}, '{key}',", self.owner)
+        if key not in self._sections:
+            origin = f"{self.origin}, '{key}'"
+            self._sections[key] = JsonConfig(value, origin, self.owner)
+        return self._sections[key]
 
-    def rope_theta(self) -> float:
-        """Base of the rotary frequencies, under transformers 5's key or transformers 4's."""
-        for key in ("rope_parameters", "rope_scaling"):
-            rope = self.section(key, {})
-            if rope.get("rope_type", rope.get("type", "default")) != "default":
-                raise self.refusal(key, "'rope_type': 'default'")
-            if rope.get("partial_rotary_factor", 1.0) != 1.0:
-                raise self.refusal(key, "'partial_rotary_factor': 1.0")
-        theirs = self.section("rope_parameters", {})
-        return (theirs if theirs.has("rope_theta") else self).number("rope_theta", 10_000.0)
+    def finish(self, harmless: Collection[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Accounts for the keys that nothing has read, in the sections that were read too.
+
+        Null is no value. Keys in neither table are named in one warning.
+
+        Args:
+          harmless: keys that may have any value; so may those that begin with "_".
+          neutral: values of keys at which they change nothing.
+
+        Raises:
+          ValueError: a key of `neutral` has another value.
+        """
+        unknown = self._unknown(harmless, neutral)
+        if unknown:
+            warnings.warn(
+                f"{self.origin}: {', '.join(unknown)}: not known here and left out; if it "
+                "changes what the model computes, the output is not the model's",
+                stacklevel=2,
+            )
+
+    def _unknown(self, harmless, neutral) -> list[str]:
+        found = []
+        for key, value in self.values.items():
+            if key in self._read or value is None or key in harmless or key.startswith("_"):
+                continue
+            if key not in neutral:
+                found.append(f"'{key}'")
+            elif not any(_equal(value, one) for one in neutral[key]):
+                raise self.refusal(key, " or ".join(map(repr, neutral[key])) or "no such key")
+        for name, section in self._sections.items():
+            found += [f"{key} in '{name}'" for key in section._unknown(harmless, neutral)]
+        return found
 
     def refusal(self, key: str, expected: str) -> ValueError:
         return ValueError(
@@ -93,3 +126,8 @@ class JsonConfig:
             return config(**fields)
         except ValueError as error:
             raise ValueError(f"{self.origin}: {error}") from None
+
+
+def _equal(value: Any, other: Any) -> bool:
+    """As JSON: true is not 1."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)

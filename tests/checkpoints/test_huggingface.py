@@ -131,16 +131,22 @@ def test_ids_that_end_a_text(tmp_path, eos, generation, ids):
         ({"attention_bias": True}, r"'attention_bias' is True"),
         ({"layer_types": ["sliding_attention"]}, r"'layer_types' is .*'full_attention'"),
         ({"quantization_config": {"bits": 4}}, r"'quantization_config'.*unquantised weights"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"'quantization_config' .*'fp8'"),
+        ({"quantization": {"bits": 4, "group_size": 64}}, r"'quantization' asks for .*'bits'"),
         ({"rope_scaling": {"rope_type": "yarn"}}, r"'rope_scaling' is .*yarn.*'default'"),
         ({"rope_scaling": {"type": "linear"}}, r"'rope_scaling' is .*linear"),
         ({"rope_parameters": {"rope_type": "llama3"}}, r"'rope_parameters' is .*llama3"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"'partial_rotary_factor': 1.0"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            r"'rope_parameters': 'partial_rotary_factor' is 0.5.*expected 1.0",
+        ),
         ({"rope_parameters": [1]}, r"'rope_parameters' is \[1\].*expected an object"),
         ({"hidden_size": "12"}, r"'hidden_size' is '12'.*expected a positive integer"),
         ({"num_hidden_layers": 0}, r"'num_hidden_layers' is 0"),
         ({"rms_norm_eps": -1.0}, r"'rms_norm_eps' is -1.0.*a positive number"),
         ({"tie_word_embeddings": "no"}, r"'tie_word_embeddings' is 'no'"),
         ({"eos_token_id": "</s>"}, r"'eos_token_id' is '</s>'.*token id"),
+        ({"layer_types": ["full_attention"]}, r"'layer_types' is .*for each of 2 layers"),
         ({"layer_types": 1}, r"'layer_types' is 1.*a list of texts"),
         (MIXTURE_KEYS | {"mlp_only_layers": 1}, r"'mlp_only_layers' is 1.*list of integers"),
         (
@@ -155,7 +161,9 @@ def test_what_is_not_supported_is_named(tmp_path, change, message):
 
 
 def test_any_value_of_any_key_is_a_target_or_one_clear_refusal(tmp_path):
-    raw = MIXTURE | dict(decoder_sparse_step=1, layer_types=["full_attention"], eos_token_id=1)
+    raw = MIXTURE | dict(
+        decoder_sparse_step=1, layer_types=["full_attention"] * 2, eos_token_id=1
+    )
     anything = ("x", None, -1, 0, 1.5, True, [], {}, [1], {"a": 1}, 1000, float("nan"))
     rope = raw["rope_parameters"] | {"partial_rotary_factor": 1.0}
     changed = [raw | {key: value} for key in raw for value in anything]
