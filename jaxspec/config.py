@@ -64,6 +64,12 @@ class TargetConfig:
                 f"TargetConfig.experts_per_token is {self.experts_per_token}; "
                 f"expected 1 … num_experts = {self.num_experts}"
             )
+        beyond = [i for i in self.eos_token_ids if not 0 <= i < self.vocab_size]
+        if beyond:
+            raise ValueError(
+                f"TargetConfig.eos_token_ids names {beyond}, of a vocabulary of "
+                f"{self.vocab_size}: no text would end there; is it another model's?"
+            )
 
     @property
     def group_size(self) -> int:

@@ -20,7 +20,8 @@ class LoadedTarget:
     """A target in memory.
 
     Attributes:
-      config: static description.
+      config: static description; a text ends at the ids of the configuration, of the
+        generation's configuration, and of the tokenizer.
       params: weights in the fused layout.
       tokenizer: None for a checkpoint that comes without one.
     """
@@ -47,6 +48,8 @@ def load(name_or_path: str | Path, dtype="float32", devices: int = 1) -> LoadedT
     reader = _format(path)
     config = reader.read_config(path)
     tokenizer = reader.load_tokenizer(path)
+    if tokenizer is not None:
+        config = _agree_on_ends(config, tokenizer, path)
     mesh = None
     if devices != 1:
         from jaxspec.sharding import decoding_mesh
@@ -68,6 +71,17 @@ def locate(name_or_path: str | Path) -> Path:
     if name_or_path in catalog.names() and not Path(name_or_path).exists():
         name_or_path = catalog.locate(name_or_path)
     return huggingface.resolve(name_or_path)
+
+
+def _agree_on_ends(config: TargetConfig, tokenizer: Tokenizer, path: Path) -> TargetConfig:
+    """Decoding and training data end a text at the same ids: all that either one names."""
+    ids = tuple(dict.fromkeys((*config.eos_token_ids, *tokenizer.eos_token_ids)))
+    try:
+        config = dataclasses.replace(config, eos_token_ids=ids)
+    except ValueError as error:
+        raise ValueError(f"the tokenizer in {path} and the configuration: {error}") from None
+    tokenizer.eos_token_ids = ids
+    return config
 
 
 def _format(path: Path):

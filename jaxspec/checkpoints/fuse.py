@@ -31,6 +31,7 @@ from jaxspec.sharding import shardings
 
 Box = tuple[tuple[int, int], ...]  # first and one past the last, per axis
 
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ALIGNMENT = 64  # bytes; JAX on the CPU adopts an aligned buffer instead of copying it
 LARGE = 1_000_000_000  # bytes; loading more shows progress
 
@@ -118,6 +119,8 @@ def load(
     table = destinations(config, tensors.shapes)
     parts = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Part))
     _check(config, tensors, parts)
+    if config.tie_embeddings and LM_HEAD in tensors.shapes:
+        _check_tied(tensors)
     specs = abstract_params(config, dtype)
     boxes = (
         jax.tree.map(lambda spec: _boxes(spec, None), specs)
@@ -211,7 +214,7 @@ def destinations(config: TargetConfig, names: Mapping[str, Any]) -> TargetParams
     """
     c = config
     return TargetParams(
-        embed=(_same("model.embed_tokens.weight", c.vocab_size, c.hidden_size),),
+        embed=(_same(EMBEDDING, c.vocab_size, c.hidden_size),),
         layers=tuple(
             LayerParams(
                 _attention(c, f"model.layers.{i}."),
@@ -222,11 +225,7 @@ def destinations(config: TargetConfig, names: Mapping[str, Any]) -> TargetParams
             for i in range(c.num_layers)
         ),
         final_norm=(_same("model.norm.weight", c.hidden_size),),
-        lm_head=(
-            None
-            if c.tie_embeddings
-            else (_same("lm_head.weight", c.vocab_size, c.hidden_size),)
-        ),
+        lm_head=(None if c.tie_embeddings else (_same(LM_HEAD, c.vocab_size, c.hidden_size),)),
     )
 
 
@@ -323,9 +322,31 @@ def _check(config: TargetConfig, tensors: Tensors, parts: list[Part]) -> None:
         )
 
 
+def _check_tied(tensors: Tensors) -> None:
+    """Raises ValueError unless the head, stored too, is the embedding.
+
+    Either may have been rounded: equal is equal in the narrower dtype.
+    """
+    shape, shapes = tensors.shapes[EMBEDDING], tensors.shapes
+    equal = shapes[LM_HEAD] == shape
+    whole = tuple((0, n) for n in shape)
+    for box, head in tensors.pieces(LM_HEAD, shape, whole) if equal else ():
+        for inner, rows in tensors.pieces(EMBEDDING, shape, box):
+            narrow = min(head.dtype, rows.dtype, key=lambda dtype: dtype.itemsize)
+            own = head[_slices(inner, box)].astype(narrow)
+            equal &= own.tobytes() == rows.astype(narrow).tobytes()
+    if not equal:
+        raise ValueError(
+            f"{tensors.origin}: its configuration ties the LM head to the embedding "
+            f"('tie_word_embeddings' is true), but tensor '{LM_HEAD}' differs from "
+            f"'{EMBEDDING}'; set the key to false if the head was trained apart, or remove "
+            "the tensor"
+        )
+
+
 def _redundant(config: TargetConfig, name: str) -> bool:
     """Tensors that repeat what is known: a tied head, precomputed rotary frequencies."""
-    tied = config.tie_embeddings and name == "lm_head.weight"
+    tied = config.tie_embeddings and name == LM_HEAD
     return tied or name.endswith("rotary_emb.inv_freq")
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jaxspec.checkpoints import fuse
 from jaxspec.checkpoints.gguf_file import GgufFile
+from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams
 from jaxspec.tokenizer import Tokenizer
@@ -28,37 +29,67 @@ NAMES = {
     r"blk\.(\d+)\.ffn_(gate|up|down)\.weight": r"model.layers.\1.mlp.\2_proj.weight",
 }
 SPECIAL = 3  # tokenizer.ggml.token_type of control tokens
+# Ids that end a generation: of a text, of a turn, of a message.
+ENDS = tuple(f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
+# As in `known_keys`.
+HARMLESS = frozenset({"llama.tensor_data_layout", "llama.rope.scaling.original_context_length"})
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "llama.attention.causal": (True,),
+    "llama.attention.clamp_kqv": (0,),
+    "llama.attention.max_alibi_bias": (0,),
+    "llama.attention.scale": (),
+    "llama.attention.sliding_window": (0,),
+    "llama.embedding_scale": (1,),
+    "llama.expert_count": (0,),
+    "llama.expert_used_count": (0,),
+    "llama.logit_scale": (1,),
+    "llama.residual_scale": (1,),
+    "llama.rope.scale_linear": (1,),
+    "llama.rope.scaling.attn_factor": (1,),
+    "llama.rope.scaling.factor": (1,),
+    "llama.rope.scaling.type": ("none",),
+    "llama.use_parallel_residual": (False,),
+}
 
 
 def read_config(path: str | Path) -> TargetConfig:
     """The model that the metadata describes.
+
+    Warns of keys that are not known (`JsonConfig.finish`).
 
     Raises:
       ValueError: the file is damaged, or describes a model this decoder does not implement.
     """
     file = GgufFile(path)
     _expect(file, "general.architecture", "llama")
-    for key in ("llama.rope.scaling.type", "llama.expert_count"):
-        if file.metadata.get(key) not in (None, "none", 0):
-            raise ValueError(f"{path}: '{key}' is {file.metadata[key]!r}; expected none")
-    heads = _get(file, "llama.attention.head_count", int)
-    hidden = _get(file, "llama.embedding_length", int)
-    eos = _get(file, "tokenizer.ggml.eos_token_id", int, -1)
-    return TargetConfig(
-        vocab_size=_get(file, "llama.vocab_size", int),
+    raw = JsonConfig(
+        {k: x for k, x in file.metadata.items() if k.startswith("llama.") or k in ENDS},
+        path,
+        "a Llama model",
+    )
+    heads = raw.integer("llama.attention.head_count")
+    hidden = raw.integer("llama.embedding_length")
+    head_dim = raw.integer("llama.rope.dimension_count", hidden // heads)
+    config = raw.make(
+        TargetConfig,
+        vocab_size=raw.integer("llama.vocab_size"),
         hidden_size=hidden,
-        intermediate_size=_get(file, "llama.feed_forward_length", int),
-        num_layers=_get(file, "llama.block_count", int),
+        intermediate_size=raw.integer("llama.feed_forward_length"),
+        num_layers=raw.integer("llama.block_count"),
         num_heads=heads,
-        num_kv_heads=_get(file, "llama.attention.head_count_kv", int, heads),
-        head_dim=_get(file, "llama.rope.dimension_count", int, hidden // max(1, heads)),
-        rope_theta=_get(file, "llama.rope.freq_base", float, 10_000.0),
-        rms_norm_eps=_get(file, "llama.attention.layer_norm_rms_epsilon", float),
-        max_positions=_get(file, "llama.context_length", int),
+        num_kv_heads=raw.integer("llama.attention.head_count_kv", heads),
+        head_dim=head_dim,
+        rope_theta=raw.number("llama.rope.freq_base", 10_000.0),
+        rms_norm_eps=raw.number("llama.attention.layer_norm_rms_epsilon"),
+        max_positions=raw.integer("llama.context_length"),
         tie_embeddings="output.weight" not in file.shapes,
         qk_norm=False,
-        eos_token_ids=() if eos < 0 else (eos,),
+        eos_token_ids=tuple(dict.fromkeys(raw.integer(k, least=0) for k in ENDS if raw.has(k))),
     )
+    for key in ("llama.attention.key_length", "llama.attention.value_length"):
+        raw.one_of(key, (head_dim,), head_dim)
+    raw.finish(HARMLESS, NEUTRAL)
+    return config
 
 
 def load_params(

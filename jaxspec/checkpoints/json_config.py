@@ -46,7 +46,7 @@ class JsonConfig:
             raise self.refusal(key, positive[least])
         return value
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: Any = REQUIRED) -> float:
         value = self.get(key, default)
         if type(value) not in (int, float) or not 0 < value < 1e38:  # float32, not NaN
             raise self.refusal(key, "a positive number")
@@ -107,7 +107,7 @@ class JsonConfig:
             if key in self._read or value is None or key in harmless or key.startswith("_"):
                 continue
             if key not in neutral:
-                found.append(f"'{key}'")
+                found.append(repr(key))
             elif not any(_equal(value, one) for one in neutral[key]):
                 raise self.refusal(key, " or ".join(map(repr, neutral[key])) or "no such key")
         for name, section in self._sections.items():

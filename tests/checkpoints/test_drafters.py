@@ -354,6 +354,7 @@ def test_what_does_not_fit_is_refused(tmp_path, kind, change, message):
 ANYTHING = ("x", None, -1, 0, 1.5, True, [], {}, [1], {"a": 1}, 1000, float("nan"))
 
 
+@pytest.mark.filterwarnings("ignore:.*not known here")
 @pytest.mark.parametrize("kind", ["dflash", "gated", "treeflash"])
 def test_any_value_of_any_key_is_a_drafter_or_one_clear_refusal(kind):
     config = dataclasses.replace(cases.KINDS[kind], confidence=None)

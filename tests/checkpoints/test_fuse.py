@@ -135,6 +135,23 @@ def test_what_a_tied_head_or_rotary_buffers_repeat_is_left_out(tmp_path):
     assert params.lm_head is None
 
 
+@pytest.mark.parametrize("change", [1e-6, None], ids=["one value", "another shape"])
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path, change):
+    tensors = random_tensors(LLAMA)
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += change or 0
+    tensors["lm_head.weight"] = head if change else head[:-1]
+    message = r"'tie_word_embeddings' is true.* 'lm_head.weight' differs from 'model.embed_tok"
+    with pytest.raises(ValueError, match=message):
+        loaded(tmp_path, LLAMA, tensors)
+
+
+def test_a_tied_head_may_have_been_rounded(tmp_path):
+    tensors = random_tensors(LLAMA)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].astype(ml_dtypes.bfloat16)
+    assert loaded(tmp_path, LLAMA, tensors)[1].lm_head is None
+
+
 def test_missing_tensor(tmp_path):
     tensors = random_tensors(DENSE)
     del tensors["model.layers.1.self_attn.k_proj.weight"]

@@ -146,14 +146,31 @@ def test_quantised_weights_are_within_a_step(tmp_path, tensors, kind, step):
     "change, message",
     [
         ({"llama.rope.scaling.type": "yarn"}, r"'llama.rope.scaling.type' is 'yarn'"),
-        ({"llama.expert_count": 8}, r"'llama.expert_count' is 8; expected none"),
-        ({"llama.block_count": "two"}, r"'llama.block_count' is 'two'; expected int"),
+        ({"llama.expert_count": 8}, r"'llama.expert_count' is 8.*expected 0"),
+        ({"llama.block_count": "two"}, r"'llama.block_count' is 'two'.*a positive integer"),
+        ({"llama.attention.key_length": 8}, r"'llama.attention.key_length' is 8.*expected 16"),
+        ({"llama.attention.sliding_window": 32}, r"'llama.attention.sliding_window' is 32"),
+        ({"llama.logit_scale": 0.5}, r"'llama.logit_scale' is 0.5.*expected 1"),
+        ({"tokenizer.ggml.eos_token_id": 11}, r"eos_token_ids names \[11\].*vocabulary of 11"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path, tensors, change, message):
     path = write_gguf(tmp_path / "model.gguf", tensors, METADATA | change)
     with pytest.raises(ValueError, match=message):
         read_config(path)
+
+
+def test_what_is_not_known_is_named(tmp_path, tensors):
+    change = {"llama.moon": 1, "llama.attention.value_length": 16, "llama.logit_scale": 1.0}
+    path = write_gguf(tmp_path / "model.gguf", tensors, METADATA | change)
+    with pytest.warns(UserWarning, match=r"model.gguf: 'llama.moon': not known here"):
+        read_config(path)
+
+
+def test_every_end_of_text_turn_and_message(tmp_path, tensors):
+    change = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 2}
+    path = write_gguf(tmp_path / "model.gguf", tensors, METADATA | change)
+    assert read_config(path).eos_token_ids == (2, 5)
 
 
 def test_other_architecture(tmp_path, tensors):
@@ -165,7 +182,9 @@ def test_other_architecture(tmp_path, tensors):
 def test_missing_key(tmp_path, tensors):
     metadata = {key: value for key, value in METADATA.items() if "block_count" not in key}
     path = write_gguf(tmp_path / "model.gguf", tensors, metadata)
-    with pytest.raises(ValueError, match=r"has no 'llama.block_count' in its metadata"):
+    with pytest.raises(
+        ValueError, match=r"has no 'llama.block_count'; it is not a Llama model's"
+    ):
         read_config(path)
 
 
@@ -202,6 +221,7 @@ def test_file_that_is_not_there(tmp_path):
         read_config(tmp_path / "absent.gguf")
 
 
+@pytest.mark.filterwarnings("ignore:.*not known here")
 @settings(deadline=None, max_examples=200)
 @given(at=st.integers(4, 2500), byte=st.integers(0, 255))
 @example(at=1074, byte=39)  # another quantisation, whose scales overflow

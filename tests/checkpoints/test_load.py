@@ -1,5 +1,6 @@
 """From a name or a path to a target."""
 
+import json
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxspec import checkpoints
+from jaxspec.tokenizer import Tokenizer
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
 
 
@@ -21,6 +23,37 @@ def test_folder(tmp_path):
     )
     assert target.tokenizer is None
     assert checkpoints.load_tokenizer(tmp_path) is None
+
+
+def with_tokenizer(folder, end):
+    """A tokenizer of five words, of which one ends a text."""
+    words = ["a", "b", "c", "d", "e"]
+    tokenizer = Tokenizer.from_bpe(words, [], special=[], eos=end, chat_template=None)
+    tokenizer._backend.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config, generation, tokenizer, ends",
+    [(None, None, 3, (3,)), (1, None, 3, (1, 3)), ([1, 3], [2], 3, (1, 3, 2)), (3, 3, 3, (3,))],
+)
+def test_a_text_ends_where_any_of_three_files_says(
+    tmp_path, config, generation, tokenizer, ends
+):
+    raw = DENSE | {"eos_token_id": config}
+    write_folder(with_tokenizer(tmp_path, tokenizer), raw, random_tensors(DENSE))
+    text = json.dumps({"eos_token_id": generation})
+    (tmp_path / "generation_config.json").write_text(text)
+    target = checkpoints.load(tmp_path)
+    assert target.config.eos_token_ids == target.tokenizer.eos_token_ids == ends
+
+
+def test_a_tokenizer_of_a_larger_vocabulary(tmp_path):
+    raw = DENSE | {"vocab_size": 3}
+    write_folder(with_tokenizer(tmp_path, 4), raw, random_tensors(raw))
+    message = r"the tokenizer in .* and the configuration: .*eos_token_ids names \[4\]"
+    with pytest.raises(ValueError, match=message):
+        checkpoints.load(tmp_path)
 
 
 def test_file_of_another_kind(tmp_path):
