@@ -16,9 +16,11 @@ import numpy as np
 import tyro
 
 import jaxspec
-from jaxspec.decoding.loop import decode, prefill
+from jaxspec.decoding.loop import decode
+from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, pack
-from jaxspec.decoding.round import Decoder, Params, propose
+from jaxspec.decoding.round import propose
+from jaxspec.decoding.state import Decoder, Params
 from jaxspec.generation import bind, request_keys
 from jaxspec.trees.draw import as_figure, as_text, follow, visible
 

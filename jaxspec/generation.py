@@ -11,9 +11,11 @@ import jax
 import numpy as np
 
 from jaxspec.config import TargetConfig
-from jaxspec.decoding.loop import Decoder, Params, decode, prefill
+from jaxspec.decoding.loop import decode
+from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, pack, unpack
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.decoding.state import Decoder, Params
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.drafters.base import Drafter
 from jaxspec.drafters.plain import Plain

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxspec.config import DrafterConfig, TargetConfig
-from jaxspec.decoding.loop import Decoder, Params, Requests, decode, prefill
+from jaxspec.decoding.loop import decode
+from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import MAX_STOP_IDS
 from jaxspec.decoding.sampling import SamplingRows
-from jaxspec.decoding.state import DecodeState
+from jaxspec.decoding.state import Decoder, DecodeState, Params, Requests
 from jaxspec.drafters.base import Drafter
 from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params
 from jaxspec.drafters.head import abstract_weights

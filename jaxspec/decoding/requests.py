@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxspec.decoding.loop import Decoder, Requests
 from jaxspec.decoding.sampling import NO_TOKEN, Sampling, SamplingRows
-from jaxspec.decoding.state import DecodeState
+from jaxspec.decoding.state import Decoder, DecodeState, Requests
 from jaxspec.decoding.stats import DecodeStats
 
 MAX_STOP_IDS = 8

@@ -1,167 +1,99 @@
-"""One round: draft a tree, verify it in one forward, accept a path, commit it."""
+"""One round: draft a tree, verify it in one forward, accept a path, commit it.
+
+Sample, then match: the target chooses after every node, and the tree decides only how much of
+that is already computed. Every token is the target's choice given the tokens before it, so the
+output is lossless for any tree that was fixed before the choices were made. Chains drawn from
+the drafter's law are accepted by `decoding.rejection` instead.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxspec.config import TargetConfig
-from jaxspec.decoding.accept import accept
-from jaxspec.decoding.commit import Verdict, commit
-from jaxspec.decoding.reject import accept_sampled, round_keys
-from jaxspec.decoding.sampling import SamplingRows, choose, log_law
-from jaxspec.decoding.state import DecodeState
-from jaxspec.drafters.base import Drafter
+from jaxspec.decoding import rejection
+from jaxspec.decoding.fitting import VerifySize, choose_in, fitted, own_sizes, smallest
+from jaxspec.decoding.sampling import SamplingRows
+from jaxspec.decoding.state import (
+    Acceptance,
+    Decoder,
+    DecodeState,
+    Draft,
+    Params,
+    Verdict,
+    Verified,
+    write_tokens,
+)
+from jaxspec.drafters.base import Committed
 from jaxspec.models.decoder import forward, unembed
-from jaxspec.models.params import TargetParams
-from jaxspec.trees.packing import pack_nodes
-from jaxspec.trees.tree import DraftTree, ancestors, chain
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoder:
-    """The static half of decoding: hashable, an argument of every jitted function of it.
-
-    Attributes:
-      config: of the target.
-      drafter: proposes trees.
-      chunk: prompt tokens per forward; capacities are multiples of it.
-      rejection: the drafter draws chains (`draft_sampled`), verified by rejection sampling;
-        otherwise trees are verified by sample-then-match. Both are lossless; only the latter
-        gives plain sampling's tokens at the same seed.
-      implementation: of tree attention.
-      cache_dtype: of the target's and the drafter's keys and values; None for that of the
-        target's weights. "float32" makes bfloat16 models faster on a CPU, where XLA converts
-        whole caches to write rows.
-    """
-
-    config: TargetConfig
-    drafter: Drafter
-    rejection: bool = False
-    chunk: int = 128
-    implementation: str | None = None
-    cache_dtype: str | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Params:
-    """The weights a round reads."""
-
-    target: TargetParams
-    drafter: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Draft:
-    """What a round verifies.
-
-    Attributes:
-      tree: N nodes per row.
-      drawn: with rejection sampling, the chain the tree holds and the laws it was drawn from.
-    """
-
-    tree: DraftTree
-    drawn: Any = None
+from jaxspec.trees.packing import Packing
+from jaxspec.trees.tree import DraftTree, ancestors, pack_bits, unpack_bits
 
 
 def decode_round(
     decoder: Decoder, params: Params, state: DecodeState, sampling: SamplingRows
 ) -> DecodeState:
-    """Draft, verify, commit; nothing in it waits for the host."""
+    """Draft, verify, accept, commit; nothing in it waits for the host."""
     draft, state = propose(decoder, params, state, sampling)
-    verdict = verify(decoder, params, state, sampling, draft)
-    return commit(state, decoder.drafter, params.drafter, verdict, sampling.stop_ids)
+    sizes = own_sizes(decoder.drafter, draft.tree)
+    size = smallest(sizes, draft.tree, state.done)
+    verdict = judge(decoder, params, state, sampling, draft, sizes, size)
+    return commit(decoder, params, state, sampling, verdict)
 
 
 def propose(
     decoder: Decoder, params: Params, state: DecodeState, sampling: SamplingRows
 ) -> tuple[Draft, DecodeState]:
     """The drafter's half: a tree per row, at most the row's budget of nodes."""
-    drafter, position = decoder.drafter, state.length - 1
-    anchor = state.anchor
-    drafted_from = params.drafter, state.drafter, anchor, position
     if decoder.rejection:
-        keys, _ = round_keys(sampling.key, position)
-        drawn, drafted = drafter.draft_sampled(*drafted_from, sampling.temperature, keys)
-        lengths = jnp.minimum(drawn.lengths, jnp.minimum(state.budget, drafter.size) - 1)
-        drawn = dataclasses.replace(drawn, lengths=lengths)
-        tree = chain(anchor, drawn.tokens, lengths, drawn.log_confidence, size=drafter.size)
-        draft = Draft(tree, drawn)
-    else:
-        tree, drafted = drafter.draft(*drafted_from, state.budget)
-        draft = Draft(tree)
-    return draft, dataclasses.replace(state, drafter=drafted)
+        return rejection.propose(decoder, params, state, sampling)
+    tree, drafted = decoder.drafter.draft(
+        params.drafter, state.drafter, state.anchor, state.length - 1, state.budget
+    )
+    return Draft(tree), dataclasses.replace(state, drafter=drafted)
 
 
-@dataclasses.dataclass(frozen=True)
-class VerifySize:
-    """Room of a forward: nodes of all rows together, and of one row; roots included."""
+def judge(
+    decoder: Decoder,
+    params: Params,
+    state: DecodeState,
+    sampling: SamplingRows,
+    draft: Draft,
+    sizes: tuple[VerifySize, ...],
+    size: jax.Array | int,
+) -> Verdict:
+    """The target's half: verifies and accepts in a forward of `sizes[size]`.
 
-    total: int
-    per_row: int
+    Args:
+      sizes, size: of a size with room for the drafts of all running rows (`fitting.smallest`).
+    """
 
-    def depth(self, drafter: Drafter, draft: Draft) -> int:
-        """The longest path that a row's nodes can make; a drawn chain has its own length."""
-        return (
-            drafter.depth if draft.drawn is not None else min(drafter.depth, self.per_row - 1)
+    def in_size(draft: Draft, packing: Packing | None) -> Verdict:
+        verified = verify(decoder, params, state, draft.tree, packing)
+        acceptance = accept(decoder, state, sampling, draft, verified)
+        path = acceptance.path
+        return Verdict(
+            acceptance=acceptance,
+            tokens=jnp.take_along_axis(draft.tree.tokens, path, axis=1),
+            taps=jnp.take_along_axis(verified.taps, path[..., None], axis=1),
+            rows=verified.rows.take(path),
+            nodes=draft.tree.valid.sum(axis=1),
         )
+
+    return fitted(in_size, decoder.drafter, draft, state.done, sizes, size)
 
 
 def verify(
     decoder: Decoder,
     params: Params,
     state: DecodeState,
-    sampling: SamplingRows,
-    draft: Draft,
-    sizes: tuple[VerifySize, ...] | None = None,
-    at_least: jax.Array | int = 0,
-) -> Verdict:
-    """The target's half: one forward over the tree, and the path it accepts.
-
-    The forward has the smallest size that holds every running row's tree, so that a round with
-    little to verify costs little.
-
-    Args:
-      sizes: ascending, the last large enough for every draft; the drafter's `verify_sizes` for
-        every row, and the whole tree, by default.
-      at_least: index of the smallest size to use.
-    """
-    batch, full = draft.tree.tokens.shape
-    if sizes is None:
-        own = (*sorted(n for n in decoder.drafter.verify_sizes if n < full), full)
-        sizes = tuple(VerifySize(batch * n, n) for n in own)
-    if len(sizes) == 1:
-        return _verify(decoder, params, state, sampling, draft, sizes[0])
-    running = draft.tree.valid & ~state.done[:, None]
-    fits = (jnp.array([size.total for size in sizes]) >= running.sum()) & (
-        jnp.array([size.per_row for size in sizes])
-        >= jnp.max(jnp.where(running, jnp.arange(1, full + 1), 1))
-    )
-    width = sizes[-1].depth(decoder.drafter, draft) + 1
-
-    def branch(size):
-        return lambda draft: _verify(decoder, params, state, sampling, draft, size).padded(
-            width
-        )
-
-    branches = [branch(size) for size in sizes]
-    return jax.lax.switch(jnp.maximum(jnp.argmax(fits), at_least), branches, draft)
-
-
-def _verify(decoder, params, state, sampling, draft: Draft, size: VerifySize) -> Verdict:
-    """`verify` with one size; the verdict has its depth."""
-    drafter, position = decoder.drafter, state.length - 1
-    depth = size.depth(drafter, draft)
-    tree = jax.tree.map(lambda x: x[:, : size.per_row], draft.tree)
+    tree: DraftTree,
+    packing: Packing | None = None,
+) -> Verified:
+    """One forward of the target over the nodes of every row, or over those that are packed."""
     bits = ancestors(tree)
-    packing = None
-    if size.total < tree.tokens.size:
-        packing = pack_nodes(tree.valid & ~state.done[:, None], size.total)
     output = forward(
         params.target,
         decoder.config,
@@ -169,40 +101,100 @@ def _verify(decoder, params, state, sampling, draft: Draft, size: VerifySize) ->
         tree.depths,
         bits,
         state.cache,
-        position,
-        taps=drafter.taps,
+        state.length - 1,
+        taps=decoder.drafter.taps,
         packing=packing,
         implementation=decoder.implementation,
     )
     logits = unembed(params.target, output.hidden)
-    if draft.drawn is not None:
-        _, keys = round_keys(sampling.key, position)
-        logits = logits if packing is None else packing.spread(logits)
-        laws = log_law(logits[:, : depth + 1], sampling)
-        # Rows past the tree are past every chain as well: their laws are never read.
-        laws = jnp.pad(laws, ((0, 0), (0, depth + 1 - laws.shape[1]), (0, 0)))
-        drawn = draft.drawn
-        acceptance = accept_sampled(laws, drawn.tokens, drawn.log_q, drawn.lengths, keys)
-    else:
-        choices = _choose(logits, tree, position + 1, sampling, depth, packing)
-        acceptance = accept(tree, bits, choices, depth)
-    path = acceptance.path
     taps = output.taps if packing is None else packing.spread(output.taps)
-    return Verdict(
-        acceptance=acceptance,
-        tokens=jnp.take_along_axis(tree.tokens, path, axis=1),
-        taps=jnp.take_along_axis(taps, path[..., None], axis=1),
-        rows=output.rows.take(path),
-        nodes=tree.valid.sum(axis=1),
+    return Verified(bits, logits, taps, output.rows, packing)
+
+
+def accept(
+    decoder: Decoder,
+    state: DecodeState,
+    sampling: SamplingRows,
+    draft: Draft,
+    verified: Verified,
+) -> Acceptance:
+    """The path that the target takes through the draft, and the token after it."""
+    if draft.drawn is not None:
+        return rejection.accept(draft.drawn, verified, state.length - 1, sampling)
+    tree, depth = draft.tree, min(decoder.drafter.depth, draft.tree.size - 1)
+    choices = choose_in(tree, verified, state.length, sampling, depth)
+    return accept_matches(tree, verified.ancestors, choices, depth)
+
+
+def accept_matches(
+    tree: DraftTree, ancestors: jax.Array, choices: jax.Array, max_depth: int
+) -> Acceptance:
+    """Follows the target's choices from the root.
+
+    At each node the child that equals the target's choice, if any, is accepted; the first
+    choice without a child is the bonus token.
+
+    Args:
+      tree: the drafted tree.
+      ancestors: its ancestor bits, uint32 [B, N, ceil(N / 32)].
+      choices: [B, N] int32, the target's choice after each node.
+      max_depth: P, the deepest a node can be.
+    """
+    n = tree.size
+    expected = jnp.take_along_axis(choices, jnp.maximum(tree.parents, 0), axis=1)
+    matches = tree.valid & ((tree.tokens == expected) | (jnp.arange(n) == 0))
+    # A node is reached iff it and all its ancestors match: no mismatch among its bits.
+    mismatches = pack_bits(~matches)[:, None, :]
+    reached = jnp.all((ancestors & mismatches) == 0, axis=-1)
+    leaf = jnp.argmax(jnp.where(reached, tree.depths, -1), axis=-1)[:, None]  # [B, 1]
+
+    count = jnp.take_along_axis(tree.depths, leaf, axis=1)[:, 0] + 1
+    on_path = unpack_bits(jnp.take_along_axis(ancestors, leaf[..., None], axis=1)[:, 0], n)
+    at_depth = tree.depths[:, None, :] == jnp.arange(max_depth + 1)[:, None]
+    path = jnp.argmax(on_path[:, None, :] & at_depth, axis=-1).astype(jnp.int32)  # [B, P + 1]
+    # The choice after path[d] is the token decided at depth d + 1: accepted while
+    # d + 1 < count, the bonus at d + 1 = count.
+    return Acceptance(path=path, count=count, tokens=jnp.take_along_axis(choices, path, axis=1))
+
+
+def commit(
+    decoder: Decoder,
+    params: Params,
+    state: DecodeState,
+    sampling: SamplingRows,
+    verdict: Verdict,
+) -> DecodeState:
+    """Writes the P + 1 rows of the path at the anchor's position and moves `length`.
+
+    Rows past the accepted ones are garbage that no later forward sees: visibility ends at
+    `length - 1`, and the next round writes over them. A row that is done stays as it is.
+    """
+    acceptance, running = verdict.acceptance, ~state.done
+    anchor_position = state.length - 1
+    stops = jnp.any(acceptance.tokens[..., None] == sampling.stop_ids[:, None, :], axis=-1)
+    index = jnp.arange(acceptance.path.shape[1])
+    stops = stops & (index < acceptance.count[:, None])  # [B, P + 1]
+    stopped = jnp.any(stops, axis=1)
+    decided = jnp.where(stopped, jnp.argmax(stops, axis=1) + 1, acceptance.count)
+    decided = jnp.where(running, decided, 0)
+    length = jnp.minimum(state.length + decided, state.limit)
+
+    observed = Committed(
+        tokens=verdict.tokens,
+        features=verdict.taps,
+        position=anchor_position,
+        count=length - state.length,
     )
-
-
-def _choose(logits, tree: DraftTree, positions, sampling, max_depth: int, packing) -> jax.Array:
-    """`choose` after every node of a tree, packed or not: [B, N]."""
-    if packing is None:
-        return choose(logits, tree.depths, positions, sampling, max_depth)
-    rows = packing.rows
-    at = positions[rows] + packing.gather(tree.depths)[0]
-    own = jax.tree.map(lambda x: x[rows], sampling)
-    root = jnp.zeros((rows.shape[0], 1), jnp.int32)
-    return packing.spread(choose(logits[0][:, None], root, at, own, 0)[None, :, 0])
+    batch = jnp.arange(running.shape[0])
+    return dataclasses.replace(
+        state,
+        tokens=write_tokens(state.tokens, acceptance.tokens, state.length, length),
+        length=length,
+        done=state.done | stopped | (length >= state.limit),
+        # Without a draft nothing else that is written depends on what was read.
+        cache=state.cache.write(verdict.rows, anchor_position, after=acceptance.tokens),
+        drafter=decoder.drafter.observe(params.drafter, state.drafter, observed),
+        rounds=state.rounds + running,
+        committed=state.committed.at[batch, state.rounds].add(decided),
+        nodes=state.nodes + jnp.where(running, verdict.nodes, 0),
+    )

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.decoding.budget import StepTimes, admit, best_size, survival
-from jaxspec.decoding.commit import commit
-from jaxspec.decoding.round import Decoder, Draft, Params, VerifySize, propose, verify
+from jaxspec.decoding.fitting import VerifySize, smallest
+from jaxspec.decoding.round import commit, judge, propose
 from jaxspec.decoding.sampling import SamplingRows
-from jaxspec.decoding.state import DecodeState
+from jaxspec.decoding.state import Decoder, DecodeState, Draft, Params
 from jaxspec.trees.tree import NO_PARENT, DraftTree, root_only
 
 UNKNOWN = -1.0
@@ -117,27 +117,6 @@ def init_habit(size: int, depth: int) -> Habit:
     )
 
 
-def verify_sizes(rows: int, per_row: int, max_nodes: int) -> tuple[VerifySize, ...]:
-    """Sizes for a batch: its roots, twice, four times as many nodes, and so on.
-
-    Args:
-      rows: B.
-      per_row: N, the most one row may have; below the last size a row may have up to twice its
-        share. Attention has that many queries in every row, whether used or not.
-      max_nodes: of all rows; the last size has room for at most this many (for two nodes a row
-        in any case).
-    """
-    most = rows * per_row
-    most = min(most, max(max_nodes, 2 * rows))
-    sizes, total = [VerifySize(rows, 1)], 2 * rows
-    while sizes[-1].total < most:
-        total = min(total, most)
-        share = total if rows == 1 else 2 * total // rows
-        sizes.append(VerifySize(total, per_row if total == most else min(per_row, share)))
-        total *= 2
-    return tuple(sizes)
-
-
 @functools.partial(
     jax.jit,
     static_argnames=("decoder", "schedule", "sizes"),
@@ -177,8 +156,7 @@ def decode_rows(
 def fixed_round(decoder, params, batch, habit, times, schedule, sizes):
     """Every row's own budget."""
     draft, state = propose(decoder, params, batch.state, batch.sampling)
-    running = ~state.done[:, None] & draft.tree.valid
-    size = _smallest(sizes, running)
+    size = smallest(sizes, draft.tree, state.done)
     batch = dataclasses.replace(batch, state=state)
     return _finish(decoder, params, batch, habit, draft, sizes, size)
 
@@ -312,20 +290,10 @@ def learn(
 
 
 def _finish(decoder, params, batch, habit, draft, sizes, size):
-    verdict = verify(decoder, params, batch.state, batch.sampling, draft, sizes, size)
-    state = commit(
-        batch.state, decoder.drafter, params.drafter, verdict, batch.sampling.stop_ids
-    )
+    verdict = judge(decoder, params, batch.state, batch.sampling, draft, sizes, size)
+    state = commit(decoder, params, batch.state, batch.sampling, verdict)
     rounds = habit.rounds.at[size].add(1)
     return dataclasses.replace(batch, state=state), dataclasses.replace(habit, rounds=rounds)
-
-
-def _smallest(sizes: tuple[VerifySize, ...], running: jax.Array) -> jax.Array:
-    """Index of the first size with room for the nodes `running` [B, N]."""
-    longest = jnp.max(jnp.where(running, jnp.arange(1, running.shape[1] + 1), 1))
-    totals = jnp.array([size.total for size in sizes])
-    per_row = jnp.array([size.per_row for size in sizes])
-    return jnp.argmax((totals >= running.sum()) & (per_row >= longest)).astype(jnp.int32)
 
 
 def cut(draft: Draft, kept: jax.Array) -> Draft:

@@ -1,4 +1,4 @@
-"""Everything that changes from round to round."""
+"""The records of decoding: what is static, what a step hands on, what lasts between rounds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,83 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxspec.models.cache import KVCache
+from jaxspec.config import TargetConfig
+from jaxspec.decoding.sampling import SamplingRows
+from jaxspec.drafters.base import Drafter
+from jaxspec.models.cache import KVCache, KVRows
+from jaxspec.models.params import TargetParams
+from jaxspec.trees.packing import Packing
+from jaxspec.trees.tree import DraftTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """The static half of decoding: hashable, an argument of every jitted function of it.
+
+    Attributes:
+      config: of the target.
+      drafter: proposes trees.
+      rejection: the drafter draws chains (`draft_sampled`), verified by rejection sampling;
+        otherwise trees are verified by sample-then-match. Both are lossless; only the latter
+        gives plain sampling's tokens at the same seed.
+      chunk: prompt tokens per forward; capacities are multiples of it.
+      implementation: of tree attention.
+      cache_dtype: of the target's and the drafter's keys and values; None for that of the
+        target's weights. "float32" makes bfloat16 models faster on a CPU, where XLA converts
+        whole caches to write rows.
+    """
+
+    config: TargetConfig
+    drafter: Drafter
+    rejection: bool = False
+    chunk: int = 128
+    implementation: str | None = None
+    cache_dtype: str | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """The weights a round reads."""
+
+    target: TargetParams
+    drafter: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """A batch to decode.
+
+    Attributes:
+      tokens: [B, S] int32, prompts at the left; S is the capacity, a multiple of the chunk, and
+        leaves P + 1 places after the last token of every row.
+      length: [B] int32, prompt lengths, at least 1.
+      max_new_tokens: [B] int32, at least 1.
+      budget: [B] int32, nodes verified per round, root included, 1 … N.
+      sampling: how each row chooses.
+    """
+
+    tokens: jax.Array
+    length: jax.Array
+    max_new_tokens: jax.Array
+    budget: jax.Array
+    sampling: SamplingRows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefilling:
+    """A batch of prompts on its way through the target.
+
+    Attributes:
+      cache, drafter: as in `DecodeState`.
+      final: [B, M] float32, hidden state at the last prompt token, once its chunk has run.
+    """
+
+    cache: KVCache
+    drafter: Any
+    final: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -49,3 +125,89 @@ class DecodeState:
     def anchor(self) -> jax.Array:
         """[B] int32, the last decided token of every row."""
         return jnp.take_along_axis(self.tokens, self.length[:, None] - 1, axis=1)[:, 0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """What a round verifies.
+
+    Attributes:
+      tree: N nodes per row.
+      drawn: with rejection sampling, the chain the tree holds and the laws it was drawn from
+        (`SampledChain`).
+    """
+
+    tree: DraftTree
+    drawn: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """What the target computed for the nodes of a draft.
+
+    Attributes:
+      ancestors: uint32 bits [B, N, ceil(N / 32)], of the tree.
+      logits: [B, N, V] float32; packed, [1, T, V], with a packing.
+      taps: [B, N, len(taps) * M] float32.
+      rows: keys and values of the nodes.
+      packing: of the nodes the target ran on; None if it ran on all.
+    """
+
+    ancestors: jax.Array
+    logits: jax.Array
+    taps: jax.Array
+    rows: KVRows
+    packing: Packing | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Acceptance:
+    """The accepted path of every row.
+
+    Attributes:
+      path: [B, P + 1] int32, node at each depth of the accepted path, root first; 0 past it.
+      count: [B] int32, nodes on the path, root included (1 … P + 1).
+      tokens: [B, P + 1] int32, the tokens decided: those of nodes path[1:count], then the bonus
+        at index count - 1; what follows is meaningless.
+    """
+
+    path: jax.Array
+    count: jax.Array
+    tokens: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the target made of a draft: the accepted path, and what it computed along it.
+
+    Attributes:
+      tokens: [B, P + 1] int32, the path's own tokens, root first.
+      taps: [B, P + 1, len(taps) * M] float32.
+      rows: keys and values of the path's P + 1 nodes.
+      nodes: [B] int32, nodes of the tree, padding excluded.
+    """
+
+    acceptance: Acceptance
+    tokens: jax.Array
+    taps: jax.Array
+    rows: KVRows
+    nodes: jax.Array
+
+
+def write_tokens(
+    tokens: jax.Array, new: jax.Array, start: jax.Array, stop: jax.Array
+) -> jax.Array:
+    """tokens[b, start[b]:stop[b]] = new[b, :stop[b] - start[b]]; the rest stays.
+
+    Args:
+      tokens: [B, S].
+      new: [B, C].
+      start, stop: [B], at most C apart.
+    """
+    index = start[:, None] + jnp.arange(new.shape[1])
+    index = jnp.where(index < stop[:, None], index, tokens.shape[1])  # past the end: dropped
+    return tokens.at[jnp.arange(tokens.shape[0])[:, None], index].set(new, mode="drop")

@@ -216,7 +216,7 @@ class BlockDrafter:
         temperature: jax.Array,
         keys: jax.Array,
     ) -> tuple[SampledChain, KVCache]:
-        """A chain drawn from the drafter, for `decoding.reject.accept_by_rejection`.
+        """A chain drawn from the drafter, for `decoding.rejection.accept_by_rejection`.
 
         Args:
           anchor, position: as in `draft`.

@@ -9,8 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxspec.decoding.requests import capacity_for
-from jaxspec.decoding.round import Decoder
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.decoding.state import Decoder
 from jaxspec.drafters.joined import Joined, Together
 from jaxspec.evaluation import walk as w
 from jaxspec.evaluation.contenders import Contender, Entry

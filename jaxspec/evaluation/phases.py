@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import generation
-from jaxspec.decoding.commit import commit
-from jaxspec.decoding.loop import prefill
+from jaxspec.decoding.fitting import own_sizes, smallest
+from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, pack
-from jaxspec.decoding.round import propose, verify
+from jaxspec.decoding.round import commit, judge, propose
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.head import bind
@@ -86,7 +86,7 @@ def phase_costs(
 
     def step():
         nonlocal state  # its buffers are donated
-        state = _commit(decoder, params, state, verdict, sampling.stop_ids)
+        state = _commit(decoder, params, state, sampling, verdict)
         return state
 
     return {
@@ -134,9 +134,11 @@ def _draft_pass(decoder, params, state):
 
 @functools.partial(jax.jit, static_argnames="decoder")
 def _verify(decoder, params, state, sampling, draft):
-    return verify(decoder, params, state, sampling, draft)
+    sizes = own_sizes(decoder.drafter, draft.tree)
+    size = smallest(sizes, draft.tree, state.done)
+    return judge(decoder, params, state, sampling, draft, sizes, size)
 
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="state")
-def _commit(decoder, params, state, verdict, stop_ids):
-    return commit(state, decoder.drafter, params.drafter, verdict, stop_ids)
+def _commit(decoder, params, state, sampling, verdict):
+    return commit(decoder, params, state, sampling, verdict)

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.decoding.loop import prefill
+from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, pack
-from jaxspec.decoding.round import Decoder, Params
 from jaxspec.decoding.sampling import NO_TOKEN, Sampling
+from jaxspec.decoding.state import Decoder, Params
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.drafters.joined import Together
 from jaxspec.generation import LoadedDrafter, Target, generate, request_keys

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from jaxspec.decoding.budget import StepTimes
-from jaxspec.decoding.round import Decoder, Params, VerifySize
+from jaxspec.decoding.fitting import VerifySize
+from jaxspec.decoding.state import Decoder, Params
 from jaxspec.generation import Target
 
 # A staircase whose slowest size takes less than this times its fastest has no step. One number

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from jaxspec.decoding.budget import StepTimes
-from jaxspec.decoding.loop import Prefilling, Requests
 from jaxspec.decoding.schedule import MAX_SIZES, Batch
+from jaxspec.decoding.state import Prefilling, Requests
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.generation import PLAIN, LoadedDrafter, Target
 from jaxspec.serving.config import EngineConfig

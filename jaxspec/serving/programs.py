@@ -9,17 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.decoding.budget import StepTimes
-from jaxspec.decoding.loop import Prefilling, Requests
+from jaxspec.decoding.fitting import VerifySize, doubling_sizes
 from jaxspec.decoding.requests import capacity_for, pack
-from jaxspec.decoding.round import VerifySize
-from jaxspec.decoding.schedule import (
-    Adaptive,
-    Batch,
-    Habit,
-    decode_rows,
-    init_habit,
-    verify_sizes,
-)
+from jaxspec.decoding.schedule import Adaptive, Batch, Habit, decode_rows, init_habit
+from jaxspec.decoding.state import Prefilling, Requests
 from jaxspec.generation import LoadedDrafter, Target, bind, request_keys
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.curve import measure, setup_of, take_turn
@@ -59,9 +52,9 @@ class Programs:
             self.buckets.append(min(2 * self.buckets[-1], config.slots))
         size = drafter.drafter.size
         self.sizes = {
-            rows: verify_sizes(rows, size, config.max_nodes)
+            rows: doubling_sizes(rows, size, config.max_nodes)
             if self.adaptive
-            else verify_sizes(rows, config.budget, rows * size)
+            else doubling_sizes(rows, config.budget, rows * size)
             for rows in self.buckets
         }
 

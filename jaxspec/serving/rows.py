@@ -14,19 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxspec.decoding.loop import (
-    Decoder,
-    Params,
-    Prefilling,
-    Requests,
-    begin_prefill,
-    end_prefill,
-    prefill_chunk,
-)
+from jaxspec.decoding.prefill import begin_prefill, end_prefill, prefill_chunk
 from jaxspec.decoding.requests import MAX_STOP_IDS
 from jaxspec.decoding.sampling import NO_TOKEN, SamplingRows
 from jaxspec.decoding.schedule import UNKNOWN, Batch
-from jaxspec.decoding.state import DecodeState
+from jaxspec.decoding.state import Decoder, DecodeState, Params, Prefilling, Requests
 from jaxspec.models.cache import KVCache
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.decoding.budget import StepTimes, admit, best_size
-from jaxspec.decoding.schedule import verify_sizes
+from jaxspec.decoding.fitting import doubling_sizes
 
 Rule = Literal["none", "fixed", "adaptive"]
 
@@ -54,7 +54,7 @@ class Machine:
 
     def times(self, rows: int, per_row: int, max_nodes: int) -> StepTimes:
         """The staircase of an engine's batch of `rows`."""
-        sizes = verify_sizes(rows, per_row, max_nodes)
+        sizes = doubling_sizes(rows, per_row, max_nodes)
         return StepTimes(
             jnp.array([s.total for s in sizes]),
             jnp.array([s.per_row for s in sizes]),

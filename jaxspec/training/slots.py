@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.decoding.loop import decode, prefill
+from jaxspec.decoding.loop import decode
+from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, pack, unpack
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats

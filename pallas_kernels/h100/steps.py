@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig, TreeConfig
-from jaxspec.decoding.loop import Requests, decode, prefill
-from jaxspec.decoding.round import Decoder, Params
+from jaxspec.decoding.loop import decode
+from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.sampling import SamplingRows
+from jaxspec.decoding.state import Decoder, Params, Requests
 from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.drafters.head import abstract_weights
 from jaxspec.drafters.plain import Plain

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.decoding.accept import accept
+from jaxspec.decoding.round import accept_matches
 from jaxspec.trees.tree import DraftTree, ancestors
 from tests.tiny import random_tree
 
@@ -24,7 +24,7 @@ def test_a_literal_tree():
         scores=jnp.zeros((1, 5)),
         valid=jnp.ones((1, 5), bool),
     )
-    out = accept(tree, ancestors(tree), jnp.array([[3, 0, 9, 4, 0]]), max_depth=3)
+    out = accept_matches(tree, ancestors(tree), jnp.array([[3, 0, 9, 4, 0]]), max_depth=3)
     assert out.path[0, :3].tolist() == [0, 2, 3]
     assert out.count.tolist() == [3]
     assert out.tokens[0, :3].tolist() == [3, 9, 4]
@@ -40,7 +40,9 @@ def test_random_trees_equal_the_walk():
     bits = ancestors(tree)
     tree = jax.tree.map(np.asarray, tree)
     choices = choices_by_path(tree, vocab)
-    out = accept(jax.tree.map(jnp.asarray, tree), bits, jnp.asarray(choices), max_depth=depth)
+    out = accept_matches(
+        jax.tree.map(jnp.asarray, tree), bits, jnp.asarray(choices), max_depth=depth
+    )
     lengths = []
     for b in range(batch):
         n = int(out.count[b])
@@ -73,7 +75,7 @@ def test_the_law_is_the_targets_for_any_tree():
         rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (128, *x.shape)), tree)
         said = [dict(zip(prefixes, target, strict=True)) for target in targets]
         choices = [[one[paths.get(node, ())] for node in range(9)] for one in said]
-        out = accept(rows, ancestors(rows), jnp.array(choices), max_depth=2)
+        out = accept_matches(rows, ancestors(rows), jnp.array(choices), max_depth=2)
         for row, one in enumerate(said):
             emitted = out.tokens[row, : int(out.count[row])].tolist()
             assert emitted == [one[tuple(emitted[:i])] for i in range(len(emitted))]

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from jaxspec.decoding import budget, schedule
-from jaxspec.decoding.accept import accept
 from jaxspec.decoding.budget import StepTimes, survival
-from jaxspec.decoding.round import Draft
+from jaxspec.decoding.round import accept_matches
 from jaxspec.decoding.schedule import UNKNOWN, init_habit
+from jaxspec.decoding.state import Draft
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
 from jaxspec.trees.tree import DraftTree, ancestors, chain
 
@@ -241,7 +241,9 @@ def test_trees_may_be_cut_by_any_rule():
     longest = set()
     for kept in range(len(nodes)):
         drafted = schedule.cut(Draft(tree), jnp.full(count, kept)).tree
-        found = jax.jit(accept, static_argnums=3)(drafted, ancestors(drafted), after, DEPTH)
+        found = jax.jit(accept_matches, static_argnums=3)(
+            drafted, ancestors(drafted), after, DEPTH
+        )
         inside = np.arange(DEPTH + 1) < np.asarray(found.count)[:, None]
         assert (np.asarray(found.tokens) == prefix)[inside].all()
         longest.add(int(found.count.max()))

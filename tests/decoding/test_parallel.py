@@ -14,9 +14,10 @@ if where:
     jax.distributed.initialize(where[0], num_processes=2, process_id=int(where[1]))
 
 from jaxspec.config import TreeConfig
-from jaxspec.decoding.loop import Decoder, Params, prefill
+from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import pack
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.decoding.state import Decoder, Params
 from jaxspec.generation import LoadedDrafter, generate, request_keys
 from jaxspec.sharding import RULES, decoding_mesh, place
 from tests import tiny

@@ -10,7 +10,9 @@ import pytest
 
 from jaxspec.config import TreeConfig
 from jaxspec.decoding import schedule
-from jaxspec.decoding.loop import decode, prefill
+from jaxspec.decoding.fitting import doubling_sizes
+from jaxspec.decoding.loop import decode
+from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, pack
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.ngram import PromptLookup
@@ -133,7 +135,7 @@ def test_no_copy_of_a_cache_in_served_rounds(drafter, served, batch):
     decoder, params, requests = prepared(drafter, batch, capacity=768)
     state = prefill(decoder, params, requests)
     size = drafter.drafter.size
-    sizes = schedule.verify_sizes(batch, size, 64)
+    sizes = doubling_sizes(batch, size, 64)
     survivals = jnp.ones((batch, served.age, size - 1))
     lowered = schedule.decode_rows.lower(
         decoder,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxspec.decoding.reject import (
+from jaxspec.decoding.rejection import (
     accept_by_rejection,
-    accept_sampled,
+    accept_chain,
     acceptance_probability,
     residual,
     round_keys,
@@ -195,7 +195,7 @@ def test_greedy_laws_reduce_to_matching():
     target = one_hot[jnp.array([[1, 2, 3, 0], [1, 2, 3, 0], [1, 2, 3, 0]])]
     drafted = jnp.array([[1, 2, 3], [1, 0, 3], [1, 2, 3]])
     keys = jax.random.split(jax.random.key(0), 3)
-    found = accept_sampled(target, drafted, one_hot[drafted], jnp.array([3, 3, 1]), keys)
+    found = accept_chain(target, drafted, one_hot[drafted], jnp.array([3, 3, 1]), keys)
     assert found.count.tolist() == [4, 2, 2]
     assert found.tokens[0].tolist() == [1, 2, 3, 0]
     assert found.tokens[1, :2].tolist() == [1, 2]

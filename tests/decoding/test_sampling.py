@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxspec.config import TreeConfig
-from jaxspec.decoding.loop import Decoder, Params, decode, prefill
+from jaxspec.decoding.loop import decode
+from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, pack
 from jaxspec.decoding.sampling import Sampling, SamplingRows, _kept, choose
+from jaxspec.decoding.state import Decoder, Params
 from jaxspec.generation import LoadedDrafter, generate, request_keys
 from tests import tiny
 from tests.drafters import cases

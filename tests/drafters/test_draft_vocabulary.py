@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxspec.config import TreeConfig
-from jaxspec.decoding.reject import acceptance_probability, residual
+from jaxspec.decoding.rejection import acceptance_probability, residual
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.block import BlockDrafter, block_params, rollout, tempered
 from jaxspec.drafters.head import DraftHead, bind

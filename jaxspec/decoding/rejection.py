@@ -2,17 +2,56 @@
 
 Only for drafts that were *sampled* from the law they are verified against. A draft that is an
 argmax or a top-k entry was not: accepting it with min(1, p / q) biases the output, so trees
-are accepted by `accept` instead.
+are accepted by `round.accept_matches` instead.
 
 Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from jaxspec.decoding.accept import Acceptance
+from jaxspec.decoding.sampling import SamplingRows, log_law
+from jaxspec.decoding.state import Acceptance, Decoder, DecodeState, Draft, Params, Verified
+from jaxspec.trees.tree import chain
+
+
+def propose(
+    decoder: Decoder, params: Params, state: DecodeState, sampling: SamplingRows
+) -> tuple[Draft, DecodeState]:
+    """A chain drawn from the drafter's law per row, at most the row's budget of nodes."""
+    drafter, position = decoder.drafter, state.length - 1
+    keys, _ = round_keys(sampling.key, position)
+    drawn, drafted = drafter.draft_sampled(
+        params.drafter, state.drafter, state.anchor, position, sampling.temperature, keys
+    )
+    lengths = jnp.minimum(drawn.lengths, jnp.minimum(state.budget, drafter.size) - 1)
+    drawn = dataclasses.replace(drawn, lengths=lengths)
+    tree = chain(state.anchor, drawn.tokens, lengths, drawn.log_confidence, size=drafter.size)
+    return Draft(tree, drawn), dataclasses.replace(state, drafter=drafted)
+
+
+def accept(
+    drawn: Any, verified: Verified, position: jax.Array, sampling: SamplingRows
+) -> Acceptance:
+    """The accepted part of a drawn chain, and the token after it.
+
+    Args:
+      drawn: the chain whose nodes were verified, cut to its `lengths`.
+      position: [B] int32, of the anchor.
+    """
+    count = drawn.tokens.shape[1] + 1
+    logits, packing = verified.logits, verified.packing
+    logits = logits if packing is None else packing.spread(logits)
+    laws = log_law(logits[:, :count], sampling)
+    # Rows past the tree are past every chain as well: their laws are never read.
+    laws = jnp.pad(laws, ((0, 0), (0, count - laws.shape[1]), (0, 0)))
+    _, keys = round_keys(sampling.key, position)
+    return accept_chain(laws, drawn.tokens, drawn.log_q, drawn.lengths, keys)
 
 
 def round_keys(keys: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -92,14 +131,14 @@ def accept_by_rejection(
     return accepted, token.astype(jnp.int32)
 
 
-def accept_sampled(
+def accept_chain(
     target_log_probs: jax.Array,
     drafted: jax.Array,
     log_q: jax.Array,
     lengths: jax.Array,
     keys: jax.Array,
 ) -> Acceptance:
-    """`accept_by_rejection` as what `commit` reads, for the chain `trees.chain` builds."""
+    """`accept_by_rejection` as an `Acceptance`, for the chain `trees.chain` builds."""
     accepted, token = accept_by_rejection(target_log_probs, drafted, log_q, lengths, keys)
     index = jnp.arange(drafted.shape[1] + 1)
     decided = jnp.where(

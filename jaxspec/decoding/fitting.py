@@ -1,0 +1,128 @@
+"""A verifying forward in the smallest of a few static sizes that holds what it verifies.
+
+Shapes are static, so a round with little to verify costs little only if a smaller program runs.
+A size cuts the rectangle of B rows and N nodes to its first columns, and packs the nodes of all
+rows into one axis when it has room for fewer than the rectangle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.decoding.sampling import SamplingRows, choose
+from jaxspec.decoding.state import Draft, Verdict, Verified
+from jaxspec.drafters.base import Drafter
+from jaxspec.trees.packing import Packing, pack_nodes
+from jaxspec.trees.tree import DraftTree
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifySize:
+    """Room of a forward: nodes of all rows together, and of one row; roots included."""
+
+    total: int
+    per_row: int
+
+
+def own_sizes(drafter: Drafter, tree: DraftTree) -> tuple[VerifySize, ...]:
+    """The drafter's `verify_sizes` for every row, and the whole tree; ascending."""
+    batch, full = tree.tokens.shape
+    per_row = (*sorted(n for n in drafter.verify_sizes if n < full), full)
+    return tuple(VerifySize(batch * n, n) for n in per_row)
+
+
+def doubling_sizes(rows: int, per_row: int, max_nodes: int) -> tuple[VerifySize, ...]:
+    """Sizes for a batch: its roots, twice, four times as many nodes, and so on.
+
+    Args:
+      rows: B.
+      per_row: N, the most one row may have; below the last size a row may have up to twice its
+        share. Attention has that many queries in every row, whether used or not.
+      max_nodes: of all rows; the last size has room for at most this many (for two nodes a row
+        in any case).
+    """
+    most = rows * per_row
+    most = min(most, max(max_nodes, 2 * rows))
+    sizes, total = [VerifySize(rows, 1)], 2 * rows
+    while sizes[-1].total < most:
+        total = min(total, most)
+        share = total if rows == 1 else 2 * total // rows
+        sizes.append(VerifySize(total, per_row if total == most else min(per_row, share)))
+        total *= 2
+    return tuple(sizes)
+
+
+def smallest(sizes: tuple[VerifySize, ...], tree: DraftTree, done: jax.Array) -> jax.Array:
+    """Index, scalar int32, of the first size with room for the trees of all running rows."""
+    running = tree.valid & ~done[:, None]
+    longest = jnp.max(jnp.where(running, jnp.arange(1, tree.size + 1), 1))
+    totals = jnp.array([size.total for size in sizes])
+    per_row = jnp.array([size.per_row for size in sizes])
+    return jnp.argmax((totals >= running.sum()) & (per_row >= longest)).astype(jnp.int32)
+
+
+def fitted(
+    step: Callable[[Draft, Packing | None], Verdict],
+    drafter: Drafter,
+    draft: Draft,
+    done: jax.Array,
+    sizes: tuple[VerifySize, ...],
+    size: jax.Array | int,
+) -> Verdict:
+    """step(draft, packing) on what `sizes[size]` has room for, in a program of that size.
+
+    Args:
+      step: verifies and accepts; its path may be as long as the draft it is given is deep.
+      done: [B] bool; rows that are done have no nodes in a packing.
+      sizes: ascending.
+    """
+    width = min(drafter.depth, sizes[-1].per_row - 1) + 1
+
+    def branch(size: VerifySize):
+        def run(draft):
+            tree = jax.tree.map(lambda x: x[:, : size.per_row], draft.tree)
+            packing = None
+            if size.total < tree.tokens.size:
+                packing = pack_nodes(tree.valid & ~done[:, None], size.total)
+            return _padded(step(dataclasses.replace(draft, tree=tree), packing), width)
+
+        return run
+
+    branches = [branch(size) for size in sizes]
+    return branches[0](draft) if len(sizes) == 1 else jax.lax.switch(size, branches, draft)
+
+
+def choose_in(
+    tree: DraftTree,
+    verified: Verified,
+    positions: jax.Array,
+    sampling: SamplingRows,
+    max_depth: int,
+) -> jax.Array:
+    """`choose` after every node of a tree, packed or not: [B, N] int32.
+
+    Args:
+      positions: [B] int32, absolute position of the token chosen after the root.
+    """
+    packing = verified.packing
+    if packing is None:
+        return choose(verified.logits, tree.depths, positions, sampling, max_depth)
+    rows = packing.rows
+    at = positions[rows] + packing.gather(tree.depths)[0]
+    own = jax.tree.map(lambda x: x[rows], sampling)
+    root = jnp.zeros((rows.shape[0], 1), jnp.int32)
+    return packing.spread(choose(verified.logits[0][:, None], root, at, own, 0)[None, :, 0])
+
+
+def _padded(verdict: Verdict, width: int) -> Verdict:
+    """With zeros, so that its path has room for `width` nodes at least."""
+    missing = max(0, width - verdict.acceptance.path.shape[1])
+
+    def pad(x):
+        return jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
+
+    return jax.tree.map(lambda x: pad(x) if x.ndim > 1 else x, verdict) if missing else verdict
