@@ -24,15 +24,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jaxspec.trees.best_first import best_first, best_first_from_top
 from jaxspec.trees.candidates import top_log_probs, top_logits
-from jaxspec.trees.grow import (
-    best_first,
-    best_first_from_top,
-    from_transitions,
-    path_conditioned,
-    top_budget,
-    top_budget_from_top,
-)
+from jaxspec.trees.path_conditioned import path_conditioned
+from jaxspec.trees.top_budget import top_budget, top_budget_from_top
+from jaxspec.trees.transitions import from_transitions
 from jaxspec.trees.tree import ancestors
 
 SIZES = (16, 32, 64, 128, 256, 512)

@@ -9,13 +9,12 @@ becomes shorter, a tree narrower.
 Rules for one row alone are `drafters.confidence.confident_prefix` (per-slot threshold) and
 `surviving_prefix` (longest prefix under a budget and a survival threshold).
 
-Losslessness (spec/dspark.md §3.3). Trees verified by sample-then-match may be cut by any rule:
-they are fixed before the target chooses. Chains that were *drawn* from the drafter and are
-verified by rejection sampling may not: whether slot j is verified must not depend on the
-drawn token at j or later ones. `greedy_early_stop` looks at later slots only after it has
-admitted the earlier ones, `admit` ranks slots under a budget that must come from elsewhere:
-both are safe. `best_size` over the *current* draft's survival is not; over that of earlier
-rounds it is. `tests/decoding/test_budget.py` counts all of this out.
+Losslessness (DSpark, arXiv 2607.05147, section 3.3 and appendix A). Trees verified by
+sample-then-match may be cut by any rule: they are fixed before the target chooses. Chains that
+were *drawn* from the drafter and are verified by rejection sampling may not: whether slot j is
+verified must not depend on the drawn token at j or later ones. `admit` ranks slots under a
+budget that comes from elsewhere, which is safe. `best_size` over the *current* draft's survival
+is not; over that of earlier rounds it is. `tests/decoding/test_budget.py` enumerates all cases.
 """
 
 from __future__ import annotations
@@ -94,31 +93,6 @@ def best_size(survival: jax.Array, rows: jax.Array, times: StepTimes) -> jax.Arr
     tokens = jax.vmap(expected)(times.totals, times.per_row)
     rate = jnp.where(times.totals >= rows, tokens / times.seconds, -jnp.inf)
     return jnp.argmax(rate).astype(jnp.int32)
-
-
-def greedy_early_stop(survival: jax.Array, rows: jax.Array, times: StepTimes) -> jax.Array:
-    """DSpark's algorithm 1: admit the best node while tokens per second rise, then stop.
-
-    It stops at the first node that does not pay, so it never crosses a step of a staircase;
-    it is here as the reference that needs no older survivals.
-
-    Args:
-      survival: [R, J], of the current draft; rows that take no part are 0.
-      rows: scalar int32, rows that are running.
-
-    Returns:
-      [R] int32, drafted nodes of each row.
-    """
-    rank = _rank(survival)
-    best = jnp.concatenate([jnp.zeros(1), -jnp.sort(-survival, axis=None)])
-    count = jnp.arange(best.shape[0])
-    step = jnp.searchsorted(times.totals, rows + count)
-    last = times.seconds.shape[0] - 1
-    seconds = jnp.where(step > last, jnp.inf, times.seconds[jnp.minimum(step, last)])
-    rate = (rows + jnp.cumsum(best)) / seconds
-    pays = (rate[1:] > rate[:-1]) & (best[1:] > 0)
-    kept = jnp.cumprod(pays).sum()
-    return (rank < kept).sum(axis=1, dtype=jnp.int32)
 
 
 def _rank(survival: jax.Array) -> jax.Array:

@@ -1,4 +1,8 @@
-"""From scores to a tree, by name."""
+"""From scores to a tree, by name.
+
+Every builder takes a static `size` N and a `budget` of nodes per row, the root included; a
+smaller budget's tree is the beginning of a larger one's.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.config import TreeConfig
-from jaxspec.trees.grow import best_first, top_budget
+from jaxspec.trees.best_first import best_first
+from jaxspec.trees.top_budget import top_budget
 from jaxspec.trees.tree import DraftTree, chain
 
 

@@ -22,7 +22,6 @@ from jaxspec.trees.tree import DraftTree, ancestors, chain
 
 admit = jax.jit(budget.admit)
 best_size = jax.jit(budget.best_size)
-greedy_early_stop = jax.jit(budget.greedy_early_stop)
 
 DEPTH = 3
 EXACT = 1e-12
@@ -111,11 +110,6 @@ class System:
 
 
 @jax.jit
-def by_early_stop(survivals, times):
-    return jax.vmap(lambda s: greedy_early_stop(s, 2, times))(survivals)
-
-
-@jax.jit
 def by_budget(survivals, nodes, per_row):
     return jax.vmap(lambda s: admit(s, nodes, per_row))(survivals)
 
@@ -174,7 +168,6 @@ RULES = {
     "longest prefix": per_row(
         lambda s: surviving_prefix(conditional(s), 0.2, jnp.array([2, 3]))
     ),
-    "greedy with early stop": lambda system: by_early_stop(system.survivals(), system.times),
     "ranked under a budget": lambda system: by_budget(system.survivals(), 3, 3),
     "budget of older survivals": lambda system: by_older_best(
         system.survivals(), jnp.array([[0.9, 0.6, 0.5], [0.8, 0.3, 0.1]]), system.times
@@ -265,8 +258,6 @@ def test_the_papers_counterexample():
     p, q = np.array([0.7, 0.3]), np.array([0.5, 0.5])
     accepted = q[0] * min(1, p[0] / q[0])  # draft 0, verified and never rejected
     assert accepted + q[1] * p[0] == pytest.approx(0.85)  # draft 1 is left unverified
-    early = [int(greedy_early_stop(s, 1, steps)[0]) for s in drafts]
-    assert early[0] == early[1]
 
 
 def test_admit_takes_the_likeliest_nodes_of_all_rows():
@@ -298,7 +289,6 @@ def test_best_size_weighs_tokens_against_seconds():
     # A step that does not pay does not hide one that does.
     jagged = times([2, 3, 5], [1.0, 2.0, 1.2])
     assert int(best_size(s, 2, jagged)) == 2
-    assert greedy_early_stop(s, 2, jagged).tolist() == [0, 0]
 
 
 def test_best_size_has_room_for_every_root_and_keeps_to_the_rows_cap():
@@ -307,15 +297,6 @@ def test_best_size_has_room_for_every_root_and_keeps_to_the_rows_cap():
     capped = times([1, 4, 8], [1.0, 1.5, 9.0], [1, 2, 4])
     assert int(best_size(s, 1, capped)) == 1  # 1.9 / 1.5: the cap leaves one drafted node
     assert int(best_size(s, 1, times([1, 4, 8], [1.0, 2.0, 9.0], [1, 2, 4]))) == 0
-
-
-def test_greedy_stops_at_a_step_of_the_staircase():
-    s = jnp.array([[0.9, 0.8, 0.7, 0.6]])
-    stairs = times([1, 3, 5], [1.0, 1.2, 1.8])
-    assert greedy_early_stop(s, 1, stairs).tolist() == [2]  # 1, 1.6, 2.25, then 1.89 per second
-    assert greedy_early_stop(s, 1, times([1, 3, 5], [1.0, 1.2, 1.4])).tolist() == [4]
-    assert greedy_early_stop(s, 1, times([1, 2, 3, 4], [1.0, 1.9, 2.0, 9.0])).tolist() == [0]
-    assert greedy_early_stop(s, 1, times([1, 3], [1.0, 1.2])).tolist() == [2]  # beyond: never
 
 
 def test_survival_of_a_tree_never_rises_and_is_zero_for_padding():

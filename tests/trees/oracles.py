@@ -42,10 +42,10 @@ def check_layout(tree: DraftTree, root: int, budget: int):
     assert np.isneginf(tree.scores[count:]).all()
 
 
-def accum_logp(tokens, log_probs, root, caps, budget):
+def accum_logp(tokens, log_probs, root, budget):
     """JetSpec's heap: nodes (token, parent, depth, score) in the order they are added.
 
-    tokens, log_probs [P, W]; caps [P], children of a node at each depth.
+    tokens, log_probs [P, W], likeliest first.
     """
     tokens, log_probs = np.asarray(tokens).tolist(), np.asarray(log_probs).tolist()
     nodes, heap = [(root, NO_PARENT, 0, 0.0)], [(0.0, 0)]
@@ -54,7 +54,7 @@ def accum_logp(tokens, log_probs, root, caps, budget):
         _, _, depth, score = nodes[best]
         if depth == len(tokens):
             continue
-        for rank in range(min(caps[depth], budget - len(nodes))):
+        for rank in range(min(len(tokens[depth]), budget - len(nodes))):
             child = score + log_probs[depth][rank]
             heapq.heappush(heap, (-child, len(nodes)))
             nodes.append((tokens[depth][rank], best, depth + 1, child))

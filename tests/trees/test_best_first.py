@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxspec.trees.grow import best_first, best_first_from_top, profile_caps, top2gap_caps
+from jaxspec.trees.best_first import best_first, best_first_from_top
 from tests.trees.oracles import accum_logp, check_layout, row
 
 grow = jax.jit(best_first_from_top, static_argnames="size")
@@ -24,13 +24,13 @@ def random_top(draw, batch, depth, width):
     return tokens[..., :width].astype(np.int32), -np.cumsum(falls, -1).astype(np.float32)
 
 
-def assert_equals_heap(tokens, log_probs, caps, budget, size, with_caps):
+def assert_equals_heap(tokens, log_probs, budget, size):
     batch = len(tokens)
     root = np.arange(batch, dtype=np.int32)
-    tree = grow(tokens, log_probs, root, budget=budget, size=size, caps=with_caps)
+    tree = grow(tokens, log_probs, root, budget=budget, size=size)
     tree = jax.tree.map(np.asarray, tree)
     for b in range(batch):
-        nodes = accum_logp(tokens[b], log_probs[b], b, caps[b].tolist(), budget[b])
+        nodes = accum_logp(tokens[b], log_probs[b], b, budget[b])
         one = row(tree, b)
         check_layout(one, b, budget[b])
         columns = one.tokens, one.parents, one.depths, one.scores
@@ -45,19 +45,7 @@ def test_equals_a_heap_on_3000_cases_with_ties(seed, shape):
     draw = np.random.default_rng(seed)
     tokens, log_probs = random_top(draw, CASES_PER_EXAMPLE, depth, width)
     budget = draw.integers(1, size + 1, CASES_PER_EXAMPLE).astype(np.int32)
-    caps = np.full((CASES_PER_EXAMPLE, depth), width)
-    assert_equals_heap(tokens, log_probs, caps, budget, size, None)
-
-
-@settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), shape=st.sampled_from(SHAPES[2:]))
-def test_equals_a_heap_with_caps(seed, shape):
-    depth, width, size = shape
-    draw = np.random.default_rng(seed)
-    tokens, log_probs = random_top(draw, CASES_PER_EXAMPLE, depth, width)
-    budget = draw.integers(1, size + 1, CASES_PER_EXAMPLE).astype(np.int32)
-    caps = draw.integers(1, width + 1, (CASES_PER_EXAMPLE, depth)).astype(np.int32)
-    assert_equals_heap(tokens, log_probs, caps, budget, size, caps)
+    assert_equals_heap(tokens, log_probs, budget, size)
 
 
 def test_siblings_of_an_expanded_node_come_along_however_unlikely():
@@ -101,18 +89,3 @@ def test_full_fan_out_bounds_the_depth(width, budget, deepest):
     logits = jnp.zeros((1, 15, 13)).at[..., 5].set(9.0)
     tree = build(logits, jnp.array([1]), width=width, budget=jnp.array([budget]), size=64)
     assert int(tree.depths.max()) == deepest == -(-(budget - 1) // width)
-
-
-def test_top2gap_gives_a_clear_leader_one_child():
-    log_probs = jnp.log(jnp.array([[[0.97, 0.01, 0.01, 0.01], [0.25, 0.25, 0.25, 0.25]]]))
-    # gap 4.57: 4 sigmoid(-7.15) < 1; gap 0: 4 sigmoid(2) = 3.52
-    assert top2gap_caps(log_probs, beta=2.0, middle=1.0).tolist() == [[1, 4]]
-    assert top2gap_caps(log_probs[..., :1]).tolist() == [[1, 1]]
-
-
-def test_profile_caps_count_the_ranks_that_pay():
-    accepted = jnp.array([[0.6, 0.1, 0.02, 0.0], [0.01, 0.0, 0.0, 0.0]])
-    caps = profile_caps(accepted, batch=2, depth=3, width=4, threshold=0.02)
-    assert caps.tolist() == [[3, 1, 4]] * 2  # a depth without a profile is not capped
-    uncapped = profile_caps(accepted, batch=1, depth=3, width=4, threshold=0.0)
-    assert uncapped.tolist() == [[4, 4, 4]]

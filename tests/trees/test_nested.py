@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxspec.trees.grow import best_first, from_transitions, path_conditioned, top_budget
+from jaxspec.trees.best_first import best_first
 from jaxspec.trees.merge import merge
+from jaxspec.trees.path_conditioned import path_conditioned
+from jaxspec.trees.top_budget import top_budget
+from jaxspec.trees.transitions import from_transitions
 from jaxspec.trees.tree import chain
 from tests.trees.oracles import check_layout, paths, row
 
@@ -20,12 +23,6 @@ BATCH, DEPTH, VOCAB = 4, 4, 12
 @functools.partial(jax.jit, static_argnames="size")
 def grown_best_first(logits, root, budget, size):
     return best_first(logits, root, width=3, budget=budget, size=size)
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def grown_with_caps(logits, root, budget, size):
-    caps = jnp.array([[3, 1, 2, 1]] * BATCH)
-    return best_first(logits, root, width=3, budget=budget, size=size, caps=caps)
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -65,7 +62,6 @@ def grown_merge(logits, root, budget, size):
 
 BUILDERS = [
     grown_best_first,
-    grown_with_caps,
     grown_top_budget,
     grown_path_conditioned,
     grown_from_transitions,

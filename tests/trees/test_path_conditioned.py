@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec.trees.grow import path_conditioned, top_budget
+from jaxspec.trees.path_conditioned import path_conditioned
+from jaxspec.trees.top_budget import top_budget
 from tests.trees.oracles import (
     assert_same_paths,
     best_paths,

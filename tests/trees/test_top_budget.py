@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxspec.trees.grow import top_budget
+from jaxspec.trees.top_budget import top_budget
 from tests.trees.oracles import (
     all_paths,
     assert_same_paths,

@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxspec.trees.grow import from_transitions
+from jaxspec.trees.transitions import from_transitions
 from tests.trees.oracles import assert_same_paths, best_paths, check_layout, paths, row
 
 grow = jax.jit(from_transitions, static_argnames="size")

@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxspec.trees.grow import best_first, from_transitions, path_conditioned, top_budget
+from jaxspec.trees.best_first import best_first
+from jaxspec.trees.path_conditioned import path_conditioned
+from jaxspec.trees.top_budget import top_budget
+from jaxspec.trees.transitions import from_transitions
 from jaxspec.trees.tree import ancestors
 
 pytestmark = pytest.mark.h100

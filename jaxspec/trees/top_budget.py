@@ -1,0 +1,63 @@
+"""DDTree's tree: the most probable prefixes when every depth has one distribution."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.trees.candidates import top_log_probs
+from jaxspec.trees.levels import grow_by_level
+from jaxspec.trees.tree import DraftTree
+
+
+def top_budget(
+    logits: jax.Array,
+    root: jax.Array,
+    *,
+    budget: jax.Array,
+    size: int,
+    width: int | None = None,
+) -> DraftTree:
+    """The most probable prefixes under independent depths: DDTree's optimum.
+
+    No tree of `budget` nodes has a larger expected accepted length if each depth's token were
+    drawn from its row of logits. Node i is the i-th most probable prefix.
+
+    Args:
+      logits: [B, P, V]; row p is the distribution of the token at depth p + 1.
+      root: [B] int32, the anchor.
+      budget: [B] int32, nodes of each row, the root included (DDTree does not count it).
+      size: N, the budget's upper bound.
+      width: tokens considered per depth. N - 1, the default, never misses one; fewer are found
+        sooner.
+
+    Source: DDTree (Ringel and Romano, Accelerating Speculative Decoding with Block Diffusion
+    Draft Trees), propositions 1 and 2.
+    """
+    width = max(1, min(width or size - 1, size - 1, logits.shape[-1]))
+    tokens, log_probs = top_log_probs(logits, width)
+    return top_budget_from_top(tokens, log_probs, root, budget=budget, size=size)
+
+
+def top_budget_from_top(
+    tokens: jax.Array, log_probs: jax.Array, root: jax.Array, *, budget: jax.Array, size: int
+) -> DraftTree:
+    """`top_budget` over the top K tokens of each depth, both [B, P, K], likeliest first."""
+    frontier, width = size - 1, tokens.shape[-1]
+    # The child of rank k of the i-th best node of a level has (i + 1)(k + 1) - 1 nodes of its
+    # own level that are no worse: beyond N - 1 it cannot be kept. About N ln N pairs remain.
+    pairs = [(i, k) for k in range(width) for i in range(frontier // (k + 1))]
+    above, ranks = np.array(pairs, np.int32).reshape(-1, 2).T
+
+    def expand(slot, scores, _):
+        candidates = scores[:, above] + log_probs[:, slot][:, ranks]
+
+        def children(index):
+            rank = jnp.asarray(ranks)[index]
+            chosen = jnp.take_along_axis(tokens[:, slot], rank, axis=-1)
+            return jnp.asarray(above)[index], chosen, None
+
+        return candidates, children
+
+    return grow_by_level(expand, None, root, depth=tokens.shape[1], size=size, budget=budget)
