@@ -32,6 +32,7 @@ h100: $(H100)/ready           ## kernels and whole steps, compiled for an H100 w
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 \
 		$(H100)/bin/python -m pytest -m h100 -n 2 --dist worksteal $(H100_TESTS)
 	$(H100)/bin/python -m pallas_kernels.h100 --quick
+	$(H100)/bin/python -m jaxspec.planning --quick
 
 $(H100)/ready: pyproject.toml pallas_kernels/requirements-h100.txt
 	$(PYTHON) -m venv $(H100)

@@ -212,3 +212,14 @@ class DrafterConfig:
     def depth(self) -> int:
         """P: positions one pass predicts."""
         return self.block_size if self.predict_next else self.block_size - 1
+
+
+def spaced_taps(layers: int, count: int) -> tuple[int, ...]:
+    """Target layers evenly apart, from the second to the last but two (DFlash's rule).
+
+    >>> spaced_taps(36, 5)
+    (1, 9, 17, 25, 33)
+    """
+    if count == 1:
+        return (layers // 2,)
+    return tuple(round(1 + i * (layers - 4) / (count - 1)) for i in range(count))

@@ -10,7 +10,7 @@ from jaxspec.drafters.head import abstract_weights
 from jaxspec.models.cache import init_cache
 from jaxspec.models.params import abstract_params
 from jaxspec.models.presets import PRESETS
-from jaxspec.planning import published_drafter
+from jaxspec.planning.setup import published_drafter
 from jaxspec.sharding import make_mesh, shardings
 
 P = PartitionSpec

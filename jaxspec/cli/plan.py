@@ -56,22 +56,22 @@ class Plan:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the plan is for GPUs that are not here
         from tqdm import tqdm
 
-        from jaxspec import planning
+        from jaxspec.planning.plan import PLANNED, plan
+        from jaxspec.planning.setup import Setup
 
         if self.budget < 1:
             raise ValueError(f"--budget is {self.budget}; expected at least 1 (the root)")
         target = _target_config(self.target)
         drafter = self._drafter(target)
         setups = [
-            planning.Setup(target, drafter, self.context, self.batch, count)
-            for count in self.devices
+            Setup(target, drafter, self.context, self.batch, count) for count in self.devices
         ]
         fits = True
-        programs = planning.PROGRAMS if self.compile else ()
+        programs = PLANNED if self.compile else ()
         for setup in tqdm(setups, unit="plan", file=sys.stderr, disable=len(setups) == 1):
-            plan = planning.plan(setup, programs)
-            fits &= plan.fits
-            print(json.dumps(self._row(plan)) if self.json else self._text(plan), flush=True)
+            found = plan(setup, programs)
+            fits &= found.fits
+            print(json.dumps(self._row(found)) if self.json else self._text(found), flush=True)
         return 0 if fits else DOES_NOT_FIT
 
     def _drafter(self, target):
@@ -80,7 +80,7 @@ class Plan:
         from jaxspec.drafters.ngram import PromptLookup
         from jaxspec.drafters.plain import Plain
         from jaxspec.loading import LOOKUP_TOO, beside_lookup
-        from jaxspec.planning import published_drafter
+        from jaxspec.planning.setup import published_drafter
 
         size = 1 << (self.budget - 1).bit_length()
         if self.drafter == "none":

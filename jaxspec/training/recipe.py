@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import PurePath
 from typing import Any
 
-from jaxspec.config import DrafterConfig, TargetConfig
+from jaxspec.config import DrafterConfig, TargetConfig, spaced_taps
 from jaxspec.training.batches import PACKED_UNIT
 from jaxspec.training.losses import LossConfig
 from jaxspec.training.vocabulary_loss import Mixture
@@ -132,17 +132,6 @@ PRESETS = {
     "qwen3-32b": QWEN3,
     "qwen3-30b-a3b": QWEN3,
 }
-
-
-def spaced_taps(layers: int, count: int) -> tuple[int, ...]:
-    """Layers evenly apart, from the second to the last but two (DFlash's rule).
-
-    >>> spaced_taps(36, 5)
-    (1, 9, 17, 25, 33)
-    """
-    if count == 1:
-        return (layers // 2,)
-    return tuple(round(1 + i * (layers - 4) / (count - 1)) for i in range(count))
 
 
 def find_preset(target: str) -> Preset | None:

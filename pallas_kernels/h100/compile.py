@@ -73,31 +73,38 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled program, per device.
+class Memory:
+    """Memory of a compiled program, bytes of one device.
 
     Attributes:
-      arguments, outputs, aliased, temporaries: bytes; aliased ones are both argument and
-        output, updated in place.
-      kernels: those generated for it; the vendor's matrix products are not among them.
-      text: the optimised program, as HLO.
+      aliased: bytes that are both argument and output, updated in place.
     """
 
     arguments: int
     outputs: int
     aliased: int
     temporaries: int
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Program(Memory):
+    """A compiled program, per device.
+
+    Attributes:
+      kernels: those generated for it; the vendor's matrix products are not among them.
+      text: the optimised program, as HLO.
+    """
+
     kernels: tuple[Kernel, ...]
     text: str
 
     @functools.cached_property
     def module(self) -> Module:
         return Module(self.text)
-
-    @property
-    def peak(self) -> int:
-        """Bytes of device memory it needs."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries
 
     def kernel(self, name: str) -> Kernel:
         (found,) = [kernel for kernel in self.kernels if kernel.name == name]
@@ -123,8 +130,7 @@ def compile_for_h100(
     Raises:
       jax.errors.JaxRuntimeError: the compiler refuses, say for want of shared memory.
     """
-    with lowering_for_h100(mesh):
-        lowered = function.trace(*args, **kwargs).lower(lowering_platforms=("cuda",))
+    lowered = _lower(function, args, kwargs, mesh)
     if cache is None:
         return _compile(lowered)
     path = cache / f"{_digest(lowered.as_text())}.json.gz"
@@ -135,18 +141,31 @@ def compile_for_h100(
     return program
 
 
+def memory_on_h100(function, *args, mesh=None, **kwargs) -> Memory:
+    """The memory that `compile_for_h100` would report, without its look at every kernel."""
+    return _memory(_lower(function, args, kwargs, mesh).compile(compiler_options=OPTIONS))
+
+
+def _lower(function, args, kwargs, mesh):
+    with lowering_for_h100(mesh):
+        return function.trace(*args, **kwargs).lower(lowering_platforms=("cuda",))
+
+
 def _compile(lowered) -> Program:
     with tempfile.TemporaryDirectory() as dump:
         compiled = lowered.compile(compiler_options=OPTIONS | _DUMP | {"xla_dump_to": dump})
         kernels = tuple(_kernels(pathlib.Path(dump)))
-    memory = compiled.memory_analysis()
-    return Program(
-        arguments=memory.argument_size_in_bytes,
-        outputs=memory.output_size_in_bytes,
-        aliased=memory.alias_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        kernels=kernels,
-        text=compiled.as_text(),
+    memory = dataclasses.asdict(_memory(compiled))
+    return Program(**memory, kernels=kernels, text=compiled.as_text())
+
+
+def _memory(compiled) -> Memory:
+    found = compiled.memory_analysis()
+    return Memory(
+        arguments=found.argument_size_in_bytes,
+        outputs=found.output_size_in_bytes,
+        aliased=found.alias_size_in_bytes,
+        temporaries=found.temp_size_in_bytes,
     )
 
 

@@ -1,6 +1,6 @@
 """Compiling for an H100 without one: the report sees the faults that the gate is there for.
 
-The gate itself is `python -m pallas_kernels.h100`.
+The gates are `python -m pallas_kernels.h100` and `python -m jaxspec.planning`.
 """
 
 import dataclasses

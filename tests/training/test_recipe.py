@@ -6,6 +6,7 @@ import pytest
 
 from jaxspec.checkpoints.drafter_config import to_json
 from jaxspec.cli.train import Train
+from jaxspec.config import spaced_taps
 from jaxspec.models import presets
 from jaxspec.training.recipe import (
     FAMILIES,
@@ -13,7 +14,6 @@ from jaxspec.training.recipe import (
     drafter_config,
     find_preset,
     loss_config,
-    spaced_taps,
 )
 from tests.training import tiny
 

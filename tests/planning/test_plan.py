@@ -11,7 +11,8 @@ from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.plain import Plain
 from jaxspec.loading import beside_lookup
 from jaxspec.models.presets import PRESETS
-from jaxspec.planning import Setup, plan, published_drafter
+from jaxspec.planning.plan import plan
+from jaxspec.planning.setup import Setup, published_drafter
 from pallas_kernels.h100.target import BYTES_PER_SECOND, MEMORY_BYTES
 
 

@@ -1,0 +1,128 @@
+"""A plan: memory by part, at its peak, and the time of a round at best."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh
+
+from jaxspec.drafters.block import BlockParams
+from jaxspec.planning.floors import draft_floor, target_floor
+from jaxspec.planning.programs import device_mesh, program_memory
+from jaxspec.planning.setup import Setup, abstract_arguments
+from jaxspec.sharding import MODEL, REST
+from pallas_kernels.h100.compile import Memory
+from pallas_kernels.h100.target import MEMORY_BYTES
+
+PLANNED = ("round", "prefill")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a setup needs; bytes are of one device.
+
+    Attributes:
+      parts: arguments of a round by what they are.
+      repeated: bytes of them that are passed twice and take memory once: the vocabulary, which
+        is the target's and given to the drafter too.
+      programs: those compiled, by name.
+      floors: milliseconds at least, of a "plain" step (one token per row), of "draft" and
+        "verify", and of a "round", which is both.
+    """
+
+    setup: Setup
+    parts: dict[str, int]
+    repeated: int
+    programs: dict[str, Memory]
+    floors: dict[str, float]
+
+    @property
+    def state(self) -> int:
+        """Weights and caches, without the compiled programs' own needs."""
+        return sum(self.parts.values()) - self.repeated
+
+    @property
+    def peak(self) -> int:
+        """The most that a compiled program needs; the state alone where none was compiled."""
+        needs = [program.peak - self.repeated for program in self.programs.values()]
+        return max([self.state, *needs])
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= MEMORY_BYTES
+
+    @property
+    def most_rows(self) -> int:
+        """An estimate of the largest batch that fits: all but weights grows with the batch."""
+        weights = sum(size for name, size in self.parts.items() if name.endswith("weights"))
+        return most_rows(self.setup, self.peak, growing=self.peak + self.repeated - weights)
+
+    def speedup(self, tau: float) -> float:
+        """Over plain decoding, at best, when rounds commit `tau` tokens on average."""
+        return tau * self.floors["plain"] / self.floors["round"]
+
+
+def most_rows(setup: Setup, peak: int, *, growing: int) -> int:
+    """The largest batch, from the bytes that this one needs.
+
+    Args:
+      growing: bytes of the peak that are shared evenly by the rows of the batch.
+    """
+    row = growing / setup.batch
+    return max(0, setup.batch + math.floor((MEMORY_BYTES - peak) / row))
+
+
+def plan(setup: Setup, programs: tuple[str, ...] = PLANNED) -> Plan:
+    """Plans a setup.
+
+    Args:
+      programs: which to compile, of `PLANNED`; with none, no compiler is needed. A setup whose
+        weights and caches alone do not fit is not compiled.
+
+    Raises:
+      ValueError: there is no compiler for H100s here.
+    """
+    mesh = AbstractMesh((setup.heads, setup.devices // setup.heads), (MODEL, REST))
+    params, requests, state = abstract_arguments(setup, mesh)
+    rest = dataclasses.replace(state, cache=None, drafter=None)
+    parts = {
+        "target weights": _size(params.target),
+        "drafter weights": _size(params.drafter),
+        "target cache": _size(state.cache),
+        "drafter state": _size(state.drafter),
+        "other state": _size((rest, requests.sampling)) + 4,  # and the number of rounds
+    }
+    is_block = lambda x: isinstance(x, BlockParams)  # noqa: E731
+    blocks = filter(is_block, jax.tree.leaves(params.drafter, is_leaf=is_block))
+    repeated = sum(_size(block.vocabulary) for block in blocks)
+    known = Plan(setup, parts, repeated, {}, floors(setup))
+    if not known.fits:
+        return known
+    if programs:
+        try:
+            device_mesh(setup)
+        except RuntimeError as error:
+            raise ValueError(f"{error}; or plan without compiling (--no-compile)") from None
+    compiled = {name: program_memory(setup, name) for name in programs}
+    return dataclasses.replace(known, programs=compiled)
+
+
+def floors(setup: Setup) -> dict[str, float]:
+    """Milliseconds at least, by step, at full context."""
+    found = {
+        "plain": target_floor(setup, setup.batch).milliseconds,
+        "draft": draft_floor(setup).milliseconds,
+        "verify": target_floor(setup, setup.batch * setup.drafter.size).milliseconds,
+    }
+    return found | {"round": found["draft"] + found["verify"]}
+
+
+def _size(tree: Any) -> int:
+    """Bytes that one device holds of placed shapes."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )

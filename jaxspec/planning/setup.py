@@ -1,0 +1,151 @@
+"""A decoding setup, and the shapes that its programs take."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from jaxspec.config import DrafterConfig, TargetConfig, spaced_taps
+from jaxspec.decoding.prefill import prefill
+from jaxspec.decoding.requests import MAX_STOP_IDS
+from jaxspec.decoding.sampling import SamplingRows
+from jaxspec.decoding.state import Decoder, DecodeState, Params, Requests
+from jaxspec.drafters.base import Drafter
+from jaxspec.drafters.block import BlockDrafter, block_params
+from jaxspec.drafters.head import abstract_weights
+from jaxspec.drafters.joined import Joined
+from jaxspec.models.params import abstract_params
+from jaxspec.sharding import shardings
+
+DTYPE = jnp.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A target and a drafter, decoding together.
+
+    Attributes:
+      drafter: its trees have `drafter.size` nodes.
+      context: S, rows of the caches; a multiple of `chunk`.
+      batch: B, sequences decoded together.
+      devices: the model is sharded over them.
+      chunk: prompt tokens per forward.
+    """
+
+    target: TargetConfig
+    drafter: Drafter
+    context: int = 4096
+    batch: int = 1
+    devices: int = 1
+    chunk: int = Decoder.chunk
+
+    def __post_init__(self):
+        for name in ("context", "batch", "devices", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.context % self.chunk:
+            raise ValueError(
+                f"context is {self.context}; expected a multiple of {self.chunk}, the "
+                "prompt tokens of one forward"
+            )
+        if self.context > self.target.max_positions:
+            raise ValueError(
+                f"context is {self.context}; the target has {self.target.max_positions} "
+                "positions"
+            )
+        wide = {
+            "channels": self.target.intermediate_size,
+            "experts": self.target.num_experts,
+        }
+        for name, count in wide.items():
+            if count % self.devices:
+                raise ValueError(
+                    f"{count} {name} cannot be cut evenly over {self.devices} devices; "
+                    "expected a number that divides them"
+                )
+
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder(self.target, self.drafter, chunk=self.chunk)
+
+    @property
+    def heads(self) -> int:
+        """Devices over which key/value heads are cut; the others hold the same ones."""
+        return math.gcd(self.devices, self.target.num_kv_heads)
+
+    @property
+    def block(self) -> DrafterConfig | None:
+        """Of a drafter with weights, alone or joined with prompt lookup."""
+        joined = isinstance(self.drafter, Joined)
+        drafter = self.drafter.drafters[0] if joined else self.drafter
+        return drafter.config if isinstance(drafter, BlockDrafter) else None
+
+
+def published_drafter(target: TargetConfig) -> DrafterConfig:
+    """A drafter of DFlash's and JetSpec's proportions: five layers, five taps, blocks of 16."""
+    return DrafterConfig(
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
+        intermediate_size=target.intermediate_size,
+        num_layers=5,
+        num_heads=target.num_heads,
+        num_kv_heads=target.num_kv_heads,
+        head_dim=target.head_dim,
+        target_layers=target.num_layers,
+        taps=spaced_taps(target.num_layers, 5),
+        block_size=16,
+        mask_token_id=target.vocab_size - 1,
+        causal=True,
+        predict_next=True,
+    )
+
+
+def abstract_arguments(
+    setup: Setup, mesh: Mesh | AbstractMesh
+) -> tuple[Params, Requests, DecodeState]:
+    """What `prefill` and `decode` take, as shapes placed on a mesh, in bfloat16."""
+    decoder = setup.decoder
+    target = abstract_params(setup.target, DTYPE)
+
+    def drafter_params(drafter: Drafter) -> Any:
+        if isinstance(drafter, Joined):
+            return tuple(map(drafter_params, drafter.drafters))
+        if not isinstance(drafter, BlockDrafter):
+            return ()
+        return jax.eval_shape(block_params, abstract_weights(drafter.config, DTYPE), target)
+
+    params = Params(target, drafter_params(decoder.drafter))
+    requests = _abstract_requests(setup)
+    state = jax.eval_shape(functools.partial(prefill, decoder), params, requests)
+    return tuple(placed(mesh, tree) for tree in (params, requests, state))
+
+
+def _abstract_requests(setup: Setup) -> Requests:
+    def row(dtype=jnp.int32, *shape):
+        return jax.ShapeDtypeStruct((setup.batch, *shape), dtype)
+
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), setup.batch))
+    sampling = SamplingRows(
+        temperature=row(jnp.float32),
+        top_k=row(),
+        top_p=row(jnp.float32),
+        min_p=row(jnp.float32),
+        stop_ids=row(jnp.int32, MAX_STOP_IDS),
+        key=keys,
+    )
+    return Requests(row(jnp.int32, setup.context), row(), row(), row(), sampling)
+
+
+def placed(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+    """Shapes with their places on a mesh (`jaxspec.sharding`)."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        tree,
+        shardings(mesh, tree),
+    )

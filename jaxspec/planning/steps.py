@@ -1,0 +1,202 @@
+"""The gate over whole decoding steps at published sizes: memory, copies, launches, traffic.
+
+`python -m jaxspec.planning` runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.config import TreeConfig
+from jaxspec.drafters.base import Drafter
+from jaxspec.drafters.block import BlockDrafter
+from jaxspec.drafters.plain import Plain
+from jaxspec.models.params import abstract_params
+from jaxspec.models.presets import PRESETS
+from jaxspec.planning.floors import cache_bytes, program_floor
+from jaxspec.planning.plan import most_rows, plan
+from jaxspec.planning.programs import compile_program
+from jaxspec.planning.setup import DTYPE, Setup, published_drafter
+from jaxspec.trees.tree import DraftTree, root_only
+from pallas_kernels.h100.compile import Program
+from pallas_kernels.h100.target import MEMORY_BYTES
+
+OURS = ("tree_attention", "grouped_matmul")
+PREFILL_CHUNK = 512
+DRAFT_BLOCK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What is compiled.
+
+    Attributes:
+      model: one of `PRESETS`.
+      kind: "decode" (one token per round), "verify" (a tree that costs nothing to draft),
+        "prefill" (one chunk of a prompt), "draft" (the drafter's pass and its tree) or "round"
+        (the two together); all but "draft" inside their loops, as they run.
+      nodes: N of the tree.
+      context, batch, devices: as in `Setup`.
+    """
+
+    model: str
+    kind: str
+    nodes: int = 1
+    context: int = 4096
+    batch: int = 1
+    devices: int = 1
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model} {self.kind} N={self.nodes} S={self.context} B={self.batch} "
+            f"on {self.devices}"
+        )
+
+    @property
+    def setup(self) -> Setup:
+        return Setup(
+            PRESETS[self.model],
+            self.drafter,
+            self.context,
+            self.batch,
+            self.devices,
+            chunk=PREFILL_CHUNK,
+        )
+
+    @property
+    def drafter(self) -> Drafter:
+        if self.kind in ("draft", "round"):
+            config = published_drafter(PRESETS[self.model])
+            return BlockDrafter(config, TreeConfig("best_first", size=self.nodes))
+        return Given(self.nodes) if self.kind == "verify" else Plain()
+
+    @property
+    def program(self) -> str:
+        """Of `programs.PROGRAMS`: plain decoding and verification are rounds."""
+        return self.kind if self.kind in ("prefill", "draft") else "round"
+
+
+MODELS = ("qwen3-0.6b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b", "qwen3-30b-a3b")
+KINDS = (
+    ("decode", 1),
+    ("verify", 64),
+    ("verify", 128),
+    ("verify", 256),
+    ("prefill", 1),
+    ("draft", 64),
+    ("round", 64),
+)
+
+
+def steps(quick: bool = False) -> list[Step]:
+    """The gated steps of Qwen3-8B; with the rest, every size, context and device count."""
+    gated = [Step("qwen3-8b", "verify", nodes) for nodes in (64, 128, 256)]
+    gated += [
+        Step("qwen3-8b", "decode"),
+        Step("qwen3-8b", "round", 64),
+        Step("qwen3-8b", "round", 64, context=32_768, batch=4),
+    ]
+    if quick:
+        return gated
+    rest = [
+        Step(model, kind, nodes, context, devices=devices)
+        for devices in (1, 8, 4, 2)
+        for context in (4096, 32_768)
+        for model in MODELS
+        for kind, nodes in KINDS
+    ]
+    return gated + [step for step in rest if step not in gated]
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A drafter whose tree comes from its state: what is left of a round is verification."""
+
+    size: int
+    depth: int = DRAFT_BLOCK - 1
+    taps: tuple[int, ...] = ()
+    verify_sizes: tuple[int, ...] = ()
+
+    def init(self, params, batch: int, capacity: int) -> DraftTree:
+        return root_only(jnp.zeros(batch, jnp.int32), size=self.size)
+
+    def observe(self, params, state: DraftTree, committed) -> DraftTree:
+        return state
+
+    def draft(self, params, state: DraftTree, anchor, position, budget):
+        return dataclasses.replace(state, tokens=state.tokens.at[:, 0].set(anchor)), state
+
+
+def compile_step(step: Step, cache: pathlib.Path | None = None) -> Program:
+    """Compiles it for `step.devices` H100s; memory and traffic are those of one of them."""
+    return compile_program(step.setup, step.program, cache)
+
+
+def report(step: Step, program: Program) -> dict:
+    """What the compiled step needs and moves, beside its floor; bytes are of one device.
+
+    `floor_ms_estimate` is an estimate from datasheet numbers, never a timing.
+    """
+    setup = step.setup
+    floor = program_floor(setup, step.program)
+    # A draft alone is not given the target, so nothing is passed to it twice.
+    repeated = 0 if step.kind == "draft" else plan(setup, ()).repeated
+    peak, moved = program.peak - repeated, program.module.moved_bytes()
+    growing = program.aliased + program.temporaries
+    decodes = step.program == "round"
+    return dict(
+        **dataclasses.asdict(step),
+        arguments=program.arguments,
+        aliased=program.aliased,
+        temporaries=program.temporaries,
+        peak=peak,
+        fits=peak <= MEMORY_BYTES,
+        most_rows=most_rows(setup, peak, growing=growing) if decodes else None,
+        launches=program.module.launches(),
+        kernels=len(program.kernels),
+        copies=program.module.large_copies(_smallest_state(setup)),
+        host_transfers=program.module.host_transfers(),
+        floor_bytes=int(floor.bytes),
+        moved_bytes=moved,
+        moved_over_floor=round(moved / floor.bytes, 3),
+        exchanged_bytes=program.module.exchanged_bytes(),
+        floor_flops=int(floor.flops),
+        floor_ms_estimate=round(floor.milliseconds, 3),
+    )
+
+
+def faults(step: Step, program: Program) -> list[str]:
+    """What breaks the gate; the bounds are Qwen3-8B's on one device."""
+    found = [
+        fault
+        for kernel in program.kernels
+        if kernel.name.startswith(OURS)
+        for fault in kernel.faults()
+    ]
+    measured = report(step, program)
+    found += [f"copies state: {copy}" for copy in measured["copies"]]
+    found += [f"waits for the host: {name}" for name in measured["host_transfers"]]
+    if step.model != "qwen3-8b" or step.devices > 1:
+        return found
+    if not measured["fits"]:
+        found.append(f"needs {measured['peak'] / 2**30:.1f} GiB")
+    if step.program == "round":
+        cache = 2 * step.setup.target.num_layers * cache_bytes(step.setup)
+        if program.aliased < cache:
+            found.append(f"updates {program.aliased} bytes in place, caches are {cache}")
+    limit = {64: 0.15, 256: 0.4}.get(step.nodes) if step.kind == "verify" else None
+    if limit and program.temporaries > limit * 2**30:
+        found.append(f"temporaries are {program.temporaries / 2**30:.3f} GiB, above {limit}")
+    return found
+
+
+def _smallest_state(setup: Setup) -> int:
+    """Bytes of the smallest matrix or cache on a device; smaller copies are activations."""
+    matrices = [x for x in jax.tree.leaves(abstract_params(setup.target, DTYPE)) if x.ndim > 1]
+    smallest = min(math.prod(x.shape) * x.dtype.itemsize for x in matrices)
+    return min(smallest, cache_bytes(setup)) // setup.devices
