@@ -19,10 +19,11 @@ from jaxspec.drafters.base import Committed
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
 from jaxspec.drafters.head import OUTPUT, DraftHead, Vocabulary, bind, restrict
 from jaxspec.models.cache import KVCache, init_cache
+from jaxspec.models.layers import cut_axes
 from jaxspec.models.params import TargetParams
 from jaxspec.trees.build import build
 from jaxspec.trees.candidates import top_log_probs
-from jaxspec.trees.path_conditioned import path_conditioned
+from jaxspec.trees.path_conditioned import LowRank, path_conditioned
 from jaxspec.trees.transitions import from_transitions
 from jaxspec.trees.tree import DraftTree, causal_bits, chain, pack_bits
 from pallas_kernels.tree_attention import tree_attention
@@ -272,10 +273,22 @@ class BlockDrafter:
                 return nodes
             return jnp.where(slot == 0, nodes, vocabulary.ids(nodes))
 
-        def step(slot, state, nodes):
-            previous = ids(slot, nodes)
-            latent, state = head.advance(vocabulary, stream[:, slot, None], previous, state)
+        def advance(slot, state, nodes):
+            return head.advance(vocabulary, stream[:, slot, None], ids(slot, nodes), state)
+
+        def corrected(slot, state, nodes):
+            latent, state = advance(slot, state, nodes)
             return head.correct(vocabulary, base[:, slot, None], latent), state
+
+        step = corrected
+        if self.config.sequential != "mlp" and not self.survival_scores:
+            # Over a mesh that cuts weights the kernels would want the whole of W2.
+            step = LowRank(
+                base,
+                head.sequential.output[...],
+                advance,
+                implementation="xla" if cut_axes() else None,
+            )
 
         def confidence(slot, state, nodes):
             logits = head.confidence_logits(stream[:, slot, None], ids(slot, nodes))

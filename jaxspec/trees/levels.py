@@ -54,7 +54,21 @@ def grow_by_level(
     start = jnp.where(jnp.arange(frontier) == 0, 0.0, -jnp.inf)
     start = jnp.broadcast_to(start, (batch, frontier))
     _, levels = lax.scan(level, (start, state), jnp.arange(depth))
-    scores, parents, tokens = (jnp.moveaxis(x, 0, 1) for x in levels)  # [B, P, F]
+    scores, parents, tokens = (jnp.moveaxis(x, 0, 1) for x in levels)
+    return best_of_levels(root, tokens, parents, scores, size=size, budget=budget)
+
+
+def best_of_levels(
+    root: jax.Array,
+    tokens: jax.Array,
+    parents: jax.Array,
+    scores: jax.Array,
+    *,
+    size: int,
+    budget: jax.Array,
+) -> DraftTree:
+    """`best_nodes` of P levels of F nodes, [B, P, F]; a parent is a place in the level above."""
+    batch, depth, frontier = scores.shape
     slot = jnp.arange(depth)[:, None]
     parents = jnp.where(slot == 0, ROOT, (slot - 1) * frontier + parents)
     depths = jnp.broadcast_to(slot + 1, scores.shape)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxspec.trees.candidates import top_logits
-from jaxspec.trees.levels import grow_by_level
-from jaxspec.trees.tree import DraftTree
+from jaxspec.trees.levels import best_of_levels, grow_by_level
+from jaxspec.trees.tree import DraftTree, root_only
+from pallas_kernels.tree_level import empty_levels, grow_level
 
 # What a drafter's sequential head supplies, a pure function called inside a jit, n nodes at a
 # time, all at one depth:
@@ -27,6 +30,34 @@ Step = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 # confidence(slot, state, tokens [B, n]) -> logits [B, n] of the probability that the target
 # follows the drafter's first choice after this node.
 Confidence = Callable[[jax.Array, Any, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """A `Step` whose logits are base[:, slot] + latent · output.
+
+    A tree grows over it without its logits, one pass over `output` per level: two kernels on
+    an NVIDIA GPU, and no pass for a level none of whose nodes can have children in the tree.
+
+    Attributes:
+      base: [B, P, V] float32.
+      output: [V, R].
+      latent: (slot, state, tokens [B, n]) -> (latent [B, n, R], state), as in `Step`.
+      implementation: of `pallas_kernels.tree_level`.
+    """
+
+    base: jax.Array
+    output: jax.Array
+    latent: Step
+    implementation: str | None = None
+
+    def __call__(self, slot, state, tokens):
+        latent, state = self.latent(slot, state, tokens)
+        latent = latent.astype(self.output.dtype)
+        bias = jnp.einsum(
+            "bnr,vr->bnv", latent, self.output, preferred_element_type=jnp.float32
+        )
+        return self.base[:, slot, None] + bias, state
 
 
 def path_conditioned(
@@ -54,7 +85,7 @@ def path_conditioned(
 
     Args:
       root: [B] int32, the anchor.
-      step: see `Step`.
+      step: see `Step`; cheapest as a `LowRank` where logits are of that form.
       state: pytree of [B, 1, ...], the root's; () for heads that remember nothing.
       depth: P, levels below the root.
       parents: M.
@@ -62,6 +93,8 @@ def path_conditioned(
       size: N, the budget's upper bound.
       confidence: see `Confidence`; calibrated if scores are to be compared between requests.
     """
+    if isinstance(step, LowRank) and confidence is None:
+        return _low_rank(root, step, state, parents=parents, budget=budget, size=size)
     batch, frontier = root.shape[0], size - 1
     expanded = min(parents, frontier)
     rows = jnp.arange(batch)[:, None]
@@ -89,6 +122,33 @@ def path_conditioned(
         lambda x: jnp.broadcast_to(x, (batch, frontier, *x.shape[2:])), (root[:, None], state)
     )
     return grow_by_level(expand, start, root, depth=depth, size=size, budget=budget)
+
+
+def _low_rank(root, step: LowRank, state, *, parents, budget, size) -> DraftTree:
+    """`path_conditioned` over a `LowRank` step."""
+    batch, depth, _ = step.base.shape
+    frontier = size - 1
+    if frontier == 0:
+        return root_only(root)
+    expanded = min(parents, frontier)
+    rows = jnp.arange(batch)[:, None]
+
+    def level(slot, carry):
+        levels, state = carry
+        latent, state = step.latent(slot, state, levels.tokens[:, slot, :expanded])
+        levels = grow_level(
+            levels, slot, step.base, latent, step.output, implementation=step.implementation
+        )
+        above = levels.parents[:, slot + 1, :expanded]
+        return levels, jax.tree.map(lambda x: x[rows, above], state)
+
+    state = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (batch, expanded, *x.shape[2:])), state
+    )
+    levels = empty_levels(root, depth=depth, width=frontier)
+    levels, _ = lax.fori_loop(0, depth, level, (levels, state))
+    found = levels.tokens[:, 1:], levels.parents[:, 1:], levels.scores[:, 1:]
+    return best_of_levels(root, *found, size=size, budget=budget)
 
 
 def _survival(log_q: jax.Array, confidence: jax.Array) -> jax.Array:

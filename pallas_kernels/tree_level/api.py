@@ -1,0 +1,47 @@
+"""The one call behind which implementations of a tree's level live."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels.tree_level.reference import Levels
+from pallas_kernels.tree_level.xla import grow_level_xla
+
+
+def grow_level(
+    levels: Levels,
+    slot: jax.Array,
+    base: jax.Array,
+    latent: jax.Array,
+    output: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> Levels:
+    """See `grow_level_reference` for shapes and meaning.
+
+    Args:
+      latent: any float type; rounded to that of `output`.
+      implementation: "xla" (any platform), "triton" (NVIDIA GPUs), or None: triton where the
+        program is compiled for an NVIDIA GPU and the shape is supported, else xla.
+
+    Raises:
+      ValueError: "triton" was asked for and does not take this shape.
+    """
+    if implementation not in (None, "xla", "triton"):
+        raise ValueError(
+            f"implementation is {implementation!r}; expected 'xla', 'triton' or None"
+        )
+    arrays = (levels, slot, base, latent.astype(output.dtype), output)
+    if implementation == "xla":
+        return grow_level_xla(*arrays)
+    # Pallas takes a fifth of a second to import: only where it is used.
+    from pallas_kernels.tree_level.triton import grow_level_triton, unsupported
+
+    reason = unsupported(levels, arrays[3], output)
+    if implementation == "triton":
+        if reason:
+            raise ValueError(f"implementation 'triton' does not take this: {reason}; use 'xla'")
+        return grow_level_triton(*arrays)
+    if reason:
+        return grow_level_xla(*arrays)
+    return jax.lax.platform_dependent(*arrays, cuda=grow_level_triton, default=grow_level_xla)
