@@ -26,7 +26,7 @@ from jaxspec.trees.tree import DraftTree, root_only
 from pallas_kernels.h100.compile import Program
 from pallas_kernels.h100.target import MEMORY_BYTES
 
-OURS = ("tree_attention", "grouped_matmul")
+OURS = ("tree_attention", "grouped_matmul", "tree_level")
 PREFILL_CHUNK = 512
 DRAFT_BLOCK = 16
 

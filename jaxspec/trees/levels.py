@@ -67,7 +67,7 @@ def best_of_levels(
     size: int,
     budget: jax.Array,
 ) -> DraftTree:
-    """`best_nodes` of P levels of F nodes, [B, P, F]; a parent is a place in the level above."""
+    """`best_nodes` of levels [B, P, F], where a parent is a place in the level above."""
     batch, depth, frontier = scores.shape
     slot = jnp.arange(depth)[:, None]
     parents = jnp.where(slot == 0, ROOT, (slot - 1) * frontier + parents)

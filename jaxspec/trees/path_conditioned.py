@@ -142,9 +142,7 @@ def _low_rank(root, step: LowRank, state, *, parents, budget, size) -> DraftTree
         above = levels.parents[:, slot + 1, :expanded]
         return levels, jax.tree.map(lambda x: x[rows, above], state)
 
-    state = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (batch, expanded, *x.shape[2:])), state
-    )
+    state = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, expanded, *x.shape[2:])), state)
     levels = empty_levels(root, depth=depth, width=frontier)
     levels, _ = lax.fori_loop(0, depth, level, (levels, state))
     found = levels.tokens[:, 1:], levels.parents[:, 1:], levels.scores[:, 1:]

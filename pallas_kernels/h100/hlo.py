@@ -33,6 +33,7 @@ _FREE = {
 }  # fmt: skip
 _PARTIAL_READS = {"slice", "dynamic-slice", "gather"}
 _CONTROL = {"while", "conditional", "call"}
+TREE_CHUNK = 256  # logits of a chunk of `tree_level`, at most
 _HOST = {"send", "recv", "infeed", "outfeed", "send-done", "recv-done"}
 
 
@@ -220,6 +221,10 @@ class Module:
             rows, weights = (ops[operand] for operand in op.operands[-2:])
             matrices, count = weights.dimensions[0], -(-rows.dimensions[0] // self.devices)
             inputs[-1] = weights.bytes * min(matrices, count) // matrices
+        if op.code == "custom-call" and "tree_level_select" in op.rest:
+            # Of each kept child, one chunk of its parent's logits is read.
+            logits, kept = (ops[operand] for operand in (op.operands[1], op.operands[4]))
+            inputs[1] = min(logits.bytes, TREE_CHUNK * kept.bytes // kept.dimensions[1])
         outputs = op.bytes
         if "cublas" in op.rest:  # its second result is scratch memory, not traffic
             outputs = op.arrays[0]

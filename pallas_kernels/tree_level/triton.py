@@ -93,6 +93,7 @@ def grow_level_triton(
     kept = (levels.scores, levels.parents, levels.tokens, levels.floor)
     scratch = (
         shape((batch, rows), jnp.float32),
+        shape((batch, max(rows * chunks, _power(children) * width)), jnp.int32),
         shape((batch, _power(children)), jnp.int32),
         shape((batch, _power(children)), jnp.int32),
         shape((batch, _power(children)), jnp.int32),
@@ -177,7 +178,7 @@ def select(
 ):
     """The best children of one batch row, in order, and the floor after them."""
     scores_ref, parents_ref, tokens_ref, floor_ref, totals_ref, *scratch = refs[4:]
-    first_ref, second_ref, bits_ref = scratch
+    costs_ref, first_ref, second_ref, bits_ref = scratch
     children = scores_ref.shape[-1]
     parents, vocab = logits_ref.shape[1:]
     places, last = _power(children), maxima_ref.shape[-1]
@@ -262,11 +263,9 @@ def select(
     def _():
         lax.fori_loop(0, rows // block, normalise, None)
         synchronise()
-        _choose(pair_cost, write_pairs, rows, chunks, children)
-        synchronise()
-        _choose(child_cost, write_children, places, width, children)
-        synchronise()
-
+        choose = functools.partial(_choose, costs_ref, b, children, synchronise)
+        choose(pair_cost, write_pairs, rows, chunks)
+        choose(child_cost, write_children, places, width)
         lax.fori_loop(0, places // ranked, sort, None)
         synchronise()
 
@@ -319,21 +318,33 @@ def _kth(cost: jax.Array, k: int, *, exact: bool = True) -> jax.Array:
     return lax.while_loop(lambda bounds: bounds[0] < bounds[1], halve, start)[1]
 
 
-def _choose(cost_of, write, rows: int, columns: int, k: int) -> None:
+def _choose(costs_ref, b, k: int, synchronise, fill, write, rows: int, columns: int) -> None:
     """Finds the k smallest of [rows, columns] costs; of those equal to the last, the first.
 
     Args:
-      cost_of: row indices [A] -> their costs [A, columns], from memory.
+      costs_ref: [B, rows * columns or more], where they are kept, in row b.
+      fill: row indices [A] -> their costs [A, columns].
       write: (row indices, which are chosen, their places 0 … k - 1, costs) -> None.
     """
-    cost = cost_of(jnp.arange(rows))
-    bound = _kth(cost, k, exact=False)
-    wanted = k - jnp.sum((cost < bound).astype(jnp.int32))
     block = min(rows, max(1, BLOCK // columns))
 
-    def compact(i, carry):
+    def rows_of(i):
         row = i * block + jnp.arange(block)
-        cost = cost_of(row)
+        return row, row[:, None] * columns + jnp.arange(columns)[None, :]
+
+    def keep(i, _):
+        row, place = rows_of(i)
+        plgpu.store(costs_ref.at[b, place], fill(row))
+
+    lax.fori_loop(0, rows // block, keep, None)
+    synchronise()
+    cost = plgpu.load(costs_ref.at[b, jnp.arange(rows * columns)])
+    bound = _kth(cost, k, exact=False)
+    wanted = k - jnp.sum((cost < bound).astype(jnp.int32))
+
+    def compact(i, carry):
+        row, place = rows_of(i)
+        cost = plgpu.load(costs_ref.at[b, place])
         below, equal = (cost < bound).astype(jnp.int32), (cost == bound).astype(jnp.int32)
         both = below + (equal << 15)  # counted at once: fewer than 2**15 are below
         per_row = jnp.sum(both, axis=1)
@@ -345,3 +356,4 @@ def _choose(cost_of, write, rows: int, columns: int, k: int) -> None:
         return carry + jnp.sum(per_row)
 
     lax.fori_loop(0, rows // block, compact, jnp.int32(0))
+    synchronise()

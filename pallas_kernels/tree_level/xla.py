@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.log_sum_exp import log_sum_exp
 from pallas_kernels.tree_level.reference import Levels, live_scores, with_row
 
-SEGMENTS = 32
 STEPS = 4  # a CPU scores 1, 4, 16 … parents, as few as there are
 
 
@@ -79,28 +79,3 @@ def _score(levels, slot, base, latent, output) -> Levels:
 def chunk_width(vocab: int, parents: int, children: int) -> int:
     """About sqrt(M V / F), which balances the two searches, as a power of two dividing V."""
     return math.gcd(vocab, 2 ** max(0, round(math.log2(parents * vocab / children) / 2)))
-
-
-def log_sum_exp(logits: jax.Array, peak: jax.Array) -> jax.Array:
-    """log(sum(exp(logits))) over the last axis of [..., V], given its maximum."""
-    total = lax.platform_dependent(logits, peak, cpu=_sum_exp_by_segments, default=_sum_exp)
-    return peak + jnp.log(total)
-
-
-def _sum_exp(logits, peak):
-    return jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1)
-
-
-def _sum_exp_by_segments(logits, peak):
-    # XLA's CPU backend does not vectorise exp inside a reduction; added segment by segment
-    # it does (18 to 7 ms for 120 rows of 151,936).
-    width, rest = divmod(logits.shape[-1], SEGMENTS)
-    if rest:
-        return _sum_exp(logits, peak)
-
-    def add(i, total):
-        segment = lax.dynamic_slice_in_dim(logits, i * width, width, axis=-1)
-        return total + jnp.exp(segment - peak[..., None])
-
-    total = lax.fori_loop(0, SEGMENTS, add, jnp.zeros((*peak.shape, width), jnp.float32))
-    return jnp.sum(total, axis=-1)

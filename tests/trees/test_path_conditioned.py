@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec.trees.path_conditioned import path_conditioned
+from jaxspec.trees.path_conditioned import LowRank, path_conditioned
 from jaxspec.trees.top_budget import top_budget
 from tests.trees.oracles import (
     assert_same_paths,
@@ -105,6 +105,39 @@ def test_equals_best_first_search_over_its_scores(step):
     for b in range(BATCH):
         expected = best_paths(lambda path, b=b: laws(step, b, path), DEPTH, BUDGET[b] - 1)
         assert_same_paths(paths(row(tree, b)), expected)
+
+
+@jax.jit
+def low_rank_markov(budget):
+    def latent(slot, state, tokens):
+        return jnp.asarray(PREVIOUS)[tokens], state
+
+    step = LowRank(jnp.asarray(BASE), jnp.asarray(OUTPUT), latent)
+    return path_conditioned(ROOT, step, (), depth=DEPTH, parents=400, budget=budget, size=SIZE)
+
+
+@jax.jit
+def low_rank_recurrent(budget):
+    def latent(slot, state, tokens):
+        joined = jnp.concatenate([state, jnp.asarray(PREVIOUS)[tokens]], -1)
+        state = jnp.tanh(joined @ RECURRENT)
+        return state, state
+
+    step = LowRank(jnp.asarray(BASE), jnp.asarray(OUTPUT), latent)
+    start = STATES[recurrent]
+    return path_conditioned(
+        ROOT, step, start, depth=DEPTH, parents=400, budget=budget, size=SIZE
+    )
+
+
+@pytest.mark.parametrize(
+    "grow, step", [(low_rank_markov, markov), (low_rank_recurrent, recurrent)]
+)
+def test_low_rank_steps_grow_the_tree_of_their_logits(grow, step):
+    tree, expected = grow(BUDGET), grown(step)
+    for b in range(BATCH):
+        check_layout(row(tree, b), ROOT[b], BUDGET[b])
+        assert_same_paths(paths(row(tree, b)), paths(row(expected, b)))
 
 
 @pytest.mark.parametrize("parents", [1, 3])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxspec.trees.best_first import best_first
-from jaxspec.trees.path_conditioned import path_conditioned
+from jaxspec.trees.path_conditioned import LowRank, path_conditioned
 from jaxspec.trees.top_budget import top_budget
 from jaxspec.trees.transitions import from_transitions
 from jaxspec.trees.tree import ancestors
@@ -73,3 +73,39 @@ def test_one_loop_and_no_host(build, most):
     assert sum(op.code == "while" for op in ops) == 1
     assert module.host_transfers() == []
     assert module.launches() <= most
+
+
+RANK, PARENTS = 256, 16
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def grown_low_rank(logits, previous, output, root, budget, size):
+    step = LowRank(logits, output, lambda slot, state, tokens: (previous[tokens], state))
+    return path_conditioned(
+        root, step, (), depth=DEPTH, parents=PARENTS, budget=budget, size=size
+    )
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_a_level_of_a_low_rank_head_reads_its_matrix_once_and_launches_little(size):
+    from pallas_kernels.h100.compile import compile_for_h100
+    from pallas_kernels.h100.target import mesh
+
+    sharding = jax.sharding.NamedSharding(mesh(), jax.sharding.PartitionSpec())
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    table = array(jnp.bfloat16, VOCAB, RANK)
+    arguments = (array(jnp.float32, 1, DEPTH, VOCAB), table, table)
+    ids = array(jnp.int32, 1)
+    program = compile_for_h100(grown_low_rank, *arguments, ids, ids, size=size)
+    module = program.module
+    matrix = VOCAB * RANK * 2
+    assert module.host_transfers() == []
+    assert module.large_copies(matrix // 4) == []
+    assert module.launches() <= 6 * DEPTH + 30
+    assert module.moved_bytes() <= 1.3 * matrix * DEPTH
+    for kernel in program.kernels:
+        if kernel.name.startswith("tree_level"):
+            assert kernel.faults() == []
