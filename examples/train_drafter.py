@@ -13,11 +13,12 @@ import tempfile
 from pathlib import Path
 
 import jaxspec
-from jaxspec.data.conversations import read_examples
+from jaxspec.data.jobs import read_jobs
+from jaxspec.data.rows import read_examples
 from jaxspec.decoding.stats import pooled_tau
 from jaxspec.training.losses import LossConfig
 from jaxspec.training.recipe import PRESETS, OptimizerConfig, TrainConfig, drafter_config
-from jaxspec.training.regenerate import RegenerateConfig, read_jobs, regenerate
+from jaxspec.training.regenerate import RegenerateConfig, regenerate
 from jaxspec.training.step import init_state
 from jaxspec.training.trainer import train
 from jaxspec.training.validation import trained_drafter
@@ -65,7 +66,7 @@ def main():
     )
     before = answer(untrained)
 
-    examples = read_examples(data, target.tokenizer, max_length=128)
+    examples = read_examples(data, target, max_length=128)
     trained = train(config, target, examples, folder / "run")
     drafter = jaxspec.load_drafter(str(trained), target, tree=untrained.drafter.tree)
     after = answer(drafter)

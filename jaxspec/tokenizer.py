@@ -116,33 +116,47 @@ class Tokenizer:
         return self._render(messages, thinking, add_generation_prompt=False, return_dict=False)
 
     @property
+    def chat_template(self) -> str | None:
+        """Its source, Jinja; the default one where there are several."""
+        template = self._backend.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    @property
     def marks_answers(self) -> bool:
         """Whether the chat template says which tokens are answers: `{% generation %}`."""
-        template = self._backend.chat_template or ""
-        return "{%generation%}" in template.translate(_NO_BLANKS)
+        return "{%generation%}" in (self.chat_template or "").translate(_NO_BLANKS)
 
-    def render_marked(self, messages: Messages) -> tuple[list[int], list[int]]:
+    @property
+    def switches_thinking(self) -> bool:
+        """Whether the chat template has a switch for thinking."""
+        return "enable_thinking" in (self.chat_template or "")
+
+    def render_marked(
+        self, messages: Messages, *, thinking: bool | None = None
+    ) -> tuple[list[int], list[int]]:
         """`render`, and 1 for every token of an answer, 0 for others; needs `marks_answers`."""
         rendered = self._render(
-            messages, None, return_dict=True, return_assistant_tokens_mask=True
+            messages, thinking, return_dict=True, return_assistant_tokens_mask=True
         )
         return rendered["input_ids"], rendered["assistant_masks"]
 
     def _render(self, messages: Messages, thinking: bool | None, **options):
-        template = self._backend.chat_template
-        if template is None:
+        if self.chat_template is None:
             raise ValueError(
                 "the tokenizer has no chat template; encode the prompt as plain text, or use "
                 "a checkpoint tuned for chat"
             )
         if thinking is not None:
-            if "enable_thinking" not in template:
+            if not self.switches_thinking:
                 raise ValueError(
                     f"thinking is {thinking}, but the chat template has no such switch; "
                     "leave it at None"
                 )
             options["enable_thinking"] = thinking
-        return self._backend.apply_chat_template(list(messages), **options)
+        try:
+            return self._backend.apply_chat_template(list(messages), **options)
+        except Exception as error:  # whatever a template, which is a program, raises
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
     def stream(self) -> TextStream:
         """A decoder for ids that arrive one round at a time."""

@@ -10,9 +10,9 @@ import pytest
 from jaxspec.checkpoints.drafters import save_drafter
 from jaxspec.cli import BAD_INPUT, FAULT, main
 from jaxspec.config import TreeConfig
+from jaxspec.data.jobs import read_jobs
 from jaxspec.data.prompts import read_prompts
 from jaxspec.tokenizer import Tokenizer
-from jaxspec.training.regenerate import read_jobs
 from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
 from tests.drafters import cases

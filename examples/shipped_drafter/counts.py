@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from jaxspec.checkpoints import catalog
 from jaxspec.checkpoints.gguf import load_tokenizer
-from jaxspec.data.conversations import Example, encode, read
-from jaxspec.data.jsonl import numbered_lines
+from jaxspec.data.conversations import Example
+from jaxspec.data.jsonl import numbered_lines, parse_object
+from jaxspec.data.rows import row_examples
 from jaxspec.training.draft_vocabulary import coverage, most_frequent
 
 VOCAB = 49152
@@ -45,7 +46,7 @@ class Counts:
 
 def main(options: Counts) -> None:
     tokenizer = load_tokenizer(catalog.smollm2())
-    rows = list(read(options.data))
+    rows = [parse_object(line) for _, line in numbered_lines(options.data)]
     answered = sum(row["metadata"]["new_tokens"] for row in rows)
     print(f"{len(rows):,} conversations, {answered:,} tokens of answers by the target")
     if options.prompts is not None:
@@ -55,7 +56,7 @@ def main(options: Counts) -> None:
     np.random.default_rng(options.seed).shuffle(rows)
 
     def examples(rows: Iterable[dict]) -> list[Example]:
-        return [example for row in rows for example in encode(tokenizer, row["conversations"])]
+        return [x for row in rows for x in row_examples(row, tokenizer, vocab=VOCAB)]
 
     greedy = [row for row in rows if not row["metadata"]["temperature"]][: options.answers]
     matches, agreed = agreement(examples(greedy))

@@ -6,12 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+FAULT = 1  # exit code
+
 
 @dataclasses.dataclass(frozen=True)
 class Regenerate:
     """Let the target answer prompts, or its own questions: what a drafter is trained on.
 
-    Killed and started again, it goes on where it was.
+    Killed and started again, it goes on where it was; what failed is tried again. Exit code 1
+    if conversations failed.
 
     Examples:
       python -m jaxspec regenerate --prompts prompts.jsonl --output data.jsonl
@@ -22,10 +25,12 @@ class Regenerate:
     """
 
     output: Path
-    """JSON lines of conversations; errors go to NAME.errors.jsonl beside it."""
+    """JSON lines of conversations, as text and as tokens; what failed is in
+    NAME.errors.jsonl beside it."""
     prompts: tuple[Path, ...] = ()
     """JSON lines, one or several files: {"turns": [...]}, {"prompt": ...},
-    {"conversations": [...]}, or {"opening": ...}, a question the target goes on with."""
+    {"conversations": [...]} or {"messages": [...]}, OpenAI's or ShareGPT's, or
+    {"opening": ...}, a question the target goes on with."""
     questions: int = 0
     """Without prompts: how many questions the target writes and answers."""
     question_tokens: int = 96
@@ -53,15 +58,16 @@ class Regenerate:
 
     def run(self) -> int:
         import jaxspec
-        from jaxspec.training import regenerate as r
+        from jaxspec.data.jobs import own_questions, read_jobs
+        from jaxspec.training.regenerate import RegenerateConfig, regenerate
 
         if bool(self.prompts) == (self.questions > 0):
             raise ValueError(
                 f"--prompts has {len(self.prompts)} files and --questions is "
                 f"{self.questions}; give one of them"
             )
-        jobs = r.read_jobs(*self.prompts) if self.prompts else r.own_questions(self.questions)
-        config = r.RegenerateConfig(
+        jobs = read_jobs(*self.prompts) if self.prompts else own_questions(self.questions)
+        config = RegenerateConfig(
             max_new_tokens=self.max_new_tokens,
             sampling=jaxspec.Sampling(
                 temperature=self.temperature,
@@ -79,6 +85,10 @@ class Regenerate:
         jaxspec.enable_compilation_cache()
         target = jaxspec.load_target(self.target, dtype=self.dtype)
         drafter = jaxspec.load_drafter(self.drafter, target)
-        count = r.regenerate(config, target, jobs, self.output, drafter=drafter)
-        print(f"{self.output}: {count} conversations")
-        return 0
+        outcome = regenerate(config, target, jobs, self.output, drafter=drafter)
+        line = f"{self.output}: {outcome.rows} conversations, {outcome.answered} of them new"
+        if not outcome.failed:
+            print(line)
+            return 0
+        print(f"{line}; {outcome.failed} failed, see {outcome.errors} (exit code {FAULT})")
+        return FAULT

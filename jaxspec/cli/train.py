@@ -19,8 +19,9 @@ class Train:
       python -m jaxspec train --data more.jsonl --output again --initial run/drafter
     """
 
-    data: Path
-    """Conversations, from `regenerate`."""
+    data: tuple[Path, ...]
+    """Conversations, JSON lines, one or several files: from `regenerate`, or OpenAI's messages
+    and ShareGPT's, whose text is rendered by the target's chat template."""
     output: Path
     """Folder of the run: metrics.jsonl, checkpoints, and at the end `drafter`."""
     target: str = "smollm2-135m"
@@ -47,6 +48,10 @@ class Train:
     """Length of rows that several sequences share; 0 gives each its own."""
     max_length: int = 1024
     """Sequences are cut to this many tokens."""
+    min_supervised: int = 14
+    """Sequences with fewer tokens of an answer are left out."""
+    any_target: bool = False
+    """Train on answers that another model wrote, too."""
     draft_vocab: int = 0
     """Draft the most frequent tokens of the data alone, so many: quicker to train and to draft
     with, and nothing is lost. 0 drafts all."""
@@ -88,9 +93,9 @@ class Train:
 
     def run(self) -> int:
         import jaxspec
-        from jaxspec.data.conversations import read_examples
+        from jaxspec.data.prompts import read_prompts
+        from jaxspec.data.rows import read_examples
         from jaxspec.sharding import join_processes
-        from jaxspec.training.regenerate import read_jobs
         from jaxspec.training.trainer import train
 
         if self.distributed:
@@ -101,10 +106,14 @@ class Train:
         if target.tokenizer is None:
             raise ValueError(f"target {self.target!r} has no tokenizer to read the data with")
         config = self._config(target.config)
-        examples = read_examples(self.data, target.tokenizer, max_length=self.max_length)
-        prompts = []
-        if self.validation is not None:
-            prompts = [job.turns[0] for job in read_jobs(self.validation)]
+        examples = read_examples(
+            self.data,
+            target,
+            max_length=self.max_length,
+            min_supervised=self.min_supervised,
+            any_target=self.any_target,
+        )
+        prompts = [] if self.validation is None else read_prompts(self.validation)
         folder = train(
             config,
             target,

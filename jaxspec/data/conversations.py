@@ -1,16 +1,17 @@
-"""Conversations as token ids, with the tokens that the target itself wrote marked."""
+"""Conversations as token ids, with the tokens that the target itself wrote marked.
+
+Text says what was written, not in which tokens, and a chat template may render it otherwise
+than it was written. So what is rendered here is read back and compared with the answers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from jaxspec.data.jsonl import numbered_lines
+from jaxspec.data.messages import ASSISTANT, USER
 from jaxspec.tokenizer import Messages, Tokenizer
 
 
@@ -36,6 +37,7 @@ def encode(
     *,
     thinking: bool | None = None,
     finished: bool = True,
+    stop_ids: Collection[int] = (),
 ) -> list[Example]:
     """A conversation as the target saw it when it wrote each answer.
 
@@ -48,106 +50,125 @@ def encode(
       messages: {'role': …, 'content': …} each; those with the role 'assistant' are answers.
       thinking: as the answers were written.
       finished: the last answer ended by itself; otherwise its end is not supervised.
+      stop_ids: end an answer, as the tokenizer's do.
 
     Raises:
-      ValueError: there is no answer, or the template does not put it after its prompt.
+      ValueError: there is no answer, the template does not put it after its prompt, or its
+        tokens are not the answer's text.
     """
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
     if not answers:
-        raise ValueError("the conversation has no message of the role 'assistant'")
+        raise ValueError(f"the conversation has no message of the role '{ASSISTANT}'")
+    if not finished and not messages[answers[-1]]["content"]:
+        answers.pop()  # stopped before its first token
+    if not answers:
+        return []
+    render = _Rendering(tokenizer, thinking, {*tokenizer.eos_token_ids, *stop_ids})
     if tokenizer.marks_answers:
-        return [_marked(tokenizer, messages, finished)]
+        return [render.marked(messages[: answers[-1] + 1], finished)]
     examples: list[Example] = []
     for i in answers:
-        prompt = tokenizer.chat(messages[:i], thinking=thinking)
-        whole = tokenizer.render(messages[: i + 1], thinking=thinking)
+        prompt, answer = render.answer(messages[: i + 1], finished or i != answers[-1])
+        extend(examples, prompt, answer)
+    return examples
+
+
+def extend(examples: list[Example], prompt: Sequence[int], answer: Sequence[int]) -> None:
+    """Adds an answer, to the last sequence where its prompt goes on from that."""
+    before = examples[-1] if examples else None
+    supervised = np.zeros(len(prompt), bool)
+    if before and list(prompt[: len(before)]) == before.tokens.tolist():
+        supervised[: len(before)] = before.supervised
+        examples.pop()
+    tokens = np.array([*prompt, *answer], np.int32)
+    examples.append(Example(tokens, np.concatenate([supervised, np.ones(len(answer), bool)])))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rendering:
+    tokenizer: Tokenizer
+    thinking: bool | None
+    stop_ids: Collection[int]
+
+    def answer(self, messages: Messages, finished: bool) -> tuple[list[int], list[int]]:
+        """The prompt of the last message, and its tokens."""
+        prompt, answer = self._split(messages, finished)
+        content = messages[-1]["content"]
+        if self._text(answer) != content:
+            left, right = self._padding()
+            self._check(left + content + right * finished, answer, len(messages) - 1)
+        return prompt, answer
+
+    def marked(self, messages: Messages, finished: bool) -> Example:
+        """By the template's own marks."""
+        ids, marks = self.tokenizer.render_marked(messages, thinking=self.thinking)
+        tokens, supervised = np.array(ids, np.int32), np.array(marks, bool)
+        runs = list(_runs(supervised))
+        for start, stop in runs:
+            last = (start, stop) == runs[-1]
+            kept = len(self._until_stop(ids[start:stop], finished or not last))
+            supervised[start + kept : stop] = False
+        if runs and not finished:
+            end = np.flatnonzero(supervised)[-1] + 1
+            tokens, supervised = tokens[:end], supervised[:end]
+        contents = [x["content"] for x in messages if x["role"] == ASSISTANT]
+        written = [tokens[start:stop].tolist() for start, stop in _runs(supervised)]
+        if "".join(map(self._text, written)) != "".join(contents):
+            self._check("".join(contents), sum(written, []), len(messages) - 1)
+        return Example(tokens, supervised)
+
+    def _split(self, messages: Messages, finished: bool) -> tuple[list[int], list[int]]:
+        prompt = self.tokenizer.chat(messages[:-1], thinking=self.thinking)
+        whole = self.tokenizer.render(messages, thinking=self.thinking)
         if whole[: len(prompt)] != prompt:
             raise ValueError(
-                f"message {i}: the chat template does not render the answer after the prompt "
-                f"that asks for it (thinking is {thinking}); was it written in another mode?"
+                f"message {len(messages) - 1}: the chat template does not render the answer "
+                f"after the prompt that asks for it (thinking is {self.thinking}); was it "
+                "written in another mode?"
             )
-        answer = _until_stop(whole[len(prompt) :], tokenizer, finished or i != answers[-1])
-        before = examples[-1] if examples else None
-        if before and prompt[: len(before)] == before.tokens.tolist():
-            supervised = before.supervised
-            examples.pop()
-        else:
-            supervised = np.zeros(0, bool)
-        prompted = np.zeros(len(prompt) - len(supervised), bool)
-        examples.append(
-            Example(
-                np.array(prompt + answer, np.int32),
-                np.concatenate([supervised, prompted, np.ones(len(answer), bool)]),
-            )
+        return prompt, self._until_stop(whole[len(prompt) :], finished)
+
+    def _until_stop(self, answer: list[int], finished: bool) -> list[int]:
+        """Without what the template writes after the stop id, which the target never does."""
+        stop = next((i for i, x in enumerate(answer) if x in self.stop_ids), None)
+        return answer if stop is None else answer[: stop + finished]
+
+    def _padding(self) -> tuple[str, str]:
+        """Blanks that the template puts around any answer (Llama 2's does)."""
+        probe = [{"role": USER, "content": "x"}, {"role": ASSISTANT, "content": "x"}]
+        left, _, right = self._text(self._split(probe, True)[1]).partition("x")
+        return ("", "") if (left + right).strip() else (left, right)
+
+    def _text(self, answer: Sequence[int]) -> str:
+        ended = len(answer) and answer[-1] in self.stop_ids
+        return self.tokenizer.decode(answer[:-1] if ended else answer)
+
+    def _check(self, expected: str, answer: Sequence[int], number: int) -> None:
+        found = self._text(answer)
+        if found == expected:
+            return
+        same = next(
+            (i for i, (x, y) in enumerate(zip(found, expected, strict=False)) if x != y),
+            min(len(found), len(expected)),
         )
-    return examples
-
-
-def read(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Rows {"conversations": [...], …} of a JSON lines file, as `regenerate` writes them.
-
-    Raises:
-      ValueError: the file cannot be read, or a line is something else.
-    """
-    for number, line in numbered_lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
-            raise ValueError(
-                f'{path}, line {number}: expected {{"conversations": [{{"role": …, '
-                f'"content": …}}, …]}}, found {line[:60]!r}'
-            )
-        yield row
-
-
-def read_examples(
-    path: str | Path, tokenizer: Tokenizer, *, max_length: int, min_supervised: int = 14
-) -> list[Example]:
-    """Every sequence of a file of conversations, cut at the right to `max_length` tokens.
-
-    Those with fewer than `min_supervised` tokens of the target's are left out.
-
-    Raises:
-      ValueError: a line cannot be used, or none is left.
-    """
-    examples = []
-    for number, row in enumerate(read(path), 1):
-        try:
-            encoded = encode(
-                tokenizer,
-                row["conversations"],
-                thinking=row.get("thinking"),
-                finished=row.get("finished", True),
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, conversation {number}: {error}") from error
-        for example in encoded:
-            cut = Example(example.tokens[:max_length], example.supervised[:max_length])
-            if cut.supervised.sum() >= min_supervised:
-                examples.append(cut)
-    if not examples:
+        start = max(0, same - 20)
         raise ValueError(
-            f"{path}: no conversation has {min_supervised} tokens of an answer within "
-            f"{max_length}; raise max_length or lower min_supervised"
+            f"message {number}: the chat template renders the answer as other text "
+            f"({found[start : same + 20]!r} for {expected[start : same + 20]!r}; thinking is "
+            f"{self.thinking})"
         )
-    return examples
 
 
-def _marked(tokenizer: Tokenizer, messages: Messages, finished: bool) -> Example:
-    """By the template's own marks."""
-    ids, marks = tokenizer.render_marked(messages)
-    tokens, supervised = np.array(ids, np.int32), np.array(marks, bool)
-    if not finished:
-        last = np.flatnonzero(supervised)[-1] + 1
-        stops = np.isin(tokens[:last], tokenizer.eos_token_ids) & supervised[:last]
-        last = np.flatnonzero(stops)[-1] if stops.any() else last
-        return Example(tokens[:last], supervised[:last])
-    return Example(tokens, supervised)
+def _runs(supervised: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of the tokens that are supervised."""
+    edges = np.flatnonzero(np.diff(supervised, prepend=False, append=False))
+    return zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
 
 
-def _until_stop(answer: list[int], tokenizer: Tokenizer, finished: bool) -> list[int]:
-    """Without what the template writes after the stop id, which the target never does."""
-    stop = next((i for i, x in enumerate(answer) if x in tokenizer.eos_token_ids), None)
-    return answer if stop is None else answer[: stop + finished]
+def answer_ranges(example: Example) -> list[tuple[int, int]]:
+    """Half-open ranges of the tokens the target wrote.
+
+    >>> answer_ranges(Example(np.arange(5), np.array([0, 1, 1, 0, 1], bool)))
+    [(1, 3), (4, 5)]
+    """
+    return list(_runs(example.supervised))

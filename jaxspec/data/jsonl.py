@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -17,9 +19,24 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def read_text(path: str | Path) -> str:
-    """A file's text; ValueError when it cannot be read."""
+def parse_object(line: str) -> dict[str, Any]:
+    """A line's JSON object.
+
+    Raises:
+      ValueError: it is no JSON, or something else than an object.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error}): {line[:60]!r}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {line[:60]!r}")
+    return row
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text, without a byte order mark; ValueError when it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error

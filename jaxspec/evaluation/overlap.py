@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from jaxspec.data.jsonl import numbered_lines
+from jaxspec.data.jsonl import numbered_lines, parse_object
+from jaxspec.data.messages import KEYS, row_messages
+from jaxspec.data.prompts import row_turns
 
 NGRAM = 13  # words; the length GPT-3's decontamination used
 FORMAT_NGRAM, FORMAT_PROMPTS = 6, 3
@@ -96,25 +97,20 @@ def overlaps(
 def texts_of(path: str | Path) -> Iterator[tuple[str, list[str]]]:
     """Every line of a JSON lines file, and the texts in it.
 
-    Rows are {"conversations": [{"content": …}]}, {"turns": [...]} or {"prompt": …}.
+    Rows are conversations (`messages.row_messages`), {"turns": [...]} or {"prompt": …}.
 
     Raises:
       ValueError: the file cannot be read, or a line is something else.
     """
     for number, line in numbered_lines(path):
         try:
-            row = json.loads(line)
-            if "conversations" in row:
-                parts = [message["content"] for message in row["conversations"]]
+            row = parse_object(line)
+            if any(key in row for key in KEYS):
+                parts = [message["content"] for message in row_messages(row)]
             else:
-                parts = row["turns"] if "turns" in row else [row["prompt"]]
-            if not all(isinstance(part, str) for part in parts):
-                raise TypeError("a text is not a string")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}, line {number}: expected {{"conversations": […]}}, {{"turns": […]}} '
-                f'or {{"prompt": "text"}}, found {line[:60]!r}'
-            ) from error
+                parts = row_turns(row)[1]
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
         yield line, parts
 
 

@@ -6,16 +6,12 @@ import json
 import jax
 import pytest
 
+from jaxspec.data.jobs import Job, own_questions, read_jobs
+from jaxspec.data.rows import read_examples
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.generation import generate
-from jaxspec.training.regenerate import (
-    Job,
-    RegenerateConfig,
-    own_questions,
-    read_jobs,
-    regenerate,
-    user_header,
-)
+from jaxspec.training.answers_file import AnswersFile
+from jaxspec.training.regenerate import RegenerateConfig, regenerate, user_header
 from jaxspec.training.slots import Request, Slots
 from tests.training import tiny
 
@@ -24,6 +20,7 @@ class Letters:
     """Token 2 + i is the i-th letter; 0 opens a turn, 1 ends it."""
 
     eos_token_ids = (1,)
+    chat_template = "letters"
 
     def chat(self, messages, *, thinking=None):
         if isinstance(messages, str):
@@ -88,25 +85,137 @@ def jobs():
 
 def test_a_killed_run_neither_repeats_nor_loses_a_row(target, tmp_path):
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    assert regenerate(CONFIG, target, jobs(), whole) == 7
+    outcome = regenerate(CONFIG, target, jobs(), whole)
+    assert (outcome.rows, outcome.answered, outcome.failed) == (7, 7, 1)
+    assert outcome.errors == tmp_path / "whole.errors.jsonl"
     expected = rows_of(whole)
     assert [m["role"] for m in expected[0]["conversations"]] == ["user", "assistant"] * 2
-    assert list(rows_of(tmp_path / "whole.errors.jsonl")) == ["long"]
+    assert list(rows_of(outcome.errors)) == ["long"]
 
     lines = whole.read_text().splitlines(keepends=True)
     killed.write_text("".join(lines[:3]) + lines[3][:25])  # as kill -9 leaves it
-    assert regenerate(CONFIG, target, jobs(), killed) == 7
+    outcome = regenerate(CONFIG, target, jobs(), killed)
+    assert (outcome.rows, outcome.answered) == (7, 4)
     assert killed.read_text().count("\n") == 7
     assert rows_of(killed) == expected
     before = killed.read_bytes()
-    assert regenerate(CONFIG, target, jobs(), killed) == 7
+    outcome = regenerate(CONFIG, target, jobs(), killed)
+    assert (outcome.rows, outcome.answered, outcome.failed) == (7, 0, 1)
     assert killed.read_bytes() == before
+
+
+def test_rows_hold_the_tokens_that_the_target_saw_and_wrote(target, tmp_path):
+    output = tmp_path / "data.jsonl"
+    regenerate(CONFIG, target, [Job(0, 0, [], ["ab"])], output)
+    row = rows_of(output)[0]
+    key = jax.random.fold_in(jax.random.key(CONFIG.seed), 0)
+    slots = Slots(target, room=100, rows=4)
+    prompt = [0, 2, 3, 1, 0]
+    slots.add(Request(0, prompt, 12, CONFIG.sampling, jax.random.fold_in(key, 0)))
+    written = []
+    while slots.busy:
+        written += [answer.token_ids for answer in slots.step()]
+    ids = prompt + written[0]
+    assert row["sequences"] == [{"token_ids": ids, "answers": [[5, len(ids)]]}]
+    # Ids above 27 are no letters, and Z is one: text alone could not say what was written.
+    (example,) = read_examples(output, target, max_length=100, min_supervised=1)
+    assert example.tokens.tolist() == ids
+
+
+def test_failed_rows_are_tried_again(target, tmp_path):
+    output = tmp_path / "data.jsonl"
+    short = dataclasses.replace(CONFIG, max_length=20)
+    outcome = regenerate(short, target, jobs()[-1:], output)
+    assert (outcome.rows, outcome.failed) == (0, 1) and not output.exists()
+    (error,) = rows_of(outcome.errors).values()
+    assert "a prompt of 98 tokens and 12 new ones need 110 places" in error["error"]
+    outcome = regenerate(dataclasses.replace(CONFIG, max_length=120), target, jobs(), output)
+    assert (outcome.rows, outcome.failed) == (8, 0)
+    assert not outcome.errors.exists()
+
+
+def test_rows_that_cannot_be_asked_fail_alone(target, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = ['{"prompt": "ab"}', '{"prompt": "a\\ud83d"}', '{"prompt": 3, "id": "x"}', "{"]
+    prompts.write_text("\n".join(lines))
+    outcome = regenerate(CONFIG, target, read_jobs(prompts), tmp_path / "data.jsonl")
+    assert (outcome.rows, outcome.failed) == (1, 3)
+    errors = {name: row["error"] for name, row in rows_of(outcome.errors).items()}
+    assert "line 2: turn 0: the content holds half a surrogate pair" in errors[1]
+    assert "line 3: expected" in errors["x"] and "line 4: not JSON" in errors[3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(sampling=Sampling(temperature=0.5)), "temperature 1.0, now 0.5"),
+        (dict(sampling=Sampling(temperature=1.0, top_k=3)), "top_k 0, now 3"),
+        (dict(sampled=0.0), "sampled 1.0, now 0.0"),
+        (dict(seed=1), "seed 0, now 1"),
+        (dict(max_new_tokens=13), "max_new_tokens 12, now 13"),
+        (dict(thinking=True), "thinking None, now True"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_other_options_do_not_go_on_with_a_file(target, tmp_path, change, message):
+    output = tmp_path / "data.jsonl"
+    regenerate(CONFIG, target, jobs()[:2], output)
+    before = output.read_bytes()
+    with pytest.raises(ValueError, match=f"line 1 was made in another way .*{message}"):
+        regenerate(dataclasses.replace(CONFIG, **change), target, jobs(), output)
+    assert output.read_bytes() == before
+
+
+def test_another_target_or_template_does_not_go_on_with_a_file(target, tmp_path):
+    output = tmp_path / "data.jsonl"
+    regenerate(CONFIG, target, jobs()[:1], output)
+    tuned = jax.tree.map(lambda x: x * 1.1, target.params)
+    with pytest.raises(ValueError, match="another way .*fingerprint .* now"):
+        regenerate(CONFIG, dataclasses.replace(target, params=tuned), jobs(), output)
+    other = Letters()
+    other.chat_template = "letters, otherwise"
+    with pytest.raises(ValueError, match="another way .*template .* now"):
+        regenerate(CONFIG, dataclasses.replace(target, tokenizer=other), jobs(), output)
+    moved = dataclasses.replace(target, name="/elsewhere/model")
+    assert regenerate(CONFIG, moved, jobs()[:2], output).rows == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Job(0, 0, [], ["ab", "xy"]),
+        Job(0, 0, [], ["ab"]),
+        Job(0, 0, [{"role": "system", "content": "s"}], ["ab", "cd"]),
+    ],
+    ids=["another turn", "one turn less", "a system message"],
+)
+def test_other_prompts_do_not_go_on_with_a_file(target, tmp_path, other):
+    output = tmp_path / "data.jsonl"
+    regenerate(CONFIG, target, jobs()[:1], output)
+    with pytest.raises(ValueError, match="line 1: row 0 answers 'ab', not the prompt"):
+        regenerate(CONFIG, target, [other], output)
+
+
+def test_prompts_of_other_ids_are_added(target, tmp_path):
+    output = tmp_path / "data.jsonl"
+    regenerate(CONFIG, target, jobs()[:2], output)
+    outcome = regenerate(CONFIG, target, [Job("new", 0, [], ["b"])], output)
+    assert (outcome.rows, outcome.answered) == (3, 1)
+
+
+def test_one_process_writes_a_file(target, tmp_path):
+    output = tmp_path / "data.jsonl"
+    first = AnswersFile(output)
+    with pytest.raises(ValueError, match="another process is writing .*data.jsonl; wait"):
+        regenerate(CONFIG, target, jobs(), output)
+    first.close()
+    assert regenerate(CONFIG, target, jobs()[:1], output).rows == 1
 
 
 def test_the_target_writes_its_own_questions(target, tmp_path):
     assert user_header(target.tokenizer) == [0]
     output = tmp_path / "own.jsonl"
-    count = regenerate(CONFIG, target, own_questions(6), output)
+    count = regenerate(CONFIG, target, own_questions(6), output).rows
     questions = [row["conversations"][0]["content"] for row in rows_of(output).values()]
     assert count == len(questions) and len(set(questions)) > 1
     assert all(question.isalpha() for question in questions)
@@ -116,7 +225,8 @@ def test_the_target_goes_on_with_an_opening(target, tmp_path):
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "own.jsonl"
     rows = [{"opening": "abc", "ending": "xyz"}, {"opening": "de"}]
     prompts.write_text("\n".join(map(json.dumps, rows)))
-    assert regenerate(CONFIG, target, read_jobs(prompts), output) == 2
+    assert regenerate(CONFIG, target, read_jobs(prompts), output).rows == 2
+    assert regenerate(CONFIG, target, read_jobs(prompts), output).answered == 0
     first, second = (rows_of(output)[i]["conversations"][0]["content"] for i in range(2))
     assert first.startswith("abc") and first.endswith("xyz") and len(first) > 6
     assert second.startswith("de") and len(second) > 2
@@ -131,20 +241,51 @@ def test_prompts_are_read_in_three_shapes(tmp_path):
     ]
     rows = [{"turns": ["a", "b"]}, {"prompt": "c", "id": "x"}, {"conversations": talk}]
     path.write_text("\n".join(map(json.dumps, rows)))
+    rows.append(
+        {"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": ""}]}
+    )
+    path.write_text("\ufeff" + "\n".join(map(json.dumps, rows)))
     got = [(job.id, job.messages, job.turns) for job in read_jobs(path)]
-    assert got == [(0, [], ["a", "b"]), ("x", [], ["c"]), (2, talk[:1], ["q"])]
-    for line in ('{"turns": []}', '{"opening": 1}', "[1]", '{"text": "x"}', "{"):
-        path.write_text(line)
-        with pytest.raises(ValueError, match="line 1: expected"):
-            read_jobs(path)
+    assert got == [
+        (0, [], ["a", "b"]),
+        ("x", [], ["c"]),
+        (2, talk[:1], ["q"]),
+        (3, [], ["h"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"turns": []}', "expected .*found no text"),
+        ('{"turns": [" "]}', "expected .*found no text"),
+        ('{"opening": 1}', "'opening': the content is 1; expected text"),
+        ("[1]", "expected a JSON object"),
+        ('{"text": "x"}', "expected"),
+        ("{", "not JSON"),
+        ('{"prompt": "a", "id": [1]}', r"'id' is \[1\]; expected text or a whole number"),
+        ('{"prompt": "a", "id": null}', "'id' is None"),
+    ],
+)
+def test_files_without_a_prompt_say_what_they_hold(tmp_path, line, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(line)
+    with pytest.raises(ValueError, match=f"line 1: {message}"):
+        read_jobs(path)
+
+
+def test_ids_are_used_once(tmp_path):
+    path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}')
     with pytest.raises(ValueError, match="id 1 was used before"):
         read_jobs(path)
 
 
-def test_foreign_output_files_are_left_alone(target, tmp_path):
-    path = tmp_path / "notes.jsonl"
-    path.write_text("my notes\n")
+@pytest.mark.parametrize("text", ["my notes\n", "my notes", '{"prompt": "x"}\n', '{"x": 1}'])
+@pytest.mark.parametrize("name", ["notes.jsonl", "notes.errors.jsonl"])
+def test_foreign_output_files_are_left_alone(target, tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
     with pytest.raises(ValueError, match="line 1 was not written by regenerate"):
-        regenerate(CONFIG, target, jobs(), path)
-    assert path.read_text() == "my notes\n"
+        regenerate(CONFIG, target, jobs(), tmp_path / "notes.jsonl")
+    assert path.read_text() == text

@@ -1,0 +1,47 @@
+"""What tells two models apart, whatever they are called."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+import jax
+import ml_dtypes
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxspec.generation import Target
+
+SAMPLED = 16  # values of each array
+
+
+def fingerprint(target: Target) -> str:
+    """A hash of the first values of every weight, the same in float32 and bfloat16.
+
+    A model under another name or in another folder has the same one, a fine-tuned model
+    another. Every array must be whole in this process.
+    """
+    digest = hashlib.sha256()
+    for path, x in jax.tree.leaves_with_path(target.params):
+        values = np.asarray(x[(0,) * (x.ndim - 1)][:SAMPLED], np.float32)
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(f"{x.shape}".encode())
+        digest.update(values.astype(ml_dtypes.bfloat16).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def template_hash(target: Target) -> str:
+    """Of the chat template's text."""
+    template = json.dumps(target.tokenizer.chat_template)
+    return hashlib.sha256(template.encode()).hexdigest()[:16]
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names of a target are likely of one model: by the last part of each.
+
+    >>> same_name("Qwen/Qwen3-8B", "/models/qwen3-8b")
+    True
+    """
+    return PurePath(one).name.lower() == PurePath(other).name.lower()

@@ -1,0 +1,122 @@
+"""Conversations for the target to answer: given questions, or those it writes itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jaxspec.data.conversations import Example
+from jaxspec.data.jsonl import numbered_lines, parse_object
+from jaxspec.data.messages import USER
+from jaxspec.data.messages import read_text as message_text
+from jaxspec.data.prompts import row_turns
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """A question the target goes on with in its own words.
+
+    Attributes:
+      text: how it begins; nothing leaves it all to the target.
+      ending: put after what the target wrote.
+    """
+
+    text: str = ""
+    ending: str = ""
+
+    def fits(self, question: str) -> bool:
+        """Whether a question may have come from it."""
+        return question.startswith(self.text.lstrip()) and question.endswith(self.ending)
+
+
+@dataclasses.dataclass
+class Job:
+    """A conversation on its way.
+
+    Attributes:
+      number: its place in the input, from which its random numbers follow.
+      messages: said so far.
+      turns: the user's, not yet asked; an `Opening` is one the target writes itself.
+      error: why it cannot be asked at all; empty if it can.
+      prompt: token ids of the last request.
+      sequences: the tokens of all answers and their prompts.
+      finished: the last answer ended by itself.
+    """
+
+    id: Any
+    number: int
+    messages: list[dict[str, str]]
+    turns: list[str | Opening]
+    error: str = ""
+    prompt: list[int] = dataclasses.field(default_factory=list)
+    sequences: list[Example] = dataclasses.field(default_factory=list)
+    finished: bool = True
+    new_tokens: int = 0
+
+    def asked(self, conversation: list[dict[str, str]]) -> bool:
+        """Whether a finished conversation is this one's; only before its first turn."""
+        given = [x for x in conversation if x["role"] != "assistant"]
+        turns = [x["content"] for x in given[len(self.messages) :] if x["role"] == USER]
+        return (
+            given[: len(self.messages)] == self.messages
+            and len(turns) == len(self.turns)
+            and all(
+                turn.fits(said) if isinstance(turn, Opening) else turn == said
+                for turn, said in zip(self.turns, turns, strict=True)
+            )
+        )
+
+
+def read_jobs(*paths: str | Path) -> list[Job]:
+    """Conversations to answer, from files of JSON lines.
+
+    A row is {"turns": [...]}, {"prompt": ...}, a conversation whose answers are dropped
+    (`prompts.row_turns`), or {"opening": ..., "ending": ...}, a question the target writes
+    between the two. Its "id" is its line's number from 0 if it has none, after "FILE-" where
+    there are several files. A row that is something else becomes a job with an error.
+
+    Raises:
+      ValueError: a file cannot be read, two rows have the same id, or no row can be asked.
+    """
+    jobs: dict[Any, Job] = {}
+    for path in map(Path, paths):
+        for number, line in numbered_lines(path):
+            name = number - 1 if len(paths) == 1 else f"{path.stem}-{number - 1}"
+            where = f"{path}, line {number}"
+            job = Job(name, len(jobs), [], [])
+            try:
+                row = parse_object(line)
+                if type(row.get("id", name)) not in (str, int):
+                    raise ValueError(f"'id' is {row['id']!r}; expected text or a whole number")
+                job.id = row.get("id", name)
+                job.messages, job.turns = _turns(row)
+            except ValueError as error:
+                job.error = f"{where}: {error}"
+            if job.id in jobs:
+                raise ValueError(
+                    f"{where}: id {job.id!r} was used before; ids tell which rows are done"
+                )
+            jobs[job.id] = job
+    if not jobs:
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: no prompts; expected one JSON object per line"
+        )
+    if all(job.error for job in jobs.values()):
+        raise ValueError(next(iter(jobs.values())).error)
+    return list(jobs.values())
+
+
+def own_questions(count: int) -> list[Job]:
+    """Conversations whose questions the target writes itself."""
+    return [Job(number, number, [], [Opening()]) for number in range(count)]
+
+
+def _turns(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str | Opening]]:
+    """System messages, and the user's turns."""
+    if "opening" not in row:
+        return row_turns(row)
+    text, ending = (
+        message_text(row.get(name, ""), f"'{name}'") for name in ("opening", "ending")
+    )
+    return [], [Opening(text, ending)]

@@ -1,0 +1,213 @@
+"""Training data in files: rows that hold a conversation, with its tokens where these are known.
+
+A row of `regenerate` has, beside the text for people,
+
+    "sequences": [{"token_ids": [...], "answers": [[start, stop], ...]}, ...]
+
+the tokens that the target saw and wrote; `answers` are half-open ranges of what it wrote.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxspec.data.conversations import Example, answer_ranges, encode
+from jaxspec.data.identity import fingerprint, same_name
+from jaxspec.data.jsonl import numbered_lines, parse_object
+from jaxspec.data.messages import row_messages
+from jaxspec.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxspec.generation import Target
+
+SEQUENCES = "sequences"
+SHOWN = 3  # of the rows that were skipped
+
+
+def to_json(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """What a row says of its sequences."""
+    return [
+        {"token_ids": example.tokens.tolist(), "answers": answer_ranges(example)}
+        for example in examples
+    ]
+
+
+def from_json(sequences: Any, vocab: int) -> list[Example]:
+    """The sequences of a row.
+
+    Args:
+      vocab: how many ids there are.
+
+    Raises:
+      ValueError: they are not what `to_json` writes.
+    """
+    if not isinstance(sequences, list) or not all(isinstance(x, dict) for x in sequences):
+        raise ValueError(f"'{SEQUENCES}' is {json.dumps(sequences)[:60]}; expected objects")
+    examples = []
+    for number, sequence in enumerate(sequences):
+        where = f"{SEQUENCES}[{number}]"
+        ids, answers = sequence.get("token_ids"), sequence.get("answers")
+        if not (isinstance(ids, list) and all(type(x) is int for x in ids)):
+            raise ValueError(f"{where}: 'token_ids' is no list of ids")
+        bad = next((x for x in ids if not 0 <= x < vocab), None)
+        if bad is not None:
+            raise ValueError(
+                f"{where}: token id {bad}; the target's vocabulary is 0 … {vocab - 1}"
+            )
+        supervised, end = np.zeros(len(ids), bool), 0
+        for pair in answers if isinstance(answers, list) else [None]:
+            good = isinstance(pair, list) and [type(x) for x in pair] == [int, int]
+            if not good or not end <= pair[0] < pair[1] <= len(ids):
+                raise ValueError(
+                    f"{where}: 'answers' has {json.dumps(pair)}; expected ascending ranges "
+                    f"[start, stop] within the {len(ids)} ids"
+                )
+            supervised[pair[0] : pair[1]], end = True, pair[1]
+        examples.append(Example(np.array(ids, np.int32), supervised))
+    return examples
+
+
+def row_examples(
+    row: dict[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    vocab: int,
+    stop_ids: Collection[int] = (),
+    known: bool = True,
+) -> list[Example]:
+    """The sequences of a row: as they are stored or, of text alone, as it renders.
+
+    Args:
+      vocab: how many token ids there are.
+      stop_ids: end an answer, as the tokenizer's do.
+      known: the tokenizer's own target wrote the row; another's tokens are not taken.
+
+    Raises:
+      ValueError: the row is not a conversation, or its rendering is not what was written.
+    """
+    if SEQUENCES in row and known:
+        return from_json(row[SEQUENCES], vocab)
+    messages, finished = row_messages(row), row.get("finished", True)
+    thinking = row.get("thinking")
+    if type(finished) is not bool or thinking not in (None, True, False):
+        raise ValueError(
+            f"'finished' is {finished!r} and 'thinking' {thinking!r}; expected true or false, "
+            "or null for the second"
+        )
+    options = dict(finished=finished, stop_ids=stop_ids)
+    try:
+        return encode(tokenizer, messages, thinking=thinking, **options)
+    except ValueError:
+        # People's data does not say how it was written; without thoughts is a mode of its own.
+        if "thinking" in row or not tokenizer.switches_thinking:
+            raise
+        return encode(tokenizer, messages, thinking=False, **options)
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+    """Where each object of a JSON lines file stands, and it; or what is wrong with it.
+
+    Raises:
+      ValueError: the file cannot be read.
+    """
+    for number, line in numbered_lines(path):
+        where = f"{path}, line {number}"
+        try:
+            yield where, parse_object(line)
+        except ValueError as error:
+            yield where, error
+
+
+def read_examples(
+    paths: str | Path | Sequence[str | Path],
+    target: Target,
+    *,
+    max_length: int,
+    min_supervised: int = 14,
+    any_target: bool = False,
+) -> list[Example]:
+    """Every sequence of files of conversations, cut at the right to `max_length` tokens.
+
+    Those with fewer than `min_supervised` tokens of the target's are left out. A row that
+    cannot be used is skipped; how many were, and the first of them, is said on standard error.
+
+    Args:
+      any_target: take rows that another model wrote, too; their text is rendered.
+
+    Raises:
+      ValueError: a file cannot be read, a row names another target, or nothing is left.
+    """
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    ours = fingerprint(target)
+    read = functools.partial(
+        row_examples,
+        tokenizer=target.tokenizer,
+        vocab=target.config.vocab_size,
+        stop_ids=target.config.eos_token_ids,
+    )
+    examples: list[Example] = []
+    skipped: list[str] = []
+    short = conversations = 0
+    for where, row in itertools.chain.from_iterable(map(read_rows, paths)):
+        conversations += 1
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            known = _wrote(row, target, ours)
+            encoded = read(row, known=known) if known or any_target else None
+        except ValueError as error:
+            skipped.append(f"{where}: {error}")
+            continue
+        if encoded is None:
+            raise ValueError(
+                f"{where}: {row['metadata'].get('target')!r} wrote this, and the target is "
+                f"{target.name!r}; let `regenerate` answer with this target, or give "
+                "--any-target to train on another model's answers"
+            )
+        cut = [Example(x.tokens[:max_length], x.supervised[:max_length]) for x in encoded]
+        used = [x for x in cut if x.supervised.sum() >= min_supervised]
+        short += not used
+        examples += used
+    files = ", ".join(map(str, paths))
+    if not conversations:
+        raise ValueError(f"{files}: no conversations; expected one JSON object per line")
+    if not examples:
+        raise ValueError(
+            f"{files}: none of {conversations} conversations can be trained on; {short} have "
+            f"fewer than {min_supervised} tokens of an answer within {max_length} (see "
+            f"--max-length, --min-supervised)" + _shown(skipped)
+        )
+    if skipped:
+        print(
+            f"{files}: {len(examples)} sequences of {conversations} conversations"
+            + _shown(skipped),
+            file=sys.stderr,
+        )
+    return examples
+
+
+def _wrote(row: dict[str, Any], target: Target, ours: str) -> bool:
+    """Whether the target wrote a row, as far as the row says."""
+    metadata = row.get("metadata")
+    if not isinstance(metadata, dict):
+        return True
+    if "fingerprint" in metadata:
+        return metadata["fingerprint"] == ours
+    name = metadata.get("target")
+    return not isinstance(name, str) or same_name(name, target.name)
+
+
+def _shown(skipped: Sequence[str]) -> str:
+    if not skipped:
+        return ""
+    first = "".join(f"\n  {reason}" for reason in skipped[:SHOWN])
+    more = "" if len(skipped) <= SHOWN else f"\n  and {len(skipped) - SHOWN} more"
+    return f"; {len(skipped)} skipped:{first}{more}"

@@ -1,0 +1,168 @@
+"""The file of conversations that `regenerate` adds to, and the errors beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxspec.data.identity import same_name
+from jaxspec.data.jobs import Job
+
+BEGINNING = b'{"id": '  # of every row
+Fields = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What tells a row from one of another run."""
+
+    line: int
+    conversation: list[dict[str, str]]
+    fields: Fields
+
+
+class AnswersFile:
+    """One process at a time adds rows; a row is there whole or not at all.
+
+    Attributes:
+      errors: the file `NAME.errors.jsonl`, of rows that failed in the last run.
+    """
+
+    def __init__(self, path: str | Path):
+        """Opens it for this process alone, and cuts off half a row at its end.
+
+        Raises:
+          ValueError: another process has it, or `regenerate` did not write it.
+        """
+        self.path = Path(path)
+        self.errors = self.path.with_name(self.path.stem + ".errors.jsonl")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = self.path.open("ab+")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._stream.close()
+            raise ValueError(
+                f"another process is writing {self.path}; wait until it is done, or give "
+                "another output"
+            ) from error
+        try:
+            self.rows: dict[Any, Written] = {}
+            for number, row in _rows(self.path):
+                fields = row["metadata"] | {"thinking": row.get("thinking")}
+                self.rows[row["id"]] = Written(number, row["conversations"], fields)
+            self._failed = [row for _, row in _rows(self.errors)]
+        except BaseException:
+            self._stream.close()
+            raise
+        self._stream.truncate(_whole(self.path))
+
+    def waiting(self, jobs: Sequence[Job], fields: Callable[[Job | None], Fields]) -> list[Job]:
+        """The jobs that have no row yet; rows of theirs must be what they would be now.
+
+        Errors of the jobs are forgotten: they are tried again.
+
+        Args:
+          fields: what a job's row says of how it was made, and what the row of any job does.
+
+        Raises:
+          ValueError: a row answers another prompt, or was made in another way.
+        """
+        known = {job.id: job for job in jobs}
+        for name, row in self.rows.items():
+            where, job = f"{self.path}, line {row.line}", known.get(name)
+            if job is not None and not job.error and not job.asked(row.conversation):
+                first = next(
+                    (x["content"] for x in row.conversation if x["role"] == "user"), ""
+                )
+                raise ValueError(
+                    f"{where}: row {name!r} answers {first[:60]!r}, not the prompt that has "
+                    "this id now; give another output, or the prompts it began with"
+                )
+            if other := _differences(row.fields, fields(job)):
+                raise ValueError(
+                    f"{where} was made in another way ({'; '.join(other)}); give another "
+                    "output, or the same options"
+                )
+        kept = [row for row in self._failed if row["id"] not in known]
+        text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in kept)
+        fresh = self.errors.with_suffix(".partial")
+        if kept:
+            fresh.write_text(text, encoding="utf-8")
+            os.replace(fresh, self.errors)
+        else:
+            self.errors.unlink(missing_ok=True)
+        return [job for job in jobs if job.id not in self.rows]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Appends a row; it is on the disk afterwards."""
+        _append(self._stream, row)
+
+    def fail(self, row: dict[str, Any]) -> None:
+        """Appends a row to the errors."""
+        with self.errors.open("ab") as stream:
+            _append(stream, row)
+
+    def close(self) -> None:
+        """Lets others have it; a file without rows goes away."""
+        if not self.path.stat().st_size:
+            self.path.unlink()
+        self._stream.close()
+
+
+def _differences(found: Fields, expected: Fields) -> list[str]:
+    """What two rows say otherwise; what only one of them says was added later."""
+    if "fingerprint" in found or same_name(str(found.get("target")), expected["target"]):
+        found = found | {"target": expected["target"]}  # a model may be moved
+    return [
+        f"{name} {found[name]!r}, now {value!r}"
+        for name, value in expected.items()
+        if name in found and found[name] != value
+    ]
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Whole rows of a file, numbered from 1."""
+    if not path.exists():
+        return
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            row = _parse(line)
+            if row is not None:
+                yield number, row
+            elif line.endswith(b"\n") or line[: len(BEGINNING)] != BEGINNING[: len(line)]:
+                raise ValueError(
+                    f"{path}, line {number} was not written by regenerate; give another output"
+                )
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A whole row, or None."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    good = (
+        isinstance(row, dict)
+        and type(row.get("id")) in (str, int)
+        and isinstance(row.get("conversations"), list)
+        and ("error" in row or isinstance(row.get("metadata"), dict))
+    )
+    return row if good else None
+
+
+def _whole(path: Path) -> int:
+    """Bytes of the whole rows."""
+    with path.open("rb") as stream:
+        return sum(len(line) for line in stream if line.endswith(b"\n"))
+
+
+def _append(stream, row: dict[str, Any]) -> None:
+    stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    stream.flush()
+    os.fsync(stream.fileno())

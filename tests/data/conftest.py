@@ -1,0 +1,3 @@
+"""Qwen3's real tokenizer here, too."""
+
+from tests.checkpoints.test_tokenizer import qwen3  # noqa: F401

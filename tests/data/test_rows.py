@@ -1,0 +1,202 @@
+"""Files of training data: stored tokens, rendered text, and what is skipped."""
+
+import json
+import lzma
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxspec.data.conversations import Example
+from jaxspec.data.identity import fingerprint
+from jaxspec.data.rows import from_json, read_examples, to_json
+from jaxspec.generation import Target
+from tests.data.test_conversations import PLAIN, TALK, shown, tokenizer
+from tests.training import tiny
+
+SHIPPED = Path(__file__).parents[2] / "examples/shipped_drafter/data-1.jsonl.xz"
+
+
+@pytest.fixture
+def target():
+    plain = tiny.target()
+    return Target("tiny", plain.config, plain.params, tokenizer(PLAIN))
+
+
+def write(path, rows, **options):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines), **options)
+    return path
+
+
+def read(path, target, **options):
+    return read_examples(path, target, **dict(max_length=16, min_supervised=1) | options)
+
+
+def test_tokens_and_ranges_come_back():
+    example = Example(np.array([5, 6, 7, 8, 9], np.int32), np.array([0, 1, 1, 0, 1], bool))
+    raw = json.loads(json.dumps(to_json([example])))
+    assert raw == [{"token_ids": [5, 6, 7, 8, 9], "answers": [[1, 3], [4, 5]]}]
+    (found,) = from_json(raw, 10)
+    np.testing.assert_array_equal(found.tokens, example.tokens)
+    np.testing.assert_array_equal(found.supervised, example.supervised)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "error"),
+    [
+        (
+            {"token_ids": [1, 24], "answers": []},
+            "token id 24; the target's vocabulary is 0 … 23",
+        ),
+        ({"token_ids": [1, True], "answers": []}, "no list of ids"),
+        ({"token_ids": "12", "answers": []}, "no list of ids"),
+        ({"token_ids": [1, 2], "answers": [[1, 3]]}, "ascending ranges .* within the 2 ids"),
+        ({"token_ids": [1, 2], "answers": [[1, 2], [0, 1]]}, "ascending ranges"),
+        ({"token_ids": [1, 2], "answers": [[0, 1.5]]}, "ascending ranges"),
+        ({"token_ids": [1, 2]}, "'answers' has null"),
+    ],
+)
+def test_damaged_sequences_are_named(sequence, error):
+    with pytest.raises(ValueError, match=error):
+        from_json([sequence], 24)
+
+
+def test_stored_tokens_are_trained_on_whatever_the_text(target, tmp_path):
+    """The template cannot render this text, and another tokenisation of it was sampled."""
+    row = {
+        "conversations": [*TALK[:1], {"role": "assistant", "content": "<end> c"}],
+        "finished": False,
+        "sequences": [{"token_ids": [3, 3, 7, 7, 7], "answers": [[2, 5]]}],
+        "metadata": {"target": "elsewhere/tiny-2", "fingerprint": fingerprint(target)},
+    }
+    (example,) = read(write(tmp_path / "data.jsonl", [row]), target)
+    assert example.tokens.tolist() == [3, 3, 7, 7, 7]
+    assert example.supervised.tolist() == [False, False, True, True, True]
+
+
+def test_rows_that_cannot_be_used_are_skipped_counted_and_shown(target, tmp_path, capsys):
+    rows = [
+        {"conversations": TALK[:2]},
+        "{",
+        {"conversations": [TALK[0], {"role": "assistant", "content": None}]},
+        {"conversations": [TALK[0], {"role": "assistant", "content": "a <end> b"}]},
+        {"conversations": TALK[:1]},
+        {"conversations": TALK[:2], "finished": "yes"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]},
+    ]
+    first, second = read(write(tmp_path / "data.jsonl", rows), target)
+    assert shown(target.tokenizer, second) == "user q <end> nl assistant R <END>"
+    told = capsys.readouterr().err
+    assert "2 sequences of 7 conversations; 5 skipped:" in told
+    assert "data.jsonl, line 2: not JSON" in told
+    assert "data.jsonl, line 3: message 1: the content is null" in told
+    assert "data.jsonl, line 4: message 1: the chat template renders" in told
+    assert told.endswith("and 2 more\n")
+
+
+def test_sequences_are_cut_and_short_ones_left_out(target, tmp_path):
+    long = {"role": "assistant", "content": " ".join("w" * 20)}
+    rows = [{"conversations": TALK[:2]}, {"conversations": [TALK[0], long]}]
+    path = write(tmp_path / "data.jsonl", rows)
+    (example,) = read(path, target, min_supervised=5)
+    assert (len(example), example.supervised.sum()) == (16, 10)
+    message = (
+        "none of 2 conversations can be trained on; 2 have fewer than 90 tokens of an answer "
+        r"within 16 \(see --max-length, --min-supervised\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        read(path, target, min_supervised=90)
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "\ufeff"])
+def test_empty_files(target, tmp_path, text):
+    path = tmp_path / "data.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="data.jsonl: no conversations; expected one JSON"):
+        read(path, target)
+
+
+def test_a_file_of_other_rows_says_what_the_first_is(target, tmp_path):
+    path = write(tmp_path / "data.jsonl", [{"turns": ["x"]}])
+    with pytest.raises(ValueError, match=r"1 skipped:\n.*line 1: expected .*keys \['turns'\]"):
+        read(path, target)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_byte_order_marks_and_windows_lines(target, tmp_path, encoding):
+    path = tmp_path / "data.jsonl"
+    line = json.dumps({"conversations": TALK[:2]})
+    path.write_bytes(f"{line}\r\n{line}\r\n".encode(encoding))
+    assert len(read(path, target)) == 2
+
+
+def test_several_files(target, tmp_path):
+    paths = [write(tmp_path / name, [{"conversations": TALK[:2]}]) for name in ("a", "b")]
+    assert len(read(paths, target)) == 2
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"target": "other-1b"}, {"target": "tiny", "fingerprint": "0123"}],
+    ids=["name", "fingerprint"],
+)
+def test_rows_of_another_target_are_refused_or_rendered(target, tmp_path, metadata):
+    row = {
+        "conversations": TALK[:2],
+        "sequences": [{"token_ids": [1, 2], "answers": [[1, 2]]}],
+        "metadata": metadata,
+    }
+    path = write(tmp_path / "data.jsonl", [row])
+    message = f"line 1: '{metadata['target']}' wrote this, and the target is 'tiny'"
+    with pytest.raises(ValueError, match=message + ".*--any-target"):
+        read(path, target)
+    (example,) = read(path, target, any_target=True)
+    assert shown(target.tokenizer, example) == "user a b <end> nl assistant C D <END>"
+
+
+def test_a_target_that_was_moved_or_cast_is_the_same():
+    import jax
+    import jax.numpy as jnp
+
+    target = tiny.target()
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), target.params)
+    moved = Target("elsewhere", target.config, half)
+    assert fingerprint(moved) == fingerprint(target)
+    tuned = jax.tree.map(lambda x: x * 1.01, target.params)
+    assert fingerprint(Target("tiny", target.config, tuned)) != fingerprint(target)
+
+
+THINKING = PLAIN.replace(
+    "assistant {% endif %}",
+    "assistant {{ '' if enable_thinking is not defined or enable_thinking else 'none' }}"
+    "{% endif %}",
+).replace(
+    "{{ m.content }}",
+    "{{ '' if m.role == 'user' or 'think' in m.content else 'none' }} {{ m.content }}",
+)
+
+
+def test_answers_without_thoughts_are_read_as_of_that_mode(target, tmp_path):
+    """People's data does not say how an answer was written; a row of ours does."""
+    plain = tiny.target()
+    target = Target("tiny", plain.config, plain.params, tokenizer(THINKING))
+    thought = [TALK[0], {"role": "assistant", "content": "think c"}]
+    path = write(tmp_path / "data.jsonl", [{"messages": TALK[:2]}, {"messages": thought}])
+    first, second = read(path, target)
+    assert shown(target.tokenizer, first) == "user a b <end> nl assistant none C D <END>"
+    assert shown(target.tokenizer, second) == "user a b <end> nl assistant THINK C <END>"
+    write(path, [{"messages": TALK[:2], "thinking": None}])
+    with pytest.raises(ValueError, match="1 skipped.*\n.*'none c d' for 'c d'"):
+        read(path, target)
+
+
+@pytest.mark.real
+def test_the_shipped_drafters_data_is_readable(smollm2, tmp_path, capsys):
+    with lzma.open(SHIPPED, "rt", encoding="utf-8") as stream:
+        lines = [next(stream) for _ in range(200)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(lines))
+    target = Target("smollm2-135m", smollm2.config, smollm2.params, smollm2.tokenizer)
+    examples = read(path, target, max_length=384, min_supervised=14)
+    assert len(examples) > 150
