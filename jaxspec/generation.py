@@ -14,11 +14,12 @@ from jaxspec.config import TargetConfig
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, pack, unpack
-from jaxspec.decoding.sampling import Sampling
-from jaxspec.decoding.state import Decoder, Params
+from jaxspec.decoding.sampling import Sampling, SamplingRows
+from jaxspec.decoding.state import Decoder, DecodeState, Params
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.drafters.base import Drafter
 from jaxspec.drafters.plain import Plain
+from jaxspec.interrupts import postponed
 from jaxspec.models.params import TargetParams
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 
-UNLIMITED = np.int32(2**30)  # rounds; more than any capacity
+CALL_SECONDS = 0.25  # of rounds in one call of the device: a Ctrl-C waits no longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,18 @@ class Completion:
     text: str | None
     stats: DecodeStats
     seconds: float
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during `generate`.
+
+    Attributes:
+      completions: what there was by then, whole answers first; the last ones may be cut short.
+    """
+
+    def __init__(self, completions: list[Completion]):
+        super().__init__("interrupted")
+        self.completions = completions
 
 
 PLAIN = LoadedDrafter(Plain())
@@ -115,6 +128,7 @@ def generate(
     Raises:
       ValueError: an empty prompt, a token id outside the vocabulary, a prompt that with its new
         tokens passes the target's positions or the capacity, or an option out of range.
+      Interrupted: Ctrl-C; it holds what there is.
     """
     prompts = as_token_ids(target, prompts, raw=raw, thinking=thinking)
     decoder, params = bind(target, drafter, implementation, rejection)
@@ -145,14 +159,31 @@ def generate(
             keys=keys[rows],
         )
         state = prefill(decoder, params, requests)
-        state = decode(decoder, params, state, requests.sampling, UNLIMITED)
+        state, whole = _decode(decoder, params, state, requests.sampling)
         results = unpack(state, [len(prompt) for prompt in prompts[rows]])
         seconds = time.perf_counter() - began
         completions += [
             Completion(ids, target.tokenizer and target.tokenizer.decode(ids), stats, seconds)
             for ids, stats in results
         ]
+        if not whole:
+            raise Interrupted(completions)
     return completions
+
+
+def _decode(
+    decoder: Decoder, params: Params, state: DecodeState, sampling: SamplingRows
+) -> tuple[DecodeState, bool]:
+    """Rounds until every row is done, or until a Ctrl-C; whether it came to the end."""
+    rounds, whole = 1, bool(state.done.all())
+    with postponed() as asked:
+        while not whole and not asked:
+            began = time.perf_counter()
+            state = decode(decoder, params, state, sampling, np.int32(rounds))
+            whole = bool(state.done.all())
+            faster = CALL_SECONDS / (time.perf_counter() - began)
+            rounds = max(1, int(rounds * min(faster, 4)))  # the first call may compile
+    return state, whole
 
 
 def stream(
@@ -236,31 +267,57 @@ def as_token_ids(
         raise ValueError(
             "no prompts were given; expected a text, a list of ids, or a list of them"
         )
-    rows = []
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if target.tokenizer is None:
-                raise ValueError(
-                    f"prompt {i} is text, but target {target.name!r} has no tokenizer; "
-                    "give token ids"
-                )
-            if not prompt.strip():
-                raise ValueError(f"prompt {i} is empty; expected some text")
-            tokenizer = target.tokenizer
-            prompt = (
-                tokenizer.encode(prompt) if raw else tokenizer.chat(prompt, thinking=thinking)
-            )
-        row = [int(token) for token in prompt]
-        if not row:
-            raise ValueError(f"prompt {i} is empty; expected at least one token id")
-        bad = next((token for token in row if not 0 <= token < target.config.vocab_size), None)
-        if bad is not None:
+    return [
+        token_ids(target, prompt, raw=raw, thinking=thinking, name=f"prompt {i}")
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def token_ids(
+    target: Target, prompt: Prompt, *, raw: bool, thinking: bool | None, name: str
+) -> list[int]:
+    """One prompt as token ids, through the chat template unless raw.
+
+    Raises:
+      ValueError: it is empty, is no text, or holds an id outside the vocabulary; it is called
+        `name`.
+    """
+    if isinstance(prompt, str):
+        tokenizer = target.tokenizer
+        if tokenizer is None:
             raise ValueError(
-                f"prompt {i} has token id {bad}; the target's vocabulary is "
-                f"0 … {target.config.vocab_size - 1}. Was it encoded with another tokenizer?"
+                f"{name} is text, but target {target.name!r} has no tokenizer; give token ids"
             )
-        rows.append(row)
-    return rows
+        if not prompt.strip():
+            raise ValueError(f"{name} is empty; expected some text")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name} holds half a surrogate pair, {prompt[error.start]!r}, at character "
+                f"{error.start}; expected text that was not cut inside a character"
+            ) from None
+        prompt = tokenizer.encode(prompt) if raw else tokenizer.chat(prompt, thinking=thinking)
+    row = [int(token) for token in prompt]
+    if not row:
+        raise ValueError(f"{name} is empty; expected at least one token id")
+    bad = next((token for token in row if not 0 <= token < target.config.vocab_size), None)
+    if bad is not None:
+        raise ValueError(
+            f"{name} has token id {bad}; the target's vocabulary is "
+            f"0 … {target.config.vocab_size - 1}. Was it encoded with another tokenizer?"
+        )
+    return row
+
+
+def check_positions(config: TargetConfig, length: int, max_new_tokens: int) -> None:
+    """Raises ValueError if a prompt of that length has no room for its new tokens."""
+    total, positions = length + max_new_tokens, config.max_positions
+    if total > positions:
+        raise ValueError(
+            f"a prompt of {length} tokens and {max_new_tokens} new ones need {total} "
+            f"positions; the target has {positions}. Shorten the prompt or lower max_new_tokens"
+        )
 
 
 def request_keys(seed: int | Sequence[int], count: int) -> jax.Array:
@@ -319,13 +376,8 @@ def _check_capacity(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     longest = max(map(len, prompts))
-    total, positions = longest + max_new_tokens, decoder.config.max_positions
-    if total > positions:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones need {total} "
-            f"positions; the target has {positions}. Shorten the prompt or lower max_new_tokens"
-        )
-    needed = capacity_for(total, decoder)
+    check_positions(decoder.config, longest, max_new_tokens)
+    needed = capacity_for(longest + max_new_tokens, decoder)
     if capacity is not None and capacity < needed:
         raise ValueError(
             f"capacity is {capacity}; a prompt of {longest} tokens, {max_new_tokens} new ones "

@@ -8,10 +8,12 @@ import sys
 import pytest
 
 from jaxspec.checkpoints.drafters import save_drafter
-from jaxspec.cli import BAD_INPUT, FAULT, main
+from jaxspec.cli import main
+from jaxspec.cli.exits import BAD_INPUT, FAULT
 from jaxspec.config import TreeConfig
 from jaxspec.data.jobs import read_jobs
 from jaxspec.data.prompts import read_prompts
+from jaxspec.generation import as_token_ids
 from jaxspec.tokenizer import Tokenizer
 from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
@@ -53,6 +55,41 @@ def test_json_has_one_object_per_prompt(folder, tmp_path, capsys):
         assert row["rounds"] == len(row["committed"])
         assert row["tau"] == sum(row["committed"]) / row["rounds"]
         assert row["text"] is None and row["seconds"] > 0
+
+
+def test_a_prompt_that_cannot_be_used_is_named_and_the_others_are_answered(
+    folder, tmp_path, capsys
+):
+    ids = tmp_path / "ids.json"
+    common = ("--target", folder, "--prompt-ids", ids, "--max-new-tokens", 12, "--json")
+    ids.write_text("[[1, 2], [99], [3], [5, 5]]")
+    code, out, err = run(capsys, *common, "--batch-size", 2, "--temperature", 1.0)
+    bad = "prompt 1 has token id 99; the target's vocabulary is 0 … 10. Was it encoded"
+    assert code == FAULT and f"left out: {bad}" in err
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert rows[1]["error"].startswith(bad) and rows[1].keys() == {"error"}
+    ids.write_text("[[1, 2], [4], [3], [5, 5]]")  # seeds follow the place
+    code, out, _ = run(capsys, *common, "--temperature", 1.0)
+    good = [json.loads(line)["token_ids"] for line in out.splitlines()]
+    assert code == 0 and [rows[i]["token_ids"] for i in (0, 2, 3)] == [
+        good[i] for i in (0, 2, 3)
+    ]
+
+    ids.write_text(f"[[1], {[2] * 60}]")
+    code, out, err = run(capsys, *common)
+    assert code == FAULT and "left out: prompt 1: a prompt of 60 tokens and 12 new ones" in err
+    ids.write_text("[[99], [98]]")
+    code, out, err = run(capsys, *common)
+    assert code == BAD_INPUT and "none of the 2 prompts can be used; prompt 0 has token" in err
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    tokenizer = Tokenizer.from_bpe(VOCABULARY, [], special=[0], eos=0, chat_template=None)
+    target = dataclasses.replace(tiny.target(), tokenizer=tokenizer)
+    with pytest.raises(
+        ValueError, match=r"prompt 1 holds half a surrogate pair, '\\ud83d', at"
+    ):
+        as_token_ids(target, ["ab", "ab\ud83d"], raw=True, thinking=None)
 
 
 def test_a_seed_follows_the_prompts_place_not_its_batch(folder, tmp_path, capsys):

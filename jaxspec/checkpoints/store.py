@@ -103,6 +103,10 @@ class Store:
         ]
         return max(scored)[1] if scored else None
 
+    def scored(self, step: int) -> bool:
+        """Whether the checkpoint of that step was judged."""
+        return any(c.step == step and c.metrics for c in self._checkpoints.checkpoints)
+
     def close(self) -> None:
         self._checkpoints.close()
 

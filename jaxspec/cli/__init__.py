@@ -1,6 +1,13 @@
-"""`python -m jaxspec`: what the library does, from a shell.
+"""Lossless speculative decoding, from a shell. First steps:
 
-Exit codes: 0 done, 1 a check found a fault, 2 bad input (one line on standard error).
+  jaxspec generate --prompt "Why is the sky blue?"
+  jaxspec serve
+
+`jaxspec COMMAND --help` explains a command; `--debug` anywhere shows an error's traceback;
+`jaxspec --tyro-print-completion bash` (or zsh, tcsh) prints what tab completion needs.
+
+Exit codes: 0 done, 1 a check found a fault or something was left out, 2 bad input, 3 the
+machine failed, 130 interrupted, 141 nobody reads the output.
 """
 
 from __future__ import annotations
@@ -10,6 +17,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from jaxspec.cli import exits
 from jaxspec.cli.calibrate import Calibrate
 from jaxspec.cli.check import Check
 from jaxspec.cli.convert import Convert
@@ -21,8 +29,6 @@ from jaxspec.cli.regenerate import Regenerate
 from jaxspec.cli.report import Report
 from jaxspec.cli.serve import Serve
 from jaxspec.cli.train import Train
-
-FAULT, BAD_INPUT = 1, 2
 
 COMMANDS = {
     "generate": Generate,
@@ -41,11 +47,13 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS, prog="python -m jaxspec", description=__doc__, args=arguments
-    )
-    try:
-        return command.run()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"] or ["--help"]
+
+    def command() -> int:
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="jaxspec", description=__doc__, args=words
+        ).run()
+
+    return exits.run(command, debug=debug)

@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from jaxspec.cli import exits
 from jaxspec.data.jsonl import read_text
-
-FAULT = 1  # exit code
 
 CHECK_PROMPTS = (
     "Natalia sold 48 clips in April and half as many in May. How many did she sell in all?",
@@ -67,4 +66,4 @@ class Check:
             (ids,) = as_token_ids(target, [text], raw=True, thinking=None)
             report = check(target, drafter, [Text(tuple(ids))])
         print(json.dumps(dataclasses.asdict(report)) if self.json else report)
-        return FAULT if report.findings else 0
+        return exits.FAULT if report.findings else exits.DONE

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jaxspec.cli import exits
 from jaxspec.cli.options import DrafterOptions
 from jaxspec.data.prompts import read_prompt_ids, read_prompts
 
@@ -56,7 +57,8 @@ class Generate:
     distributed: bool = False
     """This is one process of several (docs/multi-host.md); the first one prints."""
     json: bool = False
-    """One JSON object per prompt on standard output, and nothing else there."""
+    """One JSON object per prompt on standard output, and nothing else there; {"error": ...} for
+    a prompt that cannot be used."""
 
     def run(self) -> int:
         import jaxspec
@@ -82,26 +84,67 @@ class Generate:
             rejection=self.rejection,
         )
         with mesh_of(target.params):
-            self._decode(target, prompts, options)
-        return 0
+            return self._decode(target, prompts, options)
 
-    def _decode(self, target, prompts: list, options: dict) -> None:
+    def _decode(self, target, prompts: list, options: dict) -> int:
         import jax
         from tqdm import tqdm
 
         import jaxspec
+        from jaxspec.generation import Interrupted
 
+        rows, refused = self._usable(target, prompts)
+        if not rows:
+            raise ValueError(
+                refused[0]
+                if len(prompts) == 1
+                else f"none of the {len(prompts)} prompts can be used; {refused[0]}"
+            )
         leads = jax.process_index() == 0
-        capacity = jaxspec.warm_up(target, prompts, **options)
-        starts = range(0, len(prompts), self.batch_size)
+        for reason in refused.values() if leads else ():
+            print(f"left out: {reason}", file=sys.stderr)
+        code = exits.FAULT if refused else exits.DONE
+        places = list(rows)
+        capacity = jaxspec.warm_up(target, list(rows.values()), **options)
+        starts = range(0, len(places), self.batch_size)
         hidden = len(starts) == 1 or not leads
         for start in tqdm(starts, unit="batch", disable=hidden, file=sys.stderr):
-            batch = prompts[start : start + self.batch_size]
+            batch = places[start : start + self.batch_size]
             # Each prompt's seed follows from its place in the file, whatever the batches.
-            seeds = [self.seed + start + i for i in range(len(batch))]
-            done = jaxspec.generate(target, batch, seed=seeds, capacity=capacity, **options)
-            for completion in done if leads else ():
-                self._print(completion)
+            seeds = [self.seed + place for place in batch]
+            ids, interrupt = [rows[place] for place in batch], None
+            try:
+                done = jaxspec.generate(target, ids, seed=seeds, capacity=capacity, **options)
+            except Interrupted as early:
+                done, interrupt = early.completions, early
+            for place, completion in zip(batch, done, strict=True) if leads else ():
+                self._print_refused(refused, before=place)
+                ids = completion.token_ids
+                whole = (
+                    len(ids) >= self.max_new_tokens or ids[-1] in target.config.eos_token_ids
+                )
+                self._print(completion, cut=interrupt is not None and not whole)
+            if interrupt is not None:
+                raise interrupt
+        if leads:
+            self._print_refused(refused, before=len(prompts))
+        return code
+
+    def _usable(self, target, prompts: list) -> tuple[dict[int, list[int]], dict[int, str]]:
+        """Prompts as token ids by their places, and why others cannot be used."""
+        from jaxspec.generation import check_positions, token_ids
+
+        rows, refused = {}, {}
+        for place, prompt in enumerate(prompts):
+            name = "the prompt" if len(prompts) == 1 else f"prompt {place}"
+            try:
+                ids = token_ids(target, prompt, raw=self.raw, thinking=self.thinking, name=name)
+                check_positions(target.config, len(ids), self.max_new_tokens)
+                rows[place] = ids
+            except ValueError as error:
+                text = str(error)
+                refused[place] = text if text.startswith(name) else f"{name}: {text}"
+        return rows, refused
 
     def _prompts(self) -> list:
         given = [x is not None for x in (self.prompt, self.prompts, self.prompt_ids)]
@@ -119,7 +162,14 @@ class Generate:
             else read_prompts(self.prompts)
         )
 
-    def _print(self, completion) -> None:
+    def _print_refused(self, refused: dict[int, str], *, before: int) -> None:
+        """An object for each, so that line i answers prompt i; takes them out of `refused`."""
+        for place in [place for place in refused if place < before]:
+            reason = refused.pop(place)
+            if self.json:
+                print(json.dumps({"error": reason}), flush=True)
+
+    def _print(self, completion, *, cut: bool) -> None:
         stats = completion.stats
         new_tokens = len(completion.token_ids)
         if self.json:
@@ -132,11 +182,13 @@ class Generate:
                 new_tokens=new_tokens,
                 seconds=completion.seconds,
             )
+            if cut:
+                row["interrupted"] = True
             print(json.dumps(row), flush=True)
             return
         print(completion.text if completion.text is not None else completion.token_ids)
         print(
             f"[{new_tokens} tokens, {stats.rounds} rounds, tau {stats.tau:.2f}, "
-            f"{new_tokens / completion.seconds:.1f} tokens/s]\n",
+            f"{new_tokens / completion.seconds:.1f} tokens/s{', interrupted' * cut}]\n",
             flush=True,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-FAULT = 1  # exit code
+from jaxspec.cli import exits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,4 +45,4 @@ class OverlapCheck:
             kept = [line for number, (line, _) in enumerate(rows) if number not in bad]
             self.clean.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         print(f"{len(found)} of {len(rows)} rows overlap with {len(prompts)} prompts")
-        return FAULT if found else 0
+        return exits.FAULT if found else exits.DONE

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-DOES_NOT_FIT = 1  # exit code
+from jaxspec.cli import exits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Plan:
             found = plan(setup, programs)
             fits &= found.fits
             print(json.dumps(self._row(found)) if self.json else self._text(found), flush=True)
-        return 0 if fits else DOES_NOT_FIT
+        return exits.DONE if fits else exits.FAULT
 
     def _drafter(self, target):
         from jaxspec.config import TreeConfig

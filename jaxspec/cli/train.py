@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from jaxspec.cli import exits
+
 
 @dataclasses.dataclass(frozen=True)
 class Train:
@@ -126,8 +128,11 @@ class Train:
             tensorboard=self.tensorboard,
             mesh=mesh,
         )
-        print(f"drafter: {folder}" if folder else "interrupted; the same command goes on")
-        return 0
+        if folder is None:
+            print(f"interrupted, saved in {self.output}; the same command goes on")
+            return exits.INTERRUPTED
+        print(f"drafter: {folder}")
+        return exits.DONE
 
     def _config(self, target):
         from jaxspec.training.recipe import OptimizerConfig, TrainConfig

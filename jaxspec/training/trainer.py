@@ -10,8 +10,7 @@ import os
 import shutil
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from jaxspec.config import TreeConfig
 from jaxspec.data.conversations import Example
 from jaxspec.drafters.block import whole_weights
 from jaxspec.generation import LoadedDrafter, Prompt, Target
+from jaxspec.interrupts import postponed
 from jaxspec.sharding import DATA, mesh_of, place
 from jaxspec.training import draft_vocabulary
 from jaxspec.training.batches import Position
@@ -68,7 +68,8 @@ def train(
     the best weights by walked tau, or the last ones without prompts; with a draft vocabulary
     also `draft_vocabulary.json`, its tokens and the share of the target's that they cover. A
     run that was killed goes on from its newest checkpoint and ends with the same weights, bit
-    for bit on the same devices. SIGTERM ends it after the current step, with a checkpoint.
+    for bit on the same devices. SIGTERM or
+    Ctrl-C ends it after the current step, with a checkpoint.
 
     Args:
       examples: from `conversations.read_examples`.
@@ -142,11 +143,16 @@ def train(
         metrics.write(int(state.step), tau=tau)
         return tau
 
+    def judged(step: int) -> bool:
+        return bool(prompts) and (step == config.steps or _due(step, config.validate_every))
+
     loader = Loader(config, examples, mesh=mesh, features=cached)
     done = int(state.step)
     progress = tqdm(total=config.steps, initial=done, unit="step", file=sys.stderr)
     closing = contextlib.closing
-    with closing(store), closing(metrics), progress, _termination() as terminated:
+    with closing(store), closing(metrics), progress, _stopping() as stopping:
+        if done and judged(done) and not store.scored(done):  # stopped while it was validated
+            store.save(done, state, dataclasses.asdict(position), score=validate(state))
         upcoming = loader.at(position)
         while done < config.steps:
             epoch = position.epoch
@@ -168,8 +174,13 @@ def train(
             progress.update()
             progress.set_postfix(loss=f"{means['loss']:.3f}")
 
-            last, stop = done == config.steps, any_process(bool(terminated))
-            score = validate(state) if last or _due(done, config.validate_every) else None
+            last, stop = done == config.steps, any_process(bool(stopping))
+            score = None
+            if judged(done):
+                try:
+                    score = validate(state)
+                except KeyboardInterrupt:  # of `generate`, at the signal that is in `stopping`
+                    stop, last = True, False
             if last or score is not None or stop or _due(done, config.checkpoint_every):
                 store.save(done, state, dataclasses.asdict(position), score=score)
             if stop and not last:
@@ -291,18 +302,11 @@ def _plain(means: dict[str, Any]) -> dict[str, Any]:
     return {name: value.tolist() for name, value in means.items()}
 
 
-@contextlib.contextmanager
-def _termination() -> Iterator[list]:
-    """A list that is filled when SIGTERM arrives; the signal does nothing else meanwhile.
-
-    Outside the main thread, where Python allows no handlers, it stays empty.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _stopping() -> contextlib.AbstractContextManager[list[int]]:
+    """A list that is filled when SIGTERM or SIGINT arrives."""
+    return postponed(
+        signal.SIGTERM,
+        signal.SIGINT,
+        patient=True,
+        says="stopping: the current step is saved first; once more to stop without",
+    )

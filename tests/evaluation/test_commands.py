@@ -6,7 +6,8 @@ import json
 import pytest
 
 import jaxspec
-from jaxspec.cli import BAD_INPUT, main
+from jaxspec.cli import main
+from jaxspec.cli.exits import BAD_INPUT
 from jaxspec.evaluation import contenders as c
 from jaxspec.evaluation import measure, results
 from jaxspec.evaluation.view import View, best_plain, pairs

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from jaxspec.cli import BAD_INPUT, main
+from jaxspec.cli import main
+from jaxspec.cli.exits import BAD_INPUT
 from jaxspec.evaluation.overlap import Index, overlaps, texts_of, words
 
 FORMAT = "\nPlease reason step by step, and put your final answer within \\boxed{}."

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from jaxspec.checkpoints.drafters import load_drafter, save_drafter, save_temperatures
-from jaxspec.cli import BAD_INPUT, main
+from jaxspec.cli import main
+from jaxspec.cli.exits import BAD_INPUT
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.block import BlockDrafter
 from jaxspec.loading import with_survival

@@ -76,12 +76,15 @@ def whole_run(tmp_path_factory):
     return folder, cache
 
 
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+
+
 def test_interrupted_runs_end_the_same(whole_run, tmp_path):
     whole, cache = whole_run
-    for lines, number in [(1, signal.SIGKILL), (4, signal.SIGTERM), (7, signal.SIGKILL)]:
+    for lines, number in [(1, KILL), (3, TERM), (5, INT), (7, KILL)]:
         process = start(tmp_path, cache)
         signal_after(process, tmp_path, lines, number)
-        assert process.returncode == (0 if number == signal.SIGTERM else -number)
+        assert process.returncode == (-number if number == KILL else 0)
         assert not (tmp_path / "drafter").exists()
     finish(start(tmp_path, cache))
     for name in ("metrics.jsonl", "drafter/model.safetensors", "drafter/config.json"):

@@ -1,0 +1,92 @@
+"""Exit codes, and how a command ends: with one line for whatever a user can cause."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+
+from jaxspec.interrupts import INTERRUPTED as INTERRUPTED
+from jaxspec.interrupts import bounded
+
+DONE = 0
+FAULT = 1  # done, and a check found a fault, or something was left out
+BAD_INPUT = 2  # a file, an option or a model that cannot be used
+FAILED = 3  # the machine (a full disk, no memory) or jaxspec itself
+BROKEN_PIPE = 141  # nobody reads the output, as in `| head`: 128 + SIGPIPE
+
+SEE = "--debug shows where it came from"
+
+
+def run(command: Callable[[], int], *, debug: bool = False) -> int:
+    """Runs a command; returns its exit code.
+
+    Errors are one line on standard error.
+
+    Args:
+      debug: their traceback before it.
+    """
+    raised: list[int] = []
+    try:
+        with bounded() as raised, _plain_output():
+            code = command()
+            sys.stdout.flush()  # or a full disk would go unnoticed
+            return code
+    except BaseException as error:
+        if raised or isinstance(error, KeyboardInterrupt):
+            return _end(INTERRUPTED, "interrupted", debug)
+        return _explain(error, debug)
+
+
+def _explain(error: BaseException, debug: bool) -> int:
+    """The exit code of an error, which is printed as one line."""
+    said = (str(error).strip() or "no reason given").splitlines()[0]
+    match error:
+        case BrokenPipeError():
+            return BROKEN_PIPE
+        case ValueError():
+            return _end(BAD_INPUT, f"error: {error}", debug)
+        case OSError():
+            return _end(FAILED, f"error: {error}", debug)
+        case MemoryError():
+            return _end(FAILED, f"error: the machine is out of memory; {SEE}", debug)
+        case Exception():
+            return _end(FAILED, f"error: {type(error).__name__}: {said}; {SEE}", debug)
+    raise error
+
+
+def _end(code: int, line: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()  # of the error that is handled
+    print(" ".join(line.splitlines()), file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _plain_output() -> Iterator[None]:
+    """Output that any terminal or file takes: what its encoding lacks is escaped; a warning is
+    one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def leave(code: int) -> None:
+    """Ends the process; after an interrupt without waiting for what devices still compute."""
+    if code == BROKEN_PIPE:  # or Python complains about what it could not write
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if code == INTERRUPTED:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,108 @@
+"""Ctrl-C: what was computed is kept, and no command outlives it for long."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+GRACE = 1.5  # seconds a command has to end by itself
+INTERRUPTED = 130  # exit code, as shells have it: 128 + SIGINT
+
+_asked: list[int] | None = None  # of the outermost `postponed`
+_patient: list[int] | None = None  # the same, if that one is
+
+
+@contextlib.contextmanager
+def postponed(*numbers: int, patient: bool = False, says: str = "") -> Iterator[list[int]]:
+    """A list that is filled when a signal arrives; the first one does nothing else.
+
+    The second does what it did before. Inside another `postponed` the list is that one's.
+    Outside the main thread, where Python allows no handlers, it stays empty; so it does for
+    signals that are ignored, as in a job that a shell runs in the background.
+
+    Args:
+      numbers: of the signals; SIGINT by default.
+      patient: `bounded` waits for what is inside, which may take longer, such as saving.
+      says: printed to standard error when the signal arrives.
+    """
+    global _asked, _patient
+    if threading.current_thread() is not threading.main_thread() or _asked is not None:
+        yield [] if _asked is None else _asked
+        return
+    received: list[int] = []
+
+    def restore():
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def receive(number, _):
+        received.append(number)
+        if says:
+            os.write(2, f"\n{says}\n".encode())
+        restore()
+
+    previous = {number: signal.getsignal(number) for number in numbers or (signal.SIGINT,)}
+    previous = {n: h for n, h in previous.items() if h not in (signal.SIG_IGN, None)}
+    _asked, _patient = received, received if patient else None
+    try:
+        for number in previous:
+            signal.signal(number, receive)
+        yield received
+    finally:
+        restore()
+        _asked = _patient = None
+
+
+@contextlib.contextmanager
+def bounded(grace: float = GRACE) -> Iterator[list[int]]:
+    """Ends the process with code 130 if it still runs so many seconds after a Ctrl-C.
+
+    Python sees a signal only when a compilation or a device's work has returned; a thread that
+    the signal wakes does not wait for that. It leaves alone what handles the signal itself: a
+    patient `postponed`, a web server.
+
+    Yields:
+      A list that is filled when a Ctrl-C is raised: a library may turn that into another error.
+    """
+    raised: list[int] = []
+    default = signal.getsignal(signal.SIGINT)
+    here = threading.current_thread() is threading.main_thread()
+    if not here or default is not signal.default_int_handler:
+        yield raised
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    ended = threading.Event()
+
+    def interrupt(number, frame):
+        raised.append(number)
+        default(number, frame)
+
+    def watch():
+        spared = None  # the `postponed` that has had its first signal
+        while number := os.read(read, 1):
+            others = signal.getsignal(signal.SIGINT) is not interrupt and _asked is None
+            if number[0] != signal.SIGINT or others:
+                continue
+            if _patient is not None and _patient is not spared:
+                spared = _patient
+            elif not ended.wait(grace):
+                os.write(2, b"\ninterrupted\n")
+                os._exit(INTERRUPTED)
+
+    previous = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, interrupt)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield raised
+    finally:
+        signal.signal(signal.SIGINT, default)
+        signal.set_wakeup_fd(previous)
+        ended.set()
+        os.close(write)  # ends the thread
+        thread.join()
+        os.close(read)
