@@ -24,7 +24,7 @@ def propose(
     decoder: Decoder, params: Params, state: DecodeState, sampling: SamplingRows
 ) -> tuple[Draft, DecodeState]:
     """A chain drawn from the drafter's law per row, at most the row's budget of nodes."""
-    drafter, position = decoder.drafter, state.length - 1
+    drafter, position = decoder.drafter, state.position
     keys, _ = round_keys(sampling.key, position)
     drawn, drafted = drafter.draft_sampled(
         params.drafter, state.drafter, state.anchor, position, sampling.temperature, keys

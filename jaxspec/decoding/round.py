@@ -50,7 +50,7 @@ def propose(
     if decoder.rejection:
         return rejection.propose(decoder, params, state, sampling)
     tree, drafted = decoder.drafter.draft(
-        params.drafter, state.drafter, state.anchor, state.length - 1, state.budget
+        params.drafter, state.drafter, state.anchor, state.position, state.budget
     )
     return Draft(tree), dataclasses.replace(state, drafter=drafted)
 
@@ -101,7 +101,7 @@ def verify(
         tree.depths,
         bits,
         state.cache,
-        state.length - 1,
+        state.position,
         taps=decoder.drafter.taps,
         packing=packing,
         implementation=decoder.implementation,
@@ -120,7 +120,7 @@ def accept(
 ) -> Acceptance:
     """The path that the target takes through the draft, and the token after it."""
     if draft.drawn is not None:
-        return rejection.accept(draft.drawn, verified, state.length - 1, sampling)
+        return rejection.accept(draft.drawn, verified, state.position, sampling)
     tree, depth = draft.tree, min(decoder.drafter.depth, draft.tree.size - 1)
     choices = choose_in(tree, verified, state.length, sampling, depth)
     return accept_matches(tree, verified.ancestors, choices, depth)
@@ -167,7 +167,8 @@ def commit(
     """Writes the P + 1 rows of the path at the anchor's position and moves `length`.
 
     Rows past the accepted ones are garbage that no later forward sees: visibility ends at
-    `length - 1`, and the next round writes over them. A row that is done stays as it is.
+    `length - 1`, and the next round writes over them. A row that is done keeps its tokens, its
+    length and its rows of the target's cache, but not its drafter's state.
     """
     acceptance, running = verdict.acceptance, ~state.done
     anchor_position = state.length - 1
@@ -182,7 +183,7 @@ def commit(
     observed = Committed(
         tokens=verdict.tokens,
         features=verdict.taps,
-        position=anchor_position,
+        position=state.position,
         count=length - state.length,
     )
     batch = jnp.arange(running.shape[0])

@@ -122,6 +122,12 @@ class DecodeState:
     nodes: jax.Array
 
     @property
+    def position(self) -> jax.Array:
+        """[B] int32, of the anchor, and so the rows that a round reads of its cache; 0 in rows
+        that are done: what they compute is dropped, and attention walks the longest row."""
+        return jnp.where(self.done, 0, self.length - 1)
+
+    @property
     def anchor(self) -> jax.Array:
         """[B] int32, the last decided token of every row."""
         return jnp.take_along_axis(self.tokens, self.length[:, None] - 1, axis=1)[:, 0]

@@ -80,7 +80,8 @@ def tree_attention_xla(
     related = related_nodes(ancestors, n) & (position[:, None] >= oldest[..., None])
     new = (x.astype(cache.dtype) for x, cache in ((k_new, k_cache), (v_new, v_cache)))
     carry = attend(carry, *new, "bskd", related)
-    first = jnp.maximum(oldest.min(), 0) // block
+    reads = lengths[:, None] > 0  # a row without a prefix must not open others' windows
+    first = jnp.min(oldest, where=reads, initial=capacity).clip(0) // block
     last = -(-jnp.minimum(lengths.max(), capacity) // block)
     _, total, out = jax.lax.fori_loop(first, last, prefix, carry)
     return nodes_apart(out / total, n).astype(q.dtype)
