@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from jaxspec.text_stream import Decoding, TextStream
 
 Messages = Sequence[dict[str, str]]
 
@@ -90,12 +93,20 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=special)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(
-            [int(i) for i in ids],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
+        """Text without special tokens; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+          ValueError: the tokenizer's own decoder fails on these ids.
+        """
+        ids = [int(i) for i in ids]
+        try:
+            return self._backend.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        except BaseException as error:  # a panic in the library's Rust is no `Exception`
+            if type(error).__name__ != "PanicException" and not isinstance(error, Exception):
+                raise
+            raise ValueError(f"the tokenizer cannot decode the ids {ids} ({error})") from error
 
     def chat(self, messages: str | Messages, *, thinking: bool | None = None) -> list[int]:
         """Token ids of a conversation, up to where the assistant answers.
@@ -162,29 +173,25 @@ class Tokenizer:
         """A decoder for ids that arrive one round at a time."""
         return TextStream(self)
 
+    @functools.cached_property
+    def decoding(self) -> Decoding:
+        """How text grows as ids arrive."""
+        return Decoding.of(self._fast)
 
-class TextStream:
-    """Decodes a growing sequence; what it returns, joined, is `Tokenizer.decode` of all ids."""
+    def shown(self, token: int) -> str | None:
+        """A token as the vocabulary has it; None for one that `decode` leaves out."""
+        found = self._fast.id_to_token(token)
+        return None if found in self._special else found
 
-    def __init__(self, tokenizer: Tokenizer):
-        from tokenizers.decoders import DecodeStream
+    @functools.cached_property
+    def _special(self) -> set[str]:
+        added = self._fast.get_added_tokens_decoder().values()
+        return {token.content for token in added if token.special}
 
-        self._decode = tokenizer.decode
-        self._backend = tokenizer._backend.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._sent = 0
-
-    def step(self, token: int) -> str:
-        """The text this id completes; empty while a character's bytes are not all there."""
-        self._ids.append(int(token))
-        text = self._stream.step(self._backend, self._ids[-1]) or ""
-        self._sent += len(text)
-        return text
-
-    def finish(self) -> str:
-        """What was held: the remains of a character cut short."""
-        return self._decode(self._ids)[self._sent :]
+    @property
+    def _fast(self):
+        """The `tokenizers.Tokenizer` behind it, if there is one."""
+        return getattr(self._backend, "backend_tokenizer", None)
 
 
 def _transformers():

@@ -1,0 +1,103 @@
+"""Text of token ids that arrive one by one: as early as it is certain, and never otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxspec.tokenizer import Tokenizer
+
+UNKNOWN_CHARACTER = "\ufffd"
+BY_TOKEN = {"Replace", "Strip", "Metaspace", "WordPiece", "BPEDecoder"}  # before tokens join
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How a tokenizer's decoder treats the end of a text that may go on.
+
+    Attributes:
+      grows: a longer text begins with the shorter one, but for what is open at its end.
+      bytes_in_runs: byte tokens next to each other, `<0xE2>`, become text together: U+FFFD for
+        each if they are no UTF-8 as a whole, so nothing of a run is certain before its end.
+      bytes_in_characters: a last U+FFFD may be a character whose bytes are not all there.
+    """
+
+    grows: bool
+    bytes_in_runs: bool = False
+    bytes_in_characters: bool = False
+
+    @classmethod
+    def of(cls, backend) -> Decoding:
+        """Args: backend: a `tokenizers.Tokenizer`; None, if there is none, is not known."""
+        if backend is None:
+            return cls(grows=False)
+        if backend.decoder is None:  # tokens with blanks between them
+            return cls(grows=True)
+        decoder = json.loads(backend.decoder.__getstate__())
+        steps = decoder.get("decoders", [decoder])
+        kinds, joined = {step["type"] for step in steps}, False
+        for step in steps:
+            if not _grows(step, joined):
+                return cls(grows=False)
+            joined |= step["type"] in ("Fuse", "ByteLevel")
+        return cls(True, "ByteFallback" in kinds, "ByteLevel" in kinds)
+
+
+def _grows(step: dict, joined: bool) -> bool:
+    """Whether a decoder's step lets text grow; `joined`: the text is one token for it."""
+    if step["type"] == "Fuse":
+        return True
+    if not joined:
+        return step["type"] in {"ByteFallback", "ByteLevel"} | BY_TOKEN
+    if step["type"] == "Replace":  # longer patterns may end in text to come
+        return len(step["pattern"].get("String", "  ")) == 1
+    return step["type"] == "Strip" and step["stop"] == 0
+
+
+class TextStream:
+    """Decodes a growing sequence; what it returns, joined, is `Tokenizer.decode` of all ids.
+
+    Text is decoded from a window of the last tokens. It begins where nothing was open, with
+    tokens that have some text, as decoders treat the first token and the first blank of a text
+    in ways of their own.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._decoding = tokenizer, tokenizer.decoding
+        self._ids: list[int] = []
+        self._window = 0  # first id of the window
+        self._seen = 0  # characters of the window's text that were given out
+        self._settled = 0  # ids up to the last place where nothing was open
+        self._given = 0  # characters given out in all
+
+    def step(self, token: int) -> str:
+        """The text this id makes certain."""
+        self._ids.append(int(token))
+        decoding = self._decoding
+        if not decoding.grows or (decoding.bytes_in_runs and self._ends_in_bytes()):
+            return ""
+        text = self._tokenizer.decode(self._ids[self._window :])
+        open_end = decoding.bytes_in_characters and text.endswith(UNKNOWN_CHARACTER)
+        piece = text[self._seen : len(text) - open_end]
+        self._seen += len(piece)
+        self._given += len(piece)
+        if not open_end:
+            self._settle()
+        return piece
+
+    def finish(self) -> str:
+        """What was held."""
+        return self._tokenizer.decode(self._ids)[self._given :]
+
+    def _settle(self) -> None:
+        if context := self._tokenizer.decode(self._ids[self._settled :]):
+            self._window, self._seen = self._settled, len(context)
+        self._settled = len(self._ids)
+
+    def _ends_in_bytes(self) -> bool:
+        """Whether the last token that is not left out is a byte."""
+        shown = (self._tokenizer.shown(token) for token in reversed(self._ids))
+        last = next((token for token in shown if token is not None), "")
+        return len(last) == 6 and last.startswith("<0x") and last.endswith(">")
