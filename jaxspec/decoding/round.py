@@ -143,9 +143,11 @@ def accept_matches(
     n = tree.size
     expected = jnp.take_along_axis(choices, jnp.maximum(tree.parents, 0), axis=1)
     matches = tree.valid & ((tree.tokens == expected) | (jnp.arange(n) == 0))
-    # A node is reached iff it and all its ancestors match: no mismatch among its bits.
+    # A node is reached iff it and all its ancestors match: no mismatch among its bits, and as
+    # many bits as its depth says. One whose parent is gone would pass for its grandchild.
     mismatches = pack_bits(~matches)[:, None, :]
-    reached = jnp.all((ancestors & mismatches) == 0, axis=-1)
+    above = jnp.sum(jax.lax.population_count(ancestors), axis=-1, dtype=jnp.int32)
+    reached = jnp.all((ancestors & mismatches) == 0, axis=-1) & (above == tree.depths + 1)
     leaf = jnp.argmax(jnp.where(reached, tree.depths, -1), axis=-1)[:, None]  # [B, 1]
 
     count = jnp.take_along_axis(tree.depths, leaf, axis=1)[:, 0] + 1

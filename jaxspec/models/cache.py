@@ -36,10 +36,15 @@ class KVCache:
             rows: a slice that does not fit would be shifted and overwrite committed rows.
           after: an array that depends on every read of this cache in the same program, where
             `starts` does not. Without an order between the two, XLA:CPU copies the whole cache
-            before it writes (and it drops `optimization_barrier` too early to help).
+            before it writes (and it drops `optimization_barrier` too early to help). Its
+            values do not matter, NaN included.
         """
-        if after is not None:  # a comparison that cannot be folded away
-            starts = jnp.where(jnp.isnan(after.ravel()[0].astype(jnp.float32)), 0, starts)
+        if after is not None:
+            first = after.ravel()[0]
+            if jnp.issubdtype(first.dtype, jnp.floating):
+                first = jax.lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32)
+            # An odd number is never 0, but XLA does not know and cannot fold this away.
+            starts = jnp.where((first | 1) == 0, 0, starts)
 
         def update(caches, news):
             news = tuple(

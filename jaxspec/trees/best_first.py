@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxspec.trees.candidates import top_log_probs
-from jaxspec.trees.tree import NO_PARENT, DraftTree
+from jaxspec.trees.tree import NO_PARENT, DraftTree, known
 
 
 def best_first(
@@ -48,7 +48,7 @@ def best_first_from_top(
 ) -> DraftTree:
     """`best_first` over the top W tokens of each depth, both [B, P, W], likeliest first."""
     grow = jax.vmap(_best_first_row, in_axes=(0, 0, 0, 0, None))
-    return grow(tokens, log_probs, root, budget, size)
+    return grow(tokens, known(log_probs), root, budget, size)
 
 
 def _best_first_row(tokens, log_probs, root, budget, size) -> DraftTree:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxspec.trees.tree import NO_PARENT, DraftTree, root_only
+from jaxspec.trees.tree import NO_PARENT, DraftTree, known, root_only
 
 ROOT = -1  # parent of nodes at depth 1, among nodes that are not numbered yet
 
@@ -47,7 +47,7 @@ def grow_by_level(
 
     def level(carry, slot):
         candidates, children = expand(slot, *carry)
-        scores, index = lax.top_k(candidates, frontier)
+        scores, index = lax.top_k(known(candidates), frontier)
         parents, tokens, state = children(index)
         return (scores, state), (scores, parents, tokens)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.trees.levels import ROOT, best_nodes
-from jaxspec.trees.tree import DraftTree
+from jaxspec.trees.tree import DraftTree, known
 
 
 def merge(
@@ -36,7 +36,8 @@ def merge(
       A DraftTree, best nodes first; of equally good ones earlier continuations' come first.
     """
     batch, count, depth = continuations.shape
-    real = scores > -jnp.inf
+    scores = known(scores)
+    real = jnp.cumprod(scores > -jnp.inf, axis=-1) == 1
     equal = continuations[:, :, None] == continuations[:, None]  # [B, C, C, P]
     equal &= real[:, :, None] & real[:, None]
     shared = jnp.cumprod(equal, axis=-1) == 1  # the first p + 1 tokens are the same
@@ -77,8 +78,9 @@ def union(
         0, depth, lambda _, paths: same & (is_root | paths[rows, *above]), same
     )
     twin, has_twin = jnp.argmax(same, axis=1), same.any(axis=1)  # [B, Nb]
-    better = jnp.max(jnp.where(same, second.scores[:, None], -jnp.inf), axis=2)
-    ours = jnp.maximum(first.scores, better)
+    first_scores, second_scores = known(first.scores), known(second.scores)
+    better = jnp.max(jnp.where(same, second_scores[:, None], -jnp.inf), axis=2)
+    ours = jnp.maximum(first_scores, better)
 
     # Nodes without the root: the first tree's, then the second's own.
     drafted = first.size - 1
@@ -86,7 +88,7 @@ def union(
     place = jnp.where(has_twin, twin - 1, drafted - 1 + jnp.arange(second.size))
     place = place.at[:, 0].set(ROOT)
     theirs = jnp.take_along_axis(place, jnp.maximum(second.parents, 0), axis=1)
-    own = jnp.where(has_twin | ~second.valid, -jnp.inf, second.scores)
+    own = jnp.where(has_twin | ~second.valid, -jnp.inf, second_scores)
 
     def join(a, b):
         return jnp.concatenate([a[:, 1:], b[:, 1:]], axis=1)

@@ -25,7 +25,8 @@ class DraftTree:
       depths: [B, N] int32, distance from the root (root: 0). A node stands at absolute
         position `position of the anchor + depth`.
       scores: [B, N] float32, log-probability of the path from the root under the drafter
-        (root: 0, padding: -inf). Scores never affect what is accepted, only what is drafted.
+        (root: 0, padding: -inf), never NaN (`known`) and never above the parent's. Scores
+        never affect what is accepted, only what is drafted.
       valid: [B, N] bool.
     """
 
@@ -39,6 +40,11 @@ class DraftTree:
     def size(self) -> int:
         """N: nodes, root and padding included."""
         return self.tokens.shape[-1]
+
+
+def known(scores: jax.Array) -> jax.Array:
+    """Scores with -inf, no node, for NaN: ordered, and with NaN above a node none below it."""
+    return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
 
 
 def ancestors(tree: DraftTree) -> jax.Array:
@@ -112,6 +118,7 @@ def chain(
       tokens: [B, P] int32, the drafted continuation.
       lengths: [B] int32, how many of them to keep (the rest is padding).
       log_probs: [B, P], log-probability of each token given those before it; 0 if absent.
+        From a NaN on, scores are -inf.
       size: N; P + 1 by default. Tokens beyond it are dropped.
     """
     batch, depth = tokens.shape
@@ -130,7 +137,7 @@ def chain(
         tokens=jnp.where(valid, fit(tokens, anchor), 0).astype(jnp.int32),
         parents=jnp.where(valid, node - 1, NO_PARENT).astype(jnp.int32),
         depths=jnp.where(valid, node, 0).astype(jnp.int32),
-        scores=jnp.where(valid, total, -jnp.inf),
+        scores=known(jnp.where(valid, total, -jnp.inf)),
         valid=valid,
     )
 

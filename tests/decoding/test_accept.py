@@ -30,6 +30,20 @@ def test_a_literal_tree():
     assert out.tokens[0, :3].tolist() == [3, 9, 4]
 
 
+def test_a_node_whose_parent_is_gone_is_not_accepted():
+    """Node 2 stands at depth 2 but hangs from the root: 5 after 7 is not 5 after 7 and 5."""
+    tree = DraftTree(
+        tokens=jnp.array([[7, 9, 5]]),
+        parents=jnp.array([[-1, 0, 0]]),
+        depths=jnp.array([[0, 1, 2]]),
+        scores=jnp.zeros((1, 3)),
+        valid=jnp.ones((1, 3), bool),
+    )
+    out = accept_matches(tree, ancestors(tree), jnp.array([[5, 1, 2]]), max_depth=2)
+    assert out.count.tolist() == [1]
+    assert out.tokens[0, 0] == 5
+
+
 def test_random_trees_equal_the_walk():
     size, depth, vocab, batch = 33, 4, 2, 100  # few tokens: paths match and siblings repeat
     key = jax.random.key(0)

@@ -124,6 +124,21 @@ def test_rows_are_written_where_they_belong():
     assert cache.write(rows, jnp.int32(3)).keys[0][1, 0, :, 0].tolist() == [0, 0, 0, 1, 1, 0]
 
 
+@pytest.mark.parametrize("start", [jnp.array([3, 4]), jnp.int32(3)], ids=["rows", "scalar"])
+@pytest.mark.parametrize(
+    "value",
+    [jnp.nan, -jnp.inf, 0.0, -0.0, jnp.bfloat16(jnp.nan), jnp.int32(0), jnp.int32(-1), True],
+)
+def test_what_a_write_waits_for_does_not_move_it(start, value):
+    """A target that gives NaN for row 0 must not overwrite the other rows' prefixes."""
+    cache = init_cache(1, 2, 1, 6, 2, jnp.float32)
+    rows = KVRows((jnp.ones((2, 2, 1, 2)),), (jnp.ones((2, 2, 1, 2)),))
+    write = jax.jit(lambda after: cache.write(rows, start, after=after))
+    written = write(jnp.full((2, 3), value)).keys[0][:, 0, :, 0].tolist()
+    second = [0, 0, 0, 0, 1, 1] if start.ndim else [0, 0, 0, 1, 1, 0]
+    assert written == [[0, 0, 0, 1, 1, 0], second]
+
+
 def test_rotary_positions_are_relative():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 16))
 
