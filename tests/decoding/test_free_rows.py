@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from jaxspec.config import TreeConfig
-from jaxspec.decoding.loop import decode, prefill
+from jaxspec.decoding.fitting import doubling_sizes
+from jaxspec.decoding.loop import decode
+from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, pack
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.schedule import (
@@ -19,7 +21,6 @@ from jaxspec.decoding.schedule import (
     Fixed,
     decode_rows,
     init_habit,
-    verify_sizes,
 )
 from jaxspec.drafters.small_model import SmallModel
 from jaxspec.generation import LoadedDrafter, bind, request_keys
@@ -52,7 +53,7 @@ def decode_alone(decoder, params, state, sampling):
 
 def serve(schedule, decoder, params, state, sampling):
     survivals = jnp.full((2, schedule.age, decoder.drafter.size - 1), UNKNOWN)
-    sizes = verify_sizes(2, decoder.drafter.size, 16)
+    sizes = doubling_sizes(2, decoder.drafter.size, 16)
     batch, _ = decode_rows(
         decoder,
         params,
