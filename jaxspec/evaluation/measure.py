@@ -26,7 +26,7 @@ from jaxspec.evaluation.results import (
     counts,
 )
 from jaxspec.evaluation.speed import Run, plain_forms, runner, take_turns
-from jaxspec.generation import LoadedDrafter, Target
+from jaxspec.generation import Target
 
 PLAIN = "plain"
 Sets = Mapping[str, Sequence[list[int]]]  # prompts as token ids, by the name of their set
@@ -187,13 +187,15 @@ def speed(
       done: keys of rows that are known (`results.key`); a set whose rounds are all among them
         is left out. One that lacks a row is decoded again by all, who take turns.
     """
-    sampling, every = Sampling(temperature=temperature), [r for s in sets.values() for r in s]
-    runs: dict[Contender, Run] = {}
-    targets = {entry.contender.dtype: entry.target for entry in entries}
-    targets = {**(plain_targets or {}), **targets}
-    forms = {(f"{name}, {d}", d): form for d in targets for name, form in plain_forms().items()}
-    timed = [(name, 1) for name, _ in forms] + [(name, 1) for name in others or {}]
-    timed += [(entry.contender.name, entry.contender.budget) for entry in entries]
+    targets = {**(plain_targets or {}), **{e.contender.dtype: e.target for e in entries}}
+    # What is decoded: a contender, its target, its drafter and its budget.
+    decoders = [
+        (plain(f"{name}, {dtype}", dtype), target, form, 1)
+        for dtype, target in targets.items()
+        for name, form in plain_forms().items()
+    ]
+    decoders += [(e.contender, e.target, e.sized(), e.contender.budget) for e in entries]
+    timed = [(c.name, c.budget) for c, *_ in decoders] + [(name, 1) for name in others or {}]
     missing = {
         name: rows
         for name, rows in sets.items()
@@ -201,42 +203,40 @@ def speed(
     }
     if not missing:
         return
-
-    def add(contender: Contender, target: Target, drafter: LoadedDrafter, budget: int):
-        runs[contender] = runner(
+    runs = {
+        contender: runner(
             target,
             drafter,
-            every,
+            [row for rows in sets.values() for row in rows],
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
+            sampling=Sampling(temperature=temperature),
             budget=budget,
         )
-
-    for (name, dtype), form in forms.items():
-        add(plain(name, dtype), targets[dtype], form, 1)
-    for entry in entries:
-        c = entry.contender
-        add(c, entry.target, entry.sized(), c.budget)
-    for name, run in (others or {}).items():
-        runs[plain(name, "float32")] = run
-
+        for contender, target, drafter, budget in decoders
+    }
+    runs |= {plain(name, "float32"): run for name, run in (others or {}).items()}
     for name, rows in missing.items():
-        answers = take_turns(
-            runs, rows, progress=lambda x, d=f"decode {name}": tqdm(x, desc=d, leave=False)
+        yield from _timed(runs, name, rows, temperature)
+
+
+def _timed(
+    runs: Mapping[Contender, Run], name: str, rows: Sequence[list[int]], temperature: float
+) -> Iterator[Rounds]:
+    """Decodes one set with every contender, by turns."""
+    answers = take_turns(
+        runs, rows, progress=lambda x: tqdm(x, desc=f"decode {name}", leave=False)
+    )
+    reference = {}
+    for c, completions in answers.items():
+        own = reference.setdefault(c.dtype, completions)  # its target's plain decoding
+        yield Rounds(
+            **_labels(name, temperature, c, c.budget),
+            how="decode",
+            tokens=[len(x.token_ids) for x in completions],
+            seconds=[x.seconds for x in completions],
+            equal=[x.token_ids == y.token_ids for x, y in zip(completions, own, strict=True)],
+            **counts([x.stats for x in completions]),
         )
-        reference = {}
-        for c, completions in answers.items():
-            own = reference.setdefault(c.dtype, completions)  # its target's plain decoding
-            yield Rounds(
-                **_labels(name, temperature, c, c.budget),
-                how="decode",
-                tokens=[len(x.token_ids) for x in completions],
-                seconds=[x.seconds for x in completions],
-                equal=[
-                    x.token_ids == y.token_ids for x, y in zip(completions, own, strict=True)
-                ],
-                **counts([x.stats for x in completions]),
-            )
 
 
 def costs(entries: Sequence[Entry], *, done: Done = ()) -> Iterator[Costs | Verify]:

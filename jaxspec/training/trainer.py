@@ -91,8 +91,43 @@ def train(
         draft vocabulary, the checkpoint is damaged, the loss is not a number, or several
         processes shall validate.
     """
-    folder, hosts = Path(folder), jax.process_count()
-    leads = jax.process_index() == 0
+    folder, leads = Path(folder), jax.process_index() == 0
+    _check(config, prompts, mesh)
+    if leads:
+        _check_settings(folder, config, target)
+    if (folder / DRAFTER).exists():
+        return folder / DRAFTER
+    store = Store(folder / CHECKPOINTS, keep=config.keep)
+    run, state = _begin(config, target, examples, prompts, folder, mesh, new=not store.steps)
+    cached = None
+    if features is not None:
+        taps = config.drafter.taps
+        cached = open_features(features, run.target, examples, taps=taps, dtype=features_dtype)
+    position = Position()
+    if store.steps or resume_step is not None:
+        _, state, saved = store.restore(state, resume_step)
+        position = Position(**saved)
+    metrics = Metrics(
+        folder / METRICS if leads else os.devnull,
+        after=int(state.step),
+        tensorboard=folder / TENSORBOARD if tensorboard and leads else None,
+    )
+    loader = Loader(config, examples, mesh=mesh, features=cached)
+    with contextlib.closing(store), contextlib.closing(metrics):
+        state = _take_steps(run, state, position, loader, store, metrics)
+        if state is None:
+            return None
+        if store.best not in (None, config.steps):
+            _, state, _ = store.restore(state, store.best)
+    drafter = run.drafter(state, dtype=target.params.embed.dtype)
+    if leads:
+        export(config, drafter, folder / DRAFTER)
+    return folder / DRAFTER
+
+
+def _check(config: TrainConfig, prompts: Sequence[Prompt], mesh: Mesh | None) -> None:
+    """Raises ValueError for what cannot be trained, before anything is written."""
+    hosts = jax.process_count()
     if prompts and hosts > 1:
         raise ValueError(
             f"{hosts} processes cannot decode together; train without prompts and validate "
@@ -103,61 +138,95 @@ def train(
             f"a micro-batch of {config.micro_batch} rows cannot be divided among the "
             f"{mesh.shape[DATA]} devices of the mesh's axis '{DATA}'"
         )
-    # The end of the run would be late to learn that no format can say what was trained.
+    # Fail now if no checkpoint format can hold the trained drafter.
     to_json(config.drafter, _format(config), "float32")
-    if leads:
-        _check_settings(folder, config, target)
-    if (folder / DRAFTER).exists():
-        return folder / DRAFTER
-    store = Store(folder / CHECKPOINTS, keep=config.keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What every step and validation of a run reads.
+
+    Attributes:
+      target: its params are on `mesh`.
+      prompts: held out, for validation.
+      kept: the draft vocabulary, [V']; None for all tokens.
+    """
+
+    config: TrainConfig
+    target: Target
+    prompts: Sequence[Prompt]
+    kept: jax.Array | None
+    mesh: Mesh | None
+
+    def drafter(self, state: TrainState, dtype: jnp.dtype | None = None) -> LoadedDrafter:
+        """The drafter as decoding runs it, its weights in `dtype` where that is given."""
+        weights = gather(self.mesh, state.weights)
+        if dtype is not None:
+            weights = jax.tree.map(lambda x: x.astype(dtype), weights)
+        return trained_drafter(self.config.drafter, weights, self.target, kept=self.kept)
+
+    def judged(self, step: int) -> bool:
+        """Whether the weights after a step are validated."""
+        due = step == self.config.steps or _due(step, self.config.validate_every)
+        return bool(self.prompts) and due
+
+    def validate(self, state: TrainState, metrics: Metrics) -> float:
+        """Walked tau on the prompts."""
+        with mesh_of(self.target.params):
+            tau = walked_tau(self.target, self.drafter(state), self.prompts)
+        metrics.write(int(state.step), tau=tau)
+        return tau
+
+
+def _begin(
+    config: TrainConfig,
+    target: Target,
+    examples: Sequence[Example],
+    prompts: Sequence[Prompt],
+    folder: Path,
+    mesh: Mesh | None,
+    *,
+    new: bool,
+) -> tuple[_Run, TrainState]:
+    """The run and its state before the first step, placed on the mesh.
+
+    Args:
+      new: the folder has no checkpoint yet, so initial weights are read where they are named.
+    """
     weights, known = None, draft_vocabulary.read(folder / DRAFT_VOCABULARY)
-    if config.initial not in ("target", "random") and not store.steps:
+    if config.initial not in ("target", "random") and new:
         weights, known = initial_drafter(config, target)
+    leads = jax.process_index() == 0
     kept = _draft_vocabulary(config, target, examples, known, folder if leads else None)
-    state, position = init_state(config, target.params, weights), Position()
+    state = init_state(config, target.params, weights)
     if mesh is not None:
         target = dataclasses.replace(target, params=place(mesh, target.params))
         state = jax.device_put(state, state_shardings(mesh, state))
         kept = place(mesh, kept)
-    cached = None
-    if features is not None:
-        taps = config.drafter.taps
-        cached = open_features(features, target, examples, taps=taps, dtype=features_dtype)
-    if store.steps or resume_step is not None:
-        _, state, saved = store.restore(state, resume_step)
-        position = Position(**saved)
-    metrics = Metrics(
-        folder / METRICS if leads else os.devnull,
-        after=int(state.step),
-        tensorboard=folder / TENSORBOARD if tensorboard and leads else None,
-    )
+    return _Run(config, target, prompts, kept, mesh), state
+
+
+def _take_steps(
+    run: _Run,
+    state: TrainState,
+    position: Position,
+    loader: Loader,
+    store: Store,
+    metrics: Metrics,
+) -> TrainState | None:
+    """Trains to the last step, with checkpoints and validation; None if it was interrupted."""
+    config, target, done = run.config, run.target, int(state.step)
     rate = learning_rate(config.optimizer, config.steps)
-
-    def validate(state: TrainState) -> float | None:
-        if not prompts:
-            return None
-        weights = gather(mesh, state.weights)
-        with mesh_of(target.params):
-            drafter = trained_drafter(config.drafter, weights, target, kept=kept)
-            tau = walked_tau(target, drafter, prompts)
-        metrics.write(int(state.step), tau=tau)
-        return tau
-
-    def judged(step: int) -> bool:
-        return bool(prompts) and (step == config.steps or _due(step, config.validate_every))
-
-    loader = Loader(config, examples, mesh=mesh, features=cached)
-    done = int(state.step)
     progress = tqdm(total=config.steps, initial=done, unit="step", file=sys.stderr)
-    closing = contextlib.closing
-    with closing(store), closing(metrics), progress, _stopping() as stopping:
-        if done and judged(done) and not store.scored(done):  # stopped while it was validated
-            store.save(done, state, dataclasses.asdict(position), score=validate(state))
+    with progress, _stopping() as stopping:
+        if done and run.judged(done) and not store.scored(done):  # stopped while validated
+            score = run.validate(state, metrics)
+            store.save(done, state, dataclasses.asdict(position), score=score)
         upcoming = loader.at(position)
         while done < config.steps:
             epoch = position.epoch
             state, means = train_step(
-                config, target.config, target.params, state, upcoming, mesh, kept
+                config, target.config, target.params, state, upcoming, run.mesh, run.kept
             )
             position = loader.after(position)
             upcoming = loader.at(position)  # while the devices compute
@@ -176,24 +245,16 @@ def train(
 
             last, stop = done == config.steps, any_process(bool(stopping))
             score = None
-            if judged(done):
+            if run.judged(done):
                 try:
-                    score = validate(state)
+                    score = run.validate(state, metrics)
                 except KeyboardInterrupt:  # of `generate`, at the signal that is in `stopping`
                     stop, last = True, False
             if last or score is not None or stop or _due(done, config.checkpoint_every):
                 store.save(done, state, dataclasses.asdict(position), score=score)
             if stop and not last:
                 return None
-        best = store.best
-        if best not in (None, done):
-            _, state, _ = store.restore(state, best)
-    dtype = target.params.embed.dtype
-    weights = jax.tree.map(lambda x: x.astype(dtype), gather(mesh, state.weights))
-    drafter = trained_drafter(config.drafter, weights, target, kept=kept)
-    if leads:
-        export(config, drafter, folder / DRAFTER)
-    return folder / DRAFTER
+    return state
 
 
 def export(config: TrainConfig, drafter: LoadedDrafter, folder: Path) -> None:
