@@ -13,7 +13,7 @@ import numpy as np
 from jaxspec.config import TargetConfig
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
-from jaxspec.decoding.requests import capacity_for, pack, unpack
+from jaxspec.decoding.requests import capacity_for, pack, seed_key, unpack
 from jaxspec.decoding.sampling import Sampling, SamplingRows
 from jaxspec.decoding.state import Decoder, DecodeState, Params
 from jaxspec.decoding.stats import DecodeStats
@@ -323,10 +323,10 @@ def check_positions(config: TargetConfig, length: int, max_new_tokens: int) -> N
 def request_keys(seed: int | Sequence[int], count: int) -> jax.Array:
     """One typed key per request: `seed` folded with 0 … count - 1, or each own seed with 0."""
     if isinstance(seed, (int, np.integer)):
-        return _fold_keys(jax.random.key(seed), np.arange(count))
+        return _fold_keys(seed_key(seed), np.arange(count))
     if len(seed) != count:
         raise ValueError(f"{len(seed)} seeds for {count} prompts; give one, or one each")
-    return jax.numpy.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seed])
+    return jax.numpy.stack([jax.random.fold_in(seed_key(s), 0) for s in seed])
 
 
 _fold_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))

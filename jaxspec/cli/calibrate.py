@@ -57,6 +57,11 @@ class Calibrate:
         jaxspec.enable_compilation_cache()
         target = jaxspec.load_target(self.target, dtype=self.dtype)
         drafter = jaxspec.load_drafter(str(self.drafter), target)
+        config = getattr(drafter.drafter, "config", None)
+        if not getattr(config, "confidence", None):
+            raise ValueError(
+                f"--drafter {self.drafter} has no confidence head: nothing to calibrate"
+            )
         rows = as_token_ids(target, prompts, raw=False, thinking=self.thinking)
         answers = record(
             target,

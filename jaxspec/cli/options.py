@@ -12,10 +12,11 @@ TreeKind = Literal["chain", "best_first", "top_budget", "path_conditioned", "tra
 class DrafterOptions:
     """What proposes the tokens that the target checks."""
 
-    drafter: str = "ngram"
+    drafter: str | None = None
     """none (plain decoding) | ngram (prompt lookup) | small:NAME (a small model with the same
     vocabulary) | shipped | folder or hub name of a trained drafter (repo::subfolder too). The
-    last three may be joined with prompt lookup: shipped+ngram."""
+    last three may be joined with prompt lookup: shipped+ngram, which is the default for the
+    default target; for others it is ngram."""
     tree: TreeKind | None = None
     """How scores become a tree; the drafter's own default if left out."""
     width: int = 4
@@ -30,14 +31,18 @@ class DrafterOptions:
     """End a chain where the product of its confidences falls below this."""
 
     def load(self, target):
+        from jaxspec.checkpoints.catalog import DEFAULT
         from jaxspec.config import TreeConfig
         from jaxspec.loading import load_drafter
 
-        if self.drafter == "none":
+        name = self.drafter
+        if name is None:
+            name = "shipped+ngram" if target.name == DEFAULT else "ngram"
+        if name == "none":
             return load_drafter("none", target)
         if self.budget < 1:
             raise ValueError(f"--budget is {self.budget}; expected at least 1 (the root)")
-        if self.tree and self.drafter == "ngram":
+        if self.tree and name == "ngram":
             raise ValueError(
                 f"--tree {self.tree} needs a drafter with scores; ngram merges its matches "
                 "into a tree of its own: leave --tree out"
@@ -47,4 +52,4 @@ class DrafterOptions:
         kind = self.tree or "chain"
         tree = TreeConfig(kind, size=size, width=self.width, candidates=self.candidates)
         rules = dict(threshold=self.threshold, survival=self.survival)
-        return load_drafter(self.drafter, target, tree=tree, **rules)
+        return load_drafter(name, target, tree=tree, **rules)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,8 +31,11 @@ class Serve:
     target: str = "smollm2-135m"
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    served_model_name: tuple[str, ...] = ()
+    """Names that requests may give the model; the first is told. By default that of --target,
+    and its last part."""
     host: str = "127.0.0.1"
-    """Address to listen on. There is no authentication here: put one in front of others."""
+    """Address to listen on."""
     port: int = 8000
     """0 takes a free one."""
     slots: int = 8
@@ -53,14 +58,24 @@ class Serve:
     """Draw chains from a trained drafter and verify them by rejection sampling."""
     curve: Path | None = None
     """Step times: read if the file is there, measured and written if not."""
+    api_key: str | None = None
+    """What requests must bring, as Authorization: Bearer KEY; by default the environment's
+    JAXSPEC_API_KEY, else none. /health and /ready need none."""
+    open_metrics: bool = False
+    """/metrics needs no key."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose web pages may use the server in a browser, as https://chat.example."""
+    drain_seconds: float = 30.0
+    """Seconds that answers may take to end after SIGTERM; what is left ends with an error."""
     body_bytes: int = 1 << 20
     """Largest body of a request."""
     connections: int = 256
 
     def run(self) -> int:
         try:
+            from jaxspec.serving.access import LOOPBACK, Access
             from jaxspec.serving.connections import Limits
-            from jaxspec.serving.server import bind, server
+            from jaxspec.serving.server import bind, check_servable, server
         except ModuleNotFoundError as error:
             raise ValueError(
                 f"{error.name} is not installed; pip install 'jaxspec[serve]'"
@@ -75,13 +90,24 @@ class Serve:
 
         if not 0 <= self.port < 2**16:
             raise ValueError(f"--port is {self.port}; expected 0 … 65535")
+        if not self.drain_seconds >= 0:
+            raise ValueError(f"--drain-seconds is {self.drain_seconds}; expected at least 0")
         limits = Limits(body_bytes=self.body_bytes, connections=self.connections)
+        key = self.api_key if self.api_key is not None else os.environ.get("JAXSPEC_API_KEY")
+        access = Access(key, self.open_metrics, self.cors_origins)
+        if key is None and self.host not in LOOPBACK:
+            print(
+                f"warning: --host {self.host} may be reached by others, and they need no key; "
+                "set --api-key, or put something in front that asks for one",
+                file=sys.stderr,
+            )
         bound = bind(self.host, self.port)
         curve = None
         if self.curve is not None and self.curve.exists():
             curve = Curve.load(self.curve)
         jaxspec.enable_compilation_cache()
         target = jaxspec.load_target(self.target, dtype=self.dtype)
+        check_servable(target)
         drafter = with_survival(self.drafter.load(target))
         adaptive = self.schedule == "adaptive" and drafter.drafter.size > 1
         config = EngineConfig(
@@ -100,9 +126,23 @@ class Serve:
         engine.warm_up()
         if adaptive and curve is None and self.curve is not None:
             engine.curve.save(self.curve)
-        name = Path(self.target).absolute().name.removesuffix(".gguf")
         host, port = bound.getsockname()[:2]
-        http = server(Runner(engine), name=name, host=self.host, port=port, limits=limits)
-        print(f"serving {name} on http://{host}:{port}/v1", flush=True)
+        names = self._names()
+        http = server(
+            Runner(engine),
+            names=names,
+            host=self.host,
+            port=port,
+            limits=limits,
+            access=access,
+            drain_seconds=self.drain_seconds,
+        )
+        print(f"serving {names[0]} on http://{host}:{port}/v1", flush=True)
         http.run([bound])
         return 0
+
+    def _names(self) -> tuple[str, ...]:
+        last = Path(self.target).absolute().name.removesuffix(".gguf")
+        # A path tells where files lie, which is nobody's business.
+        first = last if Path(self.target).exists() else self.target
+        return self.served_model_name or tuple(dict.fromkeys((first, self.target, last)))

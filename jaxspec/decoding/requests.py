@@ -3,16 +3,23 @@ are compiled."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from jaxspec.config import TargetConfig
 from jaxspec.decoding.sampling import NO_TOKEN, Sampling, SamplingRows
 from jaxspec.decoding.state import Decoder, DecodeState, Requests
 from jaxspec.decoding.stats import DecodeStats
 
 MAX_STOP_IDS = 8
+WORD = 32  # bits of a seed that a key takes at a time
+# Beyond these float32 knows no other law: the likeliest token alone, all tokens alike, and a
+# probability that is not rounded to 0.
+TEMPERATURES, LEAST_TOP_P = (1e-30, 1e30), float(np.finfo(np.float32).tiny)
+MAX_TOP_K = np.iinfo(np.int32).max  # more than any vocabulary
 
 
 def capacity_for(tokens: int, decoder: Decoder) -> int:
@@ -49,15 +56,13 @@ def pack(
     for row, (prompt, options) in enumerate(zip(prompts, sampling, strict=True)):
         tokens[row, : len(prompt)] = prompt
         length[row] = len(prompt)
-        stops = options.stop_ids
-        stops = decoder.config.eos_token_ids if stops is None else stops
-        if len(stops) > MAX_STOP_IDS:
-            raise ValueError(f"{len(stops)} stop ids were given; at most {MAX_STOP_IDS} fit")
+        stops = stop_ids_of(options, decoder.config)
         stop_ids[row, : len(stops)] = stops
+    sampling = [*sampling, *[Sampling()] * (batch - count)]
 
-    def column(name, dtype):
+    def column(name, dtype, least, most):
         values = [getattr(options, name) for options in sampling]
-        return np.array(values + [getattr(Sampling(), name)] * (batch - count), dtype)
+        return np.array([x and min(max(x, least), most) for x in values], dtype)
 
     return Requests(
         tokens=tokens,
@@ -65,14 +70,49 @@ def pack(
         max_new_tokens=new_tokens,
         budget=np.full(batch, budget, np.int32),
         sampling=SamplingRows(
-            temperature=column("temperature", np.float32),
-            top_k=column("top_k", np.int32),
-            top_p=column("top_p", np.float32),
-            min_p=column("min_p", np.float32),
+            temperature=column("temperature", np.float32, *TEMPERATURES),
+            top_k=column("top_k", np.int32, 1, MAX_TOP_K),
+            top_p=column("top_p", np.float32, LEAST_TOP_P, 1),
+            min_p=column("min_p", np.float32, 0, 1),
             stop_ids=stop_ids,
             key=keys[np.minimum(np.arange(batch), count - 1)],
         ),
     )
+
+
+def stop_ids_of(sampling: Sampling, config: TargetConfig) -> tuple[int, ...]:
+    """A request's stop ids, or the target's own.
+
+    Raises:
+      ValueError: too many, or one that the target cannot choose.
+    """
+    stops = config.eos_token_ids if sampling.stop_ids is None else sampling.stop_ids
+    if len(stops) > MAX_STOP_IDS:
+        raise ValueError(f"{len(stops)} stop ids were given; at most {MAX_STOP_IDS} fit")
+    bad = next((token for token in stops if not 0 <= token < config.vocab_size), None)
+    if bad is not None:
+        raise ValueError(
+            f"there is stop id {bad}; the target's vocabulary is 0 … {config.vocab_size - 1}"
+        )
+    return tuple(stops)
+
+
+def seed_key(seed: int) -> jax.Array:
+    """A typed key, another one for every integer; below 2**32 it is `jax.random.key(seed)`.
+
+    Of larger ones every further word is folded in. A negative one is its magnitude with a last
+    word of 0, which no other has.
+    """
+    seed = operator.index(seed)
+    words = [abs(seed) & (1 << WORD) - 1]
+    rest = abs(seed) >> WORD
+    while rest:
+        words.append(rest & (1 << WORD) - 1)
+        rest >>= WORD
+    key = jax.random.key(np.uint32(words[0]))
+    for word in words[1:] + [0] * (seed < 0):
+        key = jax.random.fold_in(key, np.uint32(word))
+    return key
 
 
 def unpack(

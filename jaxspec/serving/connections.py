@@ -17,7 +17,8 @@ class Limits:
       request_seconds: to send a request's headers, and again for its body.
       stall_seconds: a stream's reader may stand still this long before it is cut off.
       idle_seconds: a connection may stay open between requests.
-      connections: open at a time; more are answered 503, and beyond twice as many cut off.
+      connections: open at a time; more are answered 503, but for `/health`, and beyond twice
+        as many cut off.
     """
 
     body_bytes: int = 1 << 20
@@ -42,6 +43,15 @@ def timed_protocol(limits: Limits) -> type[H11Protocol]:
     class TimedProtocol(H11Protocol):
         _request: asyncio.TimerHandle | None = None
         _stall: asyncio.TimerHandle | None = None
+
+        @property
+        def limit_concurrency(self) -> int | None:
+            """None while somebody asks whether the server lives: it does, with many too."""
+            return None if self.scope and self.scope["path"] == "/health" else self._most
+
+        @limit_concurrency.setter
+        def limit_concurrency(self, most: int | None) -> None:
+            self._most = most
 
         def connection_made(self, transport) -> None:
             super().connection_made(transport)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jaxspec.decoding.budget import StepTimes
+from jaxspec.decoding.requests import stop_ids_of
 from jaxspec.decoding.schedule import MAX_SIZES, Batch
 from jaxspec.decoding.state import Prefilling, Requests
 from jaxspec.decoding.stats import DecodeStats
@@ -242,7 +243,7 @@ class Engine:
             return [Update(running.id, (token,))]
         self._prompt = None
         finish = "length" if running.request.max_new_tokens == 1 else "stop"
-        if token in self._stop_ids(running.request):
+        if token in stop_ids_of(running.request.sampling, self.target.config):
             finish = "stop"
         return [Update(running.id, (token,), finish, DecodeStats((), 0))]
 
@@ -273,7 +274,8 @@ class Engine:
             elif tokens:
                 updates.append(Update(running.id, tokens))
         if ended:
-            stops = [self._stop_ids(self._rows[i].request) for i, _ in ended]
+            samplings = [self._rows[i].request.sampling for i, _ in ended]
+            stops = [stop_ids_of(own, self.target.config) for own in samplings]
             finish = [
                 "stop" if tokens and tokens[-1] in ids else "length"
                 for (_, tokens), ids in zip(ended, stops, strict=True)
@@ -327,7 +329,3 @@ class Engine:
 
     def _staircases(self, curve: Curve) -> dict[int, StepTimes]:
         return {rows: curve.times(rows) for rows in self._programs.buckets}
-
-    def _stop_ids(self, request: Request) -> tuple[int, ...]:
-        stops = request.sampling.stop_ids
-        return self.target.config.eos_token_ids if stops is None else stops

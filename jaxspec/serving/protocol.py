@@ -5,38 +5,65 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import TemplateError
 
+from jaxspec.decoding.requests import stop_ids_of
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.generation import Target
 from jaxspec.serving.requests import Request
 
 # Fields that change nothing here, and values at which unsupported ones change nothing.
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+IGNORED = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "request_id", "priority", "cache_salt",
+}  # fmt: skip
 NEUTRAL: dict[str, tuple] = {
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
-    "suffix": (None, ""),
-    "logprobs": (False, None),
-    "top_logprobs": (None, 0),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "typical_p": (1,),
+    "min_tokens": (0,),
     "logit_bias": ({},),
+    "bad_words": ([],),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
     "modalities": (["text"],),
 }
-SAMPLED = {"temperature", "top_p", "top_k", "min_p", "seed", "stop"}
+NEUTRAL_IN_MESSAGES: dict[str, tuple] = {
+    "tool_calls": ([],),
+    "annotations": ([],),
+    "refusal": ("",),
+    "reasoning_content": ("",),
+}
+SAMPLED = {"temperature", "top_p", "top_k", "min_p", "seed"}
+STOPS = {"stop", "stop_token_ids", "ignore_eos"}
 LENGTHS = {"max_tokens", "max_completion_tokens"}
-COMMON = {"model", "stream", "stream_options"} | SAMPLED | LENGTHS
+COMMON = {"model", "stream", "stream_options"} | SAMPLED | STOPS | LENGTHS
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
-ROLES = ("system", "user", "assistant")
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 class BadRequest(Exception):
@@ -59,7 +86,8 @@ class Asked:
     request: Request
     stops: tuple[str, ...]
     stream: bool
-    include_usage: bool
+    include_usage: bool = False
+    usage_in_every_chunk: bool = False
 
 
 def parse_body(data: bytes) -> Any:
@@ -84,7 +112,7 @@ def read_completion(body: Any, target: Target, room: int) -> Asked:
         prompt = target.tokenizer.encode(prompt)
     elif not isinstance(prompt, list) or not all(type(t) is int for t in prompt):
         raise BadRequest("prompt must be one text, or one list of token ids", "prompt")
-    return _asked(fields, prompt, room, default=16)
+    return _asked(fields, prompt, target, room, default=16)
 
 
 def read_chat(body: Any, target: Target, room: int) -> Asked:
@@ -93,35 +121,45 @@ def read_chat(body: Any, target: Target, room: int) -> Asked:
     messages = fields.get("messages", None)
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list of at least one message", "messages")
-    options = fields.get("chat_template_kwargs", {})
-    if not isinstance(options, dict) or set(options) - {"enable_thinking"}:
-        raise BadRequest(
-            "chat_template_kwargs may hold enable_thinking alone", "chat_template_kwargs"
-        )
+    options = fields.part("chat_template_kwargs", {"enable_thinking"})
+    thinking = options.flag("enable_thinking", None)
     try:
         prompt = target.tokenizer.chat(
             [_message(i, message) for i, message in enumerate(messages)],
-            thinking=options.get("enable_thinking"),
+            thinking=thinking,
         )
     except (ValueError, TemplateError) as error:  # templates refuse orders of roles
         raise BadRequest(str(error), "messages") from error
-    return _asked(fields, prompt, room, default=None)
+    return _asked(fields, prompt, target, room, default=None)
 
 
 class _Fields:
-    """A body whose fields are all known, or would change nothing."""
+    """A JSON object whose fields are all known, or would change nothing."""
 
-    def __init__(self, body: Any, known: set[str]):
+    def __init__(
+        self,
+        body: Any,
+        known: set[str],
+        neutral: Mapping[str, tuple] = NEUTRAL,
+        *,
+        within: str = "",
+    ):
+        """Args: within: the path to it, "" for the body itself."""
         if not isinstance(body, dict):
-            raise BadRequest("the body must be a JSON object")
+            raise BadRequest(f"{within or 'the body'} must be a JSON object", within or None)
+        self._body, self._prefix = body, within and f"{within}."
         for name, value in body.items():
-            if name in known or name in IGNORED or value is None:
+            if name in known or value is None or (not within and name in IGNORED):
                 continue
-            if name not in NEUTRAL:
-                raise BadRequest(f"unknown field {name!r}", name)
-            if value not in NEUTRAL[name]:
-                raise BadRequest(f"{name} = {value!r} is not supported; leave it out", name)
-        self._body = body
+            path = self._prefix + name
+            if name not in neutral:
+                raise BadRequest(f"unknown field {path!r}", path)
+            if not any(_same(value, one) for one in neutral[name]):
+                raise BadRequest(f"{path} = {value!r} is not supported; leave it out", path)
+
+    def part(self, name: str, known: set[str]) -> _Fields:
+        """An object within, {} if it is left out."""
+        return _Fields(self.get(name, {}), known, {}, within=self._prefix + name)
 
     def get(self, name: str, default: Any) -> Any:
         value = self._body.get(name)
@@ -129,7 +167,7 @@ class _Fields:
 
     def number(self, name: str, default: float) -> float:
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not _is_number(value):
             raise BadRequest(f"{name} must be a number, not {value!r}", name)
         try:
             return float(value)
@@ -142,14 +180,34 @@ class _Fields:
             raise BadRequest(f"{name} must be an integer, not {value!r}", name)
         return value
 
-    def flag(self, name: str) -> bool:
-        value = self.get(name, False)
-        if not isinstance(value, bool):
-            raise BadRequest(f"{name} must be true or false, not {value!r}", name)
+    def flag(self, name: str, default: bool | None = False) -> bool | None:
+        value = self.get(name, default)
+        if value is not default and not isinstance(value, bool):
+            path = self._prefix + name
+            raise BadRequest(f"{path} must be true or false, not {value!r}", path)
         return value
 
 
-def _asked(fields: _Fields, prompt: list[int], room: int, default: int | None) -> Asked:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equal as JSON: 1 and 1.0 are, 1 and true are not.
+
+    >>> _same(1, 1.0), _same(0, False), _same({"a": [1]}, {"a": [True]})
+    (True, False, False)
+    """
+    if _is_number(value) and _is_number(other):
+        return value == other
+    return type(value) is type(other) and (
+        json.dumps(value, sort_keys=True) == json.dumps(other, sort_keys=True)
+    )
+
+
+def _asked(
+    fields: _Fields, prompt: list[int], target: Target, room: int, default: int | None
+) -> Asked:
     left = room - len(prompt)
     if left < 1:
         raise BadRequest(
@@ -157,27 +215,62 @@ def _asked(fields: _Fields, prompt: list[int], room: int, default: int | None) -
             "answer",
             "prompt",
         )
-    longest = fields.integer("max_tokens", left if default is None else min(default, left))
-    longest = fields.integer("max_completion_tokens", longest)
-    try:
-        sampling = Sampling(
-            temperature=fields.number("temperature", 1.0),
-            top_k=max(fields.integer("top_k", 0), 0),  # -1 keeps all, as elsewhere
-            top_p=fields.number("top_p", 1.0),
-            min_p=fields.number("min_p", 0.0),
-        )
-    except ValueError as error:
-        raise BadRequest(str(error)) from error
-    options = fields.get("stream_options", {})
-    if not isinstance(options, dict):
-        raise BadRequest("stream_options must be an object", "stream_options")
-    seed = fields.integer("seed", secrets.randbelow(2**31))
+    usage = fields.part("stream_options", {"include_usage", "continuous_usage_stats"})
+    seed = fields.integer("seed", -1)
     return Asked(
-        request=Request(tuple(prompt), longest, sampling, seed),
+        request=Request(
+            prompt=tuple(prompt),
+            max_new_tokens=_longest(fields, left, default),
+            sampling=_sampling(fields, target),
+            seed=secrets.randbelow(2**32) if seed == -1 else seed,
+        ),
         stops=_stops(fields),
         stream=fields.flag("stream"),
-        include_usage=bool(options.get("include_usage")),
+        include_usage=usage.flag("include_usage"),
+        usage_in_every_chunk=usage.flag("continuous_usage_stats"),
     )
+
+
+def _longest(fields: _Fields, left: int, default: int | None) -> int:
+    """New tokens, at most; -1 asks for all that there is room for."""
+    default = left if default is None else min(default, left)
+    longest = default
+    for name in sorted(LENGTHS, reverse=True):  # the newer name has the last word
+        longest = fields.integer(name, longest)
+        if longest == -1:
+            longest = left
+        if not 1 <= longest <= left:
+            raise BadRequest(
+                f"{name} is {longest}; after this prompt the server has room for 1 … {left} "
+                "tokens",
+                name,
+            )
+    return longest
+
+
+def _sampling(fields: _Fields, target: Target) -> Sampling:
+    options = {
+        "temperature": fields.number("temperature", 1.0),
+        "top_k": max(fields.integer("top_k", 0), 0),  # -1 keeps all, as elsewhere
+        "top_p": fields.number("top_p", 1.0),
+        "min_p": fields.number("min_p", 0.0),
+        "stop_ids": _stop_ids(fields, target),
+    }
+    for name, value in options.items():
+        try:
+            stop_ids_of(Sampling(**{name: value}), target.config)
+        except ValueError as error:
+            asked_for = "stop_token_ids" if name == "stop_ids" else name
+            raise BadRequest(str(error).removeprefix("Sampling."), asked_for) from error
+    return Sampling(**options)
+
+
+def _stop_ids(fields: _Fields, target: Target) -> tuple[int, ...]:
+    more = fields.get("stop_token_ids", [])
+    if not isinstance(more, list) or not all(type(token) is int for token in more):
+        raise BadRequest("stop_token_ids must be a list of token ids", "stop_token_ids")
+    ends = () if fields.flag("ignore_eos") else target.config.eos_token_ids
+    return tuple(dict.fromkeys((*ends, *more)))
 
 
 def _stops(fields: _Fields) -> tuple[str, ...]:
@@ -194,19 +287,24 @@ def _stops(fields: _Fields) -> tuple[str, ...]:
 
 def _message(index: int, message: Any) -> dict[str, str]:
     where = f"messages[{index}]"
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise BadRequest(f"{where} must have a role, one of {ROLES}", "messages")
-    content = message.get("content")
-    if isinstance(content, list) and all(
-        isinstance(part, dict)
-        and part.get("type") == "text"
-        and isinstance(part.get("text"), str)
-        for part in content
-    ):
+    # Who speaks under which name is not told by chat templates, here or elsewhere.
+    _Fields(message, {"role", "content", "name"}, NEUTRAL_IN_MESSAGES, within=where)
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadRequest(f"{where} must have a role, one of {tuple(ROLES)}", "messages")
+    if isinstance(content, list) and all(map(_is_text, content)):
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise BadRequest(f"{where} must have text as its content", "messages")
-    return {"role": message["role"], "content": content}
+    return {"role": ROLES[role], "content": content}
+
+
+def _is_text(part: Any) -> bool:
+    return (
+        isinstance(part, dict)
+        and part.get("type") == "text"
+        and isinstance(part.get("text"), str)
+    )
 
 
 def usage(prompt_tokens: int, completion_tokens: int, stats: DecodeStats | None) -> dict:
@@ -246,7 +344,15 @@ class Shape:
         name = "chat.completion" if self.chat else "text_completion"
         return self._object(name, [choice]) | {"usage": usage}
 
-    def chunk(self, text: str, finish: str | None = None, *, first: bool = False) -> dict:
+    def chunk(
+        self,
+        text: str,
+        finish: str | None = None,
+        *,
+        first: bool = False,
+        usage: dict | None = None,
+    ) -> dict:
+        """Args: usage: told in this chunk, if it is given."""
         if self.chat:
             delta = {"role": "assistant"} if first else {}
             body: dict[str, Any] = {
@@ -255,7 +361,8 @@ class Shape:
         else:
             body = {"text": text}
         choice = {"index": 0, **body, "logprobs": None, "finish_reason": finish}
-        return self._object(self._chunk_name, [choice])
+        told = {} if usage is None else {"usage": usage}
+        return self._object(self._chunk_name, [choice]) | told
 
     def last(self, usage: dict) -> dict:
         """The chunk that holds the usage and no choice."""

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jaxspec.config import TargetConfig
-from jaxspec.decoding.requests import MAX_STOP_IDS
+from jaxspec.decoding.requests import stop_ids_of
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats
-
-MAX_TEMPERATURE = 1e30  # float32 holds it, and a logit over it
 
 Finish = Literal["stop", "length", "cancelled"]
 
@@ -53,27 +51,9 @@ class Request:
                 f"need {places} places; requests have {room} here. Shorten the prompt or ask "
                 "for fewer tokens"
             )
-        if type(self.seed) is not int or not 0 <= self.seed < 2**31:
-            raise ValueError(f"the seed is {self.seed!r}; expected 0 … 2**31 - 1")
-        self._check_sampling(config)
-
-    def _check_sampling(self, config: TargetConfig) -> None:
-        """What the arrays of a batch cannot hold would end all its requests."""
-        stops = self.sampling.stop_ids
-        stops = config.eos_token_ids if stops is None else stops
-        if len(stops) > MAX_STOP_IDS:
-            raise ValueError(f"{len(stops)} stop ids were given; at most {MAX_STOP_IDS} fit")
-        bad = [t for t in stops if not 0 <= t < config.vocab_size]
-        if bad:
-            raise ValueError(
-                f"there is stop id {bad[0]}; the target's vocabulary is "
-                f"0 … {config.vocab_size - 1}"
-            )
-        for name, most in (("temperature", MAX_TEMPERATURE), ("top_k", 2**31 - 1)):
-            if getattr(self.sampling, name) > most:
-                raise ValueError(
-                    f"{name} is {getattr(self.sampling, name)}; expected at most {most}"
-                )
+        if type(self.seed) is not int:
+            raise ValueError(f"the seed is {self.seed!r}; expected an integer")
+        stop_ids_of(self.sampling, config)
 
 
 @dataclasses.dataclass(frozen=True)

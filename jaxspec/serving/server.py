@@ -4,12 +4,14 @@
 POST /v1/completions    one prompt, a text or token ids
 POST /v1/chat/completions  text messages
 GET  /v1/models         the one model
-GET  /health            200 while requests are served, 503 after
+GET  /v1/models/{id}    the same
+GET  /health            200 while requests are served, however many; 503 after
+GET  /ready             200 while one more request would be taken, else 503
 GET  /metrics           Prometheus
 ======================  =======================================================
 
-Beyond OpenAI's fields: `top_k`, `min_p`, `chat_template_kwargs.enable_thinking`, and in usage
-`speculation`.
+Beyond OpenAI's fields: `top_k`, `min_p`, `stop_token_ids`, `ignore_eos`,
+`chat_template_kwargs.enable_thinking`, and in usage `speculation`.
 """
 
 from __future__ import annotations
@@ -17,20 +19,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
+import math
 import socket
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from jaxspec.generation import Target
+from jaxspec.serving.access import LOOPBACK, Access
 from jaxspec.serving.connections import Limits, timed_protocol
 from jaxspec.serving.events import EventStream, unless_gone
 from jaxspec.serving.metrics import Metrics, Watch
@@ -48,29 +52,29 @@ from jaxspec.serving.requests import QueueFull
 from jaxspec.serving.runner import EngineFailed, Runner, Ticket
 from jaxspec.serving.text import Answer
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+log = logging.getLogger("uvicorn.error")
+
+LAST_WORDS_SECONDS = 5  # for the errors of answers that are given up
 
 
 def application(
     runner: Runner,
     *,
-    name: str,
+    names: Sequence[str],
     limits: Limits = Limits(),  # noqa: B008
-    hosts: tuple[str, ...] = (),
+    access: Access = Access(),  # noqa: B008
 ) -> Starlette:
     """The ASGI application; closing it closes the runner.
 
     Args:
-      name: of the model.
-      hosts: names the server may be addressed by; () takes any.
+      names: of the model; the first is told, and each is understood.
 
     Raises:
       ValueError: the target has no tokenizer.
     """
     target = runner.engine.target
-    if target.tokenizer is None:
-        raise ValueError(f"target {target.name!r} has no tokenizer; a server needs one")
-    service = _Service(runner, target, name, limits, Metrics(runner))
+    check_servable(target)
+    service = _Service(runner, target, tuple(names), limits, Metrics(runner))
 
     @contextlib.asynccontextmanager
     async def lifespan(_):
@@ -81,28 +85,47 @@ def application(
         Route("/v1/completions", service.completions, methods=["POST"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/models", service.models),
+        Route("/v1/models/{name:path}", service.model),
         Route("/health", service.health),
+        Route("/ready", service.ready),
         Route("/metrics", service.metrics_text),
     ]
-    # A web page must not reach a server on its reader's own machine under another name.
-    guard = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))] if hosts else []
-    errors = {404: _not_found, 405: _not_found}
     return Starlette(
-        routes=routes, middleware=guard, lifespan=lifespan, exception_handlers=errors
+        routes=routes,
+        middleware=access.middleware(),
+        lifespan=lifespan,
+        exception_handlers={404: _not_found, 405: _not_found, Exception: _fault},
     )
+
+
+def check_servable(target: Target) -> None:
+    """Raises ValueError when the target has no tokenizer; nothing need be compiled for it."""
+    if target.tokenizer is None:
+        raise ValueError(f"target {target.name!r} has no tokenizer; a server needs one")
 
 
 def server(
     runner: Runner,
     *,
-    name: str,
+    names: Sequence[str],
     host: str,
     port: int,
     limits: Limits = Limits(),  # noqa: B008
+    access: Access = Access(),  # noqa: B008
+    drain_seconds: float = 30.0,
 ) -> uvicorn.Server:
-    """A server, not yet running: `.run()` blocks."""
-    hosts = (*LOOPBACK, "[::1]") if host in LOOPBACK else ()
-    app = application(runner, name=name, limits=limits, hosts=hosts)
+    """A server, not yet running: `.run()` blocks.
+
+    On loopback it answers under the names of loopback alone.
+
+    Args:
+      names: see `application`.
+      drain_seconds: that answers may take to end once the server is told to; what is not
+        ended by then ends with an error.
+    """
+    if host in LOOPBACK:
+        access = dataclasses.replace(access, hosts=(*LOOPBACK, "[::1]"))
+    app = application(runner, names=names, limits=limits, access=access)
     config = uvicorn.Config(
         app,
         host=host,
@@ -110,12 +133,30 @@ def server(
         http=timed_protocol(limits),
         ws="none",
         timeout_keep_alive=limits.idle_seconds,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=math.ceil(drain_seconds) + LAST_WORDS_SECONDS,
         limit_concurrency=limits.connections,
         access_log=False,
         server_header=False,
     )
-    return uvicorn.Server(config)
+    return _Draining(config, runner, drain_seconds)
+
+
+class _Draining(uvicorn.Server):
+    """Gives up requests that are not ended in time, so that they end with an error and the
+    connections in order; uvicorn would cancel whatever still runs."""
+
+    def __init__(self, config: uvicorn.Config, runner: Runner, seconds: float):
+        super().__init__(config)
+        self._runner, self._seconds = runner, seconds
+
+    async def shutdown(self, sockets=None) -> None:
+        async def give_up():
+            await asyncio.sleep(self._seconds)
+            await asyncio.to_thread(self._runner.close)
+
+        late = asyncio.create_task(give_up())
+        await super().shutdown(sockets)
+        late.cancel()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -138,7 +179,7 @@ def bind(host: str, port: int) -> socket.socket:
 class _Service:
     runner: Runner
     target: Target
-    name: str
+    names: tuple[str, ...]
     limits: Limits
     metrics: Metrics
 
@@ -149,8 +190,31 @@ class _Service:
         return await self._answer(request, read_chat, chat=True)
 
     async def models(self, request: Request) -> Response:
-        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "jaxspec"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._model(self.names[0])]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        try:
+            self._check_name(name)
+        except BadRequest as error:
+            body = error_body(str(error), "invalid_request_error", error.param)
+            return JSONResponse(body, error.status)
+        return JSONResponse(self._model(name))
+
+    def _model(self, name: str) -> dict:
+        return {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "jaxspec",
+            "max_model_len": self.runner.engine.config.room,
+        }
+
+    def _check_name(self, name: Any) -> None:
+        if name not in self.names:
+            raise BadRequest(
+                f"there is no model {name!r}; this server has {self.names[0]!r}", "model", 404
+            )
 
     async def health(self, request: Request) -> Response:
         engine, healthy = self.runner.engine, self.runner.healthy
@@ -160,6 +224,12 @@ class _Service:
             "waiting": engine.waiting,
         }
         return JSONResponse(body, 200 if healthy else 503)
+
+    async def ready(self, request: Request) -> Response:
+        engine, healthy = self.runner.engine, self.runner.healthy
+        full = engine.waiting >= engine.config.queue
+        status = "ready" if healthy and not full else "full" if healthy else "stopped"
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     async def metrics_text(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -183,10 +253,14 @@ class _Service:
             body = error_body(str(error), "rate_limit_error", code="queue_full")
             return JSONResponse(body, 429, headers={"retry-after": "1"})
         except EngineFailed as error:
+            self.metrics.refused("failed")
             return JSONResponse(error_body(str(error), "server_error"), 503)
+        except Exception:
+            self.metrics.refused("error")
+            raise
         watch = self.metrics.follow(len(asked.request.prompt))
         kind = "chatcmpl" if chat else "cmpl"
-        shape = Shape(chat, f"{kind}-{uuid.uuid4().hex}", int(time.time()), self.name)
+        shape = Shape(chat, f"{kind}-{uuid.uuid4().hex}", int(time.time()), self.names[0])
         if asked.stream:
             return EventStream(self._events(asked, ticket, watch, shape), ticket, watch)
         return await self._whole(request, asked, ticket, watch, shape)
@@ -222,10 +296,8 @@ class _Service:
     def _understand(self, data: bytes, read: Callable) -> Asked:
         body = parse_body(data)
         asked = body.get("model") if isinstance(body, dict) else None
-        if asked is not None and asked != self.name:
-            raise BadRequest(
-                f"there is no model {asked!r}; this server has {self.name!r}", "model", 404
-            )
+        if asked is not None:
+            self._check_name(asked)
         return read(body, self.target, self.runner.engine.config.room)
 
     async def _whole(
@@ -250,6 +322,9 @@ class _Service:
         except EngineFailed as error:
             finish = "failed"
             return JSONResponse(error_body(str(error), "server_error"), 503)
+        except Exception:
+            finish = "error"
+            raise
         finally:
             watch.end(finish)
 
@@ -262,12 +337,17 @@ class _Service:
             async with contextlib.aclosing(self._pieces(asked, ticket, watch)) as pieces:
                 async for piece in pieces:
                     if first or piece.text or piece.finish:
-                        yield shape.chunk(piece.text, piece.finish, first=first), piece.finish
+                        told = piece.usage if asked.usage_in_every_chunk else None
+                        chunk = shape.chunk(piece.text, piece.finish, first=first, usage=told)
+                        yield chunk, piece.finish
                         first = False
                     if piece.finish and asked.include_usage:
                         yield shape.last(piece.usage), piece.finish
         except EngineFailed as error:
             yield error_body(str(error), "server_error"), "failed"
+        except Exception as error:
+            log.exception("an answer could not be given")
+            yield error_body(_fault_message(error), "server_error"), "error"
 
     async def _pieces(self, asked: Asked, ticket: Ticket, watch: Watch):
         """Text as it grows; the last piece has the reason and the usage."""
@@ -285,19 +365,25 @@ class _Service:
             if answer.stopped and not finish:
                 finish = "stop"
                 ticket.cancel()
-            if update.finish is None:
-                yield _Piece(text)
-                continue
-            finish = finish or update.finish
             counts = usage(len(asked.request.prompt), count, update.stats)
-            yield _Piece(text, finish, counts)
+            if update.finish is not None:
+                finish = finish or update.finish
+            yield _Piece(text, update.finish and finish, counts)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
     text: str
-    finish: str | None = None
-    usage: dict | None = None
+    finish: str | None
+    usage: dict
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return JSONResponse(error_body(_fault_message(error), "server_error"), 500)
+
+
+def _fault_message(error: Exception) -> str:
+    return f"the answer could not be given: {error}"
 
 
 async def _not_found(request: Request, error) -> Response:

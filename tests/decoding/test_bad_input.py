@@ -40,6 +40,11 @@ from tests import tiny
             dict(sampling=Sampling(stop_ids=tuple(range(9)))),
             "9 stop ids were given; at most 8 fit",
         ),
+        (
+            [[1]],
+            dict(sampling=Sampling(stop_ids=(2**40,))),
+            "there is stop id 1099511627776; the target's vocabulary is 0 … 10",
+        ),
     ],
 )
 def test_requests(prompts, options, message):

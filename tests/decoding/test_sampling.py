@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
-from jaxspec.decoding.requests import capacity_for, pack
+from jaxspec.decoding.requests import capacity_for, pack, seed_key
 from jaxspec.decoding.sampling import Sampling, SamplingRows, _kept, choose
 from jaxspec.decoding.state import Decoder, Params
 from jaxspec.generation import LoadedDrafter, generate, request_keys
@@ -181,3 +181,47 @@ def test_rejection_needs_a_drafter_that_draws(drafter, message):
 def test_bad_options_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**{field: value})
+
+
+SEEDS = [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**40, 2**63, 2**64, 3 * 2**64, -1, -(2**32)]
+
+
+def test_every_integer_is_a_seed_of_its_own():
+    keys = [tuple(jax.random.key_data(seed_key(seed)).tolist()) for seed in SEEDS]
+    assert len(set(keys)) == len(SEEDS)
+    assert keys[1] == tuple(jax.random.key_data(jax.random.key(1)).tolist())
+    drawn = [
+        tuple(
+            generate(
+                tiny.target(),
+                [1],
+                max_new_tokens=24,
+                sampling=Sampling(temperature=2.0, stop_ids=()),
+                seed=seed,
+            )[0].token_ids
+        )
+        for seed in SEEDS
+    ]
+    assert len(set(drawn)) == len(SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("extreme", "same"),
+    [
+        (dict(temperature=1.0, top_p=1e-300), dict(temperature=0.0)),
+        (dict(temperature=1.0, top_p=1e-40), dict(temperature=0.0)),
+        (dict(temperature=1e-300), dict(temperature=0.0)),
+        (dict(temperature=1e-37), dict(temperature=0.0)),
+        (dict(temperature=1.0, top_k=2**40), dict(temperature=1.0)),
+        (dict(temperature=1e300), dict(temperature=1e30)),
+        (dict(temperature=1.0, min_p=1e-300), dict(temperature=1.0)),
+    ],
+)
+def test_options_beyond_float32_mean_what_they_say(extreme, same):
+    options = dict(max_new_tokens=24, seed=3)
+    found, expected = (
+        generate(tiny.target(), [1], sampling=Sampling(**own, stop_ids=()), **options)
+        for own in (extreme, same)
+    )
+    assert found[0].token_ids == expected[0].token_ids
+    assert len(set(found[0].token_ids)) > 1

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jaxspec.decoding.schedule import Fixed
 from jaxspec.generation import Target
+from jaxspec.serving.access import Access
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.connections import Limits
 from jaxspec.serving.engine import Engine
@@ -22,6 +23,7 @@ from jaxspec.tokenizer import Tokenizer
 from tests import tiny
 from tests.serving import engines
 
+OPEN = Access()
 VOCABULARY = ["<end>", "a", "b", "c", "Ġa", "Ġb", "Ã", "©", "Ċ", "d", "e"]
 TEMPLATE = (
     "{% if messages[0].role == 'assistant' %}{{ raise_exception('begin with the user') }}"
@@ -34,7 +36,7 @@ def tokenizer() -> Tokenizer:
 
 
 @contextlib.contextmanager
-def serve(*, limits: Limits, **options):
+def serve(*, limits: Limits, access=OPEN, drain_seconds=5.0, tokenizer=tokenizer, **options):
     """A server on a free port: (port, runner); it has ended after the block."""
     model = tiny.target()
     target = Target("tiny", model.config, model.params, tokenizer())
@@ -42,7 +44,15 @@ def serve(*, limits: Limits, **options):
     engine = Engine(target, engines.LOOKUP, EngineConfig(**(engines.CONFIG | few | options)))
     engine.warm_up()
     runner = Runner(engine)
-    http = server(runner, name="tiny", host="127.0.0.1", port=0, limits=limits)
+    http = server(
+        runner,
+        names=("tiny", "org/tiny"),
+        host="127.0.0.1",
+        port=0,
+        limits=limits,
+        access=access,
+        drain_seconds=drain_seconds,
+    )
     thread = threading.Thread(target=http.run, daemon=True)
     thread.start()
     while not http.started:
@@ -85,15 +95,15 @@ def exchange(port, data: bytes) -> bytes:
     return read_all(one)
 
 
-def post(port, path, data, media="application/json"):
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}", data, {"Content-Type": media}, method="POST"
-    )
-    return fetch(request)
+def post(port, path, data, media="application/json", headers=()):
+    headers = {"Content-Type": media} | dict(headers)
+    url = f"http://127.0.0.1:{port}{path}"
+    return fetch(urllib.request.Request(url, data, headers, method="POST"))
 
 
-def get(port, path):
-    return fetch(urllib.request.Request(f"http://127.0.0.1:{port}{path}"))
+def get(port, path, headers=()):
+    url = f"http://127.0.0.1:{port}{path}"
+    return fetch(urllib.request.Request(url, headers=dict(headers)))
 
 
 def fetch(request):

@@ -204,14 +204,9 @@ def test_a_full_queue_is_refused_and_loses_nothing():
         (Request((1, True), 5), "token id True"),
         (Request((1,), 0), "max_new_tokens is 0"),
         (Request((1,) * 40, 30), "need 70 places; requests have 60"),
-        (Request((1,), 5, seed=-1), "seed is -1"),
+        (Request((1,), 5, seed=1.0), "seed is 1.0"),
         (Request((1,), 5, Sampling(stop_ids=tuple(range(9)))), "9 stop ids"),
         (Request((1,), 5, Sampling(stop_ids=(11,))), "stop id 11; .* 0 … 10"),
-        (
-            Request((1,), 5, Sampling(temperature=1e39)),
-            "temperature is 1e\\+39; expected at most",
-        ),
-        (Request((1,), 5, Sampling(top_k=2**31)), "top_k is 2147483648; expected at most"),
     ],
 )
 def test_requests_that_cannot_be_served(request_, message):

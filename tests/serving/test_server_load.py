@@ -20,8 +20,8 @@ from tests.serving.servers import connect, get, post, read_all, sample
 LIMITS = Limits(request_seconds=3, stall_seconds=5, connections=40)
 BAD = [
     (b"{", 400),
-    (b'{"prompt": "a", "top_k": 99999999999}', 400),
-    (b'{"prompt": "a", "max_tokens": -1}', 400),
+    (b'{"prompt": "a", "top_k": 1.5}', 400),
+    (b'{"prompt": "a", "max_tokens": -2}', 400),
     (b'{"prompt": [1, 99]}', 400),
     (b'{"prompt": "a", "model": "other"}', 404),
 ]

@@ -1,0 +1,81 @@
+"""Who may use a server: those with its key, and web pages of the origins it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from jaxspec.serving.protocol import error_body
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OPEN_PATHS = frozenset({"/health", "/ready"})  # what supervises a server has no key
+
+
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """What a request must bring.
+
+    Attributes:
+      key: sent as `Authorization: Bearer KEY`; None asks for none.
+      open_metrics: `/metrics` needs no key.
+      origins: of web pages that may read answers, as `https://chat.example`; "*" is any.
+      hosts: names the server may be addressed by; () takes any.
+    """
+
+    key: str | None = None
+    open_metrics: bool = False
+    origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.key is not None and not (self.key.isascii() and self.key.strip()):
+            raise ValueError("the API key must be ASCII and not empty")
+
+    def middleware(self) -> list[Middleware]:
+        """Outermost first: a browser asks for permission before it sends a key."""
+        found = []
+        if self.hosts:  # a page must not reach a reader's own machine under another name
+            found.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(self.hosts)))
+        if self.origins:
+            found.append(
+                Middleware(
+                    CORSMiddleware,
+                    allow_origins=list(self.origins),
+                    allow_methods=["GET", "POST"],
+                    allow_headers=["authorization", "content-type"],
+                )
+            )
+        if self.key is not None:
+            found.append(Middleware(_NeedsKey, access=self))
+        return found
+
+
+class _NeedsKey:
+    def __init__(self, app: ASGIApp, access: Access):
+        self._app = app
+        self._open = OPEN_PATHS | ({"/metrics"} if access.open_metrics else set())
+        self._key = _digest(f"Bearer {access.key}".encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self._open or self._knows(scope):
+            return await self._app(scope, receive, send)
+        message = "the request lacks this server's API key (Authorization: Bearer KEY)"
+        body = error_body(message, "invalid_request_error", code="invalid_api_key")
+        answer = JSONResponse(body, 401, headers={"www-authenticate": "Bearer"})
+        await answer(scope, receive, send)
+
+    def _knows(self, scope: Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        # Digests have one length, so that the time of a comparison tells nothing of the key.
+        return len(given) == 1 and hmac.compare_digest(_digest(given[0]), self._key)
+
+
+def _digest(value: bytes) -> bytes:
+    return hashlib.sha256(value).digest()

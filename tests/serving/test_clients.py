@@ -1,0 +1,133 @@
+"""Bodies that public clients send: what changes nothing passes, what they ask for is done."""
+
+import json
+
+import pytest
+
+from jaxspec.decoding.sampling import Sampling
+from jaxspec.serving.connections import Limits
+from jaxspec.serving.requests import Request
+from tests.serving import servers
+from tests.serving.engines import alone
+
+PROMPT = (1, 2, 3)
+TURN = [{"role": "user", "content": "abc"}]
+
+
+@pytest.fixture(scope="module")
+def port():
+    with servers.serve(limits=Limits()) as (port, _):
+        yield port
+
+
+def ask(port, body, path="/v1/completions"):
+    status, text = servers.post(port, path, json.dumps(body).encode())
+    assert status == 200, text
+    return text
+
+
+def answer(port, **body) -> str:
+    return json.loads(ask(port, {"prompt": list(PROMPT), **body}))["choices"][0]["text"]
+
+
+def expected(seed=0, max_new_tokens=12, **sampling) -> str:
+    request = Request(PROMPT, max_new_tokens, Sampling(**sampling), seed)
+    return servers.tokenizer().decode(alone(request))
+
+
+VLLM_BENCH = {
+    "model": "tiny",
+    "prompt": "abc",
+    "repetition_penalty": 1.0,
+    "temperature": 0.0,
+    "max_tokens": 12,
+    "logprobs": None,
+    "ignore_eos": True,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
+GUIDELLM = {
+    "model": "org/tiny",
+    "messages": [{"role": "user", "content": [{"type": "text", "text": "abc"}]}],
+    "stream": True,
+    "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    "max_completion_tokens": 12,
+    "stop": None,
+    "ignore_eos": True,
+    "temperature": 0,
+}
+LITELLM = {
+    "model": "tiny",
+    "messages": [
+        {"role": "developer", "content": "ab"},
+        {"role": "assistant", "content": "c", "tool_calls": None, "refusal": None},
+        {"role": "user", "content": "a", "name": "somebody"},
+    ],
+    "n": 1,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0,
+    "logit_bias": {},
+    "user": "somebody",
+    "response_format": {"type": "text"},
+    "tools": [],
+    "tool_choice": "auto",
+    "logprobs": False,
+    "top_logprobs": 0,
+    "seed": None,
+    "max_tokens": -1,
+    "extra": None,
+}
+AGENT = {"model": "tiny", "messages": TURN, "store": False, "metadata": {"a": "b"}, "seed": -1}
+
+
+@pytest.mark.parametrize("body", [VLLM_BENCH, GUIDELLM, LITELLM, AGENT])
+def test_bodies_of_public_clients(port, body):
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    text = ask(port, body, path)
+    if not body.get("stream"):
+        assert json.loads(text)["usage"]["completion_tokens"] >= 1
+        return
+    events = [json.loads(line[6:]) for line in text.split("\n\n") if line.startswith("data: {")]
+    assert text.endswith("data: [DONE]\n\n")
+    assert events[-1]["usage"]["completion_tokens"] == 12 and not events[-1]["choices"]
+    told = [e["usage"]["completion_tokens"] for e in events if e["choices"] and "usage" in e]
+    every = body["stream_options"].get("continuous_usage_stats")
+    assert told == sorted(told) and len(told) == (len(events) - 1 if every else 0)
+
+
+@pytest.mark.parametrize("seed", [0, 2**32, 2**40, 2**63, -2])
+def test_seeds_of_any_size(port, seed):
+    found = answer(port, max_tokens=12, temperature=0.9, seed=seed)
+    assert found == expected(seed, temperature=0.9)
+
+
+def test_options_without_a_bound(port):
+    found = answer(port, max_tokens=12, temperature=0.9, seed=3, top_k=2**40, min_p=0)
+    assert found == expected(3, temperature=0.9)
+    assert answer(port, max_tokens=12, temperature=1e300, top_p=1e-300) == expected()
+
+
+def test_stop_token_ids_come_beside_the_targets_own(port):
+    whole = alone(Request(PROMPT, 12, Sampling(stop_ids=())))
+    stop = whole[4]
+    body = dict(prompt=list(PROMPT), max_tokens=12, temperature=0, stop_token_ids=[stop])
+    done = json.loads(ask(port, body))
+    assert done["choices"][0]["finish_reason"] == "stop"
+    assert done["usage"]["completion_tokens"] == whole.index(stop) + 1
+
+
+def test_one_model_under_its_names(port):
+    for name in ("tiny", "org/tiny"):
+        status, text = servers.get(port, f"/v1/models/{name}")
+        assert status == 200 and json.loads(text)["id"] == name
+        assert json.loads(text)["max_model_len"] == 60
+    status, text = servers.get(port, "/v1/models/other")
+    assert status == 404 and "there is no model 'other'" in json.loads(text)["error"]["message"]
+
+
+def test_it_is_ready_until_its_queue_is_full():
+    with servers.serve(limits=Limits(), queue=1, slots=1) as (port, runner):
+        assert servers.get(port, "/ready") == (200, '{"status":"ready"}')
+        runner.engine.config.__dict__["queue"] = 0  # as many wait as may
+        assert servers.get(port, "/ready") == (503, '{"status":"full"}')
+        assert servers.get(port, "/health")[0] == 200

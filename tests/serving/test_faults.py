@@ -1,0 +1,83 @@
+"""A tokenizer that fails, and a server that is told to end: answers end in order."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from jaxspec.serving.connections import Limits
+from jaxspec.tokenizer import Tokenizer
+from tests.serving import servers
+from tests.serving.servers import sample
+
+
+class Faulty(Tokenizer):
+    """Cannot decode three tokens or more."""
+
+    def decode(self, ids):
+        ids = list(ids)
+        if len(ids) > 2:
+            raise ValueError(f"the tokenizer cannot decode the ids {ids}")
+        return super().decode(ids)
+
+
+def faulty():
+    return Faulty(servers.tokenizer()._backend)
+
+
+@pytest.fixture(scope="module")
+def port():
+    with servers.serve(limits=Limits(), tokenizer=faulty) as (port, _):
+        yield port
+
+
+def ask(port, stream, max_tokens=12):
+    body = dict(prompt=[1, 2], max_tokens=max_tokens, temperature=0, stream=stream)
+    return servers.post(port, "/v1/completions", json.dumps(body).encode())
+
+
+def test_a_decoding_fault_is_an_answer(port):
+    """500 in JSON; in a stream the error is the last event, and it ends as others do."""
+    before = sample(port, "jaxspec_requests_total", finish="error")
+    status, text = ask(port, stream=False)
+    assert status == 500
+    error = json.loads(text)["error"]
+    assert error["type"] == "server_error"
+    assert "the tokenizer cannot decode the ids" in error["message"]
+    status, text = ask(port, stream=True)
+    assert status == 200 and text.endswith("data: [DONE]\n\n")
+    assert "error" in json.loads(text.split("\n\n")[-3].removeprefix("data: "))
+    assert sample(port, "jaxspec_requests_total", finish="error") - before == 2
+
+
+def test_others_are_served_after_it(port):
+    status, text = ask(port, stream=False, max_tokens=2)
+    assert status == 200 and json.loads(text)["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(("seconds", "complete"), [(20, True), (0.2, False)])
+def test_answers_may_end_after_the_signal(seconds, complete):
+    """One that is not ended in time ends with an error event, not in the middle of one."""
+    texts = []
+    with servers.serve(limits=Limits(), drain_seconds=seconds) as (port, runner):
+        step = runner.engine.step
+
+        def slow():
+            time.sleep(0.02)
+            return step()
+
+        runner.engine.step = slow
+        body = dict(prompt=[1, 2], max_tokens=50, temperature=0, stream=True, ignore_eos=True)
+        data = json.dumps(body).encode()
+        thread = threading.Thread(
+            target=lambda: texts.append(servers.post(port, "/v1/completions", data)[1])
+        )
+        thread.start()
+        while not runner.engine.running:
+            time.sleep(0.01)
+    thread.join(10)
+    (text,) = texts
+    assert text.endswith("data: [DONE]\n\n")
+    assert ("the engine has stopped: it was closed" in text) == (not complete)
+    assert ('"finish_reason": "length"' in text) == complete
