@@ -26,6 +26,10 @@ MAX_SIZES = 16
 MEMORY = 0.98  # per drafting round, of how well survivals foretold acceptance
 PATIENCE = 4  # times that the wait for the next probe doubles
 PRIOR = 8.0  # accepted nodes, as many as foretold
+# A request's kind is the number of these below its temperature: what sampled requests accept
+# says nothing of greedy ones.
+TEMPERATURES = (0.0, 0.4, 0.8)
+KINDS = len(TEMPERATURES) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Adaptive:
     Attributes:
       age: rounds that lie between a draft and the choice of size it informs, at least 1.
       probe: rounds without a draft after which one is drafted to see whether it pays again;
-        after each that says no, twice as many, `PATIENCE` times at most.
+        after each that says no, twice as many, `PATIENCE` times at most, but for requests that
+        are no older than this many rounds.
     """
 
     age: int = 2
@@ -78,18 +83,18 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Habit:
-    """What past rounds of all requests taught the schedule.
+    """What past rounds taught the schedule of requests of K kinds.
 
     Attributes:
-      usual: [N - 1] float32, mean survivals: what a row without a past is expected to have.
-      foretold, happened: [P] float32, verified nodes of each depth: the sum of their survival
-        probabilities, and how many were accepted. Their ratio corrects what drafters that are
-        not calibrated believe.
-      varied, lasted: float32, by how much drafts' survivals differed from the usual ones,
+      usual: [K, N - 1] float32, mean survivals: what a row without a past is expected to have.
+      foretold, happened: [K, P] float32, verified nodes of each depth: the sum of their
+        survival probabilities, and how many were accepted. Their ratio corrects what drafters
+        that are not calibrated believe.
+      varied, lasted: [K] float32, by how much drafts' survivals differed from the usual ones,
         squared, and how much of that the same row's drafts still shared when they informed a
         choice: their ratio says what an old survival tells.
-      idle: int32, rounds since the last draft.
-      probes: int32, drafts in a row that no size was chosen for.
+      idle: [K] int32, rounds since the last draft.
+      probes: [K] int32, drafts in a row that no size was chosen for.
       rounds: [MAX_SIZES] int32, rounds of every size so far.
     """
 
@@ -106,13 +111,13 @@ class Habit:
 def init_habit(size: int, depth: int) -> Habit:
     """Before the first round: every draft is expected to be accepted."""
     return Habit(
-        usual=jnp.ones(size - 1, jnp.float32),
-        foretold=jnp.zeros(depth, jnp.float32),
-        happened=jnp.zeros(depth, jnp.float32),
-        varied=jnp.float32(1),
-        lasted=jnp.float32(1),
-        idle=jnp.int32(0),
-        probes=jnp.int32(0),
+        usual=jnp.ones((KINDS, size - 1), jnp.float32),
+        foretold=jnp.zeros((KINDS, depth), jnp.float32),
+        happened=jnp.zeros((KINDS, depth), jnp.float32),
+        varied=jnp.ones(KINDS, jnp.float32),
+        lasted=jnp.ones(KINDS, jnp.float32),
+        idle=jnp.zeros(KINDS, jnp.int32),
+        probes=jnp.zeros(KINDS, jnp.int32),
         rounds=jnp.zeros(MAX_SIZES, jnp.int32),
     )
 
@@ -163,9 +168,10 @@ def fixed_round(decoder, params, batch, habit, times, schedule, sizes):
 
 def adaptive_round(decoder, params, batch, habit, times, schedule, sizes):
     """One budget for all rows."""
-    running = ~batch.state.done
-    pays = choose_size(batch.survivals[:, -1], habit, running, times)
-    size = jnp.where(pays == 0, probe(habit, schedule), pays)
+    kind = kind_of(batch)
+    young = batch.state.rounds <= schedule.probe
+    pays = choose_size(batch.survivals[:, -1], habit, kind, times)
+    size = jnp.where(pays == 0, probe(habit, schedule, kind, young), pays)
 
     def plain(carry):
         return _plain_round(decoder, params, *carry)
@@ -175,6 +181,12 @@ def adaptive_round(decoder, params, batch, habit, times, schedule, sizes):
 
     carry = _if(size == 0, plain, (batch, habit))
     return _if(size > 0, drafted, carry)
+
+
+def kind_of(batch: Batch) -> jax.Array:
+    """[B] int32, the kind of every row; `KINDS`, which is none, for those that are done."""
+    hotter = batch.sampling.temperature[:, None] > jnp.array(TEMPERATURES)
+    return jnp.where(batch.state.done, KINDS, hotter.sum(axis=1, dtype=jnp.int32))
 
 
 def _if(condition: jax.Array, step, carry):
@@ -188,25 +200,27 @@ def _plain_round(decoder, params, batch, habit):
 
     What is committed has room for one token.
     """
+    kind = kind_of(batch)
     draft = Draft(root_only(batch.state.anchor))
     sizes = (VerifySize(draft.tree.tokens.size, 1),)
     batch, habit = _finish(decoder, params, batch, habit, draft, sizes, 0)
     unknown = jnp.full_like(batch.survivals[:, 0], UNKNOWN)
     batch = dataclasses.replace(batch, survivals=push(batch.survivals, unknown))
-    return batch, dataclasses.replace(habit, idle=habit.idle + 1)
+    took_part = jnp.any(kind[:, None] == jnp.arange(KINDS), axis=0)
+    return batch, dataclasses.replace(habit, idle=habit.idle + took_part)
 
 
 def _drafted_round(decoder, params, batch, habit, times, sizes, size, chosen):
     """Args: size, chosen: index into `sizes`, and whether the draft was expected to pay."""
-    running, before = ~batch.state.done, batch.state.length
+    kind, before = kind_of(batch), batch.state.length
     draft, state = propose(decoder, params, batch.state, batch.sampling)
-    fresh = foresee(draft.tree, habit)
-    draft = cut(draft, keep(fresh, running, size, times))
+    fresh = foresee(draft.tree, habit, kind)
+    draft = cut(draft, keep(fresh, kind < KINDS, size, times))
     batch = dataclasses.replace(batch, state=state)
     batch, habit = _finish(decoder, params, batch, habit, draft, sizes, size)
     accepted = batch.state.length - before - 1
     old = batch.survivals[:, -1]
-    habit = learn(habit, draft.tree, fresh, old, accepted, running, chosen)
+    habit = learn(habit, draft.tree, fresh, old, accepted, kind, chosen)
     return dataclasses.replace(batch, survivals=push(batch.survivals, fresh)), habit
 
 
@@ -215,30 +229,37 @@ def push(survivals: jax.Array, newest: jax.Array) -> jax.Array:
     return jnp.concatenate([newest[:, None], survivals[:, :-1]], axis=1)
 
 
-def choose_size(
-    old: jax.Array, habit: Habit, running: jax.Array, times: StepTimes
-) -> jax.Array:
+def choose_size(old: jax.Array, habit: Habit, kind: jax.Array, times: StepTimes) -> jax.Array:
     """The size of a round that is not drafted yet, an index into `times`.
 
     Args:
       old: [B, N - 1], survivals of the rows' drafts as many rounds ago as their age.
-      running: [B] bool.
+      kind: [B] int32, see `kind_of`.
     """
-    expected = habit.usual + habit.lasted / habit.varied * (old - habit.usual)
-    expected = jnp.where(old == UNKNOWN, habit.usual, jnp.clip(expected, 0.0, 1.0))
+    running, usual = kind < KINDS, habit.usual[kind]
+    tells = (habit.lasted / habit.varied)[kind, None]
+    expected = jnp.clip(usual + tells * (old - usual), 0.0, 1.0)
+    expected = jnp.where(old == UNKNOWN, usual, expected)
     return best_size(jnp.where(running[:, None], expected, 0.0), running.sum(), times)
 
 
-def probe(habit: Habit, schedule: Adaptive) -> jax.Array:
-    """The size of a round whose draft is not expected to pay: 0, or now and then 1."""
-    patience = schedule.probe << jnp.minimum(habit.probes, PATIENCE)
-    return (habit.idle >= patience).astype(jnp.int32)
+def probe(habit: Habit, schedule: Adaptive, kind: jax.Array, young: jax.Array) -> jax.Array:
+    """The size of a round whose draft is not expected to pay: 0, or now and then 1.
+
+    Args:
+      kind: [B] int32, see `kind_of`.
+      young: [B] bool, rows that may differ from those which drafting did not pay for.
+    """
+    doublings = jnp.where(young, 0, jnp.minimum(habit.probes[kind], PATIENCE))
+    waited = habit.idle[kind] >= schedule.probe << doublings
+    return jnp.any(waited & (kind < KINDS)).astype(jnp.int32)
 
 
-def foresee(tree: DraftTree, habit: Habit) -> jax.Array:
+def foresee(tree: DraftTree, habit: Habit, kind: jax.Array) -> jax.Array:
     """Survivals of a fresh draft [B, N - 1], corrected by what became of such nodes before."""
-    trust = (habit.happened + PRIOR) / (habit.foretold + PRIOR)
-    found = survival(tree) * trust[jnp.maximum(tree.depths[:, 1:] - 1, 0)]
+    trust = ((habit.happened + PRIOR) / (habit.foretold + PRIOR))[kind]  # [B, P]
+    depth = jnp.maximum(tree.depths[:, 1:] - 1, 0)
+    found = survival(tree) * jnp.take_along_axis(trust, depth, axis=1)
     return jax.lax.cummin(jnp.minimum(found, 1.0), axis=1)
 
 
@@ -257,7 +278,7 @@ def learn(
     fresh: jax.Array,
     old: jax.Array,
     accepted: jax.Array,
-    running: jax.Array,
+    kind: jax.Array,
     chosen: jax.Array,
 ) -> Habit:
     """After a round that drafted.
@@ -267,25 +288,39 @@ def learn(
       fresh: [B, N - 1], `foresee` of the whole draft.
       old: [B, N - 1], what `choose_size` saw instead.
       accepted: [B] int32, drafted tokens that were decided.
+      kind: [B] int32, see `kind_of`.
       chosen: bool, whether the draft was expected to pay.
     """
-    depth = jnp.arange(1, habit.foretold.shape[0] + 1)
+    depth = jnp.arange(1, habit.foretold.shape[1] + 1)
     at_depth = tree.depths[:, 1:, None] == depth  # [B, N - 1, P]
-    verified = tree.valid[:, 1:] & running[:, None]
-    believed = jnp.where(verified, survival(tree), 0.0)[..., None] * at_depth
-    happened = (accepted[:, None] >= depth) & running[:, None]
-    mean = jnp.where(running[:, None], fresh, 0.0).sum(0) / jnp.maximum(running.sum(), 1)
-    known = running[:, None] & (old != UNKNOWN)
-    unlike = jnp.where(known, old - habit.usual, 0.0)
+    believed = jnp.where(tree.valid[:, 1:], survival(tree), 0.0)[..., None] * at_depth
+    usual = habit.usual[kind]
+    unlike = jnp.where(old == UNKNOWN, 0.0, old - usual)
+
+    own = kind[:, None] == jnp.arange(KINDS)  # [B, K]
+    count = own.sum(axis=0)
+
+    def by_kind(x):  # [B, ...] -> [K, ...]
+        rows = own.reshape(*own.shape, *[1] * (x.ndim - 1))
+        return jnp.sum(jnp.where(rows, x[:, None], 0), axis=0)
+
+    def after(old, new):  # for kinds that took part
+        return jnp.where((count > 0).reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    mean = by_kind(fresh) / jnp.maximum(count, 1)[:, None]
+    sums = dict(
+        varied=by_kind(jnp.sum(unlike**2, axis=1)),
+        lasted=by_kind(jnp.sum(unlike * (fresh - usual), axis=1)),
+        foretold=by_kind(believed.sum(axis=1)),
+        happened=by_kind((accepted[:, None] >= depth).astype(jnp.float32)),
+    )
+    sums = {name: MEMORY * getattr(habit, name) + more for name, more in sums.items()}
     return dataclasses.replace(
         habit,
-        varied=MEMORY * habit.varied + jnp.sum(unlike**2),
-        lasted=MEMORY * habit.lasted + jnp.sum(unlike * (fresh - habit.usual)),
-        usual=0.9 * habit.usual + 0.1 * mean,
-        foretold=MEMORY * habit.foretold + believed.sum((0, 1)),
-        happened=MEMORY * habit.happened + happened.sum(0),
-        idle=jnp.int32(0),
-        probes=jnp.where(chosen, 0, habit.probes + 1),
+        usual=after(habit.usual, 0.9 * habit.usual + 0.1 * mean),
+        **{name: after(getattr(habit, name), new) for name, new in sums.items()},
+        idle=after(habit.idle, 0),
+        probes=after(habit.probes, jnp.where(chosen, 0, habit.probes + 1)),
     )
 
 

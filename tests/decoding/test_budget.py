@@ -15,7 +15,7 @@ import pytest
 from jaxspec.decoding import budget, schedule
 from jaxspec.decoding.budget import StepTimes, survival
 from jaxspec.decoding.round import accept_matches
-from jaxspec.decoding.schedule import UNKNOWN, init_habit
+from jaxspec.decoding.schedule import KINDS, UNKNOWN, init_habit
 from jaxspec.decoding.state import Draft
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
 from jaxspec.trees.tree import DraftTree, ancestors, chain
@@ -137,18 +137,18 @@ def by_engine(survivals, older, times):
     """What `adaptive_round` does with drawn chains: its own steps, in its own order."""
     habit = dataclasses.replace(
         init_habit(DEPTH + 1, DEPTH),
-        usual=jnp.array([0.7, 0.5, 0.2]),
-        foretold=jnp.array([20.0, 12.0, 3.0]),
-        happened=jnp.array([14.0, 12.0, 6.0]),
-        lasted=jnp.float32(0.95),
+        usual=jnp.tile(jnp.array([0.7, 0.5, 0.2]), (KINDS, 1)),
+        foretold=jnp.tile(jnp.array([20.0, 12.0, 3.0]), (KINDS, 1)),
+        happened=jnp.tile(jnp.array([14.0, 12.0, 6.0]), (KINDS, 1)),
+        lasted=jnp.full(KINDS, 0.95),
     )
-    running = jnp.ones(2, bool)
+    kind, running = jnp.array([3, 3]), jnp.ones(2, bool)
 
     def one(s, drafts):
         tree = chain(drafts[:, 0], drafts, jnp.full(2, DEPTH), jnp.log(conditional(s)))
-        fresh = schedule.foresee(tree, habit)
+        fresh = schedule.foresee(tree, habit, kind)
         past = fresh if older is None else older[:, -1]
-        size = schedule.choose_size(past, habit, running, times)
+        size = schedule.choose_size(past, habit, kind, times)
         return schedule.keep(fresh, running, size, times)
 
     return jax.vmap(one)(survivals, jnp.array(PAIRS))

@@ -1,17 +1,21 @@
 """What the adaptive schedule remembers between rounds."""
 
 import dataclasses
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxspec.decoding.budget import StepTimes
 from jaxspec.decoding.schedule import (
+    KINDS,
     PATIENCE,
     UNKNOWN,
     Adaptive,
     choose_size,
     init_habit,
+    kind_of,
     learn,
     probe,
     push,
@@ -19,47 +23,75 @@ from jaxspec.decoding.schedule import (
 from jaxspec.trees.tree import chain
 
 
+def habit(**changes):
+    """Before the first round, but for one kind, 1."""
+    first = init_habit(4, 3)
+    changed = {name: getattr(first, name).at[1].set(value) for name, value in changes.items()}
+    return dataclasses.replace(first, **changed)
+
+
 @pytest.mark.parametrize(
-    ("probes", "wait"), [(0, 16), (1, 32), (4, 256), (PATIENCE, 256), (9, 256)]
+    ("probes", "young", "wait"),
+    [(0, False, 16), (1, False, 32), (4, False, 256), (9, False, 256), (9, True, 16)],
 )
-def test_drafts_that_do_not_pay_are_tried_ever_less_often(probes, wait):
-    habit = dataclasses.replace(init_habit(4, 3), probes=jnp.int32(probes))
-    at = [
-        probe(dataclasses.replace(habit, idle=jnp.int32(n)), Adaptive())
-        for n in (wait - 1, wait)
-    ]
-    assert [int(size) for size in at] == [0, 1]
+def test_drafts_that_do_not_pay_are_tried_ever_less_often(probes, young, wait):
+    """But for a request that began since."""
+
+    def at(idle, kinds=(1, KINDS)):
+        known = habit(idle=idle, probes=probes)
+        return int(probe(known, Adaptive(), jnp.array(kinds), jnp.array([young, False])))
+
+    assert PATIENCE == 4
+    assert [at(wait - 1), at(wait)] == [0, 1]
+    assert at(1000, kinds=(0, KINDS)) == 0  # none of that kind runs
+
+
+def test_kinds_of_requests():
+    temperatures = [0.0, 0.1, 0.4, 0.5, 0.8, 1.2, 0.0]
+    batch = SimpleNamespace(
+        sampling=SimpleNamespace(temperature=jnp.array(temperatures)),
+        state=SimpleNamespace(done=jnp.arange(7) == 6),
+    )
+    assert kind_of(batch).tolist() == [0, 1, 1, 2, 2, 3, KINDS]
 
 
 def test_what_a_draft_teaches():
-    habit = dataclasses.replace(init_habit(4, 3), idle=jnp.int32(16), probes=jnp.int32(2))
-    fresh = jnp.array([[0.8, 0.4, 0.2]])
-    tokens = jnp.array([[1, 2, 3]])
-    tree = chain(jnp.array([0]), tokens, jnp.array([2]), jnp.log(jnp.full((1, 3), 0.5)), size=4)
-    old = jnp.array([[1.0, 0.6, 0.5]])
-    after = learn(habit, tree, fresh, old, jnp.array([1]), jnp.array([True]), False)
-    assert after.foretold.tolist() == pytest.approx([0.5, 0.25, 0.0])  # two were verified
-    assert after.happened.tolist() == [1.0, 0.0, 0.0]
-    assert after.usual.tolist() == pytest.approx([0.98, 0.94, 0.92])
-    assert float(after.varied) == pytest.approx(0.98 + 0.4**2 + 0.5**2)  # all were usually 1
-    assert float(after.lasted) == pytest.approx(0.98 + 0.4 * 0.6 + 0.5 * 0.8)
-    assert (int(after.idle), int(after.probes)) == (0, 3)
-    chosen = learn(habit, tree, fresh, old, jnp.array([1]), jnp.array([True]), True)
-    assert int(chosen.probes) == 0
-    new_row = jnp.full((1, 3), UNKNOWN)
-    unknown = learn(habit, tree, fresh, new_row, jnp.array([1]), jnp.array([True]), True)
-    assert float(unknown.varied) == float(unknown.lasted) == pytest.approx(0.98)
+    known = habit(idle=16, probes=2)
+    fresh = jnp.array([[0.8, 0.4, 0.2], [0.1, 0.1, 0.1]])
+    tokens = jnp.array([[1, 2, 3]] * 2)
+    scores = jnp.log(jnp.full((2, 3), 0.5))
+    tree = chain(jnp.array([0, 0]), tokens, jnp.array([2, 3]), scores, size=4)
+
+    def after(old, chosen):
+        old = jnp.array([old, [0.1] * 3])  # of a row that is done
+        kinds = jnp.array([1, KINDS])
+        return learn(known, tree, fresh, old, jnp.array([1, 3]), kinds, chosen)
+
+    taught = after([1.0, 0.6, 0.5], False)
+    own = jax.tree.map(lambda x: x[1], taught)
+    assert own.foretold.tolist() == pytest.approx([0.5, 0.25, 0.0])  # two were verified
+    assert own.happened.tolist() == [1.0, 0.0, 0.0]
+    assert own.usual.tolist() == pytest.approx([0.98, 0.94, 0.92])
+    assert float(own.varied) == pytest.approx(0.98 + 0.4**2 + 0.5**2)  # all were usually 1
+    assert float(own.lasted) == pytest.approx(0.98 + 0.4 * 0.6 + 0.5 * 0.8)
+    assert (int(own.idle), int(own.probes)) == (0, 3)
+    for kind in (0, 2, 3):  # the others learn nothing
+        for new, old in zip(jax.tree.leaves(taught), jax.tree.leaves(known), strict=True):
+            assert new[kind].tolist() == old[kind].tolist()
+    assert int(after([1.0, 0.6, 0.5], True).probes[1]) == 0
+    unknown = after([UNKNOWN] * 3, True)
+    assert float(unknown.varied[1]) == float(unknown.lasted[1]) == pytest.approx(0.98)
 
 
 @pytest.mark.parametrize(("lasted", "size"), [(1.0, 2), (0.0, 0)])
 def test_an_old_survival_counts_as_much_as_such_ones_did(lasted, size):
-    habit = dataclasses.replace(
-        init_habit(4, 3), usual=jnp.full(3, 0.1), lasted=jnp.float32(lasted)
-    )
+    known = habit(usual=0.1, lasted=lasted)
     times = StepTimes(jnp.array([1, 2, 4]), jnp.array([1, 2, 4]), jnp.array([1.0, 1.5, 1.8]))
     for old, expected in (([0.9, 0.8, 0.7], size), ([UNKNOWN] * 3, 0)):
-        chosen = choose_size(jnp.array([old]), habit, jnp.array([True]), times)
+        chosen = choose_size(jnp.array([old]), known, jnp.array([1]), times)
         assert int(chosen) == expected
+    # Of another kind nothing is known: its first draft is expected to be accepted.
+    assert int(choose_size(jnp.array([[UNKNOWN] * 3]), known, jnp.array([0]), times)) == 2
 
 
 def test_survivals_are_forgotten_once_they_are_older_than_their_age():

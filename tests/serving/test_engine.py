@@ -4,6 +4,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from jaxspec.decoding.sampling import Sampling
@@ -251,6 +252,23 @@ def test_the_engine_holds_the_cache_it_says():
     engine = warm()
     leaves = jax.tree.leaves(engine._batch)
     assert engine.device_bytes() == sum(x.nbytes for x in leaves)
+
+
+def test_sampled_requests_do_not_spoil_greedy_ones():
+    """The target drafts for itself: all is accepted at temperature 0, nearly nothing at 9."""
+    engine = engines.engine(engines.ITSELF, slots=1, max_nodes=8)
+
+    def tau(request):
+        id = engine.submit(request)
+        (stats,) = [u.stats for u in drain(engine)[id] if u.stats]
+        return stats.tau
+
+    hot = [
+        Request((1, i), 50, Sampling(temperature=9.0, stop_ids=()), seed=i) for i in range(6)
+    ]
+    assert np.mean([tau(request) for request in hot][2:]) < 1.5
+    greedy = [Request((i, 2), 50, Sampling(stop_ids=())) for i in range(4)]
+    assert min(tau(request) for request in greedy) > 3
 
 
 def test_a_missing_curve_is_measured_and_can_be_given_again(tmp_path, monkeypatch):
