@@ -5,7 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxspec.check import Report, Text, check, draft_everywhere, judge, padded
+from jaxspec.check import (
+    Alternative,
+    Report,
+    Text,
+    _alternative,
+    check,
+    draft_everywhere,
+    judge,
+    padded,
+)
 from jaxspec.checkpoints import huggingface
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
@@ -15,6 +24,8 @@ from tests import tiny
 from tests.drafters import cases
 
 CHAIN = TreeConfig("chain", size=8)
+MORE = Alternative(tau=3.0, gain=1.2, low=0.9, high=1.5)
+LESS = Alternative(tau=1.05, gain=-0.2, low=-0.3, high=-0.1)
 
 
 @pytest.mark.parametrize("kind", ["dflash", "rnn"])
@@ -47,26 +58,27 @@ def test_it_must_be_a_block_drafter_and_a_long_text():
 
 
 def test_a_wrong_configuration_is_named(golden):
-    """JetSpec's golden drafter, on a text of its own choices, told to read other layers."""
+    """JetSpec's golden drafter, on texts of its own choices, told to read other layers."""
     folder, trace = golden("jetspec_a")
     config = huggingface.read_config(folder / "target")
     target = Target("golden", config, huggingface.load_params(folder / "target", config))
     drafter, params = load_drafter(folder / "draft", config, target.params, CHAIN)
-    text = favourable(target, drafter, params, trace["prompts"][0]["prompt"])
-    right = check(target, LoadedDrafter(drafter, params), [text], diagnose=False)
+    prompts = [prompt["prompt"] for prompt in trace["prompts"][:4]]
+    texts = [favourable(target, drafter, params, prompt) for prompt in prompts]
+    right = check(target, LoadedDrafter(drafter, params), texts, diagnose=False)
     assert right.tau == 8 and right.findings == ()
 
     shifted = dataclasses.replace(drafter.config, taps=(2, 4))
     wrong = dataclasses.replace(drafter, config=shifted)
-    report = check(target, LoadedDrafter(wrong, params), [text])
-    assert report.alternatives["taps [1, 3]"] == 8
+    report = check(target, LoadedDrafter(wrong, params), texts)
+    assert report.alternatives["taps [1, 3]"].tau == 8
     assert report.findings[0].startswith("with taps [1, 3] tau is 8.00 instead of")
     assert str(report).endswith(report.findings[0])
 
 
 def test_thinking_is_an_alternative():
     """Answers in the other mode are accepted more: the text is not what it was trained on."""
-    report = Report(9, 1.1, (0.1,), (0.0,), 1e-3, {"thinking turned on": 3.0}, ())
+    report = Report(9, 1.1, (0.1,), (0.0,), 1e-3, {"thinking turned on": MORE}, ())
     (finding,) = judge(report).findings
     assert finding.startswith("with thinking turned on tau is 3.00 instead of 1.10")
 
@@ -81,10 +93,47 @@ def test_thinking_is_an_alternative():
     ],
 )
 def test_findings(tau, difference, expected):
-    report = judge(Report(9, tau, (0.5,), (difference,), 1e-3, {"causal blocks": 1.05}, ()))
+    report = judge(Report(9, tau, (0.5,), (difference,), 1e-3, {"causal blocks": LESS}, ()))
     assert len(report.findings) == len(expected)
     for finding, beginning in zip(report.findings, expected, strict=True):
         assert finding.startswith(beginning)
+
+
+def test_an_alternative_is_judged_by_what_each_text_gains():
+    """Texts differ by more than the alternative gains, which is a little on each."""
+    own = [np.full(4, count) for count in (0, 2, 5, 1)]
+    other = [counts + [0, 0, 0, 1] for counts in own]
+    found = _alternative(own, other)
+    assert (found.gain, found.low, found.high) == (0.25, 0.25, 0.25) and found.wins
+    # Rounds accept 0 0 0 1, then 2 3, then 5, then 1 1 tokens.
+    assert found.tau == pytest.approx(1 + (1 + 2 + 3 + 5 + 1 + 1) / 9)
+
+
+@pytest.mark.parametrize(
+    ("gains", "low", "wins"),
+    [
+        ([0.2, 0.3, 0.4, 0.3], 0.0615, True),  # t of 3 degrees: 5.841 standard errors of 0.0408
+        ([0.3, -0.1, 0.9, 0.1], -0.947, False),
+        ([0.0, 0.0, 0.0, 0.0], 0.0, False),
+        ([0.01, 0.01, 0.01, 0.01], 0.01, False),  # certain, and not worth a word
+    ],
+)
+def test_chance_is_not_a_finding(gains, low, wins):
+    own = [np.zeros(100) for _ in gains]
+    found = _alternative(own, [np.full(100, gain) for gain in gains])
+    assert found.low == pytest.approx(low, abs=0.01) and found.wins == wins
+    findings = judge(Report(9, 2.0, (0.5,), (0.0,), 1e-3, {"another": found}, ())).findings
+    assert len(findings) == wins
+
+
+def test_what_would_be_gained_is_said():
+    other = Alternative(tau=2.44, gain=0.31, low=0.12, high=0.5)
+    report = judge(Report(9, 2.1, (0.5,), (0.0,), 1e-3, {"causal blocks": other}, ()))
+    assert "tau 2.44, gain +0.31 [+0.12, +0.50] with causal blocks" in str(report)
+    assert report.findings[0].startswith(
+        "with causal blocks tau is 2.44 instead of 2.10, and an anchor gains 0.31 tokens, "
+        "0.12 at least"
+    )
 
 
 def favourable(target, drafter, params, prompt) -> Text:

@@ -14,6 +14,11 @@ CHECK_PROMPTS = (
     "Natalia sold 48 clips in April and half as many in May. How many did she sell in all?",
     "Write a Python function that returns the n-th Fibonacci number.",
     "Why is the sky blue?",
+    "Explain what a hash table is to somebody who has never written a program.",
+    "A train leaves at 9:40 and arrives at 13:05. How long does the journey take?",
+    "Write a short letter to a neighbour about the noise at night.",
+    "List five things to check before buying a used bicycle, with a reason for each.",
+    "Sort the numbers 31, 4, 15, 9, 26 and 5, and say what their median is.",
 )
 
 
