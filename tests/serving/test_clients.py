@@ -104,7 +104,9 @@ def test_seeds_of_any_size(port, seed):
 def test_options_without_a_bound(port):
     found = answer(port, max_tokens=12, temperature=0.9, seed=3, top_k=2**40, min_p=0)
     assert found == expected(3, temperature=0.9)
-    assert answer(port, max_tokens=12, temperature=1e300, top_p=1e-300) == expected()
+    assert answer(port, max_tokens=12, temperature=1, top_p=1e-300) == expected()
+    found = answer(port, max_tokens=12, temperature=1e300, seed=3)
+    assert found == expected(3, temperature=1e300)
 
 
 def test_stop_token_ids_come_beside_the_targets_own(port):
