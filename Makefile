@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: generate test lint bench gates parity h100 clean
+.PHONY: generate test lint bench gates parity h100 gpu clean
 
 generate: $(VENV)/base        ## real text from a real model, plain and speculative
 	$(BIN)/python examples/generate.py
@@ -34,6 +34,17 @@ h100: $(H100)/ready           ## kernels and whole steps, compiled for an H100 w
 	$(H100)/bin/python -m pallas_kernels.h100 --quick
 	$(H100)/bin/python -m jaxspec.planning --quick
 
+# Checks and timings on this machine's GPU; examples/gpu/README.md says what each row is.
+# `make gpu GPU_PYTHON=python3` runs a Python that has JAX for CUDA, and installs nothing.
+GPU_PYTHON = $(BIN)/python
+GOLDEN := $(wildcard ../shared/golden)
+
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/gpu)   ## checks and timings on the GPU of this machine
+	PYTHONPATH=. $(GPU_PYTHON) examples/gpu/check.py $(GOLDEN:%=--golden %)
+	PYTHONPATH=. $(GPU_PYTHON) examples/gpu/steps.py
+	PYTHONPATH=. $(GPU_PYTHON) examples/gpu/replay.py
+	PYTHONPATH=. $(GPU_PYTHON) examples/gpu/small.py
+
 $(H100)/ready: pyproject.toml pallas_kernels/requirements-h100.txt
 	$(PYTHON) -m venv $(H100)
 	$(H100)/bin/python -m pip install --quiet --editable '.[test]' absl-py
@@ -48,6 +59,9 @@ $(VENV)/base: $(VENV)/python pyproject.toml
 
 $(VENV)/test: $(VENV)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]' && touch $@ $(VENV)/base
+
+$(VENV)/gpu: $(VENV)/test
+	$(BIN)/python -m pip install --quiet --editable '.[test,cuda]' && touch $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,11 +1,20 @@
-"""Which tile a shape gets: a pure function, so that it can be read, tested and replaced."""
+"""Which tile a shape gets: one measured on this card for a shape like it, or the table's."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+
+# Written by `examples/gpu/tune.py`: a list of shapes, each with the card and its fastest tile.
+MEASURED = Path(__file__).with_name("tiles.json")
+ASSUMED_CARD = "NVIDIA H100 80GB HBM3"  # where a program is compiled without its GPU
+NEAR = 2  # a measured tile serves so many times more or fewer nodes, and places in the cache
 
 MULTIPROCESSORS = 132  # of an H100 SXM
 MIN_TILE = 16  # the smallest side of a Triton matrix product
@@ -94,8 +103,58 @@ def unsupported(shape: Shape) -> str | None:
     return None
 
 
-def choose(shape: Shape) -> TileConfig:
-    """The tile for a shape that is not `unsupported`."""
+def choose(shape: Shape, card: str | None = None) -> TileConfig:
+    """The tile for a shape that is not `unsupported`.
+
+    Args:
+      card: as `device_kind` names it; this machine's by default.
+    """
+    if card is None:
+        on_gpu = jax.default_backend() == "gpu"
+        card = jax.devices()[0].device_kind if on_gpu else ASSUMED_CARD
+    return measured(shape, card) or from_table(shape)
+
+
+def measured(shape: Shape, card: str) -> TileConfig | None:
+    """The tile of the most similar shape that was measured on a card, if one is near enough.
+
+    Its nodes and its capacity may differ; cache dtype, head dim, group and how many key/value
+    heads of all rows there are may not.
+    """
+
+    def kind(shape: Shape):
+        rows = shape.batch * shape.kv_heads
+        return jnp.dtype(shape.dtype), shape.head_dim, shape.group, rows
+
+    def distances(other: Shape):
+        pairs = (shape.nodes, other.nodes), (shape.capacity, other.capacity)
+        return [abs(math.log2(ours / theirs)) for ours, theirs in pairs]
+
+    found = [
+        (sum(distances(other)), tile)
+        for measured_on, other, tile in read_measured(MEASURED)
+        if measured_on == card
+        and kind(other) == kind(shape)
+        and max(distances(other)) <= math.log2(NEAR)
+    ]
+    return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+@functools.cache
+def read_measured(path: Path) -> tuple[tuple[str, Shape, TileConfig], ...]:
+    """(card, shape, tile) of every entry of a file of measured tiles."""
+    return tuple(
+        (
+            entry["card"],
+            Shape(**entry["shape"] | dict(dtype=jnp.dtype(entry["shape"]["dtype"]))),
+            TileConfig(**entry["tile"]),
+        )
+        for entry in json.loads(path.read_text())
+    )
+
+
+def from_table(shape: Shape) -> TileConfig:
+    """The tile of `TILES`, and as many splits as fill an H100."""
     dtype = jnp.dtype(shape.dtype).name
     rows = shape.nodes * shape.group
     sizes = sorted(key[2] for key in TILES if key[:2] == (dtype, shape.head_dim))

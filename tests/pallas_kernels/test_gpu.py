@@ -1,18 +1,25 @@
-"""Tree attention on a real GPU against its definition."""
+"""The kernels on a real GPU, each against its definition."""
+
+import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.tree_attention import tree_attention
+from pallas_kernels.tree_attention.config import Shape, choose
 from pallas_kernels.tree_attention.triton import tree_attention_triton
-from tests.pallas_kernels.attention_cases import CASES, make_inputs, oracle, tolerance
+from tests.pallas_kernels import test_grouped_matmul as grouped
+from tests.pallas_kernels.attention_cases import CASES, Case, make_inputs, oracle, tolerance
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("fill", [0.0, 0.5, 1.0])
-def test_the_compiled_kernels_compute_the_definition(name, fill):
+def test_tree_attention_computes_the_definition(name, fill):
     case = CASES[name]
     lengths = [int(fill * case.shape.capacity)] * case.shape.batch
     arrays = make_inputs(case, lengths, seed=int(2 * fill))
@@ -23,3 +30,29 @@ def test_the_compiled_kernels_compute_the_definition(name, fill):
     # Three TF32 terms keep 21 bits or more of float32's 24, and exp2 is approximate.
     assert error < 10 * tolerance(case)
     assert (jax.device_get(first) == jax.device_get(again)).all()
+
+
+SHAPES = list(
+    itertools.product((1, 16, 64, 200), (64, 128), ("bfloat16", "float32"), (None, 90))
+)
+
+
+@pytest.mark.parametrize(("nodes", "dim", "dtype", "window"), SHAPES)
+def test_tree_attention_with_the_chosen_tile(nodes, dim, dtype, window):
+    shape = Shape(2, nodes, 8, 2, dim, 520, jnp.dtype(dtype))
+    case = Case(shape, choose(shape), window)
+    arrays = make_inputs(case, [519, 77])
+    options = dict(scale=0.125, window=window)
+    found = jax.jit(lambda x: tree_attention(**x, **options, implementation="triton"))(arrays)
+    error = np.abs(np.asarray(found, np.float64) - oracle(**arrays, **options)).max()
+    assert error < 10 * tolerance(case)
+
+
+@pytest.mark.parametrize(
+    "group_sizes", [(0, 1, 0, 0, 0, 0), (0, 17, 0, 20, 3, 0), (200, 0, 0, 0, 0, 0), (100,) * 6]
+)
+def test_grouped_matmul_computes_the_definition(group_sizes):
+    arrays = grouped.make_inputs(group_sizes)
+    found = jax.jit(lambda *x: grouped_matmul(*x, implementation="triton"))(*arrays)
+    expected = grouped.oracle(*arrays[:2], group_sizes)
+    assert np.abs(np.asarray(found) - expected).max() < 1e-3

@@ -1,6 +1,8 @@
 """Tree attention, every implementation, against its definition."""
 
+import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.h100.target import lowering_for_h100
-from pallas_kernels.tree_attention import tree_attention
-from pallas_kernels.tree_attention.config import Shape, TileConfig, choose, unsupported
+from pallas_kernels.tree_attention import config, tree_attention
+from pallas_kernels.tree_attention.config import (
+    Shape,
+    TileConfig,
+    choose,
+    from_table,
+    unsupported,
+)
 from pallas_kernels.tree_attention.reference import tree_attention_reference
 from pallas_kernels.tree_attention.triton import tree_attention_triton
 from pallas_kernels.tree_attention.xla import tree_attention_xla
@@ -167,8 +175,8 @@ def qwen3_8b(nodes, capacity, batch=1):
         (qwen3_8b(512, 4096), TileConfig(128, 64, 64, 1, 8, 3)),
     ],
 )
-def test_the_tile_of_a_shape(shape, tile):
-    assert choose(shape) == tile
+def test_the_tile_of_a_shape_that_was_not_measured(shape, tile):
+    assert from_table(shape) == tile
 
 
 @settings(max_examples=200)
@@ -186,5 +194,43 @@ def test_the_tile_of_a_shape(shape, tile):
 )
 def test_every_supported_shape_has_a_tile_of_powers_of_two(shape):
     assert unsupported(shape) is None
-    tile = choose(shape)  # TileConfig checks itself
+    tile = from_table(shape)  # TileConfig checks itself
     assert tile.splits == 1 or tile.splits * 4 * tile.keys <= shape.capacity
+
+
+def test_the_nearest_shape_measured_on_the_card_gives_its_tile(monkeypatch, tmp_path):
+    tiles = {
+        (1, 4096): TileConfig(16, 128, 16, 32, 4, 4),
+        (64, 4096): TileConfig(64, 64, 32, 16, 4, 4),
+        (64, 32_768): TileConfig(64, 32, 32, 8, 4, 4),
+    }
+    entries = [
+        dict(
+            card="card",
+            shape=dataclasses.asdict(qwen3_8b(*size)) | dict(dtype="bfloat16"),
+            tile=dataclasses.asdict(tile),
+        )
+        for size, tile in tiles.items()
+    ]
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps(entries))
+    monkeypatch.setattr(config, "MEASURED", path)
+
+    def chosen(*size, card="card"):
+        return choose(qwen3_8b(*size), card)
+
+    assert chosen(1, 4096) == tiles[1, 4096]
+    assert chosen(1, 6144) == tiles[1, 4096]
+    assert chosen(48, 5000) == tiles[64, 4096]
+    assert chosen(64, 20_000) == tiles[64, 32_768]
+    # More than twice as far, of another card, or other rows: nothing measured applies.
+    table = from_table(qwen3_8b(64, 8500))
+    assert chosen(64, 8500) == table and table not in tiles.values()
+    assert chosen(64, 4096, card="other") == from_table(qwen3_8b(64, 4096))
+    assert chosen(64, 4096, 2) == from_table(qwen3_8b(64, 4096, 2))
+
+
+def test_the_measured_tiles_that_ship_can_be_read():
+    for _, shape, tile in config.read_measured(config.MEASURED):
+        assert unsupported(shape) is None
+        assert tile.splits * tile.keys <= shape.capacity

@@ -1,0 +1,280 @@
+"""Is the output on this machine right, at the optimisation level in use?
+
+    python examples/gpu/check.py [--golden ../shared/golden]
+
+- kernels: `pytest -m gpu`, every kernel against its definition;
+- ties: of equal values the one of lowest index comes first, as trees and argmax rely on;
+- lossless: a small random target, every drafter and every tree, greedy and sampled: tokens
+  equal plain decoding's, in float32;
+- golden: traces of the original implementations, tokens and tokens committed per round, where
+  their folder is given.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree
+from pathlib import Path
+
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # pytest has a process of its own
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import timing
+
+from jaxspec.config import TREE_KINDS, DrafterConfig, TargetConfig, TreeConfig
+from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.block import BlockDrafter, block_params
+from jaxspec.drafters.head import random_weights
+from jaxspec.drafters.ngram import PromptLookup
+from jaxspec.drafters.small_model import SmallModel
+from jaxspec.generation import LoadedDrafter, Target, generate
+from jaxspec.loading import with_lookup
+from jaxspec.models.params import random_params
+from jaxspec.trees.candidates import top_logits
+
+LEVEL = "--xla_backend_optimization_level"
+NEW_TOKENS = 40
+SIZES = (97, 7), (4096, 63), (151_936, 63)  # a vocabulary, and how many to find in it
+
+# Head dims that the kernels take; logits far enough apart for any order of float32 sums.
+TARGETS = {
+    "dense": TargetConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        max_positions=512,
+    )
+}
+TARGETS["experts"] = dataclasses.replace(
+    TARGETS["dense"],
+    num_experts=4,
+    experts_per_token=2,
+    moe_intermediate_size=128,
+    norm_topk_prob=True,
+    sparse_layers=(0, 2),
+)
+SAMPLINGS = [Sampling(), Sampling(temperature=0.7), Sampling(), Sampling(1, top_p=0.9)]
+PROMPT_LENGTHS = (1, 5, 130, 30)
+
+HEADS = {
+    "dflash": dict(taps=(0, 1), block_size=8),
+    "jetspec": dict(taps=(-1, 1), block_size=8, causal=True),
+    "dspark": dict(taps=(0, 1), sequential="markov"),
+    "gated": dict(taps=(1,), sequential="gated"),
+    "rnn": dict(taps=(0, 1), causal=True, sequential="rnn"),
+    "treeflash": dict(taps=(0, 2), block_size=8, sequential="mlp", confidence="hidden"),
+    "window": dict(taps=(0, 1), block_size=8, window=4),
+}
+LOW_RANK = dict(predict_next=True, rank=6, confidence="hidden_and_previous", block_size=7)
+
+GOLDEN_TREES = {
+    "jetspec_a": TreeConfig("best_first", size=60, width=7),
+    "dflash_a": TreeConfig("best_first", size=40, width=6),
+    "dspark_vanilla": TreeConfig("chain", size=8),
+    "dspark_rnn": TreeConfig("chain", size=8),
+    "treeflash_a": TreeConfig("transitions", size=40, width=6, candidates=5),
+}
+
+
+def kernels() -> dict:
+    """`pytest -m gpu` in a process of its own."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if LEVEL not in flags:  # the tests' own default is the fastest to compile
+        flags += f" {LEVEL}=3"
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = "-m pytest -q -m gpu -p no:cacheprovider tests/pallas_kernels".split()
+        subprocess.run(
+            [sys.executable, *command, f"--junitxml={report}"],
+            cwd=timing.ROOT,
+            env=os.environ | dict(XLA_FLAGS=flags),
+            stdout=sys.stderr,
+            check=False,  # the report says what failed
+        )
+        if not report.exists():
+            raise RuntimeError("pytest wrote no report; its output says why")
+        suite = next(xml.etree.ElementTree.parse(report).iter("testsuite"))
+    count = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
+    ran = count["tests"] - count["skipped"]
+    if count["failures"] or count["errors"]:
+        raise AssertionError(f"pytest -m gpu: {count}")
+    if jax.default_backend() == "gpu" and not ran:
+        raise AssertionError("pytest -m gpu ran no test")
+    return dict(passed=ran)
+
+
+def ties() -> dict:
+    """Equal values, in order of index, from every search that the library makes."""
+    rng = np.random.default_rng(0)
+    for vocab, k in SIZES:
+        values = rng.integers(0, 20, (15, vocab)).astype(np.float32)
+        right = np.argsort(-values, axis=-1, kind="stable")[:, :k]
+        chosen = {
+            "top_k": jax.jit(jax.lax.top_k, static_argnums=1)(values, k)[1],
+            "top_logits": jax.jit(top_logits, static_argnums=1)(values, k)[0],
+        }
+        for name, tokens in chosen.items():
+            np.testing.assert_array_equal(tokens, right, err_msg=f"{name} of {vocab}")
+        first = jax.jit(functools.partial(jnp.argmax, axis=-1))(values)
+        np.testing.assert_array_equal(first, right[:, 0], err_msg=f"argmax of {vocab}")
+    return dict(sizes=SIZES)
+
+
+@functools.cache
+def target(name: str) -> Target:
+    config = TARGETS[name]
+    return Target(name, config, random_params(config, jax.random.key(0), scale=0.3))
+
+
+def head(kind: str) -> DrafterConfig:
+    c, own = TARGETS["dense"], HEADS[kind]
+    low_rank = own.get("sequential") in ("markov", "gated", "rnn")
+    return DrafterConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=48,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=64,
+        target_layers=c.num_layers,
+        mask_token_id=c.vocab_size - 1,
+        **(LOW_RANK if low_rank else {}) | own,
+    )
+
+
+@functools.cache
+def block_weights(kind: str, of: str):
+    """Random, and large enough for every part to matter; none is left at zero or one."""
+    leaves, tree = jax.tree.flatten(random_weights(head(kind), jax.random.key(1)))
+    random = np.random.default_rng(2)
+    leaves = [x + 0.3 * random.standard_normal(x.shape).astype(np.float32) for x in leaves]
+    return block_params(jax.tree.unflatten(tree, leaves), target(of).params)
+
+
+def drafters(of: str, quick: bool) -> dict[tuple[str, str], LoadedDrafter]:
+    """Every drafter for a target with every tree it can grow, by (drafter, tree).
+
+    Args:
+      quick: one block drafter with its trees, and those that need no training.
+    """
+    found = {
+        ("ngram", "merged"): LoadedDrafter(PromptLookup()),
+        ("small", "chain"): LoadedDrafter(SmallModel(TARGETS[of]), target(of).params),
+    }
+    for kind in ("dspark",) if quick else HEADS:
+        for tree in TREE_KINDS:
+            if tree == "transitions" and head(kind).sequential in (None, "rnn"):
+                continue
+            size = 8 if tree == "chain" else 40
+            grown = TreeConfig(tree, size=size, width=3, candidates=6)
+            static = BlockDrafter(head(kind), grown)
+            found[kind, tree] = LoadedDrafter(static, block_weights(kind, of))
+    joined = found["dspark", "best_first"]
+    found["dspark+ngram", "best_first"] = with_lookup(joined)
+    return found
+
+
+def completions(of: str, **options) -> list:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, TARGETS[of].vocab_size, n).tolist() for n in PROMPT_LENGTHS]
+    return generate(
+        target(of), prompts, max_new_tokens=NEW_TOKENS, seed=3, sampling=SAMPLINGS, **options
+    )
+
+
+def lossless(plain: list, future) -> dict:
+    """Raises where a token differs from plain decoding's."""
+    done = future.result()
+    expected = [completion.token_ids for completion in plain]
+    found = [completion.token_ids for completion in done]
+    for row, (ours, right) in enumerate(zip(found, expected, strict=True)):
+        if ours != right:
+            pairs = zip(ours, right, strict=False)
+            at = next(
+                (i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(right))
+            )
+            raise AssertionError(f"prompt {row} differs from plain decoding at token {at}")
+    rounds = sum(completion.stats.rounds for completion in done)
+    tokens = sum(map(len, found))
+    return dict(prompts=len(found), tokens=tokens, rounds=rounds)
+
+
+def golden(folder: Path, name: str) -> dict:
+    """A golden case: plain and speculative tokens, and tokens committed in every round."""
+    from jaxspec.loading import load_drafter, load_target
+
+    trace = json.loads((folder / name / "trace.json").read_text())
+    prompts, new = trace["prompts"], trace["config"]["max_new"]
+    own = load_target(folder / name / "target")
+    drafter = load_drafter(str(folder / name / "draft"), own, tree=GOLDEN_TREES[name])
+    asked = [prompt["prompt"] for prompt in prompts]
+    plain = generate(own, asked, max_new_tokens=new)
+    done = generate(own, asked, drafter=drafter, max_new_tokens=new)
+    for i, (prompt, ours, drafted) in enumerate(zip(prompts, plain, done, strict=True)):
+        for how, completion in (("plain", ours), ("speculative", drafted)):
+            if completion.token_ids[:new] != prompt["ar"][:new]:
+                raise AssertionError(f"prompt {i}: {how} tokens differ from the original's")
+        recorded = prompt.get("tree_accept") or prompt["accept"]
+        # The last round may be cut short by the limit of new tokens.
+        committed = list(drafted.stats.committed)[:-1]
+        if committed != recorded[: len(committed)]:
+            raise AssertionError(f"prompt {i} committed {committed}, the original {recorded}")
+    tau = np.mean([completion.stats.tau for completion in done])
+    return dict(prompts=len(prompts), tau=round(float(tau), 3))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    rows = timing.Rows("check", options, rates=False)
+    rows.measure(kernels, check="kernels")
+    rows.measure(ties, check="ties")
+    tiny = options.model == "tiny"
+    for of in ("dense",) if tiny else TARGETS:
+        settings = dict(check="lossless", target=of)
+        missing = {
+            (drafter, tree): loaded
+            for (drafter, tree), loaded in drafters(of, tiny or of == "experts").items()
+            if not rows.known(**settings, drafter=drafter, tree=tree)
+        }
+        if not missing or rows.left <= 0:
+            continue
+        plain = completions(of)
+        with concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
+            futures = {
+                name: pool.submit(completions, of, drafter=loaded)
+                for name, loaded in missing.items()
+            }
+            for (drafter, tree), future in futures.items():
+                find = functools.partial(lossless, plain, future)
+                rows.measure(find, **settings, drafter=drafter, tree=tree)
+    for name in GOLDEN_TREES:
+        if options.golden:
+            find = functools.partial(golden, options.golden, name)
+            rows.measure(find, check="golden", case=name)
+    return rows.finish()
+
+
+def parse(arguments: list[str] | None):
+    parser = timing.parser(__doc__.splitlines()[0], "check")
+    parser.add_argument("--golden", type=Path, help="folder of golden cases")
+    parser.add_argument("--model", choices=("tiny",), help="fewer drafters, for a CPU")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The scripts of examples/gpu, end to end on a CPU with the tiny model."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "examples" / "gpu"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """script(name) -> its module; the scripts import one another by bare names."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+@pytest.fixture
+def run(script, tmp_path):
+    """run(name, *arguments) -> (exit status, rows without headers)."""
+
+    def of(name, *arguments):
+        out = tmp_path / f"{name}.jsonl"
+        seen = len(out.read_text().splitlines()) if out.exists() else 0
+        status = script(name).main([*map(str, arguments), "--out", str(out), "--threads", "2"])
+        rows = [json.loads(line) for line in out.read_text().splitlines()[seen:]]
+        header, *rows = rows
+        assert header["header"] and header["jax"] and header["command"]
+        return status, rows
+
+    return of
+
+
+STEPS = ("--model", "tiny", "--length", 20, "--cases")
+
+
+def test_steps_times_each_case_beside_its_floor_and_goes_on_where_it_stopped(run):
+    status, rows = run("steps", *STEPS, "plain", "verify4", "pass", "--profile", "plain")
+    assert status == 0
+    assert [row["case"] for row in rows] == ["plain", "verify4", "pass"]
+    for row in rows:
+        assert row["ms"] > 0 and len(row["runs"]) == 3
+        assert row["share"] == pytest.approx(row["floor_ms"] / row["ms"], abs=1e-3)
+        assert row["model"] == "tiny" and row["commit"] and row["card"].endswith("CPU")
+    plain, verify, drafter = rows
+    assert plain["tau"] == 1 and plain["kernels"]["launches"] > 8
+    assert verify["floor_ms"] > plain["floor_ms"]
+    assert run("steps", *STEPS, "plain", "verify4", "pass") == (0, [])
+    _, (added,) = run("steps", *STEPS, "plain", "prefill32")
+    assert added["case"] == "prefill32" and added["tokens_per_second"] > 0
+
+
+def test_steps_times_whole_rounds(run):
+    status, rows = run("steps", *STEPS, "path_conditioned8", "draft-chain4")
+    assert status == 0 and [row["case"] for row in rows] == [
+        "path_conditioned8",
+        "draft-chain4",
+    ]
+
+
+def test_what_is_not_begun_in_time_is_reported_and_done_the_next_time(run):
+    status, rows = run("steps", *STEPS, "plain", "--seconds", 0)
+    assert status == 0
+    assert [row["skipped"] for row in rows] == ["no time was left"]
+    _, (row,) = run("steps", *STEPS, "plain")
+    assert row["ms"] > 0
+
+
+def test_a_row_that_fails_is_written_and_makes_the_script_fail(run, script, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(script("steps"), "measure_draft", fail)
+    status, rows = run("steps", *STEPS, "pass")
+    assert status == 1
+    assert [row["error"] for row in rows] == ["RuntimeError: out of memory"]
+
+
+def test_a_case_that_is_none_is_named(run):
+    with pytest.raises(SystemExit, match="case 'verify' is not known; expected plain, pass"):
+        run("steps", *STEPS, "verify")
+
+
+def test_tune_writes_tiles_that_the_kernel_reads(run, tmp_path):
+    from pallas_kernels.tree_attention.config import read_measured
+
+    tiles = tmp_path / "tiles.json"
+    status, (row,) = run("tune", "--model", "tiny", "--tiles", tiles)
+    assert status == 0
+    ((card, shape, tile),) = read_measured(tiles)
+    assert card.endswith("CPU") and (shape.nodes, shape.capacity) == (4, 64)
+    assert row["ms"] == min(tried[-1] for tried in row["tried"]) and row["error"] < 1e-5
+    assert row["tile"] == dict(
+        rows=tile.rows,
+        keys=tile.keys,
+        nodes=tile.nodes,
+        splits=tile.splits,
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+
+
+REPLAY = ("--model", "tiny", "--length", 12, "--new-tokens", 40)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_replay_decodes_the_plain_continuation_at_the_acceptance_asked_for(run, dtype):
+    options = (*REPLAY, "--dtype", dtype, "--nodes", 8, "--tau", 1, 2.5, 8)
+    status, (plain, *rows) = run("replay", *options, "--draft", "path_conditioned")
+    assert status == 0
+    assert plain["nodes"] == plain["tau"] == 1 and plain["tokens"] == 39
+    assert [row["asked_tau"] for row in rows] == [1, 2.5, 8]
+    assert all(row["equal"] and row["replay"] for row in rows)
+    # At 8 the last of five rounds is cut short.
+    assert rows[0]["tau"] == 1 and rows[2]["tau"] == pytest.approx(39 / 5, abs=1e-3)
+    assert 1.5 < rows[1]["tau"] < 4
+
+
+def test_replay_takes_a_survival_profile(run):
+    status, (_, row) = run(
+        "replay", *REPLAY, "--nodes", 4, "--survival", 1, 1, 0, "--draft", "none"
+    )
+    assert status == 0 and row["asked_tau"] == 3 and row["tau"] == 3
+
+
+def test_a_survival_profile_that_grows_is_refused(run, capsys):
+    with pytest.raises(SystemExit):
+        run("replay", *REPLAY, "--survival", 0.5, 0.9)
+    assert "expected 1 >= q_1 >= q_2" in capsys.readouterr().err
+
+
+def test_the_geometric_profile_has_the_tau_asked_for(script):
+    geometric = script("replay").geometric
+    assert 1 + geometric(4.0, 15).sum() == pytest.approx(4, abs=1e-4)
+    assert geometric(3.0, 2).tolist() == [1, 1]
+    assert geometric(1.0, 3).tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+    with pytest.raises(ValueError, match="tau is 5; with 3 drafted tokens it is 1 … 4"):
+        geometric(5, 3)
+
+
+def test_small_compares_each_tree_with_plain_decoding(run):
+    options = ("--model", "tiny", "--count", 2, "--new-tokens", 12, "--dtype", "float32")
+    status, (plain, chain) = run("small", *options, "--trees", "chain4")
+    assert status == 0 and plain["tree"] == "plain" and plain["tokens"] == 24
+    assert chain["equal"] == "2 of 2" and chain["tau"] > plain["tau"] == 1
+
+
+def test_check_compares_every_drafter_with_plain_decoding(run):
+    status, rows = run("check", "--model", "tiny")
+    assert status == 0
+    kinds = [row["check"] for row in rows]
+    assert kinds[:2] == ["kernels", "ties"] and set(kinds[2:]) == {"lossless"}
+    trees = {row["tree"] for row in rows[2:] if row["drafter"] == "dspark"}
+    assert trees == {"chain", "best_first", "top_budget", "path_conditioned", "transitions"}
+
+
+def test_check_names_the_first_token_that_differs(script):
+    class Done:
+        def __init__(self, *token_ids):
+            self.token_ids = list(token_ids)
+
+        def result(self):
+            return [self]
+
+    with pytest.raises(AssertionError, match="prompt 0 differs .* at token 2"):
+        script("check").lossless([Done(1, 2, 3)], Done(1, 2, 4))
+
+
+ROWS = [
+    dict(script="steps", header=True, driver="580", jax="0.11.2", date="d", command="python s"),
+    dict(script="steps", model="m", batch=1, length=3500, case="plain", ms=9, share=0.5),
+    dict(script="steps", model="m", batch=1, length=3500, case="plain", ms=6.3, share=0.917),
+    dict(script="steps", model="m", batch=1, length=3500, case="verify64", ms=7.58, share=0.8),
+    dict(script="steps", model="m", batch=8, length=900, case="plain", ms=6.53, share=0.9),
+    dict(script="steps", model="m", batch=8, length=900, case="chain16", error="no memory"),
+    dict(script="steps", model="m", batch=1, length=3500, case="pass", ms=0.5, share=0.7),
+]
+
+
+def test_report_puts_tables_between_the_markers_and_draws(script, tmp_path):
+    of_all = dict(card="card", commit="c", floor_ms=5.8, dtype="bfloat16")
+    lines = [json.dumps(row | of_all) for row in ROWS]
+    (tmp_path / "steps.jsonl").write_text("\n".join(lines))
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Page\n<!-- begin rounds -->\nold\n<!-- end rounds -->\nbetween\n"
+        "<!-- begin replay -->\nkept\n<!-- end replay -->\n"
+    )
+    main = script("report").main
+    options = ["--rows", str(tmp_path), "--into", str(page), "--pictures", str(tmp_path)]
+    assert main(options) == 0
+    written = page.read_text()
+    assert written == (
+        "# Page\n<!-- begin rounds -->\n"
+        "| model, batch, tokens behind | plain | verify64 |\n"
+        "| --- | ---: | ---: |\n"
+        "| m, 1, 3,500 | 6.3 (92%) | 7.58 (80%) |\n"
+        "| m, 8, 900 | 6.53 (90%) |  |\n"
+        "<!-- end rounds -->\nbetween\n<!-- begin replay -->\nkept\n<!-- end replay -->\n"
+    )
+    assert (tmp_path / "rounds.png").stat().st_size > 1000
+    assert main(options) == 0 and page.read_text() == written
+    with pytest.raises(SystemExit, match="no rows of other; it has those of"):
+        main([*options, "--card", "other"])
