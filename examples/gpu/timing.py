@@ -212,8 +212,8 @@ def measure_rates() -> dict:
     square = jax.random.normal(jax.random.key(1), (width, width), jnp.bfloat16)
     product = milliseconds(lambda: _products(square, steps), steps)["ms"]
     return dict(
-        copy_gb_s=round(2 * start.nbytes / copy / 1e6, 1),
-        product_tflop_s=round(2 * width**3 / product / 1e9, 1),
+        copy_gb_s=float(f"{2 * start.nbytes / copy / 1e6:.4g}"),
+        product_tflop_s=float(f"{2 * width**3 / product / 1e9:.4g}"),
     )
 
 
