@@ -45,7 +45,7 @@ def test_steps_times_each_case_beside_its_floor_and_goes_on_where_it_stopped(run
         assert row["model"] == "tiny" and row["commit"] and row["card"].endswith("CPU")
     plain, verify, drafter = rows
     assert plain["tau"] == 1 and plain["kernels"]["launches"] > 8
-    assert verify["floor_ms"] > plain["floor_ms"]
+    assert verify["floor_ms"] >= plain["floor_ms"] > 0 < drafter["floor_ms"]
     assert run("steps", *STEPS, "plain", "verify4", "pass") == (0, [])
     _, (added,) = run("steps", *STEPS, "plain", "prefill32")
     assert added["case"] == "prefill32" and added["tokens_per_second"] > 0
