@@ -15,8 +15,8 @@ class DrafterOptions:
     drafter: str | None = None
     """none (plain decoding) | ngram (prompt lookup) | small:NAME (a small model with the same
     vocabulary) | shipped | folder or hub name of a trained drafter (repo::subfolder too). The
-    last three may be joined with prompt lookup: shipped+ngram, which is the default for the
-    default target; for others it is ngram."""
+    last three may be joined with prompt lookup: shipped+ngram, which with the tree
+    path_conditioned is the default for the default target; for others it is ngram."""
     tree: TreeKind | None = None
     """How scores become a tree; the drafter's own default if left out."""
     width: int = 4
@@ -49,7 +49,7 @@ class DrafterOptions:
             )
         # The verified size is static, a power of two; the budget within it is not.
         size = 1 << (self.budget - 1).bit_length()
-        kind = self.tree or "chain"
+        kind = self.tree or ("path_conditioned" if self.drafter is None else "chain")
         tree = TreeConfig(kind, size=size, width=self.width, candidates=self.candidates)
         rules = dict(threshold=self.threshold, survival=self.survival)
         return load_drafter(name, target, tree=tree, **rules)

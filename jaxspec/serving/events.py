@@ -5,43 +5,36 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine
+from contextlib import AbstractContextManager
 from typing import Any
 
 from starlette.responses import Response
 
-from jaxspec.serving.metrics import Watch
-from jaxspec.serving.runner import Ticket
-
 
 class EventStream(Response):
-    """Server-sent events; a reader that has gone ends the request.
+    """Server-sent events; a reader that has gone ends the requests.
 
     Args:
-      events: pairs of a JSON value and the reason, if it ends the answer.
-      ticket: the request; it is cancelled when the stream ends before it.
+      events: JSON values.
+      tickets: of the requests; they are cancelled when the stream ends before them.
     """
 
-    def __init__(
-        self, events: AsyncGenerator[tuple[dict, str | None]], ticket: Ticket, watch: Watch
-    ):
-        self._events, self._ticket, self._watch = events, ticket, watch
-        self._finish = "disconnected"
+    def __init__(self, events: AsyncGenerator[dict], tickets: AbstractContextManager):
+        self._events, self._tickets = events, tickets
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
         del self.headers["content-length"]
 
     async def __call__(self, scope, receive, send) -> None:
         try:
-            with self._ticket:
+            with self._tickets:
                 await unless_gone(self._pump(send), receive)
         finally:
             await self._events.aclose()
-            self._watch.end(self._finish)
 
     async def _pump(self, send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        async for event, finish in self._events:
-            self._finish = finish or self._finish
+        async for event in self._events:
             await send(_body(f"data: {json.dumps(event)}\n\n"))
         await send(_body("data: [DONE]\n\n", last=True))
 

@@ -55,9 +55,8 @@ class Metrics:
         """The exposition format."""
         return generate_latest(self.registry)
 
-    def follow(self, prompt_tokens: int) -> Watch:
+    def follow(self) -> Watch:
         """Watches one request."""
-        self.prompt_tokens.inc(prompt_tokens)
         return Watch(self)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -22,7 +22,6 @@ IGNORED = {
     "prompt_cache_retention", "request_id", "priority", "cache_salt",
 }  # fmt: skip
 NEUTRAL: dict[str, tuple] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -61,8 +60,8 @@ NEUTRAL_IN_MESSAGES: dict[str, tuple] = {
 SAMPLED = {"temperature", "top_p", "top_k", "min_p", "seed"}
 STOPS = {"stop", "stop_token_ids", "ignore_eos"}
 LENGTHS = {"max_tokens", "max_completion_tokens"}
-COMMON = {"model", "stream", "stream_options"} | SAMPLED | STOPS | LENGTHS
-MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
+COMMON = {"model", "n", "stream", "stream_options"} | SAMPLED | STOPS | LENGTHS
+MAX_STOPS, MAX_STOP_CHARACTERS, MAX_CHOICES = 4, 256, 128
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -81,9 +80,15 @@ class BadRequest(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A body, understood."""
+    """A body, understood.
 
-    request: Request
+    Attributes:
+      requests: of every prompt as many as there are choices, next to each other.
+      prompt_tokens: of all prompts.
+    """
+
+    requests: tuple[Request, ...]
+    prompt_tokens: int
     stops: tuple[str, ...]
     stream: bool
     include_usage: bool = False
@@ -101,18 +106,23 @@ def parse_body(data: bytes) -> Any:
 
 
 def read_completion(body: Any, target: Target, room: int) -> Asked:
-    """`POST /v1/completions`: one prompt, a text or a list of token ids."""
+    """`POST /v1/completions`: a prompt, which is a text or a list of token ids, or a list of
+    them."""
     fields = _Fields(body, COMMON | {"prompt"})
-    prompt = fields.get("prompt", None)
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
-        (prompt,) = prompt
+    prompts = fields.get("prompt", None)
+    if not isinstance(prompts, list) or not any(isinstance(p, (str, list)) for p in prompts):
+        prompts = [prompts]
+    return _asked(fields, [_ids(p, target) for p in prompts], target, room, default=16)
+
+
+def _ids(prompt: Any, target: Target) -> list[int]:
     if isinstance(prompt, str):
         if not prompt:
             raise BadRequest("prompt is empty; expected some text", "prompt")
-        prompt = target.tokenizer.encode(prompt)
-    elif not isinstance(prompt, list) or not all(type(t) is int for t in prompt):
-        raise BadRequest("prompt must be one text, or one list of token ids", "prompt")
-    return _asked(fields, prompt, target, room, default=16)
+        return target.tokenizer.encode(prompt)
+    if not isinstance(prompt, list) or not all(type(t) is int for t in prompt) or not prompt:
+        raise BadRequest("prompt must be a text or a list of token ids, or several", "prompt")
+    return prompt
 
 
 def read_chat(body: Any, target: Target, room: int) -> Asked:
@@ -130,7 +140,7 @@ def read_chat(body: Any, target: Target, room: int) -> Asked:
         )
     except (ValueError, TemplateError) as error:  # templates refuse orders of roles
         raise BadRequest(str(error), "messages") from error
-    return _asked(fields, prompt, target, room, default=None)
+    return _asked(fields, [prompt], target, room, default=None)
 
 
 class _Fields:
@@ -206,24 +216,35 @@ def _same(value: Any, other: Any) -> bool:
 
 
 def _asked(
-    fields: _Fields, prompt: list[int], target: Target, room: int, default: int | None
+    fields: _Fields,
+    prompts: list[list[int]],
+    target: Target,
+    room: int,
+    default: int | None,
 ) -> Asked:
-    left = room - len(prompt)
+    longest = max(map(len, prompts))
+    left = room - longest
     if left < 1:
         raise BadRequest(
-            f"the prompt has {len(prompt)} tokens; this server has room for {room} with the "
-            "answer",
+            f"the prompt has {longest} tokens; this server has room for {room} with the answer",
             "prompt",
         )
+    choices = fields.integer("n", 1)
+    if not 1 <= choices <= MAX_CHOICES:
+        raise BadRequest(f"n is {choices}; expected 1 … {MAX_CHOICES}", "n")
     usage = fields.part("stream_options", {"include_usage", "continuous_usage_stats"})
     seed = fields.integer("seed", -1)
+    if seed == -1:
+        seed = secrets.randbelow(2**32)
+    new_tokens, sampling = _longest(fields, left, default), _sampling(fields, target)
     return Asked(
-        request=Request(
-            prompt=tuple(prompt),
-            max_new_tokens=_longest(fields, left, default),
-            sampling=_sampling(fields, target),
-            seed=secrets.randbelow(2**32) if seed == -1 else seed,
+        requests=tuple(
+            # Seeds of further choices are beyond those that people give.
+            Request(tuple(prompt), new_tokens, sampling, seed + (choice << 64))
+            for prompt in prompts
+            for choice in range(choices)
         ),
+        prompt_tokens=sum(map(len, prompts)),
         stops=_stops(fields),
         stream=fields.flag("stream"),
         include_usage=usage.flag("include_usage"),
@@ -307,6 +328,10 @@ def _is_text(part: Any) -> bool:
     )
 
 
+def _choice(index: int, body: dict, finish: str | None) -> dict:
+    return {"index": index, **body, "logprobs": None, "finish_reason": finish}
+
+
 def usage(prompt_tokens: int, completion_tokens: int, stats: DecodeStats | None) -> dict:
     """The usage object; `speculation` says what the answer took."""
     stats = stats or DecodeStats((), 0)
@@ -336,18 +361,21 @@ class Shape:
     created: int
     model: str
 
-    def whole(self, text: str, finish: str, usage: dict) -> dict:
-        body = (
-            {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        )
-        choice = {"index": 0, **body, "logprobs": None, "finish_reason": finish}
+    def whole(self, answers: Sequence[tuple[str, str]], usage: dict) -> dict:
+        """Args: answers: text and reason of every choice."""
+        choices = []
+        for index, (text, finish) in enumerate(answers):
+            message = {"message": {"role": "assistant", "content": text}}
+            body = message if self.chat else {"text": text}
+            choices.append(_choice(index, body, finish))
         name = "chat.completion" if self.chat else "text_completion"
-        return self._object(name, [choice]) | {"usage": usage}
+        return self._object(name, choices) | {"usage": usage}
 
     def chunk(
         self,
         text: str,
         finish: str | None = None,
+        choice: int = 0,
         *,
         first: bool = False,
         usage: dict | None = None,
@@ -360,9 +388,8 @@ class Shape:
             }
         else:
             body = {"text": text}
-        choice = {"index": 0, **body, "logprobs": None, "finish_reason": finish}
         told = {} if usage is None else {"usage": usage}
-        return self._object(self._chunk_name, [choice]) | told
+        return self._object(self._chunk_name, [_choice(choice, body, finish)]) | told
 
     def last(self, usage: dict) -> dict:
         """The chunk that holds the usage and no choice."""

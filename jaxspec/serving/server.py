@@ -19,12 +19,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import math
 import socket
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import uvicorn
@@ -35,9 +34,10 @@ from starlette.routing import Route
 
 from jaxspec.generation import Target
 from jaxspec.serving.access import LOOPBACK, Access
+from jaxspec.serving.answering import Answering, Choice, fault_message
 from jaxspec.serving.connections import Limits, timed_protocol
 from jaxspec.serving.events import EventStream, unless_gone
-from jaxspec.serving.metrics import Metrics, Watch
+from jaxspec.serving.metrics import Metrics
 from jaxspec.serving.protocol import (
     Asked,
     BadRequest,
@@ -46,13 +46,9 @@ from jaxspec.serving.protocol import (
     parse_body,
     read_chat,
     read_completion,
-    usage,
 )
 from jaxspec.serving.requests import QueueFull
-from jaxspec.serving.runner import EngineFailed, Runner, Ticket
-from jaxspec.serving.text import Answer
-
-log = logging.getLogger("uvicorn.error")
+from jaxspec.serving.runner import EngineFailed, Runner
 
 LAST_WORDS_SECONDS = 5  # for the errors of answers that are given up
 
@@ -239,7 +235,12 @@ class _Service:
             data = await self._body(request)
             # Tokenizing takes long for long texts; the other requests go on meanwhile.
             asked = await asyncio.to_thread(self._understand, data, read)
-            ticket = self.runner.submit(asked.request)
+            tickets = contextlib.ExitStack()
+            with tickets:  # all of them, or none
+                submitted = [
+                    tickets.enter_context(self.runner.submit(own)) for own in asked.requests
+                ]
+                tickets = tickets.pop_all()
         except BadRequest as error:
             self.metrics.refused("bad_request")
             body = error_body(str(error), "invalid_request_error", error.param)
@@ -258,12 +259,19 @@ class _Service:
         except Exception:
             self.metrics.refused("error")
             raise
-        watch = self.metrics.follow(len(asked.request.prompt))
+        self.metrics.prompt_tokens.inc(asked.prompt_tokens)
+        choices = [Choice(ticket, self.metrics.follow()) for ticket in submitted]
         kind = "chatcmpl" if chat else "cmpl"
         shape = Shape(chat, f"{kind}-{uuid.uuid4().hex}", int(time.time()), self.names[0])
+        answering = Answering(asked, choices, self.target.tokenizer, shape)
         if asked.stream:
-            return EventStream(self._events(asked, ticket, watch, shape), ticket, watch)
-        return await self._whole(request, asked, ticket, watch, shape)
+            return EventStream(answering.events(), tickets)
+        try:
+            with tickets:
+                body = await unless_gone(answering.whole(), request.receive)
+        except EngineFailed as error:
+            return JSONResponse(error_body(str(error), "server_error"), 503)
+        return Response(status_code=499) if body is None else JSONResponse(body)
 
     async def _body(self, request: Request) -> bytes:
         """The body, within the limits of size and time."""
@@ -298,92 +306,19 @@ class _Service:
         asked = body.get("model") if isinstance(body, dict) else None
         if asked is not None:
             self._check_name(asked)
-        return read(body, self.target, self.runner.engine.config.room)
-
-    async def _whole(
-        self, request: Request, asked: Asked, ticket: Ticket, watch: Watch, shape: Shape
-    ) -> Response:
-        finish = "disconnected"
-
-        async def collect() -> dict:
-            parts, end = [], None
-            async for piece in self._pieces(asked, ticket, watch):
-                parts.append(piece.text)
-                end = piece
-            return shape.whole("".join(parts), end.finish, end.usage)
-
-        try:
-            with ticket:
-                body = await unless_gone(collect(), request.receive)
-            if body is None:
-                return Response(status_code=499)  # nobody reads it
-            finish = body["choices"][0]["finish_reason"]
-            return JSONResponse(body)
-        except EngineFailed as error:
-            finish = "failed"
-            return JSONResponse(error_body(str(error), "server_error"), 503)
-        except Exception:
-            finish = "error"
-            raise
-        finally:
-            watch.end(finish)
-
-    async def _events(
-        self, asked: Asked, ticket: Ticket, watch: Watch, shape: Shape
-    ) -> AsyncGenerator[tuple[dict, str | None]]:
-        """Objects of a stream, each with the reason if it ends the answer."""
-        first = True
-        try:
-            async with contextlib.aclosing(self._pieces(asked, ticket, watch)) as pieces:
-                async for piece in pieces:
-                    if first or piece.text or piece.finish:
-                        told = piece.usage if asked.usage_in_every_chunk else None
-                        chunk = shape.chunk(piece.text, piece.finish, first=first, usage=told)
-                        yield chunk, piece.finish
-                        first = False
-                    if piece.finish and asked.include_usage:
-                        yield shape.last(piece.usage), piece.finish
-        except EngineFailed as error:
-            yield error_body(str(error), "server_error"), "failed"
-        except Exception as error:
-            log.exception("an answer could not be given")
-            yield error_body(_fault_message(error), "server_error"), "error"
-
-    async def _pieces(self, asked: Asked, ticket: Ticket, watch: Watch):
-        """Text as it grows; the last piece has the reason and the usage."""
-        answer = Answer(self.target.tokenizer, asked.stops)
-        count, finish = 0, None
-        async for update in ticket:
-            watch.see(update)
-            if answer.stopped:  # cut; only the counts of the cancelled rest are awaited
-                text = ""
-            else:
-                count += len(update.tokens)
-                text = answer.add(update.tokens)
-                if update.finish and not answer.stopped:
-                    text += answer.finish()
-            if answer.stopped and not finish:
-                finish = "stop"
-                ticket.cancel()
-            counts = usage(len(asked.request.prompt), count, update.stats)
-            if update.finish is not None:
-                finish = finish or update.finish
-            yield _Piece(text, update.finish and finish, counts)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-    text: str
-    finish: str | None
-    usage: dict
+        config = self.runner.engine.config
+        understood = read(body, self.target, config.room)
+        if len(understood.requests) > config.queue:
+            raise BadRequest(
+                f"{len(understood.requests)} answers are asked for; this server takes up to "
+                f"{config.queue} at a time",
+                "n",
+            )
+        return understood
 
 
 async def _fault(request: Request, error: Exception) -> Response:
-    return JSONResponse(error_body(_fault_message(error), "server_error"), 500)
-
-
-def _fault_message(error: Exception) -> str:
-    return f"the answer could not be given: {error}"
+    return JSONResponse(error_body(fault_message(error), "server_error"), 500)
 
 
 async def _not_found(request: Request, error) -> Response:

@@ -1,6 +1,8 @@
 """Bodies that public clients send: what changes nothing passes, what they ask for is done."""
 
 import json
+import threading
+import time
 
 import pytest
 
@@ -116,6 +118,49 @@ def test_stop_token_ids_come_beside_the_targets_own(port):
     done = json.loads(ask(port, body))
     assert done["choices"][0]["finish_reason"] == "stop"
     assert done["usage"]["completion_tokens"] == whole.index(stop) + 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_prompts_and_choices(port, stream):
+    """Every choice is what it would be alone; that of number i has the seed plus i * 2**64."""
+    body = dict(prompt=[[1, 2, 3], [4, 5]], n=2, max_tokens=12, temperature=0.9, seed=5)
+    usage = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    text = ask(port, body | usage)
+    if stream:
+        lines = [line for line in text.split("\n\n") if line.startswith("data: {")]
+        events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    else:
+        events = [json.loads(text)]
+    texts = [""] * 4
+    for event in events:
+        for choice in event["choices"]:
+            texts[choice["index"]] += choice["text"]
+    sampling, decode = Sampling(temperature=0.9), servers.tokenizer().decode
+    assert texts == [
+        decode(alone(Request(prompt, 12, sampling, seed)))
+        for prompt in ((1, 2, 3), (4, 5))
+        for seed in (5, 5 + 2**64)
+    ]
+    assert len(set(texts)) == 4
+    told = events[-1]["usage"]
+    assert (told["prompt_tokens"], told["completion_tokens"]) == (5, 48)
+    reasons = [c["finish_reason"] for e in events for c in e["choices"] if c["finish_reason"]]
+    assert reasons == ["length"] * 4
+
+
+def test_choices_are_taken_all_or_none():
+    with servers.serve(limits=Limits(), queue=3, slots=1) as (port, runner):
+        step, runner.engine.step = runner.engine.step, lambda: []  # nothing leaves the queue
+        body = json.dumps({"prompt": "a", "max_tokens": 2, "n": 2}).encode()
+        first = threading.Thread(target=servers.post, args=(port, "/v1/completions", body))
+        first.start()
+        while runner.engine.waiting < 2:
+            time.sleep(0.01)
+        assert servers.post(port, "/v1/completions", body)[0] == 429
+        assert runner.tickets == 2
+        runner.engine.step = step
+        first.join()
+        servers.await_idle(runner)
 
 
 def test_one_model_under_its_names(port):
