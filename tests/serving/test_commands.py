@@ -15,10 +15,12 @@ import pytest
 from jaxspec.checkpoints.drafters import load_drafter, save_drafter, save_temperatures
 from jaxspec.cli import main
 from jaxspec.cli.exits import BAD_INPUT
+from jaxspec.cli.serve import Serve
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.block import BlockDrafter
 from jaxspec.loading import with_survival
 from tests import tiny
+from tests.checkpoints.writing import DENSE, random_tensors, write_folder
 from tests.drafters import cases
 from tests.serving import engines
 
@@ -65,6 +67,8 @@ def test_confidence_scores_where_there_is_a_head(folder):
     [
         (["serve", "--port", "70000"], "--port is 70000"),
         (["serve", "--body-bytes", "0"], "Limits.body_bytes is 0"),
+        (["serve", "--api-key", ""], "the API key must be ASCII and not empty"),
+        (["serve", "--drain-seconds", "-1"], "--drain-seconds is -1.0"),
         (["calibrate", "--drafter", "x", "--prompts", "/nowhere"], "cannot read /nowhere"),
     ],
 )
@@ -85,6 +89,67 @@ def test_a_curve_file_is_checked_before_anything_is_loaded(tmp_path, capsys):
     (tmp_path / "curve.json").write_text("{}")
     assert main(["serve", "--curve", str(tmp_path / "curve.json")]) == BAD_INPUT
     assert "is not a step-time curve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "warned"),
+    [
+        (["--host", "0.0.0.0"], None, True),
+        (["--host", "0.0.0.0", "--api-key", "secret"], None, False),
+        (["--host", "0.0.0.0"], "secret", False),
+        ([], None, False),
+    ],
+)
+def test_others_without_a_key_are_warned_of(arguments, key, warned, monkeypatch, capsys):
+    monkeypatch.delenv("JAXSPEC_API_KEY", raising=False)
+    if key:
+        monkeypatch.setenv("JAXSPEC_API_KEY", key)
+    assert main(["serve", "--port", "0", "--target", "nothing", *arguments]) == BAD_INPUT
+    said = "warning: --host 0.0.0.0 may be reached by others" in capsys.readouterr().err
+    assert said == warned
+
+
+def never(*_, **__):
+    raise AssertionError("nothing may be computed before this is refused")
+
+
+def test_a_target_without_a_tokenizer_is_refused_before_anything_is_compiled(
+    tmp_path, monkeypatch, capsys
+):
+    target = write_folder(tmp_path / "target", DENSE, random_tensors(DENSE))
+    monkeypatch.setattr("jaxspec.enable_compilation_cache", lambda: tmp_path)
+    monkeypatch.setattr("jaxspec.serving.engine.Engine", never)
+    assert main(["serve", "--port", "0", "--target", str(target)]) == BAD_INPUT
+    assert "has no tokenizer; a server needs one" in capsys.readouterr().err
+
+
+def test_a_drafter_without_confidence_is_refused_before_answers_are_recorded(
+    tmp_path, monkeypatch, capsys
+):
+    target = write_folder(tmp_path / "target", DENSE, random_tensors(DENSE))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    monkeypatch.setattr("jaxspec.enable_compilation_cache", lambda: tmp_path)
+    monkeypatch.setattr("jaxspec.evaluation.walk.record", never)
+    arguments = ["--prompts", str(tmp_path / "prompts.jsonl"), "--drafter", "ngram"]
+    assert main(["calibrate", "--target", str(target), *arguments]) == BAD_INPUT
+    assert "--drafter ngram has no confidence head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "names"),
+    [
+        ("Qwen/Qwen3-8B", (), ("Qwen/Qwen3-8B", "Qwen3-8B")),
+        ("smollm2-135m", (), ("smollm2-135m",)),
+        ("Qwen/Qwen3-8B", ("small", "default"), ("small", "default")),
+    ],
+)
+def test_names_of_the_model(target, given, names):
+    assert Serve(target=target, served_model_name=given)._names() == names
+
+
+def test_a_folders_path_is_not_told(tmp_path):
+    names = Serve(target=str(tmp_path))._names()
+    assert names == (tmp_path.name, str(tmp_path))
 
 
 @pytest.mark.gate
