@@ -31,7 +31,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxspec.checkpoints.drafter_config import TEMPERATURES, from_json, recognise, to_json
-from jaxspec.checkpoints.fuse import Part, check_dtype, check_finite
+from jaxspec.checkpoints.fuse import Part, check_dtype, check_weights
 from jaxspec.checkpoints.huggingface import resolve
 from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import DrafterConfig, TargetConfig, TreeConfig
@@ -94,7 +94,8 @@ def save_drafter(
         configuration and leaves the target's vocabulary out.
 
     Raises:
-      ValueError: the format cannot express the configuration, or the folder is in use.
+      ValueError: the format cannot express the configuration, the folder is in use, or a weight
+        is no finite number or absurdly large.
     """
     folder, config = Path(folder), drafter.config
     if format is None:
@@ -112,7 +113,6 @@ def save_drafter(
     if np.any(np.asarray(params.temperatures) != 1):
         values = np.broadcast_to(params.temperatures, config.depth)
         raw[TEMPERATURES] = [float(x) for x in values]
-    folder.mkdir(parents=True, exist_ok=True)
     weights = nnx.to_flat_state(whole_weights(params))
     weights = {path: np.asarray(x[...]) for path, x in weights}
     tensors = {
@@ -127,6 +127,9 @@ def save_drafter(
         tensors[DRAFT_TOKENS] = np.asarray(kept)
     # safetensors writes a strided view's memory as it lies; PyTorch readers want the metadata.
     tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    for name, x in tensors.items():
+        check_weights(x, name, f"{folder} is not written")
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
 
@@ -336,7 +339,7 @@ def _load(
             view = array[part.index].transpose(part.axes)
             with np.errstate(over="ignore"):  # found below, with the tensor's name
                 view[...] = tensors.read(part.name).reshape(view.shape)
-            check_finite(view, part.name, tensors.origin)
+            check_weights(view, part.name, tensors.origin)
         return spec.replace(jnp.asarray(array))
 
     abstract = nnx.to_flat_state(abstract_weights(config, dtype))

@@ -33,6 +33,7 @@ Box = tuple[tuple[int, int], ...]  # first and one past the last, per axis
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ALIGNMENT = 64  # bytes; JAX on the CPU adopts an aligned buffer instead of copying it
+LARGEST = 1e6  # of any weight; those of trained models stay below a few thousand
 LARGE = 1_000_000_000  # bytes; loading more shows progress
 
 
@@ -162,12 +163,18 @@ def check_dtype(dtype) -> np.dtype:
     return dtype
 
 
-def check_finite(values: np.ndarray, name: str, origin: str) -> None:
-    """Raises ValueError if a tensor, in the dtype asked for, holds what is not a number."""
+def check_weights(values: np.ndarray, name: str, origin: str) -> None:
+    """Raises ValueError if a tensor, in the dtype asked for, holds what no weight can be."""
     if not np.isfinite(values).all():
         raise ValueError(
             f"{origin}: tensor '{name}' holds NaN or infinity as {values.dtype}; the "
             "checkpoint is damaged, or its values need a wider dtype"
+        )
+    most = max(values.max(initial=0), -values.min(initial=0))
+    if most > LARGEST:
+        raise ValueError(
+            f"{origin}: tensor '{name}' holds {float(most):.3g}; no weight is beyond "
+            f"{LARGEST:.0e}: the checkpoint is damaged, download or save it again"
         )
 
 
@@ -389,7 +396,7 @@ def _place(
             source = values[_slices(overlap, piece)].transpose(np.argsort(order))
             with np.errstate(over="ignore"):  # found below, with the tensor's name
                 target[...] = source.reshape(target.shape)
-            check_finite(target, part.name, tensors.origin)
+            check_weights(target, part.name, tensors.origin)
             yield target.size
 
 

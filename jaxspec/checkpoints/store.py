@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-STATE, POSITION = "state", "position"
+from jaxspec.checkpoints.checksums import by_path, checksums
+
+STATE, POSITION, CHECKSUMS = "state", "position", "checksums"
 CHUNK_BYTES = 64 * 2**20  # least that is read of an array, where it is larger
 IN_FLIGHT_BYTES = 256 * 2**20  # copies of arrays while they are written or read
 
@@ -46,7 +49,7 @@ class Store:
         """
         self._checkpoints.save_checkpointables(
             step,
-            {STATE: state, POSITION: position},
+            {STATE: state, POSITION: position, CHECKSUMS: _sums(state, position)},
             metrics=None if score is None else {"score": score},
             force=True,
             overwrite=True,
@@ -69,12 +72,14 @@ class Store:
         step = steps[-1] if step is None else step
         if step not in steps:
             raise ValueError(f"{self.folder} has no checkpoint {step}; it has {steps}")
-        abstract = jax.tree.map(_abstract, like)
+        wanted = {STATE: jax.tree.map(_abstract, like), POSITION: None}
+        if (self.folder / str(step) / CHECKSUMS).exists():  # older ones have none
+            wanted[CHECKSUMS] = None
         try:
             with _quiet():
-                found = self._checkpoints.load_checkpointables(
-                    step, {STATE: abstract, POSITION: None}
-                )
+                found = self._checkpoints.load_checkpointables(step, wanted)
+            if CHECKSUMS in found:
+                _compare(found[CHECKSUMS], _sums(found[STATE], found[POSITION]))
         except Exception as error:  # whatever Orbax and TensorStore raise on a damaged file
             older = [other for other in steps if other < step]
             remedy = (
@@ -113,8 +118,10 @@ class Store:
 
 def save_weights(folder: Path, params: Any) -> None:
     """Writes a pytree of arrays as a new store, uncompressed; every process its own shards."""
+    sums = checksums(params)
+    stored = by_path(params) | {CHECKSUMS: _in_order(sums)}
     with _weights_context(params):
-        ocp.save(folder.absolute(), _by_path(params))
+        ocp.save(folder.absolute(), stored)
 
 
 def load_weights(folder: Path, like: Any) -> Any:
@@ -126,7 +133,7 @@ def load_weights(folder: Path, like: Any) -> Any:
     Raises:
       ValueError: the store is damaged, or is of another model.
     """
-    wanted = _by_path(like)
+    wanted = by_path(like)
     with _weights_context(like), _quiet():
         try:
             stored = ocp.metadata(folder.absolute()).metadata
@@ -138,19 +145,40 @@ def load_weights(folder: Path, like: Any) -> Any:
                         + ("missing" if found is None else f"of shape {found}")
                         + f", expected {x.shape}"
                     )
-            absent = {path: ocp.PLACEHOLDER for path in stored if path not in wanted}
-            arrays = ocp.load(folder.absolute(), wanted | absent)
+            # As they are stored, for the checksums; cast below.
+            abstract = {x: _abstract(like, stored[x].dtype) for x, like in wanted.items()}
+            read = dict.fromkeys(stored, ocp.PLACEHOLDER) | abstract
+            if CHECKSUMS in stored:  # older stores have none
+                read[CHECKSUMS] = np.empty(stored[CHECKSUMS].shape, np.uint32)
+            arrays = ocp.load(folder.absolute(), read)
+            if CHECKSUMS in stored:
+                written = zip(sorted({*stored} - {CHECKSUMS}), arrays[CHECKSUMS], strict=True)
+                found = checksums({path: arrays[path] for path in wanted})
+                _compare({x: int(sum) for x, sum in written if x in found}, found)
         except Exception as error:  # whatever Orbax and TensorStore raise on a damaged file
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(
                 f"{folder} cannot be read ({reason[0][:200]}); convert the checkpoint again"
             ) from error
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in wanted])
+    cast = [arrays.pop(path).astype(x.dtype) for path, x in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), cast)
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-    flat, _ = jax.tree.flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat}
+def _sums(state: Any, position: dict[str, Any]) -> dict[str, int]:
+    """What is kept beside a checkpoint to know it by."""
+    return checksums(state) | {f"{POSITION}.{k}": int(x) for k, x in position.items()}
+
+
+def _in_order(sums: dict[str, int]) -> np.ndarray:
+    return np.array([sums[path] for path in sorted(sums)], np.uint32)
+
+
+def _compare(written: dict[str, int], found: dict[str, int]) -> None:
+    """Raises ValueError if something is not what was written."""
+    other = [path for path, sum in found.items() if int(written.get(path, -1)) != sum]
+    if other:
+        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+        raise ValueError(f"'{other[0]}'{more} is not what was written: its checksum differs")
 
 
 def _weights_context(arrays: Any) -> ocp.Context:
@@ -167,8 +195,10 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
 
 
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+def _abstract(x: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(
+        x.shape, dtype or x.dtype, sharding=getattr(x, "sharding", None)
+    )
 
 
 @contextlib.contextmanager

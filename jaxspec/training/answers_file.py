@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from jaxspec.data.identity import same_name
 from jaxspec.data.jobs import Job
+from jaxspec.locks import lock
 
 BEGINNING = b'{"id": '  # of every row
 Fields = dict[str, Any]
@@ -44,14 +44,8 @@ class AnswersFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self.path.open("ab+")
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._stream.close()
-            raise ValueError(
-                f"another process is writing {self.path}; wait until it is done, or give "
-                "another output"
-            ) from error
-        try:
+            remedy = "wait until it is done, or give another output"
+            lock(self._stream.fileno(), str(self.path), remedy)
             self.rows: dict[Any, Written] = {}
             for number, row in _rows(self.path):
                 fields = row["metadata"] | {"thinking": row.get("thinking")}

@@ -66,10 +66,18 @@ def test_damaged_header(tmp_path, text, message):
         SafetensorsFolder(tmp_path)
 
 
-def test_nan_in_a_shard_that_loads_otherwise(tmp_path):
-    tensors = TENSORS | {"model.norm.weight": np.full(12, np.nan, np.float32)}
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (np.nan, "NaN or infinity"),
+        (3.6e35, "3.6e.35; no weight is"),
+        (-2e6, "2e.06; no weight"),
+    ],
+)
+def test_what_no_weight_can_be_in_a_shard_that_loads_otherwise(tmp_path, value, found):
+    tensors = TENSORS | {"model.norm.weight": np.full(12, value, np.float32)}
     write_folder(tmp_path, DENSE, tensors, shards=3)
-    with pytest.raises(ValueError, match=r"'model.norm.weight' holds NaN or infinity"):
+    with pytest.raises(ValueError, match=f"'model.norm.weight' holds {found}"):
         checkpoints.load(tmp_path)
 
 

@@ -377,15 +377,29 @@ def test_any_value_of_any_key_is_a_drafter_or_one_clear_refusal(kind):
     assert refused > len(changed) // 3
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_value_that_is_not_finite(tmp_path, value):
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(np.nan, "NaN or inf"), (np.inf, "NaN or inf"), (-3.6e35, "3.6e.35; no weight is beyond")],
+)
+def test_a_value_that_no_weight_can_be(tmp_path, value, found):
     save(tmp_path / "a", "dspark")
     path = tmp_path / "a" / "model.safetensors"
     tensors = load_file(path)
     tensors["layers.1.self_attn.v_proj.weight"][2, 3] = value
     save_file(tensors, path)
-    with pytest.raises(ValueError, match="'layers.1.self_attn.v_proj.weight' holds NaN or inf"):
+    message = f"'layers.1.self_attn.v_proj.weight' holds {found}"
+    with pytest.raises(ValueError, match=message):
         load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("value", [np.nan, 3.6e35])
+def test_a_value_that_no_weight_can_be_is_not_saved(tmp_path, value):
+    drafter, params = save(tmp_path / "b", "dspark")
+    head = jax.tree.map(lambda x: x, params.head)
+    head.fc = head.fc.replace(head.fc[...].at[1, 2].set(value))
+    with pytest.raises(ValueError, match="a is not written: tensor 'fc.weight' holds"):
+        save_drafter(tmp_path / "a", drafter, block_params(head, tiny.target().params))
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_dtype_that_weights_cannot_have(tmp_path):

@@ -1,12 +1,15 @@
 """Checkpoints of a run: whole, pruned, and clear about damage."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxspec.checkpoints.store import Store
+from jaxspec.checkpoints.checksums import checksums
+from jaxspec.checkpoints.store import Store, load_weights, save_weights
 
 
 def state(seed):
@@ -41,6 +44,64 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path, damage):
     with pytest.raises(ValueError, match=r"checkpoint 2 in .* cannot be read .* checkpoint 1"):
         store.restore(state(0))
     assert store.restore(state(0), step=1)[0] == 1
+
+
+def flipped(path, at):
+    """One bit of a file is another."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x40
+    path.write_bytes(content)
+
+
+def test_any_flipped_byte_of_the_arrays_is_found(tmp_path):
+    store = Store(tmp_path)
+    for step in (1, 2):
+        store.save(step, state(step), {"index": 7})
+    files = [x for x in (tmp_path / "2" / "state").rglob("*") if x.is_file()]
+    largest = max(files, key=lambda x: x.stat().st_size)
+    assert largest.stat().st_size > 10_000  # one array of 16,384 bytes
+    for share in (0.2, 0.5, 0.8):
+        at = int(share * largest.stat().st_size)
+        flipped(largest, at)
+        with pytest.raises(ValueError, match=r"checkpoint 2 in .* resume from checkpoint 1"):
+            store.restore(state(0))
+        flipped(largest, at)
+    assert store.restore(state(0))[0] == 2
+
+
+def test_what_was_stored_otherwise_is_named(tmp_path, monkeypatch):
+    """As a fault of the memory leaves it: every file is sound."""
+    store, sums = Store(tmp_path), checksums
+    monkeypatch.setattr(
+        "jaxspec.checkpoints.store.checksums", lambda x: sums(x) | {"weights.w": 1}
+    )
+    store.save(1, state(1), {"index": 7})
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="'weights.w' is not what was written: its checksum"):
+        store.restore(state(0))
+
+
+def test_stored_weights_are_compared_too(tmp_path):
+    weights = state(1)["weights"]
+    save_weights(tmp_path / "store", weights)
+    jax.tree.map(
+        np.testing.assert_array_equal, load_weights(tmp_path / "store", weights), weights
+    )
+    (part,) = (load_weights(tmp_path / "store", {"b": weights["b"]})).values()
+    assert part.tolist() == [1, 1, 1]
+    files = [x for x in (tmp_path / "store").rglob("*") if x.is_file()]
+    largest = max(files, key=lambda x: x.stat().st_size)
+    flipped(largest, largest.stat().st_size // 2)
+    with pytest.raises(ValueError, match="cannot be read .*; convert the checkpoint again"):
+        load_weights(tmp_path / "store", weights)
+
+
+def test_checkpoints_without_checksums_are_read(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.save(1, state(1), {"index": 7})
+    shutil.rmtree(tmp_path / "1" / "checksums")
+    step, found, _ = store.restore(state(0))
+    jax.tree.map(np.testing.assert_array_equal, found, state(1))
 
 
 def test_a_step_can_be_written_again(tmp_path):
