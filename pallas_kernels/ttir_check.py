@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import jax
 import ml_dtypes
@@ -68,11 +68,15 @@ def _run_pallas_call(eqn, inputs) -> list[np.ndarray]:
         lowered = jax.jit(call).trace(*inputs).lower(lowering_platforms=("cuda",))
     (config,) = _triton_calls(lowered.compiler_ir("stablehlo").operation)
     outputs = [np.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
+    aliased = dict((output, source) for source, output in eqn.params["input_output_aliases"])
+    for output, source in aliased.items():
+        outputs[output][...] = inputs[source]
     run_kernel(
         ir.StringAttr(config["ir"]).value_bytes,
         [ir.IntegerAttr(config[f"grid_{axis}"]).value for axis in "xyz"],
         [np.asarray(x) for x in inputs],
         outputs,
+        updated=set(aliased),
     )
     return outputs
 
@@ -90,9 +94,16 @@ def _triton_calls(op) -> list[ir.DictAttr]:
 
 
 def run_kernel(
-    bytecode: bytes, grid: list[int], inputs: list[np.ndarray], outputs: list[np.ndarray]
+    bytecode: bytes,
+    grid: list[int],
+    inputs: list[np.ndarray],
+    outputs: list[np.ndarray],
+    updated: Set[int] = frozenset(),
 ) -> None:
-    """Runs every program of the grid, filling `outputs` in place."""
+    """Runs every program of the grid, filling `outputs` in place.
+
+    Of the outputs `updated`, which are inputs too, programs may leave elements as they are.
+    """
     context = ir.Context()
     triton_dialect.register_dialect(context)
     context.load_all_available_dialects()
@@ -110,8 +121,8 @@ def run_kernel(
     with np.errstate(all="ignore"):
         for program, index in enumerate(itertools.product(*map(range, grid))):
             _Program(program, index).run(body, pointers)
-    for buffer in buffers[len(inputs) :]:
-        if (buffer.writer == NOBODY).any():
+    for i, buffer in enumerate(buffers[len(inputs) :]):
+        if i not in updated and (buffer.writer == NOBODY).any():
             element = int(np.argmax(buffer.writer == NOBODY))
             raise KernelFault(f"no program writes element {element} of {buffer.name}")
 
@@ -151,7 +162,7 @@ class _Operation:
         self.operands = list(op.operands)
         self.results = list(op.results)
         self.attributes = {name: op.attributes[name] for name in op.attributes}
-        self.blocks = [_Block(region.blocks[0]) for region in op.regions]
+        self.blocks = [_Block(region.blocks[0]) for region in op.regions if len(region.blocks)]
         if self.name == "arith.constant":
             self.constant = _constant(self.attributes["value"], self.results[0].type)
         elif self.results:
@@ -206,7 +217,12 @@ _ELEMENTWISE = {
 }
 _COMPARE = [np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal]
 _CASTS = ("arith.extui", "arith.extsi", "arith.extf", "arith.truncf", "arith.sitofp")
-_EXTERN = {"__nv_exp2f": np.exp2, "__nv_logf": np.log, "__nv_log2f": np.log2}
+_EXTERN = {
+    "__nv_exp2f": np.exp2,
+    "__nv_logf": np.log,
+    "__nv_log2f": np.log2,
+    "__nv_rsqrtf": lambda x: 1 / np.sqrt(x),
+}
 
 
 class _Program:
@@ -270,6 +286,9 @@ class _Program:
                 for i in range(int(start), int(stop), int(step)):
                     carry = self.run(op.blocks[0], [start.dtype.type(i), *carry])
                 return carry
+            case "scf.if":
+                branch = 0 if operands[0] else 1
+                return self.run(op.blocks[branch], []) if branch < len(op.blocks) else []
             case "scf.yield" | "tt.return" | "tt.reduce.return":
                 return []
         raise NotImplementedError(f"the Triton IR has {name}, which ttir_check does not run")

@@ -7,6 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.copy_rows import take_rows, write_rows
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +48,10 @@ class KVCache:
             # An odd number is never 0, but XLA does not know and cannot fold this away.
             starts = jnp.where((first | 1) == 0, 0, starts)
 
-        def update(caches, news):
-            news = tuple(
-                new.swapaxes(1, 2).astype(cache.dtype)
-                for cache, new in zip(caches, news, strict=True)
-            )
-            if starts.ndim:
-                return _put_rows(caches, news, starts)
-            put = jax.lax.dynamic_update_slice_in_dim
-            return tuple(
-                put(cache, new, starts, 2) for cache, new in zip(caches, news, strict=True)
-            )
-
-        return KVCache(update(self.keys, rows.keys), update(self.values, rows.values))
+        layers = len(self.keys)
+        caches, news = self.keys + self.values, rows.keys + rows.values
+        written = _put_rows(caches, news, starts) if starts.ndim else _put(caches, news, starts)
+        return KVCache(written[:layers], written[layers:])
 
 
 @jax.tree_util.register_dataclass
@@ -71,8 +64,9 @@ class KVRows:
 
     def take(self, index: jax.Array) -> KVRows:
         """The rows of chosen nodes: index [B, C'] -> [B, C', K, D] per layer."""
-        pick = lambda x: jnp.take_along_axis(x, index[:, :, None, None], axis=1)  # noqa: E731
-        return KVRows(tuple(map(pick, self.keys)), tuple(map(pick, self.values)))
+        layers = len(self.keys)
+        taken = take_rows(self.keys + self.values, index)
+        return KVRows(taken[:layers], taken[layers:])
 
 
 def init_cache(
@@ -86,6 +80,15 @@ def init_cache(
     )
 
 
+def _put(caches: tuple, news: tuple, start: jax.Array) -> tuple:
+    """Overwrites rows of [B, K, S, D] arrays, every sequence at the same start."""
+    put = jax.lax.dynamic_update_slice_in_dim
+    return tuple(
+        put(cache, new.swapaxes(1, 2).astype(cache.dtype), start, 2)
+        for cache, new in zip(caches, news, strict=True)
+    )
+
+
 def _put_rows(caches: tuple, news: tuple, starts: jax.Array) -> tuple:
     """Overwrites rows of [B, K, S, D] arrays, every sequence at a start of its own.
 
@@ -93,13 +96,15 @@ def _put_rows(caches: tuple, news: tuple, starts: jax.Array) -> tuple:
     they are not, but there a bfloat16 cache would be converted to float32 for every row.
     """
     if caches[0].dtype != jnp.float32:
-        return _put_together(caches, news, starts)
+        return write_rows(caches, news, starts)
     return jax.lax.platform_dependent(
-        caches, news, starts, cpu=_put_one_by_one, default=_put_together
+        caches, news, starts, cpu=_put_one_by_one, default=write_rows
     )
 
 
 def _put_one_by_one(caches: tuple, news: tuple, starts: jax.Array) -> tuple:
+    news = tuple(new.swapaxes(1, 2).astype(caches[0].dtype) for new in news)
+
     def put(row, caches):
         def one(cache, new):
             new = jax.lax.dynamic_slice_in_dim(new, row, 1)
@@ -108,10 +113,3 @@ def _put_one_by_one(caches: tuple, news: tuple, starts: jax.Array) -> tuple:
         return tuple(map(one, caches, news))
 
     return jax.lax.fori_loop(0, len(starts), put, caches)
-
-
-def _put_together(caches: tuple, news: tuple, starts: jax.Array) -> tuple:
-    put = jax.vmap(
-        lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (0, start, 0))
-    )
-    return tuple(put(cache, new, starts) for cache, new in zip(caches, news, strict=True))

@@ -10,11 +10,21 @@ import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig
 from jaxspec.models.cache import KVCache, KVRows
-from jaxspec.models.layers import lookup, project, rms_norm, rotary_angles, rotate, swiglu
+from jaxspec.models.layers import (
+    cut_axes,
+    lookup,
+    project,
+    rms_norm,
+    rotary_angles,
+    swiglu,
+)
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import AttentionParams, MlpParams, MoeParams, TargetParams
 from jaxspec.trees.packing import Packing
+from pallas_kernels.rotary_heads import rotary_heads
 from pallas_kernels.tree_attention import tree_attention
+
+MIN_ROWS = 8  # of a product of narrow operands, for cuBLAS: XLA pads each that has fewer
 
 
 @jax.tree_util.register_dataclass
@@ -26,14 +36,11 @@ class ForwardOutput:
       hidden: [B, N, M] float32, after the final norm; `unembed` turns it into logits.
       taps: [B, N, len(taps) * M] float32, outputs of the tapped layers side by side.
       rows: keys and values of the nodes, for `KVCache.write`.
-      experts: [B * N, k], those that the nodes chose in every layer that mixes some, for
-        `moe.expert_load`.
     """
 
     hidden: jax.Array
     taps: jax.Array
     rows: KVRows
-    experts: tuple[jax.Array, ...]
 
 
 def forward(
@@ -66,21 +73,29 @@ def forward(
       implementation: of tree attention, see `pallas_kernels.tree_attention`.
     """
     check_taps(taps, config)
+    batch, n = tokens.shape
     positions = lengths[:, None] + depths
     if packing is not None:
         tokens, positions = packing.gather(tokens), packing.gather(positions)
     angles = rotary_angles(positions, config.head_dim, config.rope_theta)
     x = lookup(params.embed, tokens)  # [B, N, M]
-    outputs, keys, values, experts = {-1: x}, [], [], []
+    fused = fuses(params, implementation)
+    count, rows = tokens.size, None
+    if fused:
+        # Nodes side by side, padded with zeros: products of fewer rows would each pad theirs.
+        rows = max(count, MIN_ROWS)
+        x = jnp.pad(x.reshape(1, count, -1), ((0, 0), (0, rows - count), (0, 0)))
+    outputs, keys, values = {-1: x}, [], []
     for i, layer in enumerate(params.layers):
-        q, k, v = _qkv(layer.attention, config, x, angles)
+        dtype = cache.keys[i].dtype
+        q, k, v = _qkv(layer.attention, config, x, angles, dtype if fused else None)
         # Rounded here and kept: XLA would rather keep every layer's whole projection until the
         # rows are committed, and take them from it then.
-        k, v = jax.lax.optimization_barrier(
-            (k.astype(cache.keys[i].dtype), v.astype(cache.values[i].dtype))
-        )
+        k, v = jax.lax.optimization_barrier((k.astype(dtype), v.astype(dtype)))
         if packing is not None:
             q, k, v = (packing.spread(x) for x in (q, k, v))
+        elif fused:
+            q, k, v = (x.reshape(batch, n, *x.shape[2:]) for x in (q, k, v))
         attended = tree_attention(
             q,
             cache.keys[i],
@@ -91,25 +106,39 @@ def forward(
             ancestors,
             scale=config.head_dim**-0.5,
             implementation=implementation,
+            rows=None if packing is not None else rows,
         )
         if packing is not None:
             attended = packing.gather(attended)
-        x = x + _project_out(layer.attention, attended)
-        out, chosen = _mlp(layer.mlp, config, x)
-        x = x + out
+            padding = x.shape[1] - attended.shape[1]
+            attended = jnp.pad(attended, ((0, 0), (0, padding), (0, 0), (0, 0)))
+        x = x + _project_out(layer.attention, attended.reshape(*x.shape[:2], -1))
+        x = x + _mlp(layer.mlp, config, x, count)
         outputs[i] = x
-        experts += chosen
         keys.append(k)
         values.append(v)
     hidden = rms_norm(x, params.final_norm, config.rms_norm_eps)
     outputs[config.num_layers - 1] = hidden
+    if fused:
+        outputs = {i: x[:, :count].reshape(*tokens.shape, -1) for i, x in outputs.items()}
     tapped = [outputs[i] for i in taps]
     return ForwardOutput(
-        hidden=hidden,
-        taps=jnp.concatenate(tapped, axis=-1) if tapped else x[..., :0],
+        hidden=outputs[config.num_layers - 1],
+        taps=jnp.concatenate(tapped, axis=-1) if tapped else hidden[:, :count, :0],
         rows=KVRows(tuple(keys), tuple(values)),
-        experts=tuple(experts),
     )
+
+
+def fuses(params: TargetParams, implementation: str | None) -> bool:
+    """Whether a forward runs the kernels for NVIDIA GPUs around its products.
+
+    It does with bfloat16 weights on one device. Float32 is for exactness: there everything but
+    the attention is XLA's.
+    """
+    if implementation is None:
+        implementation = "triton" if jax.default_backend() == "gpu" else "xla"
+    narrow = params.embed.dtype == jnp.bfloat16
+    return implementation == "triton" and narrow and not cut_axes()
 
 
 def unembed(params: TargetParams, hidden: jax.Array) -> jax.Array:
@@ -127,35 +156,41 @@ def check_taps(taps: tuple[int, ...], config: TargetConfig) -> None:
         )
 
 
-def _qkv(params: AttentionParams, config: TargetConfig, x: jax.Array, angles):
-    """Rotated queries [B, N, H, D], rotated keys and values [B, N, K, D]."""
+def _qkv(params: AttentionParams, config: TargetConfig, x: jax.Array, angles, dtype=None):
+    """Rotated queries [B, N, H, D], rotated keys and values [B, N, K, D].
+
+    With `dtype` one kernel does what follows the product, and rounds to it.
+    """
     normed = rms_norm(x, params.norm, config.rms_norm_eps)
     qkv = project("bnm,mkgd->bnkgd", normed, params.qkv)
-    if params.qkv_bias is not None:
-        qkv = qkv + params.qkv_bias
-    q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
-    q = q.reshape(*x.shape[:2], config.num_heads, config.head_dim)
-    if params.q_norm is not None:
-        q = rms_norm(q, params.q_norm, config.rms_norm_eps)
-        k = rms_norm(k, params.k_norm, config.rms_norm_eps)
-    return rotate(q, *angles), rotate(k, *angles), v
+    options = dict(eps=config.rms_norm_eps, dtype=dtype or qkv.dtype)
+    gains = (params.qkv_bias, params.q_norm, params.k_norm)
+    angles = (x.reshape(-1, x.shape[-1]) for x in angles)
+    q, k, v = rotary_heads(
+        qkv.reshape(-1, *qkv.shape[2:]),
+        *gains,
+        *angles,
+        **options,
+        implementation="triton" if dtype else "xla",
+    )
+    shape = x.shape[:2] if dtype is None else (1, q.shape[0])
+    return tuple(x.reshape(*shape, *x.shape[1:]) for x in (q, k, v))
 
 
 def _project_out(params: AttentionParams, attended: jax.Array) -> jax.Array:
-    """[B, N, H, D] -> [B, N, M]. One contracted axis: with three, XLA transposes the weight."""
-    batch, n = attended.shape[:2]
+    """[B, N, H * D] -> [B, N, M]: of three contracted axes XLA would transpose the weight."""
     weight = params.out.reshape(-1, params.out.shape[-1])
-    return project("bnh,hm->bnm", attended.reshape(batch, n, -1), weight)
+    return project("bnh,hm->bnm", attended, weight)
 
 
 def _mlp(
-    params: MlpParams | MoeParams, config: TargetConfig, x: jax.Array
-) -> tuple[jax.Array, list[jax.Array]]:
-    """What it adds to x, and the experts that were chosen, if it mixes some."""
+    params: MlpParams | MoeParams, config: TargetConfig, x: jax.Array, count: int
+) -> jax.Array:
+    """What it adds to x, whose first `count` rows are real."""
     normed = rms_norm(x, params.norm, config.rms_norm_eps)
     if isinstance(params, MoeParams):
         flat = normed.reshape(-1, config.hidden_size)
-        out, expert = mixture_of_experts(params, config, flat)
-        return out.reshape(x.shape), [expert]
+        out = mixture_of_experts(params, config, flat[:count])  # padding would read experts
+        return jnp.pad(out, ((0, len(flat) - count), (0, 0))).reshape(x.shape)
     hidden = swiglu(project("bnm,mcf->bncf", normed, params.gate_up))
-    return project("bnf,fm->bnm", hidden, params.down), []
+    return project("bnf,fm->bnm", hidden, params.down)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
@@ -15,12 +14,8 @@ from jaxspec.models.params import MoeParams
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
-def mixture_of_experts(
-    params: MoeParams, config: TargetConfig, x: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The top k experts of every token, weighed by the router; x is [T, M], normed.
-
-    Returns the sums [T, M] and the experts [T, k].
+def mixture_of_experts(params: MoeParams, config: TargetConfig, x: jax.Array) -> jax.Array:
+    """The top k experts of every token, weighed by the router: normed [T, M] -> [T, M].
 
     Under a mesh with axes "model" or "rest" (`jax.set_mesh`) experts are cut over both. Every
     device sees all tokens and adds up what its own experts make of them; one sum over the
@@ -32,7 +27,7 @@ def mixture_of_experts(
     weight, expert = route(params, config, x)
     axes = cut_axes()
     if not axes:
-        return _weigh(_apply(x, params.gate_up, params.down, expert), weight), expert
+        return _weigh(_apply(x, params.gate_up, params.down, expert), weight)
     mesh = jax.sharding.get_abstract_mesh()
     experts, devices = params.down.shape[0], math.prod(mesh.shape[name] for name in axes)
     if experts % devices:
@@ -48,13 +43,12 @@ def mixture_of_experts(
         return jax.lax.psum(_weigh(jnp.where(here[..., None], out, 0), weight), axes)
 
     whole, cut = PartitionSpec(), PartitionSpec(axes)
-    out = jax.shard_map(
+    return jax.shard_map(
         of_this_device,
         in_specs=(whole, cut, cut, whole, whole),
         out_specs=whole,
         check_vma=False,
     )(x, params.gate_up, params.down, expert, weight)
-    return out, expert
 
 
 def route(params: MoeParams, config: TargetConfig, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -64,47 +58,6 @@ def route(params: MoeParams, config: TargetConfig, x: jax.Array) -> tuple[jax.Ar
     if config.norm_topk_prob:
         weight = weight / weight.sum(axis=-1, keepdims=True)
     return weight, expert
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ExpertLoad:
-    """How evenly the nodes of a forward use one layer's experts.
-
-    Attributes:
-      read: experts that any node chose: those whose weights are read.
-      busiest: nodes of the busiest expert over the mean of all experts; 1 is even.
-      busiest_device: pairs of the busiest device over the mean, experts cut in order; all
-        devices wait for it.
-    """
-
-    read: jax.Array
-    busiest: jax.Array
-    busiest_device: jax.Array
-
-
-def expert_load(
-    expert: jax.Array, experts: int, *, valid: jax.Array | None = None, devices: int = 1
-) -> ExpertLoad:
-    """Statistics of a choice [T, k] of `route` among all `experts`.
-
-    Args:
-      valid: bool, T in all: nodes that count, as `DraftTree.valid`.
-      devices: over which the experts are cut.
-
-    >>> load = expert_load(jnp.array([[0, 1], [0, 3]]), 4, devices=2)
-    >>> int(load.read), float(load.busiest), float(load.busiest_device)
-    (3, 2.0, 1.5)
-    """
-    if valid is not None:  # those that do not count choose an expert that is not there
-        expert = jnp.where(valid.reshape(-1, 1), expert, experts)
-    nodes = jnp.bincount(expert.reshape(-1), length=experts + 1)[:experts]
-    per_device = nodes.reshape(devices, -1).sum(axis=1)
-    return ExpertLoad(
-        read=(nodes > 0).sum(),
-        busiest=nodes.max() / nodes.mean(),
-        busiest_device=per_device.max() / per_device.mean(),
-    )
 
 
 def _apply(x: jax.Array, gate_up: jax.Array, down: jax.Array, expert: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from jaxspec.drafters.head import abstract_weights
 from jaxspec.drafters.joined import Joined
 from jaxspec.models.params import abstract_params
 from jaxspec.sharding import shardings
+from pallas_kernels.tree_attention.config import Shape, unsupported
 
 DTYPE = jnp.bfloat16
 
@@ -72,7 +73,10 @@ class Setup:
 
     @property
     def decoder(self) -> Decoder:
-        return Decoder(self.target, self.drafter, chunk=self.chunk)
+        c = self.target
+        shape = Shape(1, 1, c.num_heads, c.num_kv_heads, c.head_dim, self.context, DTYPE)
+        kernels = None if unsupported(shape) else "triton"  # there is no GPU to tell
+        return Decoder(c, self.drafter, chunk=self.chunk, implementation=kernels)
 
     @property
     def heads(self) -> int:

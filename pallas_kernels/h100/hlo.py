@@ -225,7 +225,11 @@ class Module:
             # Of each kept child, one chunk of its parent's logits is read.
             logits, kept = (ops[operand] for operand in (op.operands[1], op.operands[4]))
             inputs[1] = min(logits.bytes, TREE_CHUNK * kept.bytes // kept.dimensions[1])
+        if op.code == "custom-call" and "write_rows" in op.rest:
+            return 2 * sum(inputs[: len(inputs) // 2 + 1])  # starts and news; caches in place
         outputs = op.bytes
+        if op.code == "custom-call" and "take_rows" in op.rest:
+            return 2 * outputs
         if "cublas" in op.rest:  # its second result is scratch memory, not traffic
             outputs = op.arrays[0]
         return sum(inputs) + outputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.tree_attention.config import Shape, TileConfig, choose, unsupported
@@ -27,6 +28,7 @@ def tree_attention(
     window: int | None = None,
     implementation: str | None = None,
     tile: TileConfig | None = None,
+    rows: int | None = None,
 ) -> jax.Array:
     """See `tree_attention_reference` for shapes and meaning.
 
@@ -37,6 +39,8 @@ def tree_attention(
         triton where the program is compiled for an NVIDIA GPU and the shape is supported,
         else xla.
       tile: how the Triton kernel cuts the work; chosen from the shapes if absent.
+      rows: at least B * N: the result is [rows, H, D], nodes side by side and zeros after them,
+        as a product of padded rows takes it. Not under a mesh.
 
     Raises:
       ValueError: "triton" was asked for and does not take this shape, or `window` came
@@ -48,7 +52,9 @@ def tree_attention(
         )
     if window is not None and depths is None:
         raise ValueError("window is set but depths is None; a window needs the nodes' depths")
-    options = dict(scale=scale, window=window, implementation=implementation, tile=tile)
+    options = dict(
+        scale=scale, window=window, implementation=implementation, tile=tile, rows=rows
+    )
     arrays = (q, k_cache, v_cache, lengths, k_new, v_new, ancestors, depths)
     return _over_heads(functools.partial(_dispatch, **options), arrays)
 
@@ -77,15 +83,15 @@ def _over_heads(attend, arrays) -> jax.Array:
     return jax.shard_map(attend, in_specs=specs, out_specs=nodes, check_vma=False)(*arrays)
 
 
-def _dispatch(*arrays, implementation, tile, **options) -> jax.Array:
+def _dispatch(*arrays, implementation, tile, rows, **options) -> jax.Array:
     shape = _shape(*arrays[:2])
-    plain = functools.partial(_xla, **options)
+    plain = functools.partial(_xla, rows=rows, **options)
     reason = unsupported(shape)
     if implementation == "xla" or (implementation is None and reason):
         return plain(*arrays)
     if reason:
         raise ValueError(f"implementation 'triton' does not take this: {reason}; use 'xla'")
-    kernel = functools.partial(_triton, **options, tile=tile or choose(shape))
+    kernel = functools.partial(_triton, rows=rows, **options, tile=tile or choose(shape))
     if implementation == "triton":
         return kernel(*arrays)
     return jax.lax.platform_dependent(*arrays, cuda=kernel, default=plain)
@@ -97,8 +103,12 @@ def _shape(q: jax.Array, k_cache: jax.Array) -> Shape:
     return Shape(batch, nodes, heads, kv_heads, dim, capacity, k_cache.dtype)
 
 
-def _xla(*arrays, **options):
-    return tree_attention_xla(*arrays[:-1], depths=arrays[-1], **options)
+def _xla(*arrays, rows, **options):
+    result = tree_attention_xla(*arrays[:-1], depths=arrays[-1], **options)
+    if rows is None:
+        return result
+    result = result.reshape(-1, *result.shape[2:])
+    return jnp.pad(result, ((0, rows - result.shape[0]), (0, 0), (0, 0)))
 
 
 def _triton(*arrays, **options):

@@ -31,7 +31,7 @@ TINY = 1e-30  # below the total of any program that saw a key, which is at least
 MERGE_ELEMENTS = 4096  # partial outputs that one program of `merge` holds in registers
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "window", "tile", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "window", "tile", "rows", "interpret"))
 def tree_attention_triton(
     q,
     k_cache,
@@ -45,6 +45,7 @@ def tree_attention_triton(
     depths=None,
     window: int | None = None,
     tile: TileConfig,
+    rows: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """See `tree_attention_reference` for shapes and meaning.
@@ -56,6 +57,7 @@ def tree_attention_triton(
 
     Args:
       tile: how the work is cut, see `choose`.
+      rows: see `tree_attention`.
       interpret: run on the CPU, program by program, to check numbers. Shapes, bounds and
         races are not checked: `pallas_kernels.ttir_check` does that.
     """
@@ -99,17 +101,21 @@ def tree_attention_triton(
         interpret=interpret,
         name="tree_attention",
     )(*inputs)
+    padded = queries if rows is None else rows * heads
     if tile.splits > 1:
-        rows = max(1, MERGE_ELEMENTS // (tile.splits * dim))
+        per_program = max(1, MERGE_ELEMENTS // (tile.splits * dim))
         result = pl.pallas_call(
-            functools.partial(merge, rows=rows),
-            out_shape=out,
-            grid=(pl.cdiv(queries, rows),),
+            functools.partial(merge, rows=per_program),
+            out_shape=jax.ShapeDtypeStruct((padded, dim), dtype),
+            grid=(pl.cdiv(padded, per_program),),
             compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
             interpret=interpret,
             name="tree_attention_merge",
         )(*result)
-    return result.reshape(q.shape).astype(q.dtype)
+    elif padded > queries:
+        result = jnp.pad(result, ((0, padded - queries), (0, 0)))
+    shape = q.shape if rows is None else (rows, heads, dim)
+    return result.reshape(shape).astype(q.dtype)
 
 
 def _products(dtype, interpret: bool):
@@ -235,7 +241,10 @@ def attend(
 
 
 def merge(out_ref, log_ref, result_ref, *, rows: int):
-    """Join the splits of `rows` queries: weigh each part by its share of the softmax."""
+    """Join the splits of `rows` queries: weigh each part by its share of the softmax.
+
+    Results past the last query are zeros: equal shares of nothing.
+    """
     splits, queries, dim = out_ref.shape
     row = pl.program_id(0) * rows + jnp.arange(rows)
     split = jnp.arange(splits)[:, None]
@@ -252,5 +261,5 @@ def merge(out_ref, log_ref, result_ref, *, rows: int):
     plgpu.store(
         result_ref.at[row[:, None], lane[None, :]],
         out.astype(result_ref.dtype),
-        mask=jnp.broadcast_to((row < queries)[:, None], (rows, dim)),
+        mask=jnp.broadcast_to((row < result_ref.shape[0])[:, None], (rows, dim)),
     )

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxspec.models import decoder
 from jaxspec.models.cache import KVRows, init_cache
 from jaxspec.models.decoder import forward, unembed
 from jaxspec.models.layers import rms_norm, rotary_angles, rotate
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import MoeParams
+from jaxspec.trees.packing import pack_nodes
 from jaxspec.trees.tree import ancestors, causal_bits
+from pallas_kernels.rotary_heads import rotary_heads
 from tests import tiny
 
 CONFIGS = {"qwen3": tiny.QWEN3, "llama": tiny.LLAMA, "moe": tiny.MOE}
@@ -163,9 +166,7 @@ def test_experts_equal_a_loop_over_tokens_and_choices():
     )
     x = np.asarray(jax.random.normal(keys[3], (7, m)))
     for norm in (True, False):
-        found, _ = mixture_of_experts(
-            params, dataclasses.replace(config, norm_topk_prob=norm), x
-        )
+        found = mixture_of_experts(params, dataclasses.replace(config, norm_topk_prob=norm), x)
         for token in range(7):
             p = np.asarray(jax.nn.softmax(x[token] @ params.router))
             best = np.argsort(-p)[: config.experts_per_token]
@@ -176,3 +177,31 @@ def test_experts_equal_a_loop_over_tokens_and_choices():
                 hidden = np.asarray(jax.nn.silu(gate)) * up
                 expected = expected + p[i] / total * (hidden @ np.asarray(params.down[i]))
             np.testing.assert_allclose(found[token], expected, atol=2e-3, rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_gpu_layout_computes_the_same(name, packed, monkeypatch):
+    """Nodes side by side, padded to 8, one call for what follows a projection; here by XLA."""
+    target, n = tiny.target(CONFIGS[name]), 3
+    cache = run_chain(target, PREFIX, empty_cache(target.config), 0).rows
+    cache = empty_cache(target.config).write(cache, jnp.int32(0))
+    tree = tiny.random_tree(n, 4, 2, jax.random.key(1), jnp.int32(5), jnp.int32(n))
+    tree = jax.tree.map(lambda x: x[None], tree)
+    packing = pack_nodes(tree.valid, 4) if packed else None
+    length = jnp.array([len(PREFIX) - 1])
+    arrays = (tree.tokens, tree.depths, ancestors(tree), cache, length)
+
+    def run():
+        return forward(target.params, target.config, *arrays, taps=(-1, 0), packing=packing)
+
+    plain = run()
+    monkeypatch.setattr(decoder, "fuses", lambda *_: True)
+    monkeypatch.setattr(
+        decoder,
+        "rotary_heads",
+        lambda *args, implementation, **options: rotary_heads(*args, **options),
+    )
+    for found, expected in zip(jax.tree.leaves(run()), jax.tree.leaves(plain), strict=True):
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, atol=2e-5)

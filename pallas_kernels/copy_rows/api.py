@@ -1,0 +1,43 @@
+"""The two calls behind which implementations of moving rows live."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.copy_rows.reference import take_rows_reference, write_rows_reference
+
+
+def take_rows(arrays: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax.Array, ...]:
+    """See `take_rows_reference` for shapes and meaning.
+
+    One kernel where the program is compiled for an NVIDIA GPU and the arrays are bfloat16.
+    """
+    if not _one_kernel(arrays):
+        return take_rows_reference(arrays, index)
+    # Pallas takes a fifth of a second to import: only where it is used.
+    from pallas_kernels.copy_rows.triton import take_rows_triton
+
+    return jax.lax.platform_dependent(
+        arrays, index, cuda=take_rows_triton, default=take_rows_reference
+    )
+
+
+def write_rows(
+    caches: tuple[jax.Array, ...], news: tuple[jax.Array, ...], starts: jax.Array
+) -> tuple[jax.Array, ...]:
+    """See `write_rows_reference` for shapes and meaning; one kernel as in `take_rows`."""
+    if not _one_kernel(caches):
+        return write_rows_reference(caches, news, starts)
+    from pallas_kernels.copy_rows.triton import write_rows_triton
+
+    return jax.lax.platform_dependent(
+        caches, news, starts, cuda=write_rows_triton, default=write_rows_reference
+    )
+
+
+def _one_kernel(arrays: tuple[jax.Array, ...]) -> bool:
+    """XLA cannot cut a Pallas call over the devices of a mesh."""
+    dim, mesh = arrays[0].shape[-1], jax.sharding.get_abstract_mesh()
+    whole = all(size == 1 for size in dict(mesh.shape).values())
+    return arrays[0].dtype == jnp.bfloat16 and dim & (dim - 1) == 0 and whole

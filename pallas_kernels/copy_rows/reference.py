@@ -1,0 +1,40 @@
+"""Rows of many arrays moved alike, in plain XLA: the contract the kernel meets."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def take_rows_reference(
+    arrays: tuple[jax.Array, ...], index: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The rows of chosen nodes, of every array.
+
+    Args:
+      arrays: each [B, N, K, D].
+      index: [B, C] int32, 0 … N - 1.
+
+    Returns:
+      arrays of [B, C, K, D].
+    """
+    index = index[:, :, None, None]
+    return tuple(jnp.take_along_axis(x, index, axis=1) for x in arrays)
+
+
+def write_rows_reference(
+    caches: tuple[jax.Array, ...], news: tuple[jax.Array, ...], starts: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Every cache with C rows overwritten, each sequence at a start of its own.
+
+    Args:
+      caches: each [B, K, S, D].
+      news: as many, each [B, C, K, D].
+      starts: [B] int32, 0 … S - C.
+    """
+    put = jax.vmap(
+        lambda cache, new, start: jax.lax.dynamic_update_slice(
+            cache, new.swapaxes(0, 1).astype(cache.dtype), (0, start, 0)
+        )
+    )
+    return tuple(put(cache, new, starts) for cache, new in zip(caches, news, strict=True))

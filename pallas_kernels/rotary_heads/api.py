@@ -1,0 +1,41 @@
+"""The one call behind which implementations of the rotation of heads live."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels.rotary_heads.reference import rotary_heads_reference
+
+
+def rotary_heads(
+    qkv: jax.Array,
+    bias: jax.Array | None,
+    q_gain: jax.Array | None,
+    k_gain: jax.Array | None,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    eps: float,
+    dtype,
+    implementation: str = "xla",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `rotary_heads_reference` for shapes and meaning.
+
+    Args:
+      implementation: "xla" (the reference, any platform), or "triton" (NVIDIA GPUs; angles of
+        all pairs of heads whose size is a power of two).
+
+    Raises:
+      ValueError: "triton" was asked for and does not take this shape.
+    """
+    arrays = (qkv, bias, q_gain, k_gain, cos, sin)
+    if implementation == "xla":
+        return rotary_heads_reference(*arrays, eps=eps, dtype=dtype)
+    if implementation != "triton":
+        raise ValueError(f"implementation is {implementation!r}; expected 'xla' or 'triton'")
+    # Pallas takes a fifth of a second to import: only where it is used.
+    from pallas_kernels.rotary_heads.triton import rotary_heads_triton, unsupported
+
+    if reason := unsupported(qkv, cos):
+        raise ValueError(f"implementation 'triton' does not take this: {reason}; use 'xla'")
+    return rotary_heads_triton(*arrays, eps=eps, dtype=dtype)
