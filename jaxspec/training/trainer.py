@@ -29,6 +29,7 @@ from jaxspec.data.conversations import Example
 from jaxspec.drafters.block import whole_weights
 from jaxspec.generation import LoadedDrafter, Prompt, Target
 from jaxspec.interrupts import postponed
+from jaxspec.settings import own_settings
 from jaxspec.sharding import DATA, mesh_of, place
 from jaxspec.training import draft_vocabulary
 from jaxspec.training.batches import Position
@@ -49,6 +50,7 @@ CHECKPOINTS, DRAFTER = "checkpoints", "drafter"
 DRAFT_VOCABULARY = "draft_vocabulary.json"
 
 
+@own_settings()
 def train(
     config: TrainConfig,
     target: Target,
