@@ -217,9 +217,18 @@ class DrafterConfig:
 def spaced_taps(layers: int, count: int) -> tuple[int, ...]:
     """Target layers evenly apart, from the second to the last but two (DFlash's rule).
 
+    In a target too shallow for that, different layers all the same: evenly apart from the
+    first on, or all there are.
+
     >>> spaced_taps(36, 5)
     (1, 9, 17, 25, 33)
+    >>> spaced_taps(7, 5), spaced_taps(4, 5)
+    ((0, 1, 3, 4, 5), (0, 1, 2, 3))
     """
     if count == 1:
         return (layers // 2,)
-    return tuple(round(1 + i * (layers - 4) / (count - 1)) for i in range(count))
+    if layers <= count:
+        return tuple(range(layers))
+    if layers - 4 >= count - 1:
+        return tuple(round(1 + i * (layers - 4) / (count - 1)) for i in range(count))
+    return tuple(int(i * (layers - 2) / (count - 1) + 0.5) for i in range(count))

@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items):
     if _missing("torch"):
         reasons["parity"] = "torch is not installed (extra 'parity')"
     if _missing(CUDA):
-        reasons["h100"] = "the CUDA compiler is not installed (extra 'h100')"
+        reasons["h100"] = "the CUDA compiler is not installed (`make h100`)"
     if jax.default_backend() != "gpu":
         reasons["gpu"] = "there is no GPU"
     for item in items:

@@ -14,6 +14,7 @@ from jaxspec.config import TreeConfig
 from jaxspec.data.jobs import read_jobs
 from jaxspec.data.prompts import read_prompts
 from jaxspec.generation import as_token_ids
+from jaxspec.loading import load_drafter
 from jaxspec.tokenizer import Tokenizer
 from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
@@ -81,6 +82,16 @@ def test_a_prompt_that_cannot_be_used_is_named_and_the_others_are_answered(
     ids.write_text("[[99], [98]]")
     code, out, err = run(capsys, *common)
     assert code == BAD_INPUT and "none of the 2 prompts can be used; prompt 0 has token" in err
+
+
+@pytest.mark.parametrize("spec", ["nonsense", "nonsense::inner", "nonsense+ngram"])
+def test_a_drafter_that_is_none_of_them(spec):
+    alone = spec.removesuffix("+ngram")
+    message = (
+        f"there is no drafter '{alone}'; expected none, ngram, small:NAME, shipped, or the"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_drafter(spec, tiny.target())
 
 
 def test_half_a_surrogate_pair_is_no_text():

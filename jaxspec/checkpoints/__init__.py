@@ -58,6 +58,12 @@ def load(name_or_path: str | Path, dtype="float32", devices: int = 1) -> LoadedT
     return LoadedTarget(config, reader.load_params(path, config, dtype, mesh), tokenizer)
 
 
+def read_config(name_or_path: str | Path) -> TargetConfig:
+    """The configuration alone; arguments and errors as `load`."""
+    path = locate(name_or_path)
+    return _format(path).read_config(path)
+
+
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
     """The tokenizer alone, without reading weights; arguments and errors as `load`."""
     path = locate(name_or_path)

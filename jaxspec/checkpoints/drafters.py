@@ -40,8 +40,8 @@ from jaxspec.drafters.head import Vocabulary, abstract_weights
 from jaxspec.models.params import TargetParams
 
 LEGACY_PREFIX = "logit_head."
-DRAFT_TOKENS = "draft_token_ids"  # a tensor, int32 [V']
 SHIPPED = "shipped"  # name of the drafter in this package, for the catalog's default target
+DRAFT_TOKENS = "draft_token_ids"  # a tensor, int32 [V']
 
 
 def load_drafter(

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
+from jaxspec.checkpoints.tensors import WRAPPERS
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import (
     AttentionParams,
@@ -311,8 +312,7 @@ def _check(config: TargetConfig, tensors: Tensors, parts: list[Part]) -> None:
     if missing:
         raise ValueError(
             f"{tensors.origin} has no tensor '{missing[0]}'{_more(missing)}; its configuration "
-            f"asks for {len(expected)} tensors: the checkpoint is incomplete, or its "
-            "configuration is another model's"
+            f"asks for {len(expected)} tensors: {_why(tensors)}"
         )
     for name, shape in expected.items():
         if tensors.shapes[name] != shape:
@@ -327,6 +327,18 @@ def _check(config: TargetConfig, tensors: Tensors, parts: list[Part]) -> None:
             f"{tensors.origin}: tensor '{unknown[0]}'{_more(unknown)} has no place in the "
             "model its configuration describes; leaving it out would change the output"
         )
+
+
+def _why(tensors: Tensors) -> str:
+    """Why a checkpoint may lack tensors."""
+    for prefix, owner in WRAPPERS.items():
+        some = next((name for name in tensors.shapes if name.startswith(prefix)), None)
+        if some:
+            return (
+                f"some have the prefix {prefix!r} of {owner} ('{some}'), others do not; save "
+                "the language model alone"
+            )
+    return "the checkpoint is incomplete, or its configuration is another model's"
 
 
 def _check_tied(tensors: Tensors) -> None:

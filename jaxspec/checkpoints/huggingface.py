@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxspec.checkpoints import fuse
+from jaxspec.checkpoints import catalog, fuse
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL, refuse_quantised
 from jaxspec.checkpoints.rope import rope_theta
@@ -41,7 +41,7 @@ def resolve(name_or_path: str | Path) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix == ".gguf":
         raise ValueError(
             f"there is no file or folder {name}; expected a path that exists, a hub name "
-            "such as Qwen/Qwen3-0.6B, or a name of checkpoints.catalog"
+            f"such as Qwen/Qwen3-0.6B, or one of {', '.join(catalog.names())}"
         )
     from huggingface_hub import snapshot_download
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,6 +17,14 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 PIECE = 32 * 2**20  # bytes that are read at once
+ADAPTER = "adapter_config.json"
+WRAPPERS = {  # prefixes of names, and who gives them
+    "module.": "torch's DataParallel",
+    "_orig_mod.": "torch.compile",
+    "base_model.model.": "PEFT",
+    "language_model.": "a multimodal model",
+    "model.language_model.": "a multimodal model",
+}
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -30,6 +39,9 @@ class _Entry:
 class SafetensorsFolder:
     """The tensors of `model.safetensors`, or of the shards its index names.
 
+    A prefix that all names have in common, of a wrapper they were saved in (`WRAPPERS`), is
+    taken off.
+
     Attributes:
       origin: the folder, for messages.
       shapes: of every tensor.
@@ -43,7 +55,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path, *, integers: Sequence[str] = ()):
         """Args: integers: tensors that are int32 instead."""
         self.origin = str(folder)
-        self._entries = _entries(folder, integers)
+        self._entries = _unwrapped(_entries(folder, integers))
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         self.bytes_read = 0
 
@@ -118,19 +130,36 @@ def read_json(path: Path) -> dict:
     Raises:
       ValueError: the file does not exist or does not hold a JSON object.
     """
+    text = None
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+        value = parse_json(text)
     except FileNotFoundError:
-        raise ValueError(
-            f"{path.parent} has no {path.name}; expected a Hugging Face checkpoint folder"
-        ) from None
+        raise ValueError(f"{path.parent} has no {path.name}; {_other(path.parent)}") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     except (ValueError, RecursionError) as error:
+        if text is not None and not text.strip():
+            raise ValueError(f"{path} is empty; download it again") from None
         raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object")
     return value
+
+
+def _other(folder: Path) -> str:
+    """What a folder is that is not the checkpoint it was taken for."""
+    if (folder / ADAPTER).exists():
+        with contextlib.suppress(ValueError):
+            base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+            return (
+                f"it holds a PEFT adapter of {base!r}, not a model; merge the two (peft's "
+                "merge_and_unload, then save_pretrained) and pass the result"
+            )
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if inner:
+        return f"its folders have ({', '.join(inner)}): pass one of them"
+    return "expected a Hugging Face checkpoint folder"
 
 
 def parse_json(text: str | bytes):
@@ -148,15 +177,20 @@ def parse_json(text: str | bytes):
 
 
 def _entries(folder: Path, integers: Sequence[str]) -> dict[str, _Entry]:
-    if (folder / SINGLE).exists():
-        return _header(_inside(folder, SINGLE), integers)
     if not (folder / INDEX).exists():
-        raise ValueError(_no_weights(folder))
+        if not (folder / SINGLE).exists():
+            raise ValueError(_no_weights(folder))
+        return _header(_inside(folder, SINGLE), integers)
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) for file in weight_map.values()
     ):
         raise ValueError(f"{folder / INDEX} has no 'weight_map' from tensors to files")
+    if (folder / SINGLE).exists() and SINGLE not in weight_map.values():
+        raise ValueError(
+            f"{folder} has {SINGLE} and {INDEX}, which names other files: two saves in one "
+            "folder; remove the one that is not wanted"
+        )
     files = {name: _inside(folder, name) for name in sorted(set(weight_map.values()))}
     entries: dict[str, _Entry] = {}
     for file in files.values():
@@ -176,12 +210,17 @@ def _entries(folder: Path, integers: Sequence[str]) -> dict[str, _Entry]:
     return entries
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The file of that name in the folder; a name or a link that leads outside is refused.
+def _unwrapped(entries: dict[str, _Entry]) -> dict[str, _Entry]:
+    for prefix in WRAPPERS:
+        if prefix.startswith("model."):  # of the decoder's own names, beside `lm_head`
+            continue
+        if entries and all(name.startswith(prefix) for name in entries):
+            return _unwrapped({name[len(prefix) :]: x for name, x in entries.items()})
+    return entries
 
-    A snapshot in the Hugging Face cache is a folder of links to `blobs`, beside `snapshots` or
-    shared by the whole cache.
-    """
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of that name in the folder; a name or a link that leads outside is refused."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(
@@ -192,17 +231,29 @@ def _inside(folder: Path, name: str) -> Path:
         found = target.is_file()
     except (OSError, ValueError, RuntimeError):  # no name a file can have, or a link to itself
         root, target, found = folder, folder, False
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        repository = root.parent.parent
-        allowed += [repository / "blobs", repository.parent / "blobs"]
-    if not any(target.is_relative_to(place) for place in allowed):
+    if not any(target.is_relative_to(place) for place in _places(root)):
         raise ValueError(f"{folder / name} is a link to {target}, outside the folder; copy it")
     if not found:
         raise ValueError(
             f"{folder} has no file '{name}', which its index names; download it again"
         )
     return folder / name
+
+
+def _places(root: Path) -> list[Path]:
+    """Folders that the links of a folder, its real path given, may lead to.
+
+    A snapshot in the Hugging Face cache, or a folder in one, holds links to `blobs`, beside
+    `snapshots` or shared by the whole cache; folders elsewhere may link to that cache too.
+    """
+    from huggingface_hub import constants
+
+    places = [root, Path(constants.HF_HUB_CACHE).expanduser().resolve()]
+    for snapshot in (root, *root.parents):
+        if snapshot.parent.name == "snapshots":
+            repository = snapshot.parent.parent
+            places += [snapshot, repository / "blobs", repository.parent / "blobs"]
+    return places
 
 
 def _header(file: Path, integers: Sequence[str]) -> dict[str, _Entry]:
@@ -224,11 +275,17 @@ def _header(file: Path, integers: Sequence[str]) -> dict[str, _Entry]:
             raise ValueError(
                 f"{file}: tensor '{name}' is stored as {info['dtype']}; expected "
                 + ", ".join(known)
-                + ("" if name in integers else ": use the unquantised checkpoint")
+                + ("" if name in integers else _of_integers(name))
             )
         dtype, start = np.dtype(known[info["dtype"]]), info["data_offsets"][0]
         entries[name] = _Entry(file, 8 + size + start, dtype, tuple(info["shape"]))
     return entries
+
+
+def _of_integers(name: str) -> str:
+    if name.rpartition(".")[2] in ("d2t", "t2d"):
+        return ": it maps a reduced draft vocabulary, which this kind of drafter does not have"
+    return ": use the unquantised checkpoint"
 
 
 def _no_weights(folder: Path) -> str:

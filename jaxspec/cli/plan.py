@@ -27,7 +27,7 @@ class Plan:
     """
 
     target: str
-    """Qwen3's hub name or preset, or a folder with a config.json."""
+    """Qwen3's hub name or preset, smollm2-135m, a folder with a config.json, or a GGUF file."""
     drafter: str = "published"
     """published (DFlash's and JetSpec's proportions) | none | ngram | folder of a trained
     drafter. The first and the last may be joined with prompt lookup: published+ngram."""
@@ -149,17 +149,18 @@ class Plan:
 
 
 def _target_config(name: str):
-    """Of a preset, of a hub name that has one, or of a folder."""
-    from jaxspec.checkpoints import catalog, huggingface
+    """Of a preset, of a hub name that has one, or of a checkpoint that is here."""
+    from jaxspec import checkpoints
+    from jaxspec.checkpoints import catalog
     from jaxspec.models.presets import PRESETS
 
     presets = {hub.lower(): preset for preset, hub in catalog.HUB.items()}
     preset = presets.get(name.lower().replace("-thinking-2507", "-instruct-2507"), name.lower())
     if preset in PRESETS:
         return PRESETS[preset]
-    if not Path(name).is_dir():
+    if name != catalog.DEFAULT and not Path(name).exists():
         raise ValueError(
             f"there is no preset and no folder {name}; expected one of {', '.join(PRESETS)}, "
-            "their hub names, or a folder with a config.json"
+            f"their hub names, {catalog.DEFAULT}, a folder with a config.json, or a GGUF file"
         )
-    return huggingface.read_config(name)
+    return checkpoints.read_config(name)

@@ -38,6 +38,8 @@ class Train:
     causal: bool | None = None
     """A slot sees those before it alone, or all of its block."""
     block_size: int | None = None
+    taps: tuple[int, ...] = ()
+    """Target layers it reads, 0-based; evenly spaced ones by default."""
     validation: Path | None = None
     """Held-out prompts, JSON lines; the weights with the best walked tau are exported."""
     steps: int = 1000
@@ -175,6 +177,7 @@ class Train:
             confidence=self.confidence_head,
             causal=self.causal,
             block_size=self.block_size,
+            taps=self.taps or None,
         )
         if self.initial not in ("target", "random"):
             if sizes or changes:

@@ -229,4 +229,4 @@ def _ptxas() -> str:
         path = pathlib.Path(folder) / "bin" / "ptxas"
         if path.exists():
             return str(path)
-    raise RuntimeError("ptxas is not installed; install the extra 'h100' (nvidia-cuda-nvcc)")
+    raise RuntimeError("ptxas is not installed; `make h100` builds .venv-h100, which has it")

@@ -49,7 +49,7 @@ def mesh(devices: int = 1, heads: int = 1) -> Mesh:
     """A mesh of H100s that do not exist, with axes "model", of size `heads`, and "rest".
 
     Raises:
-      RuntimeError: the compiler is not installed (extra `h100`).
+      RuntimeError: the compiler is not installed (`make h100`).
     """
     try:
         topology = topologies.get_topology_desc(
@@ -60,8 +60,8 @@ def mesh(devices: int = 1, heads: int = 1) -> Mesh:
         )
     except Exception as error:
         raise RuntimeError(
-            "JAX has no CUDA compiler here; install the extra 'h100' in an environment of its "
-            "own and set JAX_PLATFORMS=cpu (`make h100` does both)"
+            "JAX has no CUDA compiler here; `make h100` builds an environment that has one, "
+            ".venv-h100: run this with its Python and JAX_PLATFORMS=cpu"
         ) from error
     return Mesh(np.array(topology.devices).reshape(heads, -1), ("model", "rest"))
 

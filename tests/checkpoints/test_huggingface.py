@@ -190,6 +190,10 @@ def test_missing_key(tmp_path, key):
 def test_damaged_config(tmp_path):
     with pytest.raises(ValueError, match=r"has no config.json; expected a Hugging Face"):
         read_config(tmp_path)
+    for nothing in ("", "\n", "\ufeff"):
+        (tmp_path / "config.json").write_text(nothing)
+        with pytest.raises(ValueError, match=r"config.json is empty; download it again"):
+            read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": ')
     with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
         read_config(tmp_path)
@@ -199,6 +203,26 @@ def test_damaged_config(tmp_path):
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ValueError, match=r"cannot read .*config.json: .*directory"):
+        read_config(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DENSE), encoding="utf-8-sig")
+    assert read_config(tmp_path).num_layers == 2
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "o/m"}')
+    with pytest.raises(
+        ValueError, match=r"no config.json; it holds a PEFT adapter of 'o/m', no"
+    ):
+        read_config(tmp_path)
+
+
+def test_a_folder_of_folders(tmp_path):
+    (tmp_path / "b").mkdir()
+    config_of(tmp_path / "b", DENSE)
+    with pytest.raises(ValueError, match=r"no config.json; its folders have \(b\): pass one"):
         read_config(tmp_path)
 
 
@@ -213,7 +237,8 @@ def test_existing_paths_resolve_to_themselves(tmp_path):
 )
 def test_what_is_neither_a_path_nor_a_hub_name(name):
     with pytest.raises(
-        ValueError, match=rf"there is no file or folder {name}; expected a path"
+        ValueError,
+        match=rf"there is no file or folder {name}; expected a path.* of smollm2-135m, qwen",
     ):
         resolve(name)
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxspec.checkpoints.tensors import SafetensorsFolder
+from jaxspec.checkpoints.huggingface import load_params, read_config
+from jaxspec.checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder
 from tests.checkpoints.writing import (
     DENSE,
     random_tensors,
@@ -87,6 +88,75 @@ def test_snapshot_of_the_hub_cache_links_to_its_blobs(tmp_path, store):
         path.rename(blobs / str(i))
         path.symlink_to(blobs / str(i))
     assert len(SafetensorsFolder(snapshot).shapes) == len(random_tensors(DENSE))
+
+
+def test_subfolder_of_a_snapshot_links_to_the_blobs_of_the_repository(tmp_path):
+    repository = tmp_path / "models--o--m"
+    folder = repository / "snapshots" / "0123abc" / "sub"
+    for place in (folder, repository / "blobs"):
+        place.mkdir(parents=True)
+    write_folder(folder, DENSE, random_tensors(DENSE))
+    (folder / SINGLE).rename(repository / "blobs" / "0")
+    (folder / SINGLE).symlink_to("../../../blobs/0")
+    assert len(SafetensorsFolder(folder).shapes) == len(random_tensors(DENSE))
+
+    (repository / "blobs" / "0").rename(tmp_path / "elsewhere")
+    (folder / SINGLE).unlink()
+    (folder / SINGLE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"is a link to .*elsewhere, outside the folder"):
+        SafetensorsFolder(folder)
+
+
+def test_folder_of_links_into_the_hub_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    blobs = tmp_path / "hub" / "models--o--m" / "blobs"
+    blobs.mkdir(parents=True)
+    folder = write_folder(tmp_path / "model", DENSE, random_tensors(DENSE))
+    (folder / SINGLE).rename(blobs / "0")
+    (folder / SINGLE).symlink_to(blobs / "0")
+    (tmp_path / "other name").symlink_to(folder)
+    for name in ("model", "other name"):
+        assert len(SafetensorsFolder(tmp_path / name).shapes) == len(random_tensors(DENSE))
+
+
+def test_two_saves_in_one_folder(sharded):
+    save_file(random_tensors(DENSE), sharded / SINGLE)
+    with pytest.raises(ValueError, match=f"has {SINGLE} and {INDEX}, which names other files"):
+        SafetensorsFolder(sharded)
+    for path in (sharded / FIRST, sharded / SECOND):
+        path.unlink()
+    write_index(sharded, dict.fromkeys(random_tensors(DENSE), SINGLE))  # of one shard
+    assert len(SafetensorsFolder(sharded).shapes) == len(random_tensors(DENSE))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_what_a_wrapper_put_before_every_name_is_taken_off(tmp_path, prefix):
+    tensors = random_tensors(DENSE)
+    plain = write_folder(tmp_path / "plain", DENSE, tensors)
+    wrapped = {f"{prefix}{name}": value for name, value in tensors.items()}
+    wrapped = SafetensorsFolder(write_folder(tmp_path / "wrapped", DENSE, wrapped))
+    assert wrapped.shapes == SafetensorsFolder(plain).shapes
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(wrapped.read(name), value)
+
+
+def test_names_of_a_multimodal_model_are_said_to_be(tmp_path):
+    tensors = random_tensors(DENSE)
+    tensors = {f"language_model.{name}": value for name, value in tensors.items()}
+    tensors["vision_tower.norm.weight"] = np.ones(3, np.float32)
+    folder = write_folder(tmp_path / "whole", DENSE, tensors)
+    message = "no tensor 'model.embed_tokens.weight'.*prefix 'language_model.' of a multimodal"
+    with pytest.raises(ValueError, match=message):
+        load_params(folder, read_config(folder))
+
+
+@pytest.mark.parametrize(
+    "name, remedy", [("d2t", "maps a reduced draft vocabulary"), ("q", "the unquantised check")]
+)
+def test_integers(tmp_path, name, remedy):
+    folder = write_folder(tmp_path / "x", DENSE, {name: np.arange(3)})
+    with pytest.raises(ValueError, match=f"'{name}' is stored as I64; expected F32.*{remedy}"):
+        SafetensorsFolder(folder)
 
 
 def test_tensor_in_two_shards(sharded):

@@ -117,6 +117,15 @@ def test_command_with_a_name_nothing_is_known_of(capsys):
     assert "no preset and no folder Qwen/Qwen9" in capsys.readouterr().err
 
 
+@pytest.mark.real
+def test_the_default_target_has_a_plan(smollm2_path, capsys):
+    options = ["--drafter", "none", "--budget", "1", "--no-compile", "--json"]
+    for name in ("smollm2-135m", str(smollm2_path)):
+        assert main(["plan", "--target", name, *options]) == 0
+        parts = json.loads(capsys.readouterr().out)["parts"]
+        assert parts["target weights"] == 2 * 134_515_008
+
+
 # A program leaves out scalars that it does not read; of the arrays it misses none.
 UNREAD = 64
 

@@ -30,6 +30,23 @@ def test_every_qwen3_has_drafters(name, family):
     loss_config(family)
 
 
+@pytest.mark.parametrize(
+    "layers, count, taps",
+    [
+        (36, 5, (1, 9, 17, 25, 33)),
+        (8, 5, (1, 2, 3, 4, 5)),
+        (7, 5, (0, 1, 3, 4, 5)),
+        (6, 5, (0, 1, 2, 3, 4)),
+        (5, 5, (0, 1, 2, 3, 4)),
+        (4, 5, (0, 1, 2, 3)),
+        (1, 5, (0,)),
+        (2, 1, (1,)),
+    ],
+)
+def test_taps_of_a_shallow_target_are_different_layers(layers, count, taps):
+    assert spaced_taps(layers, count) == taps
+
+
 def test_the_published_drafters_shapes():
     target, preset = presets.PRESETS["qwen3-8b"], PRESETS["qwen3-8b"]
     dspark, dflash, jetspec, treeflash = (drafter_config(f, target, preset) for f in FAMILIES)
