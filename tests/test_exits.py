@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jaxspec.cli import exits, main
+from jaxspec.cli import COMMANDS, exits, main
 from jaxspec.interrupts import GRACE
 
 CODES = dict(
@@ -136,3 +136,37 @@ def test_an_interrupt_ends_any_command_within_two_seconds(code, code_after):
     _, err = process.communicate(timeout=2 + 3)  # GRACE, and a busy machine
     assert process.returncode == code_after and err.strip() == b"interrupted"
     assert GRACE < 2
+
+
+def test_without_a_command_there_is_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: jaxspec [-h] {generate,") and "First steps" in out
+    for name, command in COMMANDS.items():
+        assert name in out and len(command.__doc__.splitlines()[0]) < 96
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_with_examples(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: jaxspec {name} [-h]") and f"jaxspec {name}" in out[40:]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_tab_completion(shell, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--tyro-print-completion", shell])
+    assert not ended.value.code
+    assert "max-new-tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["nonsense"], ["generate", "--nonsense"], ["train"]])
+def test_words_that_are_none_of_the_commands(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2

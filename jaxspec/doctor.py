@@ -1,0 +1,205 @@
+"""What this machine offers, and what would make it better: one finding per subject."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from packaging.requirements import Requirement
+
+from jaxspec.checkpoints import catalog
+from jaxspec.settings import own_settings
+
+DISTRIBUTION = "jaxspec"
+EXTRAS = ("serve", "plots", "tensorboard", "data", "cuda")
+ROWS, WIDTH, HEIGHT = 8, 4096, 2048  # a tree of 8 nodes times a weight
+REPEATS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One subject.
+
+    Attributes:
+      found: what is there.
+      advice: what to do, "" if nothing.
+      fault: it keeps jaxspec from working.
+    """
+
+    subject: str
+    found: str
+    advice: str = ""
+    fault: bool = False
+
+
+@own_settings()
+def examine() -> Iterator[Finding]:
+    """Looks at everything; the speeds take about a second."""
+    for look in (versions, devices, memory, speeds, compiled_programs, default_target, hub):
+        yield _looked(look)
+    yield from extras()
+
+
+def _looked(look: Callable[[], Finding]) -> Finding:
+    """What a look found; one that fails is a finding."""
+    try:
+        return look()
+    except Exception as error:  # a broken installation breaks anywhere
+        subject = look.__name__.replace("_", " ")
+        return Finding(subject, f"{type(error).__name__}: {error}", "see the error", True)
+
+
+def versions() -> Finding:
+    """Of Python and the packages that jaxspec needs, against what it asks for."""
+    found = f"Python {platform.python_version()}, jax {jax.__version__}"
+    wrong = [line for line in map(_lacking, _requirements("")) if line]
+    if not wrong:
+        return Finding("versions", found)
+    advice = f"pip install {' '.join(repr(str(requirement)) for requirement in wrong)}"
+    return Finding(
+        "versions", f"{found}; not as needed: {', '.join(map(str, wrong))}", advice, True
+    )
+
+
+def devices() -> Finding:
+    """That JAX computes on."""
+    kinds = [device.device_kind for device in jax.devices()]
+    backend = jax.default_backend()
+    found = f"{len(kinds)} x {kinds[0]}, {os.cpu_count()} cores of {platform.machine()}"
+    if backend == "cpu" and (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
+        return Finding(
+            "devices",
+            f"{found}; the machine has an NVIDIA GPU that JAX does not see",
+            "pip install 'jaxspec[cuda]', and leave JAX_PLATFORMS unset",
+        )
+    return Finding("devices", found)
+
+
+def memory() -> Finding:
+    """Of the device, and what a target of which size needs."""
+    stats = jax.devices()[0].memory_stats() or {}
+    size = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    largest = size / 2 / 1.25 / 1e9  # bfloat16, a fifth kept for caches and temporaries
+    return Finding(
+        "memory",
+        f"{size / 1e9:.0f} GB, room for about {largest:.0f} B parameters in bfloat16",
+        "jaxspec plan says what a setup needs" if largest > 4 else "",
+    )
+
+
+def speeds() -> Finding:
+    """Of verifying a tree in float32 and in bfloat16: a few rows times a weight."""
+    seconds = {dtype: _product_seconds(dtype) for dtype in ("float32", "bfloat16")}
+    size = 4 * WIDTH * HEIGHT
+    found = ", ".join(
+        f"{dtype} {size * jnp.dtype(dtype).itemsize / 4 / s / 1e9:.1f} GB/s"
+        for dtype, s in seconds.items()
+    )
+    gain = seconds["float32"] / seconds["bfloat16"]
+    if gain > 1.1:
+        advice = f"--dtype bfloat16 is {gain:.1f}x as fast here; float32 equals plain decoding"
+    else:
+        advice = f"--dtype float32 is {1 / gain:.1f}x as fast here, and equals plain decoding"
+    return Finding("speeds", f"{ROWS} rows times a weight: {found}", advice)
+
+
+def _product_seconds(dtype: str) -> float:
+    x, weight = jnp.ones((ROWS, HEIGHT), dtype), jnp.ones((HEIGHT, WIDTH), dtype)
+    _product(x, weight).block_until_ready()  # compiled
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        _product(x, weight).block_until_ready()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
+
+
+@jax.jit
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum("rh,hw->rw", x, weight, preferred_element_type=jnp.float32)
+
+
+def compiled_programs() -> Finding:
+    """The cache that makes the next start quick."""
+    known = jax.config.jax_compilation_cache_dir
+    folder = Path(known) if known else catalog.cache_dir() / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        advice = "set JAXSPEC_CACHE to a folder that can be written, or every start compiles"
+        return Finding("compiled programs", str(error), advice)
+    files = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
+    found = f"{folder}: {len(files)} files, {sum(files) / 1e6:.0f} MB"
+    advice = f"rm -r {folder} frees the space" if sum(files) > 5e9 else ""
+    return Finding("compiled programs", found, advice)
+
+
+def default_target() -> Finding:
+    """The small model that needs no hub."""
+    found = catalog.here()
+    if found is None:
+        advice = "the first command downloads it (100 MB), or set JAXSPEC_OFFLINE"
+        return Finding("default target", f"{catalog.DEFAULT} is not here yet", advice)
+    return Finding("default target", f"{catalog.DEFAULT}: {found}")
+
+
+def hub() -> Finding:
+    """Where Hugging Face checkpoints come from."""
+    from huggingface_hub import constants
+
+    found = f"checkpoints of the hub are kept in {constants.HF_HUB_CACHE}"
+    if constants.HF_HUB_OFFLINE:
+        return Finding("hub", found, "HF_HUB_OFFLINE is set: nothing is downloaded")
+    return Finding("hub", found)
+
+
+def extras() -> Iterator[Finding]:
+    """Optional parts that are installed or not."""
+    for name in EXTRAS:
+        lacking = [str(r.name) for r in map(_lacking, _requirements(name)) if r]
+        if lacking:
+            advice = f"pip install 'jaxspec[{name}]' if you need it"
+            yield Finding(f"extra {name}", f"not installed: {', '.join(lacking)}", advice)
+        else:
+            yield Finding(f"extra {name}", "installed")
+
+
+def _requirements(extra: str, package: str = DISTRIBUTION) -> list[Requirement]:
+    """Of a package, or of one extra of it."""
+    found = []
+    for line in importlib.metadata.requires(package) or ():
+        requirement = Requirement(line)
+        marker = requirement.marker
+        if extra == "":
+            wanted = marker is None or marker.evaluate({"extra": ""})
+        else:
+            wanted = marker is not None and (
+                marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
+            )
+        if wanted:
+            found.append(requirement)
+    return found
+
+
+def _lacking(requirement: Requirement) -> Requirement | None:
+    """The requirement if it is not met."""
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return requirement
+    if not requirement.specifier.contains(version, prereleases=True):
+        return requirement
+    inner = (r for e in requirement.extras for r in _requirements(e, requirement.name))
+    return next((lacking for lacking in map(_lacking, inner) if lacking), None)
