@@ -313,6 +313,36 @@ def token_ids(
     return row
 
 
+def usable_prompts(
+    target: Target,
+    prompts: Sequence[Prompt],
+    *,
+    raw: bool,
+    thinking: bool | None,
+    max_new_tokens: int,
+) -> tuple[dict[int, list[int]], dict[int, str]]:
+    """Prompts as token ids by their places in a list of many, and why others cannot be used.
+
+    Raises:
+      ValueError: none of them can be used.
+    """
+    rows, refused = {}, {}
+    for place, prompt in enumerate(prompts):
+        name = "the prompt" if len(prompts) == 1 else f"prompt {place}"
+        try:
+            ids = token_ids(target, prompt, raw=raw, thinking=thinking, name=name)
+            check_positions(target.config, len(ids), max_new_tokens)
+            rows[place] = ids
+        except ValueError as error:
+            text = str(error)
+            refused[place] = text if text.startswith(name) else f"{name}: {text}"
+    if not rows:
+        reason = refused.get(0, "there are none")
+        many = f"none of the {len(prompts)} prompts can be used; " if len(prompts) > 1 else ""
+        raise ValueError(many + reason)
+    return rows, refused
+
+
 def check_positions(config: TargetConfig, length: int, max_new_tokens: int) -> None:
     """Raises ValueError if a prompt of that length has no room for its new tokens."""
     total, positions = length + max_new_tokens, config.max_positions

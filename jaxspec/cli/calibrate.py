@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from jaxspec.cli import exits
 from jaxspec.data.prompts import read_prompts
 
 
@@ -47,7 +48,7 @@ class Calibrate:
         from jaxspec.checkpoints.drafters import save_temperatures
         from jaxspec.evaluation import calibration
         from jaxspec.evaluation.walk import record
-        from jaxspec.generation import as_token_ids
+        from jaxspec.generation import usable_prompts
 
         prompts = read_prompts(self.prompts)
         if len(prompts) < 2:
@@ -62,10 +63,17 @@ class Calibrate:
             raise ValueError(
                 f"--drafter {self.drafter} has no confidence head: nothing to calibrate"
             )
-        rows = as_token_ids(target, prompts, raw=False, thinking=self.thinking)
+        rows, refused = usable_prompts(
+            target,
+            prompts,
+            raw=False,
+            thinking=self.thinking,
+            max_new_tokens=self.max_new_tokens,
+        )
+        code = exits.left_out(refused.values())
         answers = record(
             target,
-            rows,
+            list(rows.values()),
             max_new_tokens=self.max_new_tokens,
             spare=drafter.drafter.depth + 1,
             sampling=jaxspec.Sampling(temperature=self.temperature),
@@ -96,4 +104,4 @@ class Calibrate:
         elif not self.dry_run:
             save_temperatures(self.drafter, temperatures)
             print(f"stored in {self.drafter}/config.json")
-        return 0
+        return code

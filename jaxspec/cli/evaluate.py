@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from jaxspec.cli import exits
 from jaxspec.data.prompts import read_prompts, spread
 
 
@@ -73,7 +74,8 @@ class Evaluate:
         setup = Setup(self._setup(texts))
         done = held(self.output, setup)
         entries = load(self.target, contenders)
-        sets = self._encoded(entries[0].target, texts)
+        sets, refused = self._encoded(entries[0].target, texts)
+        code = exits.left_out(refused)
         cut_torn(self.output)
         if key(setup) not in done:
             append(self.output, setup)
@@ -113,7 +115,7 @@ class Evaluate:
             if key(row) not in done:
                 append(self.output, row)
         print(markdown(View(read(self.output))))
-        return 0
+        return code
 
     def _check(self, contenders) -> None:
         if not contenders or not self.prompts:
@@ -139,13 +141,24 @@ class Evaluate:
     def _chosen(self, path: Path) -> list[str]:
         return spread(read_prompts(path), self.count)
 
-    def _encoded(self, target, texts: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        from jaxspec.generation import as_token_ids
+    def _encoded(
+        self, target, texts: dict[str, list[str]]
+    ) -> tuple[dict[str, list[list[int]]], list[str]]:
+        """Prompts of each set as token ids, and why others cannot be used."""
+        from jaxspec.generation import usable_prompts
 
-        return {
-            name: as_token_ids(target, rows, raw=False, thinking=self.thinking)
-            for name, rows in texts.items()
-        }
+        sets, refused = {}, []
+        for name, prompts in texts.items():
+            rows, bad = usable_prompts(
+                target,
+                prompts,
+                raw=False,
+                thinking=self.thinking,
+                max_new_tokens=self.max_new_tokens,
+            )
+            sets[name] = list(rows.values())
+            refused += [f"{name}: {reason}" for reason in bad.values()]
+        return sets, refused
 
     def _setup(self, texts: dict[str, list[str]]) -> dict:
         """What results of one file have in common. Temperatures may be added, and the clock."""

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from jaxspec.interrupts import INTERRUPTED as INTERRUPTED
 from jaxspec.interrupts import bounded
@@ -39,6 +39,16 @@ def run(command: Callable[[], int], *, debug: bool = False) -> int:
         if raised or isinstance(error, KeyboardInterrupt):
             return _end(INTERRUPTED, "interrupted", debug)
         return _explain(error, debug)
+
+
+def left_out(reasons: Iterable[str]) -> int:
+    """Names on standard error what could not be used; the exit code of a command that goes on
+    without."""
+    code = DONE
+    for reason in reasons:
+        print(" ".join(f"left out: {reason}".splitlines()), file=sys.stderr)
+        code = FAULT
+    return code
 
 
 def _explain(error: BaseException, debug: bool) -> int:

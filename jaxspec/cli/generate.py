@@ -91,19 +91,17 @@ class Generate:
         from tqdm import tqdm
 
         import jaxspec
-        from jaxspec.generation import Interrupted
+        from jaxspec.generation import Interrupted, usable_prompts
 
-        rows, refused = self._usable(target, prompts)
-        if not rows:
-            raise ValueError(
-                refused[0]
-                if len(prompts) == 1
-                else f"none of the {len(prompts)} prompts can be used; {refused[0]}"
-            )
+        rows, refused = usable_prompts(
+            target,
+            prompts,
+            raw=self.raw,
+            thinking=self.thinking,
+            max_new_tokens=self.max_new_tokens,
+        )
         leads = jax.process_index() == 0
-        for reason in refused.values() if leads else ():
-            print(f"left out: {reason}", file=sys.stderr)
-        code = exits.FAULT if refused else exits.DONE
+        code = exits.left_out(refused.values() if leads else ())
         places = list(rows)
         capacity = jaxspec.warm_up(target, list(rows.values()), **options)
         starts = range(0, len(places), self.batch_size)
@@ -129,22 +127,6 @@ class Generate:
         if leads:
             self._print_refused(refused, before=len(prompts))
         return code
-
-    def _usable(self, target, prompts: list) -> tuple[dict[int, list[int]], dict[int, str]]:
-        """Prompts as token ids by their places, and why others cannot be used."""
-        from jaxspec.generation import check_positions, token_ids
-
-        rows, refused = {}, {}
-        for place, prompt in enumerate(prompts):
-            name = "the prompt" if len(prompts) == 1 else f"prompt {place}"
-            try:
-                ids = token_ids(target, prompt, raw=self.raw, thinking=self.thinking, name=name)
-                check_positions(target.config, len(ids), self.max_new_tokens)
-                rows[place] = ids
-            except ValueError as error:
-                text = str(error)
-                refused[place] = text if text.startswith(name) else f"{name}: {text}"
-        return rows, refused
 
     def _prompts(self) -> list:
         given = [x is not None for x in (self.prompt, self.prompts, self.prompt_ids)]
