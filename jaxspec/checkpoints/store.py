@@ -95,6 +95,11 @@ class Store:
         position = {name: int(value) for name, value in found[POSITION].items()}
         return step, found[STATE], position
 
+    def drop_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps."""
+        for later in [x for x in self.steps if x > step]:
+            self._checkpoints.delete(later)
+
     @property
     def steps(self) -> list[int]:
         """Of all checkpoints, ascending."""

@@ -11,7 +11,8 @@ from jaxspec.cli import exits
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a drafter on conversations of the target's; killed, it goes on where it was.
+    """Train a drafter on conversations of the target's; killed, it goes on where it was. With
+    more steps a finished run goes on, too.
 
     Examples:
       python -m jaxspec train --data data.jsonl --output run --steps 2000
@@ -78,7 +79,8 @@ class Train:
     """In steps; 0 validates at the end."""
     checkpoint_every: int = 100
     resume_step: int | None = None
-    """Checkpoint to go on from; the newest by default."""
+    """Checkpoint to go on from, with another learning rate if need be; those after it are
+    removed. The newest by default."""
     tensorboard: bool = False
     """Write OUTPUT/tensorboard beside metrics.jsonl."""
     devices: int = 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -37,16 +36,12 @@ from jaxspec.training.feature_cache import open_features
 from jaxspec.training.loading import Loader
 from jaxspec.training.metrics import Metrics
 from jaxspec.training.recipe import TrainConfig
-from jaxspec.training.sharding import (
-    any_process,
-    gather,
-    state_shardings,
-)
+from jaxspec.training.run_folder import DRAFTER, claimed, enter
+from jaxspec.training.sharding import any_process, gather, state_shardings
 from jaxspec.training.step import TrainState, init_state, learning_rate, train_step
 from jaxspec.training.validation import trained_drafter, walked_tau
 
-CONFIG, METRICS, TENSORBOARD = "config.json", "metrics.jsonl", "tensorboard"
-CHECKPOINTS, DRAFTER = "checkpoints", "drafter"
+METRICS, TENSORBOARD, CHECKPOINTS = "metrics.jsonl", "tensorboard", "checkpoints"
 DRAFT_VOCABULARY = "draft_vocabulary.json"
 
 
@@ -70,13 +65,15 @@ def train(
     the best weights by walked tau, or the last ones without prompts; with a draft vocabulary
     also `draft_vocabulary.json`, its tokens and the share of the target's that they cover. A
     run that was killed goes on from its newest checkpoint and ends with the same weights, bit
-    for bit on the same devices. SIGTERM or
-    Ctrl-C ends it after the current step, with a checkpoint.
+    for bit on the same devices. With more steps a finished run goes on: its schedule is longer,
+    its optimizer the same, and the drafter it had stays as `drafter-STEPS`. SIGTERM or Ctrl-C
+    ends it after the current step, with a checkpoint.
 
     Args:
-      examples: from `conversations.read_examples`.
+      examples: from `data.rows.read_examples`.
       prompts: held out, for validation.
-      resume_step: checkpoint to go on from; the newest by default.
+      resume_step: checkpoint to go on from, with another optimizer if need be; those after it
+        are removed. The newest by default.
       features: folder of the target's features (`feature_cache`), filled first where it is not
         whole; by default they are computed with every step and not kept.
       features_dtype: what a new folder stores them in; the target's dtype by default.
@@ -89,16 +86,41 @@ def train(
       The folder of the drafter, or None if the run was interrupted.
 
     Raises:
-      ValueError: the folder holds a run with other settings or examples that give another
-        draft vocabulary, the checkpoint is damaged, the loss is not a number, or several
-        processes shall validate.
+      ValueError: the folder holds a run with other settings, of another target, on other data,
+        or another process trains in it; the checkpoint is damaged; the loss is not a number;
+        or several processes shall validate.
     """
     folder, leads = Path(folder), jax.process_index() == 0
     _check(config, prompts, mesh)
-    if leads:
-        _check_settings(folder, config, target)
-    if (folder / DRAFTER).exists():
-        return folder / DRAFTER
+    with contextlib.ExitStack() as held:
+        finished = False
+        if leads:
+            held.enter_context(claimed(folder))
+            finished = enter(folder, config, target, examples, resume_step)
+        if any_process(finished):
+            steps = f"{folder} has taken its {config.steps} steps; more --steps go on with it"
+            print(f"nothing to train: {steps}", file=sys.stderr)
+            return folder / DRAFTER
+        options = dict(resume_step=resume_step, tensorboard=tensorboard, mesh=mesh)
+        options |= dict(features=features, features_dtype=features_dtype)
+        return _train(config, target, examples, folder, prompts, **options)
+
+
+def _train(
+    config: TrainConfig,
+    target: Target,
+    examples: Sequence[Example],
+    folder: Path,
+    prompts: Sequence[Prompt],
+    *,
+    resume_step: int | None,
+    features: str | Path | None,
+    features_dtype: str | None,
+    tensorboard: bool,
+    mesh: Mesh | None,
+) -> Path | None:
+    """`train`, in a folder whose run is of these settings and this data and goes on."""
+    leads = jax.process_index() == 0
     store = Store(folder / CHECKPOINTS, keep=config.keep)
     run, state = _begin(config, target, examples, prompts, folder, mesh, new=not store.steps)
     cached = None
@@ -107,7 +129,8 @@ def train(
         cached = open_features(features, run.target, examples, taps=taps, dtype=features_dtype)
     position = Position()
     if store.steps or resume_step is not None:
-        _, state, saved = store.restore(state, resume_step)
+        step, state, saved = store.restore(state, resume_step)
+        store.drop_after(step)
         position = Position(**saved)
     metrics = Metrics(
         folder / METRICS if leads else os.devnull,
@@ -233,11 +256,7 @@ def _take_steps(
             position = loader.after(position)
             upcoming = loader.at(position)  # while the devices compute
             means = jax.device_get(means)
-            if not math.isfinite(means["loss"]):
-                raise ValueError(
-                    f"the loss of step {done} is {means['loss']}; lower the learning rate and "
-                    "start from an earlier checkpoint"
-                )
+            _check_finite(means, done + 1, config, store)
             metrics.write(
                 done + 1, epoch=epoch, learning_rate=float(rate(done)), **_plain(means)
             )
@@ -259,11 +278,31 @@ def _take_steps(
     return state
 
 
+def _check_finite(means: dict[str, Any], step: int, config: TrainConfig, store: Store) -> None:
+    """Raises ValueError, with the way to go on, for a step that spoilt the weights."""
+    bad = next((x for x in ("loss", "gradient_norm") if not math.isfinite(means[x])), None)
+    if bad is None:
+        return
+    rate = config.optimizer.learning_rate / 2
+    remedy = f"start again in a new folder with a lower rate: --learning-rate {rate:g}"
+    if store.steps:
+        remedy = (
+            f"go on from a checkpoint before it was lost ({', '.join(map(str, store.steps))}) "
+            f"with a lower rate: --resume-step {store.steps[0]} --learning-rate {rate:g}"
+        )
+    raise ValueError(f"the {bad.replace('_', ' ')} of step {step} is {means[bad]}; {remedy}")
+
+
 def export(config: TrainConfig, drafter: LoadedDrafter, folder: Path) -> None:
     """Writes a drafter's checkpoint; it appears whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_drafter(partial, drafter.drafter, drafter.params, _format(config))
+    try:
+        save_drafter(partial, drafter.drafter, drafter.params, _format(config))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; go on from an earlier checkpoint with --resume-step"
+        ) from error
     os.rename(partial, folder)
 
 
@@ -327,29 +366,6 @@ def _draft_vocabulary(
             file=sys.stderr,
         )
     return jnp.asarray(kept)
-
-
-def _check_settings(folder: Path, config: TrainConfig, target: Target) -> None:
-    """Writes the settings of a new run; those of an old one must be the same.
-
-    A setting that an old file lacks was added later, and had its default.
-    """
-    path = folder / CONFIG
-    settings = {"target": target.name, **json.loads(json.dumps(dataclasses.asdict(config)))}
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2) + "\n")
-        return
-    old = json.loads(path.read_text())
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    different = [
-        name for name, value in settings.items() if old.get(name, defaults.get(name)) != value
-    ]
-    if different:
-        raise ValueError(
-            f"{folder} holds a run with other settings ({', '.join(different)} differ); "
-            "train in a new folder or use the same ones"
-        )
 
 
 def _format(config: TrainConfig) -> str:

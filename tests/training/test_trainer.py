@@ -20,6 +20,8 @@ from jaxspec.checkpoints.store import Store
 from jaxspec.config import TreeConfig
 from jaxspec.training.batches import Position
 from jaxspec.training.loading import Loader
+from jaxspec.training.recipe import OptimizerConfig
+from jaxspec.training.run_folder import claimed
 from jaxspec.training.step import copy_layers, init_state, learning_rate, train_step
 from jaxspec.training.trainer import initial_drafter, train
 from tests.processes import free_port, many_devices
@@ -157,11 +159,116 @@ def test_other_settings_do_not_go_on_with_a_run(whole_run):
         train(other, tiny.target(), tiny.examples(), folder)
 
 
-def test_a_finished_run_is_left_as_it_is(whole_run):
+def test_a_finished_run_is_left_as_it_is(whole_run, capsys):
     folder, _ = whole_run
     before = (folder / "metrics.jsonl").read_bytes()
     assert train(tiny.CONFIG, tiny.target(), tiny.examples(), folder) == folder / "drafter"
     assert (folder / "metrics.jsonl").read_bytes() == before
+    assert "nothing to train" in capsys.readouterr().err
+
+
+def copied(whole_run, tmp_path):
+    return shutil.copytree(whole_run[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_data_does_not_go_on_with_a_run(whole_run, tmp_path, finished):
+    folder = copied(whole_run, tmp_path)
+    if not finished:
+        shutil.rmtree(folder / "drafter")
+    other = tiny.examples()
+    other[3].tokens[5] += 1
+    unmarked = tiny.examples()
+    unmarked[3].supervised[5] ^= True
+    for examples, count in ((other, 20), (unmarked, 20), (tiny.examples()[:19], 19)):
+        message = f"a run on other data, 20 sequences .now {count}; .*--initial"
+        with pytest.raises(ValueError, match=message):
+            train(tiny.CONFIG, tiny.target(), examples, folder)
+
+
+def test_another_target_does_not_go_on_with_a_run(whole_run, tmp_path):
+    folder, target = copied(whole_run, tmp_path), tiny.target()
+    tuned = jax.tree.map(lambda x: x * 1.1, target.params)
+    with pytest.raises(ValueError, match="of another target, 'tiny'"):
+        train(tiny.CONFIG, dataclasses.replace(target, params=tuned), tiny.examples(), folder)
+    moved = dataclasses.replace(target, name="elsewhere")
+    assert train(tiny.CONFIG, moved, tiny.examples(), folder) == folder / "drafter"
+
+
+def test_one_process_trains_in_a_folder(tmp_path):
+    with claimed(tmp_path / "run"):
+        with pytest.raises(ValueError, match="another process is writing .*run; wait"):
+            train(tiny.CONFIG, tiny.target(), tiny.examples(), tmp_path / "run")
+
+
+def test_more_steps_go_on_with_a_finished_run(whole_run, tmp_path):
+    folder = copied(whole_run, tmp_path)
+    before = (folder / "drafter" / "model.safetensors").read_bytes()
+    longer = dataclasses.replace(tiny.CONFIG, steps=14)
+    assert train(longer, tiny.target(), tiny.examples(), folder) == folder / "drafter"
+    steps = steps_of(folder)
+    assert [x["step"] for x in steps] == list(range(1, 15))
+    assert steps[:12] == steps_of(whole_run[0])
+    assert steps[12]["learning_rate"] > steps[11]["learning_rate"]  # a longer cosine
+    assert (folder / "drafter-12" / "model.safetensors").read_bytes() == before
+    assert (folder / "drafter" / "model.safetensors").read_bytes() != before
+    with pytest.raises(ValueError, match=r"other settings \(steps differ\)"):
+        train(tiny.CONFIG, tiny.target(), tiny.examples(), folder)
+
+
+def with_rate(rate):
+    return dataclasses.replace(tiny.CONFIG, optimizer=OptimizerConfig(learning_rate=rate))
+
+
+def test_what_a_lost_run_is_told_works(whole_run, tmp_path):
+    folder = copied(whole_run, tmp_path)
+    with pytest.raises(ValueError, match="optimizer differ.*--resume-step"):
+        train(with_rate(0.005), tiny.target(), tiny.examples(), folder)
+    lower = with_rate(0.005)
+    train(lower, tiny.target(), tiny.examples(), folder, resume_step=6)
+    steps, before = steps_of(folder), steps_of(whole_run[0])
+    assert steps[:6] == before[:6]
+    assert [x["step"] for x in steps] == list(range(1, 13))
+    np.testing.assert_allclose(
+        [x["learning_rate"] for x in steps[6:]], [x["learning_rate"] / 2 for x in before[6:]]
+    )
+    assert train(lower, tiny.target(), tiny.examples(), folder) == folder / "drafter"
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
+def test_a_run_that_is_lost_says_how_to_go_on(whole_run, tmp_path, monkeypatch, name):
+    folder = copied(whole_run, tmp_path)
+    shutil.rmtree(folder / "drafter")
+    for step in (8, 10, 12):
+        shutil.rmtree(folder / "checkpoints" / str(step))
+
+    def spoilt(*arguments):
+        state, means = train_step(*arguments)
+        return state, means | {name: jnp.float32(np.nan)}
+
+    monkeypatch.setattr("jaxspec.training.trainer.train_step", spoilt)
+    message = (
+        f"the {name.replace('_', ' ')} of step 7 is nan; go on from a checkpoint before it was "
+        r"lost \(2, 4, 6\) with a lower rate: --resume-step 2 --learning-rate 0.005"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(tiny.CONFIG, tiny.target(), tiny.examples(), folder)
+
+
+def test_weights_that_were_spoilt_are_not_exported(whole_run, tmp_path, monkeypatch):
+    folder = copied(whole_run, tmp_path)
+    shutil.rmtree(folder / "drafter")
+    restore = Store.restore
+
+    def spoilt(self, like, step=None):
+        step, state, position = restore(self, like, step)
+        state.weights.fc = state.weights.fc.replace(state.weights.fc[...] * 1e30)
+        return step, state, position
+
+    monkeypatch.setattr(Store, "restore", spoilt)
+    with pytest.raises(ValueError, match="'fc.weight' holds .*; go on from an earlier"):
+        train(tiny.CONFIG, tiny.target(), tiny.examples(), folder)
+    assert not (folder / "drafter").exists()
 
 
 def test_the_first_weights_are_the_targets_last_layers():

@@ -1,0 +1,143 @@
+"""The folder of a training run: what it was begun with, and when it may go on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxspec.checkpoints.tensors import read_json
+from jaxspec.data.conversations import Example
+from jaxspec.data.identity import fingerprint
+from jaxspec.generation import Target
+from jaxspec.locks import lock
+from jaxspec.training.recipe import TrainConfig
+
+CONFIG, DRAFTER = "config.json", "drafter"
+FREE = ("validate_every", "checkpoint_every", "keep")  # change nothing that is trained
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder, made if need be, for this process alone.
+
+    Raises:
+      ValueError: another process trains in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        lock(descriptor, str(folder), "wait until it is done, or train in a new folder")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def enter(
+    folder: Path,
+    config: TrainConfig,
+    target: Target,
+    examples: Sequence[Example],
+    resume_step: int | None = None,
+) -> bool:
+    """Writes the settings of a new run, or checks those of an old one against them.
+
+    A run goes on with other `FREE` settings; with more steps; and, where the checkpoint to go
+    on from is given, with another optimizer. The drafter of a run that goes on after its end is
+    kept as `drafter-STEPS`.
+
+    Returns:
+      Whether the run is finished: there is nothing to train.
+
+    Raises:
+      ValueError: the folder holds a run with other settings, of another target, or on other
+        data.
+    """
+    path = folder / CONFIG
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    identity = {
+        "target": target.name,
+        "fingerprint": fingerprint(target),
+        "data": data_hash(examples),
+        "sequences": len(examples),
+    }
+    if path.exists():
+        old = read_json(path)
+        _check_identity(folder, old, identity)
+        _check_settings(folder, old, settings, config, resume_step)
+        finished = (folder / DRAFTER).exists()
+        if finished and resume_step is None and old["steps"] == config.steps:
+            return True
+        if finished:
+            (folder / DRAFTER).rename(_free_name(folder, old["steps"]))
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(identity | settings, indent=2) + "\n")
+    os.replace(partial, path)
+    return False
+
+
+def data_hash(examples: Sequence[Example]) -> str:
+    """Of the tokens of all sequences, and of which the target wrote."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(example.tokens, "<i4"))
+        digest.update(np.packbits(example.supervised))
+    return digest.hexdigest()[:16]
+
+
+def _check_identity(folder: Path, old: dict[str, Any], now: dict[str, Any]) -> None:
+    """What an old file does not say is not checked."""
+    known = "fingerprint" if "fingerprint" in old else "target"  # a model may be moved
+    if old.get(known, now[known]) != now[known]:
+        raise ValueError(
+            f"{folder} holds a run of another target, {old.get('target')!r} (now "
+            f"{now['target']!r}; their weights differ); train in a new folder"
+        )
+    if old.get("data", now["data"]) != now["data"]:
+        raise ValueError(
+            f"{folder} holds a run on other data, {old['sequences']} sequences (now "
+            f"{now['sequences']}; files, --max-length or --min-supervised differ); give it the "
+            f"data it began with, or train in a new folder: --initial {folder / DRAFTER} goes "
+            "on from the drafter of a finished run"
+        )
+
+
+def _check_settings(
+    folder: Path,
+    old: dict[str, Any],
+    settings: dict[str, Any],
+    config: TrainConfig,
+    resume_step: int | None,
+) -> None:
+    """A setting that an old file lacks was added later, and had its default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    different = [
+        name
+        for name, value in settings.items()
+        if old.get(name, defaults.get(name)) != value and name not in FREE
+    ]
+    if "steps" in different and settings["steps"] > old["steps"]:
+        different.remove("steps")
+    if "optimizer" in different and resume_step is not None:
+        different.remove("optimizer")
+    if different:
+        remedy = "train in a new folder or use the same ones"
+        if different == ["optimizer"]:
+            remedy += ", or say with --resume-step from which checkpoint to go on otherwise"
+        raise ValueError(
+            f"{folder} holds a run with other settings ({', '.join(different)} differ); "
+            + remedy
+        )
+
+
+def _free_name(folder: Path, steps: int) -> Path:
+    names = (f"{DRAFTER}-{steps}" + (f"-{i}" if i else "") for i in range(10**6))
+    return next(folder / name for name in names if not (folder / name).exists())
