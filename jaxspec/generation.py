@@ -105,8 +105,9 @@ def generate(
 ) -> list[Completion]:
     """Completes prompts; whatever the drafter, the output is the target's own.
 
-    In float32 the tokens equal plain decoding's, greedy or sampled at the same seed; bfloat16
-    may flip near-ties.
+    In float32 the tokens equal plain decoding's, greedy or sampled at the same seed, on GPUs
+    too: products of a float32 target are exact to float32 there, not TF32, which is slower.
+    bfloat16 may flip near-ties.
 
     Args:
       prompts: texts or lists of token ids, or a single one of them. A text becomes a user's

@@ -239,7 +239,6 @@ def golden(folder: Path, name: str) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    jax.config.update("jax_default_matmul_precision", "highest")
     rows = timing.Rows("check", options, rates=False)
     rows.measure(kernels, check="kernels")
     rows.measure(ties, check="ties")

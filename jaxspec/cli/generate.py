@@ -30,7 +30,8 @@ class Generate:
     target: str = "smollm2-135m"
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and cache. float32 is lossless to the token; bfloat16 may flip near-ties."""
+    """Of weights and cache. float32 is lossless to the token, on GPUs too (products are not
+    TF32); bfloat16 may flip near-ties, and is what GPUs are fast in."""
     prompt: str | None = None
     """One prompt, a user's turn."""
     prompts: Path | None = None

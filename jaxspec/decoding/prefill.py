@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxspec.decoding.precision import exact_in_float32
 from jaxspec.decoding.sampling import choose
 from jaxspec.decoding.state import (
     Decoder,
@@ -55,6 +56,7 @@ def begin_prefill(decoder: Decoder, params: Params, batch: int, capacity: int) -
     return Prefilling(cache, drafter, jnp.zeros((batch, config.hidden_size), jnp.float32))
 
 
+@exact_in_float32
 def prefill_chunk(
     decoder: Decoder, params: Params, requests: Requests, i: jax.Array, prefilling: Prefilling
 ) -> Prefilling:
@@ -88,6 +90,7 @@ def prefill_chunk(
     )
 
 
+@exact_in_float32
 def end_prefill(params: Params, requests: Requests, prefilling: Prefilling) -> DecodeState:
     """Decides the first new token of prompts whose chunks have all run."""
     batch, capacity = requests.tokens.shape

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxspec.decoding import rejection
 from jaxspec.decoding.fitting import VerifySize, choose_in, fitted, own_sizes, smallest
+from jaxspec.decoding.precision import exact_in_float32
 from jaxspec.decoding.sampling import SamplingRows
 from jaxspec.decoding.state import (
     Acceptance,
@@ -43,6 +44,7 @@ def decode_round(
     return commit(decoder, params, state, sampling, verdict)
 
 
+@exact_in_float32
 def propose(
     decoder: Decoder, params: Params, state: DecodeState, sampling: SamplingRows
 ) -> tuple[Draft, DecodeState]:
@@ -55,6 +57,7 @@ def propose(
     return Draft(tree), dataclasses.replace(state, drafter=drafted)
 
 
+@exact_in_float32
 def judge(
     decoder: Decoder,
     params: Params,
@@ -159,6 +162,7 @@ def accept_matches(
     return Acceptance(path=path, count=count, tokens=jnp.take_along_axis(choices, path, axis=1))
 
 
+@exact_in_float32
 def commit(
     decoder: Decoder,
     params: Params,

@@ -1,0 +1,33 @@
+"""Float32 means float32: GPUs multiply it in TF32, which keeps 10 bits, unless asked not to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.decoding.state import Params
+
+
+def exact_in_float32(step: Callable) -> Callable:
+    """A part of decoding whose products are exact to float32 where the target is float32.
+
+    Tokens then equal plain decoding's: forwards over trees of different sizes differ by the
+    rounding of float32 sums alone. A narrower target keeps the platform's own precision, and on
+    a CPU nothing changes.
+
+    Args:
+      step: has a `Params` among its positional arguments.
+    """
+
+    @functools.wraps(step)
+    def exact(*args, **kwargs):
+        params = next(argument for argument in args if isinstance(argument, Params))
+        if params.target.embed.dtype != jnp.float32:
+            return step(*args, **kwargs)
+        with jax.default_matmul_precision("highest"):
+            return step(*args, **kwargs)
+
+    return exact
