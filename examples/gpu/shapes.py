@@ -87,8 +87,13 @@ def _roll(table):
 
 
 def drafter_config(config: TargetConfig, kind: str) -> DrafterConfig:
-    """A published drafter; with a Markov head where the tree needs a sequential one."""
+    """A published drafter; with a Markov head where the tree needs a sequential one.
+
+    The tiny target's has one layer, so that it is soon compiled.
+    """
     own = published_drafter(config)
+    if config == TINY:
+        own = dataclasses.replace(own, num_layers=1)
     if kind in CONDITIONED:
         return dataclasses.replace(own, sequential="markov", rank=RANK)
     return own
