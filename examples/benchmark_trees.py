@@ -26,7 +26,7 @@ from rich.table import Table
 
 from jaxspec.trees.best_first import best_first, best_first_from_top
 from jaxspec.trees.candidates import top_log_probs, top_logits
-from jaxspec.trees.path_conditioned import path_conditioned
+from jaxspec.trees.path_conditioned import LowRank, path_conditioned
 from jaxspec.trees.top_budget import top_budget, top_budget_from_top
 from jaxspec.trees.transitions import from_transitions
 from jaxspec.trees.tree import ancestors
@@ -67,8 +67,7 @@ def whole_top_budget(logits, root, budget, size):
 def whole_path_conditioned(logits, previous, output, root, budget, size):
     """With a Markov head: base + W2 W1[previous token]."""
 
-    def step(slot, state, tokens):
-        return logits[:, slot, None] + previous[tokens] @ output.T, state
+    step = LowRank(logits, output, lambda slot, state, tokens: (previous[tokens], state))
 
     depth = logits.shape[1]
     tree = path_conditioned(

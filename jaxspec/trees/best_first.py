@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxspec.trees.candidates import top_log_probs
 from jaxspec.trees.tree import NO_PARENT, DraftTree, known
+
+UNROLLED = 16  # steps of a GPU's loop at a time: a step alone is a dozen kernels, here three
 
 
 def best_first(
@@ -47,45 +51,43 @@ def best_first_from_top(
     size: int,
 ) -> DraftTree:
     """`best_first` over the top W tokens of each depth, both [B, P, W], likeliest first."""
-    grow = jax.vmap(_best_first_row, in_axes=(0, 0, 0, 0, None))
-    return grow(tokens, known(log_probs), root, budget, size)
+
+    def rows(unroll):
+        return jax.vmap(functools.partial(_best_first_row, size=size, unroll=unroll))
+
+    arrays = (tokens, known(log_probs), root, budget)
+    return lax.platform_dependent(*arrays, cuda=rows(UNROLLED), default=rows(1))
 
 
-def _best_first_row(tokens, log_probs, root, budget, size) -> DraftTree:
+def _best_first_row(tokens, log_probs, root, budget, *, size, unroll) -> DraftTree:
     depth, width = tokens.shape
     steps = -(-(size - 1) // width)
-    room = size + width  # children are written W at a time
+    node = jnp.arange(1 + steps * width)  # children of a step stand W in a row
 
-    def expand(carry, _):
-        nodes, used = carry
-        best = jnp.argmax(nodes["open"])
-        level = nodes["depth"][best]
-        scores = nodes["open"][best] + log_probs[level]
-        children = {
-            "open": jnp.where(level + 1 < depth, scores, -jnp.inf),
-            "score": scores,
-            "depth": jnp.broadcast_to(level + 1, width),
-            "parent": jnp.broadcast_to(best, width),
-            "token": tokens[level],
-        }
-        nodes = nodes | {"open": nodes["open"].at[best].set(-jnp.inf)}
-        nodes = {
-            name: lax.dynamic_update_slice(nodes[name], children[name], (used,))
-            for name in nodes
-        }
-        return (nodes, jnp.minimum(used + width, size)), None
+    def expand(carry, step):
+        scores, depths = carry  # of nodes not yet expanded; of all nodes
+        best = jnp.argmax(scores)
+        score, level = scores[best], depths[best]
+        rank = node - (1 + step * width)
+        new = (rank >= 0) & (rank < width)
+        children = score + log_probs[level, jnp.clip(rank, 0, width - 1)]
+        children = jnp.where(level + 1 < depth, children, -jnp.inf)
+        scores = jnp.where(new, children, jnp.where(node == best, -jnp.inf, scores))
+        return (scores, jnp.where(new, level + 1, depths)), (best, score, level)
 
-    first = jnp.arange(room) == 0
-    empty = jnp.where(first, 0.0, -jnp.inf)
+    start = jnp.where(node == 0, 0.0, -jnp.inf), jnp.zeros(node.shape, jnp.int32)
+    _, (best, score, level) = lax.scan(expand, start, jnp.arange(steps), unroll=unroll)
+
+    def column(root, children):
+        children = jnp.broadcast_to(children, (steps, width)).reshape(-1)
+        return jnp.concatenate([jnp.reshape(root, 1).astype(children.dtype), children])[:size]
+
     nodes = {
-        "open": empty,  # score of a node not yet expanded
-        "score": empty,
-        "depth": jnp.zeros(room, jnp.int32),
-        "parent": jnp.full(room, NO_PARENT, jnp.int32),
-        "token": jnp.where(first, root, 0).astype(jnp.int32),
+        "score": column(0.0, score[:, None] + log_probs[level]),
+        "depth": column(0, level[:, None] + 1),
+        "parent": column(NO_PARENT, best[:, None]),
+        "token": column(root, tokens[level]),
     }
-    (nodes, _), _ = lax.scan(expand, (nodes, jnp.int32(1)), None, length=steps)
-    nodes = {name: x[:size] for name, x in nodes.items()}
     valid = (nodes["score"] > -jnp.inf) & (jnp.arange(size) < budget)
     return DraftTree(
         tokens=jnp.where(valid, nodes["token"], 0),

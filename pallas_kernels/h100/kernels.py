@@ -18,6 +18,7 @@ from pallas_kernels.h100.compile import Kernel, compile_for_h100
 from pallas_kernels.h100.target import mesh
 from pallas_kernels.tree_attention.api import tree_attention
 from pallas_kernels.tree_attention.config import TILES, Shape, TileConfig, choose
+from pallas_kernels.tree_level import Levels, grow_level
 
 REGISTERS = 65_536  # of a multiprocessor
 SHARED_MEMORY = 233_472
@@ -28,6 +29,7 @@ WARPGROUP_ROWS = 64  # the smallest tile of a Hopper matrix product
 _attention = jax.jit(
     tree_attention, static_argnames=("scale", "window", "implementation", "tile")
 )
+_level = jax.jit(grow_level, static_argnames="implementation")
 _grouped = jax.jit(grouped_matmul, static_argnames="implementation")
 
 
@@ -102,6 +104,36 @@ class GroupedCase:
         return _faults(kernels, "grouped_matmul", tile_rows(self.rows, self.groups))
 
 
+@dataclasses.dataclass(frozen=True)
+class LevelCase:
+    """One level of a tree: children of 16 parents, at Qwen3's vocabulary and rank 256."""
+
+    children: int
+    batch: int = 1
+
+    def __str__(self) -> str:
+        return f"tree_level F={self.children} B={self.batch}"
+
+    def compile(self, cache: pathlib.Path | None = None) -> tuple[Kernel, ...]:
+        depth, vocab, rank, parents = 15, 151_936, 256, 16
+        row = (self.batch, depth + 1, self.children)
+        whole = [_array(*row, dtype=dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)]
+        return compile_for_h100(
+            _level,
+            Levels(*whole, _array(self.batch)),
+            _array(dtype=jnp.int32),
+            _array(self.batch, depth, vocab),
+            _array(self.batch, parents, rank),
+            _array(vocab, rank, dtype=jnp.bfloat16),
+            implementation="triton",
+            cache=cache,
+        ).kernels
+
+    def faults(self, kernels: tuple[Kernel, ...]) -> list[str]:
+        ours = [kernel for kernel in kernels if kernel.name.startswith("tree_level")]
+        return [fault for kernel in ours for fault in kernel.faults()]
+
+
 def _array(*shape, dtype=jnp.float32):
     sharding = NamedSharding(mesh(), PartitionSpec())
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -118,7 +150,7 @@ def _named(kernels: tuple[Kernel, ...], name: str) -> Kernel:
     return next(kernel for kernel in kernels if kernel.name == name)
 
 
-def cases(quick: bool = False) -> list[AttentionCase | GroupedCase]:
+def cases(quick: bool = False) -> list[AttentionCase | GroupedCase | LevelCase]:
     """Every kind of kernel that the library asks for.
 
     The gate has every tile of the table with and without a window, with and without splits,
@@ -135,6 +167,7 @@ def cases(quick: bool = False) -> list[AttentionCase | GroupedCase]:
         (8, 512, 4096, 16_384), ((2048, 1536), (768, 2048))
     ):
         found.append(GroupedCase(rows, 128, depth, columns))
+    found += [LevelCase(15), LevelCase(63), LevelCase(255), LevelCase(63, batch=8)]
     if quick:
         return list(dict.fromkeys(found))
     for dtype, dim in itertools.product(("bfloat16", "float32"), (64, 128)):

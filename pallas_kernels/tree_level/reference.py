@@ -48,7 +48,8 @@ def grow_level_reference(
     The children of node m are all tokens v, with logits base[slot, v] + latent[m] · output[v].
     A child's score is its parent's plus the log-probability, which rounding does not let
     exceed zero. Nodes that do not exceed the floor have no children: none could be among the
-    F best. Of equal children the one of the lower parent comes first, then the lower token.
+    F best. A score that is NaN counts as -inf. Of equal children the one of the lower parent
+    comes first, then the lower token.
 
     Args:
       levels: rows after slot are empty.
@@ -63,6 +64,7 @@ def grow_level_reference(
     bias = jnp.einsum("bmr,vr->bmv", latent, output, preferred_element_type=jnp.float32)
     gain = jnp.minimum(jax.nn.log_softmax(base[:, slot, None] + bias, axis=-1), 0.0)
     scores = (above[..., None] + gain).reshape(batch, -1)
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     scores = jnp.pad(
         scores, [(0, 0), (0, max(0, width - scores.shape[1]))], constant_values=-jnp.inf
     )

@@ -294,9 +294,9 @@ def _score_of(bits: jax.Array) -> jax.Array:
 
 
 def _cost(above, logits, log_total, live) -> jax.Array:
-    """Bits of the children's scores; infinite where there is none."""
+    """Bits of the children's scores; infinite where there is none, or NaN."""
     bits = _bits(above + jnp.minimum(logits - log_total, 0.0))
-    return jnp.where(live, bits, INFINITE)
+    return jnp.where(live, jnp.minimum(bits, INFINITE), INFINITE)
 
 
 def _both(rows, columns) -> jax.Array:

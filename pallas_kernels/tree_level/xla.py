@@ -60,20 +60,24 @@ def _score(levels, slot, base, latent, output) -> Levels:
     maxima = jnp.max(chunks, axis=-1).reshape(batch, parents, -1)
     log_total = log_sum_exp(logits, jnp.max(maxima, axis=-1))
     pairs = min(children, parents * (vocab // width))
-    best = above[..., None] + jnp.minimum(maxima - log_total[..., None], 0.0)
+    best = _number(above[..., None] + jnp.minimum(maxima - log_total[..., None], 0.0))
     # In ascending order, so that equal children still come in the reference's order.
     pair = jnp.sort(lax.top_k(best.reshape(batch, -1), pairs)[1], axis=-1)  # [B, pairs]
     parent = pair // (vocab // width)
     finalists = jnp.take_along_axis(chunks, pair[..., None], axis=1)  # [B, pairs, width]
     pick = functools.partial(jnp.take_along_axis, indices=parent, axis=1)
     gain = jnp.minimum(finalists - pick(log_total)[..., None], 0.0)
-    scores = (pick(above)[..., None] + gain).reshape(batch, -1)
+    scores = _number(pick(above)[..., None] + gain).reshape(batch, -1)
     missing = max(0, children - scores.shape[1])
     scores = jnp.pad(scores, [(0, 0), (0, missing)], constant_values=-jnp.inf)
     scores, place = lax.top_k(scores, children)
     place = jnp.minimum(place, pairs * width - 1)
     flat = jnp.take_along_axis(pair, place // width, axis=1) * width + place % width
     return with_row(levels, slot, scores, flat // vocab, flat % vocab)
+
+
+def _number(scores: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
 
 
 def chunk_width(vocab: int, parents: int, children: int) -> int:

@@ -11,6 +11,9 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.tree_attention import tree_attention
 from pallas_kernels.tree_attention.config import Shape, choose
 from pallas_kernels.tree_attention.triton import tree_attention_triton
+from pallas_kernels.tree_level import empty_levels
+from pallas_kernels.tree_level.reference import grow_level_reference
+from pallas_kernels.tree_level.triton import grow_level_triton
 from tests.pallas_kernels import test_grouped_matmul as grouped
 from tests.pallas_kernels.attention_cases import CASES, Case, make_inputs, oracle, tolerance
 
@@ -56,3 +59,29 @@ def test_grouped_matmul_computes_the_definition(group_sizes):
     found = jax.jit(lambda *x: grouped_matmul(*x, implementation="triton"))(*arrays)
     expected = grouped.oracle(*arrays[:2], group_sizes)
     assert np.abs(np.asarray(found) - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("batch, children", [(1, 63), (2, 255)])
+def test_the_levels_of_a_tree_hold_the_best_children(batch, children):
+    depth, vocab, rank, parents = 4, 151_936, 256, 16
+    draw = np.random.default_rng(children)
+    base = jnp.asarray(3 * draw.standard_normal((batch, depth, vocab), np.float32))
+    previous, output = (
+        jnp.asarray(0.1 * draw.standard_normal((vocab, rank), np.float32), jnp.bfloat16)
+        for _ in range(2)
+    )
+    # Likely tokens at every depth: without, deep levels lie below the floor.
+    base = base.at[:, :, :5].add(14.0)
+    levels = empty_levels(jnp.arange(batch), depth=depth, width=children)
+    for slot in range(depth):
+        latent = previous[levels.tokens[:, slot, :parents]]
+        arguments = (levels, jnp.int32(slot), base, latent, output)
+        expected = jax.device_get(jax.jit(grow_level_reference)(*arguments))
+        levels = grow_level_triton(*arguments)
+        found = jax.device_get(levels)
+        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+        np.testing.assert_allclose(found.floor, expected.floor, atol=1e-4)
+        # Scores that differ by rounding alone may change places.
+        assert (found.tokens == expected.tokens).mean() > 0.98
+        again = jax.device_get(grow_level_triton(*arguments))
+        jax.tree.map(np.testing.assert_array_equal, again, found)

@@ -50,12 +50,12 @@ def grown_from_transitions(logits, root, budget, size):
     return tree, ancestors(tree)
 
 
-# Launches per tree, ancestor sets included: about 15 per step of `best_first`, which takes
-# (N - 1) / W of them, as many per level of the others, and 20 where it scores the vocabulary.
+# Launches per tree, ancestor sets included: about five per step of `best_first`, which takes
+# (N - 1) / W of them, 15 per level of the others, and 20 where one scores the vocabulary.
 @pytest.mark.parametrize(
     "build, most",
     [
-        (grown_best_first, 600),
+        (grown_best_first, 200),
         (grown_top_budget, 200),
         (grown_from_transitions, 200),
         (grown_path_conditioned, 350),
