@@ -242,8 +242,9 @@ def _alternatives(
         other = dataclasses.replace(config, predict_next=not config.predict_next)
         if other.depth:
             yield f"slot layout {layout}", other
-    sight = "bidirectional" if config.causal else "causal"
-    yield f"{sight} blocks", dataclasses.replace(config, causal=not config.causal)
+    causal = any(config.causal)
+    sight = "bidirectional" if causal else "causal"
+    yield f"{sight} blocks", dataclasses.replace(config, causal=not causal)
     mask, last = config.mask_token_id, config.vocab_size - 1
     for token in dict.fromkeys((mask - 1, mask + 1, last, *target.eos_token_ids)):
         if token != mask and 0 <= token <= last:
@@ -408,5 +409,8 @@ def _draft_cached(drafter, params, state, anchor, position, trained):
         previous = jnp.concatenate([anchor[:, None], own[:, :-1]], axis=1)
         latent = head.teacher_forced(vocabulary, trained[None], previous)
         expected = head.correct(vocabulary, expected, latent)
-    difference = jnp.max(jnp.abs(logits - expected), axis=-1) / jnp.max(jnp.abs(expected))
+    # A bilinear head's logits are -inf outside of its candidates.
+    scale = jnp.max(jnp.abs(jnp.where(jnp.isfinite(expected), expected, 0)))
+    same = logits == expected
+    difference = jnp.max(jnp.where(same, 0, jnp.abs(logits - expected)), axis=-1) / scale
     return own[0], difference[0]

@@ -108,13 +108,13 @@ class TreeConfig:
                 )
 
 
-SEQUENTIAL_HEADS = ("markov", "gated", "rnn", "mlp")
+SEQUENTIAL_HEADS = ("markov", "gated", "rnn", "mlp", "bilinear")
 CONFIDENCE_HEADS = ("hidden", "hidden_and_previous")
 
 
 @dataclasses.dataclass(frozen=True)
 class DrafterConfig:
-    """A block drafter: DFlash, JetSpec, DSpark and TreeFlash are points of this space.
+    """A block drafter: DFlash, DFlash2, JetSpec, DSpark and TreeFlash are points of this space.
 
     Attributes:
       hidden_size: M, of the drafter and of its target, whose embedding and LM head it uses.
@@ -123,13 +123,21 @@ class DrafterConfig:
         embedding.
       block_size: slots of one pass, the anchor's included.
       mask_token_id: id whose embedding fills the slots after the anchor.
-      causal: a slot sees those before it; otherwise all of its block.
+      causal: of every layer, or one for all: a slot sees those before it; otherwise all of its
+        block.
       predict_next: slot k predicts position k + 1, so that the anchor's slot is used;
         otherwise slot k predicts its own position and the anchor's output is unused.
       sequential: one of `SEQUENTIAL_HEADS`, or None.
-      rank: width of the previous token's embedding in the head (markov, gated, rnn).
+      rank: width of the previous token's embedding in the head (markov, gated, rnn, bilinear).
+      candidates: k, the likeliest tokens of a slot, among which a bilinear head selects; 0 for
+        the other heads, which correct the logits of all tokens.
       confidence: one of `CONFIDENCE_HEADS`, or None.
-      window: a slot at position p sees positions p - window + 1 … p; None sees all.
+      window: of every layer, or one for all: a slot sees positions less than `window` away from
+        its own; None sees all.
+      conv_taps: K, slots that the convolutions around every sublayer read; 0 for none.
+      conv_group: contiguous channels that share the input-dependent part of a convolution.
+      logit_scale, logit_softcap: base logits are c tanh(scale z / c); without a cap scale z.
+      embedding_scale: multiplies the target's embedding of the block's tokens.
     """
 
     vocab_size: int
@@ -143,12 +151,18 @@ class DrafterConfig:
     taps: tuple[int, ...]
     block_size: int
     mask_token_id: int
-    causal: bool = False
+    causal: tuple[bool, ...] | bool = False
     predict_next: bool = False
     sequential: str | None = None
     rank: int = 0
+    candidates: int = 0
     confidence: str | None = None
-    window: int | None = None
+    window: tuple[int | None, ...] | int | None = None
+    conv_taps: int = 0
+    conv_group: int = 0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
     rope_theta: float = 1_000_000.0
     rms_norm_eps: float = 1e-6
     max_positions: int = 40_960
@@ -161,6 +175,11 @@ class DrafterConfig:
                 )
 
         check("num_layers", self.num_layers >= 1, "at least 1")
+        for name in ("causal", "window"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple):
+                object.__setattr__(self, name, (value,) * self.num_layers)
+            check(name, len(getattr(self, name)) == self.num_layers, "one value per layer")
         check(
             "num_heads",
             self.num_heads % self.num_kv_heads == 0,
@@ -185,7 +204,7 @@ class DrafterConfig:
             self.sequential in (None, *SEQUENTIAL_HEADS),
             f"None or one of {SEQUENTIAL_HEADS}",
         )
-        low_rank = self.sequential in ("markov", "gated", "rnn")
+        low_rank = self.sequential in ("markov", "gated", "rnn", "bilinear")
         check(
             "rank",
             (self.rank >= 1) == low_rank,
@@ -199,9 +218,36 @@ class DrafterConfig:
         check(
             "confidence",
             low_rank or self.confidence != "hidden_and_previous",
-            "None or 'hidden': only markov, gated and rnn heads embed the previous token",
+            "None or 'hidden': only low-rank heads embed the previous token",
         )
-        check("window", self.window is None or self.window >= 1, "None or at least 1")
+        check(
+            "candidates",
+            2 <= self.candidates <= self.vocab_size
+            if self.sequential == "bilinear"
+            else self.candidates == 0,
+            f"2 … {self.vocab_size}"
+            if self.sequential == "bilinear"
+            else f"0 with sequential = {self.sequential!r}",
+        )
+        check("window", all(w is None or w >= 1 for w in self.window), "None or at least 1")
+        check(
+            "conv_taps",
+            0 <= self.conv_taps <= self.block_size,
+            f"0, or up to block_size = {self.block_size}",
+        )
+        check(
+            "conv_group",
+            self.conv_group >= 1 and self.hidden_size % self.conv_group == 0
+            if self.conv_taps
+            else self.conv_group == 0,
+            f"a divisor of hidden_size = {self.hidden_size}"
+            if self.conv_taps
+            else "0 without convolutions (conv_taps = 0)",
+        )
+        for name in ("logit_scale", "embedding_scale"):
+            check(name, 0 < getattr(self, name) < float("inf"), "a positive number")
+        cap = self.logit_softcap
+        check("logit_softcap", cap is None or 0 < cap < float("inf"), "None or positive")
 
     @property
     def group_size(self) -> int:

@@ -51,7 +51,8 @@ def accept(
     # Rows past the tree are past every chain as well: their laws are never read.
     laws = jnp.pad(laws, ((0, 0), (0, count - laws.shape[1]), (0, 0)))
     _, keys = round_keys(sampling.key, position)
-    return accept_chain(laws, drawn.tokens, drawn.log_q, drawn.lengths, keys)
+    laws_drawn = drawn.tokens, drawn.log_q, drawn.lengths, keys
+    return accept_chain(laws, *laws_drawn, support=drawn.support)
 
 
 def round_keys(keys: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -71,12 +72,31 @@ def round_keys(keys: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def acceptance_probability(
-    target_log_probs: jax.Array, log_q: jax.Array, drafted: jax.Array
+    target_log_probs: jax.Array,
+    log_q: jax.Array,
+    drafted: jax.Array,
+    support: jax.Array | None = None,
 ) -> jax.Array:
-    """min(1, p(x) / q(x)) of drafted tokens x [...] under log-laws [..., V]: float32 [...]."""
+    """min(1, p(x) / q(x)) of drafted tokens x [...]: float32 [...].
+
+    Args:
+      target_log_probs: [..., V].
+      log_q: [..., C].
+      support: the tokens that `log_q` is over, int32, broadcasts to its shape; None for all.
+    """
     at = drafted[..., None]
     log_p = jnp.take_along_axis(target_log_probs, at, axis=-1)[..., 0]
-    return jnp.exp(jnp.minimum(log_p - jnp.take_along_axis(log_q, at, axis=-1)[..., 0], 0.0))
+    if support is None:
+        own = jnp.take_along_axis(log_q, at, axis=-1)[..., 0]
+    else:
+        own = jnp.max(jnp.where(support == at, log_q, -jnp.inf), axis=-1)
+    return jnp.exp(jnp.minimum(log_p - own, 0.0))
+
+
+def spread(log_q: jax.Array, support: jax.Array, vocab: int) -> jax.Array:
+    """Log-laws over some tokens as laws over all: [B, C] -> [B, V], both arguments."""
+    never = jnp.full((log_q.shape[0], vocab), -jnp.inf, log_q.dtype)
+    return never.at[jnp.arange(log_q.shape[0])[:, None], support].set(log_q)
 
 
 def residual(target_log_probs: jax.Array, log_q: jax.Array) -> jax.Array:
@@ -96,6 +116,8 @@ def accept_by_rejection(
     log_q: jax.Array,
     lengths: jax.Array,
     keys: jax.Array,
+    *,
+    support: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Accepts a prefix of a sampled chain and draws the token after it.
 
@@ -103,28 +125,33 @@ def accept_by_rejection(
       target_log_probs: [B, P + 1, V] float32, normalised; row d is the target's law after d
         drafted tokens.
       drafted: [B, P] int32.
-      log_q: [B, P, V] float32, the laws the drafts were drawn from.
+      log_q: [B, P, C] float32, the laws the drafts were drawn from.
       lengths: [B] int32, drafts to verify, 0 … P; whether slot j is verified must not depend
         on its own token or on later ones.
       keys: [B] typed keys, consumed.
+      support: the tokens that `log_q` is over, int32 [B, P, C] or [C]; None for all, C = V.
+        Laws over the vocabulary are built for the row after the accepted ones alone.
 
     Returns:
       accepted [B] int32, 0 … length; and the next token [B] int32: from the residual after a
       rejection, from the target's own law after a whole chain.
     """
     depth = drafted.shape[1]
-    chance = acceptance_probability(target_log_probs[:, :-1], log_q, drafted)
+    chance = acceptance_probability(target_log_probs[:, :-1], log_q, drafted, support)
     split = jax.vmap(jax.random.split)(keys)  # [B, 2]
     draws = jax.vmap(lambda key: jax.random.uniform(key, (depth,)))(split[:, 0])
     verified = jnp.arange(depth) < lengths[:, None]
     passed = (verified & (draws < chance)).astype(jnp.int32)
     accepted = jnp.cumprod(passed, axis=1).sum(axis=1)
 
-    def after(laws):
-        return jnp.take_along_axis(laws, accepted[:, None, None], axis=1)[:, 0]  # [B, V]
+    def after(laws):  # past the last slot q's row is any: it is replaced below
+        row = jnp.minimum(accepted, laws.shape[1] - 1)
+        return jnp.take_along_axis(laws, row[:, None, None], axis=1)[:, 0]
 
-    p = after(target_log_probs)
-    q = after(jnp.pad(log_q, ((0, 0), (0, 1), (0, 0)), constant_values=-jnp.inf))
+    p, q = after(target_log_probs), after(log_q)  # [B, V], [B, C]
+    if support is not None:
+        own = after(support) if support.ndim == 3 else jnp.broadcast_to(support, q.shape)
+        q = spread(q, own, p.shape[-1])
     q = jnp.where((accepted < lengths)[:, None], q, -jnp.inf)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, p.shape[1:], jnp.float32))(split[:, 1])
     token = jnp.argmax(jnp.log(residual(p, q)) + noise, axis=-1)
@@ -137,9 +164,13 @@ def accept_chain(
     log_q: jax.Array,
     lengths: jax.Array,
     keys: jax.Array,
+    *,
+    support: jax.Array | None = None,
 ) -> Acceptance:
     """`accept_by_rejection` as an `Acceptance`, for the chain `trees.chain` builds."""
-    accepted, token = accept_by_rejection(target_log_probs, drafted, log_q, lengths, keys)
+    accepted, token = accept_by_rejection(
+        target_log_probs, drafted, log_q, lengths, keys, support=support
+    )
     index = jnp.arange(drafted.shape[1] + 1)
     decided = jnp.where(
         index < accepted[:, None], jnp.pad(drafted, ((0, 0), (0, 1))), token[:, None]

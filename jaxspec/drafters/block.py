@@ -18,6 +18,8 @@ from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.drafters.base import Committed
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
 from jaxspec.drafters.head import OUTPUT, DraftHead, Vocabulary, bind, restrict
+from jaxspec.drafters.selector import lattice, lattice_tree, pick, walk
+from jaxspec.drafters.sight import block_sight
 from jaxspec.models.cache import KVCache, init_cache
 from jaxspec.models.layers import cut_axes
 from jaxspec.models.params import TargetParams
@@ -25,7 +27,7 @@ from jaxspec.trees.build import build
 from jaxspec.trees.candidates import top_log_probs
 from jaxspec.trees.path_conditioned import LowRank, path_conditioned
 from jaxspec.trees.transitions import from_transitions
-from jaxspec.trees.tree import DraftTree, causal_bits, chain, pack_bits
+from jaxspec.trees.tree import DraftTree, chain, pack_bits
 from pallas_kernels.tree_attention import tree_attention
 
 
@@ -94,7 +96,9 @@ class SampledChain:
 
     Attributes:
       tokens: [B, P] int32.
-      log_q: [B, P, V] float32, normalised; each slot's law given the tokens before it.
+      log_q: [B, P, C] float32, normalised; each slot's law given the tokens before it.
+      support: the tokens that `log_q` is over, int32 [B, P, C] or [C], none twice; None for all,
+        C = V. Others are never drawn.
       lengths: [B] int32, tokens to verify, 0 … P. Slot j is kept or dropped without a look at
         its own token or at later ones.
       log_confidence: [B, P] float32, log-probability that each token is accepted if those
@@ -103,31 +107,34 @@ class SampledChain:
 
     tokens: jax.Array
     log_q: jax.Array
+    support: jax.Array | None
     lengths: jax.Array
     log_confidence: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockDrafter:
-    """DFlash, JetSpec, DSpark or TreeFlash, by `config`; the tree it grows, by `tree`.
+    """DFlash, DFlash2, JetSpec, DSpark or TreeFlash, by `config`; the tree, by `tree`.
 
     With a sequential head, `chain`, `best_first` and `top_budget` score along the head's own
     greedy choices, `path_conditioned` scores what follows the `tree.candidates` best nodes of
     every depth given all of their ancestors, and `transitions` (TreeFlash's) tabulates
     `tree.width` children of as many likely tokens of every depth. Without one, depths are
-    scored alone.
+    scored alone. DFlash2's selector has a table of its candidates (`selector.lattice_tree`).
 
     The state is the `KVCache` of the context.
 
     Attributes:
       survival_scores: chains and `path_conditioned` trees are scored by the confidence head's
         survival probabilities instead of the drafter's own (`trees.path_conditioned`).
+      count_mass: see `selector.lattice_tree`.
       implementation: of tree attention.
     """
 
     config: DrafterConfig
     tree: TreeConfig
     survival_scores: bool = False
+    count_mass: bool = False
     implementation: str | None = None
     verify_sizes: tuple[int, ...] = ()
 
@@ -183,7 +190,11 @@ class BlockDrafter:
         head, vocabulary = bind(self.config, params.head), params.vocabulary
         stream = self.stream(params, state, anchor, position)
         base = head.logits(vocabulary, stream)
-        if self.config.sequential and self.tree.kind == "path_conditioned":
+        if self.config.candidates:
+            table = lattice(head, vocabulary, stream, base, anchor)
+            count_mass = self.count_mass
+            tree = lattice_tree(self.tree, table, anchor, budget, count_mass=count_mass)
+        elif self.config.sequential and self.tree.kind == "path_conditioned":
             tree = self._path_conditioned(head, params, stream, base, anchor, budget)
         elif self.tree.kind == "transitions":
             table = transition_table(
@@ -232,19 +243,23 @@ class BlockDrafter:
             log_q = tempered(logits, temperature)
             return jax.vmap(draw, in_axes=(0, None, 0))(keys, slot, log_q), log_q
 
-        tokens, log_q = rollout(head, vocabulary, stream, base, anchor, choose)
+        if self.config.candidates:
+            table = lattice(head, vocabulary, stream, base, anchor)
+            chosen, log_q = walk(table.scores, choose)
+            tokens, support = pick(table.tokens, chosen), table.tokens
+        else:
+            tokens, log_q = rollout(head, vocabulary, stream, base, anchor, choose)
+            support = vocabulary.kept
         log_confidence = _log_confidence(head, params, stream, anchor, tokens)
         lengths = _chain_lengths(params, log_confidence)
-        log_q = vocabulary.spread(log_q)
-        return SampledChain(tokens, log_q, lengths, log_confidence), state
+        return SampledChain(tokens, log_q, support, lengths, log_confidence), state
 
     def stream(
         self, params: BlockParams, state: KVCache, anchor: jax.Array, position: jax.Array
     ) -> jax.Array:
         """The head's pass over one block per row, [B, P, M]: see `DraftHead.stream`."""
         c, size = self.config, self.config.block_size
-        bits = causal_bits(size) if c.causal else pack_bits(jnp.ones((size, size), bool))
-        bits = jnp.broadcast_to(bits, (*anchor.shape, *bits.shape))
+        sight = [pack_bits(block_sight(c, layer)) for layer in range(c.num_layers)]
 
         def attend(layer, q, k, v):
             return tree_attention(
@@ -254,10 +269,10 @@ class BlockDrafter:
                 position,
                 k,
                 v,
-                bits,
+                jnp.broadcast_to(sight[layer], (*anchor.shape, *sight[layer].shape)),
                 scale=c.head_dim**-0.5,
                 depths=jnp.broadcast_to(jnp.arange(size), (*anchor.shape, size)),
-                window=c.window,
+                window=c.window[layer],
                 implementation=self.implementation,
             )
 

@@ -6,7 +6,8 @@ call), which owns construction and initialisation. Every jit boundary is crossed
 the graph definition follows from the config, and `bind` joins them at trace time, so a decoding
 step contains nothing of the framework.
 
-Sources: DFlash (arXiv 2602.06036), JetSpec (arXiv 2606.18394), DSpark (arXiv 2607.05147).
+Sources: DFlash (arXiv 2602.06036), JetSpec (arXiv 2606.18394), DSpark (arXiv 2607.05147), DFlash2
+("Keep Drafting Parallel", Inco AI, August 2026).
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ from flax import nnx
 
 from jaxspec.config import DrafterConfig
 from jaxspec.drafters.confidence import Confidence
+from jaxspec.drafters.convolution import Convolution, sides
 from jaxspec.drafters.sequential import HEADS, ones, weight
 from jaxspec.models.cache import KVRows
 from jaxspec.models.layers import (
     lookup,
+    lookup_whole,
     project,
     rms_norm,
     rotary_angles,
     rotate,
     swiglu,
 )
+from jaxspec.trees.candidates import top_logits
 
 # attend(layer, q [..., b, H, D], k [..., b, K, D], v [..., b, K, D]) -> [..., b, H, D]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -68,13 +72,6 @@ class Vocabulary:
         index = jnp.minimum(jnp.searchsorted(self.kept, tokens), self.kept.shape[0] - 1)
         return index.astype(jnp.int32), self.kept[index] == tokens
 
-    def spread(self, log_q: jax.Array) -> jax.Array:
-        """Log-laws over the draft vocabulary [..., V'] as laws over the whole one [..., V]."""
-        if self.kept is None:
-            return log_q
-        never = jnp.full((*log_q.shape[:-1], self.embed.shape[0]), -jnp.inf, log_q.dtype)
-        return never.at[..., self.kept].set(log_q)
-
 
 class DraftLayer(nnx.Module):
     """A pre-norm layer whose slots also attend to the context.
@@ -95,6 +92,9 @@ class DraftLayer(nnx.Module):
         self.mlp_norm = ones(dtype, width)
         self.gate_up = weight(rngs, dtype, width, 2, config.intermediate_size)
         self.down = weight(rngs, dtype, config.intermediate_size, width)
+        make = functools.partial(Convolution, config, rngs=rngs, dtype=dtype)
+        self.attention_conv = make() if config.conv_taps else None
+        self.mlp_conv = make() if config.conv_taps else None
         self.eps = config.rms_norm_eps
 
     def keys_values(self, x: jax.Array, angles) -> tuple[jax.Array, jax.Array]:
@@ -109,15 +109,19 @@ class DraftLayer(nnx.Module):
     def __call__(self, x: jax.Array, angles, attend) -> jax.Array:
         """Slots [..., b, M] -> [..., b, M]; `attend(q, k, v)` adds the context."""
         normed = rms_norm(x, self.norm[...], self.eps)
+        before, after = sides(self.attention_conv, normed)
+        normed = before(normed)
         q = project("...m,mkgd->...kgd", normed, self.q[...])
         q = q.reshape(*x.shape[:-1], -1, q.shape[-1])  # [..., b, H, D]
         q = rotate(rms_norm(q, self.q_norm[...], self.eps), *angles)
         attended = attend(q, *self.keys_values(normed, angles)).reshape(*x.shape[:-1], -1)
         # One contracted axis: with three, XLA transposes the weight.
-        x = x + project("...h,hm->...m", attended, self.out[...].reshape(-1, x.shape[-1]))
+        out = self.out[...].reshape(-1, x.shape[-1])
+        x = x + after(project("...h,hm->...m", attended, out))
         normed = rms_norm(x, self.mlp_norm[...], self.eps)
-        inner = swiglu(project("...m,mcf->...cf", normed, self.gate_up[...]))
-        return x + project("...f,fm->...m", inner, self.down[...])
+        before, after = sides(self.mlp_conv, normed)
+        inner = swiglu(project("...m,mcf->...cf", before(normed), self.gate_up[...]))
+        return x + after(project("...f,fm->...m", inner, self.down[...]))
 
 
 class DraftHead(nnx.Module):
@@ -171,7 +175,7 @@ class DraftHead(nnx.Module):
         block = jnp.arange(self.config.block_size)
         masked = jnp.int32(self.config.mask_token_id)
         tokens = jnp.where(block == 0, anchors[..., None], masked)
-        x = lookup(vocabulary.embed, tokens)
+        x = self.config.embedding_scale * lookup(vocabulary.embed, tokens)
         angles = self._angles(positions[..., None] + block)
         for i, layer in enumerate(self.layers):
             x = layer(x, angles, functools.partial(attend, i))
@@ -179,7 +183,13 @@ class DraftHead(nnx.Module):
 
     def logits(self, vocabulary: Vocabulary, stream: jax.Array) -> jax.Array:
         """Base logits, float32 [..., V'], of a stream [..., M]."""
-        return project("...m,vm->...v", self.normed(stream), vocabulary.unembed)
+        return self.unembed(vocabulary, self.normed(stream))
+
+    def unembed(self, vocabulary: Vocabulary, hidden: jax.Array) -> jax.Array:
+        """Logits, scaled and capped, float32 [..., V'], of hidden states [..., M]."""
+        logits = self.config.logit_scale * project("...m,vm->...v", hidden, vocabulary.unembed)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def normed(self, stream: jax.Array) -> jax.Array:
         """The hidden state h_k that all heads read."""
@@ -214,13 +224,31 @@ class DraftHead(nnx.Module):
     def correct(self, vocabulary: Vocabulary, base: jax.Array, latent: jax.Array) -> jax.Array:
         """Logits given the previous token, float32 [..., V'].
 
+        A bilinear head's are -inf outside of the candidates, the likeliest by base logits.
+
         Args:
           base: base logits, that broadcast to the result.
           latent: [..., R or M].
         """
         if self.config.sequential == "mlp":
-            return project("...r,vr->...v", latent, vocabulary.unembed)
+            return self.unembed(vocabulary, latent)
+        if self.config.candidates:
+            index, top, _ = top_logits(base, min(self.config.candidates, base.shape[-1]))
+            scores = self.select(top, index, latent)
+            never = jnp.full((*scores.shape[:-1], base.shape[-1]), -jnp.inf)
+            index = jnp.broadcast_to(index, scores.shape)
+            return jnp.put_along_axis(never, index, scores, axis=-1, inplace=False)
         return base + project("...r,vr->...v", latent, self.sequential.output[...])
+
+    def select(self, top: jax.Array, index: jax.Array, latent: jax.Array) -> jax.Array:
+        """A bilinear head's scores of candidates [..., k], with base logits `top` [..., k].
+
+        Args:
+          index: [..., k] int32, the candidates, in the draft vocabulary.
+          latent: [..., R].
+        """
+        rows = lookup_whole(self.sequential.output[...], index)
+        return top + jnp.einsum("...r,...kr->...k", latent, rows)
 
     def confidence_logits(self, stream: jax.Array, previous: jax.Array) -> jax.Array:
         """[...] of a stream [..., M] and the tokens before its slots [...]."""

@@ -5,7 +5,7 @@ one short vector, the latent; the corrected logits are affine in it (`DraftHead.
 any subset of the vocabulary is re-scored by multiplying the latent with those rows alone.
 
 All methods take any leading axes. Equations: DSpark, section 3.1 (arXiv 2607.05147); TreeFlash
-(arXiv 2606.03819).
+(arXiv 2606.03819); DFlash2 ("Keep Drafting Parallel", Inco AI, August 2026).
 """
 
 from __future__ import annotations
@@ -78,6 +78,20 @@ class Recurrent(Markov):
         return jnp.tanh(output), keep * state + (1 - keep) * jnp.tanh(candidate)
 
 
+class Bilinear(Markov):
+    """latent = W1[x_{k-1}] * (H h_k): DFlash2's selector, whose W1 and W2 are its codebooks.
+
+    Its correction is meant for the likeliest tokens of a slot alone (`drafters.selector`).
+    """
+
+    def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs, dtype):
+        super().__init__(config, rngs=rngs, dtype=dtype)
+        self.hidden = weight(rngs, dtype, config.hidden_size, config.rank)  # H
+
+    def advance(self, hidden, previous, state):
+        return self.embed(previous) * project("...m,mr->...r", hidden, self.hidden[...]), state
+
+
 class Mlp(nnx.Module):
     """TreeFlash's correction of the hidden state, before the final norm.
 
@@ -105,7 +119,13 @@ class Mlp(nnx.Module):
         return project("...f,fm->...m", inner, self.down[...])
 
 
-HEADS = {"markov": Markov, "gated": Gated, "rnn": Recurrent, "mlp": Mlp}
+HEADS = {
+    "markov": Markov,
+    "gated": Gated,
+    "rnn": Recurrent,
+    "mlp": Mlp,
+    "bilinear": Bilinear,
+}
 
 
 def weight(rngs: nnx.Rngs, dtype, *shape: int) -> nnx.Param:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxspec.config import DrafterConfig
 from jaxspec.drafters.head import DraftHead, Vocabulary
+from jaxspec.drafters.sight import block_sight
 from jaxspec.models.layers import product
 
 
@@ -80,7 +81,8 @@ def run_blocks(
     def attend(layer, q, k, v):
         keys, values = context.keys[layer], context.values[layer]
         q, k, v = (x.astype(dtype) for x in (q, k, v))
-        return block_attention(config, q, k, v, keys, values, anchors, first, chunk=chunk)
+        options = dict(layer=layer, chunk=chunk)
+        return block_attention(config, q, k, v, keys, values, anchors, first, **options)
 
     return BlockOutput(
         stream=head.stream(
@@ -102,6 +104,7 @@ def block_attention(
     anchors: jax.Array,
     first: jax.Array | None = None,
     *,
+    layer: int,
     chunk: int,
 ) -> jax.Array:
     """Every block attends to the context strictly before its anchor, and to itself.
@@ -113,6 +116,7 @@ def block_attention(
       context_keys, context_values: [B, T, K, D].
       anchors: [B, A] int32.
       first: [B, A] int32, the first index of the context a block sees; 0 by default.
+      layer: whose sight and window count.
       chunk: anchors per sequence scored at a time.
 
     Returns:
@@ -129,7 +133,7 @@ def block_attention(
 
     @jax.checkpoint
     def some(q, k, v, anchors, first):
-        return _attend(config, q, k, v, context_keys, context_values, anchors, first)
+        return _attend(config, layer, q, k, v, context_keys, context_values, anchors, first)
 
     blocks = (q, k, v, anchors, first)
     if parts == 1:
@@ -139,18 +143,19 @@ def block_attention(
     return out.reshape(batch, parts * size, *out.shape[3:])[:, :count]
 
 
-def _attend(config: DrafterConfig, q, k, v, context_keys, context_values, anchors, first):
+def _attend(
+    config: DrafterConfig, layer: int, q, k, v, context_keys, context_values, anchors, first
+):
     block, length = q.shape[2], context_keys.shape[1]
     q = q.reshape(*q.shape[:3], config.num_kv_heads, config.group_size, -1)
     slot = jnp.arange(block)
     before = jnp.arange(length) < anchors[..., None, None]  # [B, A, 1, T]
     if first is not None:
         before = before & (jnp.arange(length) >= first[..., None, None])
-    within = slot[:, None] >= slot if config.causal else jnp.ones((block, block), bool)
-    if config.window is not None:
-        oldest = anchors[..., None] + slot - config.window + 1  # [B, A, b]
+    within = block_sight(config, layer)
+    if config.window[layer] is not None:
+        oldest = anchors[..., None] + slot - config.window[layer] + 1  # [B, A, b]
         before = before & (jnp.arange(length) >= oldest[..., None])
-        within = within & (slot > slot[:, None] - config.window)
 
     def scores(spec, keys, mask):
         masked = jnp.where(mask[..., None, None, :, :], product(spec, q, keys), -jnp.inf)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.config import TreeConfig
-from jaxspec.trees.best_first import best_first
-from jaxspec.trees.top_budget import top_budget
+from jaxspec.trees.best_first import best_first_from_top
+from jaxspec.trees.candidates import top_log_probs
+from jaxspec.trees.top_budget import top_budget_from_top
 from jaxspec.trees.tree import DraftTree, chain
 
 
@@ -25,15 +26,41 @@ def build(tree: TreeConfig, logits: jax.Array, root: jax.Array, budget: jax.Arra
     """
     if tree.kind == "chain":
         return greedy_chain(logits, root, budget, size=tree.size)
-    if tree.kind == "best_first":
-        return best_first(logits, root, width=tree.width, budget=budget, size=tree.size)
-    if tree.kind in ("top_budget", "path_conditioned"):
+    tokens, log_probs = top_log_probs(logits, _width(tree, logits.shape[-1]))
+    return build_from_top(tree, tokens, log_probs, root, budget)
+
+
+def build_from_top(
+    tree: TreeConfig,
+    tokens: jax.Array,
+    log_probs: jax.Array,
+    root: jax.Array,
+    budget: jax.Array,
+) -> DraftTree:
+    """`build` over the likeliest tokens of each depth, both [B, P, K], likeliest first."""
+    width = _width(tree, tokens.shape[-1])
+    tokens, log_probs = tokens[..., :width], log_probs[..., :width]
+    if tree.kind == "chain":
+        return chain(root, tokens[..., 0], budget - 1, log_probs[..., 0], size=tree.size)
+    grow = best_first_from_top if tree.kind == "best_first" else top_budget_from_top
+    return grow(tokens, log_probs, root, budget=budget, size=tree.size)
+
+
+def _width(tree: TreeConfig, most: int) -> int:
+    """Tokens per depth that the tree can use, of at most so many."""
+    widths = {
+        "chain": 1,
+        "best_first": tree.width,
         # Conditioned on nothing, the path-conditioned tree is the optimum under marginals.
-        return top_budget(logits, root, budget=budget, size=tree.size)
-    raise ValueError(
-        f"tree kind {tree.kind!r} needs a drafter with a sequential head; "
-        "this one scores each depth alone: use chain, best_first or top_budget"
-    )
+        "top_budget": max(1, tree.size - 1),
+        "path_conditioned": max(1, tree.size - 1),
+    }
+    if tree.kind not in widths:
+        raise ValueError(
+            f"tree kind {tree.kind!r} needs a drafter with a sequential head; "
+            "this one scores each depth alone: use chain, best_first or top_budget"
+        )
+    return min(widths[tree.kind], most)
 
 
 def greedy_chain(

@@ -43,6 +43,21 @@ KINDS = {
         taps=(0, 2), block_size=5, sequential="mlp", confidence="hidden", **SHAPE
     ),
     "window": DrafterConfig(taps=(0, 1), block_size=5, window=4, **SHAPE),
+    "dflash2": DrafterConfig(
+        taps=(0, 1),
+        block_size=5,
+        causal=(True, False),
+        window=(3, None),
+        sequential="bilinear",
+        rank=6,
+        candidates=4,
+        conv_taps=3,
+        conv_group=8,
+        logit_scale=0.7,
+        logit_softcap=9.0,
+        embedding_scale=1.3,
+        **SHAPE,
+    ),
 }
 
 

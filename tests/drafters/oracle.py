@@ -38,20 +38,40 @@ class Oracle:
         c, position = self.config, len(features)
         fused = self.norm(np.float64(features) @ self.get("fc"), "hidden_norm")
         tokens = [anchor] + [c.mask_token_id] * (c.block_size - 1)
-        x = self.embed[tokens]
+        x = c.embedding_scale * self.embed[tokens]
         for i in range(c.num_layers):
-            x = x + self.attention(i, x, fused)
-            normed = self.norm(x, "layers", i, "mlp_norm")
-            gate, up = np.moveaxis(
-                np.einsum("tm,mcf->tcf", normed, self.get("layers", i, "gate_up")), 1, 0
+            normed = self.norm(x, "layers", i, "norm")
+            inner = self.convolved(i, "attention_conv", 0, normed, normed)
+            x = x + self.convolved(
+                i, "attention_conv", 1, normed, self.attention(i, inner, fused)
             )
-            x = x + (silu(gate) * up) @ self.get("layers", i, "down")
+            normed = self.norm(x, "layers", i, "mlp_norm")
+            inner = self.convolved(i, "mlp_conv", 0, normed, normed)
+            gate, up = np.moveaxis(
+                np.einsum("tm,mcf->tcf", inner, self.get("layers", i, "gate_up")), 1, 0
+            )
+            out = (silu(gate) * up) @ self.get("layers", i, "down")
+            x = x + self.convolved(i, "mlp_conv", 1, normed, out)
         assert position + c.block_size == len(fused) + len(x)
         return x[c.block_size - c.depth :]
 
+    def convolved(self, i, name, side, normed, y):
+        """Slot j: the sum over taps t of (base_t + delta_{j,t}) y_{j-t}, within the block."""
+        c = self.config
+        if not c.conv_taps:
+            return y
+        base = self.get("layers", i, name, "base")[side]  # [K, M]
+        projection = self.get("layers", i, name, "projection")[:, side]  # [M, K, G]
+        result = np.zeros_like(y)
+        for j in range(len(y)):
+            for t in range(min(c.conv_taps, j + 1)):
+                delta = np.repeat(normed[j] @ projection[:, t], c.conv_group)
+                result[j] += (base[t] + delta) * y[j - t]
+        return result
+
     def attention(self, i, x, fused):
-        c, position = self.config, len(fused)
-        normed = self.norm(x, "layers", i, "norm")
+        """Of the block's slots x, normed, over context rows `fused` and themselves."""
+        c, position, normed = self.config, len(fused), x
         q, kv = self.get("layers", i, "q"), self.get("layers", i, "kv")
         out, rows = self.get("layers", i, "out"), np.concatenate([fused, normed])
         result = np.zeros_like(x)
@@ -63,7 +83,8 @@ class Oracle:
                 scores, values = [], []
                 for at, row in enumerate(rows):  # context first, then the block
                     later = at > position + slot
-                    if (c.causal and later) or (c.window and at <= position + slot - c.window):
+                    far = c.window[i] and abs(at - position - slot) >= c.window[i]
+                    if far or (c.causal[i] and later):
                         continue
                     key = self.norm(row @ kv[:, kv_head, 0], "layers", i, "k_norm")
                     key = rotate(key, at, c.rope_theta)
@@ -93,7 +114,7 @@ class Oracle:
 
     def slot(self, x, previous: int, state):
         kind, hidden = self.config.sequential, self.norm(x, "norm")
-        base = self.unembed @ hidden
+        base = self.logits(hidden)
         if kind is None:
             return base, state
         if kind == "mlp":
@@ -103,7 +124,7 @@ class Oracle:
                 "i,icf->cf", joined, self.get("sequential", "up_gate")
             ) + self.get("sequential", "bias")
             moved = x + (silu(gate) * up) @ self.get("sequential", "down")
-            return self.unembed @ self.norm(moved, "norm"), state
+            return self.logits(self.norm(moved, "norm")), state
         w = latent = self.get("sequential", "previous")[previous]
         if kind == "gated":
             joined = np.concatenate([hidden, w])
@@ -116,7 +137,17 @@ class Oracle:
             gate, candidate, output = np.split(joined, 3)
             state = sigmoid(gate) * state + (1 - sigmoid(gate)) * np.tanh(candidate)
             latent = np.tanh(output)
-        return base + self.get("sequential", "output") @ latent, state
+        if kind == "bilinear":
+            latent = w * (hidden @ self.get("sequential", "hidden"))
+        corrected = base + self.get("sequential", "output") @ latent
+        if kind == "bilinear":
+            corrected[np.argsort(-base)[self.config.candidates :]] = -np.inf
+        return corrected, state
+
+    def logits(self, hidden):
+        c = self.config
+        z = c.logit_scale * (self.unembed @ hidden)
+        return c.logit_softcap * np.tanh(z / c.logit_softcap) if c.logit_softcap else z
 
     def confidence(self, x, previous: int):
         inputs = self.norm(x, "norm")

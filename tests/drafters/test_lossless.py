@@ -25,6 +25,7 @@ TREES = {
     "rnn": TreeConfig("path_conditioned", size=16, candidates=6),
     "treeflash": TreeConfig("transitions", size=16, width=3, candidates=4),
     "window": TreeConfig("chain", size=8),
+    "dflash2": TreeConfig("path_conditioned", size=16),
 }
 
 

@@ -1,0 +1,158 @@
+"""DFlash2's selector: the likeliest tokens of every slot, scored given the token before it.
+
+The scores of all pairs of candidates of neighbouring slots are one small table, the lattice: a
+chain is a walk through it and a tree grows over it. Once the candidates are found, nothing has
+the size of the vocabulary.
+
+Source: "DFlash 2: Keep Drafting Parallel" (Inco AI, August 2026).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxspec.config import TreeConfig
+from jaxspec.drafters.head import DraftHead, Vocabulary
+from jaxspec.trees.build import build_from_top
+from jaxspec.trees.candidates import top_logits
+from jaxspec.trees.transitions import from_transitions
+from jaxspec.trees.tree import DraftTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The k likeliest tokens of every slot by base logits, likeliest first.
+
+    Attributes:
+      index: [..., k] int32, in the draft vocabulary; of equal logits the lower index first.
+      logits: [..., k] float32.
+      log_mass: [...] float32, log of the probability that the base logits give all of them.
+    """
+
+    index: jax.Array
+    logits: jax.Array
+    log_mass: jax.Array
+
+
+def top_candidates(base: jax.Array, k: int) -> Candidates:
+    """The k likeliest of base logits [..., V']; all of them where V' is smaller."""
+    index, logits, log_total = top_logits(base, min(k, base.shape[-1]))
+    return Candidates(index, logits, jax.nn.logsumexp(logits, axis=-1) - log_total)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lattice:
+    """What follows every candidate of the slot before.
+
+    Attributes:
+      tokens: [B, P, k] int32, the candidates' ids.
+      scores: [B, P, k, k] float32: slot, candidate of the slot before, candidate of the slot;
+        unnormalised logits. In slot 0 every row is the anchor's.
+      log_mass: [B, P], see `Candidates`.
+    """
+
+    tokens: jax.Array
+    scores: jax.Array
+    log_mass: jax.Array
+
+
+def lattice(
+    head: DraftHead,
+    vocabulary: Vocabulary,
+    stream: jax.Array,
+    base: jax.Array,
+    anchor: jax.Array,
+) -> Lattice:
+    """S(a, b) = U(b) + sum_i A[a, i] (H h)_i B[b, i] for all pairs of candidates.
+
+    Args:
+      stream: [B, P, M].
+      base: [B, P, V'], base logits U.
+      anchor: [B] int32.
+    """
+    found = top_candidates(base, head.config.candidates)
+    tokens = vocabulary.ids(found.index)
+    first = jnp.broadcast_to(anchor[:, None, None], tokens[:, :1].shape)
+    previous = jnp.concatenate([first, tokens[:, :-1]], axis=1)  # [B, P, k]
+    latent, _ = head.advance(vocabulary, stream[:, :, None], previous, ())
+    # Candidate by candidate of the slot before: [B, P, k, R] -> [B, P, k, k].
+    scores = jax.vmap(head.select, (None, None, 2), 2)(found.logits, found.index, latent)
+    return Lattice(tokens, scores, found.log_mass)
+
+
+def walk(
+    scores: jax.Array,
+    choose: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses slot by slot, each given the choice before it.
+
+    Args:
+      scores: [B, P, k, k], of a lattice.
+      choose: (slot, scores [B, k]) -> (index [B] of a candidate, the law it was made by).
+
+    Returns:
+      indices [B, P] int32 of the candidates chosen, and the laws [B, P, k].
+    """
+
+    def step(above, inputs):
+        slot, table = inputs
+        row = jnp.take_along_axis(table, above[:, None, None], axis=1)[:, 0]
+        chosen, law = choose(slot, row)
+        return chosen, (chosen, law)
+
+    start = jnp.zeros(scores.shape[0], jnp.int32)
+    slots = jnp.arange(scores.shape[1]), scores.swapaxes(0, 1)
+    _, (chosen, laws) = lax.scan(step, start, slots)
+    return chosen.swapaxes(0, 1), laws.swapaxes(0, 1)
+
+
+def pick(tokens: jax.Array, chosen: jax.Array) -> jax.Array:
+    """The tokens [B, P] of chosen candidates [B, P] among [B, P, k]."""
+    return jnp.take_along_axis(tokens, chosen[..., None], axis=-1)[..., 0]
+
+
+def lattice_tree(
+    tree: TreeConfig,
+    table: Lattice,
+    anchor: jax.Array,
+    budget: jax.Array,
+    *,
+    count_mass: bool = False,
+) -> DraftTree:
+    """The configured tree over the candidates; its scores are log-laws of the selector.
+
+    `path_conditioned` knows every node's own parent: the lattice has its row already.
+    `transitions` is the same tree, cut to `tree.candidates` parents and `tree.width` children
+    of each. The others score along the greedy walk.
+
+    Args:
+      anchor: [B] int32.
+      budget: [B] int32, nodes per row, root included, 1 … tree.size.
+      count_mass: add to the scores of a depth the log of its candidates' mass. A selector's law
+        has none outside of them.
+    """
+    k = table.tokens.shape[-1]
+    mass = table.log_mass if count_mass else jnp.zeros_like(table.log_mass)
+    if tree.kind in ("path_conditioned", "transitions"):
+        parents, width = k, k
+        if tree.kind == "transitions":
+            parents, width = min(k, tree.candidates), min(k, tree.width)
+        log_probs = jax.nn.log_softmax(table.scores[:, :, :parents], axis=-1)
+        log_probs, index = lax.top_k(log_probs, width)  # [B, P, parents, width]
+        tokens = jnp.take_along_axis(table.tokens[:, :, None], index, axis=-1)
+        following = jnp.where(index < parents, index, -1)
+        log_probs = log_probs + mass[..., None, None]
+        return from_transitions(
+            tokens, log_probs, following, anchor, budget=budget, size=tree.size
+        )
+    _, rows = walk(table.scores, lambda slot, row: (jnp.argmax(row, -1).astype(jnp.int32), row))
+    log_probs, index = lax.top_k(jax.nn.log_softmax(rows, axis=-1), k)
+    tokens = jnp.take_along_axis(table.tokens, index, axis=-1)
+    return build_from_top(tree, tokens, log_probs + mass[..., None], anchor, budget)

@@ -1,0 +1,25 @@
+"""What a slot of a block sees of its own block, layer by layer."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.config import DrafterConfig
+
+
+def block_sight(config: DrafterConfig, layer: int) -> jax.Array:
+    """bool [b, b]; row i: the slots that slot i sees, itself among them.
+
+    A window bounds the distance both ways. Causal, window 2, and bidirectional, window 2:
+
+      1 0 0 0    1 1 0 0
+      1 1 0 0    1 1 1 0
+      0 1 1 0    0 1 1 1
+      0 0 1 1    0 0 1 1
+    """
+    slot = jnp.arange(config.block_size)
+    behind = slot[:, None] - slot  # how far the key is behind the query
+    seen = behind >= 0 if config.causal[layer] else jnp.ones(behind.shape, bool)
+    window = config.window[layer]
+    return seen if window is None else seen & (jnp.abs(behind) < window)
