@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxspec.checkpoints import dflash2, sight
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL, refuse_quantised
 from jaxspec.checkpoints.rope import rope_theta
@@ -13,7 +14,7 @@ TEMPERATURES = "sts_temperatures"  # key of config.json; one per slot
 # Beside those of any model: training, the target's own vocabulary, growth of trees by default.
 DRAFTER_HARMLESS = HARMLESS | {
     *("num_anchors", "candidate_tokens", "eos_token_id", "tie_word_embeddings"),
-    *("sliding_window", "use_sliding_window", TEMPERATURES),
+    *("sliding_window", TEMPERATURES),
 }
 FORMATS = ("dflash", "treeflash", "deepspec")
 PREDICT_NEXT = ("sample_from_anchor", "query_zero_predicts_next")
@@ -59,6 +60,7 @@ def from_json(raw: dict[str, Any], origin: Any) -> DrafterConfig:
     own.one_of("projector_type", ("dspark",), "dspark")
     own.one_of("draft_shift", (False,), False)
     hidden, heads = whole.integer("hidden_size"), whole.integer("num_attention_heads")
+    window = sight.windows(whole)
     own.one_of("target_hidden_size", (hidden,), hidden)
     config = whole.make(
         DrafterConfig,
@@ -73,13 +75,13 @@ def from_json(raw: dict[str, Any], origin: Any) -> DrafterConfig:
         taps=own.items("target_layer_ids", int),
         block_size=_block_size(whole, own),
         mask_token_id=own.integer("mask_token_id", least=0),
-        causal=_agreed(whole, own, ("causal_head", "causal", "is_causal"), False),
+        causal=sight.causality(_agreed(whole, own, sight.CAUSAL, None), window),
         predict_next=_agreed(whole, own, PREDICT_NEXT, format == "deepspec"),
-        window=_window(whole),
+        window=window,
         rope_theta=rope_theta(whole, full_rotary=True),
         rms_norm_eps=whole.number("rms_norm_eps", 1e-6),
         max_positions=whole.integer("max_position_embeddings", 40_960),
-        **(_mlp(whole) if format == "treeflash" else _heads(own)),
+        **_heads(whole, own, format),
     )
     if format == "deepspec" and config.target_layers - 1 in config.taps:
         raise ValueError(
@@ -108,7 +110,6 @@ def to_json(config: DrafterConfig, format: str, dtype: str) -> dict[str, Any]:
         "hidden_size": c.hidden_size,
         "initializer_range": 0.02,
         "intermediate_size": c.intermediate_size,
-        "layer_types": [f"{'sliding' if c.window else 'full'}_attention"] * c.num_layers,
         "max_position_embeddings": c.max_positions,
         "max_window_layers": c.num_layers,
         "model_type": "qwen3",
@@ -117,27 +118,30 @@ def to_json(config: DrafterConfig, format: str, dtype: str) -> dict[str, Any]:
         "num_key_value_heads": c.num_kv_heads,
         "num_target_layers": c.target_layers,
         "rms_norm_eps": c.rms_norm_eps,
-        "sliding_window": c.window,
         "tie_word_embeddings": False,
         "use_cache": True,
-        "use_sliding_window": c.window is not None,
         "vocab_size": c.vocab_size,
-    }
+    } | sight.to_json(c)
+    causal = sight.switch(c)
+    if causal is None or (any(c.window) and not causal):  # what no key or z-lab's alone says
+        raw |= {} if causal is None else {"is_causal": causal}
     own: dict[str, Any] = {
         "mask_token_id": c.mask_token_id,
         "target_layer_ids": list(c.taps),
     }
     if format == "dflash":
-        if c.causal:
+        if causal:
             own["causal"] = True  # as vLLM reads it; the next key is JetSpec's
-        own["causal_head"] = c.causal
+        if causal is not None:
+            own["causal_head"] = causal
         if c.predict_next:
             own["sample_from_anchor"] = True
-        if c.sequential or c.confidence:
+        if c.confidence or c.sequential not in (None, "bilinear"):
             own |= {"projector_type": "dspark"} | _heads_to_json(c)
+        name = "DFlash2DraftModel" if c.candidates else "DFlashDraftModel"
         return raw | {
-            "architectures": ["DFlashDraftModel"],
-            "dflash_config": own,
+            "architectures": [name],
+            "dflash_config": own | dflash2.to_json(c),
             "rope_scaling": None,
             "rope_theta": c.rope_theta,
         }
@@ -187,15 +191,25 @@ def _agreed(whole: JsonConfig, own: JsonConfig, keys: tuple[str, ...], default: 
     return next(iter(found.values()), default)
 
 
-def _heads(own: JsonConfig) -> dict[str, Any]:
+def _heads(whole: JsonConfig, own: JsonConfig, format: str) -> dict[str, Any]:
+    if format == "treeflash":
+        return _mlp(whole)
+    fields = {} if format == "deepspec" else dflash2.from_json(whole, own)
     rank = own.integer("markov_rank", 0, least=0)
     head = own.one_of("markov_head_type", tuple(HEAD_TYPES), "vanilla")
     confidence = None
     if own.flag("enable_confidence_head"):
         with_previous = own.flag("confidence_head_with_markov", rank > 0)
         confidence = "hidden_and_previous" if with_previous else "hidden"
-    kind = HEAD_TYPES[head] if rank else None
-    return {"sequential": kind, "rank": rank, "confidence": confidence}
+    if "candidates" not in fields:
+        fields |= {"sequential": HEAD_TYPES[head] if rank else None, "rank": rank}
+    elif rank or confidence:
+        raise ValueError(
+            f"{own.origin}: 'selector_rank' asks for DFlash2's selector, and "
+            f"{'markov_rank' if rank else 'enable_confidence_head'!r} for a head of DSpark's; "
+            "no drafter has both"
+        )
+    return fields | {"confidence": confidence}
 
 
 def _heads_to_json(c: DrafterConfig) -> dict[str, Any]:
@@ -220,16 +234,27 @@ def _mlp(whole: JsonConfig) -> dict[str, Any]:
 def _check_expressible(c: DrafterConfig, format: str) -> None:
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of {FORMATS}")
+    later = {
+        "convolutions": c.conv_taps > 0,
+        "scaled logits": c.logit_scale != 1 or c.logit_softcap is not None,
+        "scaled embeddings": c.embedding_scale != 1,
+    }
     missing = {
-        "dflash": {"sequential 'mlp'": c.sequential == "mlp"},
+        "dflash": {
+            "sequential 'mlp'": c.sequential == "mlp",
+            "a selector with a confidence head": c.candidates and c.confidence,
+        },
         "treeflash": {
-            "causal blocks": c.causal,
+            "causal blocks": any(c.causal),
+            **later,
             "predict_next": c.predict_next,
             f"sequential {c.sequential!r}": c.sequential not in ("mlp", None),
             "a confidence head": c.confidence is not None,
         },
         "deepspec": {
-            "causal blocks": c.causal,
+            "causal blocks": any(c.causal),
+            **later,
+            "a selector": c.sequential == "bilinear",
             "predict_own": not c.predict_next,
             "sequential 'mlp'": c.sequential == "mlp",
             "a tap of the last layer": c.target_layers - 1 in c.taps,
@@ -242,21 +267,3 @@ def _check_expressible(c: DrafterConfig, format: str) -> None:
                 "the drafter differently; choose another format"
             )
 
-
-def _window(whole: JsonConfig) -> int | None:
-    layers = whole.integer("num_hidden_layers")
-    kinds = whole.items("layer_types", str, ())
-    if not kinds and whole.flag("use_sliding_window"):  # as Qwen's configuration has it
-        full = whole.integer("max_window_layers", 28, least=0)
-        kinds = tuple(
-            "full_attention" if i < full else "sliding_attention" for i in range(layers)
-        )
-    if kinds and len(kinds) != layers:
-        raise whole.refusal("layer_types", f"one for each of the {layers} layers")
-    if set(kinds) <= {"full_attention"}:
-        return None
-    if set(kinds) == {"sliding_attention"}:
-        return whole.integer("sliding_window")
-    raise whole.refusal(
-        "layer_types", "full attention in all layers, or sliding attention of one width in all"
-    )

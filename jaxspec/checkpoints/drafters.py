@@ -30,6 +30,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from jaxspec.checkpoints import dflash2
 from jaxspec.checkpoints.drafter_config import TEMPERATURES, from_json, recognise, to_json
 from jaxspec.checkpoints.fuse import Part, check_dtype, check_weights
 from jaxspec.checkpoints.huggingface import resolve
@@ -266,6 +267,8 @@ def destinations(config: DrafterConfig, format: str) -> dict[tuple, tuple[Part, 
             "down": linear(f"{layer}mlp.down_proj.weight", *reversed(inner)),
         }
         table |= {("layers", i, name): parts for name, parts in weights.items()}
+        convolutions = dflash2.convolutions(c, layer)
+        table |= {("layers", i, *path): parts for path, parts in convolutions.items()}
 
     if c.sequential == "mlp":
         both = 2 * c.intermediate_size
@@ -278,6 +281,8 @@ def destinations(config: DrafterConfig, format: str) -> dict[tuple, tuple[Part, 
             "bias": (Part("ar_approximation.ug.bias", (both,), np.s_[...], (0, 1)),),
             "down": linear("ar_approximation.d.weight", width, c.intermediate_size),
         }
+    elif c.sequential == "bilinear":
+        weights = dflash2.selector(c)
     elif c.sequential:
         weights = {
             "previous": same("markov_head.markov_w1.weight", c.vocab_size, c.rank),
@@ -308,7 +313,9 @@ class _Renamed:
     def __init__(self, tensors: SafetensorsFolder):
         self.tensors = tensors
         self.origin = tensors.origin
-        self.names = {name.removeprefix(LEGACY_PREFIX): name for name in tensors.shapes}
+        self.names = {
+            dflash2.renamed(name.removeprefix(LEGACY_PREFIX)): name for name in tensors.shapes
+        }
         self.shapes = {name: tensors.shapes[old] for name, old in self.names.items()}
 
     def read(self, name: str) -> np.ndarray:

@@ -1,0 +1,110 @@
+"""What DFlash2 adds to DFlash's `config.json` and tensors: convolutions, a selector, scales.
+
+z-lab looks for every key in `dflash_config` first, then at the top; so do we.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jaxspec.checkpoints.fuse import Part
+from jaxspec.checkpoints.json_config import JsonConfig
+from jaxspec.config import DrafterConfig
+
+# Our field, their key, the value that means none.
+SCALES = {
+    "logit_scale": "output_multiplier",
+    "embedding_scale": "input_embedding_scale",
+    "logit_softcap": "final_logit_softcapping",
+}
+CONVOLUTION = {"conv_taps": "conv_kernel_size", "conv_group": "conv_group_size"}
+SELECTOR = {"rank": "selector_rank", "candidates": "selector_top_k"}
+
+
+def from_json(whole: JsonConfig, own: JsonConfig) -> dict[str, Any]:
+    """Fields of `DrafterConfig`.
+
+    Raises:
+      ValueError: one key of a pair is missing, or a value is not a size or a scale.
+    """
+
+    def place(key: str) -> JsonConfig:
+        inside, top = own.has(key), whole.has(key)
+        return own if inside or not top else whole
+
+    fields: dict[str, Any] = {}
+    for name, key in SCALES.items():
+        if place(key).get(key, 0) != 0:  # 0 is no cap; a scale of 0 is refused
+            fields[name] = place(key).number(key)
+        elif name != "logit_softcap" and place(key).has(key):
+            raise place(key).refusal(key, "a positive number")
+    for pair in (CONVOLUTION, SELECTOR):
+        given = [key for key in pair.values() if place(key).has(key)]
+        if given:
+            fields |= {name: place(key).integer(key) for name, key in pair.items()}
+    if "candidates" in fields:
+        fields["sequential"] = "bilinear"
+    return fields
+
+
+def to_json(c: DrafterConfig) -> dict[str, Any]:
+    """Keys of `dflash_config`; those that change nothing are left out."""
+    neutral = {"logit_scale": 1.0, "embedding_scale": 1.0, "logit_softcap": None}
+    keys = {
+        key: getattr(c, name)
+        for name, key in SCALES.items()
+        if getattr(c, name) != neutral[name]
+    }
+    for pair, given in ((CONVOLUTION, c.conv_taps), (SELECTOR, c.candidates)):
+        if given:
+            keys |= {key: getattr(c, name) for name, key in pair.items()}
+    return keys
+
+
+def convolutions(c: DrafterConfig, layer: str) -> dict[tuple[str, str], tuple[Part, ...]]:
+    """The tensors of a layer's two convolutions, by their path in it.
+
+    Rows of the projection are (side, tap, group).
+    """
+    if not c.conv_taps:
+        return {}
+    width, taps = c.hidden_size, c.conv_taps
+    rows = 2 * taps * (width // c.conv_group)
+    table = {}
+    for name in ("attention_conv", "mlp_conv"):
+        theirs = f"{layer}{name}."
+        table[name, "base"] = (
+            Part(f"{theirs}base_kernel", (2, taps, width), np.s_[...], (0, 1, 2)),
+        )
+        # [M, 2, K, G]
+        table[name, "projection"] = (
+            Part(f"{theirs}kernel_projection.weight", (rows, width), np.s_[...], (1, 2, 3, 0)),
+        )
+    return table
+
+
+def selector(c: DrafterConfig) -> dict[str, tuple[Part, ...]]:
+    """The tensors of the selector, by their path in the sequential head."""
+    book = (c.vocab_size, c.rank)
+    prefix = "candidate_selector."
+    return {
+        "previous": (Part(f"{prefix}predecessor_codebook", book, np.s_[...], (0, 1)),),
+        "output": (Part(f"{prefix}successor_codebook", book, np.s_[...], (0, 1)),),
+        "hidden": (
+            Part(
+                f"{prefix}hidden_projection.weight",
+                (c.rank, c.hidden_size),
+                np.s_[...],
+                (1, 0),
+            ),
+        ),
+    }
+
+
+def renamed(name: str) -> str:
+    """A tensor's name as z-lab writes it: its classes hold the codebooks as embeddings."""
+    if name.startswith("candidate_selector.") and name.endswith("codebook.weight"):
+        return name.removesuffix(".weight")
+    return name

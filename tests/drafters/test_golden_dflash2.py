@@ -1,0 +1,131 @@
+"""DFlash2 against what z-lab's implementation computed (../shared/golden)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspec.checkpoints import huggingface
+from jaxspec.checkpoints.drafters import load_drafter
+from jaxspec.config import TreeConfig
+from jaxspec.decoding.reject import residual, spread
+from jaxspec.decoding.sampling import log_law
+from jaxspec.drafters.base import Committed
+from jaxspec.drafters.block import tempered
+from jaxspec.drafters.head import bind
+from jaxspec.drafters.selector import lattice, pick, top_candidates, walk
+from jaxspec.generation import LoadedDrafter, Target, generate
+from tests import tiny
+from tests.decoding.test_sampling import rows
+from tests.drafters.test_golden import CAPACITY, tapped
+
+TOLERANCE = dict(atol=2e-4, rtol=0)
+LAWS = dict(atol=1e-4, rtol=1e-4)
+NAMES = ("dflash2_a", "dflash2_window_a")
+names = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(scope="module")
+def load(golden):
+    @functools.cache
+    def pair(name, tree=TreeConfig("chain", size=8)):
+        folder, _ = golden(name)
+        config = huggingface.read_config(folder / "target")
+        params = huggingface.load_params(folder / "target", config)
+        drafter = load_drafter(folder / "draft", config, params, tree)
+        return Target(name, config, params), LoadedDrafter(*drafter)
+
+    return pair
+
+
+@functools.partial(jax.jit, static_argnames="drafter")
+def draft(drafter, params, tokens, features, position):
+    """What a golden round records, after positions 0 … position - 1 of one sequence."""
+    start, anchor = jnp.zeros(1, jnp.int32), tokens[:, position][0][None]
+    state = drafter.init(params, 1, CAPACITY)
+    state = drafter.observe(params, state, Committed(tokens, features, start, position[None]))
+    head, vocabulary = bind(drafter.config, params.head), params.vocabulary
+    stream = drafter.stream(params, state, anchor, position[None])
+    base = head.logits(vocabulary, stream)
+    table = lattice(head, vocabulary, stream, base, anchor)
+
+    def greedy(slot, scores):
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32), scores
+
+    chosen, scores = walk(table.scores, greedy)
+    found = {
+        "hidden": head.normed(stream),
+        "unary_logits": base,
+        "candidates": top_candidates(base, drafter.config.candidates).index,
+        "lattice": table.scores,
+        "scores": scores,
+        "path": pick(table.tokens, chosen),
+        "q": jnp.exp(tempered(scores, jnp.array([0.8]))),
+    }
+    return jax.tree.map(lambda x: x[0], found)
+
+
+def rounds(golden, load, name):
+    """The first four rounds of every prompt: (round, recorded, what we compute, sequence)."""
+    folder, trace = golden(name)
+    recorded = np.load(folder / "arrays.npz")
+    target, loaded = load(name)
+    for i, prompt in enumerate(trace["prompts"]):
+        sequence = np.array([*prompt["prompt"], *prompt["ar"]])[:CAPACITY]
+        tokens = jnp.asarray(np.pad(sequence, (0, CAPACITY - len(sequence)))[None], jnp.int32)
+        features = tapped(target.params, target.config, tokens, loaded.drafter.taps)
+        position = len(prompt["prompt"])
+        for r, committed in enumerate(prompt["accept"][:4]):
+            mark = f"p{i}_r{r}_"
+            arrays = {k.removeprefix(mark): recorded[k] for k in recorded if k.startswith(mark)}
+            found = draft(
+                loaded.drafter, loaded.params, tokens, features, jnp.int32(position)
+            )
+            yield r, arrays, found, sequence[: position + 1]
+            position += committed
+
+
+@names
+def test_a_round(golden, load, name):
+    for _, recorded, found, _ in rounds(golden, load, name):
+        for key in ("hidden", "unary_logits", "lattice", "scores"):
+            np.testing.assert_allclose(found[key], recorded[key], **TOLERANCE)
+        np.testing.assert_array_equal(found["candidates"], recorded["candidates"])
+        np.testing.assert_array_equal(found["path"], recorded["path"])
+
+
+@names
+def test_laws_of_rejection_sampling(golden, load, name):
+    """Of the drafter, the target and what is left after a rejection, along the greedy path."""
+    _, trace = golden(name)
+    how = trace["config"]
+    sampling = rows(**{key: how[key] for key in ("temperature", "top_p", "top_k")})
+    target, _ = load(name)
+    for r, recorded, found, sequence in rounds(golden, load, name):
+        if r:
+            continue
+        np.testing.assert_allclose(found["q"], recorded["q"], **LAWS)
+        path = [*sequence, *recorded["path"]]
+        logits = tiny.logits(target, [int(x) for x in path])[len(sequence) - 1 :]
+        log_p = log_law(logits[None], sampling)[0]
+        np.testing.assert_allclose(np.exp(log_p), recorded["target_probs"], **LAWS)
+        log_q = spread(jnp.log(found["q"]), recorded["candidates"], log_p.shape[-1])
+        rest = residual(log_p[:-1], log_q)
+        rest = rest / rest.sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(rest, recorded["residual"][:-1], **LAWS)
+        np.testing.assert_allclose(np.exp(log_p[-1]), recorded["residual"][-1], **LAWS)
+
+
+@names
+def test_decoding(golden, load, name):
+    """The target's own output, and as many tokens committed in every round."""
+    _, trace = golden(name)
+    target, loaded = load(name)
+    prompts = trace["prompts"]
+    done = generate(target, [p["prompt"] for p in prompts], drafter=loaded, max_new_tokens=48)
+    for prompt, completion in zip(prompts, done, strict=True):
+        assert completion.token_ids == prompt["ar"]
+        full = sum(size == loaded.drafter.config.block_size for size in prompt["block_sizes"])
+        assert list(completion.stats.committed)[:full] == prompt["accept"][:full]
