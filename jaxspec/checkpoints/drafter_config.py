@@ -266,4 +266,3 @@ def _check_expressible(c: DrafterConfig, format: str) -> None:
                 f"format {format!r} has no key for {what}, so that other programs would run "
                 "the drafter differently; choose another format"
             )
-

@@ -93,7 +93,7 @@ def acceptance_probability(
     return jnp.exp(jnp.minimum(log_p - own, 0.0))
 
 
-def spread(log_q: jax.Array, support: jax.Array, vocab: int) -> jax.Array:
+def scatter_law(log_q: jax.Array, support: jax.Array, vocab: int) -> jax.Array:
     """Log-laws over some tokens as laws over all: [B, C] -> [B, V], both arguments."""
     never = jnp.full((log_q.shape[0], vocab), -jnp.inf, log_q.dtype)
     return never.at[jnp.arange(log_q.shape[0])[:, None], support].set(log_q)
@@ -151,7 +151,7 @@ def accept_by_rejection(
     p, q = after(target_log_probs), after(log_q)  # [B, V], [B, C]
     if support is not None:
         own = after(support) if support.ndim == 3 else jnp.broadcast_to(support, q.shape)
-        q = spread(q, own, p.shape[-1])
+        q = scatter_law(q, own, p.shape[-1])
     q = jnp.where((accepted < lengths)[:, None], q, -jnp.inf)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, p.shape[1:], jnp.float32))(split[:, 1])
     token = jnp.argmax(jnp.log(residual(p, q)) + noise, axis=-1)

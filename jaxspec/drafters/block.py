@@ -97,8 +97,8 @@ class SampledChain:
     Attributes:
       tokens: [B, P] int32.
       log_q: [B, P, C] float32, normalised; each slot's law given the tokens before it.
-      support: the tokens that `log_q` is over, int32 [B, P, C] or [C], none twice; None for all,
-        C = V. Others are never drawn.
+      support: the tokens that `log_q` is over, int32 [B, P, C] or [C], none twice;
+        None for all, C = V. Others are never drawn.
       lengths: [B] int32, tokens to verify, 0 … P. Slot j is kept or dropped without a look at
         its own token or at later ones.
       log_confidence: [B, P] float32, log-probability that each token is accepted if those

@@ -6,8 +6,8 @@ call), which owns construction and initialisation. Every jit boundary is crossed
 the graph definition follows from the config, and `bind` joins them at trace time, so a decoding
 step contains nothing of the framework.
 
-Sources: DFlash (arXiv 2602.06036), JetSpec (arXiv 2606.18394), DSpark (arXiv 2607.05147), DFlash2
-("Keep Drafting Parallel", Inco AI, August 2026).
+Sources: DFlash (arXiv 2602.06036), JetSpec (arXiv 2606.18394), DSpark (arXiv 2607.05147),
+DFlash2 ("Keep Drafting Parallel", Inco AI, August 2026).
 """
 
 from __future__ import annotations

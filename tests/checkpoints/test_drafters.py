@@ -29,10 +29,13 @@ FORMATS = {
     "gated": "deepspec",
     "rnn": "dflash",  # a causal one: DeepSpec has no key for that
     "window": "dflash",
+    "dflash2": "dflash",
 }
 GOLDEN = {
     "jetspec_a": "dflash",
     "dflash_a": "dflash",
+    "dflash2_a": "dflash",
+    "dflash2_window_a": "dflash",
     "treeflash_a": "treeflash",
     "dspark_vanilla": "deepspec",
     "dspark_rnn": "deepspec",
@@ -327,7 +330,39 @@ def own(raw):
         (
             "dflash",
             lambda c: c.update(layer_types=["full_attention", "sliding_attention"]),
-            "expected full attention in all layers",
+            "no 'sliding_window'",
+        ),
+        (
+            "window",
+            lambda c: c.update(use_sliding_window=False),
+            "'use_sliding_window' is False.*true beside sliding layers",
+        ),
+        (
+            "dflash",
+            lambda c: c.update(layer_types=["full_attention", "linear_attention"]),
+            "'layer_types' is .*linear_attention",
+        ),
+        ("dflash2", lambda c: own(c).pop("selector_rank"), "no 'selector_rank'"),
+        ("dflash2", lambda c: own(c).pop("conv_group_size"), "no 'conv_group_size'"),
+        (
+            "dflash2",
+            lambda c: own(c).update(conv_group_size=5),
+            "conv_group is 5; expected a divisor of hidden_size = 32",
+        ),
+        (
+            "dflash2",
+            lambda c: own(c).update(output_multiplier=0),
+            "'output_multiplier' is 0.*a positive number",
+        ),
+        (
+            "dflash2",
+            lambda c: own(c).update(markov_rank=4),
+            "'selector_rank' asks for DFlash2's selector, and 'markov_rank'",
+        ),
+        (
+            "dflash2",
+            lambda c: [own(c).pop(k) for k in ("selector_rank", "selector_top_k")],
+            "'candidate_selector.hidden_projection.weight' has no place",
         ),
         (
             "dflash",
@@ -436,7 +471,12 @@ def test_fields_are_checked():
         (dict(confidence="yes"), "confidence is yes"),
         (dict(block_size=0), "depth is 0; expected a block with at least one"),
         (dict(taps=(1, 1)), r"taps is \(1, 1\); expected different layers"),
-        (dict(window=0), "window is 0"),
+        (dict(window=0), r"window is \(0, 0\)"),
+        (dict(causal=(True,)), r"causal is \(True,\); expected one value per layer"),
+        (dict(candidates=4), "candidates is 4; expected 0 with sequential = 'markov'"),
+        (dict(conv_taps=2), "conv_group is 0; expected a divisor"),
+        (dict(conv_taps=5, conv_group=1), "conv_taps is 5; expected 0, or up to block_size"),
+        (dict(logit_softcap=0.0), "logit_softcap is 0.0"),
         (dict(num_heads=3), "num_heads is 3; expected a multiple"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -154,17 +154,39 @@ def test_a_drafter_that_computes_otherwise_is_refused_by_its_key(top, inside, me
 @pytest.mark.parametrize(
     "top, inside, changed",
     [
-        ({"is_causal": True}, {}, {"causal": True}),
-        ({}, {"is_causal": True}, {"causal": True}),
-        ({"is_causal": False}, {"causal_head": False}, {"causal": False}),
+        ({"is_causal": True}, {}, {"causal": (True, True)}),
+        ({}, {"is_causal": True}, {"causal": (True, True)}),
+        ({"is_causal": False}, {"causal_head": False}, {"causal": (False, False)}),
         ({}, {"query_zero_predicts_next": True}, {"predict_next": True}),
         ({"sample_from_anchor": True}, {}, {"predict_next": True}),
         (  # Qwen's rule: layers from max_window_layers on
             {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 32},
             {},
-            {"window": 32},
+            {"causal": (True, True), "window": (32, 32)},
         ),
-        ({"use_sliding_window": True, "sliding_window": 32}, {}, {"window": None}),
+        ({"use_sliding_window": True, "sliding_window": 32}, {}, {"window": (None, None)}),
+        (  # a layer that slides is causal, unless a key says for all
+            {
+                "layer_types": ["full_attention", "sliding_attention"],
+                "use_sliding_window": True,
+                "sliding_window": 9,
+            },
+            {},
+            {"causal": (False, True), "window": (None, 9)},
+        ),
+        ({}, {"final_logit_softcapping": 20}, {"logit_softcap": 20.0}),
+        ({"output_multiplier": 0.2}, {"output_multiplier": 0.5}, {"logit_scale": 0.5}),
+        ({"input_embedding_scale": 3}, {}, {"embedding_scale": 3.0}),
+        (
+            {"conv_kernel_size": 2},
+            {"conv_group_size": 4},
+            {"conv_taps": 2, "conv_group": 4},
+        ),
+        (
+            {"selector_rank": 8, "selector_top_k": 3},
+            {},
+            {"sequential": "bilinear", "rank": 8, "candidates": 3},
+        ),
         ({"partial_rotary_factor": 0.25}, {}, {}),  # of the target it was copied from
         ({"rope_parameters": {"rope_theta": 5e3, "partial_rotary_factor": 0.25}}, {}, {}),
     ],

@@ -15,6 +15,7 @@ from jaxspec.decoding.rejection import (
     acceptance_probability,
     residual,
     round_keys,
+    scatter_law,
 )
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
 
@@ -213,3 +214,88 @@ def test_streams_of_random_numbers_are_distinct():
             seen.append(np.asarray(jax.random.key_data(stream)).tolist())
     flat = [tuple(key) for stream in seen for key in stream]
     assert len(set(flat)) == len(flat)
+
+
+# Three tokens of which a drafter considers two, slot by slot (DFlash2's selector).
+SUPPORT = [[0, 2], [2, 1]]
+SLOTS = list(itertools.product(range(2), repeat=2))  # which candidate in either slot
+
+
+def candidate_laws(seed):
+    """p[path] over 3 tokens after every path; q[slot][path of tokens] over 2 candidates."""
+    random = np.random.default_rng(seed)
+    paths = [p for n in range(3) for p in itertools.product(range(3), repeat=n)]
+    p = {path: random.dirichlet(np.ones(3)) for path in paths}
+    p[()] = np.array([0.0, 0.4, 0.6])  # top-p removed token 0, the drafter's first candidate
+    q = {(): np.array([0.7, 0.3])} | {(x,): random.dirichlet(np.ones(2)) for x in (0, 2)}
+    return p, q
+
+
+def first_two(p, q, verified_against=None):
+    """The exact law of two tokens, a chain of two candidates drafted.
+
+    Args:
+      verified_against: laws the round believes the drafts were drawn from; q.
+    """
+    believed, result = verified_against or q, np.zeros((3, 3))
+    for choice in SLOTS:
+        drafted = [SUPPORT[slot][choice[slot]] for slot in range(2)]
+        chance = q[()][choice[0]] * q[drafted[0],][choice[1]]
+        passed = 1.0
+        for slot in range(3):
+            prefix = tuple(drafted[:slot])
+            if slot == 2:
+                result[prefix] += chance * passed
+                break
+            with np.errstate(divide="ignore"):
+                log_p = jnp.asarray(np.log(p[prefix]), jnp.float32)
+            log_q = jnp.asarray(np.log(believed[prefix]), jnp.float32)
+            support = jnp.array(SUPPORT[slot])
+            token = jnp.array(drafted[slot])
+            accept = float(acceptance_probability(log_p, log_q, token, support))
+            rest = residual(log_p, scatter_law(log_q[None], support[None], 3)[0])
+            rest = chance * passed * (1 - accept) * np.asarray(rest / rest.sum())
+            if slot == 0:  # what follows is the target's own
+                result += rest[:, None] * np.array([p[x,] for x in range(3)])
+            else:
+                result[drafted[0]] += rest
+            passed *= accept
+    return result
+
+
+def own_law(p):
+    return np.array([p[()][x] * p[x,] for x in range(3)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_drafts_among_candidates_are_exact(seed):
+    p, q = candidate_laws(seed)
+    assert np.abs(first_two(p, q) - own_law(p)).max() < EXACT
+
+
+def test_greedy_walks_among_candidates_are_biased():
+    """The best candidate is taken, but verified as if drawn from the law over candidates."""
+    p, q = candidate_laws(0)
+    greedy = {path: np.eye(2)[np.argmax(law)] for path, law in q.items()}
+    assert np.abs(first_two(p, greedy, q) - own_law(p)).max() > 0.01
+
+
+def test_a_law_over_candidates_is_the_law_over_all_tokens():
+    """The same draws from the same keys, whichever way the laws are written down."""
+    random = np.random.default_rng(3)
+    batch, depth, vocab, k = 64, 3, 9, 4
+    log_p = jax.nn.log_softmax(jnp.asarray(random.standard_normal((batch, depth + 1, vocab))))
+    support = jnp.asarray(
+        [[random.permutation(vocab)[:k] for _ in range(depth)] for _ in range(batch)]
+    )
+    log_q = jax.nn.log_softmax(jnp.asarray(random.standard_normal((batch, depth, k))))
+    drafted = support[..., 0]
+    lengths = jnp.asarray(random.integers(0, depth + 1, batch))
+    keys = jax.random.split(jax.random.key(0), batch)
+    found = accept_by_rejection(log_p, drafted, log_q, lengths, keys, support=support)
+    flat = scatter_law(log_q.reshape(-1, k), support.reshape(-1, k), vocab)
+    whole = flat.reshape(batch, depth, vocab)
+    expected = accept_by_rejection(log_p, drafted, whole, lengths, keys)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert set(np.asarray(found[0]).tolist()) == {0, 1, 2, 3}

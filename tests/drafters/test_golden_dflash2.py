@@ -10,7 +10,7 @@ import pytest
 from jaxspec.checkpoints import huggingface
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
-from jaxspec.decoding.reject import residual, spread
+from jaxspec.decoding.rejection import residual, scatter_law
 from jaxspec.decoding.sampling import log_law
 from jaxspec.drafters.base import Committed
 from jaxspec.drafters.block import tempered
@@ -22,6 +22,7 @@ from tests.decoding.test_sampling import rows
 from tests.drafters.test_golden import CAPACITY, tapped
 
 TOLERANCE = dict(atol=2e-4, rtol=0)
+TREE = TreeConfig("chain", size=8)
 LAWS = dict(atol=1e-4, rtol=1e-4)
 NAMES = ("dflash2_a", "dflash2_window_a")
 names = pytest.mark.parametrize("name", NAMES)
@@ -30,11 +31,11 @@ names = pytest.mark.parametrize("name", NAMES)
 @pytest.fixture(scope="module")
 def load(golden):
     @functools.cache
-    def pair(name, tree=TreeConfig("chain", size=8)):
+    def pair(name):
         folder, _ = golden(name)
         config = huggingface.read_config(folder / "target")
         params = huggingface.load_params(folder / "target", config)
-        drafter = load_drafter(folder / "draft", config, params, tree)
+        drafter = load_drafter(folder / "draft", config, params, TREE)
         return Target(name, config, params), LoadedDrafter(*drafter)
 
     return pair
@@ -80,9 +81,7 @@ def rounds(golden, load, name):
         for r, committed in enumerate(prompt["accept"][:4]):
             mark = f"p{i}_r{r}_"
             arrays = {k.removeprefix(mark): recorded[k] for k in recorded if k.startswith(mark)}
-            found = draft(
-                loaded.drafter, loaded.params, tokens, features, jnp.int32(position)
-            )
+            found = draft(loaded.drafter, loaded.params, tokens, features, jnp.int32(position))
             yield r, arrays, found, sequence[: position + 1]
             position += committed
 
@@ -111,7 +110,7 @@ def test_laws_of_rejection_sampling(golden, load, name):
         logits = tiny.logits(target, [int(x) for x in path])[len(sequence) - 1 :]
         log_p = log_law(logits[None], sampling)[0]
         np.testing.assert_allclose(np.exp(log_p), recorded["target_probs"], **LAWS)
-        log_q = spread(jnp.log(found["q"]), recorded["candidates"], log_p.shape[-1])
+        log_q = scatter_law(jnp.log(found["q"]), recorded["candidates"], log_p.shape[-1])
         rest = residual(log_p[:-1], log_q)
         rest = rest / rest.sum(axis=-1, keepdims=True)
         np.testing.assert_allclose(rest, recorded["residual"][:-1], **LAWS)
