@@ -40,8 +40,8 @@ def windows(whole: JsonConfig) -> tuple[int | None, ...]:
     if not whole.flag("use_sliding_window"):
         raise whole.refusal(
             "use_sliding_window",
-            f"true beside sliding layers: without it transformers forgets the window of {width} "
-            "that others apply",
+            "true beside sliding layers: without it transformers forgets the window of "
+            f"{width} that others apply",
         )
     return tuple(width if kind == "sliding_attention" else None for kind in kinds)
 
