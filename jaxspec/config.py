@@ -4,6 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 
+ROPE_KINDS = ("linear", "yarn", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are stretched to long contexts; formulas are in `models.rope`.
+
+    Attributes:
+      kind: one of `ROPE_KINDS`.
+      factor: s, of the stretch.
+      original_positions: L, positions of the model before (yarn, llama3).
+      beta_fast, beta_slow, truncate: where yarn begins and ends to interpolate, and whether
+        those are whole pairs of channels.
+      attention_factor, mscale, mscale_all_dim: what yarn multiplies cosines and sines by, or
+        what that follows from; None for the paper's rule.
+      low_freq_factor, high_freq_factor: where llama3 ends and begins to interpolate.
+    """
+
+    kind: str
+    factor: float
+    original_positions: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self):
+        def check(name, good, expected):
+            if not good:
+                raise ValueError(
+                    f"RopeScaling.{name} is {getattr(self, name)!r}; expected {expected}"
+                )
+
+        check("kind", self.kind in ROPE_KINDS, f"one of {ROPE_KINDS}")
+        check("factor", 0 < self.factor < float("inf"), "a positive number")
+        stretched = self.kind == "linear" or self.original_positions >= 1
+        check("original_positions", stretched, f"at least 1 with kind = {self.kind!r}")
+        order = self.beta_fast >= self.beta_slow > 0
+        check("beta_fast", order, f"at least beta_slow = {self.beta_slow}, both positive")
+        order = self.high_freq_factor >= self.low_freq_factor > 0
+        check(
+            "high_freq_factor",
+            order,
+            f"at least low_freq_factor = {self.low_freq_factor}, both positive",
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class TargetConfig:
@@ -11,6 +61,10 @@ class TargetConfig:
 
     Attributes:
       qk_norm: RMSNorm over the head dimension of queries and keys (Qwen3: True, Llama: False).
+      rope_scaling: None for plain rotary positions.
+      sliding_rope_theta: base of the layers with a window, unscaled; None: as the others.
+      windows: of every layer: a token sees the last so many positions, its own among them;
+        None sees all. () if all do.
       attention_bias: biases on the query, key and value projections (Qwen2: True).
       tie_embeddings: the LM head is the embedding table.
       num_experts: experts of a sparse layer; 0 for a dense model.
@@ -27,6 +81,9 @@ class TargetConfig:
     num_kv_heads: int
     head_dim: int
     rope_theta: float = 1_000_000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_rope_theta: float | None = None
+    windows: tuple[int | None, ...] = ()
     rms_norm_eps: float = 1e-6
     max_positions: int = 40_960
     tie_embeddings: bool = False
@@ -45,6 +102,15 @@ class TargetConfig:
                 raise ValueError(
                     f"TargetConfig.{name} is {getattr(self, name)}; expected at least 1"
                 )
+        if all(window is None for window in self.windows):
+            object.__setattr__(self, "windows", ())
+        if len(self.windows) not in (0, self.num_layers) or any(
+            window is not None and window < 1 for window in self.windows
+        ):
+            raise ValueError(
+                f"TargetConfig.windows is {self.windows}; expected None or at least 1 for each "
+                f"of {self.num_layers} layers"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"TargetConfig.num_heads is {self.num_heads}, not a multiple of "
@@ -70,6 +136,11 @@ class TargetConfig:
                 f"TargetConfig.eos_token_ids names {beyond}, of a vocabulary of "
                 f"{self.vocab_size}: no text would end there; is it another model's?"
             )
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """`windows`, one for each layer."""
+        return self.windows or (None,) * self.num_layers
 
     @property
     def group_size(self) -> int:
@@ -138,6 +209,7 @@ class DrafterConfig:
       conv_group: contiguous channels that share the input-dependent part of a convolution.
       logit_scale, logit_softcap: base logits are c tanh(scale z / c); without a cap scale z.
       embedding_scale: multiplies the target's embedding of the block's tokens.
+      rope_scaling: None for plain rotary positions.
     """
 
     vocab_size: int
@@ -164,6 +236,7 @@ class DrafterConfig:
     logit_softcap: float | None = None
     embedding_scale: float = 1.0
     rope_theta: float = 1_000_000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
     max_positions: int = 40_960
 

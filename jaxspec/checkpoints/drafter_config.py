@@ -7,14 +7,14 @@ from typing import Any
 from jaxspec.checkpoints import dflash2, sight
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL, refuse_quantised
-from jaxspec.checkpoints.rope import rope_theta
+from jaxspec.checkpoints.rope import read_rope, rope_to_json
 from jaxspec.config import DrafterConfig
 
 TEMPERATURES = "sts_temperatures"  # key of config.json; one per slot
 # Beside those of any model: training, the target's own vocabulary, growth of trees by default.
 DRAFTER_HARMLESS = HARMLESS | {
     *("num_anchors", "candidate_tokens", "eos_token_id", "tie_word_embeddings"),
-    *("sliding_window", TEMPERATURES),
+    TEMPERATURES,
 }
 FORMATS = ("dflash", "treeflash", "deepspec")
 PREDICT_NEXT = ("sample_from_anchor", "query_zero_predicts_next")
@@ -78,7 +78,7 @@ def from_json(raw: dict[str, Any], origin: Any) -> DrafterConfig:
         causal=sight.causality(_agreed(whole, own, sight.CAUSAL, None), window),
         predict_next=_agreed(whole, own, PREDICT_NEXT, format == "deepspec"),
         window=window,
-        rope_theta=rope_theta(whole, full_rotary=True),
+        **_rope(whole, window),
         rms_norm_eps=whole.number("rms_norm_eps", 1e-6),
         max_positions=whole.integer("max_position_embeddings", 40_960),
         **_heads(whole, own, format),
@@ -122,9 +122,16 @@ def to_json(config: DrafterConfig, format: str, dtype: str) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": c.vocab_size,
     } | sight.to_json(c)
+    rope = rope_to_json(c.rope_theta, c.rope_scaling)
     causal = sight.switch(c)
-    if causal is None or (any(c.window) and not causal):  # what no key or z-lab's alone says
-        raw |= {} if causal is None else {"is_causal": causal}
+    if c.causal != sight.causality(None, c.window):
+        raw["is_causal"] = causal
+    newer = {
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "rope_parameters": rope,
+    }
     own: dict[str, Any] = {
         "mask_token_id": c.mask_token_id,
         "target_layer_ids": list(c.taps),
@@ -138,19 +145,11 @@ def to_json(config: DrafterConfig, format: str, dtype: str) -> dict[str, Any]:
             own["sample_from_anchor"] = True
         if c.confidence or c.sequential not in (None, "bilinear"):
             own |= {"projector_type": "dspark"} | _heads_to_json(c)
-        name = "DFlash2DraftModel" if c.candidates else "DFlashDraftModel"
-        return raw | {
-            "architectures": [name],
-            "dflash_config": own | dflash2.to_json(c),
-            "rope_scaling": None,
-            "rope_theta": c.rope_theta,
-        }
-    raw |= {
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},
-    }
+        raw["dflash_config"] = own | dflash2.to_json(c)
+        if c.candidates or c.conv_taps:
+            return raw | {"architectures": ["DFlash2DraftModel"]} | newer
+        return raw | {"architectures": ["DFlashDraftModel"]} | _older(rope)
+    raw |= newer
     if format == "treeflash":
         correction = "swiglu" if c.sequential else None
         return raw | {
@@ -161,6 +160,22 @@ def to_json(config: DrafterConfig, format: str, dtype: str) -> dict[str, Any]:
     # `num_anchors` matters to training alone; 512 is what every published drafter has.
     extra = {"architectures": ["Qwen3DSparkModel"], "num_anchors": 512}
     return raw | own | _heads_to_json(c) | extra
+
+
+def _rope(whole: JsonConfig, window: tuple[int | None, ...]) -> dict[str, Any]:
+    kinds = {"full_attention" if w is None else "sliding_attention" for w in window}
+    found = {read_rope(whole, kind, full_rotary=True) for kind in kinds}
+    if len(found) > 1:
+        raise whole.refusal("rope_parameters", "one rule for all layers of a drafter")
+    ((theta, scaling),) = found
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _older(rope: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` in the keys of transformers 4."""
+    scaling = {name: x for name, x in rope.items() if name != "rope_theta"}
+    plain = scaling == {"rope_type": "default"}
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
 
 
 def _block_size(whole: JsonConfig, own: JsonConfig) -> int:

@@ -12,7 +12,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxspec.checkpoints import catalog, fuse
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL, refuse_quantised
-from jaxspec.checkpoints.rope import rope_theta
+from jaxspec.checkpoints.rope import read_rope
+from jaxspec.checkpoints.sight import windows
 from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams, abstract_params
@@ -100,7 +101,8 @@ def read_config(folder: str | Path) -> TargetConfig:
         num_heads=heads,
         num_kv_heads=raw.integer("num_key_value_heads", heads),
         head_dim=head_dim,
-        rope_theta=rope_theta(raw),
+        **_rope(raw),
+        windows=windows(raw),
         rms_norm_eps=raw.number("rms_norm_eps", 1e-6),
         max_positions=raw.integer("max_position_embeddings"),
         tie_embeddings=raw.flag("tie_word_embeddings"),
@@ -155,15 +157,25 @@ def _config(path: Path) -> JsonConfig:
 
 def _refuse_unsupported(raw: JsonConfig, model_type: str) -> None:
     raw.one_of("hidden_act", ("silu",), "silu")
-    for key in ("use_sliding_window", "mlp_bias"):
-        raw.one_of(key, (False,), False)
+    raw.one_of("mlp_bias", (False,), False)
     if model_type != "qwen2":  # elsewhere the flag adds a bias to the output projection too
         raw.one_of("attention_bias", (False,), False)
-    kinds, layers = raw.items("layer_types", str, ()), raw.integer("num_hidden_layers")
-    if set(kinds) - {"full_attention"} or len(kinds) not in (0, layers):
-        raise raw.refusal("layer_types", f"'full_attention' for each of {layers} layers")
-    raw.has("sliding_window")  # of full attention it says nothing
     refuse_quantised(raw)
+
+
+def _rope(raw: JsonConfig) -> dict[str, Any]:
+    """Fields of `TargetConfig`; only layers that slide may have a base of their own."""
+    theta, scaling = read_rope(raw)
+    fields = {"rope_theta": theta, "rope_scaling": scaling}
+    if any(windows(raw)):
+        local, local_scaling = read_rope(raw, "sliding_attention")
+        if (local, local_scaling) != (theta, scaling):
+            if local_scaling is not None:
+                raise raw.refusal(
+                    "rope_parameters", "sliding layers that rotate unscaled, or as the others"
+                )
+            fields["sliding_rope_theta"] = local
+    return fields
 
 
 def _eos_token_ids(folder: Path, raw: JsonConfig) -> tuple[int, ...]:

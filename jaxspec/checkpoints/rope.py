@@ -8,16 +8,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxspec.checkpoints.json_config import JsonConfig
+from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
+from jaxspec.config import RopeScaling
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
 
-# Kinds that the decoder computes, and the keys each reads beside `rope_theta`. Another kind is
-# a row here, its fields in `read`, and its formula in `models.layers`.
+ORIGINAL = "original_max_position_embeddings"
+# Kinds that the models compute, and the keys each reads beside `rope_theta`. Another kind is a
+# row here and a formula in `models.rope`.
 KINDS: dict[str, frozenset[str]] = {
-    "default": frozenset({"original_max_position_embeddings"}),
+    "default": frozenset({ORIGINAL}),
     # Three position axes, all equal in text: `default`.
     "mrope": frozenset({"mrope_section", "mrope_interleaved"}),
+    "linear": frozenset({"factor", ORIGINAL}),
+    "yarn": frozenset(
+        f"factor {ORIGINAL} beta_fast beta_slow truncate attention_factor mscale "
+        "mscale_all_dim".split()
+    ),
+    "llama3": frozenset(f"factor {ORIGINAL} low_freq_factor high_freq_factor".split()),
 }
 PARTIAL = "partial_rotary_factor"
 # Of no effect at these values, whatever the kind.
@@ -25,15 +33,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     PARTIAL: (1.0,),
     "factor": (1.0,),
     "attention_factor": (1.0,),
+    "attn_factor": (1.0,),
+    "extrapolation_factor": (1.0,),
 }
 DEFAULT_THETA = 10_000.0
 
 
-def rope_theta(raw: JsonConfig, *, full_rotary: bool = False) -> float:
-    """Base of the rotary frequencies.
+def read_rope(
+    raw: JsonConfig, layer_type: str = "full_attention", *, full_rotary: bool = False
+) -> tuple[float, RopeScaling | None]:
+    """Base of the rotary frequencies and how they are scaled, for layers of one type.
 
     Args:
-      raw: the configuration of a decoder all of whose layers attend alike.
       full_rotary: the whole head rotates whatever `partial_rotary_factor` says: a drafter's
         configuration that was copied from its target's may hold the target's.
 
@@ -41,26 +52,82 @@ def rope_theta(raw: JsonConfig, *, full_rotary: bool = False) -> float:
       ValueError: the kind is none of `KINDS`, a key in the object would change the positions,
         or the settings contradict each other.
     """
-    rope, key = _settings(raw)
+    rope, key = _settings(raw, layer_type)
     if raw.has(key) and not rope.values and not raw.has("rope_theta"):
         raise raw.refusal(key, "'rope_theta' in it, or beside it")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in KINDS:
         raise raw.refusal(key, " or ".join(f"'rope_type': {name!r}" for name in KINDS))
+    plain = kind in ("default", "mrope")
     for name in rope.values:
         if name in ("rope_type", "type", "rope_theta", *KINDS[kind]) or not rope.has(name):
             continue
         if name not in NEUTRAL:
             raise rope.refusal(name, f"no such key with 'rope_type': {kind!r}")
-        if not (full_rotary and name == PARTIAL):
+        if not (full_rotary and plain and name == PARTIAL):
             rope.one_of(name, NEUTRAL[name], None)
-    if full_rotary:
+    if full_rotary and plain:
         raw.has(PARTIAL)
-    return rope.number("rope_theta", raw.number("rope_theta", DEFAULT_THETA))
+    theta = rope.number("rope_theta", raw.number("rope_theta", DEFAULT_THETA))
+    return theta, None if plain else _scaling(raw, rope, kind)
 
 
-def _settings(raw: JsonConfig) -> tuple[JsonConfig, str]:
-    """The object of settings for layers of full attention, and its key."""
+def rope_to_json(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """`rope_parameters`, with every key that the kind reads and that is not its default."""
+    if scaling is None:
+        return {"rope_theta": theta, "rope_type": "default"}
+    keys = {"rope_theta": theta, "rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "linear":
+        return keys
+    keys[ORIGINAL] = scaling.original_positions
+    if scaling.kind == "llama3":
+        names = ("low_freq_factor", "high_freq_factor")
+        return keys | {name: getattr(scaling, name) for name in names}
+    default = RopeScaling("yarn", 1.0, 1)
+    names = sorted(KINDS["yarn"] - {"factor", ORIGINAL})
+    own = {name: getattr(scaling, name) for name in names}
+    return keys | {name: x for name, x in own.items() if x != getattr(default, name)}
+
+
+def _scaling(raw: JsonConfig, rope: JsonConfig, kind: str) -> RopeScaling:
+    if kind == "linear":
+        return rope.make(RopeScaling, kind=kind, factor=rope.number("factor"))
+    # Beside the object it wins over the one inside, as in transformers.
+    place = raw if raw.has(ORIGINAL) else rope
+    most = raw.get("max_position_embeddings", None)
+    original = place.integer(ORIGINAL, REQUIRED if most is None else most)
+    if kind == "llama3":
+        return rope.make(
+            RopeScaling,
+            kind=kind,
+            factor=rope.number("factor"),
+            original_positions=original,
+            low_freq_factor=rope.number("low_freq_factor"),
+            high_freq_factor=rope.number("high_freq_factor"),
+        )
+    # Without a factor it follows from the positions, if they say something.
+    given = place.has(ORIGINAL) and isinstance(most, int)
+    stretch = most / original if given else REQUIRED
+
+    def number(name, default=None):  # 0 stands for the default, as in transformers
+        return rope.number(name) if rope.get(name, 0) != 0 else default
+
+    return rope.make(
+        RopeScaling,
+        kind=kind,
+        factor=rope.number("factor", stretch),
+        original_positions=original,
+        beta_fast=number("beta_fast", 32.0),
+        beta_slow=number("beta_slow", 1.0),
+        truncate=rope.flag("truncate", True),
+        attention_factor=number("attention_factor"),
+        mscale=number("mscale"),
+        mscale_all_dim=number("mscale_all_dim"),
+    )
+
+
+def _settings(raw: JsonConfig, layer_type: str) -> tuple[JsonConfig, str]:
+    """The object of settings for layers of one type, and its key."""
     given = [key for key in ("rope_scaling", "rope_parameters") if raw.has(key)]
     if len(given) == 2 and raw.get(given[0]) != raw.get(given[1]):
         raise ValueError(
@@ -71,9 +138,9 @@ def _settings(raw: JsonConfig) -> tuple[JsonConfig, str]:
     key = given[0] if given else "rope_parameters"
     rope = raw.section(key, {})
     if rope.values and set(rope.values) <= set(LAYER_TYPES):
-        if not rope.has("full_attention"):
-            raise raw.refusal(key, "settings for 'full_attention'")
+        if not rope.has(layer_type):
+            raise raw.refusal(key, f"settings for {layer_type!r}")
         for name in rope.values:
             rope.has(name)
-        return rope.section("full_attention"), key
+        return rope.section(layer_type), key
     return rope, key

@@ -1,7 +1,7 @@
-"""Who sees whom in a draft head, by the keys of its `config.json`: causality and windows.
+"""Who sees whom, by the keys of a `config.json`: windows, and in draft heads causality.
 
-A layer that slides is causal and one that does not is bidirectional, unless one key says for
-all. A window W means that a slot sees positions less than W away from its own.
+In a draft head a layer that slides is causal and one that does not is bidirectional, unless one
+key says for all. A window W means that a token sees positions less than W away from its own.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def windows(whole: JsonConfig) -> tuple[int | None, ...]:
         programs would disagree about its window.
     """
     layers = whole.integer("num_hidden_layers")
-    kinds = whole.items("layer_types", str, ())
-    if not kinds and whole.flag("use_sliding_window"):  # as Qwen's configuration has it
+    kinds, slides = whole.items("layer_types", str, ()), whole.flag("use_sliding_window")
+    if not kinds and slides:  # as Qwen's configuration has it
         full = whole.integer("max_window_layers", 28, least=0)
         kinds = tuple(
             "full_attention" if i < full else "sliding_attention" for i in range(layers)
@@ -35,9 +35,10 @@ def windows(whole: JsonConfig) -> tuple[int | None, ...]:
             f"'full_attention' or 'sliding_attention' for each of the {layers} layers",
         )
     if "sliding_attention" not in kinds:
+        whole.has("sliding_window")  # of full attention it says nothing
         return (None,) * layers
     width = whole.integer("sliding_window")
-    if not whole.flag("use_sliding_window"):
+    if not slides:
         raise whole.refusal(
             "use_sliding_window",
             "true beside sliding layers: without it transformers forgets the window of "

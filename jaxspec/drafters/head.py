@@ -30,10 +30,10 @@ from jaxspec.models.layers import (
     lookup_whole,
     project,
     rms_norm,
-    rotary_angles,
     rotate,
     swiglu,
 )
+from jaxspec.models.rope import rotary_angles
 from jaxspec.trees.candidates import top_logits
 
 # attend(layer, q [..., b, H, D], k [..., b, K, D], v [..., b, K, D]) -> [..., b, H, D]
@@ -258,7 +258,8 @@ class DraftHead(nnx.Module):
         return self.confidence(self.normed(stream), embedded)
 
     def _angles(self, positions: jax.Array):
-        return rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        c = self.config
+        return rotary_angles(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
 
 def bind(config: DrafterConfig, weights: nnx.State) -> DraftHead:

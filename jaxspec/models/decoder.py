@@ -10,16 +10,10 @@ import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig
 from jaxspec.models.cache import KVCache, KVRows
-from jaxspec.models.layers import (
-    cut_axes,
-    lookup,
-    project,
-    rms_norm,
-    rotary_angles,
-    swiglu,
-)
+from jaxspec.models.layers import cut_axes, lookup, project, rms_norm, swiglu
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import AttentionParams, MlpParams, MoeParams, TargetParams
+from jaxspec.models.rope import layer_angles
 from jaxspec.trees.packing import Packing
 from pallas_kernels.rotary_heads import rotary_heads
 from pallas_kernels.tree_attention import tree_attention
@@ -77,7 +71,7 @@ def forward(
     positions = lengths[:, None] + depths
     if packing is not None:
         tokens, positions = packing.gather(tokens), packing.gather(positions)
-    angles = rotary_angles(positions, config.head_dim, config.rope_theta)
+    angles = layer_angles(config, positions)
     x = lookup(params.embed, tokens)  # [B, N, M]
     fused = fuses(params, implementation)
     count, rows = tokens.size, None
@@ -88,7 +82,7 @@ def forward(
     outputs, keys, values = {-1: x}, [], []
     for i, layer in enumerate(params.layers):
         dtype = cache.keys[i].dtype
-        q, k, v = _qkv(layer.attention, config, x, angles, dtype if fused else None)
+        q, k, v = _qkv(layer.attention, config, x, angles[i], dtype if fused else None)
         # Rounded here and kept: XLA would rather keep every layer's whole projection until the
         # rows are committed, and take them from it then.
         k, v = jax.lax.optimization_barrier((k.astype(dtype), v.astype(dtype)))
@@ -105,6 +99,8 @@ def forward(
             v,
             ancestors,
             scale=config.head_dim**-0.5,
+            depths=depths,
+            window=config.layer_windows[i],
             implementation=implementation,
             rows=None if packing is not None else rows,
         )

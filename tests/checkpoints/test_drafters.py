@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from jaxspec.checkpoints import huggingface
 from jaxspec.checkpoints.drafter_config import from_json, recognise, to_json
 from jaxspec.checkpoints.drafters import load_drafter, locate, save_drafter
-from jaxspec.config import DrafterConfig, TreeConfig
+from jaxspec.config import DrafterConfig, RopeScaling, TreeConfig
 from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.drafters.head import random_weights
 from tests import tiny
@@ -131,6 +131,7 @@ def test_a_configuration_round_trips(format, sequential, confidence):
         rank=6 if sequential else 0,
         confidence=confidence,
         rope_theta=5000.0,
+        rope_scaling=RopeScaling("yarn", 4.0, 16, mscale=1.5, mscale_all_dim=0.5),
         rms_norm_eps=1e-5,
         max_positions=77,
     )
@@ -366,8 +367,8 @@ def own(raw):
         ),
         (
             "dflash",
-            lambda c: c.update(rope_scaling={"rope_type": "yarn"}),
-            "'rope_scaling' is .*yarn.*expected 'rope_type': 'default'",
+            lambda c: c.update(rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+            "'rope_scaling' is .*dynamic.*expected 'rope_type': 'default'",
         ),
         (
             "dflash",

@@ -6,7 +6,7 @@ import pytest
 
 from jaxspec import checkpoints
 from jaxspec.checkpoints.huggingface import read_config, resolve
-from jaxspec.config import TargetConfig
+from jaxspec.config import RopeScaling, TargetConfig
 from tests.checkpoints.writing import DENSE, LLAMA, MIXTURE, QWEN2, random_tensors, write_folder
 
 
@@ -82,6 +82,41 @@ def test_rope_theta_by_either_key(tmp_path, keys, theta):
     assert config_of(tmp_path, without(DENSE, "rope_parameters") | keys).rope_theta == theta
 
 
+WINDOWED = {"use_sliding_window": True, "sliding_window": 8}
+
+
+@pytest.mark.parametrize(
+    "keys, windows",
+    [
+        ({}, ()),
+        ({"sliding_window": 8}, ()),
+        (WINDOWED | {"layer_types": ["full_attention", "sliding_attention"]}, (None, 8)),
+        (WINDOWED | {"max_window_layers": 1}, (None, 8)),
+        (WINDOWED, ()),  # layers from the 28th on, as transformers has it
+    ],
+)
+def test_windows_of_every_layer(tmp_path, keys, windows):
+    assert config_of(tmp_path, without(DENSE, "layer_types") | keys).windows == windows
+
+
+def test_sliding_layers_may_rotate_at_their_own_base(tmp_path):
+    kinds = {"layer_types": ["full_attention", "sliding_attention"]}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    rope = {
+        "full_attention": yarn | {"rope_theta": 5e5},
+        "sliding_attention": {"rope_theta": 7},
+    }
+    found = config_of(tmp_path, DENSE | WINDOWED | kinds | {"rope_parameters": rope})
+    assert found.rope_scaling == RopeScaling("yarn", 4.0, 64)
+    assert (found.rope_theta, found.sliding_rope_theta) == (5e5, 7.0)
+    both = {"full_attention": yarn, "sliding_attention": yarn}
+    found = config_of(tmp_path, DENSE | WINDOWED | kinds | {"rope_parameters": both})
+    assert found.sliding_rope_theta is None
+    rope["sliding_attention"] = yarn
+    with pytest.raises(ValueError, match="sliding layers that rotate unscaled"):
+        config_of(tmp_path, DENSE | WINDOWED | kinds | {"rope_parameters": rope})
+
+
 def test_number_of_experts_by_either_key(tmp_path):
     raw = without(MIXTURE, "num_experts") | {"num_local_experts": 3}
     assert config_of(tmp_path, raw) == config_of(tmp_path, MIXTURE)
@@ -126,16 +161,23 @@ def test_ids_that_end_a_text(tmp_path, eos, generation, ids):
     [
         ({"model_type": "gemma3"}, r"'model_type' is 'gemma3'.*'qwen3' or 'qwen3_moe' or"),
         ({"hidden_act": "gelu"}, r"'hidden_act' is 'gelu'.*expected 'silu'"),
-        ({"use_sliding_window": True}, r"'use_sliding_window' is True.*expected False"),
+        (
+            {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": None},
+            "no 'sliding_window'",
+        ),
         ({"mlp_bias": True}, r"'mlp_bias' is True"),
         ({"attention_bias": True}, r"'attention_bias' is True"),
-        ({"layer_types": ["sliding_attention"]}, r"'layer_types' is .*'full_attention'"),
+        ({"layer_types": ["linear_attention"] * 2}, r"'layer_types' is .*'full_attention'"),
+        (
+            {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8},
+            "'use_sliding_window' is .*true beside sliding layers",
+        ),
         ({"quantization_config": {"bits": 4}}, r"'quantization_config'.*unquantised weights"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"'quantization_config' .*'fp8'"),
         ({"quantization": {"bits": 4, "group_size": 64}}, r"'quantization' asks for .*'bits'"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, r"'rope_scaling' is .*yarn.*'default'"),
-        ({"rope_scaling": {"type": "linear"}}, r"'rope_scaling' is .*linear"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, r"'rope_parameters' is .*llama3"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, r"'rope_scaling' has no 'factor'"),
+        ({"rope_scaling": {"type": "dynamic"}}, r"'rope_scaling' is .*dynamic"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, r"'rope_parameters' is .*longrope"),
         (
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
             r"'rope_parameters': 'partial_rotary_factor' is 0.5.*expected 1.0",

@@ -10,9 +10,10 @@ import pytest
 from jaxspec.models import decoder
 from jaxspec.models.cache import KVRows, init_cache
 from jaxspec.models.decoder import forward, unembed
-from jaxspec.models.layers import rms_norm, rotary_angles, rotate
+from jaxspec.models.layers import rms_norm, rotate
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import MoeParams
+from jaxspec.models.rope import rotary_angles
 from jaxspec.trees.packing import pack_nodes
 from jaxspec.trees.tree import ancestors, causal_bits
 from pallas_kernels.rotary_heads import rotary_heads
