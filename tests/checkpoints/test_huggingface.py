@@ -175,7 +175,7 @@ def test_ids_that_end_a_text(tmp_path, eos, generation, ids):
         ({"quantization_config": {"bits": 4}}, r"'quantization_config'.*unquantised weights"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"'quantization_config' .*'fp8'"),
         ({"quantization": {"bits": 4, "group_size": 64}}, r"'quantization' asks for .*'bits'"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, r"'rope_scaling' has no 'factor'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, r"'rope_parameters' has no 'factor'"),
         ({"rope_scaling": {"type": "dynamic"}}, r"'rope_scaling' is .*dynamic"),
         ({"rope_parameters": {"rope_type": "longrope"}}, r"'rope_parameters' is .*longrope"),
         (
