@@ -188,7 +188,7 @@ def test_ids_that_end_a_text(tmp_path, eos, generation, ids):
         ({"rms_norm_eps": -1.0}, r"'rms_norm_eps' is -1.0.*a positive number"),
         ({"tie_word_embeddings": "no"}, r"'tie_word_embeddings' is 'no'"),
         ({"eos_token_id": "</s>"}, r"'eos_token_id' is '</s>'.*token id"),
-        ({"layer_types": ["full_attention"]}, r"'layer_types' is .*for each of 2 layers"),
+        ({"layer_types": ["full_attention"]}, r"'layer_types' is .*for each of the 2 layers"),
         ({"eos_token_id": [1, 300]}, r"config.json: .*eos_token_ids names \[300\].*of 11"),
         ({"layer_types": 1}, r"'layer_types' is 1.*a list of texts"),
         (MIXTURE_KEYS | {"mlp_only_layers": 1}, r"'mlp_only_layers' is 1.*list of integers"),
