@@ -96,7 +96,7 @@ def test_options_change_the_family(options, expected):
 
 
 def test_heads_that_do_not_go_together_are_refused():
-    with pytest.raises(ValueError, match="only markov, gated and rnn heads embed"):
+    with pytest.raises(ValueError, match="only low-rank heads embed"):
         drafter(family="dspark", sequential="none")
     with pytest.raises(ValueError, match="leave out causal"):
         drafter(initial="some/drafter", causal=True)
