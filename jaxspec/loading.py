@@ -172,15 +172,8 @@ def _load_drafter(
             )
         drafter = SmallModel(small.config, tree) if tree else SmallModel(small.config)
         return LoadedDrafter(drafter, small.params)
-    from jaxspec.checkpoints.drafters import SHIPPED
     from jaxspec.checkpoints.drafters import load_drafter as load_block_drafter
 
-    if "/" not in spec and not Path(spec.partition("::")[0]).exists() and spec != SHIPPED:
-        raise ValueError(
-            f"there is no drafter {spec!r}; expected none, ngram, small:NAME, {SHIPPED}, or "
-            "the folder or hub name of a trained drafter (name::subfolder too); the last three "
-            "may have +ngram after them"
-        )
     drafter, params = load_block_drafter(
         spec, target.config, target.params, tree or TreeConfig(), dtype
     )

@@ -202,6 +202,12 @@ def locate(name_or_path: str | Path) -> Path:
         return Path(__file__).parents[1] / "shipped" / "smollm2-135m"
     name, separator, inner = str(name_or_path).partition("::")
     path = PurePosixPath(inner)
+    if "/" not in name and not Path(name).exists():
+        raise ValueError(
+            f"there is no drafter {name!r}; expected {SHIPPED}, the folder or hub name of a "
+            "trained drafter (name::subfolder too), or one that needs no checkpoint: none, "
+            "ngram, small:NAME"
+        )
     if separator and (path.is_absolute() or ".." in path.parts or not path.parts):
         raise ValueError(
             f"the subfolder in {str(name_or_path)!r} is {inner!r}; expected one inside {name}"
