@@ -16,7 +16,8 @@ HARMLESS = frozenset(
     "architectures auto_map dtype torch_dtype transformers_version transformers_weights "
     "model_name name_or_path license library_name tokenizer_class custom_pipelines "
     "transformers.js_config unsloth_fixed unsloth_version unsloth_tokenized seq_length "
-    "tokenizer_model_max_length model_max_length hf_version format_version "
+    "is_llama_config max_sequence_length tokenizer_model_max_length model_max_length "
+    "hf_version format_version "
     # how another program computes the same
     "use_cache attn_implementation use_flash_attn use_flash_attention flash_attn "
     "pretraining_tp chunk_size_feed_forward torchscript use_bfloat16 use_mps return_dict "
@@ -51,6 +52,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (0,),
     "attn_output_gate": (False,),
     "clip_qkv": (),
+    "dual_chunk_attention_config": (),
     "is_causal": (True,),
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
@@ -82,6 +84,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope_is_neox_style": (True,),
     "mrope_interleaved": (False,),
     "mrope_section": (),
+    "use_mrope": (False,),
     "position_embedding_type": ("rope", "absolute"),
     # norms
     "norm_type": ("rms_norm", "rmsnorm"),

@@ -63,6 +63,8 @@ def no_warnings():
         ("is_causal", False),
         ("no_rope_layers", [1, 0]),
         ("routed_scaling_factor", 2.5),
+        ("use_mrope", True),
+        ("dual_chunk_attention_config", {"chunk_size": 262144}),
     ],
 )
 def test_a_target_that_computes_otherwise_is_refused_by_its_key(tmp_path, key, value):
@@ -88,6 +90,8 @@ def test_what_changes_nothing_passes_in_silence(tmp_path, raw, no_warnings):
         "_name_or_path": "a/b",
         "is_causal": True,
         "n_shared_experts": 0,
+        "use_mrope": False,
+        "is_llama_config": True,
     }
     assert target(tmp_path, raw | neutral) == plain
 
