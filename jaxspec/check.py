@@ -113,7 +113,7 @@ def check_answers(
     drafter: LoadedDrafter,
     prompts: Prompt | Sequence[Prompt],
     *,
-    max_new_tokens: int = 96,
+    max_new_tokens: int = 48,
     thinking: bool | None = None,
 ) -> Report:
     """`check` on the target's own greedy answers, thinking mode among the alternatives."""

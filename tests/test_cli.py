@@ -4,17 +4,20 @@ import dataclasses
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from jaxspec.checkpoints.drafters import save_drafter
 from jaxspec.cli import main
 from jaxspec.cli.exits import BAD_INPUT, FAULT
+from jaxspec.cli.options import DrafterOptions
 from jaxspec.config import TreeConfig
 from jaxspec.data.jobs import read_jobs
 from jaxspec.data.prompts import read_prompts
+from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.generation import as_token_ids
-from jaxspec.loading import load_drafter
+from jaxspec.loading import load_drafter, load_target
 from jaxspec.tokenizer import Tokenizer
 from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
@@ -230,3 +233,28 @@ def test_trained_drafters_from_their_folders(golden, case, tree, tmp_path, capsy
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["token_ids"] for row in rows] == [p["ar"][:new_tokens] for p in prompts]
     assert any(row["tau"] > 1.1 for row in rows)  # something was accepted
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "expected"),
+    [
+        ("smollm2-135m", {}, ("shipped+ngram", "path_conditioned")),
+        ("smollm2-135m", {"tree": "best_first"}, ("shipped+ngram", "best_first")),
+        ("smollm2-135m", {"drafter": "shipped"}, ("shipped", "chain")),
+        ("smollm2-135m", {"drafter": "ngram"}, ("ngram", "chain")),
+        ("Qwen/Qwen3-8B", {"drafter": "org/drafter"}, ("org/drafter", "chain")),
+    ],
+)
+def test_the_default_drafter_is_the_shipped_one_where_it_fits(
+    target, options, expected, monkeypatch
+):
+    def load(name, _, *, tree, **rules):
+        return name, tree.kind
+
+    monkeypatch.setattr("jaxspec.loading.load_drafter", load)
+    assert DrafterOptions(**options).load(SimpleNamespace(name=target)) == expected
+
+
+def test_the_default_drafter_of_other_targets_is_lookup(folder, tmp_path):
+    target = load_target(folder)
+    assert isinstance(DrafterOptions().load(target).drafter, PromptLookup)

@@ -43,7 +43,7 @@ class Check:
     dtype: Literal["float32", "bfloat16"] = "float32"
     text: Path | None = None
     """Text to walk over instead of the target's answers to a few questions."""
-    max_new_tokens: int = 96
+    max_new_tokens: int = 48
     """Length of those answers."""
     thinking: bool | None = None
     """Turn a Qwen3 chat template's thinking on or off."""
