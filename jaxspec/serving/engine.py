@@ -59,6 +59,7 @@ class Engine:
     Attributes:
       config, target: as given.
       curve: step times, measured or given; None until `warm_up`, and with a fixed schedule.
+      burst_seconds: of the last burst of rounds.
       rounds_by_size: rounds so far with the first, second, … verify size of their batch.
     """
 
@@ -92,7 +93,7 @@ class Engine:
         self._batch: Batch | None = None
         self._habit = self._programs.habit()
         self._idle_rounds = 0
-        self._burst_seconds = 0.0
+        self.burst_seconds = 0.0
         self.rounds_by_size = [0] * MAX_SIZES
 
     # Any thread.
@@ -199,7 +200,7 @@ class Engine:
         """A chunk, and more while they have taken less time than the last burst."""
         began = time.perf_counter()
         updates = self._advance_prompt()
-        while self._prompt_runs() and time.perf_counter() - began < self._burst_seconds:
+        while self._prompt_runs() and time.perf_counter() - began < self.burst_seconds:
             updates += self._advance_prompt()
         return updates
 
@@ -262,7 +263,7 @@ class Engine:
             (recent, state.length, state.done, self._habit.rounds)
         )
         self.rounds_by_size = by_size.tolist()
-        self._burst_seconds = time.perf_counter() - began
+        self.burst_seconds = time.perf_counter() - began
         updates, ended = [], []
         for i, running in enumerate(self._rows):
             if running is None:

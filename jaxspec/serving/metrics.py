@@ -25,6 +25,11 @@ class Metrics:
         gauge("jaxspec_waiting", "Requests in the queue", lambda: runner.engine.waiting)
         gauge("jaxspec_running", "Requests being decoded", lambda: runner.engine.running)
         gauge("jaxspec_healthy", "1 while requests are served", lambda: int(runner.healthy))
+        gauge(
+            "jaxspec_burst_seconds",
+            "Time of the last burst of rounds",
+            lambda: runner.engine.burst_seconds,
+        )
         self.requests = Counter(
             "jaxspec_requests", "Requests by how they ended", ["finish"], registry=registry
         )
@@ -34,6 +39,12 @@ class Metrics:
         self.tokens = Counter("jaxspec_tokens", "Tokens generated", registry=registry)
         self.rounds = Counter("jaxspec_rounds", "Rounds, summed over rows", registry=registry)
         self.nodes = Counter("jaxspec_nodes_verified", "Nodes verified", registry=registry)
+        self.accepted = Counter(
+            "jaxspec_accepted",
+            "Rounds, summed over rows, that accepted this many drafted tokens at least",
+            ["depth"],
+            registry=registry,
+        )
         self.first_token = Histogram(
             "jaxspec_first_token_seconds",
             "From the request to its first token",
@@ -83,6 +94,9 @@ class Watch:
         if update.stats is not None:
             metrics.rounds.inc(update.stats.rounds)
             metrics.nodes.inc(update.stats.nodes)
+            accepted = [tokens - 1 for tokens in update.stats.committed]
+            for depth in range(1, max(accepted, default=0) + 1):
+                metrics.accepted.labels(str(depth)).inc(sum(n >= depth for n in accepted))
 
     def end(self, finish: str) -> None:
         """Once, however the request ended."""

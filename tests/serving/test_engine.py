@@ -113,7 +113,7 @@ def test_prompts_may_take_as_long_as_the_last_rounds_did(still_clock):
     engine = warm()
     asked = [Request(tuple(prompt), 4) for prompt in tiny.prompts(50, 40, 30, 20, 10)]
     ids = [engine.submit(request) for request in asked]
-    engine._burst_seconds = 1.0
+    engine.burst_seconds = 1.0
     found = {update.id: [update] for update in engine.step()}
     assert len(engine._rows) == 4 and all(engine._rows)
     assert engine.waiting == 0 and engine._prompt.batch is not None  # the fifth has no row

@@ -148,6 +148,7 @@ def test_models_health_and_metrics(client, port):
     client.completions.create(model="tiny", prompt="abc", max_tokens=7)
     assert sample(port, "jaxspec_tokens_total") - before == 7
     assert sample(port, "jaxspec_first_token_seconds_count") >= 1
+    assert sample(port, "jaxspec_burst_seconds") > 0
     assert sample(port, "jaxspec_rounds_total") <= sample(port, "jaxspec_nodes_verified_total")
     assert get(port, "/nothing")[0] == 404
 

@@ -1,0 +1,24 @@
+"""What a server counts of the requests that have ended."""
+
+from types import SimpleNamespace
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from jaxspec.decoding.stats import DecodeStats
+from jaxspec.serving.metrics import Metrics
+from jaxspec.serving.requests import Update
+
+
+def test_acceptance_by_depth():
+    """Rounds of 1, 4, 2 and 1 tokens, the last of each not drafted."""
+    engine = SimpleNamespace(waiting=0, running=0, burst_seconds=0.25)
+    metrics = Metrics(SimpleNamespace(engine=engine, healthy=True))
+    metrics.follow().see(Update(0, (1, 2), "length", DecodeStats((1, 4, 2, 1), nodes=20)))
+    metrics.follow().see(Update(1, (), "cancelled"))
+    families = text_string_to_metric_families(metrics.text().decode())
+    found = {(s.name, s.labels.get("depth")): s.value for f in families for s in f.samples}
+    assert found["jaxspec_rounds_total", None] == 4
+    assert found["jaxspec_nodes_verified_total", None] == 20
+    assert found["jaxspec_burst_seconds", None] == 0.25
+    assert [found["jaxspec_accepted_total", depth] for depth in "123"] == [2, 1, 1]
+    assert ("jaxspec_accepted_total", "4") not in found
