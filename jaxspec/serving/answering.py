@@ -144,7 +144,8 @@ class Answering:
             finish = "error"
             raise
         finally:
-            watch.end(finish or "disconnected")
+            if finish:
+                watch.end(finish)
 
 
 def fault_message(error: Exception) -> str:

@@ -77,7 +77,7 @@ class Watch:
     def __init__(self, metrics: Metrics):
         self._metrics, self._began = metrics, time.perf_counter()
         self._first: float | None = None
-        self._count = 0
+        self._count, self._ended = 0, False
 
     def see(self, update: Update) -> None:
         metrics, now = self._metrics, time.perf_counter()
@@ -99,5 +99,7 @@ class Watch:
                 metrics.accepted.labels(str(depth)).inc(sum(n >= depth for n in accepted))
 
     def end(self, finish: str) -> None:
-        """Once, however the request ended."""
-        self._metrics.requests.labels(finish).inc()
+        """However the request ended; the first word counts."""
+        if not self._ended:
+            self._metrics.requests.labels(finish).inc()
+        self._ended = True

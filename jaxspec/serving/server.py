@@ -261,6 +261,8 @@ class _Service:
             raise
         self.metrics.prompt_tokens.inc(asked.prompt_tokens)
         choices = [Choice(ticket, self.metrics.follow()) for ticket in submitted]
+        for choice in choices:  # whatever has not ended when nobody reads on
+            tickets.callback(choice.watch.end, "disconnected")
         kind = "chatcmpl" if chat else "cmpl"
         shape = Shape(chat, f"{kind}-{uuid.uuid4().hex}", int(time.time()), self.names[0])
         answering = Answering(asked, choices, self.target.tokenizer, shape)

@@ -5,6 +5,9 @@ import threading
 import time
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from jaxspec.serving.connections import Limits
 from jaxspec.tokenizer import Tokenizer
@@ -54,6 +57,34 @@ def test_a_decoding_fault_is_an_answer(port):
 def test_others_are_served_after_it(port):
     status, text = ask(port, stream=False, max_tokens=2)
     assert status == 200 and json.loads(text)["choices"][0]["finish_reason"] == "length"
+
+
+def byte_fallback():
+    """Llama 2's kind: what has no token of its own comes in bytes."""
+    tokens = ["</s>", "▁a", "b", "<0x0A>", "<0xE2>", "<0x82>", "<0xAC>", "▁", "c", "<0xC3>"]
+    tokens.append("<0xA9>")
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, [], byte_fallback=True)
+    made = tokenizers.Tokenizer(model)
+    steps = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+    made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=made))
+
+
+def test_bytes_in_any_order_are_streamed_as_they_are_told_whole():
+    with servers.serve(limits=Limits(), tokenizer=byte_fallback) as (port, _):
+        pieces = 0
+        for seed in range(20):
+            body = dict(prompt=[1, 2], max_tokens=24, temperature=1.5, seed=seed, stop=["zz"])
+            status, text = servers.post(port, "/v1/completions", json.dumps(body).encode())
+            assert status == 200
+            whole = json.loads(text)["choices"][0]["text"]
+            data = json.dumps(body | {"stream": True}).encode()
+            status, text = servers.post(port, "/v1/completions", data)
+            assert status == 200 and text.endswith("data: [DONE]\n\n")
+            events = [json.loads(e[6:]) for e in text.split("\n\n") if e.startswith("data: {")]
+            assert "".join(event["choices"][0]["text"] for event in events) == whole
+            pieces += len(events)
+        assert pieces > 40  # not all at the end
 
 
 @pytest.mark.parametrize(("seconds", "complete"), [(20, True), (0.2, False)])

@@ -9,14 +9,22 @@ from jaxspec.serving.metrics import Metrics
 from jaxspec.serving.requests import Update
 
 
-def test_acceptance_by_depth():
-    """Rounds of 1, 4, 2 and 1 tokens, the last of each not drafted."""
+def test_counts():
+    """Rounds of 1, 4, 2 and 1 tokens, the last of each not drafted; one that ends twice."""
     engine = SimpleNamespace(waiting=0, running=0, burst_seconds=0.25)
     metrics = Metrics(SimpleNamespace(engine=engine, healthy=True))
     metrics.follow().see(Update(0, (1, 2), "length", DecodeStats((1, 4, 2, 1), nodes=20)))
-    metrics.follow().see(Update(1, (), "cancelled"))
+    watch = metrics.follow()
+    watch.see(Update(1, (), "cancelled"))
+    watch.end("stop")
+    watch.end("disconnected")  # of an answer that had been given
     families = text_string_to_metric_families(metrics.text().decode())
-    found = {(s.name, s.labels.get("depth")): s.value for f in families for s in f.samples}
+    samples = [sample for family in families for sample in family.samples]
+    found = {
+        (s.name, s.labels.get("depth") or s.labels.get("finish")): s.value for s in samples
+    }
+    assert found["jaxspec_requests_total", "stop"] == 1
+    assert ("jaxspec_requests_total", "disconnected") not in found
     assert found["jaxspec_rounds_total", None] == 4
     assert found["jaxspec_nodes_verified_total", None] == 20
     assert found["jaxspec_burst_seconds", None] == 0.25
