@@ -187,8 +187,11 @@ class DraftHead(nnx.Module):
 
     def unembed(self, vocabulary: Vocabulary, hidden: jax.Array) -> jax.Array:
         """Logits, scaled and capped, float32 [..., V'], of hidden states [..., M]."""
-        logits = self.config.logit_scale * project("...m,vm->...v", hidden, vocabulary.unembed)
-        cap = self.config.logit_softcap
+        return self.scaled(project("...m,vm->...v", hidden, vocabulary.unembed))
+
+    def scaled(self, logits: jax.Array) -> jax.Array:
+        """The LM head's products as logits."""
+        logits, cap = self.config.logit_scale * logits, self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def normed(self, stream: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import optax
 
 from jaxspec.drafters.head import DraftHead, Vocabulary
 from jaxspec.drafters.teacher_forced import BlockOutput
+from jaxspec.training.selector_loss import MISSING, Choices, choices, leading_run
 from jaxspec.training.vocabulary_loss import (
     Factors,
     Mixture,
@@ -18,6 +19,8 @@ from jaxspec.training.vocabulary_loss import (
 )
 
 WEIGHTINGS = ("exponential", "uniform", "dpace")
+REDUCTIONS = ("weights", "slots", "blocks")
+TRUTHS = ("data", "target")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,14 @@ class LossConfig:
       weighting: of slot j, counted from 0. "exponential": exp(-j / decay); "uniform": 1;
         "dpace": the probability, smoothed, that the slot is reached and of all after it.
       smoothing: share of certainty mixed into the label's probability by dpace.
+      reduction: what a weighted sum is divided by. "weights": their sum; "slots": how many are
+        supervised; "blocks": how many have one, so that under dpace blocks likely to be
+        accepted count more. None: weights, or blocks with dpace.
+      truth: what a label is: "data": the token that the data go on with; "target": the
+        target's likeliest.
+      selector: weight of a selector's cross-entropy among its candidates; ignored without one.
+      missing: of slots whose truth is no candidate: see `selector_loss.choices`; "skip" leaves
+        them out of the selector's loss, whose mean is then over the others of a micro-batch.
     """
 
     mixture: Mixture = Mixture()
@@ -38,8 +49,23 @@ class LossConfig:
     weighting: str = "exponential"
     decay: float = 4.0
     smoothing: float = 0.5
+    reduction: str | None = None
+    truth: str = "data"
+    selector: float = 1.0
+    missing: str = "inject"
 
     def __post_init__(self):
+        for name, allowed in (
+            ("reduction", (None, *REDUCTIONS)),
+            ("truth", TRUTHS),
+            ("missing", MISSING),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"LossConfig.{name} is {getattr(self, name)!r}; expected one of {allowed}"
+                )
+        if self.selector < 0:
+            raise ValueError(f"LossConfig.selector is {self.selector}; expected at least 0")
         if self.weighting not in WEIGHTINGS:
             raise ValueError(
                 f"LossConfig.weighting is {self.weighting!r}; expected one of {WEIGHTINGS}"
@@ -50,7 +76,8 @@ class LossConfig:
     def compares(self, head: DraftHead) -> bool:
         """Whether the target's distribution is needed."""
         confident = head.confidence is not None and self.confidence
-        return bool(self.mixture.kl or self.mixture.total_variation or confident)
+        likeliest = self.truth == "target"
+        return bool(self.mixture.kl or self.mixture.total_variation or confident or likeliest)
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +93,11 @@ class LossSums:
         label's where the target's distribution is not computed; 0 for labels outside the draft
         vocabulary.
       counted: [P], slots supervised.
+      selector: weighted sum of the selector's cross-entropy.
+      recalled: [P], slots whose truth is a candidate.
+      oracle: sum over blocks of the leading slots whose truth is a candidate.
+      selected: sum over blocks of the leading slots where the selector picks the truth.
+      blocks: blocks with a slot supervised.
     """
 
     total: jax.Array
@@ -76,6 +108,11 @@ class LossSums:
     confidence: jax.Array
     accepted: jax.Array
     counted: jax.Array
+    selector: jax.Array
+    recalled: jax.Array
+    oracle: jax.Array
+    selected: jax.Array
+    blocks: jax.Array
 
 
 def drafter_loss(
@@ -105,6 +142,8 @@ def drafter_loss(
     if drafter.latent is not None:
         drafter = dataclasses.replace(drafter, output=head.sequential.output[...])
     labels, known = vocabulary.index(flat(blocks.labels))
+    if config.truth == "target":
+        labels, known = None, jnp.ones_like(known)
     judged = supervised & known.reshape(supervised.shape)
     unembed = vocabulary.unembed
     teacher = flat(target) if config.compares(head) else None
@@ -113,20 +152,38 @@ def drafter_loss(
     if config.weighting == "dpace":
         labels_only = Mixture(1.0, 0.0, 0.0, chunk=config.mixture.chunk)
         frozen = jax.lax.stop_gradient(drafter)
-        nothing = jnp.zeros(labels.shape)
-        _, losses = vocabulary_loss(labels_only, frozen, unembed, None, labels, nothing)
+        nothing = jnp.zeros(known.shape)
+        guide = teacher if labels is None else None
+        _, losses = vocabulary_loss(labels_only, frozen, unembed, guide, labels, nothing)
         probability = jnp.exp(-losses.cross_entropy).reshape(supervised.shape)
     weights, denominator = position_weights(config, judged, probability)
-    flat_weights = weights.reshape(labels.shape)
+    flat_weights = weights.reshape(known.shape)
 
     total, losses = vocabulary_loss(
         config.mixture, drafter, unembed, teacher, labels, flat_weights
     )
     accepted = acceptance(losses)
+    selection = _no_selection(supervised.shape[-1])
+    if head.config.candidates:
+        latent = flat(head.teacher_forced(vocabulary, blocks.stream, blocks.previous))
+        picks = choices(
+            head,
+            vocabulary,
+            drafter.hidden,
+            latent,
+            losses.candidates,
+            losses.labels,
+            missing=config.missing,
+            chunk=config.mixture.chunk,
+        )
+        loss, selection = _selection(config, picks, judged, denominator)
+        total += config.selector * loss
+        accepted = jnp.where(picks.present, jnp.exp(-picks.cross_entropy), 0)
+        accepted = jax.lax.stop_gradient(accepted)
     bce = jnp.float32(0)
     if head.confidence is not None and config.confidence:
         logits = head.confidence_logits(blocks.stream, blocks.previous)
-        each = optax.sigmoid_binary_cross_entropy(logits.reshape(labels.shape), accepted)
+        each = optax.sigmoid_binary_cross_entropy(logits.reshape(known.shape), accepted)
         bce = jnp.sum(flat_weights * each)
         total += config.confidence * bce
 
@@ -142,17 +199,48 @@ def drafter_loss(
         confidence=jax.lax.stop_gradient(bce),
         accepted=jnp.sum(accepted.reshape(judged.shape) * judged, axis=(0, 1)),
         counted=jnp.sum(supervised.astype(jnp.float32), axis=(0, 1)),
+        blocks=jnp.sum(judged.any(axis=-1).astype(jnp.float32)),
+        **selection,
     )
+
+
+def _no_selection(depth: int) -> dict[str, jax.Array]:
+    """What `LossSums` has of a selector, without one."""
+    zero = jnp.float32(0)
+    return dict(selector=zero, recalled=jnp.zeros(depth), oracle=zero, selected=zero)
+
+
+def _selection(
+    config: LossConfig, picks: Choices, judged: jax.Array, denominator: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The selector's weighted loss over the base loss's denominator, and what is counted."""
+    picks = jax.tree.map(lambda x: x.reshape(*judged.shape, *x.shape[2:]), picks)
+    present, losses = picks.present & judged, picks.cross_entropy
+    slots = present if config.missing == "skip" else judged
+    probability = jax.lax.stop_gradient(jnp.exp(-losses))
+    weights, own = position_weights(config, slots, probability)
+    loss = jnp.sum(weights * losses)
+    if config.missing == "skip":  # a mean over other slots than the base loss's
+        loss = loss * denominator / jnp.maximum(own, 1e-6)
+    sums = dict(
+        selector=loss,
+        recalled=jnp.sum(present.astype(jnp.float32), axis=(0, 1)),
+        oracle=jnp.sum(leading_run(present)).astype(jnp.float32),
+        selected=jnp.sum(leading_run(picks.right & judged)).astype(jnp.float32),
+    )
+    return loss, jax.lax.stop_gradient(sums)
 
 
 def factors(head: DraftHead, vocabulary: Vocabulary, blocks: BlockOutput) -> Factors:
     """The short vectors of every slot's final logits, [B, A, P, ...], without the table."""
-    if head.sequential is None:
-        return Factors(head.normed(blocks.stream))
+    c = head.config
+    options = dict(scale=c.logit_scale, cap=c.logit_softcap, candidates=c.candidates)
+    if head.sequential is None or c.candidates:  # a selector's own loss is apart
+        return Factors(head.normed(blocks.stream), **options)
     latent = head.teacher_forced(vocabulary, blocks.stream, blocks.previous)
     if head.config.sequential == "mlp":  # it replaces the hidden state
-        return Factors(latent)
-    return Factors(head.normed(blocks.stream), latent)
+        return Factors(latent, **options)
+    return Factors(head.normed(blocks.stream), latent, **options)
 
 
 def acceptance(losses: PositionLosses) -> jax.Array:
@@ -169,20 +257,22 @@ def position_weights(
 
     Args:
       supervised: [..., A, P] bool.
-      label_probability: [..., A, P], the drafter's; needed by dpace alone, and 0 where a slot
-        is not supervised.
+      label_probability: [..., A, P], the drafter's; needed by dpace alone.
 
     Returns:
-      Weights [..., A, P], and what to divide the weighted sum by: the sum of the weights, or
-      for dpace the number of blocks, so that blocks likely to be accepted count more.
+      Weights [..., A, P], and what to divide the weighted sum by (`LossConfig.reduction`).
     """
     slots = jnp.arange(supervised.shape[-1])
     if config.weighting == "dpace":
-        probability = label_probability * supervised
-        smoothed = (1 - config.smoothing) * probability + config.smoothing
+        smoothed = (1 - config.smoothing) * label_probability + config.smoothing
+        smoothed = jnp.where(supervised, smoothed, 1)
         reached = jnp.cumprod(smoothed, axis=-1) * supervised
         weights = jnp.cumsum(reached[..., ::-1], axis=-1)[..., ::-1] * supervised
-        return weights, jnp.sum(supervised.any(axis=-1).astype(jnp.float32))
-    decay = jnp.exp(-slots / config.decay) if config.weighting == "exponential" else 1.0
-    weights = supervised * jnp.broadcast_to(decay, slots.shape).astype(jnp.float32)
-    return weights, jnp.sum(weights)
+    else:
+        decay = jnp.exp(-slots / config.decay) if config.weighting == "exponential" else 1.0
+        weights = supervised * jnp.broadcast_to(decay, slots.shape).astype(jnp.float32)
+    reduction = config.reduction or ("blocks" if config.weighting == "dpace" else "weights")
+    if reduction == "weights":
+        return weights, jnp.sum(weights)
+    counted = supervised if reduction == "slots" else supervised.any(axis=-1)
+    return weights, jnp.sum(counted.astype(jnp.float32))

@@ -169,6 +169,7 @@ def train_step(
         "kl": sums.kl / weight,
         "total_variation": sums.total_variation / weight,
         "confidence": sums.confidence / weight,
+        **_selector_metrics(config.drafter, sums),
         "acceptance": sums.accepted / jnp.maximum(sums.counted, 1),
         "gradient_norm": optax.tree.norm(slopes),
     }
@@ -223,4 +224,32 @@ def batch_loss(
 def empty_sums(config: DrafterConfig) -> LossSums:
     """Sums over no positions."""
     zero, slots = jnp.float32(0), jnp.zeros(config.depth)
-    return LossSums(zero, zero, zero, zero, zero, zero, slots, slots)
+    return LossSums(
+        total=zero,
+        weight=zero,
+        cross_entropy=zero,
+        kl=zero,
+        total_variation=zero,
+        confidence=zero,
+        accepted=slots,
+        counted=slots,
+        selector=zero,
+        recalled=slots,
+        oracle=zero,
+        selected=zero,
+        blocks=zero,
+    )
+
+
+def _selector_metrics(config: DrafterConfig, sums: LossSums) -> dict[str, jax.Array]:
+    """Of a head with a selector: its loss, how often the truth is among its candidates in each
+    slot [P], and tokens per round if it picked the truth wherever it could, or as it does."""
+    if not config.candidates:
+        return {}
+    blocks = jnp.maximum(sums.blocks, 1)
+    return {
+        "selector": sums.selector / jnp.maximum(sums.weight, 1e-6),
+        "candidate_recall": sums.recalled / jnp.maximum(sums.counted, 1),
+        "oracle_length": 1 + sums.oracle / blocks,
+        "selected_length": 1 + sums.selected / blocks,
+    }

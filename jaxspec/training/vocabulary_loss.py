@@ -21,6 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.models.layers import project
+from jaxspec.trees.candidates import top_logits
+
+static = functools.partial(dataclasses.field, metadata=dict(static=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +63,16 @@ class Factors:
       hidden: [B, R, M], R positions per row.
       latent: [B, R, r], or None.
       output: [V, r], or None.
+      scale, cap: of the products with `unembed`, see `DrafterConfig.logit_scale`.
+      candidates: likeliest tokens to name of every position.
     """
 
     hidden: jax.Array
     latent: jax.Array | None = None
     output: jax.Array | None = None
+    scale: float = static(default=1.0)
+    cap: float | None = static(default=None)
+    candidates: int = static(default=0)
 
 
 @jax.tree_util.register_dataclass
@@ -75,11 +83,15 @@ class PositionLosses:
     Attributes:
       cross_entropy: on the label.
       kl, total_variation: against the target's distribution; None without it.
+      labels: int32, those judged on.
+      candidates: [B, R, k] int32, the drafter's likeliest tokens; None unless asked for.
     """
 
     cross_entropy: jax.Array
     kl: jax.Array | None
     total_variation: jax.Array | None
+    labels: jax.Array | None = None
+    candidates: jax.Array | None = None
 
 
 def vocabulary_loss(
@@ -87,7 +99,7 @@ def vocabulary_loss(
     drafter: Factors,
     unembed: jax.Array,
     target: jax.Array | None,
-    labels: jax.Array,
+    labels: jax.Array | None,
     weights: jax.Array,
 ) -> tuple[jax.Array, PositionLosses]:
     """The weighted sum over positions of the mixed losses.
@@ -99,7 +111,7 @@ def vocabulary_loss(
       unembed: [V, M], the frozen LM head.
       target: [B, R, M], the target's hidden states after its final norm; None if neither KL nor
         total variation is wanted.
-      labels: [B, R] int32.
+      labels: [B, R] int32; None for the target's likeliest tokens.
       weights: [B, R] float32.
 
     Returns:
@@ -108,7 +120,7 @@ def vocabulary_loss(
     Raises:
       ValueError: a loss is mixed in that needs the target, which is None.
     """
-    if target is None and (mixture.kl or mixture.total_variation):
+    if target is None and (mixture.kl or mixture.total_variation or labels is None):
         raise ValueError("kl and total_variation compare with the target; target is None")
     total, losses = _weighted_sum(mixture, drafter, unembed, target, labels, weights)
     return total, jax.tree.map(jax.lax.stop_gradient, losses)
@@ -135,16 +147,23 @@ _weighted_sum.defvjp(_forward_rule, _backward_rule)
 
 def _scan(mixture, drafter, unembed, target, labels, weights, *, gradient: bool):
     """The sum with the positions' losses and, if asked for, its gradient by `drafter`."""
-    table = drafter.output
+    table, cap = drafter.output, drafter.cap
 
     def step(carry, chunk):
         total, d_table = carry
         hidden, latent, target, labels, weights = chunk
-        logits = project("brm,vm->brv", hidden, unembed)
+        logits = base = drafter.scale * project("brm,vm->brv", hidden, unembed)
+        if cap is not None:
+            logits = base = cap * jnp.tanh(base / cap)
         if table is not None:
-            logits += project("brl,vl->brv", latent, table)
+            logits = logits + project("brl,vl->brv", latent, table)
         teacher = None if target is None else project("brm,vm->brv", target, unembed)
+        if labels is None:
+            labels = jnp.argmax(teacher, axis=-1)
         losses = _losses(mixture, logits, teacher, labels)
+        if drafter.candidates:
+            top, _, _ = top_logits(logits, drafter.candidates)
+            losses = dataclasses.replace(losses, candidates=top)
         total += jnp.sum(weights * _mix(mixture, losses))
         if not gradient:
             return (total, d_table), (losses, None, None)
@@ -153,9 +172,11 @@ def _scan(mixture, drafter, unembed, target, labels, weights, *, gradient: bool)
         if table is not None:
             d_latent = project("brv,vl->brl", d_logits, table)
             d_table += project("brv,brl->vl", d_logits, latent.astype(table.dtype))
-        return (total, d_table), (losses, project("brv,vm->brm", d_logits, unembed), d_latent)
+        d_base = d_logits if cap is None else d_logits * (1 - (base / cap) ** 2)
+        d_hidden = drafter.scale * project("brv,vm->brm", d_base, unembed)
+        return (total, d_table), (losses, d_hidden, d_latent)
 
-    batch, positions = labels.shape
+    batch, positions = weights.shape
     size = min(positions, max(1, mixture.chunk // batch))
     count = -(-positions // size)
 
@@ -174,14 +195,16 @@ def _scan(mixture, drafter, unembed, target, labels, weights, *, gradient: bool)
     chunks = jax.tree.map(split, (drafter.hidden, drafter.latent, target, labels, weights))
     (total, d_table), stacked = jax.lax.scan(step, (jnp.float32(0), d_table), chunks)
     losses, d_hidden, d_latent = jax.tree.map(join, stacked)
-    return (total, losses), Factors(d_hidden, d_latent, d_table)
+    slopes = dict(hidden=d_hidden, latent=d_latent, output=d_table)
+    return (total, losses), dataclasses.replace(drafter, **slopes)
 
 
 def _losses(mixture: Mixture, logits, teacher, labels) -> PositionLosses:
     log_p = jax.nn.log_softmax(logits)
     cross_entropy = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+    labels = labels.astype(jnp.int32)
     if teacher is None:
-        return PositionLosses(cross_entropy, None, None)
+        return PositionLosses(cross_entropy, None, None, labels)
     difference = jnp.exp(log_p) - jax.nn.softmax(teacher)
     heat = mixture.temperature
     log_p, log_q = jax.nn.log_softmax(logits / heat), jax.nn.log_softmax(teacher / heat)
@@ -189,6 +212,7 @@ def _losses(mixture: Mixture, logits, teacher, labels) -> PositionLosses:
         cross_entropy,
         heat**2 * jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1),
         jnp.sum(jnp.abs(difference), axis=-1),
+        labels,
     )
 
 
