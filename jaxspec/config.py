@@ -179,7 +179,8 @@ class TreeConfig:
                 )
 
 
-SEQUENTIAL_HEADS = ("markov", "gated", "rnn", "mlp", "bilinear")
+LOW_RANK = ("markov", "gated", "rnn", "bilinear")  # heads with an embedding of their own
+SEQUENTIAL_HEADS = (*LOW_RANK, "mlp")
 CONFIDENCE_HEADS = ("hidden", "hidden_and_previous")
 
 
@@ -189,7 +190,7 @@ class DrafterConfig:
 
     Attributes:
       hidden_size: M, of the drafter and of its target, whose embedding and LM head it uses.
-      target_layers: layers of the target it was made for.
+      target_layers: layers of the target it was made for; None where its file does not say.
       taps: target layers whose outputs it reads, 0-based, in this order; -1 is the
         embedding.
       block_size: slots of one pass, the anchor's included.
@@ -219,7 +220,7 @@ class DrafterConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    target_layers: int
+    target_layers: int | None
     taps: tuple[int, ...]
     block_size: int
     mask_token_id: int
@@ -263,8 +264,8 @@ class DrafterConfig:
             "taps",
             self.taps
             and len(set(self.taps)) == len(self.taps)
-            and all(-1 <= tap < self.target_layers for tap in self.taps),
-            f"different layers of the target, -1 … {self.target_layers - 1}",
+            and all(-1 <= tap < (self.target_layers or float("inf")) for tap in self.taps),
+            f"different layers of the target, -1 … {(self.target_layers or 0) - 1}",
         )
         check("depth", self.depth >= 1, "a block with at least one predicting slot")
         check(
@@ -277,7 +278,7 @@ class DrafterConfig:
             self.sequential in (None, *SEQUENTIAL_HEADS),
             f"None or one of {SEQUENTIAL_HEADS}",
         )
-        low_rank = self.sequential in ("markov", "gated", "rnn", "bilinear")
+        low_rank = self.sequential in LOW_RANK
         check(
             "rank",
             (self.rank >= 1) == low_rank,

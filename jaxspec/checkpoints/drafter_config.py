@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxspec.checkpoints import dflash2, sight
+from jaxspec.checkpoints import dflash2, sight, speculators
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL, refuse_quantised
 from jaxspec.checkpoints.rope import read_rope, rope_to_json
@@ -16,7 +16,7 @@ DRAFTER_HARMLESS = HARMLESS | {
     *("num_anchors", "candidate_tokens", "eos_token_id", "tie_word_embeddings"),
     TEMPERATURES,
 }
-FORMATS = ("dflash", "treeflash", "deepspec")
+FORMATS = ("dflash", "treeflash", "deepspec", "speculators")
 PREDICT_NEXT = ("sample_from_anchor", "query_zero_predicts_next")
 HEAD_TYPES = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}  # theirs to ours
 
@@ -27,6 +27,8 @@ def recognise(raw: dict[str, Any], origin: Any) -> str:
     Raises:
       ValueError: no known drafter has such a configuration.
     """
+    if speculators.KEY in raw:
+        return "speculators"
     if "treeflash_config" in raw:
         return "treeflash"
     if "dflash_config" in raw:
@@ -36,7 +38,8 @@ def recognise(raw: dict[str, Any], origin: Any) -> str:
     found = raw.get("architectures") or raw.get("model_type")
     raise ValueError(
         f"{origin}: the configuration, of {found}, is not a block drafter's; expected "
-        "'dflash_config', 'treeflash_config', or 'markov_rank' with 'target_layer_ids'"
+        "'dflash_config', 'treeflash_config', 'speculators_model_type', or 'markov_rank' with "
+        "'target_layer_ids'"
     )
 
 
@@ -52,25 +55,23 @@ def from_json(raw: dict[str, Any], origin: Any) -> DrafterConfig:
     format = recognise(raw, origin)
     whole = JsonConfig(raw, origin, "a drafter")
     # DeepSpec keeps its own keys beside the model's, the others in an object.
-    own = whole if format == "deepspec" else whole.section("dflash_config")
     refuse_quantised(whole)
-    whole.one_of("model_type", ("qwen3",), "qwen3")
-    whole.one_of("hidden_act", ("silu",), "silu")
-    whole.one_of("attention_bias", (False,), False)
+    if format == "speculators":
+        layer = speculators.layer_section(whole)
+        own_fields = speculators.fields(whole, layer)
+        heads = _heads(whole, whole, format) if "sequential" not in own_fields else {}
+        shape = _shape(layer, own_fields["window"])
+        config = whole.make(DrafterConfig, target_layers=None, **shape, **own_fields, **heads)
+        speculators.finish(whole)
+        return config
+    own = whole if format == "deepspec" else whole.section("dflash_config")
     own.one_of("projector_type", ("dspark",), "dspark")
     own.one_of("draft_shift", (False,), False)
-    hidden, heads = whole.integer("hidden_size"), whole.integer("num_attention_heads")
-    window = sight.windows(whole)
+    window, hidden = sight.windows(whole), whole.integer("hidden_size")
     own.one_of("target_hidden_size", (hidden,), hidden)
     config = whole.make(
         DrafterConfig,
-        vocab_size=whole.integer("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=whole.integer("intermediate_size"),
-        num_layers=whole.integer("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=whole.integer("num_key_value_heads", heads),
-        head_dim=whole.integer("head_dim"),
+        **_shape(whole, window),
         target_layers=whole.integer("num_target_layers"),
         taps=own.items("target_layer_ids", int),
         block_size=_block_size(whole, own),
@@ -78,9 +79,6 @@ def from_json(raw: dict[str, Any], origin: Any) -> DrafterConfig:
         causal=sight.causality(_agreed(whole, own, sight.CAUSAL, None), window),
         predict_next=_agreed(whole, own, PREDICT_NEXT, format == "deepspec"),
         window=window,
-        **_rope(whole, window),
-        rms_norm_eps=whole.number("rms_norm_eps", 1e-6),
-        max_positions=whole.integer("max_position_embeddings", 40_960),
         **_heads(whole, own, format),
     )
     if format == "deepspec" and config.target_layers - 1 in config.taps:
@@ -92,13 +90,25 @@ def from_json(raw: dict[str, Any], origin: Any) -> DrafterConfig:
     return config
 
 
-def to_json(config: DrafterConfig, format: str, dtype: str) -> dict[str, Any]:
+def to_json(
+    config: DrafterConfig,
+    format: str,
+    dtype: str,
+    *,
+    kept: int | None = None,
+    verifier: str | None = None,
+) -> dict[str, Any]:
     """`config.json` of a drafter in a published format.
+
+    Args:
+      kept: tokens of the draft vocabulary, None for all; of speculators' format alone.
+      verifier: the target's hub name or path, likewise.
 
     Raises:
       ValueError: the format cannot express the configuration.
     """
-    _check_expressible(config, format)
+    if format != "speculators":  # checks when it knows the vocabulary
+        _check_expressible(config, format)
     c = config
     raw = {
         "attention_bias": False,
@@ -136,6 +146,12 @@ def to_json(config: DrafterConfig, format: str, dtype: str) -> dict[str, Any]:
         "mask_token_id": c.mask_token_id,
         "target_layer_ids": list(c.taps),
     }
+    if format == "speculators":
+        for key in ("block_size", "num_target_layers", "is_causal"):
+            raw.pop(key, None)
+        raw = speculators.to_json(c, raw | newer, kept)
+        raw["speculators_config"] = speculators.proposal(c, verifier)
+        return raw | (_heads_to_json(c) if raw[speculators.KEY] == "dspark" else {})
     if format == "dflash":
         if causal:
             own["causal"] = True  # as vLLM reads it; the next key is JetSpec's
@@ -160,6 +176,26 @@ def to_json(config: DrafterConfig, format: str, dtype: str) -> dict[str, Any]:
     # `num_anchors` matters to training alone; 512 is what every published drafter has.
     extra = {"architectures": ["Qwen3DSparkModel"], "num_anchors": 512}
     return raw | own | _heads_to_json(c) | extra
+
+
+def _shape(raw: JsonConfig, window: tuple[int | None, ...]) -> dict[str, Any]:
+    """What the drafter's layers are, from the keys of a Qwen3."""
+    raw.one_of("model_type", ("qwen3",), "qwen3")
+    raw.one_of("hidden_act", ("silu",), "silu")
+    raw.one_of("attention_bias", (False,), False)
+    heads = raw.integer("num_attention_heads")
+    return dict(
+        vocab_size=raw.integer("vocab_size"),
+        hidden_size=raw.integer("hidden_size"),
+        intermediate_size=raw.integer("intermediate_size"),
+        num_layers=raw.integer("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=raw.integer("num_key_value_heads", heads),
+        head_dim=raw.integer("head_dim"),
+        **_rope(raw, window),
+        rms_norm_eps=raw.number("rms_norm_eps", 1e-6),
+        max_positions=raw.integer("max_position_embeddings", 40_960),
+    )
 
 
 def _rope(whole: JsonConfig, window: tuple[int | None, ...]) -> dict[str, Any]:
@@ -209,7 +245,8 @@ def _agreed(whole: JsonConfig, own: JsonConfig, keys: tuple[str, ...], default: 
 def _heads(whole: JsonConfig, own: JsonConfig, format: str) -> dict[str, Any]:
     if format == "treeflash":
         return _mlp(whole)
-    fields = {} if format == "deepspec" else dflash2.from_json(whole, own)
+    nested = format in ("dflash", "treeflash")
+    fields = dflash2.from_json(whole, own) if nested else {}
     rank = own.integer("markov_rank", 0, least=0)
     head = own.one_of("markov_head_type", tuple(HEAD_TYPES), "vanilla")
     confidence = None

@@ -11,6 +11,7 @@ dflash      `dflash_config`      slots predict their own position, unless it say
 treeflash   `treeflash_config`   backbone under `model.`, MLP under `ar_approximation.`
 deepspec    `markov_rank`        slots predict the next position; carries the target's
                                  embedding and LM head; DFlash is rank 0
+speculators `speculators_model_type`  see `checkpoints.speculators`
 ==========  ===================  =========================================================
 
 A draft vocabulary (`drafters.head.Vocabulary`) is one more tensor, its token ids. A program
@@ -19,9 +20,10 @@ that ignores it drafts from the whole one.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,7 +32,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from jaxspec.checkpoints import dflash2
+from jaxspec.checkpoints import dflash2, speculators
 from jaxspec.checkpoints.drafter_config import TEMPERATURES, from_json, recognise, to_json
 from jaxspec.checkpoints.fuse import Part, check_dtype, check_weights
 from jaxspec.checkpoints.huggingface import resolve
@@ -41,8 +43,9 @@ from jaxspec.drafters.head import Vocabulary, abstract_weights
 from jaxspec.models.params import TargetParams
 
 LEGACY_PREFIX = "logit_head."
-SHIPPED = "shipped"  # name of the drafter in this package, for the catalog's default target
 DRAFT_TOKENS = "draft_token_ids"  # a tensor, int32 [V']
+INTEGERS = (DRAFT_TOKENS, speculators.OFFSETS, speculators.MEMBERS)
+SHIPPED = "shipped"  # name of the drafter in this package, for the catalog's default target
 
 
 def load_drafter(
@@ -65,26 +68,42 @@ def load_drafter(
     """
     dtype, folder = check_dtype(dtype), locate(name_or_path)
     raw = read_json(folder / "config.json")
-    config = from_json(raw, folder)
-    check_target(config, target_config, folder)
+    config, format = (
+        for_target(from_json(raw, folder), target_config, folder),
+        recognise(raw, folder),
+    )
     drafter = BlockDrafter(config, tree)
-    tensors = _Renamed(SafetensorsFolder(folder, integers=(DRAFT_TOKENS,)))
-    kept = _draft_tokens(tensors, config.vocab_size)
-    weights = _load(tensors, config, recognise(raw, folder), target_params, dtype)
+    tensors = _Renamed(SafetensorsFolder(folder, integers=INTEGERS))
+    own = {}
+    if format == "speculators":
+        kept = speculators.draft_tokens(tensors, config.vocab_size)
+        if kept is not None:
+            own["unembed"] = speculators.head(tensors, kept, config.hidden_size, dtype)
+        if kept is not None and config.sequential:
+            raise ValueError(
+                f"{folder}: a sequential head with a reduced vocabulary in speculators' format "
+                "is not supported; expected the target's vocabulary"
+            )
+    else:
+        kept = _draft_tokens(tensors, config.vocab_size)
+    weights = _load(tensors, config, format, target_params, dtype)
     temperatures = _temperatures(raw.get(TEMPERATURES), config, folder)
-    return drafter, block_params(weights, target_params, kept=kept, temperatures=temperatures)
+    own |= dict(kept=kept, temperatures=temperatures)
+    return drafter, block_params(weights, target_params, **own)
 
 
 def read_drafter_config(name_or_path: str | Path, target: TargetConfig) -> DrafterConfig:
     """The configuration alone of a published drafter for a target; errors as `load_drafter`."""
     folder = locate(name_or_path)
-    config = from_json(read_json(folder / "config.json"), folder)
-    check_target(config, target, folder)
-    return config
+    return for_target(from_json(read_json(folder / "config.json"), folder), target, folder)
 
 
 def save_drafter(
-    folder: str | Path, drafter: BlockDrafter, params: BlockParams, format: str | None = None
+    folder: str | Path,
+    drafter: BlockDrafter,
+    params: BlockParams,
+    format: str | None = None,
+    verifier: str | None = None,
 ) -> None:
     """Writes `config.json` and `model.safetensors` as the original stack reads them.
 
@@ -93,6 +112,7 @@ def save_drafter(
       params: the weights' dtype is the file's.
       format: one of `drafter_config.FORMATS`; None takes the one that can express the
         configuration and leaves the target's vocabulary out.
+      verifier: the target's hub name or path from the folder, which speculators' format names.
 
     Raises:
       ValueError: the format cannot express the configuration, the folder is in use, or a weight
@@ -110,7 +130,13 @@ def save_drafter(
             "vocabulary has some rows; choose another format"
         )
     dtype = np.dtype(params.head.fc.dtype)
-    raw = to_json(config, format, str(dtype))
+    if params.own_unembed and format != "speculators":
+        raise ValueError(
+            "the drafter has an LM head of its own, for which format "
+            f"{format!r} has no tensor; save it as 'speculators'"
+        )
+    size = None if kept is None else len(kept)
+    raw = to_json(config, format, str(dtype), kept=size, verifier=verifier)
     if np.any(np.asarray(params.temperatures) != 1):
         values = np.broadcast_to(params.temperatures, config.depth)
         raw[TEMPERATURES] = [float(x) for x in values]
@@ -124,7 +150,10 @@ def save_drafter(
     if format == "deepspec":
         for name, array in _vocabulary(params.vocabulary):
             tensors[name] = np.asarray(array).astype(dtype)
-    if kept is not None:
+    if kept is not None and format == "speculators":
+        rows = np.asarray(params.vocabulary.unembed).astype(dtype)
+        tensors |= speculators.vocabulary_tensors(np.asarray(kept), rows, config.vocab_size)
+    elif kept is not None:
         tensors[DRAFT_TOKENS] = np.asarray(kept)
     # safetensors writes a strided view's memory as it lies; PyTorch readers want the metadata.
     tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
@@ -216,6 +245,26 @@ def locate(name_or_path: str | Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; expected a drafter's checkpoint")
     return folder
+
+
+def for_target(config: DrafterConfig, target: TargetConfig, origin: Any) -> DrafterConfig:
+    """The configuration, which may not name the target's depth, with this target's.
+
+    Raises:
+      ValueError: it was made for a target of another shape.
+    """
+    if config.target_layers is None:
+        try:
+            config = dataclasses.replace(config, target_layers=target.num_layers)
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from None
+        if target.num_layers - 1 in config.taps:
+            raise ValueError(
+                f"{origin}: 'aux_hidden_state_layer_ids' names {target.num_layers}, the last "
+                "layer's output before the target's final norm; expected layers before it"
+            )
+    check_target(config, target, origin)
+    return config
 
 
 def check_target(config: DrafterConfig, target: TargetConfig, origin: Any) -> None:
@@ -335,7 +384,11 @@ def _load(
     expected = {part.name: part.shape for parts in table.values() for part in parts}
     vocabulary = _vocabulary(target) if format == "deepspec" else ()
     expected |= {name: array.shape for name, array in vocabulary}
-    _check_names(tensors, expected)
+    known = {DRAFT_TOKENS}
+    if format == "speculators":
+        known = {speculators.OFFSETS, speculators.MEMBERS, speculators.HEAD}
+        known |= set(speculators.COPIES)
+    _check_names(tensors, expected, known)
     for name, array in vocabulary:
         stored = jnp.asarray(tensors.read(name))
         # Either may have been rounded: equal is equal in the narrower dtype.
@@ -359,7 +412,9 @@ def _load(
     return nnx.from_flat_state([(path, build(path, spec)) for path, spec in abstract])
 
 
-def _check_names(tensors: _Renamed, expected: dict[str, tuple[int, ...]]) -> None:
+def _check_names(
+    tensors: _Renamed, expected: dict[str, tuple[int, ...]], known: Collection[str]
+) -> None:
     for name, shape in expected.items():
         found = tensors.shapes.get(name)
         if found != shape:
@@ -368,7 +423,7 @@ def _check_names(tensors: _Renamed, expected: dict[str, tuple[int, ...]]) -> Non
                 + (f"has shape {found}" if found else "is missing")
                 + f"; its configuration asks for {shape}"
             )
-    unknown = sorted(set(tensors.shapes) - set(expected) - {DRAFT_TOKENS})
+    unknown = sorted(set(tensors.shapes) - set(expected) - set(known))
     if unknown:
         raise ValueError(
             f"{tensors.origin}: tensor '{unknown[0]}' has no place in the drafter its "

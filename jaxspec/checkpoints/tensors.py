@@ -25,6 +25,7 @@ WRAPPERS = {  # prefixes of names, and who gives them
     "language_model.": "a multimodal model",
     "model.language_model.": "a multimodal model",
 }
+INTEGERS = {"I32": np.int32, "I64": np.int64, "BOOL": np.bool_}
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -53,7 +54,7 @@ class SafetensorsFolder:
     """
 
     def __init__(self, folder: Path, *, integers: Sequence[str] = ()):
-        """Args: integers: tensors that are int32 instead."""
+        """Args: integers: tensors that are integers or booleans instead."""
         self.origin = str(folder)
         self._entries = _unwrapped(_entries(folder, integers))
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
@@ -270,7 +271,7 @@ def _header(file: Path, integers: Sequence[str]) -> dict[str, _Entry]:
     header.pop("__metadata__", None)
     entries = {}
     for name, info in header.items():
-        known = {"I32": np.int32} if name in integers else DTYPES
+        known = INTEGERS if name in integers else DTYPES
         if info["dtype"] not in known:
             raise ValueError(
                 f"{file}: tensor '{name}' is stored as {info['dtype']}; expected "

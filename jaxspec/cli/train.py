@@ -31,7 +31,7 @@ class Train:
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of products and of the exported weights; the trained ones are always float32."""
-    family: Literal["dspark", "dflash", "jetspec", "treeflash"] = "dspark"
+    family: Literal["dspark", "dflash", "jetspec", "treeflash", "dflash2"] = "dspark"
     """Slots, heads and losses as published; the next four change the drafter."""
     sequential: Literal["none", "markov", "gated", "rnn", "mlp"] | None = None
     """Head that knows the token before."""
@@ -75,6 +75,12 @@ class Train:
     """Weights of the losses, in place of the family's."""
     weighting: Literal["exponential", "uniform", "dpace"] | None = None
     """Of a block's slots, in place of the family's."""
+    truth: Literal["data", "target"] | None = None
+    """What a slot's label is, in place of the family's: the token of the data, or the target's
+    likeliest."""
+    missing: Literal["inject", "skip"] | None = None
+    """What a selector is taught where the truth is no candidate: it takes the last one's place,
+    or the slot is left out."""
     validate_every: int = 0
     """In steps; 0 validates at the end."""
     checkpoint_every: int = 100
@@ -206,7 +212,8 @@ class Train:
             cross_entropy=self.cross_entropy, kl=self.kl, total_variation=self.total_variation
         )
         loss = dataclasses.replace(loss, mixture=dataclasses.replace(loss.mixture, **given))
-        return dataclasses.replace(loss, weighting=self.weighting or loss.weighting)
+        given = _given(weighting=self.weighting, truth=self.truth, missing=self.missing)
+        return dataclasses.replace(loss, **given)
 
 
 def _given(**options):

@@ -47,6 +47,7 @@ class BlockParams:
         (`evaluation.calibration`).
       whole_output: [V, R], W2 as a checkpoint holds it, where the head's has fewer rows; read
         by `whole_weights` alone.
+      own_unembed: the vocabulary's LM head is the drafter's, not the target's.
     """
 
     head: nnx.State
@@ -55,6 +56,7 @@ class BlockParams:
     survival: jax.Array
     temperatures: jax.Array
     whole_output: jax.Array | None = None
+    own_unembed: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 def block_params(
@@ -62,6 +64,7 @@ def block_params(
     target: TargetParams,
     *,
     kept: ArrayLike | None = None,
+    unembed: ArrayLike | None = None,
     threshold: float = 0.0,
     survival: float = 0.0,
     temperatures: Sequence[float] | float = 1.0,
@@ -72,12 +75,17 @@ def block_params(
       head: weights as a checkpoint holds them.
       kept: [V'] int32, the tokens to draft, ascending: the rows they need are gathered here,
         once. None drafts all.
+      unembed: [V', M], the drafter's own LM head; None for the target's.
     """
     kept = None if kept is None else jnp.asarray(kept, jnp.int32)
     whole = dict(nnx.to_flat_state(head)).get(OUTPUT) if kept is not None else None
     head, vocabulary = restrict(head, Vocabulary(target.embed, target.unembed), kept)
+    if unembed is not None:
+        vocabulary = dataclasses.replace(vocabulary, unembed=jnp.asarray(unembed))
     rules = (jnp.asarray(x, jnp.float32) for x in (threshold, survival, temperatures))
-    return BlockParams(head, vocabulary, *rules, None if whole is None else whole[...])
+    return BlockParams(
+        head, vocabulary, *rules, None if whole is None else whole[...], unembed is not None
+    )
 
 
 def whole_weights(params: BlockParams) -> nnx.State:

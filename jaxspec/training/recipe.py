@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import PurePath
 from typing import Any
 
-from jaxspec.config import DrafterConfig, TargetConfig, spaced_taps
+from jaxspec.config import LOW_RANK, DrafterConfig, TargetConfig, spaced_taps
 from jaxspec.training.batches import PACKED_UNIT
 from jaxspec.training.losses import LossConfig
 from jaxspec.training.vocabulary_loss import Mixture
@@ -23,12 +23,17 @@ BACKBONES = {
     "dflash": dict(block_size=16),
     "jetspec": dict(block_size=16, causal=True),
     "treeflash": dict(block_size=16, sequential="mlp"),
+    "dflash2": dict(
+        block_size=8, sequential="bilinear", candidates=16, conv_taps=2, conv_group=16
+    ),
 }
 LOSSES = {
     "dspark": LossConfig(),
     "dflash": LossConfig(Mixture(1.0, 0.0, 0.0), confidence=0.0, decay=7.0),
     "jetspec": LossConfig(Mixture(0.0, 1.0, 0.0), confidence=0.0, weighting="uniform"),
     "treeflash": LossConfig(Mixture(1.0, 0.0, 0.0), confidence=0.0, decay=7.0),
+    # As `speculators` trains it; NeMo has missing="skip" and cross-entropy on the data.
+    "dflash2": LossConfig(Mixture(0.0, 1.0, 0.0), confidence=0.0, truth="target"),
 }
 FAMILIES = tuple(BACKBONES)
 
@@ -157,7 +162,9 @@ def drafter_config(
     """
     _check_family(family)
     own = BACKBONES[family] | changes
-    low_rank = own.get("sequential") in ("markov", "gated", "rnn")
+    if own.get("sequential") != "bilinear":
+        own.pop("candidates", None)
+    low_rank = own.get("sequential") in LOW_RANK
     shape = dict(
         vocab_size=target.vocab_size,
         hidden_size=target.hidden_size,

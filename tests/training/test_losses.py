@@ -11,7 +11,9 @@ from jaxspec.training.vocabulary_loss import Factors, Mixture, vocabulary_loss
 
 def textbook(mixture, drafter, unembed, target, labels, weights):
     """All logits at once."""
-    logits = drafter.hidden @ unembed.T
+    logits = drafter.scale * (drafter.hidden @ unembed.T)
+    if drafter.cap is not None:
+        logits = drafter.cap * jnp.tanh(logits / drafter.cap)
     if drafter.latent is not None:
         logits = logits + drafter.latent @ drafter.output.T
     teacher = target @ unembed.T
@@ -28,13 +30,14 @@ def textbook(mixture, drafter, unembed, target, labels, weights):
     return (weights * each).sum()
 
 
-def example(seed, *, batch=2, positions=7, width=5, rank=3, vocab=11):
+def example(seed, *, batch=2, positions=7, width=5, rank=3, vocab=11, **changes):
     keys = jax.random.split(jax.random.key(seed), 7)
     normal = lambda key, *shape: jax.random.normal(key, shape)  # noqa: E731
     drafter = Factors(
         hidden=normal(keys[0], batch, positions, width),
         latent=normal(keys[1], batch, positions, rank) if rank else None,
         output=normal(keys[2], vocab, rank) if rank else None,
+        **changes,
     )
     unembed, target = normal(keys[3], vocab, width), normal(keys[4], batch, positions, width)
     labels = jax.random.randint(keys[5], (batch, positions), 0, vocab)
@@ -43,16 +46,17 @@ def example(seed, *, batch=2, positions=7, width=5, rank=3, vocab=11):
 
 
 @pytest.mark.parametrize(
-    "mixture, rank",
+    "mixture, changes",
     [
-        (Mixture(1, 0, 0, chunk=1), 0),
-        (Mixture(0, 1, 0, temperature=2.5, chunk=4), 3),
-        (Mixture(0, 0, 1, chunk=6), 3),
-        (Mixture(0.1, 0.5, 0.9, chunk=100), 3),
+        (Mixture(1, 0, 0, chunk=1), dict(rank=0)),
+        (Mixture(0, 1, 0, temperature=2.5, chunk=4), {}),
+        (Mixture(0, 0, 1, chunk=6), {}),
+        (Mixture(0.1, 0.5, 0.9, chunk=100), {}),
+        (Mixture(0.1, 0.5, 0.9, chunk=4), dict(scale=0.6, cap=1.5)),
     ],
 )
-def test_chunked_losses_equal_the_textbook(mixture, rank):
-    drafter, *rest = example(0, rank=rank)
+def test_chunked_losses_equal_the_textbook(mixture, changes):
+    drafter, *rest = example(0, **changes)
 
     def chunked(drafter):
         return 3.0 * vocabulary_loss(mixture, drafter, *rest)[0]
@@ -154,3 +158,20 @@ def test_unknown_names_are_refused():
         LossConfig(weighting="linear")
     with pytest.raises(ValueError, match="kl is -1"):
         Mixture(kl=-1)
+
+
+def test_the_targets_likeliest_token_as_label():
+    drafter, unembed, target, _, weights = example(3)
+    likeliest = jnp.argmax(target @ unembed.T, axis=-1)
+    arguments = (Mixture(1, 0, 0, chunk=4), drafter, unembed, target)
+    total, losses = vocabulary_loss(*arguments, None, weights)
+    expected, _ = vocabulary_loss(*arguments, likeliest, weights)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    np.testing.assert_array_equal(losses.labels, likeliest)
+
+
+def test_candidates_are_the_likeliest_tokens():
+    drafter, *rest = example(4, rank=0, candidates=3)
+    _, losses = vocabulary_loss(Mixture(1, 0, 0, chunk=4), drafter, *rest)
+    logits = np.asarray(drafter.hidden @ rest[0].T)
+    np.testing.assert_array_equal(losses.candidates, np.argsort(-logits, axis=-1)[..., :3])

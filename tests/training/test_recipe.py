@@ -87,6 +87,14 @@ def drafter(**options):
             dict(family="dspark", sequential="none", confidence_head="hidden"),
             dict(sequential=None, rank=0, confidence="hidden"),
         ),
+        (
+            dict(family="dflash2"),
+            dict(sequential="bilinear", rank=256, candidates=16, conv_taps=2, depth=7),
+        ),
+        (
+            dict(family="dflash2", sequential="none"),
+            dict(sequential=None, rank=0, candidates=0, conv_taps=2),
+        ),
         (dict(family="dflash", layers=2, mask_token_id=5), dict(num_layers=2, mask_token_id=5)),
     ],
 )

@@ -1,0 +1,197 @@
+"""The format of vLLM's `speculators`, both ways."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from jaxspec.checkpoints import huggingface
+from jaxspec.checkpoints.drafter_config import from_json, recognise
+from jaxspec.checkpoints.drafters import load_drafter, save_drafter
+from jaxspec.checkpoints.speculators import verifier
+from jaxspec.config import TreeConfig
+from jaxspec.drafters.block import BlockDrafter, block_params
+from jaxspec.drafters.head import random_weights
+from tests import tiny
+from tests.drafters import cases
+
+TREE = TreeConfig()
+DFLASH2 = dataclasses.replace(
+    cases.KINDS["dflash2"],
+    causal=False,
+    logit_scale=1.0,
+    logit_softcap=None,
+    embedding_scale=1.0,
+    window=(9, None),
+)
+KINDS = {
+    "dflash": cases.KINDS["dflash"],
+    "dflash2": DFLASH2,
+    "causal where it slides": dataclasses.replace(
+        cases.KINDS["dflash"], window=(9, None), causal=(True, False)
+    ),
+    "dspark": cases.KINDS["dspark"],
+    "gated": dataclasses.replace(cases.KINDS["gated"], confidence="hidden"),
+}
+
+
+def save(folder, config, kept=None, **options):
+    params = block_params(
+        random_weights(config, jax.random.key(3)), tiny.target().params, **options
+    )
+    if kept is not None:
+        options = dict(kept=kept, unembed=np.ones((len(kept), config.hidden_size), np.float32))
+        params = block_params(params.head, tiny.target().params, **options)
+    save_drafter(
+        folder, BlockDrafter(config, TREE), params, "speculators", verifier="../target"
+    )
+    return params
+
+
+def load(folder):
+    target = tiny.target()
+    return load_drafter(folder, target.config, target.params, TREE)
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | changes))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_then_import(tmp_path, kind):
+    params = save(tmp_path / "a", KINDS[kind])
+    drafter, loaded = load(tmp_path / "a")
+    assert drafter.config == KINDS[kind]
+    before, after = nnx.to_flat_state(params.head), nnx.to_flat_state(loaded.head)
+    for (path, x), (again, y) in zip(before, after, strict=True):
+        assert path == again
+        np.testing.assert_array_equal(x[...], y[...])
+    raw = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert recognise(raw, "") == "speculators"
+    assert raw["aux_hidden_state_layer_ids"] == [tap + 1 for tap in KINDS[kind].taps]
+    assert "num_target_layers" not in json.dumps(raw)
+
+
+def test_a_reduced_vocabulary_has_its_own_head(tmp_path):
+    kept = np.array([1, 2, 4, 5, 8, 9], np.int32)
+    save(tmp_path / "a", KINDS["dflash"], kept)
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    assert tensors["d2t"].tolist() == [1, 1, 2, 2, 4, 4]
+    assert np.flatnonzero(tensors["t2d"]).tolist() == kept.tolist()
+    _, loaded = load(tmp_path / "a")
+    assert loaded.vocabulary.kept.tolist() == kept.tolist()
+    np.testing.assert_array_equal(loaded.vocabulary.unembed, np.ones((6, 32)))
+    with pytest.raises(ValueError, match="an LM head of its own, for which format 'dflash'"):
+        save_drafter(tmp_path / "b", BlockDrafter(KINDS["dflash"], TREE), loaded, "dflash")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["t2d"].__setitem__(0, True), "'d2t' and 't2d' name 6 and 7 tokens"),
+        (lambda t: t["d2t"].__setitem__(5, 9), "'d2t' does not lead to different token ids"),
+        (lambda t: t["d2t"].__setitem__(1, 0), "'d2t' does not lead to different token ids"),
+        (lambda t: t.pop("lm_head.weight"), "'lm_head.weight' is missing"),
+    ],
+)
+def test_vocabularies_that_contradict_themselves(tmp_path, change, message):
+    save(tmp_path / "a", KINDS["dflash"], np.array([1, 2, 4, 5, 8, 9], np.int32))
+    path = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"speculators_model_type": "xpress"}, "'speculators_model_type' is 'xpress'"),
+        ({"aux_hidden_state_layer_ids": [1, 3]}, "names 3, the last layer's output"),
+        ({"aux_hidden_state_layer_ids": [1, 9]}, "expected different layers of the target"),
+        ({"draft_vocab_size": 6}, "'draft_vocab_size' is 6.*selectors have no other"),
+        ({"target_hidden_size": 48}, "'target_hidden_size' is 48"),
+        ({"transformer_layer_config": {"model_type": "llama"}}, "layer_config"),
+    ],
+)
+def test_what_is_refused(tmp_path, changes, message):
+    save(tmp_path / "a", KINDS["dflash2"])
+    edit(tmp_path / "a", **changes)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "a")
+
+
+def test_defaults_of_absent_keys(tmp_path):
+    save(tmp_path / "a", KINDS["dflash2"])
+    raw = json.loads((tmp_path / "a" / "config.json").read_text())
+    for key in ("block_size", "sliding_window_non_causal", "conv_kernel_size", "selector_rank"):
+        raw.pop(key)
+    raw["transformer_layer_config"].update(hidden_size=64, vocab_size=40)
+    raw.update(draft_vocab_size=40, conv_group_size=16, selector_top_k=16)
+    found = from_json(raw, "")
+    assert (found.block_size, found.conv_taps, found.rank) == (8, 2, 256)
+    assert not any(found.causal)
+    raw |= {"speculators_model_type": "dflash", "sample_from_anchor": True}
+    with pytest.warns(UserWarning, match="'conv_group_size', 'selector_top_k'"):
+        found = from_json(raw, "")
+    assert found.causal == (True, False) and found.predict_next
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        (dict(logit_scale=0.5), "scaled logits"),
+        (dict(causal=(False, True)), "causal layers without a window"),
+        (dict(taps=(0, 2)), "a tap of the last layer"),
+        (dict(conv_taps=0, conv_group=0), "a selector without convolutions"),
+    ],
+)
+def test_what_the_format_cannot_say(tmp_path, changes, what):
+    with pytest.raises(ValueError, match=f"'speculators' has no key for {what}"):
+        save(tmp_path / "a", dataclasses.replace(DFLASH2, **changes))
+
+
+def test_the_target_by_name(tmp_path):
+    raw = {"speculators_config": {"verifier": {"name_or_path": "Qwen/Qwen3-8B"}}}
+    assert verifier(raw, tmp_path) == "Qwen/Qwen3-8B"
+    (tmp_path / "target").mkdir()
+    raw["speculators_config"]["verifier"]["name_or_path"] = "../target"
+    assert verifier(raw, tmp_path / "draft") == str(tmp_path / "target")
+    assert verifier({}, tmp_path) is None
+
+
+def test_a_published_folder(golden, tmp_path):
+    """Every tensor and key comes back as it was."""
+    folder, _ = golden("dflash_speculators_a")
+    config = huggingface.read_config(folder / "target")
+    target = huggingface.load_params(folder / "target", config)
+    drafter, params = load_drafter(folder / "draft", config, target, TREE)
+    save_drafter(tmp_path / "out", drafter, params, "speculators", verifier="../target")
+    theirs = load_file(folder / "draft" / "model.safetensors")
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(ours) == set(theirs)
+    for name, values in theirs.items():
+        assert ours[name].dtype == values.dtype
+        np.testing.assert_array_equal(ours[name], values)
+    theirs = json.loads((folder / "draft" / "config.json").read_text())
+    ours = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert set(theirs) - set(ours) == {"auto_map", "transformers_version"}
+    free = {
+        "auto_map",
+        "transformers_version",
+        "transformer_layer_config",
+        "speculators_config",
+    }
+    assert {k: ours[k] for k in set(theirs) - free} == {
+        k: theirs[k] for k in set(theirs) - free
+    }
+    layer, own = theirs["transformer_layer_config"], ours["transformer_layer_config"]
+    free = {"initializer_range", "max_window_layers"}
+    assert {k: own[k] for k in set(layer) - free} == {k: layer[k] for k in set(layer) - free}
