@@ -130,7 +130,7 @@ def save_drafter(
             "vocabulary has some rows; choose another format"
         )
     dtype = np.dtype(params.head.fc.dtype)
-    if params.own_unembed and format != "speculators":
+    if params.vocabulary.judge is not None and format != "speculators":
         raise ValueError(
             "the drafter has an LM head of its own, for which format "
             f"{format!r} has no tensor; save it as 'speculators'"

@@ -47,7 +47,6 @@ class BlockParams:
         (`evaluation.calibration`).
       whole_output: [V, R], W2 as a checkpoint holds it, where the head's has fewer rows; read
         by `whole_weights` alone.
-      own_unembed: the vocabulary's LM head is the drafter's, not the target's.
     """
 
     head: nnx.State
@@ -56,7 +55,6 @@ class BlockParams:
     survival: jax.Array
     temperatures: jax.Array
     whole_output: jax.Array | None = None
-    own_unembed: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 def block_params(
@@ -81,11 +79,10 @@ def block_params(
     whole = dict(nnx.to_flat_state(head)).get(OUTPUT) if kept is not None else None
     head, vocabulary = restrict(head, Vocabulary(target.embed, target.unembed), kept)
     if unembed is not None:
-        vocabulary = dataclasses.replace(vocabulary, unembed=jnp.asarray(unembed))
+        own, judge = jnp.asarray(unembed), vocabulary.unembed
+        vocabulary = dataclasses.replace(vocabulary, unembed=own, judge=judge)
     rules = (jnp.asarray(x, jnp.float32) for x in (threshold, survival, temperatures))
-    return BlockParams(
-        head, vocabulary, *rules, None if whole is None else whole[...], unembed is not None
-    )
+    return BlockParams(head, vocabulary, *rules, None if whole is None else whole[...])
 
 
 def whole_weights(params: BlockParams) -> nnx.State:

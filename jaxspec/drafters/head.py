@@ -55,11 +55,13 @@ class Vocabulary:
       embed: [V, M].
       unembed: [V', M], rows of the LM head.
       kept: [V'] int32, the tokens these rows stand for, ascending; None for all of them.
+      judge: [V', M], the target's rows where `unembed` is the drafter's own; None elsewhere.
     """
 
     embed: jax.Array
     unembed: jax.Array
     kept: jax.Array | None = None
+    judge: jax.Array | None = None
 
     def ids(self, index: jax.Array) -> jax.Array:
         """Tokens [...] of indices [...]."""

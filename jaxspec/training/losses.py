@@ -154,13 +154,15 @@ def drafter_loss(
         frozen = jax.lax.stop_gradient(drafter)
         nothing = jnp.zeros(known.shape)
         guide = teacher if labels is None else None
-        _, losses = vocabulary_loss(labels_only, frozen, unembed, guide, labels, nothing)
+        _, losses = vocabulary_loss(
+            labels_only, frozen, unembed, guide, labels, nothing, vocabulary.judge
+        )
         probability = jnp.exp(-losses.cross_entropy).reshape(supervised.shape)
     weights, denominator = position_weights(config, judged, probability)
     flat_weights = weights.reshape(known.shape)
 
     total, losses = vocabulary_loss(
-        config.mixture, drafter, unembed, teacher, labels, flat_weights
+        config.mixture, drafter, unembed, teacher, labels, flat_weights, vocabulary.judge
     )
     accepted = acceptance(losses)
     selection = _no_selection(supervised.shape[-1])

@@ -321,6 +321,11 @@ def initial_drafter(config: TrainConfig, target: Target) -> tuple[nnx.State, np.
             f"the drafter in {config.initial} is not the one to train ({'; '.join(other)})"
         )
     kept = params.vocabulary.kept
+    if params.vocabulary.judge is not None:
+        raise ValueError(
+            f"the drafter in {config.initial} has an LM head of its own; training is with the "
+            "target's, which is shared: start from another"
+        )
     if kept is not None and config.draft_vocab:
         raise ValueError(
             f"draft_vocab is {config.draft_vocab}, but the drafter in {config.initial} has a "

@@ -101,6 +101,7 @@ def vocabulary_loss(
     target: jax.Array | None,
     labels: jax.Array | None,
     weights: jax.Array,
+    target_unembed: jax.Array | None = None,
 ) -> tuple[jax.Array, PositionLosses]:
     """The weighted sum over positions of the mixed losses.
 
@@ -113,6 +114,7 @@ def vocabulary_loss(
         total variation is wanted.
       labels: [B, R] int32; None for the target's likeliest tokens.
       weights: [B, R] float32.
+      target_unembed: [V, M], the target's LM head where `unembed` is the drafter's own.
 
     Returns:
       The sum, a float32 scalar, and the unweighted losses of every position.
@@ -122,7 +124,9 @@ def vocabulary_loss(
     """
     if target is None and (mixture.kl or mixture.total_variation or labels is None):
         raise ValueError("kl and total_variation compare with the target; target is None")
-    total, losses = _weighted_sum(mixture, drafter, unembed, target, labels, weights)
+    total, losses = _weighted_sum(
+        mixture, drafter, unembed, target, labels, weights, target_unembed
+    )
     return total, jax.tree.map(jax.lax.stop_gradient, losses)
 
 
@@ -139,15 +143,18 @@ def _forward_rule(mixture, drafter, *arguments):
 def _backward_rule(mixture, slopes, cotangents):
     scale, _ = cotangents
     drafter = jax.tree.map(lambda slope: (scale * slope).astype(slope.dtype), slopes)
-    return drafter, None, None, None, None
+    return drafter, None, None, None, None, None
 
 
 _weighted_sum.defvjp(_forward_rule, _backward_rule)
 
 
-def _scan(mixture, drafter, unembed, target, labels, weights, *, gradient: bool):
+def _scan(
+    mixture, drafter, unembed, target, labels, weights, target_unembed, *, gradient: bool
+):
     """The sum with the positions' losses and, if asked for, its gradient by `drafter`."""
     table, cap = drafter.output, drafter.cap
+    judge = unembed if target_unembed is None else target_unembed
 
     def step(carry, chunk):
         total, d_table = carry
@@ -157,7 +164,7 @@ def _scan(mixture, drafter, unembed, target, labels, weights, *, gradient: bool)
             logits = base = cap * jnp.tanh(base / cap)
         if table is not None:
             logits = logits + project("brl,vl->brv", latent, table)
-        teacher = None if target is None else project("brm,vm->brv", target, unembed)
+        teacher = None if target is None else project("brm,vm->brv", target, judge)
         if labels is None:
             labels = jnp.argmax(teacher, axis=-1)
         losses = _losses(mixture, logits, teacher, labels)

@@ -1,9 +1,11 @@
 """Whatever a block drafter drafts, in any tree, the output is plain decoding's."""
 
+import dataclasses
+
 import pytest
 
 from jaxspec.checkpoints.drafters import save_drafter
-from jaxspec.config import TreeConfig
+from jaxspec.config import TREE_KINDS, TreeConfig
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.generation import generate
 from jaxspec.loading import load_drafter
@@ -44,6 +46,23 @@ def outputs(**options):
 @pytest.mark.parametrize("kind", TREES)
 def test_speculative_equals_plain(plain, kind):
     assert outputs(drafter=cases.loaded(kind, TREES[kind])) == plain
+
+
+@pytest.mark.parametrize("tree", TREE_KINDS)
+@pytest.mark.parametrize("count_mass", [False, True])
+def test_a_selector_in_every_tree(plain, tree, count_mass):
+    loaded = cases.loaded("dflash2", TreeConfig(tree, size=16, width=3))
+    drafter = dataclasses.replace(loaded.drafter, count_mass=count_mass)
+    assert outputs(drafter=dataclasses.replace(loaded, drafter=drafter)) == plain
+
+
+def test_a_selectors_walk_verified_by_rejection(plain):
+    """Greedy: the target's likeliest tokens, whatever is drawn among the candidates."""
+    drafter = cases.loaded("dflash2", TreeConfig("chain", size=8))
+    done = generate(
+        tiny.target(), PROMPTS[:1], max_new_tokens=30, drafter=drafter, rejection=True
+    )
+    assert done[0].token_ids == plain[0]
 
 
 @pytest.mark.parametrize("rule", ["threshold", "survival"])

@@ -1,0 +1,104 @@
+"""DFlash in speculators' format against what speculators computed (../shared/golden)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxspec import checkpoints
+from jaxspec.checkpoints.drafters import destinations, load_drafter
+from jaxspec.config import TreeConfig
+from jaxspec.drafters.base import Committed
+from jaxspec.drafters.head import bind
+from jaxspec.drafters.teacher_forced import run_blocks
+from jaxspec.models.layers import rms_norm
+from jaxspec.training.blocks import before_labels
+from jaxspec.training.features import target_features
+from jaxspec.training.losses import LossConfig, drafter_loss
+from jaxspec.training.vocabulary_loss import Mixture
+from tests.drafters.test_golden import CAPACITY, tapped
+
+NAME, CHAIN = "dflash_speculators_a", TreeConfig("chain", size=8)
+CLOSE = dict(rtol=1e-4, atol=1e-4)
+COMMON = dict(confidence=0.0, truth="target", reduction="slots")
+LOSSES = {  # tv is half of the L1 distance
+    "kl_decay": LossConfig(Mixture(0.0, 1.0, 0.0), decay=4.0, **COMMON),
+    "ce_dpace": LossConfig(Mixture(1.0, 0.0, 0.0), weighting="dpace", **COMMON),
+    "tv_ce": LossConfig(Mixture(0.1, 0.0, 0.45), decay=4.0, **COMMON),
+}
+
+
+@pytest.fixture(scope="module")
+def case(golden):
+    folder, trace = golden(NAME)
+    target = checkpoints.load(folder / "target")
+    drafter, params = load_drafter(folder / "draft", target.config, target.params, CHAIN)
+    return folder, trace, target, drafter, params
+
+
+def test_rounds(case):
+    """The first four of every prompt: logits over the draft vocabulary, drafts as token ids."""
+    folder, trace, target, drafter, params = case
+    recorded = np.load(folder / "arrays.npz")
+
+    @jax.jit
+    def draft(tokens, features, position):
+        start, at = jnp.zeros(1, jnp.int32), position[None]
+        state = drafter.init(params, 1, CAPACITY)
+        state = drafter.observe(params, state, Committed(tokens, features, start, at))
+        anchor = tokens[:, position][0][None]
+        stream = drafter.stream(params, state, anchor, at)
+        logits = bind(drafter.config, params.head).logits(params.vocabulary, stream)
+        tree, _ = drafter.draft(params, state, anchor, at, jnp.array([drafter.size]))
+        return logits[0], tree.tokens[0, 1 : drafter.depth + 1]
+
+    for i, prompt in enumerate(trace["prompts"]):
+        sequence = np.array([*prompt["prompt"], *prompt["ar"]])[:CAPACITY]
+        tokens = jnp.asarray(np.pad(sequence, (0, CAPACITY - len(sequence)))[None], jnp.int32)
+        features = tapped(target.params, target.config, tokens, drafter.taps)
+        position = len(prompt["prompt"])
+        for r, committed in enumerate(prompt["accept"][:4]):
+            logits, drafts = draft(tokens, features, jnp.int32(position))
+            mark = f"p{i}_r{r}_"
+            np.testing.assert_allclose(logits, recorded[mark + "draft_logits"], atol=2e-4)
+            np.testing.assert_array_equal(drafts, recorded[mark + "drafts"])
+            position += committed
+
+
+@pytest.mark.parametrize("variant", LOSSES)
+def test_a_training_step(case, variant):
+    folder, trace, target, drafter, params = case
+    expected, arrays = trace["train"][variant], np.load(folder / "train.npz")
+    config = drafter.config
+    tokens = jnp.asarray(arrays["input_ids"], jnp.int32)
+    anchors = jnp.asarray(arrays["anchors"][None], jnp.int32)
+    supervised = jnp.asarray(arrays["mask"][None, :, 1:] > 0)
+    last = rms_norm(
+        jnp.asarray(arrays["last_hidden"]), target.params.final_norm, target.config.rms_norm_eps
+    )
+
+    @jax.jit
+    def step(weights):
+        features = target_features(
+            target.params, target.config, tokens, taps=config.taps, chunk=8
+        )
+        head = bind(config, weights)
+        blocks = run_blocks(head, params.vocabulary, tokens, features.taps, anchors)
+        before = before_labels(last, anchors, config.depth)
+        arguments = head, params.vocabulary, blocks, supervised, before
+        sums = drafter_loss(LOSSES[variant], *arguments)
+        return sums.total / sums.weight, head.logits(params.vocabulary, blocks.stream)
+
+    (loss, logits), slopes = jax.value_and_grad(step, has_aux=True)(params.head)
+    np.testing.assert_allclose(logits[0], arrays["draft_logits"][:, 1:], atol=2e-4)
+    np.testing.assert_allclose(loss, expected["loss"], **CLOSE)
+    slopes, norms = dict(nnx.to_flat_state(slopes)), {}
+    for path, parts in destinations(config, "speculators").items():
+        for part in parts:
+            norms[part.name] = jnp.linalg.norm(slopes[path][...][part.index].ravel())
+    for name in set(expected["gradients"]) & set(norms):
+        np.testing.assert_allclose(
+            norms[name], expected["gradients"][name], **CLOSE, err_msg=name
+        )
+    assert set(expected["gradients"]) - set(norms) <= {"lm_head.weight"}  # frozen here
