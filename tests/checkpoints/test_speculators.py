@@ -148,7 +148,7 @@ def test_defaults_of_absent_keys(tmp_path):
     ("changes", "what"),
     [
         (dict(logit_scale=0.5), "scaled logits"),
-        (dict(causal=(False, True)), "causal layers without a window"),
+        (dict(causal=True, window=(9, None)), "causal layers without a window"),
         (dict(taps=(0, 2)), "a tap of the last layer"),
         (dict(conv_taps=0, conv_group=0), "a selector without convolutions"),
     ],
@@ -161,7 +161,8 @@ def test_what_the_format_cannot_say(tmp_path, changes, what):
 def test_the_target_by_name(tmp_path):
     raw = {"speculators_config": {"verifier": {"name_or_path": "Qwen/Qwen3-8B"}}}
     assert verifier(raw, tmp_path) == "Qwen/Qwen3-8B"
-    (tmp_path / "target").mkdir()
+    for name in ("target", "draft"):
+        (tmp_path / name).mkdir()
     raw["speculators_config"]["verifier"]["name_or_path"] = "../target"
     assert verifier(raw, tmp_path / "draft") == str(tmp_path / "target")
     assert verifier({}, tmp_path) is None

@@ -49,10 +49,13 @@ def test_taps_of_a_shallow_target_are_different_layers(layers, count, taps):
 
 def test_the_published_drafters_shapes():
     target, preset = presets.PRESETS["qwen3-8b"], PRESETS["qwen3-8b"]
-    dspark, dflash, jetspec, treeflash = (drafter_config(f, target, preset) for f in FAMILIES)
+    dspark, dflash, jetspec, treeflash, dflash2 = (
+        drafter_config(family, target, preset) for family in FAMILIES
+    )
     assert (dspark.depth, dspark.sequential, dspark.rank) == (7, "markov", 256)
     assert (dflash.depth, set(dflash.causal), dflash.sequential) == (15, {False}, None)
     assert (jetspec.depth, set(jetspec.causal)) == (15, {True})
+    assert (dflash2.depth, dflash2.sequential, dflash2.candidates) == (7, "bilinear", 16)
     assert (treeflash.depth, treeflash.sequential, treeflash.rank) == (15, "mlp", 0)
     with pytest.raises(ValueError, match="family is 'eagle'; expected one of"):
         drafter_config("eagle", target, preset)
