@@ -18,8 +18,11 @@ import jax
 
 import jaxspec
 from jaxspec import checkpoints
+from jaxspec.api import Completion
 from jaxspec.data.prompts import read_prompts, spread
+from jaxspec.decoding.requests import as_token_ids
 from jaxspec.decoding.stats import DecodeStats
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.drafters.head import random_weights
 from jaxspec.drafters.ngram import PromptLookup
@@ -29,7 +32,7 @@ from jaxspec.evaluation.contenders import Contender, Entry
 from jaxspec.evaluation.report import markdown
 from jaxspec.evaluation.results import append
 from jaxspec.evaluation.view import View
-from jaxspec.generation import Completion, LoadedDrafter, Target, as_token_ids
+from jaxspec.models.target import Target
 from jaxspec.training.recipe import PRESETS, drafter_config
 
 TARGET, HALF = "smollm2-135m", "bfloat16"

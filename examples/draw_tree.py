@@ -18,10 +18,9 @@ import tyro
 import jaxspec
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
-from jaxspec.decoding.requests import capacity_for, pack
+from jaxspec.decoding.requests import capacity_for, decoder_for, pack, request_keys
 from jaxspec.decoding.round import propose
 from jaxspec.decoding.state import Decoder, Params
-from jaxspec.generation import bind, request_keys
 from jaxspec.trees.draw import as_figure, as_text, follow, visible
 
 
@@ -64,7 +63,7 @@ def main(options: Options):
     tree = jaxspec.TreeConfig(options.kind, size=options.size, width=options.width)
     target = jaxspec.load_target(options.target)
     drafter = jaxspec.load_drafter(options.drafter, target, tree=tree)
-    decoder, params = bind(target, drafter)
+    decoder, params = decoder_for(target, drafter)
 
     prompt = target.tokenizer.chat(options.prompt)
     new_tokens = options.rounds * (drafter.drafter.depth + 1) + 1

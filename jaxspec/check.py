@@ -18,15 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import stdtrit
 
+from jaxspec.api import generate
 from jaxspec.config import DrafterConfig, TargetConfig
-from jaxspec.drafters.base import Committed
+from jaxspec.decoding.requests import Prompt, as_token_ids
+from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, BlockParams, greedy, rollout
 from jaxspec.drafters.head import bind
 from jaxspec.drafters.teacher_forced import run_blocks
-from jaxspec.generation import LoadedDrafter, Prompt, Target, as_token_ids, generate
 from jaxspec.models.cache import KVCache, init_cache
 from jaxspec.models.decoder import forward
 from jaxspec.models.params import TargetParams
+from jaxspec.models.target import Target
 from jaxspec.training.features import target_features
 from jaxspec.trees.tree import causal_bits
 
@@ -156,12 +158,12 @@ def _check(
     target: Target, drafter: LoadedDrafter, texts: Sequence[Text], *, diagnose: bool
 ) -> tuple[Report, list[np.ndarray]]:
     """The report, and what is accepted at every anchor of every text."""
-    if not isinstance(drafter.drafter, BlockDrafter):
+    config, params = drafter.drafter.head_config, drafter.params
+    if config is None:
         raise ValueError(
             f"{type(drafter.drafter).__name__} cannot be checked; expected a trained drafter, "
             "without +ngram"
         )
-    config, params = drafter.drafter.config, drafter.params
     for text in texts:
         if len(text.tokens) < text.start + config.depth + 1:
             raise ValueError(

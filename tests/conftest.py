@@ -34,6 +34,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from jaxspec import checkpoints  # noqa: E402
+from jaxspec.models.target import Target  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -98,6 +99,6 @@ def smollm2_path(unavailable) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_path) -> checkpoints.LoadedTarget:
+def smollm2(smollm2_path) -> Target:
     """The real small target in float32, loaded once."""
     return checkpoints.load(smollm2_path)

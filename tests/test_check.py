@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jaxspec.api import generate
 from jaxspec.check import (
     Alternative,
     Report,
@@ -18,8 +19,9 @@ from jaxspec.check import (
 from jaxspec.checkpoints import huggingface
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.plain import Plain
-from jaxspec.generation import LoadedDrafter, Target, generate
+from jaxspec.models.target import Target
 from tests import tiny
 from tests.drafters import cases
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from jaxspec.api import load_drafter
 from jaxspec.checkpoints.drafters import save_drafter
 from jaxspec.cli import main
 from jaxspec.cli.exits import BAD_INPUT, FAULT

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from jaxspec import generation
+from jaxspec import api
 from jaxspec.interrupts import bounded, postponed
 from tests import tiny
 
@@ -75,8 +75,8 @@ def test_bounded_says_that_one_was_raised():
 
 def test_generate_hands_over_what_it_has(monkeypatch):
     prompts, options = [[1, 2, 3], [4], [5, 6]], dict(max_new_tokens=40, batch_size=1)
-    whole = generation.generate(tiny.target(), prompts, **options)
-    calls, decode = [], generation.decode
+    whole = api.generate(tiny.target(), prompts, **options)
+    calls, decode = [], api.decode
 
     def pressed(*arguments):
         calls.append(int(arguments[-1]))
@@ -85,10 +85,10 @@ def test_generate_hands_over_what_it_has(monkeypatch):
             press()
         return state
 
-    monkeypatch.setattr(generation, "decode", pressed)
-    monkeypatch.setattr(generation, "CALL_SECONDS", 1e-9)  # one round each
-    with pytest.raises(generation.Interrupted) as caught:
-        generation.generate(tiny.target(), prompts, **options)
+    monkeypatch.setattr(api, "decode", pressed)
+    monkeypatch.setattr(api, "CALL_SECONDS", 1e-9)  # one round each
+    with pytest.raises(api.Interrupted) as caught:
+        api.generate(tiny.target(), prompts, **options)
     first, second = (completion.token_ids for completion in caught.value.completions)
     assert first == whole[0].token_ids
     assert second == whole[1].token_ids[: len(second)] and 1 < len(second) < 40

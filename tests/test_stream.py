@@ -2,9 +2,11 @@
 
 import pytest
 
+from jaxspec.api import generate, stream
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.ngram import PromptLookup
-from jaxspec.generation import LoadedDrafter, Target, generate, stream
+from jaxspec.models.target import Target
 from jaxspec.tokenizer import Tokenizer
 from tests import tiny
 

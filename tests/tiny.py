@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.config import TargetConfig
-from jaxspec.generation import LoadedDrafter, Target
+from jaxspec.drafters.base import Drafter, LoadedDrafter
 from jaxspec.models.cache import init_cache
 from jaxspec.models.decoder import forward, unembed
 from jaxspec.models.params import random_params
+from jaxspec.models.target import Target
 from jaxspec.trees.tree import NO_PARENT, DraftTree, causal_bits
 
 QWEN3 = TargetConfig(
@@ -48,14 +49,12 @@ def prompts(*lengths: int, seed: int = 0, vocab: int = QWEN3.vocab_size) -> list
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomTrees:
+class RandomTrees(Drafter):
     """A different random tree of random tokens every round: lossless all the same."""
 
     size: int = 16
     depth: int = 5
     vocab: int = QWEN3.vocab_size
-    taps: tuple[int, ...] = ()
-    verify_sizes: tuple[int, ...] = ()
 
     def init(self, params, batch, capacity):
         return jax.random.key(7)

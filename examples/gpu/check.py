@@ -30,15 +30,17 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
+from jaxspec.api import generate
 from jaxspec.config import TREE_KINDS, DrafterConfig, TargetConfig, TreeConfig
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.drafters.head import random_weights
+from jaxspec.drafters.joined import with_lookup
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel
-from jaxspec.generation import LoadedDrafter, Target, generate
-from jaxspec.loading import with_lookup
 from jaxspec.models.params import random_params
+from jaxspec.models.target import Target
 from jaxspec.trees.candidates import top_logits
 
 LEVEL = "--xla_backend_optimization_level"
@@ -215,7 +217,7 @@ def lossless(plain: list, future) -> dict:
 
 def golden(folder: Path, name: str) -> dict:
     """A golden case: plain and speculative tokens, and tokens committed in every round."""
-    from jaxspec.loading import load_drafter, load_target
+    from jaxspec.api import load_drafter, load_target
 
     trace = json.loads((folder / name / "trace.json").read_text())
     prompts, new = trace["prompts"], trace["config"]["max_new"]

@@ -20,9 +20,12 @@ import timing
 from shapes import MODELS, Weights, block_drafter, case_parts, dtype_here
 
 import jaxspec
+from jaxspec.api import generate, warm_up
 from jaxspec.config import TREE_KINDS, TreeConfig
 from jaxspec.data.prompts import read_prompts, spread
-from jaxspec.generation import PLAIN, LoadedDrafter, Target, generate, warm_up
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.plain import PLAIN
+from jaxspec.models.target import Target
 
 BUILT_IN = (
     "Natalia sold clips to 48 of her friends in April, and half as many in May. How many clips "

@@ -11,27 +11,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxspec.config import TargetConfig
-    from jaxspec.models.params import TargetParams
+    from jaxspec.models.target import Target
     from jaxspec.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedTarget:
-    """A target in memory.
-
-    Attributes:
-      config: static description; a text ends at the ids of the configuration, of the
-        generation's configuration, and of the tokenizer.
-      params: weights in the fused layout.
-      tokenizer: None for a checkpoint that comes without one.
-    """
-
-    config: TargetConfig
-    params: TargetParams
-    tokenizer: Tokenizer | None
-
-
-def load(name_or_path: str | Path, dtype="float32", devices: int = 1) -> LoadedTarget:
+def load(name_or_path: str | Path, dtype="float32", devices: int = 1) -> Target:
     """Loads a target.
 
     Args:
@@ -44,6 +28,8 @@ def load(name_or_path: str | Path, dtype="float32", devices: int = 1) -> LoadedT
       ValueError: it cannot be found or read, or is a model the decoder does not implement; or
         there are fewer devices.
     """
+    from jaxspec.models.target import Target
+
     path = locate(name_or_path)
     reader = _format(path)
     config = reader.read_config(path)
@@ -55,7 +41,8 @@ def load(name_or_path: str | Path, dtype="float32", devices: int = 1) -> LoadedT
         from jaxspec.sharding import decoding_mesh
 
         mesh = decoding_mesh(devices, config.num_kv_heads)
-    return LoadedTarget(config, reader.load_params(path, config, dtype, mesh), tokenizer)
+    params = reader.load_params(path, config, dtype, mesh)
+    return Target(str(name_or_path), config, params, tokenizer)
 
 
 def read_config(name_or_path: str | Path) -> TargetConfig:

@@ -92,7 +92,8 @@ class Generate:
         from tqdm import tqdm
 
         import jaxspec
-        from jaxspec.generation import Interrupted, usable_prompts
+        from jaxspec.api import Interrupted
+        from jaxspec.decoding.requests import usable_prompts
 
         rows, refused = usable_prompts(
             target,

@@ -31,9 +31,9 @@ class DrafterOptions:
     """End a chain where the product of its confidences falls below this."""
 
     def load(self, target):
+        from jaxspec.api import load_drafter
         from jaxspec.checkpoints.catalog import DEFAULT
         from jaxspec.config import TreeConfig
-        from jaxspec.loading import load_drafter
 
         name = self.drafter
         if name is None:

@@ -77,9 +77,10 @@ class Plan:
     def _drafter(self, target):
         from jaxspec.config import TreeConfig
         from jaxspec.drafters.block import BlockDrafter
+        from jaxspec.drafters.joined import beside_lookup
         from jaxspec.drafters.ngram import PromptLookup
         from jaxspec.drafters.plain import Plain
-        from jaxspec.loading import LOOKUP_TOO, beside_lookup
+        from jaxspec.drafters.registry import LOOKUP_TOO
         from jaxspec.planning.setup import published_drafter
 
         size = 1 << (self.budget - 1).bit_length()

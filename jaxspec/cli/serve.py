@@ -82,7 +82,7 @@ class Serve:
             ) from error
         import jaxspec
         from jaxspec.decoding.schedule import Adaptive, Fixed
-        from jaxspec.loading import with_survival
+        from jaxspec.drafters.joined import with_survival
         from jaxspec.serving.config import EngineConfig
         from jaxspec.serving.curve import Curve
         from jaxspec.serving.engine import Engine

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxspec.generation import Target
+    from jaxspec.models.target import Target
 
 SAMPLED = 16  # values of each array
 

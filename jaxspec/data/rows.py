@@ -26,7 +26,7 @@ from jaxspec.data.messages import row_messages
 from jaxspec.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from jaxspec.generation import Target
+    from jaxspec.models.target import Target
 
 SEQUENCES = "sequences"
 SHOWN = 3  # of the rows that were skipped

@@ -11,8 +11,10 @@ import numpy as np
 
 from jaxspec.config import TargetConfig
 from jaxspec.decoding.sampling import NO_TOKEN, Sampling, SamplingRows
-from jaxspec.decoding.state import Decoder, DecodeState, Requests
+from jaxspec.decoding.state import Decoder, DecodeState, Params, Requests
 from jaxspec.decoding.stats import DecodeStats
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.models.target import Target
 
 MAX_STOP_IDS = 8
 WORD = 32  # bits of a seed that a key takes at a time
@@ -20,6 +22,9 @@ WORD = 32  # bits of a seed that a key takes at a time
 # probability that is not rounded to 0.
 TEMPERATURES, LEAST_TOP_P = (1e-30, 1e30), float(np.finfo(np.float32).tiny)
 MAX_TOP_K = np.iinfo(np.int32).max  # more than any vocabulary
+
+
+Prompt = str | Sequence[int]
 
 
 def capacity_for(tokens: int, decoder: Decoder) -> int:
@@ -129,3 +134,156 @@ def unpack(
         )
         for row, start in enumerate(prompt_lengths)
     ]
+
+
+def as_token_ids(
+    target: Target, prompts: Prompt | Sequence[Prompt], *, raw: bool, thinking: bool | None
+) -> list[list[int]]:
+    """Prompts as token ids, through the chat template unless raw; each checked."""
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
+        prompts = [prompts]
+    if not len(prompts):
+        raise ValueError(
+            "no prompts were given; expected a text, a list of ids, or a list of them"
+        )
+    return [
+        token_ids(target, prompt, raw=raw, thinking=thinking, name=f"prompt {i}")
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def token_ids(
+    target: Target, prompt: Prompt, *, raw: bool, thinking: bool | None, name: str
+) -> list[int]:
+    """One prompt as token ids, through the chat template unless raw.
+
+    Raises:
+      ValueError: it is empty, is no text, or holds an id outside the vocabulary; it is called
+        `name`.
+    """
+    if isinstance(prompt, str):
+        tokenizer = target.tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                f"{name} is text, but target {target.name!r} has no tokenizer; give token ids"
+            )
+        if not prompt.strip():
+            raise ValueError(f"{name} is empty; expected some text")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name} holds half a surrogate pair, {prompt[error.start]!r}, at character "
+                f"{error.start}; expected text that was not cut inside a character"
+            ) from None
+        prompt = tokenizer.encode(prompt) if raw else tokenizer.chat(prompt, thinking=thinking)
+    row = [int(token) for token in prompt]
+    if not row:
+        raise ValueError(f"{name} is empty; expected at least one token id")
+    bad = next((token for token in row if not 0 <= token < target.config.vocab_size), None)
+    if bad is not None:
+        raise ValueError(
+            f"{name} has token id {bad}; the target's vocabulary is "
+            f"0 … {target.config.vocab_size - 1}. Was it encoded with another tokenizer?"
+        )
+    return row
+
+
+def check_positions(config: TargetConfig, length: int, max_new_tokens: int) -> None:
+    """Raises ValueError if a prompt of that length has no room for its new tokens."""
+    total, positions = length + max_new_tokens, config.max_positions
+    if total > positions:
+        raise ValueError(
+            f"a prompt of {length} tokens and {max_new_tokens} new ones need {total} "
+            f"positions; the target has {positions}. Shorten the prompt or lower max_new_tokens"
+        )
+
+
+def request_keys(seed: int | Sequence[int], count: int) -> jax.Array:
+    """One typed key per request: `seed` folded with 0 … count - 1, or each own seed with 0."""
+    if isinstance(seed, (int, np.integer)):
+        return _fold_keys(seed_key(seed), np.arange(count))
+    if len(seed) != count:
+        raise ValueError(f"{len(seed)} seeds for {count} prompts; give one, or one each")
+    return jax.numpy.stack([jax.random.fold_in(seed_key(s), 0) for s in seed])
+
+
+_fold_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+
+
+def decoder_for(
+    target: Target,
+    drafter: LoadedDrafter,
+    implementation: str | None = None,
+    rejection: bool = False,
+) -> tuple[Decoder, Params]:
+    """The static half of decoding and its weights.
+
+    Raises:
+      ValueError: rejection sampling with a drafter that does not draw chains.
+    """
+    if rejection:
+        drafter.drafter.check_sampled()
+    decoder = Decoder(
+        target.config,
+        drafter.drafter,
+        rejection=rejection,
+        cache_dtype="float32" if jax.default_backend() == "cpu" else None,
+        implementation=implementation,
+    )
+    return decoder, Params(target.params, drafter.params)
+
+
+def check_capacity(
+    decoder: Decoder, prompts: list[list[int]], max_new_tokens: int, capacity: int | None
+) -> int:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    longest = max(map(len, prompts))
+    check_positions(decoder.config, longest, max_new_tokens)
+    needed = capacity_for(longest + max_new_tokens, decoder)
+    if capacity is not None and capacity < needed:
+        raise ValueError(
+            f"capacity is {capacity}; a prompt of {longest} tokens, {max_new_tokens} new ones "
+            f"and the drafter's depth need {needed}. Raise it or leave it out"
+        )
+    if capacity is not None and capacity % decoder.chunk:
+        raise ValueError(f"capacity is {capacity}; expected a multiple of {decoder.chunk}")
+    return needed if capacity is None else capacity
+
+
+def check_budget(decoder: Decoder, budget: int | None) -> int:
+    size = decoder.drafter.size
+    if budget is not None and not 1 <= budget <= size:
+        raise ValueError(f"budget is {budget}; the drafter's trees have 1 … {size} nodes")
+    return size if budget is None else budget
+
+
+def usable_prompts(
+    target: Target,
+    prompts: Sequence[Prompt],
+    *,
+    raw: bool,
+    thinking: bool | None,
+    max_new_tokens: int,
+) -> tuple[dict[int, list[int]], dict[int, str]]:
+    """Prompts as token ids by their places in a list of many, and why others cannot be used.
+
+    Raises:
+      ValueError: none of them can be used.
+    """
+    rows, refused = {}, {}
+    for place, prompt in enumerate(prompts):
+        name = "the prompt" if len(prompts) == 1 else f"prompt {place}"
+        try:
+            ids = token_ids(target, prompt, raw=raw, thinking=thinking, name=name)
+            check_positions(target.config, len(ids), max_new_tokens)
+            rows[place] = ids
+        except ValueError as error:
+            text = str(error)
+            refused[place] = text if text.startswith(name) else f"{name}: {text}"
+    if not rows:
+        reason = refused.get(0, "there are none")
+        many = f"none of the {len(prompts)} prompts can be used; " if len(prompts) > 1 else ""
+        raise ValueError(many + reason)
+    return rows, refused

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
+from jaxspec.config import DrafterConfig, TreeConfig
+from jaxspec.models.params import TargetParams
 from jaxspec.trees.tree import DraftTree
 
 
@@ -31,8 +33,11 @@ class Committed:
     count: jax.Array
 
 
-class Drafter(Protocol):
-    """A static, hashable object; its params and its state are pytrees.
+class Drafter:
+    """What every drafter is: a static, hashable object; its params and its state are pytrees.
+
+    A drafter of one's own is a frozen dataclass that inherits from this one, with `size`,
+    `depth`, `init`, `observe` and `draft`; the rest has defaults. See examples/own_drafter.py.
 
     State belongs to a batch and is donated from round to round: `observe` and `draft` return
     the new one. A drafter never uses the random keys that decide the output.
@@ -43,18 +48,23 @@ class Drafter(Protocol):
       taps: target layers whose outputs it reads (`models.decoder.forward`).
       verify_sizes: sizes below N that its trees may fit into; a round verifies in the smallest
         that holds every row's tree. Each is one more forward to compile.
+      head_config: of the draft head, for the drafter that runs one on the target's features
+        (`drafters.block`); None for all others, joined ones included.
     """
 
     size: int
     depth: int
-    taps: tuple[int, ...]
-    verify_sizes: tuple[int, ...]
+    taps: tuple[int, ...] = ()
+    verify_sizes: tuple[int, ...] = ()
+    head_config: DrafterConfig | None = None
 
     def init(self, params: Any, batch: int, capacity: int) -> Any:
         """An empty state for sequences of up to `capacity` tokens."""
+        raise NotImplementedError
 
     def observe(self, params: Any, state: Any, committed: Committed) -> Any:
         """Takes in tokens that were committed, in order, prompt chunks included."""
+        raise NotImplementedError
 
     def draft(
         self, params: Any, state: Any, anchor: jax.Array, position: jax.Array, budget: jax.Array
@@ -66,3 +76,37 @@ class Drafter(Protocol):
           position: [B] int32; positions 0 … position - 1 have been observed.
           budget: [B] int32, nodes wanted per row, root included, 1 … size.
         """
+        raise NotImplementedError
+
+    def check_sampled(self) -> None:
+        """Raises ValueError unless the drafter has `draft_sampled`, for rejection sampling.
+
+        A drafter that draws chains has it beside this: draft_sampled(params, state, anchor,
+        position, temperature, keys) -> (`block.SampledChain`, state).
+        """
+        raise ValueError(
+            "rejection sampling needs a drafter that draws its chains; "
+            f"{type(self).__name__} does not. Use a trained block drafter, or leave rejection "
+            "out: sample-then-match is lossless with any drafter"
+        )
+
+    def with_tree(self, tree: TreeConfig) -> Drafter:
+        """The drafter with trees of `tree.size` nodes, of `tree.kind` where it has a choice."""
+        raise ValueError(f"{self} has a tree of its own; leave the options of trees out")
+
+    def abstract_params(self, target: TargetParams) -> Any:
+        """Shapes of its params beside a target, whose weights may be shapes too."""
+        return ()
+
+    @property
+    def parts(self) -> tuple[Drafter, ...]:
+        """The drafters it is made of."""
+        return (self,)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedDrafter:
+    """A drafter and its weights, ready for one target (`jaxspec.load_drafter`)."""
+
+    drafter: Drafter
+    params: Any = ()

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxspec.config import DrafterConfig, TreeConfig
-from jaxspec.drafters.base import Committed
+from jaxspec.drafters.base import Committed, Drafter
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
 from jaxspec.drafters.head import OUTPUT, DraftHead, Vocabulary, bind, restrict
 from jaxspec.drafters.selector import lattice, lattice_tree, pick, walk
@@ -171,6 +171,25 @@ class BlockDrafter:
     @property
     def taps(self) -> tuple[int, ...]:
         return self.config.taps
+
+    @property
+    def head_config(self) -> DrafterConfig:
+        return self.config
+
+    def with_tree(self, tree: TreeConfig) -> BlockDrafter:
+        return dataclasses.replace(self, tree=tree)
+
+    def abstract_params(self, target: TargetParams) -> BlockParams:
+        weights = abstract_weights(self.config, target.embed.dtype)
+        return jax.eval_shape(block_params, weights, target)
+
+    def check_sampled(self) -> None:
+        if self.tree.kind != "chain" or self.size <= self.depth:
+            raise ValueError(
+                f"rejection sampling needs a chain of {self.depth + 1} nodes for all that the "
+                f"drafter draws; its tree is {self.tree.kind!r} with {self.size}. Use such a "
+                "chain, or leave rejection out: sample-then-match is lossless with any drafter"
+            )
 
     def init(self, params: BlockParams, batch: int, capacity: int) -> KVCache:
         c, dtype = self.config, params.head.fc.dtype

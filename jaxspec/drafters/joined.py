@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from jaxspec.drafters.base import Committed, Drafter
+from jaxspec.config import TreeConfig
+from jaxspec.drafters.base import Committed, Drafter, LoadedDrafter
+from jaxspec.drafters.ngram import PromptLookup
+from jaxspec.models.params import TargetParams
 from jaxspec.trees.merge import union
 from jaxspec.trees.tree import DraftTree
 
+DEEPEST_MATCH = 15  # tokens that prompt lookup copies at a time beside another drafter
+
 
 @dataclasses.dataclass(frozen=True)
-class Together:
+class Together(Drafter):
     """Several drafters that observe one pass of the target; it drafts nothing itself."""
 
     drafters: tuple[Drafter, ...]
     size: int = 1
-    verify_sizes: tuple[int, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -27,6 +32,13 @@ class Together:
     @property
     def taps(self) -> tuple[int, ...]:
         return tuple(sorted({tap for drafter in self.drafters for tap in drafter.taps}))
+
+    @property
+    def parts(self) -> tuple[Drafter, ...]:
+        return self.drafters
+
+    def abstract_params(self, target: TargetParams) -> tuple:
+        return tuple(drafter.abstract_params(target) for drafter in self.drafters)
 
     def init(self, params, batch: int, capacity: int):
         pairs = zip(self.drafters, params, strict=True)
@@ -59,6 +71,9 @@ class Joined(Together):
                 f"joined drafters have trees of {sizes} nodes; expected two of {self.size}"
             )
 
+    def with_tree(self, tree: TreeConfig) -> Joined:
+        return Joined(tuple(part.with_tree(tree) for part in self.drafters), tree.size)
+
     def draft(
         self, params, state, anchor: jax.Array, position: jax.Array, budget: jax.Array
     ) -> tuple[DraftTree, tuple]:
@@ -68,3 +83,45 @@ class Joined(Together):
         (first, second), states = zip(*drafts, strict=True)
         tree = union(first, second, size=self.size, depth=self.depth, budget=budget)
         return tree, states
+
+
+def with_lookup(loaded: LoadedDrafter) -> LoadedDrafter:
+    """A drafter joined with prompt lookup (`beside_lookup`)."""
+    return LoadedDrafter(beside_lookup(loaded.drafter), (loaded.params, ()))
+
+
+def beside_lookup(drafter: Drafter) -> Joined:
+    """The static part of a drafter and prompt lookup in trees of the same size.
+
+    Raises:
+      ValueError: it drafts nothing.
+    """
+    if drafter.size < 2:
+        raise ValueError(f"{drafter} has nothing to join with prompt lookup; leave +ngram out")
+    lookup = PromptLookup(size=drafter.size, depth=min(drafter.size - 1, DEEPEST_MATCH))
+    return Joined((drafter, lookup), drafter.size)
+
+
+def change_drafter(
+    loaded: LoadedDrafter, change: Callable[[LoadedDrafter], LoadedDrafter]
+) -> LoadedDrafter:
+    """change(loaded); where prompt lookup is joined with a drafter, that drafter changes."""
+    first, *others = loaded.drafter.parts
+    if not others:
+        return change(loaded)
+    return with_lookup(change(LoadedDrafter(first, loaded.params[0])))
+
+
+def with_survival(loaded: LoadedDrafter) -> LoadedDrafter:
+    """The drafter with its scores from its confidence head, where it can."""
+
+    def change(loaded):
+        drafter, config = loaded.drafter, loaded.drafter.head_config
+        if config is None or config.confidence is None:
+            return loaded
+        kind = drafter.tree.kind
+        if kind == "chain" or (kind == "path_conditioned" and config.sequential):
+            drafter = dataclasses.replace(drafter, survival_scores=True)
+        return dataclasses.replace(loaded, drafter=drafter)
+
+    return change_drafter(loaded, change)

@@ -11,7 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxspec.drafters.base import Committed
+from jaxspec.config import TreeConfig
+from jaxspec.drafters.base import Committed, Drafter
 from jaxspec.trees.merge import merge
 from jaxspec.trees.tree import DraftTree
 
@@ -23,7 +24,7 @@ AGREEMENT = (0.26, 0.57, 0.61, 0.67, 0.72, 0.78, 0.80, 0.83, 0.85, 0.92)
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptLookup:
+class PromptLookup(Drafter):
     """Drafts the continuations of the longest, then most recent, earlier matches.
 
     A token that is accepted makes the match longer by one, so a path's probability is the
@@ -43,7 +44,6 @@ class PromptLookup:
     continuations: int = 4
     min_match: int = 1
     agreement: tuple[float, ...] = AGREEMENT
-    taps: tuple[int, ...] = ()
     verify_sizes: tuple[int, ...] = (1, 4)
 
     def __post_init__(self):
@@ -78,6 +78,9 @@ class PromptLookup:
         continuations, scores = jax.vmap(self._look_up)(history, position)
         tree = merge(anchor, continuations, scores, size=self.size, budget=budget)
         return tree, history
+
+    def with_tree(self, tree: TreeConfig) -> PromptLookup:
+        return dataclasses.replace(self, size=tree.size)
 
     def _look_up(self, history: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Continuations [C, P] of the best earlier matches, and log-probabilities of their

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxspec.drafters.base import Committed
+from jaxspec.drafters.base import Committed, Drafter, LoadedDrafter
 from jaxspec.trees.tree import root_only
 
 
 @dataclasses.dataclass(frozen=True)
-class Plain:
+class Plain(Drafter):
     """Drafts nothing.
 
     Attributes:
@@ -19,8 +19,6 @@ class Plain:
 
     size: int = 1
     depth: int = 0
-    taps: tuple[int, ...] = ()
-    verify_sizes: tuple[int, ...] = ()
 
     def init(self, params, batch, capacity):
         return ()
@@ -30,3 +28,9 @@ class Plain:
 
     def draft(self, params, state, anchor, position, budget):
         return root_only(anchor, size=self.size), state
+
+    def with_tree(self, tree):
+        return self
+
+
+PLAIN = LoadedDrafter(Plain())

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig, TreeConfig
-from jaxspec.drafters.base import Committed
+from jaxspec.drafters.base import Committed, Drafter
 from jaxspec.models.cache import KVCache, init_cache
 from jaxspec.models.decoder import forward, unembed
-from jaxspec.models.params import TargetParams
+from jaxspec.models.params import TargetParams, abstract_params
 from jaxspec.trees.build import build
 from jaxspec.trees.tree import DraftTree, causal_bits
 
 
 @dataclasses.dataclass(frozen=True)
-class SmallModel:
+class SmallModel(Drafter):
     """Runs the small model greedily for P tokens and grows the tree over what it scored.
 
     The scores at each depth are those along its own greedy chain: exact for the chain and the
@@ -32,8 +32,6 @@ class SmallModel:
     config: TargetConfig
     tree: TreeConfig = TreeConfig("chain", size=8)
     depth: int = 7
-    taps: tuple[int, ...] = ()
-    verify_sizes: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -66,6 +64,12 @@ class SmallModel:
         # Drafted rows lie past the committed ones; `observe` writes over them.
         (_, state), logits = jax.lax.scan(step, (anchor, state), jnp.arange(self.depth))
         return build(self.tree, logits.swapaxes(0, 1), anchor, budget), state
+
+    def with_tree(self, tree: TreeConfig) -> SmallModel:
+        return dataclasses.replace(self, tree=tree)
+
+    def abstract_params(self, target: TargetParams) -> TargetParams:
+        return abstract_params(self.config, target.embed.dtype)
 
     def _run(self, params: TargetParams, cache: KVCache, tokens: jax.Array, start: jax.Array):
         """Runs the small model on C consecutive tokens [B, C] and writes their rows."""

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.config import TreeConfig
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter
 from jaxspec.evaluation.metrics import calibration_error, reliability_bins
 from jaxspec.evaluation.walk import Answer, observe
-from jaxspec.generation import LoadedDrafter, Target
+from jaxspec.models.target import Target
 
 BINS = 20
 GRID = np.geomspace(0.25, 4.0, 81)  # holds 1: scaling never makes the fitted rounds worse
@@ -188,7 +189,7 @@ def rollouts(
       ValueError: the drafter has no confidence head.
     """
     static = drafter.drafter
-    if not isinstance(static, BlockDrafter) or static.config.confidence is None:
+    if static.head_config is None or static.head_config.confidence is None:
         raise ValueError(
             f"{static} has no confidence head, so there is nothing to calibrate; train one "
             "with confidence (family dspark)"

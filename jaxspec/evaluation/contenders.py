@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 from flax import nnx
 
+from jaxspec.api import load_drafter, load_target
 from jaxspec.config import TREE_KINDS, TreeConfig
-from jaxspec.drafters.block import BlockDrafter
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.head import abstract_weights
-from jaxspec.drafters.ngram import PromptLookup
-from jaxspec.generation import LoadedDrafter, Target
-from jaxspec.loading import change_drafter, load_drafter, load_target
+from jaxspec.drafters.joined import change_drafter
+from jaxspec.models.target import Target
 
 EXAMPLE = "ours=run/drafter,tree=path_conditioned,budget=16"
 
@@ -104,14 +104,11 @@ class Entry:
         """The drafter of trees that hold `budget` nodes (the contender's by default)."""
         c, loaded = self.contender, self.drafter
         size = 1 << (max(budget or c.budget, 2) - 1).bit_length()
-        if isinstance(loaded.drafter, PromptLookup):
-            return LoadedDrafter(dataclasses.replace(loaded.drafter, size=size))
-        config = TreeConfig(tree or c.tree, size, c.width, c.candidates)
+        config = TreeConfig(tree or c.tree or "chain", size, c.width, c.candidates)
 
         def change(loaded):
             loaded = without_head(loaded) if c.head == "none" else loaded
-            sized = dataclasses.replace(loaded.drafter, tree=config)
-            return dataclasses.replace(loaded, drafter=sized)
+            return dataclasses.replace(loaded, drafter=loaded.drafter.with_tree(config))
 
         return change_drafter(loaded, change)
 
@@ -123,9 +120,10 @@ def without_head(loaded: LoadedDrafter) -> LoadedDrafter:
       ValueError: it is no block drafter.
     """
     drafter, params = loaded.drafter, loaded.params
-    if not isinstance(drafter, BlockDrafter):
+    config = drafter.head_config
+    if config is None:
         raise ValueError(f"head=none: {drafter} has no sequential head; leave the option out")
-    config = dataclasses.replace(drafter.config, sequential=None, rank=0, confidence=None)
+    config = dataclasses.replace(config, sequential=None, rank=0, confidence=None)
     kept = {name: params.head[name] for name in abstract_weights(config)}
     tree = TreeConfig()
     return LoadedDrafter(

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from jaxspec.decoding.requests import capacity_for
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.state import Decoder
-from jaxspec.drafters.joined import Joined, Together
+from jaxspec.drafters.joined import Together
 from jaxspec.evaluation import walk as w
 from jaxspec.evaluation.contenders import Contender, Entry
 from jaxspec.evaluation.metrics import reliability_bins
@@ -26,7 +26,7 @@ from jaxspec.evaluation.results import (
     counts,
 )
 from jaxspec.evaluation.speed import Run, plain_forms, runner, take_turns
-from jaxspec.generation import Target
+from jaxspec.models.target import Target
 
 PLAIN = "plain"
 Sets = Mapping[str, Sequence[list[int]]]  # prompts as token ids, by the name of their set
@@ -127,7 +127,7 @@ class _Walks:
             e.contender.drafter: e.sized(e.drafter.drafter.depth + 1, tree="chain")
             for e in self.entries
             if stride and e.contender.tree and e.contender.head == "own"
-            if not isinstance(e.drafter.drafter, Joined)
+            if len(e.drafter.drafter.parts) == 1
         }
         for start in tqdm(
             range(0, len(answers), self.batch), desc=f"walk {name}", unit="batch", leave=False

@@ -12,17 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import generation
 from jaxspec.decoding.fitting import own_sizes, smallest
 from jaxspec.decoding.prefill import prefill
-from jaxspec.decoding.requests import capacity_for, pack
+from jaxspec.decoding.requests import capacity_for, decoder_for, pack, request_keys
 from jaxspec.decoding.round import commit, judge, propose
 from jaxspec.decoding.sampling import Sampling
-from jaxspec.drafters.block import BlockDrafter
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.head import bind
-from jaxspec.generation import LoadedDrafter, Target, request_keys
 from jaxspec.models.cache import init_cache
 from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.target import Target
 from jaxspec.trees.tree import causal_bits
 
 Name = TypeVar("Name")
@@ -60,7 +59,7 @@ def phase_costs(
       not a block drafter, where `draft` is the whole. verify: the forward over the tree, and
       acceptance. commit: with what the drafter observes.
     """
-    decoder, params = generation.bind(target, drafter)
+    decoder, params = decoder_for(target, drafter)
     prompt = np.random.default_rng(0).integers(0, target.config.vocab_size, length).tolist()
     requests = pack(
         decoder,
@@ -80,7 +79,7 @@ def phase_costs(
         "propose": lambda: _propose(decoder, params, state, sampling),
         "verify": lambda: _verify(decoder, params, state, sampling, draft),
     }
-    if isinstance(drafter.drafter, BlockDrafter):
+    if drafter.drafter.head_config is not None:
         parts["pass"] = lambda: _draft_pass(decoder, params, state)
     ms = medians_ms(parts)
 

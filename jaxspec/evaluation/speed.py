@@ -6,9 +6,11 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+from jaxspec.api import Completion, generate, warm_up
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.plain import Plain
-from jaxspec.generation import Completion, LoadedDrafter, Target, generate, warm_up
+from jaxspec.models.target import Target
 
 # Answers one prompt, given as token ids, with the seed of its sampling.
 Run = Callable[[list[int], int], Completion]

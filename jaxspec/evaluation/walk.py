@@ -19,15 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.api import generate
 from jaxspec.decoding.prefill import prefill
-from jaxspec.decoding.requests import capacity_for, pack
+from jaxspec.decoding.requests import capacity_for, pack, request_keys
 from jaxspec.decoding.sampling import NO_TOKEN, Sampling
 from jaxspec.decoding.state import Decoder, Params
 from jaxspec.decoding.stats import DecodeStats
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.joined import Together
-from jaxspec.generation import LoadedDrafter, Target, generate, request_keys
 from jaxspec.models.cache import KVCache
 from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.target import Target
 from jaxspec.trees.tree import DraftTree, ancestors
 
 ANCHORS = 32  # drafted by one call of a compiled program

@@ -17,9 +17,6 @@ from jaxspec.decoding.requests import MAX_STOP_IDS
 from jaxspec.decoding.sampling import SamplingRows
 from jaxspec.decoding.state import Decoder, DecodeState, Params, Requests
 from jaxspec.drafters.base import Drafter
-from jaxspec.drafters.block import BlockDrafter, block_params
-from jaxspec.drafters.head import abstract_weights
-from jaxspec.drafters.joined import Joined
 from jaxspec.models.params import abstract_params
 from jaxspec.sharding import shardings
 from pallas_kernels.tree_attention.config import Shape, unsupported
@@ -86,9 +83,8 @@ class Setup:
     @property
     def block(self) -> DrafterConfig | None:
         """Of a drafter with weights, alone or joined with prompt lookup."""
-        joined = isinstance(self.drafter, Joined)
-        drafter = self.drafter.drafters[0] if joined else self.drafter
-        return drafter.config if isinstance(drafter, BlockDrafter) else None
+        configs = (part.head_config for part in self.drafter.parts)
+        return next((config for config in configs if config is not None), None)
 
 
 def published_drafter(target: TargetConfig) -> DrafterConfig:
@@ -116,15 +112,7 @@ def abstract_arguments(
     """What `prefill` and `decode` take, as shapes placed on a mesh, in bfloat16."""
     decoder = setup.decoder
     target = abstract_params(setup.target, DTYPE)
-
-    def drafter_params(drafter: Drafter) -> Any:
-        if isinstance(drafter, Joined):
-            return tuple(map(drafter_params, drafter.drafters))
-        if not isinstance(drafter, BlockDrafter):
-            return ()
-        return jax.eval_shape(block_params, abstract_weights(drafter.config, DTYPE), target)
-
-    params = Params(target, drafter_params(decoder.drafter))
+    params = Params(target, decoder.drafter.abstract_params(target))
     requests = _abstract_requests(setup)
     state = jax.eval_shape(functools.partial(prefill, decoder), params, requests)
     return tuple(placed(mesh, tree) for tree in (params, requests, state))

@@ -114,13 +114,11 @@ def steps(quick: bool = False) -> list[Step]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Given(Drafter):
     """A drafter whose tree comes from its state: what is left of a round is verification."""
 
     size: int
     depth: int = DRAFT_BLOCK - 1
-    taps: tuple[int, ...] = ()
-    verify_sizes: tuple[int, ...] = ()
 
     def init(self, params, batch: int, capacity: int) -> DraftTree:
         return root_only(jnp.zeros(batch, jnp.int32), size=self.size)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxspec.decoding.budget import StepTimes
 from jaxspec.decoding.fitting import VerifySize
 from jaxspec.decoding.state import Decoder, Params
-from jaxspec.generation import Target
+from jaxspec.models.target import Target
 
 # A staircase whose slowest size takes less than this times its fastest has no step. One number
 # of rows may have such a one, where weights take longer to read than nodes to multiply.

@@ -20,7 +20,9 @@ from jaxspec.decoding.requests import stop_ids_of
 from jaxspec.decoding.schedule import MAX_SIZES, Batch
 from jaxspec.decoding.state import Prefilling, Requests
 from jaxspec.decoding.stats import DecodeStats
-from jaxspec.generation import PLAIN, LoadedDrafter, Target
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.plain import PLAIN
+from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.curve import Curve
 from jaxspec.serving.programs import Programs, only

@@ -10,10 +10,11 @@ import numpy as np
 
 from jaxspec.decoding.budget import StepTimes
 from jaxspec.decoding.fitting import VerifySize, doubling_sizes
-from jaxspec.decoding.requests import capacity_for, pack
+from jaxspec.decoding.requests import capacity_for, decoder_for, pack, request_keys
 from jaxspec.decoding.schedule import Adaptive, Batch, Habit, decode_rows, init_habit
 from jaxspec.decoding.state import Prefilling, Requests
-from jaxspec.generation import LoadedDrafter, Target, bind, request_keys
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.curve import measure, setup_of, take_turn
 from jaxspec.serving.requests import Request
@@ -41,7 +42,9 @@ class Programs:
 
     def __init__(self, target: Target, drafter: LoadedDrafter, config: EngineConfig):
         """Args: config: resolved."""
-        decoder, self._params = bind(target, drafter, config.implementation, config.rejection)
+        decoder, self._params = decoder_for(
+            target, drafter, config.implementation, config.rejection
+        )
         self._decoder = dataclasses.replace(decoder, chunk=config.chunk)
         self._target, self._config = target, config
         self._capacity = capacity_for(config.room, self._decoder)

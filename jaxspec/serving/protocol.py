@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from jaxspec.decoding.requests import stop_ids_of
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats
-from jaxspec.generation import Target
+from jaxspec.models.target import Target
 from jaxspec.serving.requests import Request
 
 # Fields that change nothing here, and values at which unsupported ones change nothing.

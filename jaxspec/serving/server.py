@@ -32,7 +32,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from jaxspec.generation import Target
+from jaxspec.models.target import Target
 from jaxspec.serving.access import LOOPBACK, Access
 from jaxspec.serving.answering import Answering, Choice, fault_message
 from jaxspec.serving.connections import Limits, timed_protocol

@@ -29,8 +29,8 @@ from tqdm import tqdm
 from jaxspec.checkpoints.tensors import DTYPES, read_json
 from jaxspec.config import TargetConfig
 from jaxspec.data.conversations import Example
-from jaxspec.generation import Target
 from jaxspec.models.params import TargetParams
+from jaxspec.models.target import Target
 from jaxspec.sharding import DATA, mesh_of
 from jaxspec.training.batches import UNIT, Batch, Place, bucket, collate, places
 from jaxspec.training.features import Features, target_features

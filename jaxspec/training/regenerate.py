@@ -24,7 +24,9 @@ from jaxspec.data.identity import fingerprint, template_hash
 from jaxspec.data.jobs import Job, Opening
 from jaxspec.data.rows import to_json
 from jaxspec.decoding.sampling import Sampling
-from jaxspec.generation import PLAIN, LoadedDrafter, Target
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.plain import PLAIN
+from jaxspec.models.target import Target
 from jaxspec.tokenizer import Tokenizer
 from jaxspec.training.answers_file import AnswersFile
 from jaxspec.training.slots import Answer, Request, Slots

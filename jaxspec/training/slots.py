@@ -18,10 +18,12 @@ import numpy as np
 
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
-from jaxspec.decoding.requests import capacity_for, pack, unpack
+from jaxspec.decoding.requests import capacity_for, decoder_for, pack, unpack
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats
-from jaxspec.generation import PLAIN, LoadedDrafter, Target, bind
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.plain import PLAIN
+from jaxspec.models.target import Target
 
 CHUNK = 32  # prompt tokens per forward: a refill of a few rows waits for its longest prompt
 
@@ -75,7 +77,7 @@ class Slots:
         rounds: of a burst.
         """
         self.room, self.rows, self.refill, self.rounds = room, rows, min(refill, rows), rounds
-        decoder, self._params = bind(target, drafter)
+        decoder, self._params = decoder_for(target, drafter)
         self._decoder = dataclasses.replace(decoder, chunk=CHUNK)
         self._capacity = capacity_for(room, self._decoder)
         self._waiting: deque[Request] = deque()

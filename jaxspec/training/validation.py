@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from flax import nnx
 from jax.typing import ArrayLike
 
+from jaxspec.api import generate
 from jaxspec.config import DrafterConfig, TreeConfig
+from jaxspec.decoding.requests import Prompt
 from jaxspec.decoding.stats import pooled_tau
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, block_params
-from jaxspec.generation import LoadedDrafter, Prompt, Target, generate
+from jaxspec.models.target import Target
 
 
 def trained_drafter(

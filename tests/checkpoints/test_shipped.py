@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from jaxspec import checkpoints
+from jaxspec.api import generate, load_drafter
 from jaxspec.checkpoints.drafters import SHIPPED, locate
 from jaxspec.config import TreeConfig
 from jaxspec.evaluation.results import Setup, read
-from jaxspec.generation import Target, generate
-from jaxspec.loading import load_drafter
+from jaxspec.models.target import Target
 
 README = Path(checkpoints.__file__).parents[2] / "README.md"
 

@@ -10,7 +10,7 @@ import pytest
 from jaxspec.data.conversations import Example
 from jaxspec.data.identity import fingerprint
 from jaxspec.data.rows import from_json, read_examples, to_json
-from jaxspec.generation import Target
+from jaxspec.models.target import Target
 from tests.data.test_conversations import PLAIN, TALK, shown, tokenizer
 from tests.training import tiny
 

@@ -12,7 +12,7 @@ from jaxspec.config import TreeConfig
 from jaxspec.decoding.fitting import doubling_sizes
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
-from jaxspec.decoding.requests import capacity_for, pack
+from jaxspec.decoding.requests import capacity_for, decoder_for, pack, request_keys
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.schedule import (
     UNKNOWN,
@@ -22,8 +22,8 @@ from jaxspec.decoding.schedule import (
     decode_rows,
     init_habit,
 )
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.small_model import SmallModel
-from jaxspec.generation import LoadedDrafter, bind, request_keys
 from jaxspec.serving.programs import only
 from pallas_kernels.tree_attention.xla import BLOCK, tree_attention_xla
 from tests import tiny
@@ -84,7 +84,7 @@ def test_a_done_row_has_no_block_read(way, name):
     One loop over blocks serves both rows, so a block read for the long one is multiplied into
     the short one's result with weight 0, and 0 times NaN would be seen.
     """
-    decoder, params = bind(tiny.target(), DRAFTERS[name], "xla")
+    decoder, params = decoder_for(tiny.target(), DRAFTERS[name], "xla")
 
     def run(spoil):
         requests = pack(

@@ -2,9 +2,10 @@
 
 import pytest
 
+from jaxspec.api import generate
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.small_model import SmallModel
-from jaxspec.generation import LoadedDrafter, generate
 from tests import tiny
 
 PROMPT = tiny.prompts(7)[0]

@@ -5,13 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxspec.api import generate
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.joined import with_lookup
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.plain import Plain
 from jaxspec.drafters.small_model import SmallModel
-from jaxspec.generation import LoadedDrafter, generate
-from jaxspec.loading import with_lookup
 from jaxspec.models.params import random_params
 from tests import tiny
 

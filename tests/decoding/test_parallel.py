@@ -15,10 +15,11 @@ if where:
 
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.prefill import prefill
-from jaxspec.decoding.requests import pack
+from jaxspec.decoding.requests import pack, request_keys
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.state import Decoder, Params
-from jaxspec.generation import LoadedDrafter, generate, request_keys
+from jaxspec.api import generate
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.sharding import RULES, decoding_mesh, place
 from tests import tiny
 from tests.drafters import cases

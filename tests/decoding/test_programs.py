@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxspec.api import generate
 from jaxspec.config import TreeConfig
 from jaxspec.decoding import schedule
 from jaxspec.decoding.fitting import doubling_sizes
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
-from jaxspec.decoding.requests import capacity_for, pack
+from jaxspec.decoding.requests import capacity_for, decoder_for, pack, request_keys
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.ngram import PromptLookup
+from jaxspec.drafters.plain import PLAIN
 from jaxspec.drafters.small_model import SmallModel
-from jaxspec.generation import PLAIN, LoadedDrafter, bind, generate, request_keys
 from jaxspec.serving.programs import only
 from tests import tiny
 from tests.drafters import cases
@@ -28,7 +30,7 @@ def prepared(drafter, batch=2, capacity=None, dtype="float32"):
     """decoder, params and requests of a small batch, on the device."""
     target = tiny.target()
     params = narrowed(target.params, dtype)
-    decoder, params = bind(dataclasses.replace(target, params=params), drafter, None)
+    decoder, params = decoder_for(dataclasses.replace(target, params=params), drafter, None)
     requests = pack(
         decoder,
         tiny.prompts(*range(3, 3 + batch)),

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxspec.api import generate
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
-from jaxspec.decoding.requests import capacity_for, pack, seed_key
+from jaxspec.decoding.requests import capacity_for, pack, request_keys, seed_key
 from jaxspec.decoding.sampling import Sampling, SamplingRows, _kept, choose
 from jaxspec.decoding.state import Decoder, Params
-from jaxspec.generation import LoadedDrafter, generate, request_keys
+from jaxspec.drafters.base import LoadedDrafter
 from tests import tiny
 from tests.drafters import cases
 

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.config import DrafterConfig, TreeConfig
-from jaxspec.drafters.base import Committed
+from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params
 from jaxspec.drafters.head import Vocabulary, random_weights
-from jaxspec.generation import LoadedDrafter
 from jaxspec.models.cache import KVCache
 from tests import tiny
 

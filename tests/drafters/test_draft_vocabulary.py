@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxspec.api import generate
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.rejection import acceptance_probability, residual, scatter_law
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, block_params, rollout, tempered
 from jaxspec.drafters.head import DraftHead, bind
-from jaxspec.generation import LoadedDrafter, generate
 from tests import tiny
 from tests.drafters import cases
 

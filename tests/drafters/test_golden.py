@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxspec.api import generate
 from jaxspec.checkpoints import huggingface
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
-from jaxspec.drafters.base import Committed
+from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.block import rollout, transition_table
 from jaxspec.drafters.head import bind
 from jaxspec.drafters.teacher_forced import run_blocks
-from jaxspec.generation import LoadedDrafter, Target, generate
 from jaxspec.models.cache import init_cache
 from jaxspec.models.decoder import forward
+from jaxspec.models.target import Target
 from jaxspec.trees.tree import NO_PARENT, causal_bits
 
 CAPACITY = 96

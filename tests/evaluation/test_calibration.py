@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from jaxspec.config import TreeConfig
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter
+from jaxspec.drafters.plain import PLAIN
 from jaxspec.evaluation.calibration import (
     GRID,
     Rollouts,
@@ -18,7 +20,6 @@ from jaxspec.evaluation.calibration import (
 )
 from jaxspec.evaluation.walk import observe as observe_answers
 from jaxspec.evaluation.walk import record, tabulate, walk
-from jaxspec.generation import PLAIN, LoadedDrafter
 from tests import tiny
 from tests.drafters import cases
 

@@ -11,7 +11,7 @@ from jaxspec.cli.exits import BAD_INPUT
 from jaxspec.evaluation import contenders as c
 from jaxspec.evaluation import measure, results
 from jaxspec.evaluation.view import View, best_plain, pairs
-from jaxspec.generation import Target
+from jaxspec.models.target import Target
 from tests import tiny
 from tests.drafters import cases
 

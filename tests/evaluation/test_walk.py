@@ -5,13 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jaxspec.api import generate
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.joined import with_lookup
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel
 from jaxspec.evaluation import walk as w
-from jaxspec.generation import LoadedDrafter, generate
-from jaxspec.loading import with_lookup
 from jaxspec.trees.tree import DraftTree
 from tests import tiny
 from tests.drafters import cases

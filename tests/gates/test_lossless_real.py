@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 
+from jaxspec.api import generate
 from jaxspec.config import TreeConfig
 from jaxspec.data.prompts import read_prompts
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel
-from jaxspec.generation import LoadedDrafter, Target, generate
+from jaxspec.models.target import Target
 from tests import tiny
 
 pytestmark = [pytest.mark.gate, pytest.mark.real]

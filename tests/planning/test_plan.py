@@ -8,8 +8,8 @@ import pytest
 from jaxspec.cli import main
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.block import BlockDrafter
+from jaxspec.drafters.joined import beside_lookup
 from jaxspec.drafters.plain import Plain
-from jaxspec.loading import beside_lookup
 from jaxspec.models.presets import PRESETS
 from jaxspec.planning.plan import plan
 from jaxspec.planning.setup import Setup, published_drafter

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 
+from jaxspec.api import generate
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.schedule import Adaptive, Fixed
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel
-from jaxspec.generation import LoadedDrafter, generate
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.curve import Curve
 from jaxspec.serving.engine import Engine

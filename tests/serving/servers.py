@@ -12,7 +12,7 @@ import urllib.request
 from prometheus_client.parser import text_string_to_metric_families
 
 from jaxspec.decoding.schedule import Fixed
-from jaxspec.generation import Target
+from jaxspec.models.target import Target
 from jaxspec.serving.access import Access
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.connections import Limits

@@ -18,7 +18,7 @@ from jaxspec.cli.exits import BAD_INPUT
 from jaxspec.cli.serve import Serve
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.block import BlockDrafter
-from jaxspec.loading import with_survival
+from jaxspec.drafters.joined import with_survival
 from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
 from tests.drafters import cases
@@ -55,7 +55,7 @@ def test_temperatures_that_do_not_fit_are_refused(folder, values):
 
 
 def test_confidence_scores_where_there_is_a_head(folder):
-    from jaxspec.generation import LoadedDrafter
+    from jaxspec.drafters.base import LoadedDrafter
 
     assert with_survival(LoadedDrafter(*load(folder))).drafter.survival_scores
     for name in ("lookup", "itself"):

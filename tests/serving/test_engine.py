@@ -9,8 +9,8 @@ import pytest
 
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.schedule import Adaptive, Fixed, decode_rows
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.plain import Plain
-from jaxspec.generation import LoadedDrafter
 from jaxspec.serving import programs, rows
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.curve import Curve

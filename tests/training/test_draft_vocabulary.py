@@ -15,10 +15,11 @@ from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.cli.train import Train
 from jaxspec.config import TreeConfig
 from jaxspec.data.conversations import Example
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import whole_weights
 from jaxspec.drafters.head import Vocabulary, bind, random_weights, restrict
 from jaxspec.drafters.teacher_forced import BlockOutput
-from jaxspec.generation import LoadedDrafter, Target
+from jaxspec.models.target import Target
 from jaxspec.training.draft_vocabulary import coverage, most_frequent
 from jaxspec.training.losses import LossConfig, drafter_loss, position_weights
 from jaxspec.training.trainer import initial_drafter, train

@@ -6,10 +6,10 @@ import json
 import jax
 import pytest
 
+from jaxspec.api import generate
 from jaxspec.data.jobs import Job, own_questions, read_jobs
 from jaxspec.data.rows import read_examples
 from jaxspec.decoding.sampling import Sampling
-from jaxspec.generation import generate
 from jaxspec.training.answers_file import AnswersFile
 from jaxspec.training.regenerate import RegenerateConfig, regenerate, user_header
 from jaxspec.training.slots import Request, Slots

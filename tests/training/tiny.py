@@ -7,8 +7,8 @@ import numpy as np
 
 from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.data.conversations import Example
-from jaxspec.generation import Target
 from jaxspec.models.params import random_params
+from jaxspec.models.target import Target
 from jaxspec.sharding import make_mesh
 from jaxspec.training.losses import LossConfig
 from jaxspec.training.recipe import OptimizerConfig, TrainConfig

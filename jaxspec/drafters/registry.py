@@ -1,0 +1,102 @@
+"""Drafters by name.
+
+A spec is a name of `NAMES` ("ngram"), a name that takes an argument ("small:NAME"), or whatever
+the last factory, for trained drafters, makes of it (a folder). `register` adds names; "+ngram"
+after a spec joins prompt lookup.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol
+
+from jaxspec.config import TreeConfig
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.joined import with_lookup
+from jaxspec.drafters.ngram import PromptLookup
+from jaxspec.drafters.plain import PLAIN
+from jaxspec.models.target import Target
+
+LOOKUP_TOO = "+ngram"
+
+
+class Factory(Protocol):
+    """What makes the drafter of a name."""
+
+    def __call__(
+        self, argument: str, target: Target, *, tree: TreeConfig | None, dtype: str
+    ) -> LoadedDrafter:
+        """A drafter for a target.
+
+        Args:
+          argument: what follows the name in the spec; "" for names without a colon.
+          tree: what it shall draft; None for its default.
+          dtype: of its weights.
+
+        Raises:
+          ValueError: it cannot be had, or does not fit the target.
+        """
+
+
+def none(argument, target, *, tree, dtype):
+    """Plain decoding."""
+    return PLAIN
+
+
+def ngram(argument, target, *, tree, dtype):
+    """Prompt lookup."""
+    lookup = PromptLookup()
+    return LoadedDrafter(lookup if tree is None else lookup.with_tree(tree))
+
+
+def python(argument, target, *, tree, dtype):
+    """A factory of one's own, "MODULE:FUNCTION", which Python can import."""
+    module, _, name = argument.partition(":")
+    try:
+        factory = vars(importlib.import_module(module))[name]
+    except (ModuleNotFoundError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"drafter 'python:{argument}' cannot be imported ({error}); expected "
+            "python:MODULE:FUNCTION, a `jaxspec.drafters.registry.Factory`"
+        ) from error
+    return factory("", target, tree=tree, dtype=dtype)
+
+
+NAMES: dict[str, Factory] = {"none": none, "ngram": ngram, "python:": python}
+
+
+def register(name: str, factory: Factory) -> None:
+    """Adds a name; one that ends in a colon takes an argument.
+
+    Raises:
+      ValueError: it is taken.
+    """
+    if NAMES.get(name, factory) is not factory:
+        raise ValueError(f"there is a drafter called {name!r} already; choose another name")
+    NAMES[name] = factory
+
+
+def make(
+    spec: str, target: Target, *, tree: TreeConfig | None, dtype: str, trained: Factory
+) -> LoadedDrafter:
+    """The drafter of a spec.
+
+    Args:
+      trained: makes what is no registered name.
+
+    Raises:
+      ValueError: as its factory says, or it has nothing to join with prompt lookup.
+    """
+    if spec.endswith(LOOKUP_TOO):
+        alone = spec.removesuffix(LOOKUP_TOO)
+        if alone in ("none", "ngram"):
+            raise ValueError(
+                f"drafter {alone!r} has nothing to join with prompt lookup; leave +ngram out"
+            )
+        return with_lookup(make(alone, target, tree=tree, dtype=dtype, trained=trained))
+    name, colon, argument = spec.partition(":")
+    if spec in NAMES:
+        return NAMES[spec]("", target, tree=tree, dtype=dtype)
+    if name + colon in NAMES:
+        return NAMES[name + colon](argument, target, tree=tree, dtype=dtype)
+    return trained(spec, target, tree=tree, dtype=dtype)

@@ -1,0 +1,106 @@
+"""Drafters by name, one's own included."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+import jaxspec
+from examples.own_drafter import Followers, followers
+from jaxspec.cli import main
+from jaxspec.cli.exits import BAD_INPUT
+from jaxspec.config import TreeConfig
+from jaxspec.drafters import registry
+from jaxspec.drafters.base import Committed, Drafter
+from jaxspec.drafters.joined import Joined
+from jaxspec.drafters.ngram import PromptLookup
+from jaxspec.drafters.plain import PLAIN
+from tests import tiny
+from tests.checkpoints.writing import DENSE, random_tensors, write_folder
+
+
+@pytest.fixture
+def names(monkeypatch):
+    monkeypatch.setattr(registry, "NAMES", dict(registry.NAMES))
+
+
+def test_names():
+    target = tiny.target()
+    assert jaxspec.load_drafter("none", target) is PLAIN
+    assert jaxspec.load_drafter("ngram", target).drafter == PromptLookup()
+    tree = TreeConfig("chain", size=4)
+    assert jaxspec.load_drafter("ngram", target, tree=tree).drafter == PromptLookup(size=4)
+    spec = "python:examples.own_drafter:followers"
+    own = jaxspec.load_drafter(spec, target, tree=tree).drafter
+    assert own == Followers(target.config.vocab_size, size=4)
+    joined = jaxspec.load_drafter(f"{spec}+ngram", target, tree=tree).drafter
+    assert joined == Joined((own, PromptLookup(size=4, depth=3)), 4)
+    assert joined.parts == joined.drafters and own.parts == (own,)
+
+
+def test_a_registered_name_is_one_line_of_ours(names):
+    registry.register("followers", followers)
+    found = jaxspec.load_drafter("followers", tiny.target())
+    assert found.drafter == Followers(tiny.QWEN3.vocab_size)
+    registry.register("followers", followers)  # again: the same
+    with pytest.raises(ValueError, match="there is a drafter called 'ngram' already"):
+        registry.register("ngram", followers)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("python:examples.own_drafter:leaders", "'leaders'.*expected python:MODULE:FUNCTION"),
+        ("python:no.such.module:f", "No module named 'no'"),
+        ("python:", "expected python:MODULE:FUNCTION"),
+        ("ngram+ngram", "'ngram' has nothing to join with prompt lookup; leave [+]ngram out"),
+        ("none+ngram", "'none' has nothing to join"),
+        ("nothing", "there is no drafter 'nothing'; expected none, ngram"),
+    ],
+)
+def test_names_that_are_none(spec, message):
+    with pytest.raises(ValueError, match=message):
+        jaxspec.load_drafter(spec, tiny.target())
+
+
+def test_ones_own_drafter_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("jaxspec.enable_compilation_cache", lambda: tmp_path)
+    folder = write_folder(tmp_path / "tiny", DENSE, random_tensors(DENSE))
+    ids = tmp_path / "ids.json"
+    ids.write_text("[[1, 2, 3, 1, 2], [4, 5]]")
+    outputs = {}
+    for drafter in ("none", "python:examples.own_drafter:followers"):
+        options = ("--drafter", drafter, "--max-new-tokens", 24, "--json")
+        arguments = ("--target", folder, "--prompt-ids", ids, *options)
+        assert main(["generate", *map(str, arguments)]) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        outputs[drafter] = [row["token_ids"] for row in rows]
+    assert len(set(map(str, outputs.values()))) == 1
+    assert main(["generate", *map(str, arguments), "--rejection"]) == BAD_INPUT
+    assert "Followers does not" in capsys.readouterr().err
+
+
+def test_followers_drafts_what_followed_last():
+    drafter = Followers(vocab=9, size=5)
+    state = drafter.init((), 1, 16)
+    seen = jnp.array([[3, 4, 5, 3, 6, 8, 8]])  # the last is padding
+    state = drafter.observe((), state, Committed(seen, None, jnp.array([0]), jnp.array([6])))
+    tree, _ = drafter.draft((), state, jnp.array([4]), jnp.array([6]), jnp.array([5]))
+    assert tree.tokens[0].tolist() == [4, 5, 3, 6, 8]
+    tree, _ = drafter.draft((), state, jnp.array([4]), jnp.array([6]), jnp.array([3]))
+    assert tree.valid[0].tolist() == [True, True, True, False, False]
+    tree, _ = drafter.draft((), state, jnp.array([7]), jnp.array([6]), jnp.array([5]))
+    assert tree.valid[0].tolist() == [True, False, False, False, False]
+
+
+def test_defaults_of_a_drafter():
+    class Bare(Drafter):
+        size, depth = 2, 1
+
+    bare = Bare()
+    assert (bare.taps, bare.verify_sizes, bare.head_config) == ((), (), None)
+    assert bare.abstract_params(tiny.target().params) == ()
+    with pytest.raises(ValueError, match="has a tree of its own"):
+        bare.with_tree(TreeConfig())
+    with pytest.raises(ValueError, match="Bare does not"):
+        bare.check_sampled()
