@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxspec.api import load_drafter
+from jaxspec.api import load_drafter, load_target
 from jaxspec.checkpoints.drafters import save_drafter
 from jaxspec.cli import main
 from jaxspec.cli.exits import BAD_INPUT, FAULT
@@ -16,9 +16,8 @@ from jaxspec.cli.options import DrafterOptions
 from jaxspec.config import TreeConfig
 from jaxspec.data.jobs import read_jobs
 from jaxspec.data.prompts import read_prompts
+from jaxspec.decoding.requests import as_token_ids
 from jaxspec.drafters.ngram import PromptLookup
-from jaxspec.generation import as_token_ids
-from jaxspec.loading import load_drafter, load_target
 from jaxspec.tokenizer import Tokenizer
 from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder

@@ -17,7 +17,14 @@ from jax.typing import ArrayLike
 from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.drafters.base import Committed, Drafter
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
-from jaxspec.drafters.head import OUTPUT, DraftHead, Vocabulary, bind, restrict
+from jaxspec.drafters.head import (
+    OUTPUT,
+    DraftHead,
+    Vocabulary,
+    abstract_weights,
+    bind,
+    restrict,
+)
 from jaxspec.drafters.selector import lattice, lattice_tree, pick, walk
 from jaxspec.drafters.sight import block_sight
 from jaxspec.models.cache import KVCache, init_cache
@@ -118,7 +125,7 @@ class SampledChain:
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockDrafter:
+class BlockDrafter(Drafter):
     """DFlash, DFlash2, JetSpec, DSpark or TreeFlash, by `config`; the tree, by `tree`.
 
     With a sequential head, `chain`, `best_first` and `top_budget` score along the head's own

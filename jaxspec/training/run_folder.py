@@ -16,8 +16,8 @@ import numpy as np
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.data.conversations import Example
 from jaxspec.data.identity import fingerprint
-from jaxspec.generation import Target
 from jaxspec.locks import lock
+from jaxspec.models.target import Target
 from jaxspec.training.recipe import TrainConfig
 
 CONFIG, DRAFTER = "config.json", "drafter"

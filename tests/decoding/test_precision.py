@@ -10,11 +10,10 @@ import pytest
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
-from jaxspec.decoding.requests import pack
+from jaxspec.decoding.requests import pack, request_keys
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.state import Decoder, Params
 from jaxspec.drafters.block import BlockDrafter
-from jaxspec.generation import request_keys
 from tests import tiny
 from tests.drafters import cases
 

@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxspec.api import generate
 from jaxspec.checkpoints import huggingface
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.rejection import residual, scatter_law
 from jaxspec.decoding.sampling import log_law
-from jaxspec.drafters.base import Committed
+from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.block import tempered
 from jaxspec.drafters.head import bind
 from jaxspec.drafters.selector import lattice, pick, top_candidates, walk
-from jaxspec.generation import LoadedDrafter, Target, generate
+from jaxspec.models.target import Target
 from tests import tiny
 from tests.decoding.test_sampling import rows
 from tests.drafters.test_golden import CAPACITY, tapped

@@ -55,7 +55,7 @@ def test_a_registered_name_is_one_line_of_ours(names):
         ("python:", "expected python:MODULE:FUNCTION"),
         ("ngram+ngram", "'ngram' has nothing to join with prompt lookup; leave [+]ngram out"),
         ("none+ngram", "'none' has nothing to join"),
-        ("nothing", "there is no drafter 'nothing'; expected none, ngram"),
+        ("nothing", "there is no drafter 'nothing'; expected shipped"),
     ],
 )
 def test_names_that_are_none(spec, message):

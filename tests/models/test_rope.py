@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import jaxspec
+from jaxspec.api import generate
 from jaxspec.checkpoints.huggingface import read_config
 from jaxspec.config import RopeScaling
-from jaxspec.generation import Target, generate
 from jaxspec.models.params import random_params
 from jaxspec.models.rope import attention_factor, frequencies, layer_angles, rotary_angles
+from jaxspec.models.target import Target
 from tests import tiny
 
 YARN = RopeScaling("yarn", 4.0, 64)

@@ -1,0 +1,127 @@
+"""Imports point one way: the graph of jaxspec and pallas_kernels, read from their sources.
+
+Imports inside functions count; those for type checkers, which never run, do not.
+"""
+
+import ast
+import functools
+import graphlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOP = ("jaxspec", "pallas_kernels")
+
+# What a package, or a module beside the packages, may import beside itself.
+ARROWS = {
+    "pallas_kernels": "",  # its kernels
+    "pallas_kernels.h100": "pallas_kernels",
+    "config": "",
+    "interrupts": "",
+    "locks": "",
+    "settings": "",
+    "sharding": "",
+    "text_stream": "",
+    "tokenizer": "text_stream",
+    "trees": "config pallas_kernels",
+    "models": "config trees pallas_kernels",
+    "drafters": "config models trees pallas_kernels",
+    "decoding": "config drafters models trees",
+    "checkpoints": "config drafters models sharding tokenizer",
+    "api": "checkpoints config decoding drafters interrupts models settings sharding",
+    "generation": "api decoding drafters models",
+    "loading": "api drafters",
+    "data": "models tokenizer",
+    "planning": "config decoding drafters models sharding trees pallas_kernels"
+    " pallas_kernels.h100",
+    "serving": "config decoding drafters models tokenizer",
+    "evaluation": "api config data decoding drafters models trees",
+    "training": "api checkpoints config data decoding drafters interrupts locks models"
+    " settings sharding tokenizer trees",
+    "check": "api config decoding drafters models training trees",
+    "cli": "jaxspec api check checkpoints config data decoding doctor drafters"
+    " evaluation interrupts"
+    " models planning serving sharding training pallas_kernels.h100",
+    "doctor": "checkpoints settings",
+    "jaxspec": "",  # its names are imported on first use
+    "__main__": "cli",
+}
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    found = {}
+    for top in TOP:
+        for path in (ROOT / top).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(tree: ast.AST):
+    """The dotted names that a module's source imports, when it runs or later."""
+    if isinstance(tree, ast.If) and ast.unparse(tree.test) == "TYPE_CHECKING":
+        return
+    if isinstance(tree, ast.Import):
+        yield from (alias.name for alias in tree.names)
+    elif isinstance(tree, ast.ImportFrom):
+        assert tree.level == 0, "imports are absolute here"
+        yield from (f"{tree.module}.{alias.name}" for alias in tree.names)
+    for child in ast.iter_child_nodes(tree):
+        yield from imported(child)
+
+
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    """Per module the modules of ours that it imports."""
+
+    def module_of(name: str) -> str:
+        while name and name not in modules():
+            name = name.rpartition(".")[0]
+        return name
+
+    found = {}
+    for name, path in modules().items():
+        targets = {module_of(x) for x in imported(ast.parse(path.read_text("utf-8")))}
+        found[name] = targets - {"", name}
+    return found
+
+
+def package(module: str) -> str:
+    """Where a module belongs in `ARROWS`."""
+    top, *rest = module.split(".")
+    if top == "pallas_kernels":
+        return "pallas_kernels.h100" if rest[:1] in (["h100"], ["ttir_check"]) else top
+    return rest[0] if rest else top
+
+
+def test_the_graph_sees_deferred_imports():
+    source = "def f():\n    if x:\n        from jaxspec.api import generate\n"
+    assert list(imported(ast.parse(source))) == ["jaxspec.api.generate"]
+    source = "if TYPE_CHECKING:\n    import jaxspec.api\n"
+    assert list(imported(ast.parse(source))) == []
+    assert "jaxspec.models.decoder" in graph()["jaxspec.decoding.round"]
+    assert "jaxspec.planning.plan" in graph()["jaxspec.cli.plan"]  # inside a function
+
+
+def test_no_cycles():
+    graphlib.TopologicalSorter(graph()).prepare()
+
+
+@pytest.mark.parametrize("name", sorted({package(module) for module in modules()}))
+def test_arrows_point_one_way(name):
+    allowed = {name, *ARROWS[name].split()}
+    found = {
+        f"{module} -> {target}"
+        for module, targets in graph().items()
+        if package(module) == name
+        for target in targets
+        if package(target) not in allowed
+    }
+    assert not found
+
+
+def test_the_arrows_themselves_have_no_cycle():
+    assert ARROWS.keys() == {package(module) for module in modules()}
+    graphlib.TopologicalSorter({k: v.split() for k, v in ARROWS.items()}).prepare()
