@@ -26,6 +26,9 @@ class EngineConfig:
         take as long as a burst, and at least one.
       rounds: of a burst, after which tokens are given out.
       rejection: see `jaxspec.generate`.
+      throughput: nobody waits for a single answer. The batch then always has a row for every
+        slot, so that one set of programs is compiled, and free rows are filled before the
+        others go on.
     """
 
     slots: int = 8
@@ -37,6 +40,7 @@ class EngineConfig:
     chunk: int = 64
     rounds: int = 1
     rejection: bool = False
+    throughput: bool = False
     implementation: str | None = None
 
     def __post_init__(self):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -91,7 +92,7 @@ class Engine:
         self._waiting: deque[_Running] = deque()
         self._cancelled: set[int] = set()
         self._prompt: _Prompt | None = None
-        self._rows: list[_Running | None] = [None]
+        self._rows: list[_Running | None] = [None] * self._programs.buckets[0]
         self._batch: Batch | None = None
         self._habit = self._programs.habit()
         self._idle_rounds = 0
@@ -148,7 +149,7 @@ class Engine:
             self.curve = Curve(self.setup(), self._programs.measure(repeats))
             self.curve.check(self.setup())
             self._times = self._staircases(self.curve)
-        self._batch = self._programs.empty(1)
+        self._batch = self._programs.empty(len(self._rows))
 
     def step(self) -> list[Update]:
         """One turn: cancellations, prompt chunks (as long as a burst takes), a burst of rounds.
@@ -169,7 +170,8 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(self._waiting or self._prompt or any(self._rows) or len(self._rows) > 1)
+        grown = len(self._rows) > self._programs.buckets[0]
+        return bool(self._waiting or self._prompt or any(self._rows) or grown)
 
     def device_bytes(self) -> int:
         """Bytes of the arrays held for requests; weights are not among them."""
@@ -200,9 +202,10 @@ class Engine:
 
     def _advance_prompts(self) -> list[Update]:
         """A chunk, and more while they have taken less time than the last burst."""
+        most = math.inf if self.config.throughput else self.burst_seconds
         began = time.perf_counter()
         updates = self._advance_prompt()
-        while self._prompt_runs() and time.perf_counter() - began < self.burst_seconds:
+        while self._prompt_runs() and time.perf_counter() - began < most:
             updates += self._advance_prompt()
         return updates
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxspec.decoding.budget import StepTimes
 from jaxspec.decoding.fitting import VerifySize, doubling_sizes
-from jaxspec.decoding.requests import capacity_for, decoder_for, pack, request_keys
+from jaxspec.decoding.requests import capacity_for, decoder_for, pack
 from jaxspec.decoding.schedule import Adaptive, Batch, Habit, decode_rows, init_habit
 from jaxspec.decoding.state import Prefilling, Requests
 from jaxspec.drafters.base import LoadedDrafter
@@ -50,7 +50,7 @@ class Programs:
         self._capacity = capacity_for(config.room, self._decoder)
         self.adaptive = isinstance(config.schedule, Adaptive)
         self.width = config.rounds * (drafter.drafter.depth + 1)
-        self.buckets = [1]
+        self.buckets = [config.slots if config.throughput else 1]
         while self.buckets[-1] < config.slots:
             self.buckets.append(min(2 * self.buckets[-1], config.slots))
         size = drafter.drafter.size
@@ -74,7 +74,7 @@ class Programs:
             max_new_tokens=request.max_new_tokens,
             budget=self._config.budget,
             sampling=[request.sampling],
-            keys=request_keys([request.seed], 1),
+            keys=request.key[None],
         )
 
     def begin_prompt(self) -> Prefilling:

@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
+
 from jaxspec.config import TargetConfig
-from jaxspec.decoding.requests import stop_ids_of
+from jaxspec.decoding.requests import request_keys, stop_ids_of
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats
 
@@ -24,13 +27,19 @@ class Request:
 
     Attributes:
       prompt: token ids.
-      seed: decides what is sampled, as `jaxspec.generate(seed=[seed])` does.
+      seed: decides what is sampled, as `jaxspec.generate(seed=[seed])` does; or the typed key
+        that would follow from it.
     """
 
     prompt: Sequence[int]
     max_new_tokens: int = 256
     sampling: Sampling = Sampling()
-    seed: int = 0
+    seed: int | jax.Array = 0
+
+    @property
+    def key(self) -> jax.Array:
+        """The typed key of its samples."""
+        return request_keys([self.seed], 1)[0] if type(self.seed) is int else self.seed
 
     def check(self, config: TargetConfig, room: int) -> None:
         """Raises ValueError when the request cannot be served."""
@@ -51,7 +60,10 @@ class Request:
                 f"need {places} places; requests have {room} here. Shorten the prompt or ask "
                 "for fewer tokens"
             )
-        if type(self.seed) is not int:
+        keyed = isinstance(self.seed, jax.Array) and jnp.issubdtype(
+            self.seed.dtype, jax.dtypes.prng_key
+        )
+        if type(self.seed) is not int and not keyed:
             raise ValueError(f"the seed is {self.seed!r}; expected an integer")
         stop_ids_of(self.sampling, config)
 

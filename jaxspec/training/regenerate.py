@@ -24,14 +24,18 @@ from jaxspec.data.identity import fingerprint, template_hash
 from jaxspec.data.jobs import Job, Opening
 from jaxspec.data.rows import to_json
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.decoding.schedule import Fixed
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.models.target import Target
+from jaxspec.serving.config import EngineConfig
+from jaxspec.serving.engine import Engine
+from jaxspec.serving.requests import Request
 from jaxspec.tokenizer import Tokenizer
 from jaxspec.training.answers_file import AnswersFile
-from jaxspec.training.slots import Answer, Request, Slots
 
 GREEDY = Sampling()
+ROUNDS = 8  # between two looks at which rows are done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,46 +119,77 @@ def regenerate(
     jobs, made_by = list(jobs), _made_by(config, target)
     with contextlib.closing(AnswersFile(output)) as file:
         waiting = deque(file.waiting(jobs, lambda job: made_by | _sampling(config, job)))
-        slots = Slots(target, room=config.max_length, drafter=drafter, rows=config.rows)
-        began, tokens, answered, failed = time.perf_counter(), 0, 0, 0
         made = len(jobs) - len(waiting)
-
         with tqdm(total=len(jobs), initial=made, unit="row", file=sys.stderr) as progress:
-
-            def ask(job: Job) -> None:
-                try:
-                    slots.add(_request(config, target, job))
-                except ValueError as error:
-                    fail(job, error)
-
-            def fail(job: Job, error: ValueError) -> None:
-                nonlocal failed
-                failed += 1
-                row = {"id": job.id, "error": str(error), "conversations": job.messages}
-                file.fail(row)
-                progress.update()
-
-            while slots.busy or waiting:
-                while waiting and slots.busy < 2 * config.rows:
-                    ask(waiting.popleft())
-                for answer in slots.step():
-                    job = answer.label
-                    tokens += len(answer.token_ids)
-                    try:
-                        complete = _hear(target, job, answer)
-                    except ValueError as error:
-                        fail(job, error)
-                        continue
-                    if complete:
-                        fields = made_by | _sampling(config, job)
-                        file.add(_row(job, fields))
-                        answered += 1
-                        progress.update()
-                    else:
-                        ask(job)
-                speed = tokens / (time.perf_counter() - began)
-                progress.set_postfix_str(f"{speed:.0f} tokens/s")
+            conversations = _Conversations(config, target, drafter, file, made_by, progress)
+            conversations.run(waiting)
+        answered, failed = conversations.answered, conversations.failed
         return Outcome(len(file.rows) + answered, answered, failed, file.errors)
+
+
+class _Conversations:
+    """Conversations that the target answers together.
+
+    Attributes:
+      answered, failed: conversations that are complete, or never will be.
+    """
+
+    def __init__(self, config, target, drafter, file: AnswersFile, made_by, progress: tqdm):
+        self.answered = self.failed = 0
+        self._config, self._target = config, target
+        self._file, self._made_by, self._progress = file, made_by, progress
+        self._asked: dict[
+            int, tuple[Job, list[int]]
+        ] = {}  # by the engine's id, with its answer
+        limits = EngineConfig(
+            slots=config.rows,
+            room=config.max_length,
+            queue=2 * config.rows,
+            schedule=Fixed(),
+            rounds=ROUNDS,
+            throughput=True,
+        )
+        self._engine = Engine(target, drafter, limits)
+
+    def run(self, waiting: deque[Job]) -> None:
+        """Answers them all."""
+        began, tokens = time.perf_counter(), 0
+        while self._asked or waiting:
+            while waiting and len(self._asked) < 2 * self._config.rows:
+                self._ask(waiting.popleft())
+            for update in self._engine.step() if self._asked else ():
+                tokens += len(update.tokens)
+                self._asked[update.id][1].extend(update.tokens)
+                if update.finish is not None:
+                    self._hear(*self._asked.pop(update.id))
+            speed = tokens / (time.perf_counter() - began)
+            self._progress.set_postfix_str(f"{speed:.0f} tokens/s")
+
+    def _ask(self, job: Job) -> None:
+        try:
+            request = _request(self._config, self._target, job)
+            self._asked[self._engine.submit(request)] = job, []
+        except ValueError as error:
+            self._fail(job, error)
+
+    def _hear(self, job: Job, answer: list[int]) -> None:
+        try:
+            complete = _hear(self._target, job, answer)
+        except ValueError as error:
+            self._fail(job, error)
+            return
+        if not complete:
+            self._ask(job)
+            return
+        self._file.add(_row(job, self._made_by | _sampling(self._config, job)))
+        self.answered += 1
+        self._progress.update()
+
+    def _fail(self, job: Job, error: ValueError) -> None:
+        row = {"id": job.id, "error": str(error), "conversations": job.messages}
+        self._file.fail(row)
+        self.failed += 1
+        self._progress.update()
 
 
 def user_header(tokenizer: Tokenizer) -> list[int]:
@@ -183,16 +218,16 @@ def _request(config: RegenerateConfig, target: Target, job: Job) -> Request:
         asked = [*job.messages, {"role": "user", "content": turn}]
         job.prompt = target.tokenizer.chat(asked, thinking=config.thinking)
         length, sampling = config.max_new_tokens, config.sampling_of(job)
-    return Request(job, job.prompt, length, sampling, jax.random.fold_in(key, step))
+    return Request(job.prompt, length, sampling, jax.random.fold_in(key, step))
 
 
-def _hear(target: Target, job: Job, answer: Answer) -> bool:
-    """Takes an answer into the conversation; whether it is complete.
+def _hear(target: Target, job: Job, answer: list[int]) -> bool:
+    """Takes an answer, token ids, into the conversation; whether it is complete.
 
     Raises:
       ValueError: the target had nothing to ask.
     """
-    text = target.tokenizer.decode(answer.token_ids)
+    text = target.tokenizer.decode(answer)
     turn = job.turns.pop(0)
     if isinstance(turn, Opening):
         question = (turn.text + text).strip()
@@ -204,9 +239,9 @@ def _hear(target: Target, job: Job, answer: Answer) -> bool:
         {"role": "user", "content": turn},
         {"role": "assistant", "content": text},
     ]
-    extend(job.sequences, job.prompt, answer.token_ids)
-    job.new_tokens += len(answer.token_ids)
-    job.finished = answer.token_ids[-1] in target.config.eos_token_ids
+    extend(job.sequences, job.prompt, answer)
+    job.new_tokens += len(answer)
+    job.finished = answer[-1] in target.config.eos_token_ids
     return not job.turns
 
 

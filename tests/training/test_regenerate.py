@@ -10,9 +10,12 @@ from jaxspec.api import generate
 from jaxspec.data.jobs import Job, own_questions, read_jobs
 from jaxspec.data.rows import read_examples
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.decoding.schedule import Fixed
+from jaxspec.serving.config import EngineConfig
+from jaxspec.serving.engine import Engine
+from jaxspec.serving.requests import Request
 from jaxspec.training.answers_file import AnswersFile
 from jaxspec.training.regenerate import RegenerateConfig, regenerate, user_header
-from jaxspec.training.slots import Request, Slots
 from tests.training import tiny
 
 
@@ -52,26 +55,31 @@ CONFIG = RegenerateConfig(
 )
 
 
+def answers(target, requests, **options):
+    """Token ids by the requests' place, from an engine that is filled for throughput."""
+    config = EngineConfig(room=100, schedule=Fixed(), throughput=True, **options)
+    engine = Engine(target, config=config)
+    ids = {engine.submit(request): i for i, request in enumerate(requests)}
+    found = [[] for _ in requests]
+    while engine.busy:
+        for update in engine.step():
+            found[ids[update.id]] += update.tokens
+    return found
+
+
 def test_rows_are_refilled_and_answers_are_those_of_generate(target):
     prompts = [[0, 2 + i, 3, 1, 0] for i in range(9)]
     keys = [jax.random.fold_in(jax.random.key(5), i) for i in range(9)]
     sampling = Sampling(temperature=1.0)
-    slots = Slots(target, room=100, rows=4, refill=2, rounds=3)
-    for i, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
-        slots.add(Request(i, prompt, 4 + i, sampling, key))
-    answers = {}
-    while slots.busy:
-        answers |= {answer.label: answer.token_ids for answer in slots.step()}
+    requests = [
+        Request(prompt, 4 + i, sampling, key)
+        for i, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
+    ]
+    found = answers(target, requests, slots=4, rounds=3)
     # `generate` folds its seed with the prompt's place, as the keys above are.
     options = dict(max_new_tokens=12, sampling=sampling, seed=5, batch_size=9)
     for i, expected in enumerate(generate(target, prompts, **options)):
-        assert answers[i] == expected.token_ids[: 4 + i]
-
-
-def test_requests_that_do_not_fit_are_refused(target):
-    slots = Slots(target, room=20)
-    with pytest.raises(ValueError, match="prompt of 15 tokens and 6 new ones need 21 places"):
-        slots.add(Request(0, [0] * 15, 6, Sampling(), jax.random.key(0)))
+        assert found[i] == expected.token_ids[: 4 + i]
 
 
 def rows_of(path):
@@ -109,13 +117,9 @@ def test_rows_hold_the_tokens_that_the_target_saw_and_wrote(target, tmp_path):
     regenerate(CONFIG, target, [Job(0, 0, [], ["ab"])], output)
     row = rows_of(output)[0]
     key = jax.random.fold_in(jax.random.key(CONFIG.seed), 0)
-    slots = Slots(target, room=100, rows=4)
     prompt = [0, 2, 3, 1, 0]
-    slots.add(Request(0, prompt, 12, CONFIG.sampling, jax.random.fold_in(key, 0)))
-    written = []
-    while slots.busy:
-        written += [answer.token_ids for answer in slots.step()]
-    ids = prompt + written[0]
+    request = Request(prompt, 12, CONFIG.sampling, jax.random.fold_in(key, 0))
+    ids = prompt + answers(target, [request], slots=4)[0]
     assert row["sequences"] == [{"token_ids": ids, "answers": [[5, len(ids)]]}]
     # Ids above 27 are no letters, and Z is one: text alone could not say what was written.
     (example,) = read_examples(output, target, max_length=100, min_supervised=1)

@@ -1,0 +1,72 @@
+"""What the source must look like: functions short enough to read, arrows that point one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINES = 60  # of a function, its docstring not counted
+PACKAGES = ("cli", "data", "decoding", "drafters", "evaluation", "models", "planning",
+            "serving", "training", "trees")  # fmt: skip
+
+
+def sources(folder):
+    return {path: ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))}
+
+
+def length(function) -> int:
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is None:
+        return lines
+    first = function.body[0]
+    return lines - (first.end_lineno - first.lineno + 1)
+
+
+def long_functions(trees):
+    return {
+        f"{path.relative_to(ROOT)}: {node.name}": length(node)
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and length(node) > LINES
+    }
+
+
+def imported(tree) -> set[str]:
+    """Modules that a source names in its imports, at any depth."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_functions_are_short(package):
+    assert long_functions(sources(ROOT / "jaxspec" / package)) == {}
+
+
+def test_a_long_function_would_be_found(tmp_path):
+    body = "\n".join(["    x = 1"] * LINES)
+    for name, text in (("short", body[: body.rfind("\n")]), ("long", body)):
+        (tmp_path / f"{name}.py").write_text(
+            f'def {name}():\n    """Not\n    counted."""\n{text}\n'
+        )
+    trees = {ROOT / path.name: tree for path, tree in sources(tmp_path).items()}
+    assert long_functions(trees) == {"long.py: long": LINES + 1}
+
+
+def test_kernels_know_nothing_of_the_library():
+    for path, tree in sources(ROOT / "pallas_kernels").items():
+        assert not [x for x in imported(tree) if x.split(".")[0] == "jaxspec"], path
+
+
+def test_only_the_planner_and_the_commands_compile_for_an_h100():
+    users = {
+        path.relative_to(ROOT).parts[1]
+        for path, tree in sources(ROOT / "jaxspec").items()
+        if any(name.startswith("pallas_kernels.h100") for name in imported(tree))
+    }
+    assert users == {"planning", "cli"}
