@@ -81,17 +81,10 @@ class Serve:
                 f"{error.name} is not installed; pip install 'jaxspec[serve]'"
             ) from error
         import jaxspec
-        from jaxspec.decoding.schedule import Adaptive, Fixed
-        from jaxspec.drafters.joined import with_survival
-        from jaxspec.serving.config import EngineConfig
         from jaxspec.serving.curve import Curve
-        from jaxspec.serving.engine import Engine
         from jaxspec.serving.runner import Runner
 
-        if not 0 <= self.port < 2**16:
-            raise ValueError(f"--port is {self.port}; expected 0 … 65535")
-        if not self.drain_seconds >= 0:
-            raise ValueError(f"--drain-seconds is {self.drain_seconds}; expected at least 0")
+        self._check()
         limits = Limits(body_bytes=self.body_bytes, connections=self.connections)
         key = self.api_key if self.api_key is not None else os.environ.get("JAXSPEC_API_KEY")
         access = Access(key, self.open_metrics, self.cors_origins)
@@ -102,29 +95,15 @@ class Serve:
                 file=sys.stderr,
             )
         bound = bind(self.host, self.port)
-        curve = None
-        if self.curve is not None and self.curve.exists():
-            curve = Curve.load(self.curve)
+        stored = self.curve is not None and self.curve.exists()
+        curve = Curve.load(self.curve) if stored else None
         jaxspec.enable_compilation_cache()
         target = jaxspec.load_target(self.target, dtype=self.dtype)
         check_servable(target)
-        drafter = with_survival(self.drafter.load(target))
-        adaptive = self.schedule == "adaptive" and drafter.drafter.size > 1
-        config = EngineConfig(
-            slots=self.slots,
-            room=self.room,
-            queue=self.queue,
-            schedule=Adaptive() if adaptive else Fixed(),
-            budget=None if adaptive else min(self.drafter.budget, drafter.drafter.size),
-            max_nodes=self.max_nodes,
-            chunk=self.chunk,
-            rounds=self.rounds,
-            rejection=self.rejection,
-        )
-        engine = Engine(target, drafter, config, curve=curve)
+        engine = self._engine(target, curve)
         print("compiling and measuring …", flush=True)
         engine.warm_up()
-        if adaptive and curve is None and self.curve is not None:
+        if engine.curve is not None and not stored and self.curve is not None:
             engine.curve.save(self.curve)
         host, port = bound.getsockname()[:2]
         names = self._names()
@@ -140,6 +119,34 @@ class Serve:
         print(f"serving {names[0]} on http://{host}:{port}/v1", flush=True)
         http.run([bound])
         return 0
+
+    def _check(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"--port is {self.port}; expected 0 … 65535")
+        if not self.drain_seconds >= 0:
+            raise ValueError(f"--drain-seconds is {self.drain_seconds}; expected at least 0")
+
+    def _engine(self, target, curve):
+        """The engine that the options describe, not yet warmed up."""
+        from jaxspec.decoding.schedule import Adaptive, Fixed
+        from jaxspec.drafters.joined import with_survival
+        from jaxspec.serving.config import EngineConfig
+        from jaxspec.serving.engine import Engine
+
+        drafter = with_survival(self.drafter.load(target))
+        adaptive = self.schedule == "adaptive" and drafter.drafter.size > 1
+        config = EngineConfig(
+            slots=self.slots,
+            room=self.room,
+            queue=self.queue,
+            schedule=Adaptive() if adaptive else Fixed(),
+            budget=None if adaptive else min(self.drafter.budget, drafter.drafter.size),
+            max_nodes=self.max_nodes,
+            chunk=self.chunk,
+            rounds=self.rounds,
+            rejection=self.rejection,
+        )
+        return Engine(target, drafter, config, curve=curve)
 
     def _names(self) -> tuple[str, ...]:
         last = Path(self.target).absolute().name.removesuffix(".gguf")

@@ -31,9 +31,14 @@ VERIFY_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def verify_costs(
-    target: Target, sizes: Sequence[int] = VERIFY_SIZES, *, length: int = 200
+    target: Target, sizes: Sequence[int] | None = None, *, length: int = 200
 ) -> dict[int, float]:
-    """Milliseconds of one forward with its logits over n nodes, after `length` tokens."""
+    """Milliseconds of one forward with its logits over n nodes, after `length` tokens.
+
+    Args:
+      sizes: values of n; `VERIFY_SIZES` if left out.
+    """
+    sizes = VERIFY_SIZES if sizes is None else sizes
     c, params = target.config, target.params
     capacity = -(-(length + max(sizes)) // 128) * 128
     cache = init_cache(
@@ -59,6 +64,18 @@ def phase_costs(
       not a block drafter, where `draft` is the whole. verify: the forward over the tree, and
       acceptance. commit: with what the drafter observes.
     """
+    parts = phase_programs(target, drafter, budget=budget, length=length)
+    commit = parts.pop("commit")
+    return phases_of(medians_ms(parts) | medians_ms({"commit": commit}))
+
+
+def phase_programs(
+    target: Target, drafter: LoadedDrafter, *, budget: int | None, length: int
+) -> dict[str, Callable[[], Any]]:
+    """The programs of a round, each to be called again and again; see `phases_of`.
+
+    All but "commit" start from the state after the prompt; it goes on from its own last state.
+    """
     decoder, params = decoder_for(target, drafter)
     prompt = np.random.default_rng(0).integers(0, target.config.vocab_size, length).tolist()
     requests = pack(
@@ -75,31 +92,45 @@ def phase_costs(
     state = prefill(decoder, params, requests)
     draft = _propose(decoder, params, state, sampling)
     verdict = _verify(decoder, params, state, sampling, draft)
-    parts = {
-        "propose": lambda: _propose(decoder, params, state, sampling),
-        "verify": lambda: _verify(decoder, params, state, sampling, draft),
-    }
-    if drafter.drafter.head_config is not None:
-        parts["pass"] = lambda: _draft_pass(decoder, params, state)
-    ms = medians_ms(parts)
 
     def step():
         nonlocal state  # its buffers are donated
         state = _commit(decoder, params, state, sampling, verdict)
         return state
 
-    return {
-        "draft": ms.get("pass", ms["propose"]),
-        "grow": max(ms["propose"] - ms["pass"], 0.0) if "pass" in ms else None,
-        "verify": ms["verify"],
-        "commit": medians_ms({"commit": step})["commit"],
+    parts = {
+        "propose": lambda: _propose(decoder, params, state, sampling),
+        "verify": lambda: _verify(decoder, params, state, sampling, draft),
+        "commit": step,
     }
+    if drafter.drafter.head_config is not None:
+        parts["pass"] = lambda: _draft_pass(decoder, params, state)
+    return parts
+
+
+def phases_of(ms: Mapping[str, float]) -> dict[str, float | None]:
+    """Phases of a round from the milliseconds of its programs.
+
+    Growing a tree has no program of its own: it is what the proposal takes beyond the drafter's
+    pass, and 0 where the pass alone was timed slower.
+
+    >>> phases_of({"propose": 5.0, "pass": 3.0, "verify": 7.0, "commit": 1.0})
+    {'draft': 3.0, 'grow': 2.0, 'verify': 7.0, 'commit': 1.0}
+    """
+    draft = ms.get("pass", ms["propose"])
+    grow = max(ms["propose"] - ms["pass"], 0.0) if "pass" in ms else None
+    return {"draft": draft, "grow": grow, "verify": ms["verify"], "commit": ms["commit"]}
 
 
 def medians_ms(
-    functions: Mapping[Name, Callable[[], Any]], repeats: int = REPEATS
+    functions: Mapping[Name, Callable[[], Any]], repeats: int | None = None
 ) -> dict[Name, float]:
-    """Milliseconds of each call, by turns, so that a busy moment falls on all of them."""
+    """Median milliseconds of each call, timed by turns: interference then falls on all alike.
+
+    Args:
+      repeats: timed calls of each; `REPEATS` if left out.
+    """
+    repeats = REPEATS if repeats is None else repeats
     times: dict[Name, list[float]] = {name: [] for name in functions}
     for function in functions.values():  # compiles
         jax.block_until_ready(function())

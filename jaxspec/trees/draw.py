@@ -90,21 +90,16 @@ def as_figure(
     probability of its whole path; accepted nodes are green. Save it with `.savefig(path)`.
     Needs matplotlib (extra 'plots'). Arguments as for `as_text`.
     """
-    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
 
     children, parents = _children(tree, row), np.asarray(tree.parents[row])
     tokens, scores = np.asarray(tree.tokens[row]), np.asarray(tree.scores[row])
     depths, accepted = np.asarray(tree.depths[row]), set(accepted)
     probabilities = _has_probabilities(tree, row)
     height, leaves = _heights(children)
-    deepest = int(depths.max())
-    shade = LinearSegmentedColormap.from_list("paths", PAPER_TO_BLUE)
 
     # One unit of an axis is one level, or one leaf: 1.6 by 0.44 inches.
-    across, down = deepest + 1.1, leaves + 1.2
+    across, down = int(depths.max()) + 1.1, leaves + 1.2
     figure = Figure(figsize=(1.6 * across, 0.44 * down), dpi=150, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-0.55, across - 0.55), ylim=(leaves + 0.5, -0.7))
@@ -113,56 +108,76 @@ def as_figure(
     for node in height:
         x, y, chosen = depths[node], height[node], node in accepted
         if node:
-            above = height[parents[node]]
-            bend = [(x - 1, above), (x - 0.45, above), (x - 0.75, y), (x - 0.3, y), (x, y)]
-            codes = [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4, Path.LINETO]
             gain = np.exp(scores[node] - scores[parents[node]])
-            axes.add_patch(
-                PathPatch(
-                    Path(bend, codes),
-                    fill=False,
-                    edgecolor=ACCEPTED if chosen else "#c3cad2",
-                    linewidth=2.2 if chosen else 0.6 + 1.8 * gain,
-                    capstyle="round",
-                    zorder=2 if chosen else 1,
-                )
-            )
+            _draw_edge(axes, x, y, height[parents[node]], gain, chosen)
             if probabilities:
-                axes.annotate(
-                    f"{gain:.2f}".removeprefix("0"),
-                    (x, y),
-                    xytext=(0, -9),
-                    textcoords="offset points",
-                    ha="center",
-                    va="top",
-                    fontsize=6.5,
-                    color=ACCEPTED if chosen else QUIET,
-                    zorder=4,
-                )
-        text = label(int(tokens[node]))
-        axes.text(
-            x,
-            y,
-            text if len(text) <= LABEL_LENGTH else text[: LABEL_LENGTH - 1] + "…",
-            ha="center",
-            va="center",
-            fontsize=9,
-            fontweight="bold" if chosen else "normal",
-            color="#10261b" if chosen else "#2c3640",
-            parse_math=False,
-            zorder=3,
-            bbox={
-                "boxstyle": "round,pad=0.32,rounding_size=0.5",
-                "facecolor": shade(np.exp(scores[node] / 2)) if probabilities else "white",
-                "edgecolor": ACCEPTED if chosen else "#c3cad2",
-                "linewidth": 1.6 if chosen else 0.8,
-            },
-        )
+                _draw_gain(axes, x, y, gain, chosen)
+        shade = np.exp(scores[node] / 2) if probabilities else None
+        _draw_node(axes, x, y, label(int(tokens[node])), shade, chosen)
     legend = "green: accepted by the target"
     if probabilities:
         legend += "    shade: probability of the path    number: given the node before"
     axes.text(-0.45, leaves + 0.15, legend, fontsize=6.5, color=QUIET, va="center")
     return figure
+
+
+def _draw_edge(axes, x, y, above, gain: float, chosen: bool) -> None:
+    """From the parent, one level to the left on the line `above`, to the node at (x, y)."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    bend = [(x - 1, above), (x - 0.45, above), (x - 0.75, y), (x - 0.3, y), (x, y)]
+    codes = [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4, Path.LINETO]
+    axes.add_patch(
+        PathPatch(
+            Path(bend, codes),
+            fill=False,
+            edgecolor=ACCEPTED if chosen else "#c3cad2",
+            linewidth=2.2 if chosen else 0.6 + 1.8 * gain,
+            capstyle="round",
+            zorder=2 if chosen else 1,
+        )
+    )
+
+
+def _draw_gain(axes, x, y, gain: float, chosen: bool) -> None:
+    """The probability given the parent, below the node."""
+    axes.annotate(
+        f"{gain:.2f}".removeprefix("0"),
+        (x, y),
+        xytext=(0, -9),
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        fontsize=6.5,
+        color=ACCEPTED if chosen else QUIET,
+        zorder=4,
+    )
+
+
+def _draw_node(axes, x, y, text: str, shade: float | None, chosen: bool) -> None:
+    """A box with the token; `shade` 0 … 1 goes from paper to blue, None leaves it white."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colors = LinearSegmentedColormap.from_list("paths", PAPER_TO_BLUE)
+    axes.text(
+        x,
+        y,
+        text if len(text) <= LABEL_LENGTH else text[: LABEL_LENGTH - 1] + "…",
+        ha="center",
+        va="center",
+        fontsize=9,
+        fontweight="bold" if chosen else "normal",
+        color="#10261b" if chosen else "#2c3640",
+        parse_math=False,
+        zorder=3,
+        bbox={
+            "boxstyle": "round,pad=0.32,rounding_size=0.5",
+            "facecolor": "white" if shade is None else colors(shade),
+            "edgecolor": ACCEPTED if chosen else "#c3cad2",
+            "linewidth": 1.6 if chosen else 0.8,
+        },
+    )
 
 
 def _children(tree: DraftTree, row: int) -> dict[int, list[int]]:

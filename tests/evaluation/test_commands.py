@@ -1,52 +1,50 @@
-"""The commands, from prompt files to tables and pictures, on a tiny target without a tokenizer
-of its own."""
+"""The commands, from folders of weights and files of prompts to tables and pictures."""
 
 import json
 
 import pytest
 
 import jaxspec
+from jaxspec.checkpoints.drafters import save_drafter
 from jaxspec.cli import main
 from jaxspec.cli.exits import BAD_INPUT
-from jaxspec.evaluation import contenders as c
-from jaxspec.evaluation import measure, results
+from jaxspec.config import TreeConfig
+from jaxspec.evaluation import measure, phases, results
 from jaxspec.evaluation.view import View, best_plain, pairs
-from jaxspec.models.target import Target
-from tests import tiny
+from jaxspec.tokenizer import Tokenizer
+from tests.checkpoints.writing import DENSE, random_tensors, write_folder
 from tests.drafters import cases
 
 FOLDERS = {"run/a": "rnn", "run/b": "dflash"}
 
 
-class Characters:
-    """Stands in for a tokenizer: a character is a token."""
-
-    def chat(self, text, *, thinking=None):
-        return [ord(x) % 11 for x in text]
-
-    def decode(self, ids):
-        return "".join(chr(97 + i) for i in ids)
+VOCABULARY = ["<end>", "s", "u", "m", "c", "o", "d", "e", "n", "b", "r"]
+CONFIG = DENSE | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def models():
-    """Tiny models behind the names that the commands load."""
+def models(tmp_path_factory):
+    """A target and two drafters on disk, in the folder that the commands run in."""
+    folder = tmp_path_factory.mktemp("models")
+    write_folder(folder / "target", CONFIG, random_tensors(CONFIG))
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = Tokenizer.from_bpe(VOCABULARY, [], special=[0], eos=0, chat_template=template)
+    tokenizer._backend.save_pretrained(folder / "target")
+    for name, kind in FOLDERS.items():
+        loaded = cases.loaded(kind, TreeConfig())
+        save_drafter(folder / name, loaded.drafter, loaded.params)
     with pytest.MonkeyPatch.context() as patch:
-        small = tiny.target()
-
-        def load_target(name, *, dtype):
-            return Target(name, small.config, small.params, Characters())
-
-        def load_drafter(spec, target, *, dtype):
-            return LOOKUP if spec == "ngram" else cases.loaded(FOLDERS[spec], c.TreeConfig())
-
-        LOOKUP = jaxspec.load_drafter("ngram", small)
-        patch.setattr(c, "load_target", load_target)
-        patch.setattr(c, "load_drafter", load_drafter)
+        patch.chdir(folder)
         patch.setattr(jaxspec, "enable_compilation_cache", lambda: None)
-        patch.setattr(measure, "verify_costs", lambda target: {1: 10.0, 8: 15.0})
-        phases = {"draft": 2.0, "grow": 1.0, "verify": 10.0, "commit": 0.5}
-        patch.setattr(measure, "phase_costs", lambda target, drafter, budget=1: phases)
+        patch.setattr(phases, "VERIFY_SIZES", (1, 8))  # few programs to compile
+        patch.setattr(phases, "REPEATS", 2)
         yield
 
 
@@ -65,7 +63,14 @@ def file(tmp_path_factory):
 def evaluate(folder, output, *more):
     return main(
         [
-            *("evaluate", "--prompts", str(folder / "sums.jsonl"), str(folder / "code.jsonl")),
+            *(
+                "evaluate",
+                "--target",
+                "target",
+                "--prompts",
+                str(folder / "sums.jsonl"),
+                str(folder / "code.jsonl"),
+            ),
             *("--output", str(output), "--count", "2", "--max-new-tokens", "12"),
             *("--temperatures", "0", "1", "--budgets", "2", "--batch-size", "2"),
             *("--decoders", "lookup=ngram,budget=4", "chain=run/a,budget=4"),
@@ -88,6 +93,8 @@ def test_every_row_reads_back(file):
     assert kinds.count("branches") == 2 * 2
     assert kinds.count("reliability") == 2 * 2 * 4
     assert kinds.count("costs") == 5 and kinds.count("verify") == 1
+    (verify,) = (row for row in rows if row.kind == "verify")
+    assert list(verify.ms) == ["1", "8"] and min(verify.ms.values()) > 0
 
 
 class Calls:
@@ -102,7 +109,10 @@ class Calls:
 
 
 def without_clock(path):
-    return [{**json.loads(line), "seconds": None} for line in path.open()]
+    """The rows of a file; of what was timed, only what it was."""
+    rows = [json.loads(line) for line in path.open()]
+    return [row | {name: [*row.get(name, ())] for name in ("ms", "phases")} | {"seconds": None}
+            for row in rows]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -194,7 +204,15 @@ def test_walks_and_decoding_agree_and_outputs_are_plain(file):
 def test_contenders_that_differ_in_budget_share_a_walk(file, tmp_path):
     output = tmp_path / "results.jsonl"
     arguments = [
-        *("evaluate", "--prompts", str(file.parent / "sums.jsonl"), "--count", "2"),
+        *(
+            "evaluate",
+            "--target",
+            "target",
+            "--prompts",
+            str(file.parent / "sums.jsonl"),
+            "--count",
+            "2",
+        ),
         *("--output", str(output), "--max-new-tokens", "12", "--batch-size", "2", "--tau-only"),
         *("--decoders", "small=run/a,budget=2", "large=run/a,budget=4"),
     ]
@@ -281,6 +299,7 @@ def test_report_writes_its_summary_into_a_document(file, tmp_path, capsys):
 )
 def test_bad_input(file, tmp_path, capsys, change, message):
     arguments = {
+        "--target": "target",
         "--prompts": str(file.parent / "sums.jsonl"),
         "--output": str(tmp_path / "new.jsonl"),
         "--decoders": "a=run/a",

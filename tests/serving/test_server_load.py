@@ -9,6 +9,7 @@ import time
 import openai
 import pytest
 
+from examples import load_server
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.serving.connections import Limits
 from jaxspec.serving.load import closed_loop, summarise, to_server
@@ -140,6 +141,25 @@ def test_the_load_generator_drives_a_server(server):
         len(alone(Request((1, 2, 3), n))) for n in (1, 6, 9)
     ]
     assert summarise(seen).failed == 0
+
+
+def test_the_load_generator_as_a_program(server):
+    """Closed and open loops against the server, as a table of two rows."""
+    port, _ = server
+    options = load_server.Load(
+        "tiny",
+        url=f"http://127.0.0.1:{port}/v1",
+        users=(2,),
+        rates=(50.0,),
+        requests=6,
+        max_new_tokens=5,
+    )
+    heading, _, closed, arriving = load_server.main(options).splitlines()
+    assert closed.startswith("| 2 users |") and arriving.startswith("| 50 requests/s |")
+    for row in (closed, arriving):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert len(cells) == heading.count("|") - 1
+        assert float(cells[1]) > 0 and cells[-1] == "0"
 
 
 def test_a_flood_of_silent_connections(server):
