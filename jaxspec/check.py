@@ -2,7 +2,7 @@
 
 Runs the drafter over known texts twice, once as training does (all blocks in one pass) and once
 as decoding does (caches, round by round), and compares the logits slot by slot. Then tries what
-is most often wrong with a drafter of which little is accepted (spec/baselines.md §5.3).
+is most often wrong with a drafter of low acceptance.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from jaxspec.data.prompts import read_prompts
 class Calibrate:
     """Fit the temperatures of a drafter's confidence head, and store them with it.
 
-    The target answers the prompts; half of the answers fit the temperatures, the other half
-    says what they are worth: calibration error (ECE) by slot, beside the one that chance alone
-    gives a calibrated head on as many rounds, AUROC and Brier score. Temperatures that do not
-    lower the mean error there are not stored.
+    The target answers the prompts; temperatures are fitted on half of the answers and assessed
+    on the other half: calibration error (ECE) by slot, beside the error that a perfectly
+    calibrated head would show on as many rounds, AUROC and Brier score. Temperatures that do
+    not lower the mean error there are not stored.
 
     Examples:
       python -m jaxspec calibrate --drafter run/drafter --prompts prompts.jsonl
@@ -32,14 +32,14 @@ class Calibrate:
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_new_tokens: int = 128
     temperature: float = 0.0
-    """Of the answers; 0 is greedy."""
+    """Sampling temperature of the answers; 0 is greedy."""
     batch_size: int = 8
     thinking: bool | None = None
     """Turn a Qwen3 chat template's thinking on or off."""
     picture: Path | None = None
     """Where to draw the reliability diagram; needs the extra 'plots'."""
     dry_run: bool = False
-    """Measure, but store nothing."""
+    """Measure only; store nothing."""
 
     def run(self) -> int:
         import numpy as np

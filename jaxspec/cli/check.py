@@ -44,7 +44,7 @@ class Check:
     text: Path | None = None
     """Text to walk over instead of the target's answers to a few questions."""
     max_new_tokens: int = 48
-    """Length of those answers."""
+    """Maximum tokens per answer."""
     thinking: bool | None = None
     """Turn a Qwen3 chat template's thinking on or off."""
     json: bool = False

@@ -26,9 +26,9 @@ class Convert:
     """A new folder."""
     to: Literal["orbax", "safetensors"] = "orbax"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the weights written; as stored by default."""
+    """Dtype of the written weights; that of the input by default."""
     json: bool = False
-    """What was written as one JSON object on standard output."""
+    """Print a summary as one JSON object on standard output."""
 
     def run(self) -> int:
         from jaxspec.checkpoints.convert import convert

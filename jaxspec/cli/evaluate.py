@@ -19,11 +19,11 @@ class Evaluate:
     """Compare decoders on prompt sets: tokens per round, speed, and what each phase costs.
 
     A decoder is NAME=DRAFTER[,tree=KIND][,head=none][,budget=N][,width=W][,candidates=C]
-    [,dtype=D], with drafters as for `generate`; head=none leaves a sequential head out, as for
-    the trees of DDTree and JetSpec. Plain decoding is always among those timed.
+    [,dtype=D], with drafters as for `generate`; head=none drops the sequential head, which
+    gives the trees of DDTree and JetSpec. Plain decoding is always among those timed.
 
-    A run that was interrupted goes on when it is given again: what its output holds is not
-    measured twice.
+    An interrupted run resumes when started again: results already in its output are not
+    measured again.
 
     Examples:
       python -m jaxspec evaluate --prompts ../shared/prompts/*.jsonl --output results.jsonl \\
@@ -38,8 +38,8 @@ class Evaluate:
     turn is used."""
     decoders: tuple[str, ...]
     output: Path
-    """JSON lines of results (`jaxspec.evaluation.results`); `report` draws them. A file that is
-    there must hold results of the same setup."""
+    """JSON lines of results (`jaxspec.evaluation.results`); `report` draws them. An existing
+    file must hold results of the same setup."""
     target: str = "smollm2-135m"
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     count: int = 16
@@ -47,13 +47,13 @@ class Evaluate:
     max_new_tokens: int = 256
     temperatures: tuple[float, ...] = (0.0,)
     budgets: tuple[int, ...] = ()
-    """Also walked, besides each decoder's own; 1 is plain decoding."""
+    """Budgets to walk besides each decoder's own; 1 is plain decoding."""
     tau_only: bool = False
-    """No clock: tau, acceptance and calibration from a walk along recorded answers."""
+    """Skip timing: report tau, acceptance and calibration from recorded answers alone."""
     batch_size: int = 8
-    """Answers recorded and walked together; decoders with a clock run one prompt at a time."""
+    """Answers recorded and walked together; timed decoding runs one prompt at a time."""
     timed: int | None = None
-    """Prompts per set that are decoded with the clock; all of `count` by default."""
+    """Prompts per set to time; all of `count` by default."""
     plain_dtypes: tuple[Literal["float32", "bfloat16"], ...] = ()
     """Time plain decoding in these dtypes too, besides the decoders' own."""
     thinking: bool | None = None
@@ -161,7 +161,8 @@ class Evaluate:
         return sets, refused
 
     def _setup(self, texts: dict[str, list[str]]) -> dict:
-        """What results of one file have in common. Temperatures may be added, and the clock."""
+        """Settings that all results of one file share. Temperatures and timing may be added
+        later."""
         import jax
 
         import jaxspec

@@ -17,7 +17,7 @@ from jaxspec.data.prompts import read_prompt_ids, read_prompts
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Answer prompts with a target model, speculatively; the output is the target's own.
+    """Answer prompts by speculative decoding; the output is exactly the target model's.
 
     Examples:
       python -m jaxspec generate --prompt "Why is the sky blue?"
@@ -30,8 +30,8 @@ class Generate:
     target: str = "smollm2-135m"
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and cache. float32 is lossless to the token, on GPUs too (products are not
-    TF32); bfloat16 may flip near-ties, and is what GPUs are fast in."""
+    """Dtype of weights and cache. float32 reproduces plain decoding token for token, on GPUs too
+    (products do not use TF32); bfloat16 may flip near-ties and is what GPUs are fast at."""
     prompt: str | None = None
     """One prompt, a user's turn."""
     prompts: Path | None = None
@@ -52,9 +52,9 @@ class Generate:
     rejection: bool = False
     """Draw chains from a trained drafter and verify them by rejection sampling."""
     batch_size: int = 1
-    """Prompts decoded together; `seconds` is then the batch's."""
+    """Prompts decoded together; `seconds` is then the time of the whole batch."""
     devices: int = 1
-    """Devices to cut the target and its caches over, those of all processes counted."""
+    """Devices to shard the target and its caches over, counted over all processes."""
     distributed: bool = False
     """This is one process of several (docs/multi-host.md); the first one prints."""
     json: bool = False

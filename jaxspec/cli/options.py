@@ -10,7 +10,7 @@ TreeKind = Literal["chain", "best_first", "top_budget", "path_conditioned", "tra
 
 @dataclasses.dataclass(frozen=True)
 class DrafterOptions:
-    """What proposes the tokens that the target checks."""
+    """The drafter, which proposes tokens, and the shape of its trees."""
 
     drafter: str | None = None
     """none (plain decoding) | ngram (prompt lookup) | small:NAME (a small model with the same
@@ -18,7 +18,7 @@ class DrafterOptions:
     last three may be joined with prompt lookup: shipped+ngram, which with the tree
     path_conditioned is the default for the default target; for others it is ngram."""
     tree: TreeKind | None = None
-    """How scores become a tree; the drafter's own default if left out."""
+    """How a tree is grown from the drafter's scores; by default as the drafter prefers."""
     width: int = 4
     """Children per expanded node (best_first) or per tabulated parent (transitions)."""
     budget: int = 8

@@ -21,7 +21,7 @@ class OverlapCheck:
     prompts: tuple[Path, ...]
     """JSON lines of evaluation prompts; every turn counts."""
     ngram: int = 13
-    """Words in a row that two texts may not have in common."""
+    """Shortest run of words in common that counts as overlap."""
     clean: Path | None = None
     """Write the lines without overlap here."""
 

@@ -14,11 +14,12 @@ from jaxspec.cli import exits
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Say what a setup needs on H100s and how fast it can be at best, before paying for one.
+    """Estimate the memory a setup needs on H100s and the fastest it can be, without a GPU.
 
     Compiles the programs that would run, from shapes alone: no weights, no GPU. Needs the
-    environment that `make h100` builds, or --no-compile, which leaves temporaries out. Floors
-    are estimates from datasheet numbers, not timings. Exit code 1 when something does not fit.
+    environment that `make h100` builds, or --no-compile, which does not count temporaries.
+    Floors are estimates from datasheet numbers, not timings. Exit code 1 when something does
+    not fit.
 
     Examples:
       .venv-h100/bin/python -m jaxspec plan --target Qwen/Qwen3-8B --context 32768 --batch 4 \\
@@ -44,11 +45,11 @@ class Plan:
     """Tokens per row, prompt and answer."""
     batch: int = 1
     devices: tuple[int, ...] = (1,)
-    """Numbers of H100s, each planned in turn."""
+    """Numbers of H100s to plan for."""
     tau: tuple[float, ...] = (2.0, 4.0, 6.0)
-    """Tokens committed per round to expect speedups for."""
+    """Acceptance lengths (tokens per round) to report speedups for."""
     compile: bool = True
-    """Compile a round and a prompt's chunk for their temporaries."""
+    """Compile a round and a prefill chunk to count their temporaries."""
     json: bool = False
     """One JSON object per number of devices on standard output."""
 

@@ -11,9 +11,9 @@ FAULT = 1  # exit code
 
 @dataclasses.dataclass(frozen=True)
 class Regenerate:
-    """Let the target answer prompts, or its own questions: what a drafter is trained on.
+    """Create training data: the target's answers to prompts, or to questions of its own.
 
-    Killed and started again, it goes on where it was; what failed is tried again. Exit code 1
+    An interrupted run resumes when started again; failed conversations are retried. Exit code 1
     if conversations failed.
 
     Examples:
@@ -32,19 +32,19 @@ class Regenerate:
     {"conversations": [...]} or {"messages": [...]}, OpenAI's or ShareGPT's, or
     {"opening": ...}, a question the target goes on with."""
     questions: int = 0
-    """Without prompts: how many questions the target writes and answers."""
+    """Without --prompts: number of questions the target writes and answers."""
     question_tokens: int = 96
-    """At most this long is what it writes of a question."""
+    """Maximum tokens per generated question."""
     target: str = "smollm2-135m"
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     drafter: str = "none"
-    """Speeds it up and changes nothing else; as for `generate`."""
+    """Only affects speed; as for `generate`."""
     max_new_tokens: int = 512
     max_length: int = 1024
-    """Tokens a conversation may have."""
+    """Maximum tokens per conversation."""
     temperature: float = 0.0
-    """Of the answers; 0 is greedy."""
+    """Sampling temperature of the answers; 0 is greedy."""
     sampled: float = 1.0
     """Share of the conversations answered at that temperature; the others are greedy."""
     top_k: int = 0

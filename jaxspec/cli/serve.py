@@ -15,7 +15,7 @@ from jaxspec.cli.options import DrafterOptions
 
 @dataclasses.dataclass(frozen=True)
 class Serve:
-    """Serve a model over HTTP with OpenAI's completions and chat shapes, speculatively.
+    """Serve a model over an OpenAI-compatible HTTP API, with speculative decoding.
 
     Needs the extra 'serve'. At start every program is compiled and, for the adaptive schedule,
     the time of a round of every size is measured (or read from --curve).
@@ -32,28 +32,28 @@ class Serve:
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     served_model_name: tuple[str, ...] = ()
-    """Names that requests may give the model; the first is told. By default that of --target,
-    and its last part."""
+    """Model names that requests may use; responses carry the first. By default --target and its
+    last part."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000
-    """0 takes a free one."""
+    """0 picks a free port."""
     slots: int = 8
     """Requests decoded together."""
     room: int = 1024
-    """Tokens a prompt and its answer may have together; caches take up to 1.5 slots + 1 times
-    this."""
+    """Maximum tokens of prompt and answer together. Caches hold up to (1.5 slots + 1) times as
+    many."""
     queue: int = 64
-    """Requests that may wait; more are answered 429."""
+    """Maximum waiting requests; further ones get status 429."""
     schedule: Literal["adaptive", "fixed"] = "adaptive"
-    """adaptive: all requests' nodes compete for what a round may cost; fixed: the whole budget
-    for each."""
+    """adaptive: a round verifies the nodes, of all requests, that are worth their time; fixed:
+    every request has the whole budget."""
     max_nodes: int = 128
     """Nodes of all requests in one adaptive round."""
     chunk: int = 64
-    """Prompt tokens run between two rounds of the others."""
+    """Prompt tokens per prefill chunk; running requests wait for one chunk at a time."""
     rounds: int = 1
-    """Rounds between two looks at the queue."""
+    """Decode rounds between scheduling steps."""
     rejection: bool = False
     """Draw chains from a trained drafter and verify them by rejection sampling."""
     curve: Path | None = None

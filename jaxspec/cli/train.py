@@ -11,8 +11,8 @@ from jaxspec.cli import exits
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a drafter on conversations of the target's; killed, it goes on where it was. With
-    more steps a finished run goes on, too.
+    """Train a drafter on the target's own conversations; an interrupted run resumes, and so
+    does a finished one that is given more steps.
 
     Examples:
       python -m jaxspec train --data data.jsonl --output run --steps 2000
@@ -30,14 +30,16 @@ class Train:
     target: str = "smollm2-135m"
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of products and of the exported weights; the trained ones are always float32."""
+    """Dtype of matrix products and of the exported weights; training weights are always
+    float32."""
     family: Literal["dspark", "dflash", "jetspec", "treeflash", "dflash2"] = "dspark"
-    """Slots, heads and losses as published; the next four change the drafter."""
+    """Published recipe for slots, heads and losses; the next four options change the
+    drafter."""
     sequential: Literal["none", "markov", "gated", "rnn", "mlp"] | None = None
-    """Head that knows the token before."""
+    """Sequential head, which conditions each slot on the token before it."""
     confidence_head: Literal["none", "hidden", "hidden_and_previous"] | None = None
     causal: bool | None = None
-    """A slot sees those before it alone, or all of its block."""
+    """Whether a slot attends only to earlier slots of its block, or to all."""
     block_size: int | None = None
     taps: tuple[int, ...] = ()
     """Target layers it reads, 0-based; evenly spaced ones by default."""
@@ -46,20 +48,20 @@ class Train:
     steps: int = 1000
     batch_size: int = 8
     micro_batch: int = 8
-    """Rows per forward; gradients add up to the batch."""
+    """Rows per forward; gradients are accumulated over the batch."""
     anchors: int = 512
-    """Blocks per row."""
+    """Training blocks per row."""
     packed: int = 0
-    """Length of rows that several sequences share; 0 gives each its own."""
+    """Row length for packing several sequences into one row; 0 gives each its own row."""
     max_length: int = 1024
-    """Sequences are cut to this many tokens."""
+    """Maximum tokens per sequence; longer ones are truncated."""
     min_supervised: int = 14
-    """Sequences with fewer tokens of an answer are left out."""
+    """Minimum answer tokens per sequence; shorter ones are dropped."""
     any_target: bool = False
     """Train on answers that another model wrote, too."""
     draft_vocab: int = 0
-    """Draft the most frequent tokens of the data alone, so many: quicker to train and to draft
-    with, and nothing is lost. 0 drafts all."""
+    """Size of the draft vocabulary, the most frequent tokens of the data; 0 drafts all tokens.
+    A smaller one trains and drafts faster; output stays lossless."""
     learning_rate: float = 6e-4
     weight_decay: float = 0.0
     initial: str = "target"
@@ -72,9 +74,9 @@ class Train:
     cross_entropy: float | None = None
     kl: float | None = None
     total_variation: float | None = None
-    """Weights of the losses, in place of the family's."""
+    """Loss weights, instead of the family's."""
     weighting: Literal["exponential", "uniform", "dpace"] | None = None
-    """Of a block's slots, in place of the family's."""
+    """Weighting of a block's slots, instead of the family's."""
     truth: Literal["data", "target"] | None = None
     """What a slot's label is, in place of the family's: the token of the data, or the target's
     likeliest."""
@@ -82,25 +84,26 @@ class Train:
     """What a selector is taught where the truth is no candidate: it takes the last one's place,
     or the slot is left out."""
     validate_every: int = 0
-    """In steps; 0 validates at the end."""
+    """Steps between validations; 0 validates only at the end."""
     checkpoint_every: int = 100
     resume_step: int | None = None
-    """Checkpoint to go on from, with another learning rate if need be; those after it are
-    removed. The newest by default."""
+    """Checkpoint to resume from, with another learning rate if need be; later ones are removed.
+    The newest by default."""
     tensorboard: bool = False
     """Write OUTPUT/tensorboard beside metrics.jsonl."""
     devices: int = 1
-    """Devices to train on, those of all processes counted: rows, the drafter and its optimizer
-    are divided among them."""
+    """Devices to train on, counted over all processes; rows, the drafter and its optimizer are
+    sharded over them."""
     target_devices: int = 1
-    """Devices among these to cut one copy of the target over."""
+    """Devices that share one copy of the target (tensor parallelism)."""
     distributed: bool = False
     """This is one process of several (docs/multi-host.md); all share OUTPUT."""
     features: Path | None = None
-    """Folder to keep the target's features in, where data is trained on more than once: built
-    first (its size is printed), or gone on with. By default every step computes them."""
+    """Folder that caches the target's features, for data that is trained on more than once.
+    Missing ones are computed first (the size is printed). By default every step computes
+    them."""
     features_dtype: Literal["float32", "bfloat16"] | None = None
-    """What a new folder stores them in; the target's dtype by default."""
+    """Dtype of a new feature cache; the target's dtype by default."""
     seed: int = 0
 
     def run(self) -> int:

@@ -1,5 +1,5 @@
-"""How good a drafter is: tokens per round, speed, and what limits both.
+"""Measures drafters: tokens per round (tau), speed, and what limits both.
 
-`results` says what a measurement is on disk; `walk` measures tau without decoding, `speed` with
-a clock; `metrics` computes, `report` and `plots` show.
+`results` defines the file format, `walk` measures tau without decoding, `speed` times decoding,
+`metrics` computes statistics, `report` and `plots` present them.
 """

@@ -1,11 +1,11 @@
-"""Calibration of a confidence head: sequential temperature scaling, and how far off it is.
+"""Calibration of a confidence head: sequential temperature scaling, and calibration error.
 
 The head predicts, slot by slot, whether a drafted token is accepted if all before it are. Its
 survival probability for slot k is the product up to k; a schedule that compares requests by it
 needs it to be true. Temperatures are fitted left to right on rounds of real decoding in which
 the whole chain was verified.
 
-Source: DSpark (arXiv 2607.05147) §3.2.1; spec/dspark.md §2.6.
+Source: DSpark (arXiv 2607.05147) §3.2.1.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Rollouts:
             )
 
     def survived(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rounds in which a slot's fate is known, and in which it was accepted: [R] bool."""
+        """Masks [R] bool: rounds that show whether a slot survives, and rounds in which it
+        does."""
         return self.limit > slot, self.accepted > slot
 
     def take(self, rounds: np.ndarray) -> Rollouts:
@@ -70,9 +71,9 @@ def fit_temperatures(rollouts: Rollouts) -> np.ndarray:
     """Sequential temperature scaling: [P], each the best of `GRID` given those before it.
 
     T_k minimises the calibration error of the survival of slot k, T_1 … T_{k-1} held fixed.
-    Ties go to the temperature nearest 1. It stays 1 where the error is one that true
-    probabilities show in one of twenty such samples (`chance_error`): there is nothing to mend,
-    and the smallest error of 81 would be the luckiest.
+    Ties go to the temperature nearest 1. It stays 1 where the error at temperature 1 is within
+    the 95th percentile for true probabilities (`chance_error`): there is then nothing to
+    correct, and the best of 81 temperatures would only fit noise.
     """
     grid = sorted(GRID, key=lambda t: abs(np.log(t)))
     temperatures, before = [], np.ones(len(rollouts.logits))
@@ -92,7 +93,7 @@ def fit_temperatures(rollouts: Rollouts) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """How true one slot's survival probabilities are.
+    """Quality of one slot's survival probabilities.
 
     Attributes:
       rounds: in which the slot's fate is known.
@@ -142,7 +143,7 @@ def assess(rollouts: Rollouts, temperatures: Sequence[float] | float = 1.0) -> l
 def chance_error(predicted: np.ndarray) -> tuple[float, float]:
     """Calibration error of these probabilities [R] if they were true: mean, 95th percentile.
 
-    A sample has an error even then, the larger the fewer rounds it has.
+    A finite sample shows an error even then; it shrinks with more rounds.
     """
     dice = np.random.default_rng(0)
     errors = [
@@ -178,7 +179,7 @@ def rollouts(
     batch: int = 8,
     capacity: int | None = None,
 ) -> Rollouts:
-    """The rounds that decoding these answers takes, with the head's logits.
+    """The rounds in which decoding would write these answers, with the head's logits.
 
     Args:
       drafter: a block drafter with a confidence head; its greedy chain of full depth is

@@ -93,7 +93,7 @@ class Entry:
     """A contender with its models loaded.
 
     Attributes:
-      drafter: its tree is of no matter, see `sized`.
+      drafter: as loaded; `sized` gives it the contender's tree.
     """
 
     contender: Contender

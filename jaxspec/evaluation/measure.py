@@ -43,10 +43,10 @@ def tau(
     stride: int = 16,
     done: Done = (),
 ) -> Iterator[Rounds | Reliability | Branches]:
-    """Walks every contender along the target's own answers, without a clock.
+    """Measures tau of every contender along the target's own answers; nothing is timed.
 
-    Contenders that differ in their budget alone are walked once, at the budgets of all, under
-    the first's name.
+    Contenders that differ only in their budget are walked once, at all of their budgets, under
+    the name of the first.
 
     Args:
       budgets: walked besides each contender's own.
@@ -159,7 +159,7 @@ class _Walks:
         )
 
     def _bins(self, entry: Entry, answers, tables) -> np.ndarray | None:
-        """None for a drafter whose scores say nothing (prompt lookup's are all zero)."""
+        """None for a drafter without informative scores (prompt lookup's are all zero)."""
         budget, bins, informed = self.budgets[entry][-1], 0, False
         for answer, table in zip(answers, tables, strict=True):
             _, visited = w.walk(answer, table, budget)
@@ -179,7 +179,7 @@ def speed(
     others: Mapping[str, Run] | None = None,
     done: Done = (),
 ) -> Iterator[Rounds]:
-    """Decodes with every contender, and plainly in every form, by turns and with a clock.
+    """Times every contender, and every form of plain decoding, taking turns.
 
     Args:
       plain_targets: by dtype, targets that decode plainly besides the contenders' own.

@@ -101,10 +101,10 @@ def effective_acceptance(tau: float, drafted: float) -> float:
 
 
 def theoretical_speedup(alpha: float, drafted: float, cost: float) -> float:
-    """(1 - alpha^(g + 1)) / ((1 - alpha) (g c + 1)): what drafting alone would allow.
+    """(1 - alpha^(g + 1)) / ((1 - alpha) (g c + 1)): the speedup if verification were free.
 
-    It takes a verification of g + 1 nodes to cost as much as one forward of one token. How far
-    the measured speedup stays below it is what verification (and the host) costs.
+    It assumes that verifying g + 1 nodes costs as much as a forward of one token. The gap to
+    the measured speedup is the cost of verification (and the host).
 
     Args:
       drafted: g, drafted nodes per round.

@@ -1,8 +1,8 @@
 """Are training data and evaluation prompts disjoint?
 
 Two rules over normalised words (lower case, no punctuation): the same text, or a run of `NGRAM`
-words in common. What several evaluation prompts share ("please reason step by step …") is their
-format, not their content, and is left out of the runs.
+words in common. Text that several evaluation prompts share ("please reason step by step …") is
+format, not content, and does not count.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def words(text: str) -> Words:
 
 
 class Index:
-    """What evaluation prompts consist of, ready to be looked for in any text."""
+    """An index of evaluation prompts, to search other texts for."""
 
     def __init__(self, prompts: Sequence[str], *, ngram: int = NGRAM):
         """Args: ngram: words a run must have in common."""

@@ -1,4 +1,4 @@
-"""What a round is made of, in milliseconds: each phase compiled and timed alone, batch 1."""
+"""Times the phases of a round, each compiled and timed alone, at batch size 1."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ QUIET = "#5f6b76"
 
 
 def save_all(view: View, folder: Path) -> list[Path]:
-    """Writes every picture the rows are enough for.
+    """Writes every picture that the rows have data for.
 
     Raises:
       ValueError: matplotlib is not installed.

@@ -27,7 +27,7 @@ SHOWN_BUDGETS = 5  # the largest
 
 
 def markdown(view: View, *, against: Sequence[str] = ()) -> str:
-    """Every table the rows are enough for.
+    """Every table that the rows have data for.
 
     Args:
       against: names of decoders that all others are compared with, besides the comparisons of
@@ -57,7 +57,7 @@ def markdown(view: View, *, against: Sequence[str] = ()) -> str:
 
 
 def summary(view: View) -> str:
-    """What people look for first: times the best plain decoding, and tau, by set.
+    """The headline results by set: speedup over the best plain decoding, and tau.
 
     Raises:
       ValueError: nothing was decoded with a clock.
@@ -207,7 +207,7 @@ def verify_table(view: View) -> str:
 
 
 def drafter_table(view: View) -> str:
-    """Calibration of tree scores, and how faithful likeliest branches are."""
+    """Calibration of tree scores, and faithfulness of the likeliest branches."""
     rows = []
     groups: dict[tuple, np.ndarray] = {}
     for row in view.reliability:

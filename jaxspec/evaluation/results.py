@@ -8,8 +8,8 @@
 - ``costs``: milliseconds of the phases of a round (`Costs`).
 - ``verify``: milliseconds of a forward over n nodes (`Verify`).
 
-A table and pictures can be drawn again from the file alone (`python -m jaxspec report`), and a
-run that was interrupted goes on from it (`held`).
+Tables and pictures can be made from the file alone (`python -m jaxspec report`), and an
+interrupted run resumes from it (`held`).
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Verify:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What was run, and on what."""
+    """The settings of a run, and the machine."""
 
     fields: dict[str, Any]
     kind: Literal["setup"] = "setup"
@@ -192,12 +192,11 @@ def read(path: str | Path) -> list[Row]:
 
 
 def held(path: Path, setup: Setup) -> set[Key]:
-    """Keys of the rows that a run of the same setup left in a file; none without a file.
+    """Keys of the rows already in a file of the same setup; none without a file. An incomplete
+    last line does not count, see `cut_torn`.
 
-    A last line that an interruption cut short does not count, see `cut_torn`.
-
-    Raises:
-      ValueError: the file is another setup's, or no evaluation's.
+        Raises:
+          ValueError: the file is another setup's, or no evaluation's.
     """
     if not path.exists() or not path.stat().st_size:
         return set()
@@ -224,14 +223,14 @@ def held(path: Path, setup: Setup) -> set[Key]:
 
 
 def cut_torn(path: Path) -> None:
-    """Removes what an interruption left of a last line."""
+    """Removes an incomplete last line, as an interruption leaves it."""
     if path.exists() and (torn := _torn(path)):
         with path.open("r+b") as stream:
             stream.truncate(path.stat().st_size - len(torn))
 
 
 def _torn(path: Path) -> bytes:
-    """A last line without its end."""
+    """An incomplete last line."""
     last = path.read_bytes().rpartition(b"\n")[2]
     return last if last.strip() else b""
 

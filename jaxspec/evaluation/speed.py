@@ -1,4 +1,4 @@
-"""Decoders against each other with a clock: the same prompts, in one process, by turns."""
+"""Times decoders against each other: on the same prompts, in one process, taking turns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAIN_ROWS = (1, 2)  # forms of plain decoding: see `Plain.size`
 
 
 def plain_forms() -> dict[str, LoadedDrafter]:
-    """Plain decoding in every form that may be the fastest."""
+    """The forms of plain decoding, any of which may be the fastest."""
     return {f"plain, {n} row{'s' * (n > 1)}": LoadedDrafter(Plain(n)) for n in PLAIN_ROWS}
 
 
@@ -56,9 +56,9 @@ def take_turns(
 ) -> dict[Name, list[Completion]]:
     """Every decoder's answer to every prompt.
 
-    Decoders answer a prompt one after another, in an order drawn anew for each, so that a busy
-    moment of the machine, or what ran before, does not always fall on the same one. Prompt i
-    is sampled with seed i.
+    Decoders answer a prompt one after another, in a new random order each time, so that
+    interference from other processes, or from what ran before, does not always hit the same
+    one. Prompt i is sampled with seed i.
     """
     order, shuffle = list(runs), random.Random(0).shuffle
     done: dict[Name, list[Completion]] = {name: [] for name in runs}

@@ -81,7 +81,7 @@ class Line:
 
 
 def mean_of_sets(line: Line) -> float:
-    """Tau averaged over sets, each counting the same."""
+    """Tau averaged over sets with equal weight."""
     return float(np.mean([line.of(name).tau[0] for name in line.sets]))
 
 
@@ -120,7 +120,7 @@ class View:
         ]
 
     def tau_lines(self, temperature: float) -> list[Line]:
-        """Walked where there are walks, otherwise decoded; plain decoding left out."""
+        """Walked rounds where there are any, otherwise decoded ones; without plain decoding."""
         lines = self.select("walk", temperature) or self.select("decode", temperature)
         return [line for line in lines if not is_plain(line)]
 

@@ -1,11 +1,12 @@
-"""Tau without a clock: rounds replayed along answers that the target wrote before.
+"""Measures tau without decoding: rounds are replayed along answers the target wrote before.
 
 Sample-then-match commits what plain decoding would have written, so a round accepts the longest
-beginning of the recorded answer that is a path of the drafted tree, and the next anchor follows
-from that: no target runs. A drafter's tree depends on its anchor alone, and a larger budget's
-tree contains a smaller one's with the same node numbers. So one pass drafts the largest tree at
-every token of an answer and writes down which nodes the true path goes through; every budget is
-then walked on that table, exactly as decoding would (`tests/evaluation/test_walk.py`).
+prefix of the rest of the recorded answer that is a path of the drafted tree. That gives the
+next anchor without running the target. A drafter's tree depends on its anchor alone, and a
+larger budget's tree contains a smaller one's with the same node numbers. So one pass drafts the
+largest tree at every token of an answer and writes down which nodes the true path goes through;
+every budget is then walked on that table, exactly as decoding would
+(`tests/evaluation/test_walk.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a decoding setup needs on H100s and how fast it can be at best, from shapes alone.
+"""Plans decoding setups for H100s from shapes alone: memory needed, and a lower bound on time.
 
 The programs are the ones that run, compiled for an H100 without one (`pallas_kernels.h100`).
 Floors are estimates from datasheet numbers, never timings.

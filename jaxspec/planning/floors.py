@@ -1,4 +1,4 @@
-"""The least that a step can take: every byte read once, every product at full rate."""
+"""Lower bounds of a step's time: every byte read once, every product at the full rate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pallas_kernels.h100.target import BYTES_PER_SECOND, FLOPS_PER_SECOND
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """Work that a step cannot avoid, on one device.
+    """Work of one device that a step cannot avoid.
 
     Attributes:
       bytes: weights and cache rows that it reads, each once.

@@ -1,4 +1,4 @@
-"""A plan: memory by part, at its peak, and the time of a round at best."""
+"""Memory by part and at its peak, and lower bounds on the time of a round."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ class Plan:
         return most_rows(self.setup, self.peak, growing=self.peak + self.repeated - weights)
 
     def speedup(self, tau: float) -> float:
-        """Over plain decoding, at best, when rounds commit `tau` tokens on average."""
+        """Upper bound of the speedup over plain decoding when rounds commit `tau` tokens on
+        average."""
         return tau * self.floors["plain"] / self.floors["round"]
 
 
@@ -111,7 +112,7 @@ def plan(setup: Setup, programs: tuple[str, ...] = PLANNED) -> Plan:
 
 
 def floors(setup: Setup) -> dict[str, float]:
-    """Milliseconds at least, by step, at full context."""
+    """Lower bounds in milliseconds, by step, at full context."""
     found = {
         "plain": target_floor(setup, setup.batch).milliseconds,
         "draft": draft_floor(setup).milliseconds,

@@ -1,4 +1,4 @@
-"""Who may use a server: those with its key, and web pages of the origins it names."""
+"""Access control: API keys, and the web origins that may use the server (CORS)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPEN_PATHS = frozenset({"/health", "/ready"})  # what supervises a server has no
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """What a request must bring.
+    """What a request must present.
 
     Attributes:
       key: sent as `Authorization: Bearer KEY`; None asks for none.
@@ -39,7 +39,7 @@ class Access:
             raise ValueError("the API key must be ASCII and not empty")
 
     def middleware(self) -> list[Middleware]:
-        """Outermost first: a browser asks for permission before it sends a key."""
+        """Middleware, outermost first: a browser sends its CORS preflight without the key."""
         found = []
         if self.hosts:  # a page must not reach a reader's own machine under another name
             found.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(self.hosts)))

@@ -12,19 +12,19 @@ from jaxspec.decoding.schedule import Adaptive, Fixed, Schedule
 class EngineConfig:
     """Limits of an engine; its memory follows from them.
 
-    Caches take `room` tokens for every slot and for the prompt at hand, and while a batch grows
-    for half the slots more. `Engine.warm_up` reaches that peak.
+    Caches hold `room` tokens for every slot and for the prompt being prefilled; while a batch
+    grows they also hold half of the slots a second time. `Engine.warm_up` reaches that peak.
 
     Attributes:
       slots: requests decoded together, at most.
-      room: tokens that a prompt and its answer may have together.
-      queue: requests that may wait for a slot.
+      room: maximum tokens of a prompt and its answer together.
+      queue: maximum requests that wait for a slot.
       schedule: `Fixed` or `Adaptive`; None is adaptive where there is something to draft.
       budget: nodes per row, root included, with a fixed schedule; the whole tree if None.
       max_nodes: of all rows in one round, with an adaptive schedule.
-      chunk: prompt tokens of one forward; between two bursts of rounds prompts have as many as
-        take as long as a burst, and at least one.
-      rounds: of a burst, after which tokens are given out.
+      chunk: prompt tokens per forward. Between two bursts, chunks run for at most as long as a
+        burst took, and at least one does.
+      rounds: decode rounds per burst; tokens are returned after each burst.
       rejection: see `jaxspec.generate`.
       throughput: nobody waits for a single answer. The batch then always has a row for every
         slot, so that one set of programs is compiled, and free rows are filled before the

@@ -1,4 +1,4 @@
-"""Connections whose clients may not stand still."""
+"""Connections with time limits on slow clients."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a client may take.
+    """Limits on a client.
 
     Attributes:
       body_bytes: of a request.
       request_seconds: to send a request's headers, and again for its body.
-      stall_seconds: a stream's reader may stand still this long before it is cut off.
+      stall_seconds: longest time that a stream's reader may read nothing before it is
+        disconnected.
       idle_seconds: a connection may stay open between requests.
       connections: open at a time; more are answered 503, but for `/health`, and beyond twice
         as many cut off.
@@ -35,7 +36,7 @@ class Limits:
 
 
 def timed_protocol(limits: Limits) -> type[H11Protocol]:
-    """uvicorn's HTTP/1.1 with limits on clients that stand still.
+    """uvicorn's HTTP/1.1 with time limits on slow clients.
 
     uvicorn itself waits forever for headers that do not come and for readers that do not read.
     """
@@ -46,7 +47,7 @@ def timed_protocol(limits: Limits) -> type[H11Protocol]:
 
         @property
         def limit_concurrency(self) -> int | None:
-            """None while somebody asks whether the server lives: it does, with many too."""
+            """None for a health check: a busy server is still healthy."""
             return None if self.scope and self.scope["path"] == "/health" else self._most
 
         @limit_concurrency.setter

@@ -1,4 +1,4 @@
-"""Step-time curves: what a round costs by its size, measured where it will run."""
+"""Step-time curves: the measured time of a round by its size, on the machine that serves."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def setup_of(
     sizes: dict[int, tuple[VerifySize, ...]],
     capacity: int,
 ) -> dict[str, Any]:
-    """What step times depend on, in plain JSON values.
+    """Everything that step times depend on, as JSON values.
 
     Args:
       sizes: verify sizes by number of rows.
@@ -140,9 +140,8 @@ def measure(
 ) -> dict[int, list[float]]:
     """Seconds of the steps that each of `turns` runs, all turns `repeats` times over.
 
-    Of each step the fastest counts, as what else a machine does only adds to a time; and as
-    its repeats lie far apart, a machine that is slower for a while does not spoil one curve
-    and leave the next as it is.
+    Takes each step's minimum over interleaved repeats: interference only adds time, and a
+    machine that is slow for a while then affects all curves alike.
     """
     found = [{name: turn() for name, turn in turns.items()} for _ in range(repeats)]
     return {name: np.min([own[name] for own in found], axis=0).tolist() for name in turns}

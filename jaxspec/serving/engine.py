@@ -35,7 +35,7 @@ SHRINK_AFTER = 8  # rounds with too many rows
 
 @dataclasses.dataclass
 class _Running:
-    """The host's view of a request that has a row, or is about to."""
+    """A request that has a row, or waits for one, as the host sees it."""
 
     id: int
     request: Request
@@ -56,8 +56,9 @@ class _Prompt:
 class Engine:
     """Decodes requests as they come.
 
-    Whatever else is in the batch, a request's tokens are those of `jaxspec.generate` at its
-    seed (in float32; with rejection sampling the law is the same and the tokens are not).
+    Whatever else is in the batch, a request gets the tokens that `jaxspec.generate` gives at
+    its seed (in float32; with rejection sampling it gets other tokens of the same
+    distribution).
 
     Attributes:
       config, target: as given.
@@ -136,7 +137,8 @@ class Engine:
     # The engine's own thread.
 
     def setup(self) -> dict:
-        """What step times depend on; a stored curve must have been measured for the same."""
+        """Everything that step times depend on; a stored curve must have been measured for the
+        same."""
         return self._programs.setup()
 
     def warm_up(self, *, repeats: int = 10) -> None:
@@ -154,10 +156,10 @@ class Engine:
     def step(self) -> list[Update]:
         """One turn: cancellations, prompt chunks (as long as a burst takes), a burst of rounds.
 
-        Running rows so wait for prompts half of the time at most, or for one chunk.
+        So running requests wait for prompts at most half of the time, or for one chunk.
 
         Returns:
-          What happened to the requests; nothing when there is nothing to do.
+          The requests' updates; none when there is nothing to do.
         """
         if self._batch is None:
             self.warm_up()

@@ -1,4 +1,4 @@
-"""Answers as server-sent events, and readers that leave."""
+"""Answers as server-sent events; requests are cancelled when their client disconnects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 
 class EventStream(Response):
-    """Server-sent events; a reader that has gone ends the requests.
+    """Server-sent events; the requests end when their client disconnects.
 
     Args:
       events: JSON values.

@@ -1,4 +1,4 @@
-"""Load: requests sent as users would, and the times they saw."""
+"""A load generator: sends requests as users would and records their latencies."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 Send = Callable[[Any], AsyncIterator[int]]
-"""Sends one request; yields the number of tokens that arrive, each time some do."""
+"""Sends one request; yields the number of new tokens whenever some arrive."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What one user saw; seconds since the load began.
+    """One request as its user saw it; times are seconds since the load began.
 
     Attributes:
       sent, first, last: when the request was sent, its first token came, and its last. None
@@ -55,7 +55,7 @@ def arrivals(rate: float, count: int, *, seed: int = 0) -> list[float]:
 
 
 def mix(prompts: Sequence[Any], count: int, *, seed: int = 0) -> list[Any]:
-    """A replay of `count` prompts: all of them in a random order, and again."""
+    """`count` requests that cycle through the prompts, each cycle in a new random order."""
     dice, drawn = random.Random(seed), []
     while len(drawn) < count:
         drawn += dice.sample(list(prompts), len(prompts))
@@ -63,7 +63,8 @@ def mix(prompts: Sequence[Any], count: int, *, seed: int = 0) -> list[Any]:
 
 
 async def open_loop(send: Send, requests: Sequence[Any], times: Sequence[float]) -> list[Seen]:
-    """Sends request i at times[i], however the others fare: what the public does."""
+    """Sends request i at times[i], whether or not earlier ones are answered, as independent
+    users would."""
     began = time.perf_counter()
 
     async def one(request, at):

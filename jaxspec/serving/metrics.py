@@ -59,7 +59,7 @@ class Metrics:
         )
 
     def refused(self, why: str) -> None:
-        """A request that never reached the engine."""
+        """Counts a request that never reached the engine."""
         self.requests.labels(why).inc()
 
     def text(self) -> bytes:
@@ -99,7 +99,7 @@ class Watch:
                 metrics.accepted.labels(str(depth)).inc(sum(n >= depth for n in accepted))
 
     def end(self, finish: str) -> None:
-        """However the request ended; the first word counts."""
+        """Records how the request ended; only the first call counts."""
         if not self._ended:
             self._metrics.requests.labels(finish).inc()
         self._ended = True

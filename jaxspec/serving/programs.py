@@ -31,13 +31,13 @@ from jaxspec.serving.rows import (
 
 
 class Programs:
-    """What one target, drafter and configuration run on the device; it holds no request.
+    """The device programs of one target, drafter and configuration; it holds no request.
 
     Attributes:
       adaptive: whether step times decide what a round verifies.
       buckets: numbers of rows that a batch may have, ascending.
       sizes: verify sizes by number of rows.
-      width: tokens that a burst may decide per row.
+      width: maximum tokens that a burst decides per row.
     """
 
     def __init__(self, target: Target, drafter: LoadedDrafter, config: EngineConfig):
@@ -95,7 +95,7 @@ class Programs:
         return empty_rows(self._decoder, self._params, rows=rows, capacity=capacity, age=age)
 
     def habit(self) -> Habit:
-        """Before the first round."""
+        """The habit before the first round."""
         return init_habit(self._decoder.drafter.size, self._decoder.drafter.depth)
 
     def decode(

@@ -66,7 +66,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 
 
 class BadRequest(Exception):
-    """The body cannot be served.
+    """The request body is refused.
 
     Attributes:
       param: the field at fault, if one is.
@@ -80,7 +80,7 @@ class BadRequest(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A body, understood.
+    """A parsed request body.
 
     Attributes:
       requests: of every prompt as many as there are choices, next to each other.
@@ -144,7 +144,7 @@ def read_chat(body: Any, target: Target, room: int) -> Asked:
 
 
 class _Fields:
-    """A JSON object whose fields are all known, or would change nothing."""
+    """A JSON object; unknown fields are refused unless their value has no effect."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ Finish = Literal["stop", "length", "cancelled"]
 
 
 class QueueFull(Exception):
-    """The engine has as many waiting requests as it may have; try again later."""
+    """The queue is full; try again later."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """News of one request.
+    """Progress of one request.
 
     Attributes:
       id: what `Engine.submit` returned.

@@ -1,7 +1,7 @@
 """The device's side of continuous batching: rows that are filled, moved and emptied.
 
 A batch has as many rows as a bucket (1, 2, 4, … slots) and grows or shrinks to the next one,
-so that a request alone does not pay for empty slots. Prompts run in a batch of their own, of
+so that a single request does not pay for empty slots. Prompts run in a batch of their own, of
 one row, a chunk at a time, and are copied into a free row when they are done.
 """
 

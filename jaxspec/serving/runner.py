@@ -57,8 +57,8 @@ class Ticket:
 class Runner:
     """Calls `Engine.step` while there is something to do.
 
-    What a slow reader has not fetched is bounded by its request's `max_new_tokens`; the engine
-    never waits for anyone.
+    The engine never waits for a slow reader: its unread tokens are bounded by the request's
+    `max_new_tokens`.
 
     Attributes:
       engine: it may be asked for its counts; only this class steps it.
@@ -81,11 +81,11 @@ class Runner:
 
     @property
     def tickets(self) -> int:
-        """Requests that somebody waits for."""
+        """Number of requests with a waiting client."""
         return len(self._tickets)
 
     def submit(self, request: Request) -> Ticket:
-        """Call it in an event loop.
+        """Submits a request; must be called in a running event loop.
 
         Raises:
           ValueError, QueueFull: see `Engine.submit`.

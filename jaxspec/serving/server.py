@@ -1,4 +1,4 @@
-"""An HTTP server with the OpenAI shapes: completions and chat, whole or as a stream.
+"""An OpenAI-compatible HTTP server: completions and chat, whole or streamed.
 
 ======================  =======================================================
 POST /v1/completions    one prompt, a text or token ids
@@ -63,7 +63,7 @@ def application(
     """The ASGI application; closing it closes the runner.
 
     Args:
-      names: of the model; the first is told, and each is understood.
+      names: of the model; requests may use any, responses carry the first.
 
     Raises:
       ValueError: the target has no tokenizer.
@@ -138,8 +138,8 @@ def server(
 
 
 class _Draining(uvicorn.Server):
-    """Gives up requests that are not ended in time, so that they end with an error and the
-    connections in order; uvicorn would cancel whatever still runs."""
+    """Ends requests that are still running at the deadline with an error, so that their
+    connections close in order; uvicorn would just cancel them."""
 
     def __init__(self, config: uvicorn.Config, runner: Runner, seconds: float):
         super().__init__(config)
@@ -159,7 +159,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket for `uvicorn.Server.run`; connections are refused until that listens.
 
     Raises:
-      ValueError: the address is not to be had.
+      ValueError: the address is not available.
     """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

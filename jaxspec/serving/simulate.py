@@ -1,9 +1,9 @@
-"""A simulation: the scheduler's own code against step times of a machine that is not here.
+"""Simulates the scheduler: its real code, with the estimated step times of another machine.
 
 Nothing in it is a measurement. Requests arrive, every round takes what a step-time curve says,
 and drafts are accepted with probabilities drawn per request; which nodes are verified is
-decided by `decoding.budget`, the functions that the engine runs. It answers planning questions:
-from which load on does a fixed draft cost more than it gains, and what does the schedule do?
+decided by `decoding.budget`, the functions that the engine runs. It shows from which load on a
+fixed draft costs more than it gains, and how the schedule reacts.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from jaxspec.tokenizer import Tokenizer
 
 
 class Answer:
-    """Turns tokens into text that may be given out.
+    """Turns tokens into text that can be sent to the client.
 
-    Text that could be the beginning of a stop text is held back until it is not.
+    Text that may be the beginning of a stop text is held back until that is decided.
 
     Attributes:
       stopped: a stop text was found; nothing comes after it.

@@ -1,7 +1,7 @@
-"""Which sequences make a batch: the same ones in the same order whenever an epoch is asked for.
+"""Which sequences make a batch; deterministic for each epoch.
 
 Sequences of similar length go together, padded to a bucket's length, so that few shapes are
-compiled and little is computed in vain. Packed, rows are of one length and hold as many
+compiled and little padding is computed. Packed, rows are of one length and hold as many
 sequences as fit, each from a multiple of `PACKED_UNIT` on.
 """
 
@@ -43,7 +43,7 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a sequence stands in a batch: micro-batch, row of it, first position."""
+    """Place of a sequence in a batch: micro-batch, row, first position."""
 
     sequence: int
     micro_batch: int

@@ -1,4 +1,4 @@
-"""Blocks of known sequences: where they start, and what they are judged on."""
+"""Blocks of known sequences: their anchors and supervised slots."""
 
 from __future__ import annotations
 

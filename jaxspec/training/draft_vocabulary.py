@@ -1,4 +1,5 @@
-"""The tokens a run's drafter drafts, where these are not all (`drafters.head.Vocabulary`)."""
+"""The draft vocabulary of a run: the tokens that its drafter drafts
+(`drafters.head.Vocabulary`)."""
 
 from __future__ import annotations
 
@@ -35,13 +36,13 @@ def most_frequent(
 
 
 def coverage(examples: Sequence[Example], kept: np.ndarray, *, vocab: int) -> float:
-    """Share of the tokens that the target wrote which are kept."""
+    """Share of the tokens written by the target that are in the draft vocabulary."""
     counts = _counts(examples, vocab)
     return float(counts[kept].sum() / max(counts.sum(), 1))
 
 
 def save(path: Path, kept: np.ndarray, covered: float) -> None:
-    """Writes down what a run drafts; the file appears whole or not at all."""
+    """Writes the draft vocabulary of a run; the file appears whole or not at all."""
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(
         json.dumps({"size": len(kept), "coverage": covered, "token_ids": kept.tolist()}) + "\n"
@@ -50,7 +51,7 @@ def save(path: Path, kept: np.ndarray, covered: float) -> None:
 
 
 def read(path: Path) -> np.ndarray | None:
-    """What `save` wrote; None if there is nothing."""
+    """The tokens that `save` wrote; None without a file."""
     if not path.exists():
         return None
     return np.array(json.loads(path.read_text())["token_ids"], np.int32)

@@ -1,6 +1,6 @@
 """The frozen target's features of a whole data set, computed once and kept on disk.
 
-A folder holds `index.json`, which says what the features are of, and shards
+A folder holds `index.json`, which identifies the data and the target, and shards
 `features-00000.safetensors` of `taps` [R, n * M] and `hidden` [R, M]: the rows of some
 sequences, shortest first, one after another. Each shard appears whole or not at all.
 """
@@ -122,9 +122,9 @@ def open_features(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> FeatureCache:
-    """The features of sequences, from a folder; what is missing there is computed first.
+    """The features of sequences, from a folder; missing ones are computed first.
 
-    Killed, it goes on with the shard it was at, and the files end the same.
+    After an interruption it resumes at the current shard; the files come out the same.
 
     Args:
       dtype: they are stored in; that of the folder, or for a new one the target's, by default.
@@ -178,7 +178,7 @@ def plan_shards(lengths: Sequence[int], shard_rows: int) -> Layout:
 def _index(
     folder: Path, settings: dict[str, Any], dtype: str | None, defaults: dict[str, Any]
 ) -> dict[str, Any]:
-    """The settings of a folder, written if it is new; they must be those asked for."""
+    """The settings of a folder: written for a new one, checked against those of an old one."""
     path = folder / INDEX
     asked = settings if dtype is None else settings | {"dtype": dtype}
     if not path.exists():
@@ -212,7 +212,7 @@ def _kind_of(dtype: str) -> str:
 
 
 def _check_room(folder: Path, layout: Layout, missing: Sequence[int], stored: _Format) -> None:
-    """Prints the size of what is built, and refuses what the disk cannot hold."""
+    """Prints the size of the shards to build; raises ValueError if the disk is too small."""
     if jax.process_count() > 1:
         raise ValueError(
             f"{folder} lacks {len(missing)} of {len(layout.rows)} shards, which several "

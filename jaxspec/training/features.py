@@ -1,4 +1,4 @@
-"""What the frozen target computes on known sequences."""
+"""Features: the frozen target's outputs on known sequences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxspec.trees.tree import causal_bits
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """The target's view of sequences of T tokens.
+    """The target's outputs on sequences of T tokens.
 
     Attributes:
       hidden: [B, T, M], after the final norm: the LM head turns it into logits.

@@ -52,7 +52,7 @@ class Loader:
         self._epoch, self._batches = -1, []
 
     def at(self, position: Position) -> Rows:
-        """This process's part is put on its devices; nothing waits for them."""
+        """Puts this process's part on its devices, without waiting for the transfer."""
         batch = self._plan(position.epoch)[position.index]
         shape, found = places(
             batch,

@@ -1,4 +1,5 @@
-"""What a drafter is trained on: losses over the vocabulary, confidence, position weights."""
+"""Training losses of a drafter: over the vocabulary, of the confidence head, and position
+weights."""
 
 from __future__ import annotations
 
@@ -127,9 +128,9 @@ def drafter_loss(
 
     With a draft vocabulary the drafter and the target are compared on it alone: the target's
     distribution is that of its kept tokens, renormalised. A slot whose label is outside is left
-    out of every loss, the confidence's too: its distribution says nothing there. The slots
-    after it still count. Each is predicted given true tokens, and after a label that is merely
-    unlikely they are as seldom reached, and count as well.
+    out of every loss, the confidence's too: its distribution is undefined there. The slots
+    after it still count: each is predicted given the true tokens, just as after a label that is
+    merely unlikely.
 
     Args:
       blocks: from `run_blocks`.
@@ -255,7 +256,7 @@ def acceptance(losses: PositionLosses) -> jax.Array:
 def position_weights(
     config: LossConfig, supervised: jax.Array, label_probability: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """What each slot counts.
+    """The weight of each slot.
 
     Args:
       supervised: [..., A, P] bool.

@@ -1,4 +1,4 @@
-"""What a run reports: JSON lines and, if asked for, TensorBoard."""
+"""Training metrics, as JSON lines and optionally for TensorBoard."""
 
 from __future__ import annotations
 

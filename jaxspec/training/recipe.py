@@ -1,4 +1,4 @@
-"""What is trained, on what, how long: small frozen dataclasses and the published recipes."""
+"""Training configurations, and the published recipes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A whole run; two runs of equal configuration on equal data are equal.
+    """Settings of a run. Runs with equal settings and data end with equal weights.
 
     Attributes:
       steps: updates of the weights.

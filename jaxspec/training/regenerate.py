@@ -80,7 +80,7 @@ class RegenerateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run of `regenerate` left.
+    """The result of a run of `regenerate`.
 
     Attributes:
       rows: conversations in the file.
@@ -246,7 +246,7 @@ def _hear(target: Target, job: Job, answer: list[int]) -> bool:
 
 
 def _made_by(config: RegenerateConfig, target: Target) -> dict[str, Any]:
-    """What every row of a run says of how it was made."""
+    """Metadata of every row of a run."""
     return {
         "target": target.name,
         "fingerprint": fingerprint(target),
@@ -260,7 +260,7 @@ def _made_by(config: RegenerateConfig, target: Target) -> dict[str, Any]:
 
 
 def _sampling(config: RegenerateConfig, job: Job | None) -> dict[str, Any]:
-    """How a conversation was sampled; of none, nothing is known."""
+    """Sampling settings of a conversation; empty for None."""
     if job is None:
         return {}
     sampling = dataclasses.asdict(config.sampling_of(job))

@@ -45,7 +45,7 @@ def gather(mesh: Mesh | None, tree: Any) -> Any:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether any process says so; all must ask."""
+    """Whether `flag` is true in any process; all processes must call this."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())

@@ -61,7 +61,7 @@ def train(
     tensorboard: bool = False,
     mesh: Mesh | None = None,
 ) -> Path | None:
-    """Trains a drafter, or goes on with the run that the folder holds.
+    """Trains a drafter, or resumes the run in the folder.
 
     The folder gets `config.json`, `metrics.jsonl`, `checkpoints/` and, at the end, `drafter/`:
     the best weights by walked tau, or the last ones without prompts; with a draft vocabulary
@@ -90,7 +90,7 @@ def train(
     Raises:
       ValueError: the folder holds a run with other settings, of another target, on other data,
         or another process trains in it; the checkpoint is damaged; the loss is not a number;
-        or several processes shall validate.
+        or several processes are asked to validate.
     """
     folder, leads = Path(folder), jax.process_index() == 0
     _check(config, prompts, mesh)

@@ -1,4 +1,4 @@
-"""How good a drafter is: acceptance length as decoding meets it."""
+"""Validation: the acceptance length that decoding sees."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def walked_tau(
 ) -> float:
     """Tokens per round of real greedy decoding, pooled over prompts.
 
-    An average over all positions as anchors would overstate it by a fifth: an easy run of
-    eight tokens would count eight times, and is one round.
+    Averaging over all positions as anchors would overstate it by a fifth: an easy stretch of
+    eight tokens would count eight times although it is one round.
     """
     completions = generate(
         target,

@@ -1,4 +1,4 @@
-"""Losses over a vocabulary whose logits are never all in memory.
+"""Losses over the vocabulary that never hold all logits in memory.
 
 A position's logits are a product of short vectors with tables of V rows, so they are computed
 for a chunk of positions, used, and forgotten. The gradient with respect to logits z, in closed
