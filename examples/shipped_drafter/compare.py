@@ -17,7 +17,7 @@ import tyro
 from jaxspec.evaluation import metrics as m
 from jaxspec.evaluation.plots import COLOURS, QUIET
 from jaxspec.evaluation.report import into, table
-from jaxspec.evaluation.results import read
+from jaxspec.evaluation.results import read_rows
 from jaxspec.evaluation.view import Line, View
 
 MARKS = "<!-- kinds -->", "<!-- end of kinds -->"
@@ -87,7 +87,7 @@ class Compare:
 
 def chosen(files: tuple[Path, ...], budget: int) -> dict[float, Lines]:
     """What was walked with one budget, by temperature."""
-    view = View([row for path in files for row in read(path)])
+    view = View([row for path in files for row in read_rows(path)])
     found = {
         t: {x.label.decoder: x for x in view.select("walk", t) if x.label.budget == budget}
         for t in view.temperatures

@@ -62,18 +62,25 @@ class Evaluate:
     def run(self) -> int:
         import jaxspec
         from jaxspec.evaluation import measure
-        from jaxspec.evaluation.contenders import Contender, load
+        from jaxspec.evaluation.contenders import Contender, load_entries
         from jaxspec.evaluation.report import markdown
-        from jaxspec.evaluation.results import Setup, append, cut_torn, held, key, read
+        from jaxspec.evaluation.results import (
+            RunSettings,
+            append,
+            cut_torn,
+            held,
+            key,
+            read_rows,
+        )
         from jaxspec.evaluation.view import View
 
         contenders = [Contender.parse(text) for text in self.decoders]
         self._check(contenders)
         texts = {path.stem: self._chosen(path) for path in self.prompts}
         jaxspec.enable_compilation_cache()
-        setup = Setup(self._setup(texts))
+        setup = RunSettings(self._setup(texts))
         done = held(self.output, setup)
-        entries = load(self.target, contenders)
+        entries = load_entries(self.target, contenders)
         sets, refused = self._encoded(entries[0].target, texts)
         code = exits.left_out(refused)
         cut_torn(self.output)
@@ -114,7 +121,7 @@ class Evaluate:
         for row in measured():
             if key(row) not in done:
                 append(self.output, row)
-        print(markdown(View(read(self.output))))
+        print(markdown(View(read_rows(self.output))))
         return code
 
     def _check(self, contenders) -> None:

@@ -31,10 +31,10 @@ class Report:
     def run(self) -> int:
         from jaxspec.evaluation.plots import save_all
         from jaxspec.evaluation.report import TAU_MARKS, into, markdown, summary, tau_by_budget
-        from jaxspec.evaluation.results import read
+        from jaxspec.evaluation.results import read_rows
         from jaxspec.evaluation.view import View
 
-        view = View([row for path in self.results for row in read(path)])
+        view = View([row for path in self.results for row in read_rows(path)])
         tables = markdown(view, against=self.against)
         if self.into is not None:
             try:

@@ -23,7 +23,7 @@ from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter
 from jaxspec.evaluation.metrics import calibration_error, reliability_bins
-from jaxspec.evaluation.walk import Answer, observe
+from jaxspec.evaluation.walk import RecordedAnswer, observe
 from jaxspec.models.target import Target
 
 BINS = 20
@@ -62,7 +62,7 @@ class Rollouts:
         return Rollouts(self.logits[rounds], self.accepted[rounds], self.limit[rounds])
 
 
-def survival(logits: np.ndarray, temperatures: Sequence[float]) -> np.ndarray:
+def survival_of(logits: np.ndarray, temperatures: Sequence[float]) -> np.ndarray:
     """Survival probabilities [R, P] of logits [R, P] under temperatures [P]."""
     return np.cumprod(1 / (1 + np.exp(-logits / np.asarray(temperatures))), axis=1)
 
@@ -119,7 +119,7 @@ class Quality:
 def assess(rollouts: Rollouts, temperatures: Sequence[float] | float = 1.0) -> list[Quality]:
     """`Quality` of every slot."""
     depth = rollouts.logits.shape[1]
-    predicted = survival(rollouts.logits, np.broadcast_to(temperatures, depth))
+    predicted = survival_of(rollouts.logits, np.broadcast_to(temperatures, depth))
     rows = []
     for slot in range(depth):
         known, happened = rollouts.survived(slot)
@@ -174,7 +174,7 @@ def auroc(predicted: np.ndarray, happened: np.ndarray) -> float:
 def rollouts(
     target: Target,
     drafter: LoadedDrafter,
-    answers: Sequence[Answer],
+    answers: Sequence[RecordedAnswer],
     *,
     batch: int = 8,
     capacity: int | None = None,

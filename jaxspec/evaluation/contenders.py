@@ -132,7 +132,7 @@ def without_head(loaded: LoadedDrafter) -> LoadedDrafter:
     )
 
 
-def load(target: str, contenders: Iterable[Contender]) -> list[Entry]:
+def load_entries(target: str, contenders: Iterable[Contender]) -> list[Entry]:
     """Loads each target and drafter once per dtype.
 
     Raises:

@@ -119,7 +119,7 @@ class _Walks:
     def _dtype(self) -> str:
         return self.entries[0].contender.dtype
 
-    def _tables(self, answers: list[w.Answer], stride: int, name: str):
+    def _tables(self, answers: list[w.RecordedAnswer], stride: int, name: str):
         """Per contender the tables of all answers, and per drafter the gaps of its branches."""
         tables: dict[Entry, list[w.Table]] = {entry: [] for entry in self.entries}
         gaps: dict[str, list[float]] = {}

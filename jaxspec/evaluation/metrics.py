@@ -55,14 +55,14 @@ def estimate(draws: np.ndarray) -> Estimate:
     return Estimate(float(draws[0]), float(low), float(high))
 
 
-def survival(committed: np.ndarray) -> np.ndarray:
+def survival_by_depth(committed: np.ndarray) -> np.ndarray:
     """Share of rounds that accepted at least k drafted tokens, k = 1, 2, ….
 
     Args:
       committed: [K] rounds that committed 0, 1, 2, … tokens, bonus included. A round that met
         a stop id has no bonus and counts as having accepted one token fewer.
 
-    >>> survival(np.array([0, 2, 1, 1]))
+    >>> survival_by_depth(np.array([0, 2, 1, 1]))
     array([0.5 , 0.25])
     """
     at_least = np.cumsum(committed[::-1])[::-1]

@@ -39,14 +39,14 @@ def save_all(view: View, folder: Path) -> list[Path]:
 
     for temperature in view.temperatures:
         end = f"-t{temperature:g}.png"
-        save("tau-by-budget" + end, tau_by_budget(view, temperature))
+        save("tau-by-budget" + end, draw_tau_by_budget(view, temperature))
         save("acceptance-by-depth" + end, acceptance_by_depth(view, temperature))
         save("speedup" + end, speedup(view, temperature))
         save("reliability" + end, reliability(view, temperature))
     return written
 
 
-def tau_by_budget(view: View, temperature: float):
+def draw_tau_by_budget(view: View, temperature: float):
     """A panel for all prompts and one per set; None without a sweep."""
     lines = view.tau_lines(temperature)
     budgets = sorted({line.label.budget for line in lines})

@@ -133,14 +133,14 @@ class Verify:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class RunSettings:
     """The settings of a run, and the machine."""
 
     fields: dict[str, Any]
     kind: Literal["setup"] = "setup"
 
 
-Row = Rounds | Reliability | Branches | Costs | Verify | Setup
+Row = Rounds | Reliability | Branches | Costs | Verify | RunSettings
 KINDS = {cls.kind: cls for cls in Row.__args__}
 
 # What tells a row from the others of its kind in one run.
@@ -179,7 +179,7 @@ def append(path: Path, row: Row) -> None:
         stream.write(json.dumps(dataclasses.asdict(row)) + "\n")
 
 
-def read(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path) -> list[Row]:
     """All rows of a file.
 
     Raises:
@@ -191,7 +191,7 @@ def read(path: str | Path) -> list[Row]:
     return rows
 
 
-def held(path: Path, setup: Setup) -> set[Key]:
+def held(path: Path, setup: RunSettings) -> set[Key]:
     """Keys of the rows already in a file of the same setup; none without a file. An incomplete
     last line does not count, see `cut_torn`.
 
@@ -204,7 +204,7 @@ def held(path: Path, setup: Setup) -> set[Key]:
     if _torn(path):
         del lines[-1]
     rows = [_parse(path, number, line) for number, line in lines]
-    found = [row.fields for row in rows if isinstance(row, Setup)]
+    found = [row.fields for row in rows if isinstance(row, RunSettings)]
     if not found:
         raise ValueError(
             f"{path} exists already, without the setup of an evaluation; choose another name "

@@ -9,7 +9,15 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jaxspec.evaluation import metrics as m
-from jaxspec.evaluation.results import Branches, Costs, Reliability, Rounds, Row, Setup, Verify
+from jaxspec.evaluation.results import (
+    Branches,
+    Costs,
+    Reliability,
+    Rounds,
+    Row,
+    RunSettings,
+    Verify,
+)
 
 ALL = "all"
 
@@ -68,7 +76,7 @@ class Line:
         """Share of rounds that accepted at least 1, 2, … drafted tokens."""
         histograms = [part.histogram().sum(axis=0) for part in self.parts]
         width = max(map(len, histograms))
-        return m.survival(sum(np.pad(h, (0, width - len(h))) for h in histograms))
+        return m.survival_by_depth(sum(np.pad(h, (0, width - len(h))) for h in histograms))
 
     @property
     def alpha(self) -> float:
@@ -94,7 +102,7 @@ class View:
 
     def __init__(self, rows: Iterable[Row]):
         rows = list(rows)
-        self.setups = [row.fields for row in rows if isinstance(row, Setup)]
+        self.setups = [row.fields for row in rows if isinstance(row, RunSettings)]
         self.costs = [row for row in rows if isinstance(row, Costs)]
         self.verify = [row for row in rows if isinstance(row, Verify)]
         self.branches = [row for row in rows if isinstance(row, Branches)]

@@ -37,7 +37,7 @@ ANCHORS = 32  # drafted by one call of a compiled program
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class RecordedAnswer:
     """What the target wrote after a prompt.
 
     Attributes:
@@ -66,7 +66,7 @@ def record(
     seeds: Sequence[int] | None = None,
     batch_size: int = 8,
     capacity: int | None = None,
-) -> list[Answer]:
+) -> list[RecordedAnswer]:
     """The target's own answers, by plain decoding.
 
     Args:
@@ -84,7 +84,7 @@ def record(
         capacity=capacity,
     )
     return [
-        Answer((*row, *completion.token_ids), len(row), max_new_tokens)
+        RecordedAnswer((*row, *completion.token_ids), len(row), max_new_tokens)
         for row, completion in zip(rows, done, strict=True)
     ]
 
@@ -113,7 +113,7 @@ class Observed:
 def observe(
     target: Target,
     drafters: Sequence[LoadedDrafter],
-    answers: Sequence[Answer],
+    answers: Sequence[RecordedAnswer],
     *,
     batch: int,
     capacity: int | None = None,
@@ -165,7 +165,7 @@ class Table:
 
 
 def tabulate(
-    observed: Observed, answers: Sequence[Answer], drafter: LoadedDrafter, state: Any
+    observed: Observed, answers: Sequence[RecordedAnswer], drafter: LoadedDrafter, state: Any
 ) -> list[Table]:
     """Drafts the drafter's whole tree at every anchor of the answers.
 
@@ -200,13 +200,13 @@ def _draft_anchors(drafter, params, state, tokens, truth, first):
         anchor = _take(tokens, position[:, None])[:, 0]
         tree, _ = drafter.draft(params, state, anchor, position, budget)
         path = _take(truth, position[:, None] + 1 + jnp.arange(drafter.depth))
-        return follow(tree, path), tree.valid.sum(axis=1), tree.scores
+        return nodes_of_path(tree, path), tree.valid.sum(axis=1), tree.scores
 
     found = jax.lax.map(at, jnp.arange(ANCHORS))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
 
 
-def follow(tree: DraftTree, path: jax.Array) -> jax.Array:
+def nodes_of_path(tree: DraftTree, path: jax.Array) -> jax.Array:
     """Node at each depth of a known continuation.
 
     Args:
@@ -226,7 +226,7 @@ def follow(tree: DraftTree, path: jax.Array) -> jax.Array:
     return jax.lax.scan(deeper, root, path.swapaxes(0, 1))[1].swapaxes(0, 1)
 
 
-def walk(answer: Answer, table: Table, budget: int) -> tuple[DecodeStats, list[int]]:
+def walk(answer: RecordedAnswer, table: Table, budget: int) -> tuple[DecodeStats, list[int]]:
     """The rounds that decoding would have taken, counted as it counts them.
 
     Returns:
@@ -258,7 +258,7 @@ def predictions(
 def branch_gaps(
     target: Target,
     observed: Observed,
-    answers: Sequence[Answer],
+    answers: Sequence[RecordedAnswer],
     drafter: LoadedDrafter,
     state: Any,
     *,

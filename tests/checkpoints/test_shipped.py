@@ -8,7 +8,7 @@ from jaxspec import checkpoints
 from jaxspec.api import generate, load_drafter
 from jaxspec.checkpoints.drafters import SHIPPED, locate
 from jaxspec.config import TreeConfig
-from jaxspec.evaluation.results import Setup, read
+from jaxspec.evaluation.results import RunSettings, read_rows
 from jaxspec.models.target import Target
 
 README = Path(checkpoints.__file__).parents[2] / "README.md"
@@ -18,7 +18,9 @@ def test_it_is_small_and_described():
     folder = locate(SHIPPED)
     assert (folder / "model.safetensors").stat().st_size < 40e6
     assert "recipe" in (folder / "README.md").read_text()
-    setups = [row for row in read(folder / "evaluation.jsonl") if isinstance(row, Setup)]
+    setups = [
+        row for row in read_rows(folder / "evaluation.jsonl") if isinstance(row, RunSettings)
+    ]
     assert [row.fields["target"] for row in setups] == ["smollm2-135m"]
 
 
@@ -29,7 +31,7 @@ def test_the_readme_shows_its_evaluation():
     from jaxspec.evaluation.view import View
 
     text = README.read_text(encoding="utf-8")
-    assert into(text, summary(View(read(locate(SHIPPED) / "evaluation.jsonl")))) == text
+    assert into(text, summary(View(read_rows(locate(SHIPPED) / "evaluation.jsonl")))) == text
 
 
 @pytest.mark.real

@@ -16,7 +16,7 @@ from jaxspec.evaluation.calibration import (
     draw_reliability,
     fit_temperatures,
     rollouts,
-    survival,
+    survival_of,
 )
 from jaxspec.evaluation.walk import observe as observe_answers
 from jaxspec.evaluation.walk import record, tabulate, walk
@@ -84,7 +84,7 @@ def test_auroc_against_all_pairs():
 
 
 def test_survival_multiplies():
-    found = survival(np.array([[0.0, np.log(3)]]), [1.0, 1.0])
+    found = survival_of(np.array([[0.0, np.log(3)]]), [1.0, 1.0])
     np.testing.assert_allclose(found, [[0.5, 0.375]])
 
 
@@ -110,7 +110,7 @@ def test_rollouts_are_the_rounds_that_decoding_takes(answers):
 
 
 def test_a_drafter_divides_its_logits_by_the_temperatures(answers):
-    """Survival of the drafter's own chain equals `survival` of its raw logits."""
+    """Survival of the drafter's own chain equals `survival_of` its raw logits."""
     import dataclasses
 
     import jax.numpy as jnp
@@ -127,7 +127,7 @@ def test_a_drafter_divides_its_logits_by_the_temperatures(answers):
 
     raw = np.diff(scores(np.float32(1)), axis=1, prepend=0)
     logits = raw - np.log(-np.expm1(raw))
-    expected = survival(logits, temperatures)
+    expected = survival_of(logits, temperatures)
     np.testing.assert_allclose(np.exp(scores(temperatures)), expected, rtol=1e-3)
 
 

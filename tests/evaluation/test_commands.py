@@ -81,7 +81,7 @@ def evaluate(folder, output, *more):
 
 
 def test_every_row_reads_back(file):
-    rows = results.read(file)
+    rows = results.read_rows(file)
     with file.open() as lines:
         assert [json.loads(line) for line in lines] == [
             json.loads(json.dumps(results.dataclasses.asdict(row))) for row in rows
@@ -186,7 +186,7 @@ def test_a_file_of_something_else_is_not_written_to(file, tmp_path, capsys, cont
 
 
 def test_walks_and_decoding_agree_and_outputs_are_plain(file):
-    view = View(results.read(file))
+    view = View(results.read_rows(file))
     for temperature in (0.0, 1.0):
         walked = {
             (x.label.decoder, x.label.budget): x for x in view.select("walk", temperature)
@@ -217,7 +217,9 @@ def test_contenders_that_differ_in_budget_share_a_walk(file, tmp_path):
         *("--decoders", "small=run/a,budget=2", "large=run/a,budget=4"),
     ]
     assert main(arguments) == 0
-    walks = {(row.decoder, row.budget) for row in results.read(output) if row.kind == "rounds"}
+    walks = {
+        (row.decoder, row.budget) for row in results.read_rows(output) if row.kind == "rounds"
+    }
     assert walks == {("small", 2), ("small", 4)}
     before = output.read_bytes()
     assert main(arguments) == 0  # all of it is known
@@ -225,7 +227,7 @@ def test_contenders_that_differ_in_budget_share_a_walk(file, tmp_path):
 
 
 def test_pairs_compare_trees_of_one_drafter(file):
-    view = View(results.read(file))
+    view = View(results.read_rows(file))
     lines = [x for x in view.tau_lines(0.0) if x.label.budget == 4]
     names = {(a.label.decoder, b.label.decoder) for a, b in pairs(lines)}
     assert names == {("marginal", "chain"), ("path", "chain"), ("path", "marginal")}
@@ -320,7 +322,7 @@ def test_other_files_are_no_results(tmp_path, content, capsys):
 
 
 def test_rows_that_cannot_be_compared_are_refused(file):
-    rows = results.read(file)
+    rows = results.read_rows(file)
     last = max(i for i, row in enumerate(rows) if row.kind == "rounds")
     with pytest.raises(ValueError, match="a run was cut short"):
         View(rows[:last] + rows[last + 1 :])

@@ -8,7 +8,7 @@ from jaxspec.evaluation import metrics as m
 
 def test_survival_and_conditional_acceptance():
     # 10 rounds: 4 accepted nothing, 3 one token, 2 two, 1 three.
-    survival = m.survival(np.array([0, 4, 3, 2, 1]))
+    survival = m.survival_by_depth(np.array([0, 4, 3, 2, 1]))
     np.testing.assert_allclose(survival, [0.6, 0.3, 0.1])
     np.testing.assert_allclose(m.conditional(survival), [0.6, 0.5, 1 / 3])
     np.testing.assert_array_equal(np.isnan(m.conditional(np.array([0.5, 0, 0]))), [0, 0, 1])
