@@ -20,7 +20,7 @@ OPEN_ROWS = 64  # that a sequence may join; more would fill rows little better
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class BatchRows:
     """Indices of the sequences of each row, () for padding, and the length of the rows."""
 
     rows: tuple[tuple[int, ...], ...]
@@ -62,9 +62,9 @@ def bucket(length: int) -> int:
     return UNIT * (power * 3 // 4 if power > 2 and power * 3 // 4 >= units else power)
 
 
-def plan(
+def epoch_batches(
     lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, packed: int = 0
-) -> list[Batch]:
+) -> list[BatchRows]:
     """The batches of an epoch; every sequence is in exactly one.
 
     What is left over of a bucket joins the next longer one; only one batch, of the longest
@@ -82,10 +82,10 @@ def plan(
     random = np.random.default_rng((seed, epoch))
     order = random.permutation(len(lengths))
     if packed:
-        rows = pack(lengths, order.tolist(), packed)
+        rows = pack_rows(lengths, order.tolist(), packed)
         rows += [()] * (-len(rows) % batch_size)
         starts = range(0, len(rows), batch_size)
-        batches = [Batch(tuple(rows[i : i + batch_size]), packed) for i in starts]
+        batches = [BatchRows(tuple(rows[i : i + batch_size]), packed) for i in starts]
         return [batches[i] for i in random.permutation(len(batches))]
     buckets = np.array([bucket(length) for length in lengths])
     batches, waiting = [], []
@@ -101,7 +101,7 @@ def plan(
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def pack(
+def pack_rows(
     lengths: Sequence[int], order: Sequence[int], row_length: int
 ) -> list[tuple[int, ...]]:
     """Rows of sequences, each put in the first row that has room and is open.
@@ -109,7 +109,7 @@ def pack(
     Raises:
       ValueError: a sequence does not fit a row.
 
-    >>> pack([64, 100, 50, 128], [0, 1, 2, 3], 192)
+    >>> pack_rows([64, 100, 50, 128], [0, 1, 2, 3], 192)
     [(0, 1), (2, 3)]
     """
     longest = max(lengths)
@@ -134,7 +134,7 @@ def pack(
 
 
 def places(
-    batch: Batch,
+    batch: BatchRows,
     lengths: Sequence[int],
     *,
     micro_batch: int,
@@ -189,8 +189,8 @@ def collate(
     return tokens, supervised, starts
 
 
-def _batch(rows: Sequence[int], batch_size: int, length: int) -> Batch:
-    return Batch((*((row,) for row in rows), *[()] * (batch_size - len(rows))), length)
+def _batch(rows: Sequence[int], batch_size: int, length: int) -> BatchRows:
+    return BatchRows((*((row,) for row in rows), *[()] * (batch_size - len(rows))), length)
 
 
 def _whole_units(length: int) -> int:

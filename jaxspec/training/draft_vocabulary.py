@@ -41,7 +41,7 @@ def coverage(examples: Sequence[Example], kept: np.ndarray, *, vocab: int) -> fl
     return float(counts[kept].sum() / max(counts.sum(), 1))
 
 
-def save(path: Path, kept: np.ndarray, covered: float) -> None:
+def save_tokens(path: Path, kept: np.ndarray, covered: float) -> None:
     """Writes the draft vocabulary of a run; the file appears whole or not at all."""
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(
@@ -50,8 +50,8 @@ def save(path: Path, kept: np.ndarray, covered: float) -> None:
     fresh.replace(path)
 
 
-def read(path: Path) -> np.ndarray | None:
-    """The tokens that `save` wrote; None without a file."""
+def load_tokens(path: Path) -> np.ndarray | None:
+    """The tokens that `save_tokens` wrote; None without a file."""
     if not path.exists():
         return None
     return np.array(json.loads(path.read_text())["token_ids"], np.int32)

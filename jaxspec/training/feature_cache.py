@@ -32,7 +32,7 @@ from jaxspec.data.conversations import Example
 from jaxspec.models.params import TargetParams
 from jaxspec.models.target import Target
 from jaxspec.sharding import DATA, mesh_of
-from jaxspec.training.batches import UNIT, Batch, Place, bucket, collate, places
+from jaxspec.training.batches import UNIT, BatchRows, Place, bucket, collate, places
 from jaxspec.training.features import Features, target_features
 
 INDEX = "index.json"
@@ -285,7 +285,7 @@ def _computed(
     yield from _split(*before)
 
 
-def _batches(lengths: Sequence[int], rows: Sequence[int], mesh) -> Iterator[Batch]:
+def _batches(lengths: Sequence[int], rows: Sequence[int], mesh) -> Iterator[BatchRows]:
     """Powers of two of sequences of a bucket, so that few shapes are compiled."""
     divide = 1 if mesh is None else mesh.shape[DATA]
     for length, group in itertools.groupby(rows, key=lambda row: bucket(lengths[row])):
@@ -295,10 +295,10 @@ def _batches(lengths: Sequence[int], rows: Sequence[int], mesh) -> Iterator[Batc
             size = 1 << (min(most, len(waiting)).bit_length() - 1)
             taken, waiting = waiting[:size], waiting[size:]
             padding = [()] * (-size % divide)
-            yield Batch((*taken, *padding), length)
+            yield BatchRows((*taken, *padding), length)
 
 
-def _split(batch: Batch, features: Features) -> Iterator[tuple[int, Features]]:
+def _split(batch: BatchRows, features: Features) -> Iterator[tuple[int, Features]]:
     features = jax.device_get(features)
     for i, row in enumerate(batch.rows):
         for sequence in row:

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxspec.data.conversations import Example
-from jaxspec.training.batches import Batch, Position, collate, places, plan
+from jaxspec.training.batches import BatchRows, Position, collate, epoch_batches, places
 from jaxspec.training.feature_cache import FeatureCache
 from jaxspec.training.features import Features
 from jaxspec.training.recipe import TrainConfig
@@ -72,10 +72,10 @@ class Loader:
         """The position of the next batch."""
         return position.after(len(self._plan(position.epoch)))
 
-    def _plan(self, epoch: int) -> list[Batch]:
+    def _plan(self, epoch: int) -> list[BatchRows]:
         if epoch != self._epoch:
             config = self._config
-            self._batches = plan(
+            self._batches = epoch_batches(
                 self._lengths,
                 config.batch_size,
                 seed=config.seed,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Metrics:
+class MetricsLog:
     """One JSON object per line, in the order of steps."""
 
     def __init__(self, path: str | Path, *, after: int, tensorboard: Path | None = None):

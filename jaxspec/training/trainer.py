@@ -36,7 +36,7 @@ from jaxspec.training import draft_vocabulary
 from jaxspec.training.batches import Position
 from jaxspec.training.feature_cache import open_features
 from jaxspec.training.loading import Loader
-from jaxspec.training.metrics import Metrics
+from jaxspec.training.metrics import MetricsLog
 from jaxspec.training.recipe import TrainConfig
 from jaxspec.training.run_folder import DRAFTER, claimed, enter
 from jaxspec.training.sharding import any_process, gather, state_shardings
@@ -134,7 +134,7 @@ def _train(
         step, state, saved = store.restore(state, resume_step)
         store.drop_after(step)
         position = Position(**saved)
-    metrics = Metrics(
+    metrics = MetricsLog(
         folder / METRICS if leads else os.devnull,
         after=int(state.step),
         tensorboard=folder / TENSORBOARD if tensorboard and leads else None,
@@ -197,7 +197,7 @@ class _Run:
         due = step == self.config.steps or _due(step, self.config.validate_every)
         return bool(self.prompts) and due
 
-    def validate(self, state: TrainState, metrics: Metrics) -> float:
+    def validate(self, state: TrainState, metrics: MetricsLog) -> float:
         """Walked tau on the prompts."""
         with mesh_of(self.target.params):
             tau = walked_tau(self.target, self.drafter(state), self.prompts)
@@ -220,7 +220,7 @@ def _begin(
     Args:
       new: the folder has no checkpoint yet, so initial weights are read where they are named.
     """
-    weights, known = None, draft_vocabulary.read(folder / DRAFT_VOCABULARY)
+    weights, known = None, draft_vocabulary.load_tokens(folder / DRAFT_VOCABULARY)
     if config.initial not in ("target", "random") and new:
         weights, known = initial_drafter(config, target)
     leads = jax.process_index() == 0
@@ -239,7 +239,7 @@ def _take_steps(
     position: Position,
     loader: Loader,
     store: Store,
-    metrics: Metrics,
+    metrics: MetricsLog,
 ) -> TrainState | None:
     """Trains to the last step, with checkpoints and validation; None if it was interrupted."""
     config, target, done = run.config, run.target, int(state.step)
@@ -366,7 +366,7 @@ def _draft_vocabulary(
         return None
     if folder is not None:
         covered = draft_vocabulary.coverage(examples, kept, vocab=vocab)
-        draft_vocabulary.save(folder / DRAFT_VOCABULARY, kept, covered)
+        draft_vocabulary.save_tokens(folder / DRAFT_VOCABULARY, kept, covered)
         print(
             f"draft vocabulary: {len(kept)} of {vocab} tokens, {covered:.2%} of those that the "
             "target wrote",

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from jaxspec.data.conversations import Example
 from jaxspec.training.batches import (
     PACKED_UNIT,
-    Batch,
+    BatchRows,
     Position,
     bucket,
     collate,
+    epoch_batches,
     places,
-    plan,
 )
 
 
@@ -32,8 +32,8 @@ def test_buckets():
     epoch=st.integers(0, 3),
 )
 def test_an_epoch_holds_every_sequence_once(lengths, batch_size, epoch):
-    batches = plan(lengths, batch_size, seed=7, epoch=epoch)
-    assert batches == plan(lengths, batch_size, seed=7, epoch=epoch)
+    batches = epoch_batches(lengths, batch_size, seed=7, epoch=epoch)
+    assert batches == epoch_batches(lengths, batch_size, seed=7, epoch=epoch)
     rows = [row for batch in batches for row in batch.rows]
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(len(batch.rows) == batch_size for batch in batches)
@@ -48,8 +48,8 @@ def test_an_epoch_holds_every_sequence_once(lengths, batch_size, epoch):
     epoch=st.integers(0, 3),
 )
 def test_a_packed_epoch_holds_every_sequence_once(lengths, batch_size, epoch):
-    batches = plan(lengths, batch_size, seed=7, epoch=epoch, packed=640)
-    assert batches == plan(lengths, batch_size, seed=7, epoch=epoch, packed=640)
+    batches = epoch_batches(lengths, batch_size, seed=7, epoch=epoch, packed=640)
+    assert batches == epoch_batches(lengths, batch_size, seed=7, epoch=epoch, packed=640)
     rows = [row for batch in batches for row in batch.rows]
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert {len(batch.rows) for batch in batches} == {batch_size}
@@ -65,19 +65,21 @@ def test_a_packed_epoch_holds_every_sequence_once(lengths, batch_size, epoch):
 
 def test_packed_rows_are_well_filled():
     lengths = np.random.default_rng(0).integers(100, 510, 400).tolist()
-    batches = plan(lengths, 4, seed=0, epoch=0, packed=1024)
-    unpacked = plan(lengths, 4, seed=0, epoch=0)
+    batches = epoch_batches(lengths, 4, seed=0, epoch=0, packed=1024)
+    unpacked = epoch_batches(lengths, 4, seed=0, epoch=0)
     used = [sum(4 * batch.length for batch in batches) for batches in (batches, unpacked)]
     assert sum(lengths) > 0.85 * used[0] > 0.8 * used[1]
 
 
 def test_a_sequence_longer_than_a_packed_row_is_refused():
     with pytest.raises(ValueError, match="200 tokens does not fit a packed row of 128"):
-        plan([9, 200], 1, seed=0, epoch=0, packed=128)
+        epoch_batches([9, 200], 1, seed=0, epoch=0, packed=128)
 
 
 def test_epochs_differ():
-    assert plan([9] * 50, 5, seed=0, epoch=0) != plan([9] * 50, 5, seed=0, epoch=1)
+    assert epoch_batches([9] * 50, 5, seed=0, epoch=0) != epoch_batches(
+        [9] * 50, 5, seed=0, epoch=1
+    )
 
 
 def test_positions_run_through_epochs():
@@ -95,7 +97,7 @@ def collated(examples, batch, **part):
 
 def test_hosts_share_a_batch():
     examples = [Example(np.full(n, n, np.int32), np.arange(n) > 1) for n in (2, 4, 3)]
-    batch = Batch(((2,), (0,), (1,), ()), 4)
+    batch = BatchRows(((2,), (0,), (1,), ()), 4)
     tokens, supervised, starts = collated(examples, batch)
     assert tokens.tolist() == [[[3, 3, 3, 0], [2, 2, 0, 0]], [[4, 4, 4, 4], [0] * 4]]
     assert supervised.sum(2).tolist() == [[1, 0], [2, 0]]
@@ -108,7 +110,7 @@ def test_hosts_share_a_batch():
 
 def test_packed_sequences_start_at_units():
     examples = [Example(np.full(n, n, np.int32), np.ones(n, bool)) for n in (3, 65, 2)]
-    tokens, supervised, starts = collated(examples, Batch(((0, 1, 2), ()), 256))
+    tokens, supervised, starts = collated(examples, BatchRows(((0, 1, 2), ()), 256))
     row = tokens[0, 0]
     assert [row[at : at + 2].tolist() for at in (0, 64, 192)] == [[3, 3], [65, 65], [2, 2]]
     assert (row > 0).sum() == 70

@@ -12,7 +12,7 @@ import pytest
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.data.conversations import Example
 from jaxspec.training import feature_cache
-from jaxspec.training.batches import Batch, Position, places
+from jaxspec.training.batches import BatchRows, Position, places
 from jaxspec.training.feature_cache import open_features, plan_shards
 from jaxspec.training.features import target_features
 from jaxspec.training.loading import Loader
@@ -45,7 +45,7 @@ def test_features_are_the_targets(tmp_path, dtype):
     examples = tiny.examples()
     cache = build(tmp_path, dtype=dtype)
     assert len(shards(tmp_path)) > 3
-    batch = Batch(((7,), (), (0,), (19,)), 128)
+    batch = BatchRows(((7,), (), (0,), (19,)), 128)
     shape, found = places(batch, [len(x) for x in examples], micro_batch=2)
     got = cache.read(128, shape, found)
     assert got.taps.shape == (2, 2, 128, 32) and got.hidden.shape == (2, 2, 128, 16)

@@ -5,17 +5,17 @@ import sys
 
 import pytest
 
-from jaxspec.training.metrics import Metrics
+from jaxspec.training.metrics import MetricsLog
 
 
 def test_lines_of_steps_computed_again_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    first = Metrics(path, after=0)
+    first = MetricsLog(path, after=0)
     for step in (1, 2, 3):
         first.write(step, loss=0.5)
     with path.open("a") as stream:
         stream.write('{"step": 4, "lo')  # as kill -9 leaves it
-    Metrics(path, after=2).write(3, loss=0.25, acceptance=[0.5, 0.75])
+    MetricsLog(path, after=2).write(3, loss=0.25, acceptance=[0.5, 0.75])
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1, "loss": 0.5},
         {"step": 2, "loss": 0.5},
@@ -26,7 +26,7 @@ def test_lines_of_steps_computed_again_are_dropped(tmp_path):
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     proto = pytest.importorskip("tensorboardX.proto.event_pb2", reason="no tensorboardX")
     events = tmp_path / "tensorboard"
-    metrics = Metrics(tmp_path / "metrics.jsonl", after=0, tensorboard=events)
+    metrics = MetricsLog(tmp_path / "metrics.jsonl", after=0, tensorboard=events)
     metrics.write(7, loss=0.5, acceptance=[0.25, 0.75])
     metrics.close()
     (file,) = events.iterdir()
@@ -46,4 +46,4 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 def test_tensorboard_without_its_writer_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ValueError, match="pip install tensorboardX"):
-        Metrics(tmp_path / "metrics.jsonl", after=0, tensorboard=tmp_path / "events")
+        MetricsLog(tmp_path / "metrics.jsonl", after=0, tensorboard=tmp_path / "events")

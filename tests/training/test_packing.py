@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxspec.training.batches import Batch, collate, places
+from jaxspec.training.batches import BatchRows, collate, places
 from jaxspec.training.features import target_features
 from jaxspec.training.loading import Rows
 from jaxspec.training.recipe import TrainConfig
@@ -26,8 +26,8 @@ def rows(batch, *, packed):
     return Rows(tokens, supervised, starts if packed else None)
 
 
-PACKED = rows(Batch(((3, 0), (4, 2, 1)), 384), packed=True)
-ALONE = rows(Batch(((0,), (1,), (2,), (3,), (4,)), 128), packed=False)
+PACKED = rows(BatchRows(((3, 0), (4, 2, 1)), 384), packed=True)
+ALONE = rows(BatchRows(((0,), (1,), (2,), (3,), (4,)), 128), packed=False)
 
 
 def test_features_are_those_of_each_sequence_alone():
@@ -37,7 +37,7 @@ def test_features_are_those_of_each_sequence_alone():
         )
 
     packed, alone = features(PACKED, 64), features(ALONE, 128)
-    batch = Batch(((3, 0), (4, 2, 1)), 384)
+    batch = BatchRows(((3, 0), (4, 2, 1)), 384)
     for place in places(batch, LENGTHS, micro_batch=2)[1]:
         length = LENGTHS[place.sequence]
         for got, expected in zip(jax.tree.leaves(packed), jax.tree.leaves(alone), strict=True):
