@@ -75,7 +75,7 @@ class Serve:
         try:
             from jaxspec.serving.access import LOOPBACK, Access
             from jaxspec.serving.connections import Limits
-            from jaxspec.serving.server import bind, check_servable, server
+            from jaxspec.serving.server import check_servable, listen, server
         except ModuleNotFoundError as error:
             raise ValueError(
                 f"{error.name} is not installed; pip install 'jaxspec[serve]'"
@@ -94,7 +94,7 @@ class Serve:
                 "set --api-key, or put something in front that asks for one",
                 file=sys.stderr,
             )
-        bound = bind(self.host, self.port)
+        bound = listen(self.host, self.port)
         stored = self.curve is not None and self.curve.exists()
         curve = Curve.load(self.curve) if stored else None
         jaxspec.enable_compilation_cache()

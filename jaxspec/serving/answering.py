@@ -13,7 +13,7 @@ from jaxspec.decoding.stats import DecodeStats
 from jaxspec.serving.metrics import Watch
 from jaxspec.serving.protocol import Asked, Shape, error_body, usage
 from jaxspec.serving.runner import EngineFailed, Ticket
-from jaxspec.serving.text import Answer
+from jaxspec.serving.text import AnswerText
 from jaxspec.tokenizer import Tokenizer
 
 log = logging.getLogger("uvicorn.error")
@@ -122,7 +122,7 @@ class Answering:
 
     async def _pieces_of(self, choice: int) -> AsyncGenerator[Piece]:
         ticket, watch = self.choices[choice].ticket, self.choices[choice].watch
-        answer, count, cut, finish = Answer(self.tokenizer, self.asked.stops), 0, None, None
+        answer, count, cut, finish = AnswerText(self.tokenizer, self.asked.stops), 0, None, None
         try:
             async for update in ticket:
                 watch.see(update)

@@ -28,7 +28,7 @@ from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.curve import Curve
 from jaxspec.serving.programs import Programs, only
 from jaxspec.serving.requests import Finish, QueueFull, Request, Update
-from jaxspec.serving.rows import move_rows, place, recent_tokens, stop_rows
+from jaxspec.serving.rows import move_rows, place_row, recent_tokens, stop_rows
 
 SHRINK_AFTER = 8  # rounds with too many rows
 
@@ -236,7 +236,7 @@ class Engine:
                 return []
             updates = self._first_token(prompt)
         if self._prompt is not None and (row := self._free_row()) is not None:
-            self._batch = place(self._batch, prompt.batch, np.int32(row))
+            self._batch = place_row(self._batch, prompt.batch, np.int32(row))
             self._rows[row], self._prompt = prompt.running, None
         return updates
 

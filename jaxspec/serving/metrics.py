@@ -13,7 +13,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
-class Metrics:
+class ServerMetrics:
     """One registry per server."""
 
     def __init__(self, runner: Runner):
@@ -74,7 +74,7 @@ class Metrics:
 class Watch:
     """The clock of one request."""
 
-    def __init__(self, metrics: Metrics):
+    def __init__(self, metrics: ServerMetrics):
         self._metrics, self._began = metrics, time.perf_counter()
         self._first: float | None = None
         self._count, self._ended = 0, False

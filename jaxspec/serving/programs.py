@@ -23,7 +23,7 @@ from jaxspec.serving.rows import (
     empty_rows,
     end_prompt,
     move_rows,
-    place,
+    place_row,
     recent_tokens,
     run_chunk,
     stop_rows,
@@ -118,7 +118,7 @@ class Programs:
         for rows in self.sizes:
             (batch, _), _ = self._turn(rows)
             recent_tokens(batch, np.zeros(rows, np.int32), width=self.width)
-            batch = place(stop_rows(batch, np.ones(rows, bool)), self.empty(1), np.int32(0))
+            batch = place_row(stop_rows(batch, np.ones(rows, bool)), self.empty(1), np.int32(0))
             bucket = self.buckets.index(rows)
             for other in self.buckets[max(bucket - 1, 0) : bucket + 2]:
                 move_rows(batch, np.zeros(other, np.int32))

@@ -76,7 +76,7 @@ def end_prompt(
     *,
     age: int,
 ) -> Batch:
-    """The first new token, and a batch of one row ready to `place`.
+    """The first new token, and a batch of one row ready to `place_row`.
 
     Args:
       final: of `Prefilling`.
@@ -87,7 +87,7 @@ def end_prompt(
 
 
 @functools.partial(jax.jit, donate_argnames="batch")
-def place(batch: Batch, fresh: Batch, row: jax.Array) -> Batch:
+def place_row(batch: Batch, fresh: Batch, row: jax.Array) -> Batch:
     """Overwrites one row."""
     put = jax.lax.dynamic_update_slice_in_dim
     return jax.tree.map(lambda x, new: put(x, new, row, 0), batch, fresh)

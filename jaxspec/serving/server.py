@@ -37,7 +37,7 @@ from jaxspec.serving.access import LOOPBACK, Access
 from jaxspec.serving.answering import Answering, Choice, fault_message
 from jaxspec.serving.connections import Limits, timed_protocol
 from jaxspec.serving.events import EventStream, unless_gone
-from jaxspec.serving.metrics import Metrics
+from jaxspec.serving.metrics import ServerMetrics
 from jaxspec.serving.protocol import (
     Asked,
     BadRequest,
@@ -70,7 +70,7 @@ def application(
     """
     target = runner.engine.target
     check_servable(target)
-    service = _Service(runner, target, tuple(names), limits, Metrics(runner))
+    service = _Service(runner, target, tuple(names), limits, ServerMetrics(runner))
 
     @contextlib.asynccontextmanager
     async def lifespan(_):
@@ -155,7 +155,7 @@ class _Draining(uvicorn.Server):
         late.cancel()
 
 
-def bind(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket for `uvicorn.Server.run`; connections are refused until that listens.
 
     Raises:
@@ -177,7 +177,7 @@ class _Service:
     target: Target
     names: tuple[str, ...]
     limits: Limits
-    metrics: Metrics
+    metrics: ServerMetrics
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, read_completion, chat=False)

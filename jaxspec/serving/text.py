@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jaxspec.tokenizer import Tokenizer
 
 
-class Answer:
+class AnswerText:
     """Turns tokens into text that can be sent to the client.
 
     Text that may be the beginning of a stop text is held back until that is decided.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxspec.serving.text import Answer
+from jaxspec.serving.text import AnswerText
 
 
 class Letters:
@@ -32,7 +32,7 @@ class Letters:
 )
 def test_text_ends_before_the_first_stop(stops, expected, size):
     text = "one two </s three </s> four"
-    answer, given = Answer(Letters(), stops), ""
+    answer, given = AnswerText(Letters(), stops), ""
     for at in range(0, len(text), size):
         given += answer.add([ord(c) for c in text[at : at + size]])
         assert expected.startswith(given)
