@@ -25,6 +25,7 @@ from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, BlockParams, greedy, rollout
 from jaxspec.drafters.head import bind
 from jaxspec.drafters.teacher_forced import run_blocks
+from jaxspec.evaluation.walk import rounds_along
 from jaxspec.models.cache import KVCache, init_cache
 from jaxspec.models.decoder import forward
 from jaxspec.models.params import TargetParams
@@ -300,15 +301,6 @@ def _matches(text: Text, anchor: int, drafted: np.ndarray) -> int:
     return int(np.cumprod(drafted[: len(known)] == known).sum())
 
 
-def _walk(text: Text, draft) -> Iterator[tuple[int, int]]:
-    """(anchor, drafts accepted) of every round along a text; `draft(anchor)` -> tokens [P]."""
-    anchor = text.start
-    while anchor + 1 < len(text.tokens):
-        count = _matches(text, anchor, draft(anchor))
-        yield anchor, count
-        anchor += count + 1
-
-
 @functools.partial(jax.jit, static_argnames=("config", "target_config"))
 def draft_everywhere(
     config: DrafterConfig,
@@ -371,7 +363,11 @@ def _decode(
         differences.append(np.asarray(difference))
         return np.asarray(own)
 
-    counts = [count for _, count in _walk(text, draft)]
+    def accepted_at(anchor):
+        return _matches(text, anchor, draft(anchor))
+
+    walked = rounds_along(accepted_at, text.start, len(text.tokens))
+    counts = [count for _, count in walked]
     return list(zip(counts, differences, strict=True))
 
 

@@ -11,19 +11,16 @@ Source: DSpark (arXiv 2607.05147) §3.2.1.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import LoadedDrafter
-from jaxspec.drafters.block import BlockDrafter
 from jaxspec.evaluation.metrics import calibration_error, reliability_bins
-from jaxspec.evaluation.walk import RecordedAnswer, observe
+from jaxspec.evaluation.walk import RecordedAnswer, observe, tabulate, walk
 from jaxspec.models.target import Target
 
 BINS = 20
@@ -206,48 +203,20 @@ def rollouts(
         survival=jnp.float32(0),
         temperatures=jnp.float32(1),
     )
-    parts = []
+    logits, accepted, limit = [], [], []
+    loaded = LoadedDrafter(chain, params)
     for start in range(0, len(answers), batch):
         some = answers[start : start + batch]
-        seen = observe(
-            target, [LoadedDrafter(chain, params)], some, batch=batch, capacity=capacity
-        )
-        parts += _walk(chain, params, seen, some, depth)
-    logits, accepted, limit = (np.array(x) for x in zip(*parts, strict=True))
-    return Rollouts(logits.astype(float), accepted, limit)
-
-
-def _walk(chain, params, seen, answers, depth):
-    """(logits [P], accepted, limit) of every round of some answers, in lockstep."""
-    position = np.array(seen.start)
-    ends = np.zeros(len(position), int)
-    ends[: len(answers)] = [len(answer.tokens) for answer in answers]
-    stop = ends.copy()
-    stop[: len(answers)] = [answer.start + answer.new_tokens for answer in answers]
-    found = []
-    while (live := position + 1 < stop).any():
-        at = np.where(live, position, 1).astype(np.int32)
-        log_survival, tokens = jax.device_get(
-            _chain_at(chain, params, seen.states[0], seen.tokens, at)
-        )
-        for row in np.flatnonzero(live):
-            truth = np.asarray(seen.tokens[row, at[row] + 1 : at[row] + 1 + depth])
-            limit = min(depth, ends[row] - at[row] - 1)
-            same = tokens[row, :limit] == truth[:limit]
-            accepted = int(np.cumprod(same).sum())
-            log_c = np.diff(log_survival[row], prepend=0.0)
-            found.append((_logit(log_c), accepted, limit))
-            position[row] += accepted + 1
-    return found
-
-
-@functools.partial(jax.jit, static_argnames="chain")
-def _chain_at(chain: BlockDrafter, params, state, tokens, position):
-    """Log-survival and tokens of the drafted chain, [B, P] each, at anchors' positions [B]."""
-    anchor = jnp.take_along_axis(tokens, position[:, None], axis=1)[:, 0]
-    budget = jnp.full(position.shape, chain.size, jnp.int32)
-    tree, _ = chain.draft(params, state, anchor, position, budget)
-    return tree.scores[:, 1:], tree.tokens[:, 1:]
+        seen = observe(target, [loaded], some, batch=batch, capacity=capacity)
+        tables = tabulate(seen, some, loaded, seen.states[0])
+        for answer, table in zip(some, tables, strict=True):
+            _, visited = walk(answer, table, chain.size)
+            anchors = np.array(visited, int)
+            logits.append(_logit(np.diff(table.scores[anchors, 1:], axis=1, prepend=0.0)))
+            accepted.append((table.nodes[anchors] < chain.size).sum(axis=1))
+            known = len(answer.tokens) - answer.start - 1 - anchors
+            limit.append(np.minimum(depth, known))
+    return Rollouts(*map(np.concatenate, (logits, accepted, limit)))
 
 
 def _logit(log_p: np.ndarray) -> np.ndarray:

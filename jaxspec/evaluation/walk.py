@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -232,16 +232,37 @@ def walk(answer: RecordedAnswer, table: Table, budget: int) -> tuple[DecodeStats
     Returns:
       Its counts, and the anchor of each round as an index into the table.
     """
-    anchor, nodes, committed, visited = 0, 0, [], []
+    nodes, committed, visited = 0, [], []
     end = len(answer.tokens) - answer.start
-    while anchor + 1 < answer.new_tokens:
-        accepted = int((table.nodes[anchor] < budget).sum())
-        decided = min(accepted + 1, end - anchor - 1)  # up to a stop id: no bonus after it
+
+    def accepted_at(anchor):
+        return int((table.nodes[anchor] < budget).sum())
+
+    for anchor, accepted in rounds_along(accepted_at, 0, answer.new_tokens):
         visited.append(anchor)
-        committed.append(decided)
+        # Up to a stop id: there is no bonus after it.
+        committed.append(min(accepted + 1, end - anchor - 1))
         nodes += min(budget, int(table.sizes[anchor]))
-        anchor += decided
     return DecodeStats(tuple(committed), nodes), visited
+
+
+def rounds_along(
+    accepted_at: Callable[[int], int], anchor: int, end: int
+) -> Iterator[tuple[int, int]]:
+    """(anchor, drafts accepted) of every round along a known text.
+
+    Args:
+      accepted_at: how many drafts the text accepts after an anchor.
+      anchor: the first one.
+      end: of the text; a token past it is not drafted for.
+
+    >>> list(rounds_along(lambda anchor: 2, 0, 7))
+    [(0, 2), (3, 2)]
+    """
+    while anchor + 1 < end:
+        accepted = accepted_at(anchor)
+        yield anchor, accepted
+        anchor += accepted + 1
 
 
 def predictions(
