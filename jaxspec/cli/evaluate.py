@@ -61,7 +61,6 @@ class Evaluate:
 
     def run(self) -> int:
         import jaxspec
-        from jaxspec.evaluation import measure
         from jaxspec.evaluation.contenders import Contender, load_entries
         from jaxspec.evaluation.report import markdown
         from jaxspec.evaluation.results import (
@@ -87,42 +86,46 @@ class Evaluate:
         if key(setup) not in done:
             append(self.output, setup)
 
-        def measured() -> Iterator:
-            for temperature in self.temperatures:
-                yield from measure.tau(
-                    entries,
-                    sets,
-                    temperature=temperature,
-                    budgets=self.budgets,
-                    max_new_tokens=self.max_new_tokens,
-                    batch_size=self.batch_size,
-                    done=done,
-                )
-            if self.tau_only:
-                return
-            timed = {name: spread(rows, self.timed or 0) for name, rows in sets.items()}
-            known = {entry.contender.dtype for entry in entries}
-            plain = {
-                dtype: jaxspec.load_target(self.target, dtype=dtype)
-                for dtype in self.plain_dtypes
-                if dtype not in known
-            }
-            for temperature in self.temperatures:
-                yield from measure.speed(
-                    entries,
-                    timed,
-                    temperature=temperature,
-                    max_new_tokens=self.max_new_tokens,
-                    plain_targets=plain,
-                    done=done,
-                )
-            yield from measure.costs(entries, done=done)
-
-        for row in measured():
+        for row in self._measured(entries, sets, done):
             if key(row) not in done:
                 append(self.output, row)
         print(markdown(View(read_rows(self.output))))
         return code
+
+    def _measured(self, entries, sets, done) -> Iterator:
+        """Rows of results that are not among `done`."""
+        import jaxspec
+        from jaxspec.evaluation import measure
+
+        for temperature in self.temperatures:
+            yield from measure.tau(
+                entries,
+                sets,
+                temperature=temperature,
+                budgets=self.budgets,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+                done=done,
+            )
+        if self.tau_only:
+            return
+        timed = {name: spread(rows, self.timed or 0) for name, rows in sets.items()}
+        known = {entry.contender.dtype for entry in entries}
+        plain = {
+            dtype: jaxspec.load_target(self.target, dtype=dtype)
+            for dtype in self.plain_dtypes
+            if dtype not in known
+        }
+        for temperature in self.temperatures:
+            yield from measure.speed(
+                entries,
+                timed,
+                temperature=temperature,
+                max_new_tokens=self.max_new_tokens,
+                plain_targets=plain,
+                done=done,
+            )
+        yield from measure.costs(entries, done=done)
 
     def _check(self, contenders) -> None:
         if not contenders or not self.prompts:
