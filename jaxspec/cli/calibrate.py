@@ -87,14 +87,7 @@ class Calibrate:
         temperatures = calibration.fit_temperatures(fitted)
         raw = calibration.assess(held_out)
         scaled = calibration.assess(held_out, temperatures)
-        print(
-            "slot  temperature  rounds  survival  ECE raw  ECE scaled  by chance  AUROC  Brier"
-        )
-        for slot, (t, r, s) in enumerate(zip(temperatures, raw, scaled, strict=True), 1):
-            print(
-                f"{slot:4d}  {t:11.3f}  {r.rounds:6d}  {r.happened:8.3f}  {r.ece:7.4f}  "
-                f"{s.ece:10.4f}  {s.chance:9.4f}  {s.auroc:5.3f}  {s.brier:.4f}"
-            )
+        _print_slots(temperatures, raw, scaled)
         before, after = (float(np.nanmean([q.ece for q in rows])) for rows in (raw, scaled))
         print(f"mean ECE on held-out answers: {before:.4f} -> {after:.4f}")
         if self.picture is not None:
@@ -105,3 +98,13 @@ class Calibrate:
             save_temperatures(self.drafter, temperatures)
             print(f"stored in {self.drafter}/config.json")
         return code
+
+
+def _print_slots(temperatures, raw, scaled) -> None:
+    """A line per slot: its temperature, and its quality before and after scaling."""
+    print("slot  temperature  rounds  survival  ECE raw  ECE scaled  by chance  AUROC  Brier")
+    for slot, (t, r, s) in enumerate(zip(temperatures, raw, scaled, strict=True), 1):
+        print(
+            f"{slot:4d}  {t:11.3f}  {r.rounds:6d}  {r.happened:8.3f}  {r.ece:7.4f}  "
+            f"{s.ece:10.4f}  {s.chance:9.4f}  {s.auroc:5.3f}  {s.brier:.4f}"
+        )
