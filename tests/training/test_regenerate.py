@@ -88,7 +88,7 @@ def rows_of(path):
 
 def jobs():
     few = [Job(i, i, [], ["ab", "cd"] if i % 3 == 0 else ["e" * (i + 1)]) for i in range(7)]
-    return [*few, Job("long", 7, [], ["x" * 95])]
+    return [*few, Job("long", 7, [], ["u" * 95])]
 
 
 def test_a_killed_run_neither_repeats_nor_loses_a_row(target, tmp_path):
@@ -227,12 +227,12 @@ def test_the_target_writes_its_own_questions(target, tmp_path):
 
 def test_the_target_goes_on_with_an_opening(target, tmp_path):
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "own.jsonl"
-    rows = [{"opening": "abc", "ending": "xyz"}, {"opening": "de"}]
+    rows = [{"opening": "abc", "ending": "rst"}, {"opening": "de"}]
     prompts.write_text("\n".join(map(json.dumps, rows)))
     assert regenerate(CONFIG, target, read_jobs(prompts), output).rows == 2
     assert regenerate(CONFIG, target, read_jobs(prompts), output).answered == 0
     first, second = (rows_of(output)[i]["conversations"][0]["content"] for i in range(2))
-    assert first.startswith("abc") and first.endswith("xyz") and len(first) > 6
+    assert first.startswith("abc") and first.endswith("rst") and len(first) > 6
     assert second.startswith("de") and len(second) > 2
 
 
