@@ -30,8 +30,8 @@ class Generate:
     target: str = "smollm2-135m"
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of weights and cache. float32 reproduces plain decoding token for token, on GPUs too
-    (products do not use TF32); bfloat16 may flip near-ties and is what GPUs are fast at."""
+    """Dtype of weights and cache. float32 reproduces plain decoding token for token, on GPUs
+    too (products do not use TF32); bfloat16 may flip near-ties and is what GPUs are fast at."""
     prompt: str | None = None
     """One prompt, a user's turn."""
     prompts: Path | None = None
