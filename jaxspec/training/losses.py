@@ -146,49 +146,35 @@ def drafter_loss(
     if config.truth == "target":
         labels, known = None, jnp.ones_like(known)
     judged = supervised & known.reshape(supervised.shape)
-    unembed = vocabulary.unembed
     teacher = flat(target) if config.compares(head) else None
 
     probability = None
     if config.weighting == "dpace":
-        labels_only = Mixture(1.0, 0.0, 0.0, chunk=config.mixture.chunk)
-        frozen = jax.lax.stop_gradient(drafter)
-        nothing = jnp.zeros(known.shape)
         guide = teacher if labels is None else None
-        _, losses = vocabulary_loss(
-            labels_only, frozen, unembed, guide, labels, nothing, vocabulary.judge
-        )
-        probability = jnp.exp(-losses.cross_entropy).reshape(supervised.shape)
+        probability = _label_probability(config, vocabulary, drafter, guide, labels, known)
+        probability = probability.reshape(supervised.shape)
     weights, denominator = position_weights(config, judged, probability)
     flat_weights = weights.reshape(known.shape)
 
     total, losses = vocabulary_loss(
-        config.mixture, drafter, unembed, teacher, labels, flat_weights, vocabulary.judge
+        config.mixture,
+        drafter,
+        vocabulary.unembed,
+        teacher,
+        labels,
+        flat_weights,
+        vocabulary.judge,
     )
     accepted = acceptance(losses)
     selection = _no_selection(supervised.shape[-1])
     if head.config.candidates:
-        latent = flat(head.teacher_forced(vocabulary, blocks.stream, blocks.previous))
-        picks = choices(
-            head,
-            vocabulary,
-            drafter.hidden,
-            latent,
-            losses.candidates,
-            losses.labels,
-            missing=config.missing,
-            chunk=config.mixture.chunk,
-        )
+        picks = _picks(config, head, vocabulary, blocks, drafter, losses)
         loss, selection = _selection(config, picks, judged, denominator)
         total += config.selector * loss
         accepted = jnp.where(picks.present, jnp.exp(-picks.cross_entropy), 0)
         accepted = jax.lax.stop_gradient(accepted)
-    bce = jnp.float32(0)
-    if head.confidence is not None and config.confidence:
-        logits = head.confidence_logits(blocks.stream, blocks.previous)
-        each = optax.sigmoid_binary_cross_entropy(logits.reshape(known.shape), accepted)
-        bce = jnp.sum(flat_weights * each)
-        total += config.confidence * bce
+    bce = _confidence_loss(config, head, blocks, accepted, flat_weights)
+    total += config.confidence * bce
 
     def weighted(losses):
         return jnp.float32(0) if losses is None else jnp.sum(flat_weights * losses)
@@ -205,6 +191,40 @@ def drafter_loss(
         blocks=jnp.sum(judged.any(axis=-1).astype(jnp.float32)),
         **selection,
     )
+
+
+def _label_probability(config, vocabulary, drafter, guide, labels, known) -> jax.Array:
+    """The drafter's probability of every label, [B, R]; constant to differentiation."""
+    labels_only = Mixture(1.0, 0.0, 0.0, chunk=config.mixture.chunk)
+    frozen, nothing = jax.lax.stop_gradient(drafter), jnp.zeros(known.shape)
+    _, losses = vocabulary_loss(
+        labels_only, frozen, vocabulary.unembed, guide, labels, nothing, vocabulary.judge
+    )
+    return jnp.exp(-losses.cross_entropy)
+
+
+def _picks(config, head, vocabulary, blocks, drafter, losses):
+    """The selector's choice among the candidates of every slot."""
+    latent = head.teacher_forced(vocabulary, blocks.stream, blocks.previous)
+    return choices(
+        head,
+        vocabulary,
+        drafter.hidden,
+        latent.reshape(len(latent), -1, *latent.shape[3:]),
+        losses.candidates,
+        losses.labels,
+        missing=config.missing,
+        chunk=config.mixture.chunk,
+    )
+
+
+def _confidence_loss(config, head, blocks, accepted, weights) -> jax.Array:
+    """Weighted binary cross-entropy of the confidence head; 0 where it is not trained."""
+    if head.confidence is None or not config.confidence:
+        return jnp.float32(0)
+    logits = head.confidence_logits(blocks.stream, blocks.previous)
+    each = optax.sigmoid_binary_cross_entropy(logits.reshape(accepted.shape), accepted)
+    return jnp.sum(weights * each)
 
 
 def _no_selection(depth: int) -> dict[str, jax.Array]:
