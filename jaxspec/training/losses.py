@@ -156,14 +156,9 @@ def drafter_loss(
     weights, denominator = position_weights(config, judged, probability)
     flat_weights = weights.reshape(known.shape)
 
+    unembed, judge = vocabulary.unembed, vocabulary.judge
     total, losses = vocabulary_loss(
-        config.mixture,
-        drafter,
-        vocabulary.unembed,
-        teacher,
-        labels,
-        flat_weights,
-        vocabulary.judge,
+        config.mixture, drafter, unembed, teacher, labels, flat_weights, judge
     )
     accepted = acceptance(losses)
     selection = _no_selection(supervised.shape[-1])
