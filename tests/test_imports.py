@@ -38,8 +38,8 @@ ARROWS = {
     "serving": "config decoding drafters models tokenizer",
     "evaluation": "api config data decoding drafters models trees",
     "training": "api checkpoints config data decoding drafters interrupts locks models"
-    " settings sharding tokenizer trees",
-    "check": "api config decoding drafters models training trees",
+    " serving settings sharding tokenizer trees",
+    "check": "api config decoding drafters evaluation models training trees",
     "cli": "jaxspec api check checkpoints config data decoding doctor drafters"
     " evaluation interrupts"
     " models planning serving sharding training pallas_kernels.h100",
