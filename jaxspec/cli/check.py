@@ -18,6 +18,14 @@ CHECK_PROMPTS = (
     "A train leaves at 9:40 and arrives at 13:05. How long does the journey take?",
     "Write a short letter to a neighbour about the noise at night.",
     "List five things to check before buying a used bicycle, with a reason for each.",
+    "Translate into French: the shop on the corner opens at eight and closes at six.",
+    "What are the three states of matter, and how does one turn into another?",
+    "A rectangle is 7 cm long and 4 cm wide. What are its area and its perimeter?",
+    "Write a haiku about the first snow, then explain what a haiku is.",
+    "Give me a recipe for pancakes for four people.",
+    "How do I undo the last commit in git without losing my changes?",
+    "Who was Marie Curie, and what is she known for?",
+    "Summarise in two sentences why the dinosaurs are thought to have died out.",
     "Sort the numbers 31, 4, 15, 9, 26 and 5, and say what their median is.",
 )
 
