@@ -257,9 +257,14 @@ def test_the_engine_holds_the_cache_it_says():
 def test_sampled_requests_do_not_spoil_greedy_ones():
     """The target drafts for itself: all is accepted at temperature 0, nearly nothing at 9.
 
-    It believes too little of its own drafts, so the first greedy requests have short ones.
+    A node costs so much that the sampled ones are better off without a draft.
     """
-    engine = engines.engine(engines.ITSELF, slots=1, max_nodes=8)
+    config = EngineConfig(**engines.CONFIG | dict(schedule=Adaptive(), slots=1))
+    setup = Engine(tiny.target(), engines.ITSELF, config).setup()
+    seconds = [1 + 0.4 * total for total in setup["totals"]["1"]]
+    curve = Curve(setup, {1: seconds})
+    engine = Engine(tiny.target(), engines.ITSELF, config, curve=curve)
+    engine.warm_up()
 
     def tau(request):
         id = engine.submit(request)
