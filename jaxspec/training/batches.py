@@ -138,28 +138,23 @@ def places(
     lengths: Sequence[int],
     *,
     micro_batch: int,
-    host: int = 0,
-    hosts: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> tuple[tuple[int, int], list[Place]]:
-    """One host's share of every micro-batch of a batch.
+    """Some rows of every micro-batch of a batch.
+
+    Args:
+      rows: which; all by default.
 
     Returns:
-      How many micro-batches, and this host's rows of each; and where the sequences stand.
-
-    Raises:
-      ValueError: a micro-batch cannot be divided among the hosts.
+      How many micro-batches, and rows of each; and where the sequences stand in these.
     """
-    if micro_batch % hosts:
-        raise ValueError(
-            f"a micro-batch of {micro_batch} sequences cannot be divided among {hosts} hosts"
-        )
-    share = micro_batch // hosts
-    shape = (len(batch.rows) // micro_batch, share)
+    rows = range(micro_batch) if rows is None else rows
+    shape = (len(batch.rows) // micro_batch, len(rows))
 
     def find() -> Iterator[Place]:
         for n, row in np.ndindex(shape):
             start = 0
-            for sequence in batch.rows[n * micro_batch + host * share + row]:
+            for sequence in batch.rows[n * micro_batch + rows[row]]:
                 yield Place(sequence, n, row, start)
                 start += _whole_units(lengths[sequence])
 

@@ -13,7 +13,7 @@ from jaxspec.training.batches import BatchRows, Position, collate, epoch_batches
 from jaxspec.training.feature_cache import FeatureCache
 from jaxspec.training.features import Features
 from jaxspec.training.recipe import TrainConfig
-from jaxspec.training.sharding import place_batch
+from jaxspec.training.sharding import local_rows, place_batch
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +49,7 @@ class Loader:
         self._config, self._examples = config, examples
         self._mesh, self._features = mesh, features
         self._lengths = [len(example) for example in examples]
+        self._rows = local_rows(mesh, config.micro_batch)
         self._epoch, self._batches = -1, []
 
     def at(self, position: Position) -> Rows:
@@ -58,15 +59,14 @@ class Loader:
             batch,
             self._lengths,
             micro_batch=self._config.micro_batch,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            rows=self._rows,
         )
         tokens, supervised, starts = collate(self._examples, batch.length, shape, found)
         features = None
         if self._features is not None:
             features = self._features.read(batch.length, shape, found)
         rows = Rows(tokens, supervised, starts if self._config.packed else None, features)
-        return place_batch(self._mesh, rows)
+        return place_batch(self._mesh, rows, self._rows, self._config.micro_batch)
 
     def after(self, position: Position) -> Position:
         """The position of the next batch."""

@@ -7,6 +7,7 @@ inserts the communication; results equal those of one device up to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,12 +30,49 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     return jax.tree.map(sharding, state)
 
 
-def place_batch(mesh: Mesh | None, arrays: Any) -> Any:
-    """This process's share of micro-batches [n, b, T, ...], joined with those of the others."""
+def local_rows(mesh: Mesh | None, micro_batch: int) -> list[int]:
+    """The rows of a micro-batch that devices of this process hold, ascending.
+
+    Where a copy of the target is cut over devices of several processes, these hold the same.
+
+    Raises:
+      ValueError: the mesh has no device of this process.
+    """
+    if mesh is None:
+        return list(range(micro_batch))
+    held = NamedSharding(mesh, PartitionSpec(DATA)).addressable_devices_indices_map(
+        (micro_batch,)
+    )
+    if not held:
+        raise ValueError(
+            f"the {mesh.size} devices of the mesh are all of other processes than number "
+            f"{jax.process_index()}; train on the {jax.device_count()} devices of all of them"
+        )
+    return sorted({i for (part,) in held.values() for i in range(micro_batch)[part]})
+
+
+def place_batch(mesh: Mesh | None, arrays: Any, rows: Sequence[int], micro_batch: int) -> Any:
+    """Micro-batches [n, b, T, ...] on the devices, each process giving what its own hold.
+
+    Args:
+      arrays: the `local_rows` of each micro-batch.
+      rows: which these are.
+      micro_batch: b.
+    """
     if mesh is None:
         return jax.device_put(arrays)
     sharding = NamedSharding(mesh, PartitionSpec(None, DATA))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), arrays)
+    where = {row: i for i, row in enumerate(rows)}
+
+    def place(x):
+        def part(index):
+            own = [where[row] for row in range(micro_batch)[index[1]]]
+            return x[:, own][(index[0], slice(None), *index[2:])]
+
+        shape = (x.shape[0], micro_batch, *x.shape[2:])
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(place, arrays)
 
 
 def gather(mesh: Mesh | None, tree: Any) -> Any:

@@ -160,6 +160,11 @@ def _check(config: TrainConfig, prompts: Sequence[Prompt], mesh: Mesh | None) ->
             f"{hosts} processes cannot decode together; train without prompts and validate "
             "the drafter afterwards"
         )
+    if mesh is None and hosts > 1:
+        raise ValueError(
+            f"{hosts} processes need a mesh over their {jax.device_count()} devices; give "
+            f"--devices {jax.device_count()}"
+        )
     if mesh is not None and config.micro_batch % mesh.shape[DATA]:
         raise ValueError(
             f"a micro-batch of {config.micro_batch} rows cannot be divided among the "

@@ -95,17 +95,15 @@ def collated(examples, batch, **part):
     return collate(examples, batch.length, shape, found)
 
 
-def test_hosts_share_a_batch():
+def test_rows_of_a_batch():
     examples = [Example(np.full(n, n, np.int32), np.arange(n) > 1) for n in (2, 4, 3)]
     batch = BatchRows(((2,), (0,), (1,), ()), 4)
     tokens, supervised, starts = collated(examples, batch)
     assert tokens.tolist() == [[[3, 3, 3, 0], [2, 2, 0, 0]], [[4, 4, 4, 4], [0] * 4]]
     assert supervised.sum(2).tolist() == [[1, 0], [2, 0]]
     assert not starts.any()
-    halves = [collated(examples, batch, host=i, hosts=2)[0] for i in range(2)]
+    halves = [collated(examples, batch, rows=[i])[0] for i in range(2)]
     np.testing.assert_array_equal(np.concatenate(halves, axis=1), tokens)
-    with pytest.raises(ValueError, match="2 sequences cannot be divided among 3 hosts"):
-        places(batch, [2, 4, 3], micro_batch=2, hosts=3)
 
 
 def test_packed_sequences_start_at_units():

@@ -128,6 +128,42 @@ def test_two_processes_train_as_one_does(whole_run, tmp_path):
     assert (tmp_path / "drafter" / "model.safetensors").exists()
 
 
+def losses(folder):
+    return [line["loss"] for line in steps_of(folder)]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "processes"),
+    [
+        ((1, 2), 2),
+        pytest.param((2, 1), 2, marks=pytest.mark.gate),
+        pytest.param((2, 2), 2, marks=pytest.mark.gate),
+        pytest.param((2, 2), 4, marks=pytest.mark.gate),
+        pytest.param((2, 2), 1, marks=pytest.mark.gate),
+    ],
+)
+def test_processes_train_as_one_does_however_the_mesh_lies(
+    whole_run, tmp_path, mesh, processes
+):
+    """A copy of the target may be cut over processes, which then train on the same rows."""
+    where, devices = f"localhost:{free_port()}", mesh[0] * mesh[1] // processes
+    options = ("--mesh", *map(str, mesh), "--steps", "3", "--processes", str(processes))
+    started = [
+        start(
+            tmp_path / "run",
+            whole_run[1],
+            *options,
+            *(("--join", where, str(i)) if processes > 1 else ()),
+            devices=devices,
+        )
+        for i in range(processes)
+    ]
+    for process in started:
+        finish(process)
+    finish(start(tmp_path / "alone", whole_run[1], "--steps", "3"))
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "alone"), rtol=1e-4)
+
+
 @pytest.mark.gate
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_run_goes_on_with_other_devices(whole_run, run_on_eight, tmp_path, devices):

@@ -1,6 +1,7 @@
 """A run small enough for a test: `python -m tests.training.tiny --help`."""
 
 import argparse
+import dataclasses
 
 import jax
 import numpy as np
@@ -71,17 +72,21 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("--mesh", type=int, nargs=2, metavar=("DATA", "MODEL"))
-    parser.add_argument("--join", nargs=2, metavar=("ADDRESS", "PROCESS"), help="of two")
+    parser.add_argument("--join", nargs=2, metavar=("ADDRESS", "PROCESS"), help="others")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=CONFIG.steps)
     parser.add_argument("--validate", action="store_true")
     parser.add_argument("--features")
     options = parser.parse_args()
     if options.join:
         address, process = options.join
-        jax.distributed.initialize(address, num_processes=2, process_id=int(process))
+        jax.distributed.initialize(
+            address, num_processes=options.processes, process_id=int(process)
+        )
     mesh = make_mesh(data=options.mesh[0], model=options.mesh[1]) if options.mesh else None
     prompts = [[1, 2, 3], [4, 5]] if options.validate else []
     train(
-        CONFIG,
+        dataclasses.replace(CONFIG, steps=options.steps),
         target(),
         examples(),
         options.folder,
