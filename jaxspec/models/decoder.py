@@ -4,19 +4,17 @@ prompt chunk is a chain."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig
 from jaxspec.models.cache import KVCache, KVRows
-from jaxspec.models.layers import cut_axes, lookup, project, swiglu
+from jaxspec.models.layers import cut_axes, lookup, project, rms_norm, swiglu
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import AttentionParams, MlpParams, MoeParams, TargetParams
 from jaxspec.models.rope import layer_angles
 from jaxspec.trees.packing import Packing
-from pallas_kernels.add_norm import add_norm
 from pallas_kernels.rotary_heads import rotary_heads
 from pallas_kernels.tree_attention import tree_attention
 
@@ -82,11 +80,9 @@ def forward(
         rows = max(count, MIN_ROWS)
         x = jnp.pad(x.reshape(1, count, -1), ((0, 0), (0, rows - count), (0, 0)))
     outputs, keys, values = {-1: x}, [], []
-    norm = functools.partial(_add_norm, config=config, fused=fused)
-    x, normed = norm(x, None, params.layers[0].attention.norm)
     for i, layer in enumerate(params.layers):
         dtype = cache.keys[i].dtype
-        q, k, v = _qkv(layer.attention, config, normed, angles[i], dtype if fused else None)
+        q, k, v = _qkv(layer.attention, config, x, angles[i], dtype if fused else None)
         # Rounded here and kept: XLA would rather keep every layer's whole projection until the
         # rows are committed, and take them from it then.
         k, v = jax.lax.optimization_barrier((k.astype(dtype), v.astype(dtype)))
@@ -112,23 +108,19 @@ def forward(
             attended = packing.gather(attended)
             padding = x.shape[1] - attended.shape[1]
             attended = jnp.pad(attended, ((0, 0), (0, padding), (0, 0), (0, 0)))
-        out = _project_out(layer.attention, attended.reshape(*x.shape[:2], -1))
-        x, normed = norm(x, out, layer.mlp.norm)
-        out = _mlp(layer.mlp, config, normed, count)
-        if i + 1 < config.num_layers:
-            x, normed = norm(x, out, params.layers[i + 1].attention.norm)
-        else:
-            x, normed = norm(x, out, params.final_norm, dtype=jnp.float32)
+        x = x + _project_out(layer.attention, attended.reshape(*x.shape[:2], -1))
+        x = x + _mlp(layer.mlp, config, x, count)
         outputs[i] = x
         keys.append(k)
         values.append(v)
-    outputs[config.num_layers - 1] = normed
+    hidden = rms_norm(x, params.final_norm, config.rms_norm_eps)
+    outputs[config.num_layers - 1] = hidden
     if fused:
         outputs = {i: x[:, :count].reshape(*tokens.shape, -1) for i, x in outputs.items()}
     tapped = [outputs[i] for i in taps]
     return ForwardOutput(
         hidden=outputs[config.num_layers - 1],
-        taps=jnp.concatenate(tapped, axis=-1) if tapped else normed[:, :count, :0],
+        taps=jnp.concatenate(tapped, axis=-1) if tapped else hidden[:, :count, :0],
         rows=KVRows(tuple(keys), tuple(values)),
     )
 
@@ -160,26 +152,13 @@ def check_taps(taps: tuple[int, ...], config: TargetConfig) -> None:
         )
 
 
-def _add_norm(x, update, gain, *, config: TargetConfig, fused: bool, dtype=None):
-    """The residual stream [B, N, M] after an update, and its norm; see `add_norm`.
-
-    Fused, one kernel does both and rounds the norm to the dtype of the products.
-    """
-    options = dict(eps=config.rms_norm_eps, dtype=dtype or jnp.float32)
-    if not fused:
-        return add_norm(x, update, gain, **options)
-    flat = [None if a is None else a.reshape(-1, a.shape[-1]) for a in (x, update)]
-    options["dtype"] = dtype or gain.dtype
-    pair = add_norm(*flat, gain, **options, implementation="triton")
-    return tuple(a.reshape(x.shape) for a in pair)
-
-
 def _qkv(params: AttentionParams, config: TargetConfig, x: jax.Array, angles, dtype=None):
-    """Rotated queries [B, N, H, D], rotated keys and values [B, N, K, D] of normed x.
+    """Rotated queries [B, N, H, D], rotated keys and values [B, N, K, D].
 
     With `dtype` one kernel does what follows the product, and rounds to it.
     """
-    qkv = project("bnm,mkgd->bnkgd", x, params.qkv)
+    normed = rms_norm(x, params.norm, config.rms_norm_eps)
+    qkv = project("bnm,mkgd->bnkgd", normed, params.qkv)
     options = dict(eps=config.rms_norm_eps, dtype=dtype or qkv.dtype)
     gains = (params.qkv_bias, params.q_norm, params.k_norm)
     angles = (x.reshape(-1, x.shape[-1]) for x in angles)
@@ -203,10 +182,11 @@ def _project_out(params: AttentionParams, attended: jax.Array) -> jax.Array:
 def _mlp(
     params: MlpParams | MoeParams, config: TargetConfig, x: jax.Array, count: int
 ) -> jax.Array:
-    """What it adds for normed x, whose first `count` rows are real."""
+    """What it adds to x, whose first `count` rows are real."""
+    normed = rms_norm(x, params.norm, config.rms_norm_eps)
     if isinstance(params, MoeParams):
-        flat = x.reshape(-1, config.hidden_size)
+        flat = normed.reshape(-1, config.hidden_size)
         out = mixture_of_experts(params, config, flat[:count])  # padding would read experts
         return jnp.pad(out, ((0, len(flat) - count), (0, 0))).reshape(x.shape)
-    hidden = swiglu(project("bnm,mcf->bncf", x, params.gate_up))
+    hidden = swiglu(project("bnm,mcf->bncf", normed, params.gate_up))
     return project("bnf,fm->bnm", hidden, params.down)
