@@ -90,7 +90,7 @@ def test_predictions_name_the_accepted_nodes(recorded):
         assert accepted.sum() == (table.nodes[visited] < SIZE).sum()
 
 
-def test_follow():
+def test_nodes_of_path():
     """0 ── 1 (a) ── 3 (b)
     └── 2 (b) ── 4 (b)"""
     a, b = 7, 8
@@ -107,7 +107,7 @@ def test_follow():
         (b, a, b): [2, 6, 6],
         (0, a, b): [6, 6, 6],
     }.items():
-        assert w.follow(tree, np.array([path])).tolist() == [nodes]
+        assert w.nodes_of_path(tree, np.array([path])).tolist() == [nodes]
 
 
 def test_the_gap_of_a_branch_is_of_log_probabilities():
