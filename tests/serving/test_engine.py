@@ -132,7 +132,7 @@ def test_a_request_alone_has_a_batch_of_one_row():
 
 
 def test_nothing_is_compiled_after_the_warm_up():
-    programs = [decode_rows, rows.run_chunk, rows.begin_prompt, rows.end_prompt, rows.place]
+    programs = [decode_rows, rows.run_chunk, rows.begin_prompt, rows.end_prompt, rows.place_row]
     programs += [rows.move_rows, rows.stop_rows, rows.recent_tokens, rows.empty_rows]
     engine = warm()
     before = [program._cache_size() for program in programs]
