@@ -251,7 +251,7 @@ def test_the_default_drafter_is_the_shipped_one_where_it_fits(
     def load(name, _, *, tree, **rules):
         return name, tree.kind
 
-    monkeypatch.setattr("jaxspec.loading.load_drafter", load)
+    monkeypatch.setattr("jaxspec.api.load_drafter", load)
     assert DrafterOptions(**options).load(SimpleNamespace(name=target)) == expected
 
 
