@@ -56,7 +56,7 @@ class Known:
 
 
 @dataclasses.dataclass(frozen=True)
-class Replay:
+class Replay(Drafter):
     """Drafts what is known to follow, as deep as the survival profile says.
 
     A chain of P tokens, right down to the drawn depth and wrong below it, and siblings of its

@@ -19,6 +19,7 @@ import numpy as np
 from jaxspec.config import DrafterConfig, TargetConfig, TreeConfig
 from jaxspec.decoding.sampling import NO_TOKEN, SamplingRows
 from jaxspec.decoding.state import Params, Requests
+from jaxspec.drafters.base import Drafter
 from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params
 from jaxspec.drafters.head import abstract_weights
 from jaxspec.models.params import TargetParams, abstract_params
@@ -93,7 +94,9 @@ def drafter_config(config: TargetConfig, kind: str) -> DrafterConfig:
     """
     own = published_drafter(config)
     if config == TINY:
-        own = dataclasses.replace(own, num_layers=1)
+        own = dataclasses.replace(
+            own, num_layers=1, causal=own.causal[:1], window=own.window[:1]
+        )
     if kind in CONDITIONED:
         return dataclasses.replace(own, sequential="markov", rank=RANK)
     return own
@@ -124,7 +127,7 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Given(Drafter):
     """A tree that costs nothing to draft: what is left of a round is its verification.
 
     Branches of `depth` random tokens hang from the root, in all `size` nodes.

@@ -184,7 +184,7 @@ class Tuning:
             ms=self.ms[tile],
             chosen_ms=chosen,
             cache_gb_s=round(cache_bytes(self.shape) / self.ms[tile] / 1e6),
-            error=error,
+            difference=error,
             tile=dataclasses.asdict(tile),
             tried=[[*dataclasses.astuple(tile), ms] for tile, ms in self.ms.items()],
         )

@@ -90,7 +90,7 @@ def test_tune_writes_tiles_that_the_kernel_reads(run, tmp_path):
     assert status == 0
     ((card, shape, tile),) = read_measured(tiles)
     assert card.endswith("CPU") and (shape.nodes, shape.capacity) == (4, 64)
-    assert row["ms"] == min(tried[-1] for tried in row["tried"]) and row["error"] < 1e-5
+    assert row["ms"] == min(tried[-1] for tried in row["tried"]) and row["difference"] < 1e-5
     assert row["tile"] == dict(
         rows=tile.rows,
         keys=tile.keys,
