@@ -1,4 +1,4 @@
-"""Writes measured rows as tables and pictures into docs/h100.md and the README.
+"""Writes measured rows as tables and pictures into docs/h100.md.
 
     python examples/gpu/report.py --rows out/gpu
 
@@ -296,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--rows", type=Path, default=Path("out/gpu"), help="folder of rows")
     parser.add_argument("--card", help="by default that of the last rows")
-    files = [ROOT / "docs" / "h100.md", ROOT / "README.md"]
+    files = [ROOT / "docs" / "h100.md"]
     parser.add_argument("--into", type=Path, nargs="*", default=files)
     parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "h100")
     options = parser.parse_args(arguments)

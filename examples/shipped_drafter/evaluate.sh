@@ -6,7 +6,7 @@
 #
 # DRAFTER is `shipped` by default, a folder or a name; RESULTS the file beside its weights, which
 # holds everything already: give another to measure again. Then
-# `python -m jaxspec report RESULTS --into README.md` draws README's table again.
+# `python -m jaxspec report RESULTS --into docs/results.md` draws its table again.
 # Settings from the environment: COUNT and TIMED, prompts per set (TIMED of them against the
 # clock); NEW_TOKENS; PROMPTS, their folder.
 set -euo pipefail

@@ -14,7 +14,7 @@ class Report:
 
     Examples:
       python -m jaxspec report results.jsonl --output docs/evaluation
-      python -m jaxspec report checkpoints/smollm2-135m/evaluation.jsonl --into README.md
+      python -m jaxspec report checkpoints/smollm2-135m/evaluation.jsonl --into docs/results.md
     """
 
     results: tyro.conf.Positional[tuple[Path, ...]]

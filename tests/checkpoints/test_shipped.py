@@ -11,7 +11,7 @@ from jaxspec.config import TreeConfig
 from jaxspec.evaluation.results import RunSettings, read_rows
 from jaxspec.models.target import Target
 
-README = Path(checkpoints.__file__).parents[2] / "README.md"
+RESULTS = Path(checkpoints.__file__).parents[2] / "docs/results.md"
 
 
 def test_it_is_small_and_described():
@@ -24,13 +24,13 @@ def test_it_is_small_and_described():
     assert [row.fields["target"] for row in setups] == ["smollm2-135m"]
 
 
-@pytest.mark.skipif(not README.is_file(), reason="installed without the repository")
-def test_the_readme_shows_its_evaluation():
-    """`python -m jaxspec report checkpoints/smollm2-135m/evaluation.jsonl --into README.md`"""
+@pytest.mark.skipif(not RESULTS.is_file(), reason="installed without the repository")
+def test_the_results_show_its_evaluation():
+    """`python -m jaxspec report checkpoints/smollm2-135m/evaluation.jsonl --into docs/results.md`"""
     from jaxspec.evaluation.report import into, summary
     from jaxspec.evaluation.view import View
 
-    text = README.read_text(encoding="utf-8")
+    text = RESULTS.read_text(encoding="utf-8")
     assert into(text, summary(View(read_rows(locate(SHIPPED) / "evaluation.jsonl")))) == text
 
 
