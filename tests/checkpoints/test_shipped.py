@@ -26,7 +26,7 @@ def test_it_is_small_and_described():
 
 @pytest.mark.skipif(not RESULTS.is_file(), reason="installed without the repository")
 def test_the_results_show_its_evaluation():
-    """`python -m jaxspec report checkpoints/smollm2-135m/evaluation.jsonl --into docs/results.md`"""
+    """`jaxspec report checkpoints/smollm2-135m/evaluation.jsonl --into docs/results.md`"""
     from jaxspec.evaluation.report import into, summary
     from jaxspec.evaluation.view import View
 
