@@ -30,8 +30,6 @@ ARROWS = {
     "decoding": "config drafters models trees",
     "checkpoints": "config drafters models sharding tokenizer",
     "api": "checkpoints config decoding drafters interrupts models settings sharding",
-    "generation": "api decoding drafters models",
-    "loading": "api drafters",
     "data": "models tokenizer",
     "planning": "config decoding drafters models sharding trees pallas_kernels"
     " pallas_kernels.h100",
