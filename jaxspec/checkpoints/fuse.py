@@ -171,10 +171,10 @@ def check_weights(values: np.ndarray, name: str, origin: str) -> None:
             f"{origin}: tensor '{name}' holds NaN or infinity as {values.dtype}; the "
             "checkpoint is damaged, or its values need a wider dtype"
         )
-    most = max(values.max(initial=0), -values.min(initial=0))
+    most = max(float(values.max(initial=0)), -float(values.min(initial=0)))
     if most > LARGEST:
         raise ValueError(
-            f"{origin}: tensor '{name}' holds {float(most):.3g}; no weight is beyond "
+            f"{origin}: tensor '{name}' holds {most:.3g}; no weight is beyond "
             f"{LARGEST:.0e}: the checkpoint is damaged, download or save it again"
         )
 

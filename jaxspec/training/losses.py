@@ -153,7 +153,8 @@ def drafter_loss(
         guide = teacher if labels is None else None
         probability = _label_probability(config, vocabulary, drafter, guide, labels, known)
         probability = probability.reshape(supervised.shape)
-    weights, denominator = position_weights(config, judged, probability)
+    drafted = known.reshape(supervised.shape)
+    weights, denominator = position_weights(config, supervised, probability, drafted)
     flat_weights = weights.reshape(known.shape)
 
     unembed, judge = vocabulary.unembed, vocabulary.judge
@@ -269,28 +270,35 @@ def acceptance(losses: PositionLosses) -> jax.Array:
 
 
 def position_weights(
-    config: LossConfig, supervised: jax.Array, label_probability: jax.Array | None = None
+    config: LossConfig,
+    supervised: jax.Array,
+    label_probability: jax.Array | None = None,
+    known: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The weight of each slot.
 
     Args:
       supervised: [..., A, P] bool.
-      label_probability: [..., A, P], the drafter's; needed by dpace alone.
+      label_probability: [..., A, P], the drafter's; only dpace needs it.
+      known: [..., A, P] bool, labels that the drafter can draft; None: all. The others have
+        weight 0, and under dpace probability 0: what follows is hardly ever reached.
 
     Returns:
       Weights [..., A, P], and what to divide the weighted sum by (`LossConfig.reduction`).
     """
-    slots = jnp.arange(supervised.shape[-1])
+    known = jnp.ones_like(supervised) if known is None else known
+    judged, slots = supervised & known, jnp.arange(supervised.shape[-1])
     if config.weighting == "dpace":
-        smoothed = (1 - config.smoothing) * label_probability + config.smoothing
+        probability = jnp.where(known, label_probability, 0)
+        smoothed = (1 - config.smoothing) * probability + config.smoothing
         smoothed = jnp.where(supervised, smoothed, 1)
-        reached = jnp.cumprod(smoothed, axis=-1) * supervised
-        weights = jnp.cumsum(reached[..., ::-1], axis=-1)[..., ::-1] * supervised
+        reached = jnp.cumprod(smoothed, axis=-1) * judged
+        weights = jnp.cumsum(reached[..., ::-1], axis=-1)[..., ::-1] * judged
     else:
         decay = jnp.exp(-slots / config.decay) if config.weighting == "exponential" else 1.0
-        weights = supervised * jnp.broadcast_to(decay, slots.shape).astype(jnp.float32)
+        weights = judged * jnp.broadcast_to(decay, slots.shape).astype(jnp.float32)
     reduction = config.reduction or ("blocks" if config.weighting == "dpace" else "weights")
     if reduction == "weights":
         return weights, jnp.sum(weights)
-    counted = supervised if reduction == "slots" else supervised.any(axis=-1)
+    counted = judged if reduction == "slots" else judged.any(axis=-1)
     return weights, jnp.sum(counted.astype(jnp.float32))

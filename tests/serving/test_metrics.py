@@ -5,14 +5,14 @@ from types import SimpleNamespace
 from prometheus_client.parser import text_string_to_metric_families
 
 from jaxspec.decoding.stats import DecodeStats
-from jaxspec.serving.metrics import Metrics
+from jaxspec.serving.metrics import ServerMetrics
 from jaxspec.serving.requests import Update
 
 
 def test_counts():
     """Rounds of 1, 4, 2 and 1 tokens, the last of each not drafted; one that ends twice."""
     engine = SimpleNamespace(waiting=0, running=0, burst_seconds=0.25)
-    metrics = Metrics(SimpleNamespace(engine=engine, healthy=True))
+    metrics = ServerMetrics(SimpleNamespace(engine=engine, healthy=True))
     metrics.follow().see(Update(0, (1, 2), "length", DecodeStats((1, 4, 2, 1), nodes=20)))
     watch = metrics.follow()
     watch.see(Update(1, (), "cancelled"))

@@ -142,9 +142,10 @@ def test_the_loss_is_that_of_the_kept_rows_of_all_logits(head):
 
 
 def test_a_token_that_cannot_be_drafted_is_never_reached_beyond_by_dpace():
-    judged = jnp.array([[[True, False, True]]])
+    known = jnp.array([[[True, False, True]]])
     probability = jnp.array([[[1.0, 0.9, 0.5]]])  # the second means nothing
-    weights, blocks = position_weights(LossConfig(weighting="dpace"), judged, probability)
+    config, supervised = LossConfig(weighting="dpace"), jnp.ones((1, 1, 3), bool)
+    weights, blocks = position_weights(config, supervised, probability, known)
     # Smoothed 1, .5, .75: reached 1, -, .375
     np.testing.assert_allclose(weights, [[[1.375, 0, 0.375]]], rtol=1e-6)
     assert blocks == 1
@@ -185,7 +186,7 @@ def test_a_run_that_goes_on_ends_the_same(run, tmp_path):
     for done in (folder / "drafter", folder / "checkpoints" / "4"):
         shutil.rmtree(done)
     other = [Example(x.tokens[::-1] // 2, x.supervised) for x in tiny.examples()]
-    with pytest.raises(ValueError, match="go on with the data that it began with"):
+    with pytest.raises(ValueError, match="holds a run on other data"):
         train(CONFIG, target(), other, folder)
     train(CONFIG, target(), tiny.examples(), folder, prompts=PROMPTS)
     for name in ("metrics.jsonl", "drafter/model.safetensors", "draft_vocabulary.json"):
