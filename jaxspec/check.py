@@ -247,8 +247,8 @@ def _alternatives(
         if other.depth:
             yield f"slot layout {layout}", other
     causal = any(config.causal)
-    sight = "bidirectional" if causal else "causal"
-    yield f"{sight} blocks", dataclasses.replace(config, causal=not causal)
+    visibility = "bidirectional" if causal else "causal"
+    yield f"{visibility} blocks", dataclasses.replace(config, causal=not causal)
     mask, last = config.mask_token_id, config.vocab_size - 1
     for token in dict.fromkeys((mask - 1, mask + 1, last, *target.eos_token_ids)):
         if token != mask and 0 <= token <= last:

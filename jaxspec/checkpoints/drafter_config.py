@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxspec.checkpoints import dflash2, sight, speculators
+from jaxspec.checkpoints import dflash2, speculators, visibility
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL, refuse_quantised
 from jaxspec.checkpoints.rope import read_rope, rope_to_json
@@ -67,7 +67,7 @@ def from_json(raw: dict[str, Any], origin: Any) -> DrafterConfig:
     own = whole if format == "deepspec" else whole.section("dflash_config")
     own.one_of("projector_type", ("dspark",), "dspark")
     own.one_of("draft_shift", (False,), False)
-    window, hidden = sight.windows(whole), whole.integer("hidden_size")
+    window, hidden = visibility.windows(whole), whole.integer("hidden_size")
     own.one_of("target_hidden_size", (hidden,), hidden)
     config = whole.make(
         DrafterConfig,
@@ -76,7 +76,7 @@ def from_json(raw: dict[str, Any], origin: Any) -> DrafterConfig:
         taps=own.items("target_layer_ids", int),
         block_size=_block_size(whole, own),
         mask_token_id=own.integer("mask_token_id", least=0),
-        causal=sight.causality(_agreed(whole, own, sight.CAUSAL, None), window),
+        causal=visibility.causality(_agreed(whole, own, visibility.CAUSAL, None), window),
         predict_next=_agreed(whole, own, PREDICT_NEXT, format == "deepspec"),
         window=window,
         **_heads(whole, own, format),
@@ -131,10 +131,10 @@ def to_json(
         "tie_word_embeddings": False,
         "use_cache": True,
         "vocab_size": c.vocab_size,
-    } | sight.to_json(c)
+    } | visibility.to_json(c)
     rope = rope_to_json(c.rope_theta, c.rope_scaling)
-    causal = sight.switch(c)
-    if c.causal != sight.causality(None, c.window):
+    causal = visibility.switch(c)
+    if c.causal != visibility.causality(None, c.window):
         raw["is_causal"] = causal
     newer = {
         "bos_token_id": None,

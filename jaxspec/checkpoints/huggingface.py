@@ -13,8 +13,8 @@ from jaxspec.checkpoints import catalog, fuse
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL, refuse_quantised
 from jaxspec.checkpoints.rope import read_rope
-from jaxspec.checkpoints.sight import windows
 from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
+from jaxspec.checkpoints.visibility import windows
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams, abstract_params
 from jaxspec.sharding import shardings

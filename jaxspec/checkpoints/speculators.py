@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxspec.checkpoints import dflash2, sight
+from jaxspec.checkpoints import dflash2, visibility
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
 from jaxspec.config import DrafterConfig
@@ -51,7 +51,7 @@ def fields(whole: JsonConfig, layer: JsonConfig) -> dict[str, Any]:
       ValueError: another kind of drafter, or a key asks for what is not implemented.
     """
     kind = whole.one_of(KEY, TYPES, REQUIRED)
-    window = sight.windows(layer)
+    window = visibility.windows(layer)
     both_ways = whole.flag("sliding_window_non_causal", kind == "dflash2")
     hidden, vocab = layer.integer("hidden_size"), layer.integer("vocab_size")
     whole.one_of("target_hidden_size", (hidden,), hidden)

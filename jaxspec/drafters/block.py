@@ -26,7 +26,7 @@ from jaxspec.drafters.head import (
     restrict,
 )
 from jaxspec.drafters.selector import lattice, lattice_tree, pick, walk
-from jaxspec.drafters.sight import block_sight
+from jaxspec.drafters.visibility import block_visibility
 from jaxspec.models.cache import KVCache, init_cache
 from jaxspec.models.layers import cut_axes
 from jaxspec.models.params import TargetParams
@@ -290,7 +290,7 @@ class BlockDrafter(Drafter):
     ) -> jax.Array:
         """The head's pass over one block per row, [B, P, M]: see `DraftHead.stream`."""
         c, size = self.config, self.config.block_size
-        sight = [pack_bits(block_sight(c, layer)) for layer in range(c.num_layers)]
+        visibility = [pack_bits(block_visibility(c, layer)) for layer in range(c.num_layers)]
 
         def attend(layer, q, k, v):
             return tree_attention(
@@ -300,7 +300,7 @@ class BlockDrafter(Drafter):
                 position,
                 k,
                 v,
-                jnp.broadcast_to(sight[layer], (*anchor.shape, *sight[layer].shape)),
+                jnp.broadcast_to(visibility[layer], (*anchor.shape, *visibility[layer].shape)),
                 scale=c.head_dim**-0.5,
                 depths=jnp.broadcast_to(jnp.arange(size), (*anchor.shape, size)),
                 window=c.window[layer],

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxspec.config import DrafterConfig
 from jaxspec.drafters.head import DraftHead, Vocabulary
-from jaxspec.drafters.sight import block_sight
+from jaxspec.drafters.visibility import block_visibility
 from jaxspec.models.layers import product
 
 
@@ -116,7 +116,7 @@ def block_attention(
       context_keys, context_values: [B, T, K, D].
       anchors: [B, A] int32.
       first: [B, A] int32, the first index of the context a block sees; 0 by default.
-      layer: whose sight and window count.
+      layer: whose visibility and window count.
       chunk: anchors per sequence scored at a time.
 
     Returns:
@@ -152,7 +152,7 @@ def _attend(
     before = jnp.arange(length) < anchors[..., None, None]  # [B, A, 1, T]
     if first is not None:
         before = before & (jnp.arange(length) >= first[..., None, None])
-    within = block_sight(config, layer)
+    within = block_visibility(config, layer)
     if config.window[layer] is not None:
         oldest = anchors[..., None] + slot - config.window[layer] + 1  # [B, A, b]
         before = before & (jnp.arange(length) >= oldest[..., None])

@@ -289,7 +289,7 @@ def branch_gaps(
 
     At every `stride`-th anchor the drafter's greedy chain of full depth is run through the
     target; the gap is the drafter's log-probability of the chain minus the target's. JetSpec
-    calls a branch faithful when it is below 5 (spec/jetspec.md §3.5).
+    calls a branch faithful when it is below 5 (arXiv 2606.18394).
 
     Args:
       drafter: one whose tree is a chain.

@@ -64,7 +64,8 @@ def forward(
         is tapped after the final norm (as Hugging Face's `hidden_states[-1]`).
       packing: runs on the nodes it packs alone: `hidden` and `taps` come packed, [1, T, .], and
         rows of other nodes are meaningless.
-      implementation: of tree attention, see `pallas_kernels.tree_attention`.
+      implementation: of tree attention, see `pallas_kernels.tree_attention`; "triton" also
+        runs the kernels around the products (`fuses`).
     """
     check_taps(taps, config)
     batch, n = tokens.shape
@@ -73,7 +74,7 @@ def forward(
         tokens, positions = packing.gather(tokens), packing.gather(positions)
     angles = layer_angles(config, positions)
     x = lookup(params.embed, tokens)  # [B, N, M]
-    fused = fuses(params, implementation)
+    fused = fuses(params, config, implementation)
     count, rows = tokens.size, None
     if fused:
         # Nodes side by side, padded with zeros: products of fewer rows would each pad theirs.
@@ -125,16 +126,17 @@ def forward(
     )
 
 
-def fuses(params: TargetParams, implementation: str | None) -> bool:
+def fuses(params: TargetParams, config: TargetConfig, implementation: str | None) -> bool:
     """Whether a forward runs the kernels for NVIDIA GPUs around its products.
 
-    It does with bfloat16 weights on one device. Float32 is for exactness: there everything but
-    the attention is XLA's.
+    It does with bfloat16 weights on one device and heads whose size is a power of two. Float32
+    is for exactness: there everything but the attention is XLA's.
     """
     if implementation is None:
         implementation = "triton" if jax.default_backend() == "gpu" else "xla"
     narrow = params.embed.dtype == jnp.bfloat16
-    return implementation == "triton" and narrow and not cut_axes()
+    tiles = config.head_dim & (config.head_dim - 1) == 0
+    return implementation == "triton" and narrow and tiles and not cut_axes()
 
 
 def unembed(params: TargetParams, hidden: jax.Array) -> jax.Array:

@@ -80,8 +80,8 @@ def path_conditioned(
     With `confidence`, scores are the log of survival probabilities: the chance that the target
     accepts the whole path. Let q be the drafter's distribution after a node and c its
     confidence. The drafter's first choice, argmax q, survives with probability c, as along
-    DSpark's chains (spec/dspark.md §1.3). Any other child keeps q, scaled by (1 - c) / (1 -
-    max q) where the children's total would exceed one. Where c = max q these are the log-probs.
+    DSpark's chains (arXiv 2607.05147). Any other child keeps q, scaled by (1 - c) / (1 - max q)
+    where the children's total would exceed one. Where c = max q these are the log-probs.
 
     Args:
       root: [B] int32, the anchor.

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 
 from pallas_kernels.copy_rows.reference import take_rows_reference, write_rows_reference
 
+ELEMENTS = 8192  # of one array, sequence and head: a program holds them in registers
+
 
 def take_rows(arrays: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax.Array, ...]:
     """See `take_rows_reference` for shapes and meaning.
 
-    One kernel where the program is compiled for an NVIDIA GPU and the arrays are bfloat16.
+    One kernel where the program is compiled for an NVIDIA GPU, the arrays are bfloat16, and the
+    rows are as few as a round commits.
     """
-    if not _one_kernel(arrays):
+    if not _one_kernel(arrays, index.shape[1]):
         return take_rows_reference(arrays, index)
     # Pallas takes a fifth of a second to import: only where it is used.
     from pallas_kernels.copy_rows.triton import take_rows_triton
@@ -27,7 +30,7 @@ def write_rows(
     caches: tuple[jax.Array, ...], news: tuple[jax.Array, ...], starts: jax.Array
 ) -> tuple[jax.Array, ...]:
     """See `write_rows_reference` for shapes and meaning; one kernel as in `take_rows`."""
-    if not _one_kernel(caches):
+    if not _one_kernel(caches, news[0].shape[1]):
         return write_rows_reference(caches, news, starts)
     from pallas_kernels.copy_rows.triton import write_rows_triton
 
@@ -36,8 +39,9 @@ def write_rows(
     )
 
 
-def _one_kernel(arrays: tuple[jax.Array, ...]) -> bool:
+def _one_kernel(arrays: tuple[jax.Array, ...], count: int) -> bool:
     """XLA cannot cut a Pallas call over the devices of a mesh."""
     dim, mesh = arrays[0].shape[-1], jax.sharding.get_abstract_mesh()
     whole = all(size == 1 for size in dict(mesh.shape).values())
-    return arrays[0].dtype == jnp.bfloat16 and dim & (dim - 1) == 0 and whole
+    few = count * dim <= ELEMENTS and dim & (dim - 1) == 0
+    return arrays[0].dtype == jnp.bfloat16 and few and whole

@@ -71,7 +71,7 @@ def write_rows_triton(
             refs[2 * third :],
             lambda ref: ref.at[b, row[:, None], k, lane],
             lambda ref: ref.at[b, k, start + row[:, None], lane],
-            real,
+            real & (start + row < refs[-1].shape[2])[:, None],  # nothing beyond the cache
         )
 
     results = []

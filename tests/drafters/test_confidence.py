@@ -1,4 +1,4 @@
-"""How many drafted tokens the confidence rules keep (spec/dspark.md 3.3 a and b)."""
+"""How many drafted tokens the confidence rules keep (DSpark, arXiv 2607.05147)."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -12,7 +12,7 @@ from jaxspec.models.cache import KVRows, init_cache
 from jaxspec.models.decoder import forward, unembed
 from jaxspec.models.layers import rms_norm, rotate
 from jaxspec.models.moe import mixture_of_experts
-from jaxspec.models.params import MoeParams
+from jaxspec.models.params import MoeParams, abstract_params
 from jaxspec.models.rope import rotary_angles
 from jaxspec.trees.packing import pack_nodes
 from jaxspec.trees.tree import ancestors, causal_bits
@@ -206,3 +206,12 @@ def test_the_gpu_layout_computes_the_same(name, packed, monkeypatch):
     for found, expected in zip(jax.tree.leaves(run()), jax.tree.leaves(plain), strict=True):
         assert found.shape == expected.shape
         np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("head_dim, expected", [(64, True), (128, True), (80, False)])
+def test_kernels_around_the_products_take_heads_of_a_power_of_two(head_dim, expected):
+    config = dataclasses.replace(tiny.QWEN3, head_dim=head_dim)
+    narrow = abstract_params(config, jnp.bfloat16)
+    assert decoder.fuses(narrow, config, "triton") is expected
+    assert not decoder.fuses(narrow, config, "xla")
+    assert not decoder.fuses(abstract_params(config), config, "triton")  # float32

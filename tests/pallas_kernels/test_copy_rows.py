@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.copy_rows import take_rows, write_rows
+from pallas_kernels.copy_rows.api import ELEMENTS
 from pallas_kernels.copy_rows.triton import (
     ARRAYS,
     MOST_ARRAYS,
@@ -82,3 +83,10 @@ def test_the_compiled_kernels_move_the_rows_and_nothing_else(name, dtype):
     assert_equal(news, taken(rows, index))
     expected = written(caches, news, starts)
     assert_equal(jax.device_get(write_rows_triton(caches, tuple(news), starts)), expected)
+
+
+def test_many_rows_at_once_are_no_kernel_of_ours():
+    """A chunk of a prompt would not fit a program's registers."""
+    few, many = (make_inputs(2, ELEMENTS // DIM + 1, n, "bfloat16") for n in (2, 513))
+    kernels = lambda x: "pallas_call" in str(jax.make_jaxpr(take_rows)(x[0], x[2]))  # noqa: E731
+    assert kernels(few) and not kernels(many)

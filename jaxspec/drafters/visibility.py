@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxspec.config import DrafterConfig
 
 
-def block_sight(config: DrafterConfig, layer: int) -> jax.Array:
+def block_visibility(config: DrafterConfig, layer: int) -> jax.Array:
     """bool [b, b]; row i: the slots that slot i sees, itself among them.
 
     A window bounds the distance both ways. Causal, window 2, and bidirectional, window 2:
