@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: generate test lint bench gates parity h100 gpu clean
+.PHONY: generate test lint docs bench gates parity h100 gpu clean
 
 generate: $(VENV)/base        ## real text from a real model, plain and speculative
 	$(BIN)/python examples/generate.py
@@ -13,6 +13,10 @@ test: $(VENV)/test            ## the unit tests
 
 lint: $(VENV)/test            ## style and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+docs: $(VENV)/test            ## the documentation as a site, in build/site
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --config-file .ci/mkdocs.yml
 
 bench: $(VENV)/test           ## speed and acceptance, one run against plain decoding
 	$(BIN)/python examples/benchmark.py
