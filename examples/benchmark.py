@@ -18,9 +18,7 @@ import jax
 
 import jaxspec
 from jaxspec import checkpoints
-from jaxspec.api import Completion
 from jaxspec.data.prompts import read_prompts, spread
-from jaxspec.decoding.requests import as_token_ids
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, block_params
@@ -33,6 +31,8 @@ from jaxspec.evaluation.report import markdown
 from jaxspec.evaluation.results import append
 from jaxspec.evaluation.view import View
 from jaxspec.models.target import Target
+from jaxspec.prompts import as_token_ids
+from jaxspec.results import Completion
 from jaxspec.training.recipe import PRESETS, drafter_config
 
 TARGET, HALF = "smollm2-135m", "bfloat16"
@@ -108,7 +108,7 @@ def torch_run(path, max_new_tokens: int):
             )
         new = out[0, len(row) :].tolist()
         stats = DecodeStats((1,) * (len(new) - 1), len(new) - 1)
-        return Completion(new, None, stats, time.perf_counter() - began)
+        return Completion(new, None, stats, time.perf_counter() - began, "length")
 
     return run
 

@@ -30,11 +30,11 @@ import tyro
 
 import jaxspec
 from jaxspec.data.prompts import read_prompts
-from jaxspec.decoding.requests import as_token_ids
 from jaxspec.decoding.schedule import Adaptive, Fixed
 from jaxspec.drafters.joined import with_survival
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.drafters.registry import LOOKUP_TOO
+from jaxspec.prompts import as_token_ids
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.load import closed_loop, mix, summarise, to_runner

@@ -10,31 +10,39 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxspec.api import Completion as Completion
-    from jaxspec.api import enable_compilation_cache as enable_compilation_cache
     from jaxspec.api import generate as generate
-    from jaxspec.api import load_drafter as load_drafter
-    from jaxspec.api import load_target as load_target
     from jaxspec.api import stream as stream
     from jaxspec.api import warm_up as warm_up
     from jaxspec.config import TreeConfig as TreeConfig
     from jaxspec.decoding.sampling import Sampling as Sampling
     from jaxspec.drafters.base import LoadedDrafter as LoadedDrafter
+    from jaxspec.loading import enable_compilation_cache as enable_compilation_cache
+    from jaxspec.loading import load_drafter as load_drafter
+    from jaxspec.loading import load_target as load_target
     from jaxspec.models.target import Target as Target
+    from jaxspec.results import Completion as Completion
+    from jaxspec.scoring import Score as Score
+    from jaxspec.scoring import hidden_states as hidden_states
+    from jaxspec.scoring import logits as logits
+    from jaxspec.scoring import score as score
 
 # Imported on first use, so that `import jaxspec` does not import JAX.
 _HOMES = {
-    "TreeConfig": "jaxspec.config",
-    "Sampling": "jaxspec.decoding.sampling",
-    "Completion": "jaxspec.api",
-    "LoadedDrafter": "jaxspec.drafters.base",
-    "Target": "jaxspec.models.target",
     "generate": "jaxspec.api",
     "stream": "jaxspec.api",
     "warm_up": "jaxspec.api",
-    "enable_compilation_cache": "jaxspec.api",
-    "load_drafter": "jaxspec.api",
-    "load_target": "jaxspec.api",
+    "TreeConfig": "jaxspec.config",
+    "Sampling": "jaxspec.decoding.sampling",
+    "LoadedDrafter": "jaxspec.drafters.base",
+    "enable_compilation_cache": "jaxspec.loading",
+    "load_drafter": "jaxspec.loading",
+    "load_target": "jaxspec.loading",
+    "Target": "jaxspec.models.target",
+    "Completion": "jaxspec.results",
+    "Score": "jaxspec.scoring",
+    "hidden_states": "jaxspec.scoring",
+    "logits": "jaxspec.scoring",
+    "score": "jaxspec.scoring",
 }
 __all__ = list(_HOMES)
 __version__ = "0.1.0"

@@ -1,77 +1,40 @@
-"""What a user calls: load a target and a drafter, generate, stream."""
+"""What a user calls to decode: generate, stream, and what makes the first call quick."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import tempfile
 import time
-import warnings
 from collections.abc import Generator, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from jaxspec import checkpoints
-from jaxspec.checkpoints import catalog
-from jaxspec.checkpoints.drafters import load_drafter as load_block_drafter
-from jaxspec.config import TreeConfig
+from jaxspec.answer_text import CutAnswer
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import (
-    Prompt,
-    as_token_ids,
     check_budget,
     check_capacity,
     decoder_for,
     pack,
     request_keys,
+    stop_ids_of,
     unpack,
 )
 from jaxspec.decoding.sampling import Sampling, SamplingRows
 from jaxspec.decoding.state import Decoder, DecodeState, Params
 from jaxspec.decoding.stats import DecodeStats
-from jaxspec.drafters import registry
 from jaxspec.drafters.base import LoadedDrafter
-from jaxspec.drafters.joined import change_drafter
 from jaxspec.drafters.plain import PLAIN
-from jaxspec.drafters.small_model import SmallModel
 from jaxspec.interrupts import postponed
+from jaxspec.loading import load_drafter
 from jaxspec.models.target import Target
+from jaxspec.prompts import Prompt, as_token_ids
+from jaxspec.results import Completion, Finish, Interrupted
 from jaxspec.settings import own_settings, own_settings_between_yields
-from jaxspec.sharding import mesh_of, place
 
 CALL_SECONDS = 0.25  # of rounds in one call of the device: a Ctrl-C waits no longer
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """The answer to one prompt.
-
-    Attributes:
-      token_ids: the tokens generated, a final stop id included.
-      text: the same as text, special tokens left out; None without a tokenizer.
-      seconds: wall-clock time of the batch the prompt was in, prompt included. The first call
-        for a shape also compiles (see `warm_up`).
-    """
-
-    token_ids: list[int]
-    text: str | None
-    stats: DecodeStats
-    seconds: float
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during `generate`.
-
-    Attributes:
-      completions: what there was by then, whole answers first; the last ones may be cut short.
-    """
-
-    def __init__(self, completions: list[Completion]):
-        super().__init__("interrupted")
-        self.completions = completions
+NODES = 8  # of the trees of a drafter given by name
 
 
 @own_settings()
@@ -79,8 +42,9 @@ def generate(
     target: Target,
     prompts: Prompt | Sequence[Prompt],
     *,
-    drafter: LoadedDrafter = PLAIN,
+    drafter: LoadedDrafter | str = PLAIN,
     max_new_tokens: int = 256,
+    stop: str | Sequence[str] = (),
     sampling: Sampling | Sequence[Sampling] = Sampling(),
     seed: int | Sequence[int] = 0,
     budget: int | None = None,
@@ -98,9 +62,13 @@ def generate(
     bfloat16 may flip near-ties.
 
     Args:
-      prompts: texts or lists of token ids, or a single one of them. A text becomes a user's
-        turn in the chat template, unless `raw`.
-      drafter: from `load_drafter`; plain decoding by default.
+      prompts: texts, conversations, or lists of token ids, or a single one of them. A text
+        becomes a user's turn in the chat template, unless `raw`; a conversation is a list of
+        messages {"role": …, "content": …}.
+      drafter: from `load_drafter`, or a name as there, whose trees then have `NODES` nodes and
+        the kind that serves it best (load it once for many calls); plain decoding by default.
+      stop: texts that end an answer. Its text is cut before the first of them; its tokens,
+        plain decoding's all the same, end with the one that completes it.
       sampling: one for all prompts or one per prompt.
       seed: prompt i uses `seed` folded with i; or one seed per prompt.
       budget: nodes verified per round, root included; the drafter's whole tree by default.
@@ -122,6 +90,8 @@ def generate(
       Interrupted: Ctrl-C; it holds what there is.
     """
     prompts = as_token_ids(target, prompts, raw=raw, thinking=thinking)
+    stops = _stop_texts(target, stop)
+    drafter = _drafter(target, drafter)
     decoder, params = decoder_for(target, drafter, implementation, rejection)
     capacity = check_capacity(decoder, prompts, max_new_tokens, capacity)
     budget = check_budget(decoder, budget)
@@ -150,31 +120,77 @@ def generate(
             keys=keys[rows],
         )
         state = prefill(decoder, params, requests)
-        state, whole = _decode(decoder, params, state, requests.sampling)
-        results = unpack(state, [len(prompt) for prompt in prompts[rows]])
+        lengths = [len(prompt) for prompt in prompts[rows]]
+        cuts = [CutAnswer(target.tokenizer, stops, length) for length in lengths if stops]
+        state, whole = _decode(decoder, params, state, requests.sampling, cuts)
+        results = unpack(state, lengths)
         seconds = time.perf_counter() - began
-        completions += [
-            Completion(ids, target.tokenizer and target.tokenizer.decode(ids), stats, seconds)
-            for ids, stats in results
-        ]
+        stop_ids = [stop_ids_of(own, target.config) for own in sampling[rows]]
+        for row, (ids, stats) in enumerate(results):
+            text = target.tokenizer and target.tokenizer.decode(ids)
+            finish = _finish(ids, stop_ids[row], max_new_tokens)
+            if cuts and cuts[row].ended(ids):
+                ids, text, finish = ids[: cuts[row].seen], cuts[row].text, "stop"
+                stats = stats.first(len(ids))
+            completions.append(Completion(ids, text, stats, seconds, finish))
         if not whole:
             raise Interrupted(completions)
     return completions
 
 
+def _drafter(target: Target, drafter: LoadedDrafter | str) -> LoadedDrafter:
+    by_name = isinstance(drafter, str)
+    return load_drafter(drafter, target, nodes=NODES) if by_name else drafter
+
+
+def _stop_texts(target: Target, stop: str | Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    for text in stops:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"stop holds {text!r}; expected texts that are not empty")
+    if stops and target.tokenizer is None:
+        raise ValueError(
+            f"stop texts need a tokenizer, and target {target.name!r} has none; use "
+            "Sampling.stop_ids"
+        )
+    return stops
+
+
+def _finish(ids: list[int], stop_ids: Sequence[int], max_new_tokens: int) -> Finish:
+    if ids[-1] in stop_ids:
+        return "stop"
+    return "length" if len(ids) >= max_new_tokens else "interrupted"
+
+
 def _decode(
-    decoder: Decoder, params: Params, state: DecodeState, sampling: SamplingRows
+    decoder: Decoder,
+    params: Params,
+    state: DecodeState,
+    sampling: SamplingRows,
+    cuts: list[CutAnswer],
 ) -> tuple[DecodeState, bool]:
     """Rounds until every row is done, or until a Ctrl-C; whether it came to the end."""
-    rounds, whole = 1, bool(state.done.all())
+    rounds = 1
     with postponed() as asked:
-        while not whole and not asked:
+        while True:
+            if cuts:
+                state = _end_cut(state, cuts)
+            whole = bool(state.done.all())
+            if whole or asked:
+                return state, whole
             began = time.perf_counter()
             state = decode(decoder, params, state, sampling, np.int32(rounds))
-            whole = bool(state.done.all())
+            state.done.block_until_ready()
             faster = CALL_SECONDS / (time.perf_counter() - began)
             rounds = max(1, int(rounds * min(faster, 4)))  # the first call may compile
-    return state, whole
+
+
+def _end_cut(state: DecodeState, cuts: list[CutAnswer]) -> DecodeState:
+    """With the rows done whose answers have a stop text."""
+    tokens, length, done = jax.device_get((state.tokens, state.length, state.done))
+    ended = [cut.see(tokens[i, cut.start : length[i]]) for i, cut in enumerate(cuts)]
+    done = done | np.array(ended + [False] * (len(done) - len(ended)))
+    return dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
 
 
 @own_settings_between_yields
@@ -182,8 +198,9 @@ def stream(
     target: Target,
     prompt: Prompt,
     *,
-    drafter: LoadedDrafter = PLAIN,
+    drafter: LoadedDrafter | str = PLAIN,
     max_new_tokens: int = 256,
+    stop: str | Sequence[str] = (),
     sampling: Sampling = Sampling(),
     seed: int = 0,
     budget: int | None = None,
@@ -196,13 +213,15 @@ def stream(
     """Yields the text of one completion as it grows, never half a character.
 
     Runs the compiled programs of `generate` for a few `rounds` at a time; arguments as there.
-    The generator's return value is the request's `DecodeStats`.
+    Text that may be the beginning of a stop text is held back until that is decided. The
+    generator's return value is the request's `DecodeStats`.
     """
     if target.tokenizer is None:
         raise ValueError(
             f"target {target.name!r} has no tokenizer; use generate with token ids"
         )
     prompts = as_token_ids(target, [prompt], raw=raw, thinking=thinking)
+    stops, drafter = _stop_texts(target, stop), _drafter(target, drafter)
     decoder, params = decoder_for(target, drafter, implementation, rejection)
     requests = pack(
         decoder,
@@ -215,16 +234,16 @@ def stream(
         keys=request_keys(seed, 1),
     )
     state = prefill(decoder, params, requests)
-    pieces, shown = target.tokenizer.stream(), 0
+    cut = CutAnswer(target.tokenizer, stops, len(prompts[0]))
     while True:
-        ((ids, stats),) = unpack(state, [len(prompts[0])])
-        for token in ids[shown:]:
-            if piece := pieces.step(token):
-                yield piece
-        shown = len(ids)
-        if bool(state.done[0]):
-            if piece := pieces.finish():
-                yield piece
+        ((ids, stats),) = unpack(state, [cut.start])
+        shown, done = len(cut.text), bool(state.done[0])
+        stopped = cut.ended(ids) if done else cut.see(ids)
+        if piece := cut.text[shown:]:
+            yield piece
+        if stopped:
+            return stats.first(cut.seen)
+        if done:
             return stats
         state = decode(decoder, params, state, requests.sampling, np.int32(rounds))
 
@@ -237,7 +256,8 @@ def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> in
     """
     raw, thinking = options.pop("raw", False), options.pop("thinking", None)
     rows = as_token_ids(target, prompts, raw=raw, thinking=thinking)
-    decoder, _ = decoder_for(target, options.get("drafter", PLAIN))
+    options["drafter"] = _drafter(target, options.get("drafter", PLAIN))
+    decoder, _ = decoder_for(target, options["drafter"])
     capacity = check_capacity(
         decoder, rows, options.pop("max_new_tokens", 256), options.pop("capacity", None)
     )
@@ -247,147 +267,3 @@ def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> in
             options[name] = options[name][:batch]
     generate(target, rows[:batch], max_new_tokens=1, capacity=capacity, **options)
     return capacity
-
-
-@own_settings()
-def load_target(
-    name_or_path: str | Path = "smollm2-135m", *, dtype: str = "float32", devices: int = 1
-) -> Target:
-    """Loads a target model.
-
-    Args:
-      name_or_path: a name of `checkpoints.catalog`, a GGUF file, a Hugging Face folder, or a
-        name on the hub.
-      dtype: of weights and cache, "float32" or "bfloat16"; products accumulate in float32.
-      devices: cuts the weights over so many, those of all processes counted
-        (`jaxspec.sharding`); compute with them inside `sharding.mesh_of(target.params)`.
-
-    Raises:
-      ValueError: it cannot be found, is damaged, or is a model the decoder does not implement.
-    """
-    return checkpoints.load(name_or_path, dtype, devices)
-
-
-@own_settings()
-def load_drafter(
-    spec: str,
-    target: Target,
-    *,
-    tree: TreeConfig | None = None,
-    dtype: str = "float32",
-    threshold: float = 0.0,
-    survival: float = 0.0,
-) -> LoadedDrafter:
-    """A drafter for a target.
-
-    Args:
-      spec: "none" (plain decoding), "ngram" (prompt lookup), "small:NAME" (a small model with
-        the same vocabulary, loaded as a target is), "python:MODULE:FUNCTION" (one's own,
-        `drafters.registry.Factory`), "shipped" (the trained one that comes with the package,
-        for the default target), or the folder or hub name of a trained drafter
-        ("repo::subfolder" too). "+ngram" after one of the last four joins prompt lookup.
-      tree: what it drafts; each kind of drafter has its default.
-      dtype: of the drafter's weights.
-      threshold: a chain ends before the first token that the drafter's confidence head gives
-        less than this probability of being accepted after those before it; 0 keeps all.
-      survival: a chain ends where the product of those probabilities falls below this.
-
-    Raises:
-      ValueError: the drafter cannot be found, does not fit the target, or has no chains or no
-        confidence head for the rules given.
-    """
-    rules = {"threshold": threshold, "survival": survival}
-    for name, value in rules.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}; expected a probability, 0 … 1")
-    options = dict(tree=tree, dtype=dtype, trained=_trained)
-    loaded = registry.make(spec, target, **options)
-    if not any(rules.values()):
-        return loaded
-    return change_drafter(loaded, functools.partial(_end_chains, spec=spec, rules=rules))
-
-
-def _end_chains(loaded: LoadedDrafter, *, spec: str, rules: dict[str, float]) -> LoadedDrafter:
-    config = loaded.drafter.head_config
-    if config is None or config.confidence is None or loaded.drafter.tree.kind != "chain":
-        raise ValueError(
-            "threshold and survival end the chains of a trained drafter by its confidence "
-            f"head; {spec!r} has no such head, or its tree is no chain. Leave them out"
-        )
-    params = loaded.params
-    placed = {  # on the devices of the others
-        name: jax.device_put(np.float32(value), getattr(params, name).sharding)
-        for name, value in rules.items()
-    }
-    return dataclasses.replace(loaded, params=dataclasses.replace(params, **placed))
-
-
-def _small(name: str, target: Target, *, tree: TreeConfig | None, dtype: str) -> LoadedDrafter:
-    """Factory of "small:NAME"."""
-    small = load_target(name, dtype=dtype)
-    if small.config.vocab_size != target.config.vocab_size:
-        raise ValueError(
-            f"drafter {small.name!r} has a vocabulary of {small.config.vocab_size} tokens, "
-            f"target {target.name!r} one of {target.config.vocab_size}; "
-            "a small drafter must share the target's tokenizer"
-        )
-    known = small.tokenizer and target.tokenizer
-    if known and _tokenizes(small) != _tokenizes(target):
-        raise ValueError(
-            f"drafter {small.name!r} turns text into other tokens than target "
-            f"{target.name!r}; a small drafter must share the target's tokenizer"
-        )
-    drafter = SmallModel(small.config, tree) if tree else SmallModel(small.config)
-    return LoadedDrafter(drafter, small.params)
-
-
-def _trained(
-    name: str, target: Target, *, tree: TreeConfig | None, dtype: str
-) -> LoadedDrafter:
-    """Factory of what is no other name: a trained drafter's folder or hub name."""
-    drafter, params = load_block_drafter(
-        name, target.config, target.params, tree or TreeConfig(), dtype
-    )
-    with mesh_of(target.params) as mesh:
-        return LoadedDrafter(drafter, params if mesh is None else place(mesh, params))
-
-
-def _tokenizes(target: Target) -> list[int]:
-    """Token ids of a text that most tokenizers cut differently."""
-    return target.tokenizer.encode("Hello, world! 1969 naïve\n\tdef f(x):", special=False)
-
-
-def enable_compilation_cache(folder: str | Path | None = None) -> Path | None:
-    """Keeps compiled programs on disk, so that the next process starts quickly.
-
-    Call it before anything is computed. JAX runs what it finds in the folder: use one that only
-    you can write.
-
-    Args:
-      folder: by default the one JAX has already ($JAX_COMPILATION_CACHE_DIR), or
-        $JAXSPEC_CACHE/xla, or ~/.cache/jaxspec/xla.
-
-    Returns:
-      The folder; None, with a warning, if it cannot be written: programs are not kept then.
-    """
-    known = jax.config.jax_compilation_cache_dir
-    if folder is None and known:
-        return Path(known)
-    try:
-        folder = catalog.cache_dir() / "xla" if folder is None else Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        warnings.warn(
-            f"compiled programs are not kept, every start compiles them again: {error}; set "
-            "JAXSPEC_CACHE to a folder that can be written",
-            stacklevel=2,
-        )
-        return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return folder
-
-
-registry.register("small:", _small)

@@ -20,7 +20,6 @@ from scipy.special import stdtrit
 
 from jaxspec.api import generate
 from jaxspec.config import DrafterConfig, TargetConfig
-from jaxspec.decoding.requests import Prompt, as_token_ids
 from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, BlockParams, greedy, rollout
 from jaxspec.drafters.head import bind
@@ -30,6 +29,7 @@ from jaxspec.models.cache import KVCache, init_cache
 from jaxspec.models.decoder import forward
 from jaxspec.models.params import TargetParams
 from jaxspec.models.target import Target
+from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.training.features import target_features
 from jaxspec.trees.tree import causal_bits
 

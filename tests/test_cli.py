@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxspec.api import load_drafter, load_target
 from jaxspec.checkpoints.drafters import save_drafter
 from jaxspec.cli import main
 from jaxspec.cli.exits import BAD_INPUT, FAULT
@@ -16,8 +15,9 @@ from jaxspec.cli.options import DrafterOptions
 from jaxspec.config import TreeConfig
 from jaxspec.data.jobs import read_jobs
 from jaxspec.data.prompts import read_prompts
-from jaxspec.decoding.requests import as_token_ids
 from jaxspec.drafters.ngram import PromptLookup
+from jaxspec.loading import load_drafter, load_target
+from jaxspec.prompts import as_token_ids
 from jaxspec.tokenizer import Tokenizer
 from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
@@ -238,20 +238,21 @@ def test_trained_drafters_from_their_folders(golden, case, tree, tmp_path, capsy
 @pytest.mark.parametrize(
     ("target", "options", "expected"),
     [
-        ("smollm2-135m", {}, ("shipped+ngram", "path_conditioned")),
+        ("smollm2-135m", {}, ("shipped+ngram", None)),
         ("smollm2-135m", {"tree": "best_first"}, ("shipped+ngram", "best_first")),
-        ("smollm2-135m", {"drafter": "shipped"}, ("shipped", "chain")),
-        ("smollm2-135m", {"drafter": "ngram"}, ("ngram", "chain")),
-        ("Qwen/Qwen3-8B", {"drafter": "org/drafter"}, ("org/drafter", "chain")),
+        ("smollm2-135m", {"drafter": "shipped"}, ("shipped", None)),
+        ("smollm2-135m", {"drafter": "ngram"}, ("ngram", None)),
+        ("Qwen/Qwen3-8B", {"drafter": "org/drafter"}, ("org/drafter", None)),
     ],
 )
 def test_the_default_drafter_is_the_shipped_one_where_it_fits(
     target, options, expected, monkeypatch
 ):
-    def load(name, _, *, tree, **rules):
-        return name, tree.kind
+    def load(name, _, *, tree=None, nodes=None, **rules):
+        assert (tree.size if tree else nodes) == 8
+        return name, tree and tree.kind
 
-    monkeypatch.setattr("jaxspec.api.load_drafter", load)
+    monkeypatch.setattr("jaxspec.loading.load_drafter", load)
     assert DrafterOptions(**options).load(SimpleNamespace(name=target)) == expected
 
 

@@ -29,18 +29,23 @@ ARROWS = {
     "drafters": "config models trees pallas_kernels",
     "decoding": "config drafters models trees",
     "checkpoints": "config drafters models sharding tokenizer",
-    "api": "checkpoints config decoding drafters interrupts models settings sharding",
+    "answer_text": "tokenizer",
     "data": "models tokenizer",
+    "loading": "checkpoints config drafters models settings sharding",
+    "prompts": "data decoding models",
+    "results": "decoding",
+    "scoring": "config decoding drafters models prompts settings trees",
+    "api": "answer_text decoding drafters interrupts loading models prompts results settings",
     "planning": "config decoding drafters models sharding trees pallas_kernels"
     " pallas_kernels.h100",
-    "serving": "config decoding drafters models tokenizer",
-    "evaluation": "api config data decoding drafters models trees",
+    "serving": "answer_text config decoding drafters models tokenizer",
+    "evaluation": "api config data decoding drafters loading models results trees",
     "training": "api checkpoints config data decoding drafters interrupts locks models"
-    " serving settings sharding tokenizer trees",
-    "check": "api config decoding drafters evaluation models training trees",
+    " prompts serving settings sharding tokenizer trees",
+    "check": "api config decoding drafters evaluation models prompts training trees",
     "cli": "jaxspec api check checkpoints config data decoding doctor drafters"
-    " evaluation interrupts"
-    " models planning serving sharding training pallas_kernels.h100",
+    " evaluation interrupts loading"
+    " models planning prompts results serving sharding training pallas_kernels.h100",
     "doctor": "checkpoints settings",
     "jaxspec": "",  # its names are imported on first use
     "__main__": "cli",

@@ -9,8 +9,8 @@ import jax
 import pytest
 
 import jaxspec
-from jaxspec.api import enable_compilation_cache
 from jaxspec.checkpoints import catalog
+from jaxspec.loading import enable_compilation_cache
 from jaxspec.tokenizer import Tokenizer
 from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder

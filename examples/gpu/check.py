@@ -217,7 +217,7 @@ def lossless(plain: list, future) -> dict:
 
 def golden(folder: Path, name: str) -> dict:
     """A golden case: plain and speculative tokens, and tokens committed in every round."""
-    from jaxspec.api import load_drafter, load_target
+    from jaxspec.loading import load_drafter, load_target
 
     trace = json.loads((folder / name / "trace.json").read_text())
     prompts, new = trace["prompts"], trace["config"]["max_new"]

@@ -46,9 +46,9 @@ class Calibrate:
 
         import jaxspec
         from jaxspec.checkpoints.drafters import save_temperatures
-        from jaxspec.decoding.requests import usable_prompts
         from jaxspec.evaluation import calibration
         from jaxspec.evaluation.walk import record
+        from jaxspec.prompts import usable_prompts
 
         prompts = read_prompts(self.prompts)
         if len(prompts) < 2:

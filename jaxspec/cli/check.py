@@ -61,7 +61,7 @@ class Check:
     def run(self) -> int:
         import jaxspec
         from jaxspec.check import Text, check, check_answers
-        from jaxspec.decoding.requests import as_token_ids
+        from jaxspec.prompts import as_token_ids
 
         text = None if self.text is None else read_text(self.text)
         jaxspec.enable_compilation_cache()

@@ -155,7 +155,7 @@ class Evaluate:
         self, target, texts: dict[str, list[str]]
     ) -> tuple[dict[str, list[list[int]]], list[str]]:
         """Prompts of each set as token ids, and why others cannot be used."""
-        from jaxspec.decoding.requests import usable_prompts
+        from jaxspec.prompts import usable_prompts
 
         sets, refused = {}, []
         for name, prompts in texts.items():

@@ -43,6 +43,8 @@ class Generate:
     thinking: bool | None = None
     """Turn a Qwen3 chat template's thinking on or off."""
     max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, which is cut before them."""
     temperature: float = 0.0
     """0 is greedy."""
     top_k: int = 0
@@ -73,10 +75,11 @@ class Generate:
         )
         jaxspec.enable_compilation_cache()
         target = jaxspec.load_target(self.target, dtype=self.dtype, devices=self.devices)
-        drafter = self.drafter.load(target)
+        drafter = self.drafter.load(target, chain=self.rejection)
         options = dict(
             drafter=drafter,
             max_new_tokens=self.max_new_tokens,
+            stop=self.stop,
             sampling=sampling,
             budget=min(self.drafter.budget, drafter.drafter.size),
             batch_size=self.batch_size,
@@ -92,8 +95,8 @@ class Generate:
         from tqdm import tqdm
 
         import jaxspec
-        from jaxspec.api import Interrupted
-        from jaxspec.decoding.requests import usable_prompts
+        from jaxspec.prompts import usable_prompts
+        from jaxspec.results import Interrupted
 
         rows, refused = usable_prompts(
             target,
@@ -119,11 +122,7 @@ class Generate:
                 done, interrupt = early.completions, early
             for place, completion in zip(batch, done, strict=True) if leads else ():
                 self._print_refused(refused, before=place)
-                ids = completion.token_ids
-                whole = (
-                    len(ids) >= self.max_new_tokens or ids[-1] in target.config.eos_token_ids
-                )
-                self._print(completion, cut=interrupt is not None and not whole)
+                self._print(completion, cut=completion.finish == "interrupted")
             if interrupt is not None:
                 raise interrupt
         if leads:

@@ -15,10 +15,11 @@ class DrafterOptions:
     drafter: str | None = None
     """none (plain decoding) | ngram (prompt lookup) | small:NAME (a small model with the same
     vocabulary) | shipped | folder or hub name of a trained drafter (repo::subfolder too). The
-    last three may be joined with prompt lookup: shipped+ngram, which with the tree
-    path_conditioned is the default for the default target; for others it is ngram."""
+    last three may be joined with prompt lookup: shipped+ngram, which is the default for the
+    default target; for others it is ngram."""
     tree: TreeKind | None = None
-    """How a tree is grown from the drafter's scores; by default as the drafter prefers."""
+    """How a tree is grown from the drafter's scores; by default path_conditioned for drafters
+    with a sequential head, and chain for others."""
     width: int = 4
     """Children per expanded node (best_first) or per tabulated parent (transitions)."""
     budget: int = 8
@@ -30,10 +31,11 @@ class DrafterOptions:
     survival: float = 0.0
     """End a chain where the product of its confidences falls below this."""
 
-    def load(self, target):
-        from jaxspec.api import load_drafter
+    def load(self, target, *, chain: bool = False):
+        """The drafter; `chain` where its kind of tree is left open: no branches."""
         from jaxspec.checkpoints.catalog import DEFAULT
         from jaxspec.config import TreeConfig
+        from jaxspec.loading import load_drafter
 
         name = self.drafter
         if name is None:
@@ -49,7 +51,20 @@ class DrafterOptions:
             )
         # The verified size is static, a power of two; the budget within it is not.
         size = 1 << (self.budget - 1).bit_length()
-        kind = self.tree or ("path_conditioned" if self.drafter is None else "chain")
-        tree = TreeConfig(kind, size=size, width=self.width, candidates=self.candidates)
         rules = dict(threshold=self.threshold, survival=self.survival)
+        kind = self.tree or ("chain" if chain else None)
+        if kind is None:
+            self._check_open()
+            return load_drafter(name, target, nodes=size, **rules)
+        tree = TreeConfig(kind, size=size, width=self.width, candidates=self.candidates)
         return load_drafter(name, target, tree=tree, **rules)
+
+    def _check_open(self) -> None:
+        """Raises ValueError for options of a tree that is not named."""
+        default = DrafterOptions()
+        for name in ("width", "candidates"):
+            if getattr(self, name) != getattr(default, name):
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} is for one kind of tree; name it with "
+                    "--tree"
+                )

@@ -133,7 +133,7 @@ class Serve:
         from jaxspec.serving.config import EngineConfig
         from jaxspec.serving.engine import Engine
 
-        drafter = with_survival(self.drafter.load(target))
+        drafter = with_survival(self.drafter.load(target, chain=self.rejection))
         adaptive = self.schedule == "adaptive" and drafter.drafter.size > 1
         config = EngineConfig(
             slots=self.slots,

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import jax
 import jax.numpy as jnp
 
 from jaxspec.decoding.state import Params
+
+
+def precision_of(dtype) -> AbstractContextManager:
+    """Of products of a target of this dtype: exact to float32 where it is float32."""
+    exact = dtype == jnp.float32
+    return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
 
 
 def exact_in_float32(step: Callable) -> Callable:
@@ -25,9 +33,7 @@ def exact_in_float32(step: Callable) -> Callable:
     @functools.wraps(step)
     def exact(*args, **kwargs):
         params = next(argument for argument in args if isinstance(argument, Params))
-        if params.target.embed.dtype != jnp.float32:
-            return step(*args, **kwargs)
-        with jax.default_matmul_precision("highest"):
+        with precision_of(params.target.embed.dtype):
             return step(*args, **kwargs)
 
     return exact

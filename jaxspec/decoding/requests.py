@@ -24,9 +24,6 @@ TEMPERATURES, LEAST_TOP_P = (1e-30, 1e30), float(np.finfo(np.float32).tiny)
 MAX_TOP_K = np.iinfo(np.int32).max  # more than any vocabulary
 
 
-Prompt = str | Sequence[int]
-
-
 def capacity_for(tokens: int, decoder: Decoder) -> int:
     """S for rows of `tokens` tokens: 2, 3, 4, 6, 8, 12, … chunks, P + 1 places to spare."""
     chunks = -(-(tokens + decoder.drafter.depth + 1) // decoder.chunk)
@@ -136,59 +133,6 @@ def unpack(
     ]
 
 
-def as_token_ids(
-    target: Target, prompts: Prompt | Sequence[Prompt], *, raw: bool, thinking: bool | None
-) -> list[list[int]]:
-    """Prompts as token ids, through the chat template unless raw; each checked."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
-        prompts = [prompts]
-    if not len(prompts):
-        raise ValueError(
-            "no prompts were given; expected a text, a list of ids, or a list of them"
-        )
-    return [
-        token_ids(target, prompt, raw=raw, thinking=thinking, name=f"prompt {i}")
-        for i, prompt in enumerate(prompts)
-    ]
-
-
-def token_ids(
-    target: Target, prompt: Prompt, *, raw: bool, thinking: bool | None, name: str
-) -> list[int]:
-    """One prompt as token ids, through the chat template unless raw.
-
-    Raises:
-      ValueError: it is empty, is no text, or holds an id outside the vocabulary; it is called
-        `name`.
-    """
-    if isinstance(prompt, str):
-        tokenizer = target.tokenizer
-        if tokenizer is None:
-            raise ValueError(
-                f"{name} is text, but target {target.name!r} has no tokenizer; give token ids"
-            )
-        if not prompt.strip():
-            raise ValueError(f"{name} is empty; expected some text")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{name} holds half a surrogate pair, {prompt[error.start]!r}, at character "
-                f"{error.start}; expected text that was not cut inside a character"
-            ) from None
-        prompt = tokenizer.encode(prompt) if raw else tokenizer.chat(prompt, thinking=thinking)
-    row = [int(token) for token in prompt]
-    if not row:
-        raise ValueError(f"{name} is empty; expected at least one token id")
-    bad = next((token for token in row if not 0 <= token < target.config.vocab_size), None)
-    if bad is not None:
-        raise ValueError(
-            f"{name} has token id {bad}; the target's vocabulary is "
-            f"0 … {target.config.vocab_size - 1}. Was it encoded with another tokenizer?"
-        )
-    return row
-
-
 def check_positions(config: TargetConfig, length: int, max_new_tokens: int) -> None:
     """Raises ValueError if a prompt of that length has no room for its new tokens."""
     total, positions = length + max_new_tokens, config.max_positions
@@ -257,33 +201,3 @@ def check_budget(decoder: Decoder, budget: int | None) -> int:
     if budget is not None and not 1 <= budget <= size:
         raise ValueError(f"budget is {budget}; the drafter's trees have 1 … {size} nodes")
     return size if budget is None else budget
-
-
-def usable_prompts(
-    target: Target,
-    prompts: Sequence[Prompt],
-    *,
-    raw: bool,
-    thinking: bool | None,
-    max_new_tokens: int,
-) -> tuple[dict[int, list[int]], dict[int, str]]:
-    """Prompts as token ids by their places in a list of many, and why others cannot be used.
-
-    Raises:
-      ValueError: none of them can be used.
-    """
-    rows, refused = {}, {}
-    for place, prompt in enumerate(prompts):
-        name = "the prompt" if len(prompts) == 1 else f"prompt {place}"
-        try:
-            ids = token_ids(target, prompt, raw=raw, thinking=thinking, name=name)
-            check_positions(target.config, len(ids), max_new_tokens)
-            rows[place] = ids
-        except ValueError as error:
-            text = str(error)
-            refused[place] = text if text.startswith(name) else f"{name}: {text}"
-    if not rows:
-        reason = refused.get(0, "there are none")
-        many = f"none of the {len(prompts)} prompts can be used; " if len(prompts) > 1 else ""
-        raise ValueError(many + reason)
-    return rows, refused

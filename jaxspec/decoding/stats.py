@@ -28,6 +28,19 @@ class DecodeStats:
         """Mean tokens committed per round, bonus included; 0 when no round ran."""
         return sum(self.committed) / self.rounds if self.rounds else 0.0
 
+    def first(self, tokens: int) -> DecodeStats:
+        """Of the rounds that decided the first `tokens` of an answer, whose first one none did.
+
+        The nodes of the others were verified all the same: they stay counted.
+        """
+        kept, left = [], tokens - 1
+        for count in self.committed:
+            if left <= 0:
+                break
+            kept.append(min(count, left))
+            left -= count
+        return DecodeStats(tuple(kept), self.nodes)
+
 
 def pooled_tau(stats: list[DecodeStats]) -> float:
     """Tokens per round over all rounds of all requests, as papers report it."""

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 from flax import nnx
 
-from jaxspec.api import load_drafter, load_target
 from jaxspec.config import TREE_KINDS, TreeConfig
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.head import abstract_weights
 from jaxspec.drafters.joined import change_drafter
+from jaxspec.loading import load_drafter, load_target
 from jaxspec.models.target import Target
 
 EXAMPLE = "ours=run/drafter,tree=path_conditioned,budget=16"

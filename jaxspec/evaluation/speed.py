@@ -6,11 +6,12 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from jaxspec.api import Completion, generate, warm_up
+from jaxspec.api import generate, warm_up
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.plain import Plain
 from jaxspec.models.target import Target
+from jaxspec.results import Completion
 
 # Answers one prompt, given as token ids, with the seed of its sampling.
 Run = Callable[[list[int], int], Completion]

@@ -48,6 +48,7 @@ def forward(
     *,
     taps: tuple[int, ...] = (),
     packing: Packing | None = None,
+    embeddings: jax.Array | None = None,
     implementation: str | None = None,
 ) -> ForwardOutput:
     """Runs the target on N nodes that see the committed prefix and their ancestors.
@@ -64,6 +65,7 @@ def forward(
         is tapped after the final norm (as Hugging Face's `hidden_states[-1]`).
       packing: runs on the nodes it packs alone: `hidden` and `taps` come packed, [1, T, .], and
         rows of other nodes are meaningless.
+      embeddings: [B, N, M] float32 to run on in place of the tokens' own; without a packing.
       implementation: of tree attention, see `pallas_kernels.tree_attention`; "triton" also
         runs the kernels around the products (`fuses`).
     """
@@ -73,7 +75,7 @@ def forward(
     if packing is not None:
         tokens, positions = packing.gather(tokens), packing.gather(positions)
     angles = layer_angles(config, positions)
-    x = lookup(params.embed, tokens)  # [B, N, M]
+    x = lookup(params.embed, tokens) if embeddings is None else embeddings  # [B, N, M]
     fused = fuses(params, config, implementation)
     count, rows = tokens.size, None
     if fused:

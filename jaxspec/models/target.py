@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
+
+import jax
 
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams
@@ -12,9 +15,14 @@ if TYPE_CHECKING:
     from jaxspec.tokenizer import Tokenizer
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("params",),
+    meta_fields=("name", "config", "tokenizer"),
+)
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A loaded language model.
+    """A loaded language model; a pytree of its weights, for `jax.jit` and `jax.grad`.
 
     Attributes:
       name: what it was loaded from.
@@ -26,5 +34,5 @@ class Target:
 
     name: str
     config: TargetConfig
-    params: TargetParams
+    params: TargetParams = dataclasses.field(repr=False)
     tokenizer: Tokenizer | None = None

@@ -9,11 +9,11 @@ import dataclasses
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
+from jaxspec.answer_text import AnswerText
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.serving.metrics import Watch
 from jaxspec.serving.protocol import Asked, Shape, error_body, usage
 from jaxspec.serving.runner import EngineFailed, Ticket
-from jaxspec.serving.text import AnswerText
 from jaxspec.tokenizer import Tokenizer
 
 log = logging.getLogger("uvicorn.error")

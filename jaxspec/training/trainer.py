@@ -25,11 +25,11 @@ from jaxspec.checkpoints.drafters import load_drafter, save_drafter
 from jaxspec.checkpoints.store import Store
 from jaxspec.config import TreeConfig
 from jaxspec.data.conversations import Example
-from jaxspec.decoding.requests import Prompt
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import whole_weights
 from jaxspec.interrupts import postponed
 from jaxspec.models.target import Target
+from jaxspec.prompts import Prompt
 from jaxspec.settings import own_settings
 from jaxspec.sharding import DATA, mesh_of, place
 from jaxspec.training import draft_vocabulary

@@ -9,11 +9,11 @@ from jax.typing import ArrayLike
 
 from jaxspec.api import generate
 from jaxspec.config import DrafterConfig, TreeConfig
-from jaxspec.decoding.requests import Prompt
 from jaxspec.decoding.stats import pooled_tau
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.models.target import Target
+from jaxspec.prompts import Prompt
 
 
 def trained_drafter(

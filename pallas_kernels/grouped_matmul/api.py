@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
+from pallas_kernels.slopes import with_slope_of
 
 
 def grouped_matmul(
@@ -14,7 +17,7 @@ def grouped_matmul(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """See `grouped_matmul_reference` for shapes and meaning.
+    """See `grouped_matmul_reference` for shapes and meaning, and for its derivative.
 
     Args:
       implementation: "xla" (the reference, any platform), "triton" (NVIDIA GPUs), or None:
@@ -35,12 +38,13 @@ def grouped_matmul(
     from pallas_kernels.grouped_matmul.triton import grouped_matmul_triton, unsupported
 
     reason = unsupported(rows, weights)
-    if implementation == "triton":
-        if reason:
-            raise ValueError(f"implementation 'triton' does not take this: {reason}; use 'xla'")
-        return grouped_matmul_triton(*arrays)
+    if implementation == "triton" and reason:
+        raise ValueError(f"implementation 'triton' does not take this: {reason}; use 'xla'")
     if reason:
         return grouped_matmul_reference(*arrays)
-    return jax.lax.platform_dependent(
-        *arrays, cuda=grouped_matmul_triton, default=grouped_matmul_reference
-    )
+    kernel = grouped_matmul_triton
+    if implementation is None:
+        kernel = functools.partial(
+            jax.lax.platform_dependent, cuda=kernel, default=grouped_matmul_reference
+        )
+    return with_slope_of(grouped_matmul_reference, kernel)(*arrays)

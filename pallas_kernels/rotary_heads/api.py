@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
 from pallas_kernels.rotary_heads.reference import rotary_heads_reference
+from pallas_kernels.slopes import with_slope_of
 
 
 def rotary_heads(
@@ -19,7 +22,7 @@ def rotary_heads(
     dtype,
     implementation: str = "xla",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `rotary_heads_reference` for shapes and meaning.
+    """See `rotary_heads_reference` for shapes and meaning, and for its derivative.
 
     Args:
       implementation: "xla" (the reference, any platform), or "triton" (NVIDIA GPUs; angles of
@@ -29,8 +32,9 @@ def rotary_heads(
       ValueError: "triton" was asked for and does not take this shape.
     """
     arrays = (qkv, bias, q_gain, k_gain, cos, sin)
+    reference = functools.partial(rotary_heads_reference, eps=eps, dtype=dtype)
     if implementation == "xla":
-        return rotary_heads_reference(*arrays, eps=eps, dtype=dtype)
+        return reference(*arrays)
     if implementation != "triton":
         raise ValueError(f"implementation is {implementation!r}; expected 'xla' or 'triton'")
     # Pallas takes a fifth of a second to import: only where it is used.
@@ -38,4 +42,5 @@ def rotary_heads(
 
     if reason := unsupported(qkv, cos):
         raise ValueError(f"implementation 'triton' does not take this: {reason}; use 'xla'")
-    return rotary_heads_triton(*arrays, eps=eps, dtype=dtype)
+    kernel = functools.partial(rotary_heads_triton, eps=eps, dtype=dtype)
+    return with_slope_of(reference, kernel)(*arrays)

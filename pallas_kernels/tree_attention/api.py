@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from pallas_kernels.slopes import with_slope_of
 from pallas_kernels.tree_attention.config import Shape, TileConfig, choose, unsupported
+from pallas_kernels.tree_attention.reference import tree_attention_reference
 from pallas_kernels.tree_attention.xla import tree_attention_xla
 
 HEADS_AXIS = "model"  # of the mesh set by `jax.set_mesh`, if any
@@ -33,6 +35,7 @@ def tree_attention(
     """See `tree_attention_reference` for shapes and meaning.
 
     Under a mesh with an axis "model" (`jax.set_mesh`), key/value heads are cut over it.
+    Whatever computes it, its derivative is the reference's.
 
     Args:
       implementation: "xla" (any platform), "triton" (NVIDIA GPUs), or None:
@@ -85,16 +88,17 @@ def _over_heads(attend, arrays) -> jax.Array:
 
 def _dispatch(*arrays, implementation, tile, rows, **options) -> jax.Array:
     shape = _shape(*arrays[:2])
-    plain = functools.partial(_xla, rows=rows, **options)
+    plain = functools.partial(_xla, tree_attention_xla, rows=rows, **options)
+    reference = functools.partial(_xla, tree_attention_reference, rows=rows, **options)
     reason = unsupported(shape)
     if implementation == "xla" or (implementation is None and reason):
-        return plain(*arrays)
+        return with_slope_of(reference, plain)(*arrays)
     if reason:
         raise ValueError(f"implementation 'triton' does not take this: {reason}; use 'xla'")
     kernel = functools.partial(_triton, rows=rows, **options, tile=tile or choose(shape))
-    if implementation == "triton":
-        return kernel(*arrays)
-    return jax.lax.platform_dependent(*arrays, cuda=kernel, default=plain)
+    if implementation is None:
+        kernel = functools.partial(jax.lax.platform_dependent, cuda=kernel, default=plain)
+    return with_slope_of(reference, kernel)(*arrays)
 
 
 def _shape(q: jax.Array, k_cache: jax.Array) -> Shape:
@@ -103,8 +107,8 @@ def _shape(q: jax.Array, k_cache: jax.Array) -> Shape:
     return Shape(batch, nodes, heads, kv_heads, dim, capacity, k_cache.dtype)
 
 
-def _xla(*arrays, rows, **options):
-    result = tree_attention_xla(*arrays[:-1], depths=arrays[-1], **options)
+def _xla(attention, *arrays, rows, **options):
+    result = attention(*arrays[:-1], depths=arrays[-1], **options)
     if rows is None:
         return result
     result = result.reshape(-1, *result.shape[2:])

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from jaxspec import checkpoints
-from jaxspec.api import generate, load_drafter
+from jaxspec.api import generate
 from jaxspec.checkpoints.drafters import SHIPPED, locate
 from jaxspec.config import TreeConfig
 from jaxspec.evaluation.results import RunSettings, read_rows
+from jaxspec.loading import load_drafter
 from jaxspec.models.target import Target
 
 RESULTS = Path(checkpoints.__file__).parents[2] / "docs/results.md"

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from jaxspec.api import generate, load_drafter, stream, warm_up
+from jaxspec.api import generate, stream, warm_up
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.ngram import PromptLookup
+from jaxspec.loading import load_drafter
 from jaxspec.models.decoder import check_taps
 from jaxspec.tokenizer import Tokenizer
 from tests import tiny
@@ -80,7 +81,7 @@ def test_taps_out_of_range():
 
 def test_a_small_drafter_must_share_the_vocabulary(monkeypatch):
     other = dataclasses.replace(tiny.QWEN3, vocab_size=13)
-    monkeypatch.setattr("jaxspec.api.load_target", lambda *_, **__: tiny.target(other))
+    monkeypatch.setattr("jaxspec.loading.load_target", lambda *_, **__: tiny.target(other))
     with pytest.raises(ValueError, match="vocabulary of 13 tokens, target 'tiny' one of 11"):
         load_drafter("small:other", tiny.target())
 
@@ -93,7 +94,7 @@ def test_a_small_drafter_must_share_the_tokenizer(monkeypatch):
         return dataclasses.replace(tiny.target(), tokenizer=tokenizer)
 
     other = with_tokens(alphabet[::-1])
-    monkeypatch.setattr("jaxspec.api.load_target", lambda *_, **__: other)
+    monkeypatch.setattr("jaxspec.loading.load_target", lambda *_, **__: other)
     with pytest.raises(ValueError, match="turns text into other tokens than target 'tiny'"):
         load_drafter("small:other", with_tokens(alphabet))
     load_drafter("small:same", other)

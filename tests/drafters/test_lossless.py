@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from jaxspec.api import generate, load_drafter
+from jaxspec.api import generate
 from jaxspec.checkpoints.drafters import save_drafter
 from jaxspec.config import TREE_KINDS, TreeConfig
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.loading import load_drafter
 from tests import tiny
 from tests.drafters import cases
 

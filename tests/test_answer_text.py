@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxspec.serving.text import AnswerText
+from jaxspec.answer_text import AnswerText
 
 
 class Letters:

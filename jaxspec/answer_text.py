@@ -44,6 +44,35 @@ class AnswerText:
         return text[: len(text) - keep]
 
 
+class CutAnswer:
+    """One answer that a stop text may end, as its tokens arrive.
+
+    Attributes:
+      start: length of its prompt.
+      text: certain so far; cut before the stop text.
+      seen: tokens read; the last of them completes the stop text, once there is one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], start: int):
+        self._answer = AnswerText(tokenizer, stops)
+        self.start, self.text, self.seen = start, "", 0
+
+    def see(self, ids: Sequence[int]) -> bool:
+        """Reads on in all tokens of the answer so far; whether there is a stop text."""
+        for token in ids[self.seen :]:
+            if self._answer.stopped:
+                break
+            self.text += self._answer.add([token])
+            self.seen += 1
+        return self._answer.stopped
+
+    def ended(self, ids: Sequence[int]) -> bool:
+        """`see` for an answer that has no more tokens: nothing is held back."""
+        if not self.see(ids):
+            self.text += self._answer.finish()
+        return self._answer.stopped
+
+
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of the text that begins the stop text.
 

@@ -1,0 +1,184 @@
+"""Targets and drafters by name, and where compiled programs are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxspec import checkpoints
+from jaxspec.checkpoints import catalog
+from jaxspec.checkpoints.drafters import load_drafter as load_block_drafter
+from jaxspec.config import TreeConfig
+from jaxspec.drafters import registry
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.joined import change_drafter
+from jaxspec.drafters.small_model import SmallModel
+from jaxspec.models.target import Target
+from jaxspec.settings import own_settings
+from jaxspec.sharding import mesh_of, place
+
+
+@own_settings()
+def load_target(
+    name_or_path: str | Path = "smollm2-135m", *, dtype: str = "float32", devices: int = 1
+) -> Target:
+    """Loads a target model.
+
+    Args:
+      name_or_path: a name of `checkpoints.catalog`, a GGUF file, a Hugging Face folder, or a
+        name on the hub.
+      dtype: of weights and cache, "float32" or "bfloat16"; products accumulate in float32.
+      devices: cuts the weights over so many, those of all processes counted
+        (`jaxspec.sharding`); compute with them inside `sharding.mesh_of(target.params)`.
+
+    Raises:
+      ValueError: it cannot be found, is damaged, or is a model the decoder does not implement.
+    """
+    return checkpoints.load(name_or_path, dtype, devices)
+
+
+@own_settings()
+def load_drafter(
+    spec: str,
+    target: Target,
+    *,
+    tree: TreeConfig | None = None,
+    nodes: int | None = None,
+    dtype: str | None = None,
+    threshold: float = 0.0,
+    survival: float = 0.0,
+) -> LoadedDrafter:
+    """A drafter for a target.
+
+    Args:
+      spec: "none" (plain decoding), "ngram" (prompt lookup), "small:NAME" (a small model with
+        the same vocabulary, loaded as a target is), "python:MODULE:FUNCTION" (one's own,
+        `drafters.registry.Factory`), "shipped" (the trained one that comes with the package,
+        for the default target), or the folder or hub name of a trained drafter
+        ("repo::subfolder" too). "+ngram" after one of the last four joins prompt lookup.
+      tree: what it drafts; a chain by default.
+      nodes: of its tree, root included, in place of `tree`: the kind is then what serves the
+        drafter best, path_conditioned with a sequential head and else a chain.
+      dtype: of the drafter's weights; the target's by default.
+      threshold: a chain ends before the first token that the drafter's confidence head gives
+        less than this probability of being accepted after those before it; 0 keeps all.
+      survival: a chain ends where the product of those probabilities falls below this.
+
+    Raises:
+      ValueError: the drafter cannot be found, does not fit the target, or has no chains or no
+        confidence head for the rules given.
+    """
+    rules = {"threshold": threshold, "survival": survival}
+    for name, value in rules.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; expected a probability, 0 … 1")
+    if nodes is not None:
+        if tree is not None:
+            raise ValueError(f"nodes is {nodes} beside a tree, which has a size; give one")
+        tree = TreeConfig(size=nodes)
+    dtype = str(target.params.embed.dtype) if dtype is None else dtype
+    loaded = registry.make(spec, target, tree=tree, dtype=dtype, trained=_trained)
+    if not any(rules.values()):
+        return loaded if nodes is None else change_drafter(loaded, _branching)
+    return change_drafter(loaded, functools.partial(_end_chains, spec=spec, rules=rules))
+
+
+def _branching(loaded: LoadedDrafter) -> LoadedDrafter:
+    """With a path-conditioned tree in place of its chain, where it has a sequential head."""
+    drafter, config = loaded.drafter, loaded.drafter.head_config
+    if config is None or not config.sequential:
+        return loaded
+    tree = TreeConfig("path_conditioned", drafter.size)
+    return dataclasses.replace(loaded, drafter=drafter.with_tree(tree))
+
+
+def _end_chains(loaded: LoadedDrafter, *, spec: str, rules: dict[str, float]) -> LoadedDrafter:
+    config = loaded.drafter.head_config
+    if config is None or config.confidence is None or loaded.drafter.tree.kind != "chain":
+        raise ValueError(
+            "threshold and survival end the chains of a trained drafter by its confidence "
+            f"head; {spec!r} has no such head, or its tree is no chain. Leave them out"
+        )
+    params = loaded.params
+    placed = {  # on the devices of the others
+        name: jax.device_put(np.float32(value), getattr(params, name).sharding)
+        for name, value in rules.items()
+    }
+    return dataclasses.replace(loaded, params=dataclasses.replace(params, **placed))
+
+
+def _small(name: str, target: Target, *, tree: TreeConfig | None, dtype: str) -> LoadedDrafter:
+    """Factory of "small:NAME"."""
+    small = load_target(name, dtype=dtype)
+    if small.config.vocab_size != target.config.vocab_size:
+        raise ValueError(
+            f"drafter {small.name!r} has a vocabulary of {small.config.vocab_size} tokens, "
+            f"target {target.name!r} one of {target.config.vocab_size}; "
+            "a small drafter must share the target's tokenizer"
+        )
+    known = small.tokenizer and target.tokenizer
+    if known and _tokenizes(small) != _tokenizes(target):
+        raise ValueError(
+            f"drafter {small.name!r} turns text into other tokens than target "
+            f"{target.name!r}; a small drafter must share the target's tokenizer"
+        )
+    drafter = SmallModel(small.config, tree) if tree else SmallModel(small.config)
+    return LoadedDrafter(drafter, small.params)
+
+
+def _trained(
+    name: str, target: Target, *, tree: TreeConfig | None, dtype: str
+) -> LoadedDrafter:
+    """Factory of what is no other name: a trained drafter's folder or hub name."""
+    drafter, params = load_block_drafter(
+        name, target.config, target.params, tree or TreeConfig(), dtype
+    )
+    with mesh_of(target.params) as mesh:
+        return LoadedDrafter(drafter, params if mesh is None else place(mesh, params))
+
+
+def _tokenizes(target: Target) -> list[int]:
+    """Token ids of a text that most tokenizers cut differently."""
+    return target.tokenizer.encode("Hello, world! 1969 naïve\n\tdef f(x):", special=False)
+
+
+def enable_compilation_cache(folder: str | Path | None = None) -> Path | None:
+    """Keeps compiled programs on disk, so that the next process starts quickly.
+
+    Call it before anything is computed. JAX runs what it finds in the folder: use one that only
+    you can write.
+
+    Args:
+      folder: by default the one JAX has already ($JAX_COMPILATION_CACHE_DIR), or
+        $JAXSPEC_CACHE/xla, or ~/.cache/jaxspec/xla.
+
+    Returns:
+      The folder; None, with a warning, if it cannot be written: programs are not kept then.
+    """
+    known = jax.config.jax_compilation_cache_dir
+    if folder is None and known:
+        return Path(known)
+    try:
+        folder = catalog.cache_dir() / "xla" if folder is None else Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        warnings.warn(
+            f"compiled programs are not kept, every start compiles them again: {error}; set "
+            "JAXSPEC_CACHE to a folder that can be written",
+            stacklevel=2,
+        )
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return folder
+
+
+registry.register("small:", _small)

@@ -1,0 +1,144 @@
+"""What people give as prompts, as token ids."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxspec.data.messages import read_messages
+from jaxspec.decoding.requests import check_positions
+from jaxspec.models.target import Target
+
+Message = Mapping[str, Any]
+# A text, token ids, or a conversation.
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+def as_token_ids(
+    target: Target, prompts: Prompt | Sequence[Prompt], *, raw: bool, thinking: bool | None
+) -> list[list[int]]:
+    """One prompt or many as token ids; `token_ids` says how each is read and checked."""
+    if isinstance(prompts, Mapping):
+        raise ValueError(
+            "the prompts are one message; a conversation is a list of them: put it in []"
+        )
+    if not isinstance(prompts, str):
+        prompts = list(prompts)
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], _PARTS)):
+        prompts = [prompts]
+    if not prompts:
+        raise ValueError(
+            "no prompts were given; expected a text, a list of ids, or a list of them"
+        )
+    return [
+        token_ids(target, prompt, raw=raw, thinking=thinking, name=f"prompt {i}")
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+_PARTS = (int, np.integer, Mapping)  # of one prompt
+
+
+def token_ids(
+    target: Target, prompt: Prompt, *, raw: bool, thinking: bool | None, name: str
+) -> list[int]:
+    """One prompt as token ids.
+
+    Args:
+      prompt: a text, which is a user's turn of the chat template unless raw; a conversation, a
+        list of messages {"role", "content"} that the assistant goes on with; or token ids.
+
+    Raises:
+      ValueError: it is empty, is none of these, or holds an id outside the vocabulary; it is
+        called `name`.
+    """
+    if isinstance(prompt, str):
+        prompt = _from_text(target, prompt, raw=raw, thinking=thinking, name=name)
+    elif len(prompt) and isinstance(prompt[0], Mapping):
+        prompt = _from_messages(target, prompt, raw=raw, thinking=thinking, name=name)
+    try:
+        row = [operator.index(token) for token in prompt]
+    except TypeError:
+        raise ValueError(
+            f"{name} is {str(prompt)[:60]!r}; expected a text, a list of token ids, or a list "
+            "of messages {'role': …, 'content': …}"
+        ) from None
+    if not row:
+        raise ValueError(f"{name} is empty; expected at least one token id")
+    bad = next((token for token in row if not 0 <= token < target.config.vocab_size), None)
+    if bad is not None:
+        raise ValueError(
+            f"{name} has token id {bad}; the target's vocabulary is "
+            f"0 … {target.config.vocab_size - 1}. Was it encoded with another tokenizer?"
+        )
+    return row
+
+
+def _from_text(target: Target, text: str, *, raw, thinking, name) -> list[int]:
+    tokenizer = _tokenizer(target, name, "text")
+    if not text.strip():
+        raise ValueError(f"{name} is empty; expected some text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds half a surrogate pair, {text[error.start]!r}, at character "
+            f"{error.start}; expected text that was not cut inside a character"
+        ) from None
+    return tokenizer.encode(text) if raw else tokenizer.chat(text, thinking=thinking)
+
+
+def _from_messages(target: Target, messages, *, raw, thinking, name) -> list[int]:
+    tokenizer = _tokenizer(target, name, "a conversation")
+    if raw:
+        raise ValueError(
+            f"{name} is a conversation, which only a chat template makes text of; leave raw out"
+        )
+    try:
+        read = read_messages(list(messages))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if not any(message["content"].strip() for message in read):
+        raise ValueError(f"{name} is empty; expected a message with some text")
+    return tokenizer.chat(read, thinking=thinking)
+
+
+def _tokenizer(target: Target, name: str, kind: str):
+    if target.tokenizer is None:
+        raise ValueError(
+            f"{name} is {kind}, but target {target.name!r} has no tokenizer; give token ids"
+        )
+    return target.tokenizer
+
+
+def usable_prompts(
+    target: Target,
+    prompts: Sequence[Prompt],
+    *,
+    raw: bool,
+    thinking: bool | None,
+    max_new_tokens: int,
+) -> tuple[dict[int, list[int]], dict[int, str]]:
+    """Prompts as token ids by their places in a list of many, and why others cannot be used.
+
+    Raises:
+      ValueError: none of them can be used.
+    """
+    rows, refused = {}, {}
+    for place, prompt in enumerate(prompts):
+        name = "the prompt" if len(prompts) == 1 else f"prompt {place}"
+        try:
+            ids = token_ids(target, prompt, raw=raw, thinking=thinking, name=name)
+            check_positions(target.config, len(ids), max_new_tokens)
+            rows[place] = ids
+        except ValueError as error:
+            text = str(error)
+            refused[place] = text if text.startswith(name) else f"{name}: {text}"
+    if not rows:
+        reason = refused.get(0, "there are none")
+        many = f"none of the {len(prompts)} prompts can be used; " if len(prompts) > 1 else ""
+        raise ValueError(many + reason)
+    return rows, refused

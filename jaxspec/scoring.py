@@ -1,0 +1,267 @@
+"""What the target makes of texts that are given: logits, hidden states, log-probabilities."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.config import TargetConfig
+from jaxspec.decoding.precision import precision_of
+from jaxspec.decoding.requests import capacity_for, decoder_for
+from jaxspec.drafters.plain import PLAIN
+from jaxspec.models.cache import KVCache, init_cache
+from jaxspec.models.decoder import ForwardOutput, forward, unembed
+from jaxspec.models.params import TargetParams
+from jaxspec.models.target import Target
+from jaxspec.prompts import Prompt, as_token_ids
+from jaxspec.settings import own_settings
+from jaxspec.trees.tree import causal_bits
+
+POSITIONS = 128  # whose logits are held at a time
+
+
+@own_settings()
+def logits(
+    target: Target, ids: Any = None, *, embeddings: jax.Array | None = None
+) -> jax.Array:
+    """Logits after every token of one text, or of several of one length.
+
+    A pure function of arrays: it may be jitted, and differentiated by the target (a pytree of
+    its weights) or by the embeddings. Memory grows with T · V and with T²; `score` gives
+    log-probabilities of long texts.
+
+    Args:
+      ids: [T] or [B, T] token ids: a list, or an array, which may be traced.
+      embeddings: [T, M] or [B, T, M] float32, in place of ids.
+
+    Returns:
+      float32 [T, V] or [B, T, V].
+
+    Raises:
+      ValueError: not exactly one of the two was given, a shape or an id is out of range, or the
+        text is longer than the target's positions.
+
+    >>> loss = lambda target: jaxspec.logits(target, [1, 2, 3])[-1, 7]      # doctest: +SKIP
+    >>> jax.grad(loss)(target).params.embed.shape                          # doctest: +SKIP
+    """
+    output, rows = _run(target, ids, embeddings)
+    with precision_of(target.params.embed.dtype):
+        return rows(unembed(target.params, output.hidden))
+
+
+@own_settings()
+def hidden_states(
+    target: Target, ids: Any = None, *, embeddings: jax.Array | None = None
+) -> jax.Array:
+    """Outputs of all layers, as Hugging Face's `output_hidden_states` gives them.
+
+    Args: as for `logits`, which says what may be done with it.
+
+    Returns:
+      float32 [L + 1, T, M] or [L + 1, B, T, M]: the embedding first; the last layer's after the
+      final norm (`models.decoder.unembed` makes logits of it).
+    """
+    layers = tuple(range(-1, target.config.num_layers))
+    output, rows = _run(target, ids, embeddings, layers)
+    batch, length = output.taps.shape[:2]
+    apart = output.taps.reshape(batch, length, len(layers), -1)
+    return jax.vmap(rows, in_axes=2)(apart)
+
+
+def _run(target: Target, ids, embeddings, taps=()):
+    """One forward without a past, and what gives its outputs the rank of the input."""
+    if (ids is None) == (embeddings is None):
+        raise ValueError("expected token ids or embeddings, one of the two")
+    if embeddings is None:
+        ids = _as_array(ids, target.config)
+        tokens = jnp.atleast_2d(ids)
+        single = ids.ndim == 1
+    else:
+        width = target.config.hidden_size
+        if embeddings.ndim not in (2, 3) or embeddings.shape[-1] != width:
+            raise ValueError(
+                f"embeddings have shape {embeddings.shape}; expected [T, {width}] or "
+                f"[B, T, {width}]"
+            )
+        single = embeddings.ndim == 2
+        embeddings = embeddings[None] if single else embeddings
+        tokens = jnp.zeros(embeddings.shape[:2], jnp.int32)
+    most = target.config.max_positions
+    if not 0 < tokens.shape[1] <= most:
+        raise ValueError(f"there are {tokens.shape[1]} tokens; expected 1 … {most}")
+    output = _without_past(target.config, target.params, tokens, embeddings, taps=taps)
+    return output, lambda x: x[0] if single else x
+
+
+def _as_array(ids, config: TargetConfig) -> jax.Array:
+    """int32 [T] or [B, T]; ids that are not traced are checked."""
+    if not isinstance(ids, jax.core.Tracer):
+        try:
+            ids = np.asarray(ids)
+        except ValueError:
+            lengths = sorted({len(row) for row in ids})
+            raise ValueError(
+                f"rows of {lengths} tokens; expected one length: pad them, or give them one by "
+                "one"
+            ) from None
+        if ids.dtype.kind in "iu" and ids.size:
+            bad = ids[(ids < 0) | (ids >= config.vocab_size)]
+            if bad.size:
+                raise ValueError(
+                    f"there is token id {bad[0]}; the target's vocabulary is "
+                    f"0 … {config.vocab_size - 1}"
+                )
+    if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"ids have shape {ids.shape} and dtype {ids.dtype}; expected integers [T] or [B, T]"
+        )
+    return jnp.asarray(ids, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "taps"))
+def _without_past(
+    config: TargetConfig, params: TargetParams, tokens, embeddings, *, taps
+) -> ForwardOutput:
+    batch, length = tokens.shape
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else params.embed.dtype
+    c, bits = config, causal_bits(length)
+    with precision_of(params.embed.dtype):
+        return forward(
+            params,
+            config,
+            tokens,
+            jnp.broadcast_to(jnp.arange(length), (batch, length)),
+            jnp.broadcast_to(bits, (batch, *bits.shape)),
+            init_cache(c.num_layers, batch, c.num_kv_heads, 1, c.head_dim, dtype),
+            jnp.zeros(batch, jnp.int32),
+            taps=taps,
+            embeddings=embeddings,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Score:
+    """How likely the target finds a text.
+
+    Attributes:
+      token_ids: [T], of the text.
+      log_probs: [T - 1] float32, natural logarithms: entry i is token i + 1's, given those
+        before it, at temperature 1.
+    """
+
+    token_ids: np.ndarray
+    log_probs: np.ndarray
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the text after its first token."""
+        return float(self.log_probs.sum(dtype=np.float64))
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability; NaN for a single token."""
+        count = len(self.log_probs)
+        return float(np.exp(-self.total / count)) if count else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """One row of a table: `pandas.DataFrame(x.to_dict() for x in scores)`."""
+        return {
+            "tokens": len(self.token_ids),
+            "total": self.total,
+            "perplexity": self.perplexity,
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"Score({len(self.token_ids)} tokens, total {self.total:.2f}, "
+            f"perplexity {self.perplexity:.2f})"
+        )
+
+
+@own_settings()
+def score(
+    target: Target, texts: Prompt | Sequence[Prompt], *, batch_size: int = 8
+) -> list[Score]:
+    """Log-probabilities of given texts, read as they are, without a chat template.
+
+    Texts run in chunks over a cache, and logits of a few positions are held at a time: memory
+    does not grow with T · V, as that of `logits` does.
+
+    Args:
+      texts: texts or lists of token ids, of any lengths, or a single one of them.
+      batch_size: texts run together.
+
+    Returns:
+      One `Score` per text.
+
+    Raises:
+      ValueError: a text is empty, longer than the target's positions, or has an id outside the
+        vocabulary.
+    """
+    rows = as_token_ids(target, texts, raw=True, thinking=None)
+    longest, most = max(map(len, rows)), target.config.max_positions
+    if longest > most:
+        raise ValueError(f"a text has {longest} tokens; the target has {most} positions")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    batch, found = min(batch_size, len(rows)), []
+    for start in range(0, len(rows), batch):
+        own = rows[start : start + batch]
+        log_probs = _log_probs(target, own + [[0]] * (batch - len(own)))
+        found += [
+            Score(np.array(row, np.int32), log_probs[i, : len(row) - 1])
+            for i, row in enumerate(own)
+        ]
+    return found
+
+
+def _log_probs(target: Target, rows: list[list[int]]) -> np.ndarray:
+    """[B, S] float32: entry i is token i + 1's, for as many as each row has."""
+    decoder, _ = decoder_for(target, PLAIN)
+    longest, chunk, c = max(map(len, rows)), decoder.chunk, target.config
+    tokens = np.zeros((len(rows), capacity_for(longest, decoder) + 1), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    dtype = decoder.cache_dtype or target.params.embed.dtype
+    capacity = tokens.shape[1] - 1
+    cache = init_cache(c.num_layers, len(rows), c.num_kv_heads, capacity, c.head_dim, dtype)
+    parts = []
+    for start in range(0, max(longest - 1, 1), chunk):
+        piece = tokens[:, start : start + chunk + 1]
+        cache, part = _score_chunk(c, target.params, cache, piece, np.int32(start))
+        parts.append(part)
+    return np.concatenate(jax.device_get(parts), axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _score_chunk(
+    config: TargetConfig, params: TargetParams, cache: KVCache, tokens: jax.Array, start
+) -> tuple[KVCache, jax.Array]:
+    """Log-probabilities [B, C] of tokens[:, 1:], given all before them; tokens [B, C + 1]."""
+    batch, count = tokens.shape[0], tokens.shape[1] - 1
+    bits = causal_bits(count)
+    with precision_of(params.embed.dtype):
+        output = forward(
+            params,
+            config,
+            tokens[:, :-1],
+            jnp.broadcast_to(jnp.arange(count), (batch, count)),
+            jnp.broadcast_to(bits, (batch, *bits.shape)),
+            cache,
+            jnp.full(batch, start),
+        )
+
+        def of_some(args):
+            hidden, token = args  # [POSITIONS, M], [POSITIONS]
+            law = jax.nn.log_softmax(unembed(params, hidden))
+            return jnp.take_along_axis(law, token[:, None], axis=1)[:, 0]
+
+        hidden = output.hidden.reshape(-1, POSITIONS, output.hidden.shape[-1])
+        found = jax.lax.map(of_some, (hidden, tokens[:, 1:].reshape(-1, POSITIONS)))
+    return cache.write(output.rows, start, after=found), found.reshape(batch, count)
