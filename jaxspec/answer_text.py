@@ -14,16 +14,23 @@ class AnswerText:
 
     Attributes:
       stopped: a stop text was found; nothing comes after it.
+      taken: tokens of the answer so far, that which completed a stop text included.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
         self._pieces, self._stops = tokenizer.stream(), tuple(stops)
         self._held = ""
-        self.stopped = False
+        self.stopped, self.taken = False, 0
 
     def add(self, tokens: Sequence[int]) -> str:
         """The text these tokens release."""
-        return self._release("".join(self._pieces.step(token) for token in tokens))
+        text = ""
+        for token in tokens:
+            if self.stopped:
+                break
+            self.taken += 1
+            text += self._release(self._pieces.step(token))
+        return text
 
     def finish(self) -> str:
         """What was held back, at the end of the tokens."""

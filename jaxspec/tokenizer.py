@@ -183,6 +183,24 @@ class Tokenizer:
         found = self._fast.id_to_token(token)
         return None if found in self._special else found
 
+    def is_special(self, token: int) -> bool:
+        """Whether `decode` leaves the token out."""
+        return self.shown(token) is None
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token adds inside a text; of an added token, its name's.
+
+        Those of an id that the tokenizer does not have are b"".
+        """
+        name = self._fast.id_to_token(token)
+        if name is None or token in self._fast.get_added_tokens_decoder():
+            return (name or "").encode()
+        if self.decoding.bytes_in_characters:
+            return b"".join(_bytes_of(character) for character in name)
+        if self.decoding.bytes_in_runs and len(name) == 6 and name.startswith("<0x"):
+            return bytes.fromhex(name[3:5])
+        return name.replace("\u2581", " ").encode()
+
     @functools.cached_property
     def _special(self) -> set[str]:
         added = self._fast.get_added_tokens_decoder().values()
@@ -192,6 +210,21 @@ class Tokenizer:
     def _fast(self):
         """The `tokenizers.Tokenizer` behind it, if there is one."""
         return getattr(self._backend, "backend_tokenizer", None)
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's: printable bytes are themselves, the others follow from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
+
+
+def _bytes_of(character: str) -> bytes:
+    byte = _byte_alphabet().get(character)
+    return character.encode() if byte is None else bytes([byte])
 
 
 def _transformers():

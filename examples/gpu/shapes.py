@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.config import DrafterConfig, TargetConfig, TreeConfig
-from jaxspec.decoding.sampling import NO_TOKEN, SamplingRows
+from jaxspec.decoding.sampling import greedy_rows
 from jaxspec.decoding.state import Params, Requests
 from jaxspec.drafters.base import Drafter
 from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params
@@ -38,7 +38,7 @@ TINY = TargetConfig(
 )
 MODELS = {"tiny": TINY} | {name: c for name, c in PRESETS.items() if "-2507" not in name}
 CONDITIONED = ("path_conditioned", "transitions")  # trees of drafters with a sequential head
-WIDTH, RANK, STOP_IDS = 7, 256, 8
+WIDTH, RANK = 7, 256
 
 
 def case_parts(name: str) -> tuple[str, int]:
@@ -168,12 +168,5 @@ def requests(
     tokens = np.zeros((batch, capacity), np.int32)
     tokens[:, :length] = rng.integers(0, config.vocab_size, (batch, length))
     row = lambda value, dtype=np.int32: np.full(batch, value, dtype)  # noqa: E731
-    sampling = SamplingRows(
-        temperature=row(0, np.float32),
-        top_k=row(0),
-        top_p=row(1, np.float32),
-        min_p=row(0, np.float32),
-        stop_ids=np.full((batch, STOP_IDS), NO_TOKEN, np.int32),
-        key=jax.random.split(jax.random.key(0), batch),
-    )
+    sampling = greedy_rows(jax.random.split(jax.random.key(0), batch))
     return jax.device_put(Requests(tokens, row(length), row(new_tokens), row(nodes), sampling))

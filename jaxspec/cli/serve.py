@@ -54,6 +54,8 @@ class Serve:
     """Prompt tokens per prefill chunk; running requests wait for one chunk at a time."""
     rounds: int = 1
     """Decode rounds between scheduling steps."""
+    top_logprobs: int = 20
+    """Alternatives whose log-probabilities requests may ask for; 0 has none to give."""
     rejection: bool = False
     """Draw chains from a trained drafter and verify them by rejection sampling."""
     curve: Path | None = None
@@ -145,6 +147,7 @@ class Serve:
             chunk=self.chunk,
             rounds=self.rounds,
             rejection=self.rejection,
+            top_logprobs=self.top_logprobs,
         )
         return Engine(target, drafter, config, curve=curve)
 

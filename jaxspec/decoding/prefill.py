@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxspec.decoding.logprobs import empty_logprobs, of_path, of_prompts
 from jaxspec.decoding.precision import exact_in_float32
 from jaxspec.decoding.sampling import choose
 from jaxspec.decoding.state import (
@@ -53,7 +54,9 @@ def begin_prefill(decoder: Decoder, params: Params, batch: int, capacity: int) -
         config.head_dim,
         dtype,
     )
-    return Prefilling(cache, drafter, jnp.zeros((batch, config.hidden_size), jnp.float32))
+    logprobs = empty_logprobs(batch, capacity, decoder.top_logprobs)
+    final = jnp.zeros((batch, config.hidden_size), jnp.float32)
+    return Prefilling(cache, drafter, logprobs, final)
 
 
 @exact_in_float32
@@ -83,9 +86,16 @@ def prefill_chunk(
     observed = Committed(tokens, output.taps, starts, count)
     at = jnp.clip(last - start, 0, chunk - 1)[:, None, None]
     here = jnp.take_along_axis(output.hidden, at, axis=1)[:, 0]
+    logprobs = prefilling.logprobs
+    if logprobs is not None:
+        asked = requests.sampling.logprobs
+        logprobs = of_prompts(
+            params.target, output.hidden, requests.tokens, start, asked, logprobs
+        )
     return Prefilling(
         cache=prefilling.cache.write(output.rows, start, after=output.hidden),
         drafter=drafter.observe(params.drafter, prefilling.drafter, observed),
+        logprobs=logprobs,
         final=jnp.where((last // chunk == i)[:, None], here, prefilling.final),
     )
 
@@ -99,8 +109,15 @@ def end_prefill(params: Params, requests: Requests, prefilling: Prefilling) -> D
     first = choose(logits, root, requests.length, requests.sampling, 0)
     length = requests.length + 1
     stopped = jnp.any(first == requests.sampling.stop_ids, axis=1)
+    kept = prefilling.logprobs
+    top = 0 if kept is None else kept.top.shape[-1]
+    new = of_path(logits, None, root, first, requests.sampling.logprobs, top)
+
+    def write(kept, new):
+        return write_tokens(kept, new, requests.length, length)
+
     return DecodeState(
-        tokens=write_tokens(requests.tokens, first, requests.length, length),
+        tokens=write(requests.tokens, first),
         length=length,
         limit=requests.length + requests.max_new_tokens,
         done=stopped | (requests.max_new_tokens <= 1),
@@ -110,4 +127,5 @@ def end_prefill(params: Params, requests: Requests, prefilling: Prefilling) -> D
         rounds=jnp.zeros(batch, jnp.int32),
         committed=jnp.zeros((batch, capacity), jnp.int32),
         nodes=jnp.zeros(batch, jnp.int32),
+        logprobs=jax.tree.map(write, kept, new),
     )

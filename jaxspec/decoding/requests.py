@@ -10,13 +10,13 @@ import jax
 import numpy as np
 
 from jaxspec.config import TargetConfig
-from jaxspec.decoding.sampling import NO_TOKEN, Sampling, SamplingRows
+from jaxspec.decoding import logprobs
+from jaxspec.decoding.sampling import MAX_STOP_IDS, NO_TOKEN, Sampling, SamplingRows
 from jaxspec.decoding.state import Decoder, DecodeState, Params, Requests
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.models.target import Target
 
-MAX_STOP_IDS = 8
 WORD = 32  # bits of a seed that a key takes at a time
 # Beyond these float32 knows no other law: the likeliest token alone, all tokens alike, and a
 # probability that is not rounded to 0.
@@ -41,6 +41,7 @@ def pack(
     budget: int,
     sampling: Sequence[Sampling],
     keys: jax.Array,
+    asked: int = logprobs.NONE,
 ) -> Requests:
     """Arrays for `prompts`; rows beyond them are empty requests that are done at once.
 
@@ -49,6 +50,7 @@ def pack(
       capacity: S, from `capacity_for`.
       sampling: one per prompt.
       keys: [len(prompts)] typed keys.
+      asked: whose log-probabilities to keep.
     """
     count = len(prompts)
     tokens = np.zeros((batch, capacity), np.int32)
@@ -78,6 +80,7 @@ def pack(
             min_p=column("min_p", np.float32, 0, 1),
             stop_ids=stop_ids,
             key=keys[np.minimum(np.arange(batch), count - 1)],
+            logprobs=np.full(batch, asked, np.int32),
         ),
     )
 

@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxspec.decoding import rejection
+from jaxspec.decoding import logprobs, rejection
 from jaxspec.decoding.fitting import VerifySize, choose_in, fitted, own_sizes, smallest
 from jaxspec.decoding.precision import exact_in_float32
 from jaxspec.decoding.sampling import SamplingRows
@@ -77,12 +77,16 @@ def judge(
         verified = verify(decoder, params, state, draft.tree, packing)
         acceptance = accept(decoder, state, sampling, draft, verified)
         path = acceptance.path
+        asked, top = sampling.logprobs, decoder.top_logprobs
         return Verdict(
             acceptance=acceptance,
             tokens=jnp.take_along_axis(draft.tree.tokens, path, axis=1),
             taps=jnp.take_along_axis(verified.taps, path[..., None], axis=1),
             rows=verified.rows.take(path),
             nodes=draft.tree.valid.sum(axis=1),
+            logprobs=logprobs.of_path(
+                verified.logits, packing, path, acceptance.tokens, asked, top
+            ),
         )
 
     return fitted(in_size, decoder.drafter, draft, state.done, sizes, size)
@@ -193,9 +197,13 @@ def commit(
         count=length - state.length,
     )
     batch = jnp.arange(running.shape[0])
+
+    def write(kept, new):
+        return write_tokens(kept, new, state.length, length)
+
     return dataclasses.replace(
         state,
-        tokens=write_tokens(state.tokens, acceptance.tokens, state.length, length),
+        tokens=write(state.tokens, acceptance.tokens),
         length=length,
         done=state.done | stopped | (length >= state.limit),
         # Without a draft nothing else that is written depends on what was read.
@@ -204,4 +212,5 @@ def commit(
         rounds=state.rounds + running,
         committed=state.committed.at[batch, state.rounds].add(decided),
         nodes=state.nodes + jnp.where(running, verdict.nodes, 0),
+        logprobs=jax.tree.map(write, state.logprobs, verdict.logprobs),
     )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 NO_TOKEN = -1
+MAX_STOP_IDS = 8
 ROWS_AT_ONCE, NODES_AT_ONCE = 8, 16  # that sample; noise and filters take several [., ., V]
 
 
@@ -56,6 +57,7 @@ class SamplingRows:
       top_k: [B] int32.
       stop_ids: [B, n] int32, padded with `NO_TOKEN`.
       key: [B] typed keys, one per request. They decide the output; drafters have their own.
+      logprobs: [B] int32, whose log-probabilities are kept (`decoding.logprobs`).
     """
 
     temperature: jax.Array
@@ -64,6 +66,21 @@ class SamplingRows:
     min_p: jax.Array
     stop_ids: jax.Array
     key: jax.Array
+    logprobs: jax.Array
+
+
+def greedy_rows(key: jax.Array) -> SamplingRows:
+    """Rows [B] with these keys that are greedy and ask for nothing else."""
+    zeros = lambda dtype: jnp.zeros(key.shape, dtype)  # noqa: E731
+    return SamplingRows(
+        temperature=zeros(jnp.float32),
+        top_k=zeros(jnp.int32),
+        top_p=zeros(jnp.float32) + 1,
+        min_p=zeros(jnp.float32),
+        stop_ids=jnp.full((*key.shape, MAX_STOP_IDS), NO_TOKEN, jnp.int32),
+        key=key,
+        logprobs=zeros(jnp.int32),
+    )
 
 
 def choose(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig
+from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.sampling import SamplingRows
 from jaxspec.drafters.base import Drafter
 from jaxspec.models.cache import KVCache, KVRows
@@ -32,6 +33,8 @@ class Decoder:
       cache_dtype: of the target's and the drafter's keys and values; None for that of the
         target's weights. "float32" makes bfloat16 models faster on a CPU, where XLA converts
         whole caches to write rows.
+      top_logprobs: K, alternatives whose log-probabilities are kept beside every token's, for
+        rows that ask; 0 keeps none of either.
     """
 
     config: TargetConfig
@@ -40,6 +43,7 @@ class Decoder:
     chunk: int = 128
     implementation: str | None = None
     cache_dtype: str | None = None
+    top_logprobs: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -78,12 +82,13 @@ class Prefilling:
     """A batch of prompts on its way through the target.
 
     Attributes:
-      cache, drafter: as in `DecodeState`.
+      cache, drafter, logprobs: as in `DecodeState`.
       final: [B, M] float32, hidden state at the last prompt token, once its chunk has run.
     """
 
     cache: KVCache
     drafter: Any
+    logprobs: LogProbs | None
     final: jax.Array
 
 
@@ -108,6 +113,7 @@ class DecodeState:
         by `limit` counts in full, as published acceptance lengths do; one that meets a stop
         id counts up to it.
       nodes: [B] int32, nodes verified in all, padding excluded.
+      logprobs: [B, S, .] of the decided tokens; None if none are kept.
     """
 
     tokens: jax.Array
@@ -120,6 +126,7 @@ class DecodeState:
     rounds: jax.Array
     committed: jax.Array
     nodes: jax.Array
+    logprobs: LogProbs | None
 
     @property
     def position(self) -> jax.Array:
@@ -195,6 +202,7 @@ class Verdict:
       taps: [B, P + 1, len(taps) * M] float32.
       rows: keys and values of the path's P + 1 nodes.
       nodes: [B] int32, nodes of the tree, padding excluded.
+      logprobs: [B, P + 1, .] of the tokens decided; None if none are kept.
     """
 
     acceptance: Acceptance
@@ -202,6 +210,7 @@ class Verdict:
     taps: jax.Array
     rows: KVRows
     nodes: jax.Array
+    logprobs: LogProbs | None
 
 
 def write_tokens(
@@ -210,8 +219,8 @@ def write_tokens(
     """tokens[b, start[b]:stop[b]] = new[b, :stop[b] - start[b]]; the rest stays.
 
     Args:
-      tokens: [B, S].
-      new: [B, C].
+      tokens: [B, S], or what goes with tokens, [B, S, ...].
+      new: [B, C, ...].
       start, stop: [B], at most C apart.
     """
     index = start[:, None] + jnp.arange(new.shape[1])

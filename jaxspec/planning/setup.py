@@ -13,8 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxspec.config import DrafterConfig, TargetConfig, spaced_taps
 from jaxspec.decoding.prefill import prefill
-from jaxspec.decoding.requests import MAX_STOP_IDS
-from jaxspec.decoding.sampling import SamplingRows
+from jaxspec.decoding.sampling import greedy_rows
 from jaxspec.decoding.state import Decoder, DecodeState, Params, Requests
 from jaxspec.drafters.base import Drafter
 from jaxspec.models.params import abstract_params
@@ -123,14 +122,7 @@ def _abstract_requests(setup: Setup) -> Requests:
         return jax.ShapeDtypeStruct((setup.batch, *shape), dtype)
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), setup.batch))
-    sampling = SamplingRows(
-        temperature=row(jnp.float32),
-        top_k=row(),
-        top_p=row(jnp.float32),
-        min_p=row(jnp.float32),
-        stop_ids=row(jnp.int32, MAX_STOP_IDS),
-        key=keys,
-    )
+    sampling = jax.eval_shape(greedy_rows, keys)
     return Requests(row(jnp.int32, setup.context), row(), row(), row(), sampling)
 
 

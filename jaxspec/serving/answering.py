@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from jaxspec.answer_text import AnswerText
 from jaxspec.decoding.stats import DecodeStats
+from jaxspec.serving.logprobs import LogProbShape, joined
 from jaxspec.serving.metrics import Watch
 from jaxspec.serving.protocol import Asked, Shape, error_body, usage
 from jaxspec.serving.runner import EngineFailed, Ticket
@@ -29,13 +30,19 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Text that a choice grew by; the last of a choice has the reason why it ended."""
+    """Text that a choice grew by; the last of a choice has the reason why it ended.
+
+    Attributes:
+      tokens: of the answer so far.
+      logprobs: of the tokens that it grew by, in the answer's shape, where they are asked for.
+    """
 
     choice: int
     text: str
-    tokens: int  # of the choice so far
+    tokens: int
     finish: str | None = None
     stats: DecodeStats | None = None
+    logprobs: dict | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +60,16 @@ class Answering:
 
     async def whole(self) -> dict:
         """The object that holds all choices."""
-        texts, last = [""] * len(self.choices), {}
+        found: list[list[Piece]] = [[] for _ in self.choices]
         async with contextlib.aclosing(self._pieces()) as pieces:
             async for piece in pieces:
-                texts[piece.choice] += piece.text
-                last[piece.choice] = piece
-        answers = [(text, last[i].finish) for i, text in enumerate(texts)]
+                found[piece.choice].append(piece)
+        answers = []
+        for own in found:
+            parts = [piece.logprobs for piece in own if piece.logprobs is not None]
+            text = "".join(piece.text for piece in own)
+            answers.append((text, own[-1].finish, joined(parts) if parts else None))
+        last = {choice: own[-1] for choice, own in enumerate(found)}
         return self.shape.whole(answers, self._usage(last))
 
     async def events(self) -> AsyncGenerator[dict]:
@@ -69,10 +80,15 @@ class Answering:
                 async for piece in pieces:
                     first = piece.choice not in last
                     last[piece.choice] = piece
-                    if first or piece.text or piece.finish:
+                    if first or piece.text or piece.finish or piece.logprobs:
                         told = self._usage(last) if self.asked.usage_in_every_chunk else None
                         yield self.shape.chunk(
-                            piece.text, piece.finish, piece.choice, first=first, usage=told
+                            piece.text,
+                            piece.finish,
+                            piece.choice,
+                            first=first,
+                            logprobs=piece.logprobs,
+                            usage=told,
                         )
             if self.asked.include_usage:
                 yield self.shape.last(self._usage(last))
@@ -122,21 +138,29 @@ class Answering:
 
     async def _pieces_of(self, choice: int) -> AsyncGenerator[Piece]:
         ticket, watch = self.choices[choice].ticket, self.choices[choice].watch
-        answer, count, cut, finish = AnswerText(self.tokenizer, self.asked.stops), 0, None, None
+        asked, request = self.asked, self.asked.requests[choice]
+        answer, cut, finish = AnswerText(self.tokenizer, asked.stops), None, None
+        shape = LogProbShape(self.tokenizer, chat=self.shape.chat)
+        text = asked.echo[choice // asked.choices]
         try:
             async for update in ticket:
                 watch.see(update)
-                text = ""
-                if not answer.stopped:  # once cut, the counts of the rest are awaited alone
-                    count += len(update.tokens)
-                    text = answer.add(update.tokens)
+                laws = update.prompt_logprobs
+                before = answer.taken
+                if not (answer.stopped or asked.silent):
+                    text += answer.add(update.tokens)
                     if update.finish and not answer.stopped:
                         text += answer.finish()
-                if answer.stopped and not cut:
+                    laws += update.logprobs[: answer.taken - before]
+                if answer.stopped and not cut:  # the counts of the rest are awaited alone
                     cut = "stop"
                     ticket.cancel()
                 finish = update.finish and (cut or update.finish)
-                yield Piece(choice, text, count, finish, update.stats)
+                if asked.silent and finish == "stop":  # at a token that is not given
+                    finish = "length"
+                told = None if request.logprobs is None or not laws else shape.of(laws)
+                yield Piece(choice, text, answer.taken, finish, update.stats, told)
+                text = ""
         except EngineFailed:
             finish = "failed"
             raise

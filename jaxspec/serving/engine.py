@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxspec.decoding.budget import StepTimes
+from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.requests import stop_ids_of
 from jaxspec.decoding.schedule import MAX_SIZES, Batch
 from jaxspec.decoding.state import Prefilling, Requests
@@ -27,8 +28,8 @@ from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.curve import Curve
 from jaxspec.serving.programs import Programs, only
-from jaxspec.serving.requests import Finish, QueueFull, Request, Update
-from jaxspec.serving.rows import move_rows, place_row, recent_tokens, stop_rows
+from jaxspec.serving.requests import QueueFull, Request, TokenLogProb, Update, read_logprobs
+from jaxspec.serving.rows import move_rows, place_row, recent_logprobs, recent_tokens, stop_rows
 
 SHRINK_AFTER = 8  # rounds with too many rows
 
@@ -109,7 +110,7 @@ class Engine:
           ValueError: it cannot be served.
           QueueFull: too many are waiting.
         """
-        request.check(self.target.config, self.config.room)
+        request.check(self.target.config, self.config.room, self.config.top_logprobs)
         with self._lock:
             if len(self._waiting) >= self.config.queue:
                 raise QueueFull(
@@ -196,7 +197,8 @@ class Engine:
             i for i, row in enumerate(self._rows) if row is not None and row.id in cancelled
         ]
         if stopped:
-            updates += self._release(stopped, ["cancelled"] * len(stopped), [()] * len(stopped))
+            last = [Update(self._rows[i].id, (), "cancelled") for i in stopped]
+            updates += self._release(stopped, last)
             mask = np.zeros(len(self._rows), bool)
             mask[stopped] = True
             self._batch = stop_rows(self._batch, mask)
@@ -243,17 +245,26 @@ class Engine:
     def _first_token(self, prompt: _Prompt) -> list[Update]:
         prompt.batch = self._programs.end_prompt(prompt.requests, prompt.prefilling)
         prompt.prefilling, running = None, prompt.running
-        state = prompt.batch.state
-        tokens, done = jax.device_get((state.tokens, state.done))
-        token = int(tokens[0, running.length])
+        state, request = prompt.batch.state, running.request
+        laws = None if request.logprobs is None else state.logprobs
+        tokens, done, laws = jax.device_get((state.tokens, state.done, laws))
+        row, first = tokens[0].tolist(), running.length
+        token = row[first]
+        update = Update(running.id, (token,))
+        if laws is not None:
+            logprobs = read_logprobs(laws, 0, range(first, first + 1), row, request.logprobs)
+            update = dataclasses.replace(update, logprobs=logprobs)
+        if request.prompt_logprobs:
+            logprobs = read_logprobs(laws, 0, range(1, first), row, request.logprobs)
+            logprobs = TokenLogProb(row[0], None, ()), *logprobs
+            update = dataclasses.replace(update, prompt_logprobs=logprobs)
         running.length += 1
         if not done[0]:
-            return [Update(running.id, (token,))]
+            return [update]
         self._prompt = None
-        finish = "length" if running.request.max_new_tokens == 1 else "stop"
-        if token in stop_ids_of(running.request.sampling, self.target.config):
-            finish = "stop"
-        return [Update(running.id, (token,), finish, DecodeStats((), 0))]
+        stopped = token in stop_ids_of(request.sampling, self.target.config)
+        finish = "stop" if stopped else "length"
+        return [dataclasses.replace(update, finish=finish, stats=DecodeStats((), 0))]
 
     def _advance_rows(self) -> list[Update]:
         if not any(self._rows):
@@ -264,46 +275,40 @@ class Engine:
         self._batch, self._habit = self._programs.decode(
             self._batch, self._habit, self._times[rows], self.config.rounds
         )
-        recent = recent_tokens(self._batch, start, width=self._programs.width)
-        state = self._batch.state
-        recent, length, done, by_size = jax.device_get(
-            (recent, state.length, state.done, self._habit.rounds)
+        width, state = self._programs.width, self._batch.state
+        recent, laws = recent_tokens(self._batch, start, width=width), None
+        if any(row is not None and row.request.logprobs is not None for row in self._rows):
+            laws = recent_logprobs(self._batch, start, width=width)
+        recent, laws, length, done, by_size = jax.device_get(
+            (recent, laws, state.length, state.done, self._habit.rounds)
         )
         self.rounds_by_size = by_size.tolist()
         self.burst_seconds = time.perf_counter() - began
-        updates, ended = [], []
+        updates, ended = [], {}
         for i, running in enumerate(self._rows):
             if running is None:
                 continue
-            tokens = tuple(recent[i, : length[i] - running.length].tolist())
+            update = _progress(running, recent[i, : length[i] - running.length], laws, i)
             running.length = int(length[i])
             if done[i]:
-                ended.append((i, tokens))
-            elif tokens:
-                updates.append(Update(running.id, tokens))
-        if ended:
-            samplings = [self._rows[i].request.sampling for i, _ in ended]
-            stops = [stop_ids_of(own, self.target.config) for own in samplings]
-            finish = [
-                "stop" if tokens and tokens[-1] in ids else "length"
-                for (_, tokens), ids in zip(ended, stops, strict=True)
-            ]
-            updates += self._release([i for i, _ in ended], finish, [t for _, t in ended])
-        return updates
+                stops = stop_ids_of(running.request.sampling, self.target.config)
+                stopped = update.tokens and update.tokens[-1] in stops
+                finish = "stop" if stopped else "length"
+                ended[i] = dataclasses.replace(update, finish=finish)
+            elif update.tokens:
+                updates.append(update)
+        return updates + self._release(list(ended), list(ended.values()))
 
-    def _release(
-        self,
-        rows: Sequence[int],
-        finish: Sequence[Finish],
-        tokens: Sequence[tuple[int, ...]],
-    ) -> list[Update]:
-        """Frees rows; their last updates."""
+    def _release(self, rows: Sequence[int], last: Sequence[Update]) -> list[Update]:
+        """Frees rows; their last updates, with counts."""
+        if not rows:
+            return []
         state = self._batch.state
         rounds, committed, nodes = jax.device_get((state.rounds, state.committed, state.nodes))
         updates = []
-        for row, why, last in zip(rows, finish, tokens, strict=True):
+        for row, update in zip(rows, last, strict=True):
             stats = DecodeStats(tuple(committed[row, : rounds[row]].tolist()), int(nodes[row]))
-            updates.append(Update(self._rows[row].id, last, why, stats))
+            updates.append(dataclasses.replace(update, stats=stats))
             self._rows[row] = None
         return updates
 
@@ -337,3 +342,15 @@ class Engine:
 
     def _staircases(self, curve: Curve) -> dict[int, StepTimes]:
         return {rows: curve.times(rows) for rows in self._programs.buckets}
+
+
+def _progress(running: _Running, tokens: np.ndarray, laws: LogProbs | None, row: int) -> Update:
+    """What a burst decided for a request.
+
+    Args:
+      tokens: [n] int32.
+      laws, row: recent log-probabilities, and the request's row of them.
+    """
+    ids, top = tokens.tolist(), running.request.logprobs
+    found = () if top is None else read_logprobs(laws, row, range(len(ids)), ids, top)
+    return Update(running.id, tuple(ids), logprobs=found)

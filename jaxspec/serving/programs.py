@@ -24,6 +24,7 @@ from jaxspec.serving.rows import (
     end_prompt,
     move_rows,
     place_row,
+    recent_logprobs,
     recent_tokens,
     run_chunk,
     stop_rows,
@@ -45,7 +46,9 @@ class Programs:
         decoder, self._params = decoder_for(
             target, drafter, config.implementation, config.rejection
         )
-        self._decoder = dataclasses.replace(decoder, chunk=config.chunk)
+        self._decoder = dataclasses.replace(
+            decoder, chunk=config.chunk, top_logprobs=config.top_logprobs
+        )
         self._target, self._config = target, config
         self._capacity = capacity_for(config.room, self._decoder)
         self.adaptive = isinstance(config.schedule, Adaptive)
@@ -75,6 +78,7 @@ class Programs:
             budget=self._config.budget,
             sampling=[request.sampling],
             keys=request.key[None],
+            asked=request.asked,
         )
 
     def begin_prompt(self) -> Prefilling:
@@ -84,7 +88,8 @@ class Programs:
         return run_chunk(self._decoder, self._params, requests, np.int32(i), prefilling)
 
     def end_prompt(self, requests: Requests, prefilling: Prefilling) -> Batch:
-        held, age = (prefilling.cache, prefilling.drafter), self._config.schedule.age
+        held = prefilling.cache, prefilling.drafter, prefilling.logprobs
+        age = self._config.schedule.age
         return end_prompt(
             self._decoder, self._params, requests, prefilling.final, held, age=age
         )
@@ -117,7 +122,8 @@ class Programs:
         """Runs every program once."""
         for rows in self.sizes:
             (batch, _), _ = self._turn(rows)
-            recent_tokens(batch, np.zeros(rows, np.int32), width=self.width)
+            for recent in (recent_tokens, recent_logprobs):
+                recent(batch, np.zeros(rows, np.int32), width=self.width)
             batch = place_row(stop_rows(batch, np.ones(rows, bool)), self.empty(1), np.int32(0))
             bucket = self.buckets.index(rows)
             for other in self.buckets[max(bucket - 1, 0) : bucket + 2]:

@@ -14,6 +14,7 @@ from jaxspec.decoding.requests import stop_ids_of
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.models.target import Target
+from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.requests import Request
 
 # Fields that change nothing here, and values at which unsupported ones change nothing.
@@ -60,7 +61,7 @@ NEUTRAL_IN_MESSAGES: dict[str, tuple] = {
 SAMPLED = {"temperature", "top_p", "top_k", "min_p", "seed"}
 STOPS = {"stop", "stop_token_ids", "ignore_eos"}
 LENGTHS = {"max_tokens", "max_completion_tokens"}
-COMMON = {"model", "n", "stream", "stream_options"} | SAMPLED | STOPS | LENGTHS
+COMMON = {"model", "n", "stream", "stream_options", "logprobs"} | SAMPLED | STOPS | LENGTHS
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_CHOICES = 4, 256, 128
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -85,6 +86,8 @@ class Asked:
     Attributes:
       requests: of every prompt as many as there are choices, next to each other.
       prompt_tokens: of all prompts.
+      echo: text that precedes the answer to every prompt.
+      silent: nothing of the answers is given, only what precedes them.
     """
 
     requests: tuple[Request, ...]
@@ -93,6 +96,13 @@ class Asked:
     stream: bool
     include_usage: bool = False
     usage_in_every_chunk: bool = False
+    echo: tuple[str, ...] = ()
+    silent: bool = False
+
+    @property
+    def choices(self) -> int:
+        """Answers to every prompt."""
+        return len(self.requests) // len(self.echo)
 
 
 def parse_body(data: bytes) -> Any:
@@ -105,14 +115,27 @@ def parse_body(data: bytes) -> Any:
     return value
 
 
-def read_completion(body: Any, target: Target, room: int) -> Asked:
+def read_completion(body: Any, target: Target, config: EngineConfig) -> Asked:
     """`POST /v1/completions`: a prompt, which is a text or a list of token ids, or a list of
     them."""
-    fields = _Fields(body, COMMON | {"prompt"})
+    fields = _Fields(body, COMMON | {"prompt", "echo"})
     prompts = fields.get("prompt", None)
     if not isinstance(prompts, list) or not any(isinstance(p, (str, list)) for p in prompts):
         prompts = [prompts]
-    return _asked(fields, [_ids(p, target) for p in prompts], target, room, default=16)
+    ids, top, echo = [_ids(p, target) for p in prompts], None, None
+    if fields.get("logprobs", False) is not False:
+        top = _top_logprobs(fields, "logprobs", config)
+    if fields.flag("echo"):
+        decode = target.tokenizer.decode
+        echo = [p if isinstance(p, str) else decode(p) for p in prompts]
+    return _asked(fields, ids, target, config, default=16, top=top, echo=echo)
+
+
+def _top_logprobs(fields: _Fields, name: str, config: EngineConfig) -> int:
+    top = fields.integer(name, 0)
+    if not 0 <= top <= config.top_logprobs:
+        raise BadRequest(f"{name} is {top}; expected 0 … {config.top_logprobs}", name)
+    return top
 
 
 def _ids(prompt: Any, target: Target) -> list[int]:
@@ -125,9 +148,9 @@ def _ids(prompt: Any, target: Target) -> list[int]:
     return prompt
 
 
-def read_chat(body: Any, target: Target, room: int) -> Asked:
+def read_chat(body: Any, target: Target, config: EngineConfig) -> Asked:
     """`POST /v1/chat/completions`: text messages."""
-    fields = _Fields(body, COMMON | {"messages", "chat_template_kwargs"})
+    fields = _Fields(body, COMMON | {"messages", "chat_template_kwargs", "top_logprobs"})
     messages = fields.get("messages", None)
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list of at least one message", "messages")
@@ -140,7 +163,12 @@ def read_chat(body: Any, target: Target, room: int) -> Asked:
         )
     except (ValueError, TemplateError) as error:  # templates refuse orders of roles
         raise BadRequest(str(error), "messages") from error
-    return _asked(fields, [prompt], target, room, default=None)
+    top = _top_logprobs(fields, "top_logprobs", config)
+    if not fields.flag("logprobs"):
+        if top:
+            raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
+        top = None
+    return _asked(fields, [prompt], target, config, default=None, top=top)
 
 
 class _Fields:
@@ -219,10 +247,13 @@ def _asked(
     fields: _Fields,
     prompts: list[list[int]],
     target: Target,
-    room: int,
+    config: EngineConfig,
+    *,
     default: int | None,
+    top: int | None,
+    echo: Sequence[str] | None = None,
 ) -> Asked:
-    longest = max(map(len, prompts))
+    longest, room = max(map(len, prompts)), config.room
     left = room - longest
     if left < 1:
         raise BadRequest(
@@ -236,11 +267,18 @@ def _asked(
     seed = fields.integer("seed", -1)
     if seed == -1:
         seed = secrets.randbelow(2**32)
-    new_tokens, sampling = _longest(fields, left, default), _sampling(fields, target)
+    new_tokens = _longest(fields, left, default, least=1 if echo is None else 0)
+    request = Request(
+        (),
+        max(new_tokens, 1),
+        _sampling(fields, target),
+        logprobs=top,
+        prompt_logprobs=echo is not None and top is not None,
+    )
     return Asked(
         requests=tuple(
             # Seeds of further choices are beyond those that people give.
-            Request(tuple(prompt), new_tokens, sampling, seed + (choice << 64))
+            dataclasses.replace(request, prompt=tuple(prompt), seed=seed + (choice << 64))
             for prompt in prompts
             for choice in range(choices)
         ),
@@ -249,10 +287,12 @@ def _asked(
         stream=fields.flag("stream"),
         include_usage=usage.flag("include_usage"),
         usage_in_every_chunk=usage.flag("continuous_usage_stats"),
+        echo=tuple(echo or [""] * len(prompts)),
+        silent=not new_tokens,
     )
 
 
-def _longest(fields: _Fields, left: int, default: int | None) -> int:
+def _longest(fields: _Fields, left: int, default: int | None, least: int) -> int:
     """New tokens, at most; -1 asks for all that there is room for."""
     default = left if default is None else min(default, left)
     longest = default
@@ -260,10 +300,10 @@ def _longest(fields: _Fields, left: int, default: int | None) -> int:
         longest = fields.integer(name, longest)
         if longest == -1:
             longest = left
-        if not 1 <= longest <= left:
+        if not least <= longest <= left:
             raise BadRequest(
-                f"{name} is {longest}; after this prompt the server has room for 1 … {left} "
-                "tokens",
+                f"{name} is {longest}; after this prompt the server has room for {least} … "
+                f"{left} tokens",
                 name,
             )
     return longest
@@ -328,8 +368,8 @@ def _is_text(part: Any) -> bool:
     )
 
 
-def _choice(index: int, body: dict, finish: str | None) -> dict:
-    return {"index": index, **body, "logprobs": None, "finish_reason": finish}
+def _choice(index: int, body: dict, finish: str | None, logprobs: dict | None) -> dict:
+    return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish}
 
 
 def usage(prompt_tokens: int, completion_tokens: int, stats: DecodeStats | None) -> dict:
@@ -361,13 +401,15 @@ class Shape:
     created: int
     model: str
 
-    def whole(self, answers: Sequence[tuple[str, str]], usage: dict) -> dict:
-        """Args: answers: text and reason of every choice."""
+    def whole(
+        self, answers: Sequence[tuple[str, str | None, dict | None]], usage: dict
+    ) -> dict:
+        """Args: answers: text, reason and log-probabilities of every choice."""
         choices = []
-        for index, (text, finish) in enumerate(answers):
+        for index, (text, finish, logprobs) in enumerate(answers):
             message = {"message": {"role": "assistant", "content": text}}
             body = message if self.chat else {"text": text}
-            choices.append(_choice(index, body, finish))
+            choices.append(_choice(index, body, finish, logprobs))
         name = "chat.completion" if self.chat else "text_completion"
         return self._object(name, choices) | {"usage": usage}
 
@@ -378,9 +420,10 @@ class Shape:
         choice: int = 0,
         *,
         first: bool = False,
+        logprobs: dict | None = None,
         usage: dict | None = None,
     ) -> dict:
-        """Args: usage: told in this chunk, if it is given."""
+        """Args: logprobs, usage: told in this chunk, if they are given."""
         if self.chat:
             delta = {"role": "assistant"} if first else {}
             body: dict[str, Any] = {
@@ -389,7 +432,8 @@ class Shape:
         else:
             body = {"text": text}
         told = {} if usage is None else {"usage": usage}
-        return self._object(self._chunk_name, [_choice(choice, body, finish)]) | told
+        choices = [_choice(choice, body, finish, logprobs)]
+        return self._object(self._chunk_name, choices) | told
 
     def last(self, usage: dict) -> dict:
         """The chunk that holds the usage and no choice."""

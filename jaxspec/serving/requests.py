@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig
+from jaxspec.decoding import logprobs
+from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.requests import request_keys, stop_ids_of
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats
@@ -29,20 +31,35 @@ class Request:
       prompt: token ids.
       seed: decides what is sampled, as `jaxspec.generate(seed=[seed])` does; or the typed key
         that would follow from it.
+      logprobs: alternatives whose log-probabilities come beside those of the new tokens; None
+        for neither.
+      prompt_logprobs: they come for the prompt's tokens too.
     """
 
     prompt: Sequence[int]
     max_new_tokens: int = 256
     sampling: Sampling = Sampling()
     seed: int | jax.Array = 0
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+    @property
+    def asked(self) -> int:
+        """Which log-probabilities are kept on the device."""
+        if self.logprobs is None:
+            return logprobs.NONE
+        return logprobs.ALL if self.prompt_logprobs else logprobs.NEW
 
     @property
     def key(self) -> jax.Array:
         """The typed key of its samples."""
         return request_keys([self.seed], 1)[0] if type(self.seed) is int else self.seed
 
-    def check(self, config: TargetConfig, room: int) -> None:
-        """Raises ValueError when the request cannot be served."""
+    def check(self, config: TargetConfig, room: int, top_logprobs: int) -> None:
+        """Raises ValueError when the request cannot be served.
+
+        Args: room, top_logprobs: of the engine (`EngineConfig`).
+        """
         if not self.prompt:
             raise ValueError("the prompt is empty; expected at least one token")
         bad = [t for t in self.prompt if type(t) is not int or not 0 <= t < config.vocab_size]
@@ -66,6 +83,52 @@ class Request:
         if type(self.seed) is not int and not keyed:
             raise ValueError(f"the seed is {self.seed!r}; expected an integer")
         stop_ids_of(self.sampling, config)
+        if self.logprobs is None:
+            if self.prompt_logprobs:
+                raise ValueError("prompt_logprobs needs logprobs, the number of alternatives")
+        elif not top_logprobs:
+            raise ValueError("log-probabilities are not kept here: top_logprobs is 0")
+        elif not 0 <= self.logprobs <= top_logprobs:
+            raise ValueError(f"logprobs is {self.logprobs}; expected 0 … {top_logprobs} here")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogProb:
+    """The target's law where a token stands.
+
+    Attributes:
+      logprob: of the token; None for the first of a text.
+      top: the likeliest tokens and their log-probabilities, best first.
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+def read_logprobs(
+    laws: LogProbs, row: int, places: Sequence[int], tokens: Sequence[int], top: int
+) -> tuple[TokenLogProb, ...]:
+    """Those of some places of a row, with `top` alternatives each.
+
+    Args:
+      laws: fetched from the device.
+      tokens: by place.
+    """
+    return tuple(
+        TokenLogProb(
+            tokens[place],
+            float(laws.chosen[row, place]),
+            tuple(
+                zip(
+                    laws.tokens[row, place, :top].tolist(),
+                    laws.top[row, place, :top].tolist(),
+                    strict=True,
+                )
+            ),
+        )
+        for place in places
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +140,13 @@ class Update:
       tokens: decided since the last update, a final stop id included.
       finish: why it ended; None while it goes on.
       stats: counts of the whole request, with `finish`; None before, or if it never ran.
+      logprobs: of `tokens`, where they were asked for.
+      prompt_logprobs: of the prompt's tokens, with the first update.
     """
 
     id: int
     tokens: tuple[int, ...]
     finish: Finish | None = None
     stats: DecodeStats | None = None
+    logprobs: tuple[TokenLogProb, ...] = ()
+    prompt_logprobs: tuple[TokenLogProb, ...] = ()

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.prefill import begin_prefill, end_prefill, prefill_chunk
-from jaxspec.decoding.requests import MAX_STOP_IDS
-from jaxspec.decoding.sampling import NO_TOKEN, SamplingRows
+from jaxspec.decoding.sampling import NO_TOKEN, greedy_rows
 from jaxspec.decoding.schedule import UNKNOWN, Batch
 from jaxspec.decoding.state import Decoder, DecodeState, Params, Prefilling, Requests
 from jaxspec.models.cache import KVCache
@@ -40,15 +40,9 @@ def empty_rows(
         rounds=zeros(jnp.int32),
         committed=jnp.zeros((rows, capacity), jnp.int32),
         nodes=zeros(jnp.int32),
+        logprobs=prefilling.logprobs,
     )
-    sampling = SamplingRows(
-        temperature=zeros(jnp.float32),
-        top_k=zeros(jnp.int32),
-        top_p=zeros(jnp.float32) + 1,
-        min_p=zeros(jnp.float32),
-        stop_ids=jnp.full((rows, MAX_STOP_IDS), NO_TOKEN, jnp.int32),
-        key=jax.random.split(jax.random.key(0), rows),
-    )
+    sampling = greedy_rows(jax.random.split(jax.random.key(0), rows))
     return Batch(state, sampling, _unknown(decoder, rows, age))
 
 
@@ -72,7 +66,7 @@ def end_prompt(
     params: Params,
     requests: Requests,
     final: jax.Array,
-    held: tuple[KVCache, Any],
+    held: tuple[KVCache, Any, LogProbs | None],
     *,
     age: int,
 ) -> Batch:
@@ -80,7 +74,7 @@ def end_prompt(
 
     Args:
       final: of `Prefilling`.
-      held: its cache and its drafter's state.
+      held: its cache, its drafter's state and its log-probabilities.
     """
     state = end_prefill(params, requests, Prefilling(*held, final))
     return Batch(state, requests.sampling, _unknown(decoder, 1, age))
@@ -113,6 +107,14 @@ def recent_tokens(batch: Batch, start: jax.Array, *, width: int) -> jax.Array:
     return batch.state.tokens.at[jnp.arange(start.shape[0])[:, None], index].get(
         mode="fill", fill_value=NO_TOKEN
     )
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def recent_logprobs(batch: Batch, start: jax.Array, *, width: int) -> LogProbs | None:
+    """Those of `recent_tokens`; past the end of a row they are those of its last place."""
+    index = start[:, None] + jnp.arange(width)
+    row = jnp.arange(start.shape[0])[:, None]
+    return jax.tree.map(lambda x: x.at[row, index].get(mode="clip"), batch.state.logprobs)
 
 
 def _with_done(batch: Batch, done: jax.Array) -> Batch:

@@ -1,7 +1,7 @@
 """An OpenAI-compatible HTTP server: completions and chat, whole or streamed.
 
 ======================  =======================================================
-POST /v1/completions    one prompt, a text or token ids
+POST /v1/completions    prompts, texts or token ids
 POST /v1/chat/completions  text messages
 GET  /v1/models         the one model
 GET  /v1/models/{id}    the same
@@ -309,7 +309,7 @@ class _Service:
         if asked is not None:
             self._check_name(asked)
         config = self.runner.engine.config
-        understood = read(body, self.target, config.room)
+        understood = read(body, self.target, config)
         if len(understood.requests) > config.queue:
             raise BadRequest(
                 f"{len(understood.requests)} answers are asked for; this server takes up to "

@@ -1,6 +1,8 @@
 """The law of the target's choices: filters against their definitions, sampling against the
 enumerated distribution."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from jaxspec.config import TreeConfig
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, pack, request_keys, seed_key
-from jaxspec.decoding.sampling import Sampling, SamplingRows, _kept, choose
+from jaxspec.decoding.sampling import Sampling, SamplingRows, _kept, choose, greedy_rows
 from jaxspec.decoding.state import Decoder, Params
 from jaxspec.drafters.base import LoadedDrafter
 from tests import tiny
@@ -21,13 +23,12 @@ from tests.drafters import cases
 
 
 def rows(batch=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) -> SamplingRows:
-    return SamplingRows(
+    return dataclasses.replace(
+        greedy_rows(jax.random.split(jax.random.key(seed), batch)),
         temperature=jnp.full(batch, temperature, jnp.float32),
         top_k=jnp.full(batch, top_k, jnp.int32),
         top_p=jnp.full(batch, top_p, jnp.float32),
         min_p=jnp.full(batch, min_p, jnp.float32),
-        stop_ids=jnp.zeros((batch, 0), jnp.int32),
-        key=jax.random.split(jax.random.key(seed), batch),
     )
 
 

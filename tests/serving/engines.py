@@ -41,7 +41,7 @@ DRAFTERS = {
         cases.params("rnn"),
     ),
 }
-CONFIG = dict(slots=4, room=60, queue=64, chunk=16, max_nodes=8)
+CONFIG = dict(slots=4, room=60, queue=64, chunk=16, max_nodes=8, top_logprobs=5)
 SCHEDULES = {"fixed": Fixed(), "adaptive": Adaptive()}
 
 

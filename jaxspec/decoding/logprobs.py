@@ -1,0 +1,122 @@
+"""Log-probabilities of tokens under the target's own law: the softmax of its logits, before
+temperature, filters, biases and penalties."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.models.decoder import unembed
+from jaxspec.models.params import TargetParams
+from jaxspec.trees.packing import Packing
+
+NONE, NEW, ALL = 0, 1, 2  # what a row asks for: no token's, new tokens', the prompt's too
+NODES_AT_ONCE = 32  # of a prompt; their logits are [., V]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogProbs:
+    """The law at every place of a row, given the tokens before it.
+
+    Places of rows that did not ask for them, and the first of a row, hold nothing meaningful.
+
+    Attributes:
+      chosen: [B, S] float32, log-probability of the token there.
+      tokens: [B, S, K] int32, the likeliest tokens, best first.
+      top: [B, S, K] float32, their log-probabilities.
+    """
+
+    chosen: jax.Array
+    tokens: jax.Array
+    top: jax.Array
+
+
+def empty_logprobs(rows: int, places: int, top: int) -> LogProbs | None:
+    """Room for `top` alternatives at each of `places`; None, which holds nothing, for 0."""
+    if not top:
+        return None
+    shape = (rows, places, top)
+    return LogProbs(
+        jnp.zeros(shape[:2], jnp.float32),
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape, jnp.float32),
+    )
+
+
+def of_tokens(logits: jax.Array, tokens: jax.Array, top: int) -> LogProbs:
+    """The laws of logits [B, C, V], and the log-probabilities of tokens [B, C] under them."""
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    best, ids = jax.lax.top_k(logits, top)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+    return LogProbs((chosen - total)[..., 0], ids.astype(jnp.int32), best - total)
+
+
+def of_path(
+    logits: jax.Array,
+    packing: Packing | None,
+    path: jax.Array,
+    tokens: jax.Array,
+    asked: jax.Array,
+    top: int,
+) -> LogProbs | None:
+    """Log-probabilities of the tokens chosen after the nodes of a path.
+
+    Only rows that ask cost anything, one at a time: [C, V] in memory.
+
+    Args:
+      logits: of a forward over trees, [B, N, V], or [1, T, V] with a packing.
+      path, tokens: [B, C] int32, nodes, and the token after each.
+      asked: [B] int32, `NONE`, `NEW` or `ALL`.
+    """
+    if not top:
+        return None
+    asks = asked > NONE
+    order = jnp.argsort(~asks)
+
+    def one_row(i, found):
+        row = order[i]
+        at = path[row] if packing is None else packing.place[row, path[row]]
+        own = logits[row if packing is None else 0, at]
+        new = of_tokens(own[None], tokens[row][None], top)
+        put = jax.lax.dynamic_update_slice_in_dim
+        return jax.tree.map(lambda x, y: put(x, y, row, 0), found, new)
+
+    return jax.lax.fori_loop(0, asks.sum(), one_row, empty_logprobs(*path.shape, top))
+
+
+def of_prompts(
+    params: TargetParams,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    start: jax.Array,
+    asked: jax.Array,
+    kept: LogProbs,
+) -> LogProbs:
+    """`kept` with the log-probabilities of the tokens that follow those of a chunk.
+
+    Args:
+      hidden: [B, C, M], of the chunk.
+      tokens: [B, S] int32, the prompts.
+      start: scalar, the place of the chunk's first token.
+    """
+    asks = asked == ALL
+    order = jnp.argsort(~asks)
+    top = kept.top.shape[-1]
+
+    def some_nodes(row, first, count, kept):
+        at = start + 1 + first + jnp.arange(count)  # the last may be past the end of the row
+        following = tokens.at[row, at].get(mode="fill", fill_value=0)
+        own = jax.lax.dynamic_slice(hidden, (row, first, 0), (1, count, hidden.shape[-1]))
+        new = of_tokens(unembed(params, own), following[None], top)
+        return jax.tree.map(lambda x, y: x.at[row, at].set(y[0], mode="drop"), kept, new)
+
+    def one_row(i, kept):
+        for first in range(0, hidden.shape[1], NODES_AT_ONCE):
+            count = min(NODES_AT_ONCE, hidden.shape[1] - first)
+            kept = some_nodes(order[i], first, count, kept)
+        return kept
+
+    return jax.lax.fori_loop(0, asks.sum(), one_row, kept)
