@@ -21,8 +21,9 @@ from scipy.special import stdtrit
 from jaxspec.api import generate
 from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.drafters.base import Committed, LoadedDrafter
-from jaxspec.drafters.block import BlockDrafter, BlockParams, greedy, rollout
+from jaxspec.drafters.block import BlockDrafter, BlockParams
 from jaxspec.drafters.head import bind
+from jaxspec.drafters.rollout import greedy, rollout
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.evaluation.walk import rounds_along
 from jaxspec.models.cache import KVCache, init_cache

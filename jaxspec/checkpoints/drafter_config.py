@@ -37,9 +37,9 @@ def recognise(raw: dict[str, Any], origin: Any) -> str:
         return "deepspec"
     found = raw.get("architectures") or raw.get("model_type")
     raise ValueError(
-        f"{origin}: the configuration, of {found}, is not a block drafter's; expected "
-        "'dflash_config', 'treeflash_config', 'speculators_model_type', or 'markov_rank' with "
-        "'target_layer_ids'"
+        f"{origin}: the configuration, of {found}, is not a drafter's; expected "
+        "'dflash_config', 'treeflash_config', 'speculators_model_type', 'eagle_config', or "
+        "'markov_rank' or 'ttt_length' with 'target_layer_ids'"
     )
 
 
@@ -150,7 +150,9 @@ def to_json(
         for key in ("block_size", "num_target_layers", "is_causal"):
             raw.pop(key, None)
         raw = speculators.to_json(c, raw | newer, kept)
-        raw["speculators_config"] = speculators.proposal(c, verifier)
+        raw["speculators_config"] = speculators.proposal(
+            raw[speculators.KEY], c.depth, verifier
+        )
         return raw | (_heads_to_json(c) if raw[speculators.KEY] == "dspark" else {})
     if format == "dflash":
         if causal:

@@ -1,4 +1,4 @@
-"""Published draft heads, both ways: z-lab DFlash and JetSpec, TreeFlash, DeepSpec.
+"""Published draft heads, both ways: z-lab DFlash and JetSpec, TreeFlash, DeepSpec, EAGLE-3.
 
 The formats are told apart by their configuration, never by the name of the architecture, which
 several of them share. What an import reads an export writes: the same tensors and keys.
@@ -12,6 +12,7 @@ treeflash   `treeflash_config`   backbone under `model.`, MLP under `ar_approxim
 deepspec    `markov_rank`        slots predict the next position; carries the target's
                                  embedding and LM head; DFlash is rank 0
 speculators `speculators_model_type`  see `checkpoints.speculators`
+EAGLE-3     see `eagle3_config`  another network, of three formats
 ==========  ===================  =========================================================
 
 A draft vocabulary (`drafters.head.Vocabulary`) is one more tensor, its token ids. A program
@@ -23,22 +24,35 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
-from jaxspec.checkpoints import dflash2, speculators
+from jaxspec.checkpoints import dflash2, eagle3, eagle3_config, speculators
 from jaxspec.checkpoints.drafter_config import TEMPERATURES, from_json, recognise, to_json
-from jaxspec.checkpoints.fuse import Part, check_dtype, check_weights
+from jaxspec.checkpoints.drafter_files import (
+    DrafterTensors,
+    check_names,
+    check_unused,
+    equal_as_stored,
+    expected_shapes,
+    linear,
+    read_weights,
+    same,
+    write_folder,
+    written_tensors,
+)
+from jaxspec.checkpoints.fuse import Part, check_dtype
 from jaxspec.checkpoints.huggingface import resolve
-from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
+from jaxspec.checkpoints.tensors import read_json
 from jaxspec.config import DrafterConfig, TargetConfig, TreeConfig
 from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params, whole_weights
+from jaxspec.drafters.eagle import EagleDrafter, EagleParams
+from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.drafters.head import Vocabulary, abstract_weights
 from jaxspec.models.params import TargetParams
 
@@ -54,7 +68,7 @@ def load_drafter(
     target_params: TargetParams,
     tree: TreeConfig,
     dtype=jnp.float32,
-) -> tuple[BlockDrafter, BlockParams]:
+) -> tuple[BlockDrafter, BlockParams] | tuple[EagleDrafter, EagleParams]:
     """A published drafter for a target.
 
     Args:
@@ -68,12 +82,14 @@ def load_drafter(
     """
     dtype, folder = check_dtype(dtype), locate(name_or_path)
     raw = read_json(folder / "config.json")
+    if eagle3_config.recognise(raw):
+        return eagle3.load(folder, raw, target_config, target_params, tree, dtype)
     config, format = (
         for_target(from_json(raw, folder), target_config, folder),
         recognise(raw, folder),
     )
     drafter = BlockDrafter(config, tree)
-    tensors = _Renamed(SafetensorsFolder(folder, integers=INTEGERS))
+    tensors = DrafterTensors(folder, INTEGERS, _renamed)
     own = {}
     if format == "speculators":
         kept = speculators.draft_tokens(tensors, config.vocab_size)
@@ -92,16 +108,21 @@ def load_drafter(
     return drafter, block_params(weights, target_params, **own)
 
 
-def read_drafter_config(name_or_path: str | Path, target: TargetConfig) -> DrafterConfig:
+def read_drafter_config(
+    name_or_path: str | Path, target: TargetConfig
+) -> DrafterConfig | EagleConfig:
     """The configuration alone of a published drafter for a target; errors as `load_drafter`."""
     folder = locate(name_or_path)
-    return for_target(from_json(read_json(folder / "config.json"), folder), target, folder)
+    raw = read_json(folder / "config.json")
+    if eagle3_config.recognise(raw):
+        return eagle3_config.from_json(raw, folder, target)
+    return for_target(from_json(raw, folder), target, folder)
 
 
 def save_drafter(
     folder: str | Path,
-    drafter: BlockDrafter,
-    params: BlockParams,
+    drafter: BlockDrafter | EagleDrafter,
+    params: BlockParams | EagleParams,
     format: str | None = None,
     verifier: str | None = None,
 ) -> None:
@@ -110,8 +131,9 @@ def save_drafter(
     Args:
       folder: must not hold a checkpoint yet.
       params: the weights' dtype is the file's.
-      format: one of `drafter_config.FORMATS`; None takes the one that can express the
-        configuration and leaves the target's vocabulary out.
+      format: one of `drafter_config.FORMATS`, or for EAGLE-3 of `eagle3_config.FORMATS`; None
+        takes the one that can express the configuration, without the target's vocabulary where
+        the format leaves it out.
       verifier: the target's hub name or path from the folder, which speculators' format names.
 
     Raises:
@@ -121,8 +143,9 @@ def save_drafter(
     folder, config = Path(folder), drafter.config
     if format is None:
         format = "treeflash" if config.sequential == "mlp" else "dflash"
-    if any((folder / name).exists() for name in ("config.json", "model.safetensors")):
-        raise ValueError(f"{folder} already holds a checkpoint; save to a new folder")
+    check_unused(folder)
+    if isinstance(drafter, EagleDrafter):
+        return eagle3.save(folder, drafter, params, format, verifier)
     kept = params.vocabulary.kept
     if kept is not None and format == "deepspec":
         raise ValueError(
@@ -140,13 +163,7 @@ def save_drafter(
     if np.any(np.asarray(params.temperatures) != 1):
         values = np.broadcast_to(params.temperatures, config.depth)
         raw[TEMPERATURES] = [float(x) for x in values]
-    weights = nnx.to_flat_state(whole_weights(params))
-    weights = {path: np.asarray(x[...]) for path, x in weights}
-    tensors = {
-        part.name: weights[path][part.index].transpose(part.axes).reshape(part.shape)
-        for path, parts in destinations(config, format).items()
-        for part in parts
-    }
+    tensors = written_tensors(whole_weights(params), destinations(config, format))
     if format == "deepspec":
         for name, array in _vocabulary(params.vocabulary):
             tensors[name] = np.asarray(array).astype(dtype)
@@ -155,13 +172,7 @@ def save_drafter(
         tensors |= speculators.vocabulary_tensors(np.asarray(kept), rows, config.vocab_size)
     elif kept is not None:
         tensors[DRAFT_TOKENS] = np.asarray(kept)
-    # safetensors writes a strided view's memory as it lies; PyTorch readers want the metadata.
-    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    for name in set(tensors) - set(INTEGERS):
-        check_weights(tensors[name], name, f"{folder} is not written")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+    write_folder(folder, raw, tensors, INTEGERS)
 
 
 def save_temperatures(folder: str | Path, temperatures: Sequence[float]) -> None:
@@ -195,7 +206,7 @@ def _temperatures(found: Any, config: DrafterConfig, origin: Any) -> Any:
     return found
 
 
-def _draft_tokens(tensors: _Renamed, vocab: int) -> np.ndarray | None:
+def _draft_tokens(tensors: DrafterTensors, vocab: int) -> np.ndarray | None:
     """The draft vocabulary, ascending ids [V'], if there is one."""
     if DRAFT_TOKENS not in tensors.shapes:
         return None
@@ -288,12 +299,6 @@ def destinations(config: DrafterConfig, format: str) -> dict[tuple, tuple[Part, 
     queries, keys = c.num_heads * dim, c.num_kv_heads * dim
     backbone = "model." if format == "treeflash" else ""
 
-    def same(name: str, *shape: int) -> tuple[Part, ...]:
-        return (Part(name, shape, np.s_[...], tuple(range(len(shape)))),)
-
-    def linear(name: str, outputs: int, inputs: int) -> tuple[Part, ...]:
-        return (Part(name, (outputs, inputs), np.s_[...], (1, 0)),)
-
     table = {
         ("fc",): linear(f"{backbone}fc.weight", width, len(c.taps) * width),
         ("hidden_norm",): same(f"{backbone}hidden_norm.weight", width),
@@ -362,73 +367,29 @@ def destinations(config: DrafterConfig, format: str) -> dict[tuple, tuple[Part, 
     return table
 
 
-class _Renamed:
-    """A folder's tensors under their names of today."""
-
-    def __init__(self, tensors: SafetensorsFolder):
-        self.tensors = tensors
-        self.origin = tensors.origin
-        self.names = {
-            dflash2.renamed(name.removeprefix(LEGACY_PREFIX)): name for name in tensors.shapes
-        }
-        self.shapes = {name: tensors.shapes[old] for name, old in self.names.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        return self.tensors.read(self.names[name])
-
-
 def _load(
-    tensors: _Renamed, config: DrafterConfig, format: str, target: TargetParams, dtype
+    tensors: DrafterTensors, config: DrafterConfig, format: str, target: TargetParams, dtype
 ) -> nnx.State:
     table = destinations(config, format)
-    expected = {part.name: part.shape for parts in table.values() for part in parts}
+    expected = expected_shapes(table)
     vocabulary = _vocabulary(target) if format == "deepspec" else ()
     expected |= {name: array.shape for name, array in vocabulary}
     known = {DRAFT_TOKENS}
     if format == "speculators":
         known = {speculators.OFFSETS, speculators.MEMBERS, speculators.HEAD}
         known |= set(speculators.COPIES)
-    _check_names(tensors, expected, known)
+    check_names(tensors, expected, known)
     for name, array in vocabulary:
-        stored = jnp.asarray(tensors.read(name))
-        # Either may have been rounded: equal is equal in the narrower dtype.
-        narrow = min(stored.dtype, array.dtype, key=lambda dtype: dtype.itemsize)
-        if not jnp.array_equal(stored.astype(narrow), array.astype(narrow)):
+        if not equal_as_stored(tensors.read(name), array):
             raise ValueError(
                 f"{tensors.origin}: tensor '{name}' is not the target's; the drafter was "
                 "trained for other weights than those loaded"
             )
-
-    def build(path, spec):
-        array = np.empty(spec.shape, spec.dtype)
-        for part in table[path]:
-            view = array[part.index].transpose(part.axes)
-            with np.errstate(over="ignore"):  # found below, with the tensor's name
-                view[...] = tensors.read(part.name).reshape(view.shape)
-            check_weights(view, part.name, tensors.origin)
-        return spec.replace(jnp.asarray(array))
-
-    abstract = nnx.to_flat_state(abstract_weights(config, dtype))
-    return nnx.from_flat_state([(path, build(path, spec)) for path, spec in abstract])
+    return read_weights(tensors, table, abstract_weights(config, dtype))
 
 
-def _check_names(
-    tensors: _Renamed, expected: dict[str, tuple[int, ...]], known: Collection[str]
-) -> None:
-    for name, shape in expected.items():
-        found = tensors.shapes.get(name)
-        if found != shape:
-            raise ValueError(
-                f"{tensors.origin}: tensor '{name}' "
-                + (f"has shape {found}" if found else "is missing")
-                + f"; its configuration asks for {shape}"
-            )
-    unknown = sorted(set(tensors.shapes) - set(expected) - set(known))
-    if unknown:
-        raise ValueError(
-            f"{tensors.origin}: tensor '{unknown[0]}' has no place in the drafter its "
-            "configuration describes; leaving it out would change what it drafts"
-        )
+def _renamed(name: str) -> str:
+    return dflash2.renamed(name.removeprefix(LEGACY_PREFIX))
 
 
 def _vocabulary(arrays: TargetParams | Vocabulary):

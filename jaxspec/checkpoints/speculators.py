@@ -111,15 +111,14 @@ def to_json(c: DrafterConfig, layer: dict[str, Any], kept: int | None) -> dict[s
     return raw
 
 
-def proposal(c: DrafterConfig, verifier: str | None) -> dict[str, Any]:
+def proposal(kind: str, depth: int, verifier: str | None) -> dict[str, Any]:
     """`speculators_config`, by which programs find the target and how much to draft."""
     greedy = {
         "proposal_type": "greedy",
-        "speculative_tokens": c.depth,
+        "speculative_tokens": depth,
         "verifier_accept_k": 1,
         "accept_tolerance": 0.0,
     }
-    kind = "dflash2" if c.sequential == "bilinear" else "dspark" if c.sequential else "dflash"
     return {
         "algorithm": kind,
         "default_proposal_method": "greedy",

@@ -14,14 +14,20 @@ from jaxspec.config import DrafterConfig
 CAUSAL = ("causal_head", "causal", "is_causal")  # JetSpec's, vLLM's, z-lab's
 
 
-def windows(whole: JsonConfig) -> tuple[int | None, ...]:
+def windows(
+    whole: JsonConfig, layers: int | None = None, *, switched: bool = True
+) -> tuple[int | None, ...]:
     """Every layer's window, None without one.
+
+    Args:
+      layers: how many; by default "num_hidden_layers".
+      switched: sliding layers need "use_sliding_window", as Qwen's do.
 
     Raises:
       ValueError: `layer_types` names another kind of layer or too few, or a layer slides and
         programs would disagree about its window.
     """
-    layers = whole.integer("num_hidden_layers")
+    layers = whole.integer("num_hidden_layers") if layers is None else layers
     kinds, slides = whole.items("layer_types", str, ()), whole.flag("use_sliding_window")
     if not kinds and slides:  # as Qwen's configuration has it
         full = whole.integer("max_window_layers", 28, least=0)
@@ -38,7 +44,7 @@ def windows(whole: JsonConfig) -> tuple[int | None, ...]:
         whole.has("sliding_window")  # of full attention it says nothing
         return (None,) * layers
     width = whole.integer("sliding_window")
-    if not slides:
+    if switched and not slides:
         raise whole.refusal(
             "use_sliding_window",
             "true beside sliding layers: without it transformers forgets the window of "

@@ -82,7 +82,7 @@ class Drafter:
         """Raises ValueError unless the drafter has `draft_sampled`, for rejection sampling.
 
         A drafter that draws chains has it beside this: draft_sampled(params, state, anchor,
-        position, temperature, keys) -> (`block.SampledChain`, state).
+        position, temperature, keys) -> (`rollout.SampledChain`, state).
         """
         raise ValueError(
             "rejection sampling needs a drafter that draws its chains; "

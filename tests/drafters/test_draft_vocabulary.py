@@ -10,8 +10,9 @@ from jaxspec.config import TreeConfig
 from jaxspec.decoding.rejection import acceptance_probability, residual, scatter_law
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
-from jaxspec.drafters.block import BlockDrafter, block_params, rollout, tempered
+from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.drafters.head import DraftHead, bind
+from jaxspec.drafters.rollout import rollout, tempered
 from tests import tiny
 from tests.drafters import cases
 

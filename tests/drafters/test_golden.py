@@ -12,8 +12,9 @@ from jaxspec.checkpoints import huggingface
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, LoadedDrafter
-from jaxspec.drafters.block import rollout, transition_table
+from jaxspec.drafters.block import transition_table
 from jaxspec.drafters.head import bind
+from jaxspec.drafters.rollout import rollout
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.models.cache import init_cache
 from jaxspec.models.decoder import forward

@@ -14,8 +14,8 @@ from jaxspec.config import TreeConfig
 from jaxspec.decoding.rejection import residual, scatter_law
 from jaxspec.decoding.sampling import log_law
 from jaxspec.drafters.base import Committed, LoadedDrafter
-from jaxspec.drafters.block import tempered
 from jaxspec.drafters.head import bind
+from jaxspec.drafters.rollout import tempered
 from jaxspec.drafters.selector import lattice, pick, top_candidates, walk
 from jaxspec.models.target import Target
 from tests import tiny

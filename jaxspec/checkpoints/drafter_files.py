@@ -1,0 +1,153 @@
+"""What drafters' formats share: tensors by their names of today, weights from and to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from jaxspec.checkpoints.fuse import Part, check_weights
+from jaxspec.checkpoints.tensors import SafetensorsFolder
+
+CONFIG, TENSORS = "config.json", "model.safetensors"
+
+# For every weight, by its path in the head, the tensors it is made of.
+Table = Mapping[tuple, tuple[Part, ...]]
+
+
+class DrafterTensors:
+    """A folder's tensors under their names of today.
+
+    Args:
+      integers: tensors that are integers or booleans.
+      renamed: today's name of a tensor.
+
+    Raises:
+      ValueError: the folder cannot be read, or holds one tensor under two names.
+    """
+
+    def __init__(
+        self, folder: Path, integers: Collection[str], renamed: Callable[[str], str] = str
+    ):
+        self.tensors = SafetensorsFolder(folder, integers=tuple(integers))
+        self.origin = self.tensors.origin
+        self.names: dict[str, str] = {}
+        for old in self.tensors.shapes:
+            name = renamed(old)
+            if name in self.names:
+                raise ValueError(
+                    f"{self.origin}: tensors '{self.names[name]}' and '{old}' are both "
+                    f"'{name}'; the file is of two conversions, keep one"
+                )
+            self.names[name] = old
+        self.shapes = {name: self.tensors.shapes[old] for name, old in self.names.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self.tensors.read(self.names[name])
+
+
+def same(name: str, *shape: int) -> tuple[Part, ...]:
+    """A tensor that is the array."""
+    return (Part(name, shape, np.s_[...], tuple(range(len(shape)))),)
+
+
+def linear(name: str, outputs: int, inputs: int) -> tuple[Part, ...]:
+    """A linear map, which files hold [out, in] and we [in, out]."""
+    return (Part(name, (outputs, inputs), np.s_[...], (1, 0)),)
+
+
+def expected_shapes(table: Table) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a table, by name."""
+    return {part.name: part.shape for parts in table.values() for part in parts}
+
+
+def check_names(
+    tensors: DrafterTensors, expected: Mapping[str, tuple[int, ...]], known: Collection[str]
+) -> None:
+    """Raises ValueError unless a file has the expected tensors, and else known ones alone."""
+    for name, shape in expected.items():
+        found = tensors.shapes.get(name)
+        if found != shape:
+            raise ValueError(
+                f"{tensors.origin}: tensor '{name}' "
+                + (f"has shape {found}" if found else "is missing")
+                + f"; its configuration asks for {shape}"
+            )
+    unknown = sorted(set(tensors.shapes) - set(expected) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{tensors.origin}: tensor '{unknown[0]}' has no place in the drafter its "
+            "configuration describes; leaving it out would change what it drafts"
+        )
+
+
+def read_weights(tensors: DrafterTensors, table: Table, abstract: nnx.State) -> nnx.State:
+    """The weights of a head, of the given shapes and dtypes.
+
+    Raises:
+      ValueError: a tensor holds what no weight can be.
+    """
+
+    def build(path, spec):
+        array = np.empty(spec.shape, spec.dtype)
+        for part in table[path]:
+            view = array[part.index].transpose(part.axes)
+            with np.errstate(over="ignore"):  # found below, with the tensor's name
+                view[...] = tensors.read(part.name).reshape(view.shape)
+            check_weights(view, part.name, tensors.origin)
+        return spec.replace(jnp.asarray(array))
+
+    return nnx.from_flat_state(
+        [(path, build(path, spec)) for path, spec in nnx.to_flat_state(abstract)]
+    )
+
+
+def written_tensors(weights: nnx.State, table: Table) -> dict[str, np.ndarray]:
+    """The inverse of `read_weights`."""
+    flat = {path: np.asarray(x[...]) for path, x in nnx.to_flat_state(weights)}
+    return {
+        part.name: flat[path][part.index].transpose(part.axes).reshape(part.shape)
+        for path, parts in table.items()
+        for part in parts
+    }
+
+
+def equal_as_stored(stored: np.ndarray, array: jax.Array) -> bool:
+    """Whether two tables are one: either may have been rounded, so in the narrower dtype."""
+    if stored.shape != array.shape:
+        return False
+    narrow = min(stored.dtype, array.dtype, key=lambda dtype: dtype.itemsize)
+    return bool(jnp.array_equal(jnp.asarray(stored).astype(narrow), array.astype(narrow)))
+
+
+def check_unused(folder: Path) -> None:
+    """Raises ValueError if a folder holds a checkpoint."""
+    if any((folder / name).exists() for name in (CONFIG, TENSORS)):
+        raise ValueError(f"{folder} already holds a checkpoint; save to a new folder")
+
+
+def write_folder(
+    folder: Path,
+    raw: dict[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    integers: Collection[str],
+) -> None:
+    """Writes `config.json` and `model.safetensors`, once all is checked.
+
+    Raises:
+      ValueError: a weight is no finite number or absurdly large.
+    """
+    # safetensors writes a strided view's memory as it lies; PyTorch readers want the metadata.
+    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    for name in set(tensors) - set(integers):
+        check_weights(tensors[name], name, f"{folder} is not written")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,100 @@
+"""Chains slot by slot: greedy, or drawn from the drafter for rejection sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.drafters.head import DraftHead, Vocabulary
+
+# choose(slot, logits [B, V']) -> (index [B] int32 of the choice in the vocabulary, the law it
+# was made by [B, V']).
+Choose = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SampledChain:
+    """A chain whose tokens were drawn from the drafter, with the law they were drawn from.
+
+    Attributes:
+      tokens: [B, P] int32.
+      log_q: [B, P, C] float32, normalised; each slot's law given the tokens before it.
+      support: the tokens that `log_q` is over, int32 [B, P, C] or [C], none twice;
+        None for all, C = V. Others are never drawn.
+      lengths: [B] int32, tokens to verify, 0 … P. Slot j is kept or dropped without a look at
+        its own token or at later ones.
+      log_confidence: [B, P] float32, log-probability that each token is accepted if those
+        before it are; 0 without a confidence head. It does not look at the slot's own token.
+    """
+
+    tokens: jax.Array
+    log_q: jax.Array
+    support: jax.Array | None
+    lengths: jax.Array
+    log_confidence: jax.Array
+
+
+def rollout(
+    head: DraftHead,
+    vocabulary: Vocabulary,
+    stream: jax.Array,
+    base: jax.Array,
+    anchor: jax.Array,
+    choose: Choose,
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses slot by slot, each given the choices before it.
+
+    Args:
+      stream: [B, P, M].
+      base: [B, P, V'], base logits.
+      anchor: [B] int32.
+      choose: see `Choose`.
+
+    Returns:
+      tokens [B, P] int32, their ids, and the laws [B, P, V'].
+    """
+    slots = jnp.arange(base.shape[1])
+    if head.sequential is None:  # no choice changes the next
+        chosen, laws = jax.vmap(choose, in_axes=(0, 1), out_axes=1)(slots, base)
+        return vocabulary.ids(chosen), laws
+
+    def step(carry, inputs):
+        previous, state = carry
+        slot, stream, logits = inputs
+        latent, state = head.advance(vocabulary, stream, previous, state)
+        chosen, law = choose(slot, head.correct(vocabulary, logits, latent))
+        token = vocabulary.ids(chosen)
+        return (token, state), (token, law)
+
+    start = anchor, head.sequential.initial_state(anchor.shape)
+    inputs = slots, stream.swapaxes(0, 1), base.swapaxes(0, 1)
+    _, (tokens, laws) = jax.lax.scan(step, start, inputs)
+    return tokens.swapaxes(0, 1), laws.swapaxes(0, 1)
+
+
+def tempered(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """log softmax(logits / T) in float32: the one law that is both drawn from and verified.
+
+    Args:
+      logits: [B, V'].
+      temperature: [B]; at 0 the likeliest token has probability one.
+    """
+    hot = temperature[:, None]
+    soft = jax.nn.log_softmax(logits.astype(jnp.float32) / jnp.where(hot > 0, hot, 1.0), -1)
+    best = jnp.argmax(logits, axis=-1, keepdims=True) == jnp.arange(logits.shape[-1])
+    return jnp.where(hot > 0, soft, jnp.where(best, 0.0, -jnp.inf))
+
+
+def draw(key: jax.Array, slot: jax.Array, log_q: jax.Array) -> jax.Array:
+    """An index from a log-law [V']; consumes `key` folded with the slot."""
+    chosen = jax.random.categorical(jax.random.fold_in(key, slot), log_q)
+    return chosen.astype(jnp.int32)
+
+
+def greedy(slot: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The likeliest choice, for `rollout`."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits
