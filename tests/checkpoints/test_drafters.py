@@ -294,7 +294,7 @@ def own(raw):
             lambda c: own(c).update(block_size=7),
             r"two values of 'block_size': \[5, 7\]",
         ),
-        ("dflash", lambda c: c.pop("dflash_config"), "is not a block drafter's"),
+        ("dflash", lambda c: c.pop("dflash_config"), "is not a drafter's"),
         ("dflash", lambda c: c.update(attention_bias=True), "'attention_bias' is True"),
         (
             "dflash",
