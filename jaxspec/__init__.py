@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from jaxspec.config import TreeConfig as TreeConfig
     from jaxspec.decoding.sampling import Sampling as Sampling
     from jaxspec.drafters.base import LoadedDrafter as LoadedDrafter
+    from jaxspec.evaluation.comparison import Evaluation as Evaluation
+    from jaxspec.evaluation.comparison import evaluate as evaluate
     from jaxspec.loading import enable_compilation_cache as enable_compilation_cache
     from jaxspec.loading import load_drafter as load_drafter
     from jaxspec.loading import load_target as load_target
@@ -34,6 +36,8 @@ _HOMES = {
     "TreeConfig": "jaxspec.config",
     "Sampling": "jaxspec.decoding.sampling",
     "LoadedDrafter": "jaxspec.drafters.base",
+    "Evaluation": "jaxspec.evaluation.comparison",
+    "evaluate": "jaxspec.evaluation.comparison",
     "enable_compilation_cache": "jaxspec.loading",
     "load_drafter": "jaxspec.loading",
     "load_target": "jaxspec.loading",

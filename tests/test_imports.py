@@ -39,7 +39,8 @@ ARROWS = {
     "planning": "config decoding drafters models sharding trees pallas_kernels"
     " pallas_kernels.h100",
     "serving": "answer_text config decoding drafters models tokenizer",
-    "evaluation": "api config data decoding drafters loading models results trees",
+    "evaluation": "jaxspec api config data decoding drafters loading models prompts results"
+    " settings trees",
     "training": "api checkpoints config data decoding drafters interrupts locks models"
     " prompts serving settings sharding tokenizer trees",
     "check": "api config decoding drafters evaluation models prompts training trees",

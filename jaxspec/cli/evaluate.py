@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -61,6 +59,7 @@ class Evaluate:
 
     def run(self) -> int:
         import jaxspec
+        from jaxspec.evaluation.comparison import measurements
         from jaxspec.evaluation.contenders import Contender, load_entries
         from jaxspec.evaluation.report import markdown
         from jaxspec.evaluation.results import (
@@ -86,46 +85,22 @@ class Evaluate:
         if key(setup) not in done:
             append(self.output, setup)
 
-        for row in self._measured(entries, sets, done):
+        rows = measurements(
+            entries,
+            sets,
+            temperatures=self.temperatures,
+            budgets=self.budgets,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            timed=0 if self.tau_only else self.timed or None,
+            plain_dtypes=self.plain_dtypes,
+            done=done,
+        )
+        for row in rows:
             if key(row) not in done:
                 append(self.output, row)
         print(markdown(View(read_rows(self.output))))
         return code
-
-    def _measured(self, entries, sets, done) -> Iterator:
-        """Rows of results that are not among `done`."""
-        import jaxspec
-        from jaxspec.evaluation import measure
-
-        for temperature in self.temperatures:
-            yield from measure.tau(
-                entries,
-                sets,
-                temperature=temperature,
-                budgets=self.budgets,
-                max_new_tokens=self.max_new_tokens,
-                batch_size=self.batch_size,
-                done=done,
-            )
-        if self.tau_only:
-            return
-        timed = {name: spread(rows, self.timed or 0) for name, rows in sets.items()}
-        known = {entry.contender.dtype for entry in entries}
-        plain = {
-            dtype: jaxspec.load_target(self.target, dtype=dtype)
-            for dtype in self.plain_dtypes
-            if dtype not in known
-        }
-        for temperature in self.temperatures:
-            yield from measure.speed(
-                entries,
-                timed,
-                temperature=temperature,
-                max_new_tokens=self.max_new_tokens,
-                plain_targets=plain,
-                done=done,
-            )
-        yield from measure.costs(entries, done=done)
 
     def _check(self, contenders) -> None:
         if not contenders or not self.prompts:
@@ -173,9 +148,7 @@ class Evaluate:
     def _setup(self, texts: dict[str, list[str]]) -> dict:
         """Settings that all results of one file share. Temperatures and timing may be added
         later."""
-        import jax
-
-        import jaxspec
+        from jaxspec.evaluation.comparison import machine
 
         return {
             "target": self.target,
@@ -188,8 +161,5 @@ class Evaluate:
             "budgets": self.budgets,
             "batch_size": self.batch_size,
             "plain_dtypes": self.plain_dtypes,
-            "device": jax.devices()[0].device_kind,
-            "cores": os.cpu_count(),
-            "jaxspec": jaxspec.__version__,
-            "jax": jax.__version__,
+            **machine(),
         }

@@ -11,6 +11,7 @@ from jaxspec.config import TREE_KINDS, TreeConfig
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.head import abstract_weights
 from jaxspec.drafters.joined import change_drafter
+from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.loading import load_drafter, load_target
 from jaxspec.models.target import Target
 
@@ -60,11 +61,11 @@ class Contender:
             check(name, getattr(self, name) >= 1, "at least 1")
 
     @classmethod
-    def parse(cls, text: str) -> Contender:
+    def parse(cls, text: str, *, dtype: str = "float32") -> Contender:
         """From `NAME=DRAFTER[,tree=KIND][,head=none][,budget=N][,width=W][,candidates=C]
         [,dtype=D]`.
 
-        Without a tree, a drafter drafts its chain.
+        Without a tree, a drafter drafts its chain. `dtype` is for a text without one.
 
         >>> Contender.parse("ours=run/drafter,tree=path_conditioned,budget=16").budget
         16
@@ -72,7 +73,9 @@ class Contender:
         first, *options = text.split(",")
         name, equals, drafter = first.partition("=")
         known = {field.name: field.type for field in dataclasses.fields(cls)[2:]}
-        given: dict[str, str | int] = {} if drafter == "ngram" else {"tree": "chain"}
+        given: dict[str, str | int] = {"dtype": dtype}
+        if drafter != "ngram":
+            given["tree"] = "chain"
         for option in options:
             key, _, value = option.partition("=")
             if key not in known or not value or (known[key] == "int" and not value.isdigit()):
@@ -132,18 +135,45 @@ def without_head(loaded: LoadedDrafter) -> LoadedDrafter:
     )
 
 
-def load_entries(target: str, contenders: Iterable[Contender]) -> list[Entry]:
-    """Loads each target and drafter once per dtype.
+def entry_of(name: str, target: Target, loaded: LoadedDrafter) -> Entry:
+    """An entry whose drafter is loaded already: its own tree, all of it verified.
 
     Raises:
-      ValueError: two contenders have one name, or a model cannot be loaded or does not fit.
+      ValueError: its trees cannot have another size (`Drafter.with_tree`), as walks need.
+    """
+    first, dtype = loaded.drafter.parts[0], str(target.params.embed.dtype)
+    size = loaded.drafter.size
+    if isinstance(first, PromptLookup):
+        contender = Contender(name, "ngram", budget=size, dtype=dtype)
+    else:
+        tree = getattr(first, "tree", TreeConfig())
+        shape = dict(tree=tree.kind, width=tree.width, candidates=tree.candidates)
+        contender = Contender(name, name, budget=size, dtype=dtype, **shape)
+    entry = Entry(contender, target, loaded)
+    entry.sized()
+    return entry
+
+
+def load_entries(target: Target | str, contenders: Iterable[Contender]) -> list[Entry]:
+    """Loads each target and drafter once per dtype; a target that is loaded has one.
+
+    Raises:
+      ValueError: two contenders have one name, a model cannot be loaded or does not fit, or a
+        contender asks for another dtype than a loaded target has.
     """
     targets: dict[str, Target] = {}
+    if isinstance(target, Target):
+        targets[str(target.params.embed.dtype)] = target
     drafters: dict[tuple[str, str], LoadedDrafter] = {}
     entries: dict[str, Entry] = {}
     for c in contenders:
         if c.name in entries:
             raise ValueError(f"two decoders are called {c.name!r}; give each its own name")
+        if c.dtype not in targets and isinstance(target, Target):
+            raise ValueError(
+                f"decoder {c.name!r} asks for {c.dtype}, but the target was loaded in "
+                f"{', '.join(targets)}; leave dtype out, or give the target's name"
+            )
         if c.dtype not in targets:
             targets[c.dtype] = load_target(target, dtype=c.dtype)
         key = c.drafter, c.dtype

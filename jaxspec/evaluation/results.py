@@ -73,6 +73,22 @@ class Rounds:
         histogram = self.histogram()
         return histogram @ np.arange(histogram.shape[1])
 
+    def to_dict(self) -> dict[str, Any]:
+        """One flat row of a table: labels, and sums over the prompts."""
+        labels = ("set", "temperature", "decoder", "drafter", "tree", "head", "dtype", "budget")
+        rounds, timed = int(self.rounds().sum()), self.seconds is not None
+        seconds = sum(self.seconds) if timed else None
+        return {name: getattr(self, name) for name in (*labels, "how")} | {
+            "prompts": len(self.nodes),
+            "tokens": sum(self.tokens),
+            "rounds": rounds,
+            "tau": int(self.decided().sum()) / rounds if rounds else 0.0,
+            "nodes_per_round": sum(self.nodes) / rounds if rounds else 0.0,
+            "seconds": seconds,
+            "tokens_per_second": sum(self.tokens) / seconds if timed else None,
+            "equal": sum(self.equal) if timed else None,
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class Reliability:

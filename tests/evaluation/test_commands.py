@@ -12,6 +12,7 @@ from jaxspec.config import TreeConfig
 from jaxspec.evaluation import measure, phases, results
 from jaxspec.evaluation.view import View, best_plain, pairs
 from jaxspec.tokenizer import Tokenizer
+from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
 from tests.drafters import cases
 
@@ -95,6 +96,62 @@ def test_every_row_reads_back(file):
     assert kinds.count("costs") == 5 and kinds.count("verify") == 1
     (verify,) = (row for row in rows if row.kind == "verify")
     assert list(verify.ms) == ["1", "8"] and min(verify.ms.values()) > 0
+
+
+def chosen(folder, name):
+    """The two prompts of three that `--count 2` takes."""
+    rows = (folder / f"{name}.jsonl").read_text().splitlines()[:2]
+    return [json.loads(row)["turns"][0] for row in rows]
+
+
+def test_python_gives_the_rows_of_the_command(file, tmp_path):
+    target = jaxspec.load_target("target")
+    marginal = "run/a,tree=top_budget,head=none,budget=4"
+    own = jaxspec.load_drafter("run/a", target, tree=TreeConfig("path_conditioned", 4, 4, 6))
+    found = jaxspec.evaluate(
+        target,
+        {"lookup": "ngram,budget=4", "chain": "run/a,budget=4", "marginal": marginal}
+        | {"path": own},
+        {name: chosen(file.parent, name) for name in ("sums", "code")},
+        max_new_tokens=12,
+        temperatures=(0.0, 1.0),
+        budgets=(2,),
+        batch_size=2,
+    )
+    found.save(tmp_path / "results.jsonl")
+    with pytest.raises(ValueError, match="results.jsonl exists already; choose another name"):
+        found.save(tmp_path / "results.jsonl")
+
+    def rounds(path):  # the drafter of "path" has no name here
+        rows = [row for row in without_clock(path) if row["kind"] == "rounds"]
+        return [row | {"drafter": None} if row["decoder"] == "path" else row for row in rows]
+
+    assert rounds(tmp_path / "results.jsonl") == rounds(file)
+    table = found.to_dicts()
+    assert len(table) == 2 * 2 * (4 * 2 + 4 + 2)
+    walked = next(row for row in table if row["decoder"] == "path" and row["budget"] == 4)
+    assert (walked["how"], walked["prompts"], walked["seconds"]) == ("walk", 2, None)
+    decoded = next(row for row in table if (row["decoder"], row["how"]) == ("path", "decode"))
+    assert decoded["tau"] == walked["tau"] > 1 and decoded["equal"] == 2
+    assert decoded["tokens_per_second"] == decoded["tokens"] / decoded["seconds"]
+    assert "## Speed, temperature 1" in repr(found)
+
+
+@pytest.mark.parametrize(
+    "decoders, options, message",
+    [
+        ({}, {}, "nothing to compare: give at least one decoder and one prompt"),
+        ({"a": "ngram,dtype=bfloat16"}, {}, "'a' asks for bfloat16, but the target was loaded"),
+        ({"a": tiny.RANDOM}, {}, "RandomTrees.* has a tree of its own"),
+        ({"a": "ngram"}, dict(max_new_tokens=1), "max_new_tokens is 1; expected at least 2"),
+        ({"a": "ngram"}, dict(budgets=(0,)), "budgets is 0; expected at least 1"),
+        ({"a": "ngram"}, dict(max_new_tokens=512), "need 5.* positions; the target has 512"),
+    ],
+)
+def test_python_refuses_what_the_command_does(decoders, options, message):
+    target = jaxspec.load_target("target")
+    with pytest.raises(ValueError, match=message):
+        jaxspec.evaluate(target, decoders, ["sum"], **options)
 
 
 class Calls:

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxspec.models.cache import init_cache
+from jaxspec.models.decoder import forward
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import abstract_params
 from jaxspec.models.presets import PRESETS
 from jaxspec.sharding import shardings
+from jaxspec.trees.tree import causal_bits
 from pallas_kernels.h100.compile import compile_for_h100
 from pallas_kernels.h100.kernels import AttentionCase
 from pallas_kernels.h100.target import mesh
@@ -121,3 +124,28 @@ def test_a_mixture_moves_the_experts_its_nodes_choose_and_no_others(tokens, devi
     sent = 0 if devices == 1 else 4 * tokens * 2048  # the sum over the devices
     assert program.module.exchanged_bytes() == sent
     assert program.module.large_copies(expert) == []
+
+
+def test_a_forward_with_every_kernel_has_a_derivative():
+    narrow = jnp.dtype("bfloat16")
+    config = dataclasses.replace(PRESETS["qwen3-0.6b"], num_layers=1)
+    c, n = config, 64
+    shape = jax.eval_shape
+    cache = shape(lambda: init_cache(1, 1, c.num_kv_heads, 128, c.head_dim, narrow))
+
+    def loss(params, tokens, cache):
+        depths, bits = jnp.arange(n)[None], causal_bits(n)[None]
+        start = jnp.zeros(1, jnp.int32)
+        return forward(
+            params, config, tokens, depths, bits, cache, start, implementation="triton"
+        ).hidden.sum()
+
+    def placed(tree):
+        one = NamedSharding(mesh(1), PartitionSpec())
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree
+        )
+
+    arguments = abstract_params(config, narrow), shape(lambda: jnp.zeros((1, n), int)), cache
+    compiled = compile_for_h100(jax.jit(jax.grad(loss)), *map(placed, arguments))
+    assert {"tree_attention", "rotary_heads"} <= {kernel.name for kernel in compiled.kernels}

@@ -1,0 +1,217 @@
+"""A whole evaluation: every contender on every prompt set, with tau, speed and costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxspec.data.prompts import spread
+from jaxspec.decoding.requests import check_positions
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.evaluation import measure
+from jaxspec.evaluation.contenders import Contender, Entry, entry_of, load_entries
+from jaxspec.evaluation.report import markdown
+from jaxspec.evaluation.results import Done, Rounds, Row, RunSettings, append
+from jaxspec.evaluation.view import View
+from jaxspec.loading import load_target
+from jaxspec.models.target import Target
+from jaxspec.prompts import Prompt, as_token_ids
+from jaxspec.settings import own_settings
+
+
+def measurements(
+    entries: Sequence[Entry],
+    sets: measure.Sets,
+    *,
+    temperatures: Sequence[float] = (0.0,),
+    budgets: Sequence[int] = (),
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    timed: int | None = None,
+    plain_dtypes: Sequence[str] = (),
+    done: Done = (),
+) -> Iterator[Row]:
+    """The rows of an evaluation, tau first.
+
+    Args:
+      sets: prompts as token ids.
+      timed: prompts per set that are decoded with a clock; all if None, none if 0.
+      plain_dtypes: of targets that decode plainly besides the contenders' own; they are loaded
+        by the name of the first.
+      done: keys of rows that are known (`results.key`), and left out.
+    """
+    for temperature in temperatures:
+        yield from measure.tau(
+            entries,
+            sets,
+            temperature=temperature,
+            budgets=budgets,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            done=done,
+        )
+    if timed == 0:
+        return
+    chosen = {name: spread(rows, timed or 0) for name, rows in sets.items()}
+    known = {entry.contender.dtype for entry in entries}
+    plain = {
+        dtype: load_target(entries[0].target.name, dtype=dtype)
+        for dtype in plain_dtypes
+        if dtype not in known
+    }
+    for temperature in temperatures:
+        yield from measure.speed(
+            entries,
+            chosen,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            plain_targets=plain,
+            done=done,
+        )
+    yield from measure.costs(entries, done=done)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Evaluation:
+    """What an evaluation measured.
+
+    Attributes:
+      rows: as `python -m jaxspec evaluate` writes them, see `evaluation.results`.
+    """
+
+    rows: tuple[Row, ...]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """A row per decoder, set, temperature and budget: `pandas.DataFrame(x.to_dicts())`."""
+        return [row.to_dict() for row in self.rows if isinstance(row, Rounds)]
+
+    def save(self, path: str | Path) -> None:
+        """Writes a new file of JSON lines, which `python -m jaxspec report` draws.
+
+        Raises:
+          ValueError: the file exists.
+        """
+        path = Path(path)
+        if path.exists():
+            raise ValueError(f"{path} exists already; choose another name or delete it")
+        for row in self.rows:
+            append(path, row)
+
+    def __repr__(self) -> str:
+        return markdown(View(self.rows))
+
+    _repr_markdown_ = __repr__  # what notebooks show
+
+
+@own_settings()
+def evaluate(
+    target: Target | str,
+    decoders: Mapping[str, str | LoadedDrafter],
+    prompts: Sequence[Prompt] | Mapping[str, Sequence[Prompt]],
+    *,
+    max_new_tokens: int = 256,
+    temperatures: Sequence[float] = (0.0,),
+    budgets: Sequence[int] = (),
+    timed: int | None = None,
+    plain_dtypes: Sequence[str] = (),
+    batch_size: int = 8,
+    raw: bool = False,
+    thinking: bool | None = None,
+) -> Evaluation:
+    """Compares decoders on prompts, as `python -m jaxspec evaluate` does.
+
+    Args:
+      target: loaded, or a name; a name is loaded in every dtype that the decoders ask for.
+      decoders: by the names that tables show, what follows NAME= on the command line
+        ("shipped+ngram,tree=path_conditioned,budget=16"), or a loaded drafter, whose whole tree
+        is verified. The dtype of a loaded target is that of all.
+      prompts: of one set, or of several by name; as for `jaxspec.generate`.
+      budgets: budgets to walk besides each decoder's own; 1 is plain decoding.
+      timed: prompts per set to time; all if None, none if 0: tau alone is then measured.
+      plain_dtypes: times plain decoding in these dtypes too.
+      batch_size: answers recorded and walked together; timed decoding runs one at a time.
+
+    Raises:
+      ValueError: a decoder cannot be loaded or does not fit, a prompt cannot be used, or an
+        option is out of range.
+
+    >>> found = jaxspec.evaluate(target, {"lookup": "ngram"}, ["Hi!"])      # doctest: +SKIP
+    >>> pandas.DataFrame(found.to_dicts())                                 # doctest: +SKIP
+    """
+    if not decoders or not prompts:
+        raise ValueError("nothing to compare: give at least one decoder and one prompt")
+    check_options(max_new_tokens, batch_size, budgets)
+    entries = _entries(target, decoders)
+    one_set = not isinstance(prompts, Mapping)
+    sets = {
+        name: as_token_ids(entries[0].target, own, raw=raw, thinking=thinking)
+        for name, own in ({"prompts": prompts} if one_set else prompts).items()
+    }
+    for rows in sets.values():
+        for row in rows:
+            check_positions(entries[0].target.config, len(row), max_new_tokens)
+    settings = {
+        "target": entries[0].target.name,
+        "decoders": [entry.contender.name for entry in entries],
+        "prompts": {name: len(rows) for name, rows in sets.items()},
+        "max_new_tokens": max_new_tokens,
+        **machine(),
+    }
+    rows = measurements(
+        entries,
+        sets,
+        temperatures=temperatures,
+        budgets=budgets,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        timed=timed,
+        plain_dtypes=plain_dtypes,
+    )
+    return Evaluation((RunSettings(settings), *rows))
+
+
+def check_options(max_new_tokens: int, batch_size: int, budgets: Sequence[int]) -> None:
+    """Raises ValueError for what is out of range."""
+    for name, value, least in (
+        ("max_new_tokens", max_new_tokens, 2),
+        ("batch_size", batch_size, 1),
+        ("budgets", min(budgets, default=1), 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected at least {least}")
+
+
+def machine() -> dict[str, Any]:
+    """What results depend on besides the settings."""
+    import jaxspec
+
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "jaxspec": jaxspec.__version__,
+        "jax": jax.__version__,
+    }
+
+
+def _entries(target: Target | str, decoders: Mapping[str, str | LoadedDrafter]) -> list[Entry]:
+    loaded = isinstance(target, Target)
+    dtype = str(target.params.embed.dtype) if loaded else "float32"
+    if not loaded and any(isinstance(x, LoadedDrafter) for x in decoders.values()):
+        raise ValueError(
+            f"target is the name {target!r}, but a drafter is loaded for one; give the target"
+        )
+    named = {
+        name: Contender.parse(f"{name}={text}", dtype=dtype)
+        for name, text in decoders.items()
+        if not isinstance(text, LoadedDrafter)
+    }
+    found = {entry.contender.name: entry for entry in load_entries(target, named.values())}
+    return [
+        found[name] if name in found else entry_of(name, target, drafter)
+        for name, drafter in decoders.items()
+    ]
