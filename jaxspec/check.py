@@ -26,9 +26,9 @@ from jaxspec.drafters.head import bind
 from jaxspec.drafters.rollout import greedy, rollout
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.evaluation.walk import rounds_along
-from jaxspec.models.cache import KVCache, init_cache
 from jaxspec.models.decoder import forward
 from jaxspec.models.params import TargetParams
+from jaxspec.models.state import LayerStates, init_states
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.training.features import target_features
@@ -338,7 +338,7 @@ def draft_everywhere(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Caches:
-    target: KVCache
+    target: LayerStates
     drafter: Any
 
 
@@ -352,7 +352,7 @@ def _decode(
     c, capacity = target.config, tokens.shape[1]
     dtype = target.params.embed.dtype
     caches = _Caches(
-        init_cache(c.num_layers, 1, c.num_kv_heads, capacity, c.head_dim, dtype),
+        init_states(c, 1, capacity, dtype),
         drafter.init(params, 1, capacity),
     )
     width, differences, at = config.depth + 1, [], 0
@@ -396,7 +396,7 @@ def _commit(drafter, target_config, target, params, caches, tokens, start, count
     )
     committed = Committed(tokens, output.taps, starts, jnp.full(1, count))
     return _Caches(
-        caches.target.write(output.rows, starts),
+        caches.target.write(output.rows, starts, committed.count),
         drafter.observe(params, caches.drafter, committed),
     )
 

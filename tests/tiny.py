@@ -11,9 +11,9 @@ import numpy as np
 
 from jaxspec.config import TargetConfig
 from jaxspec.drafters.base import Drafter, LoadedDrafter
-from jaxspec.models.cache import init_cache
 from jaxspec.models.decoder import forward, unembed
 from jaxspec.models.params import random_params
+from jaxspec.models.state import init_states
 from jaxspec.models.target import Target
 from jaxspec.trees.tree import NO_PARENT, DraftTree, causal_bits
 
@@ -98,11 +98,10 @@ RANDOM = LoadedDrafter(RandomTrees())
 @functools.partial(jax.jit, static_argnames="config")
 def _all_logits(params, config, tokens):
     n = tokens.shape[1]
-    c = config
-    cache = init_cache(c.num_layers, 1, c.num_kv_heads, 1, c.head_dim, jnp.float32)
+    states = init_states(config, 1, 1, jnp.float32)
     depths = jnp.arange(n)[None]
     out = forward(
-        params, config, tokens, depths, causal_bits(n)[None], cache, jnp.zeros(1, int)
+        params, config, tokens, depths, causal_bits(n)[None], states, jnp.zeros(1, int)
     )
     return unembed(params, out.hidden)[0]
 

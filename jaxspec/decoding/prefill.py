@@ -19,8 +19,8 @@ from jaxspec.decoding.state import (
     write_tokens,
 )
 from jaxspec.drafters.base import Committed
-from jaxspec.models.cache import init_cache
 from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.state import init_states
 from jaxspec.trees.tree import causal_bits
 
 
@@ -46,14 +46,7 @@ def begin_prefill(decoder: Decoder, params: Params, batch: int, capacity: int) -
     drafter = jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, drafter
     )
-    cache = init_cache(
-        config.num_layers,
-        batch,
-        config.num_kv_heads,
-        capacity,
-        config.head_dim,
-        dtype,
-    )
+    cache = init_states(config, batch, capacity, dtype)
     logprobs = empty_logprobs(batch, capacity, decoder.top_logprobs)
     final = jnp.zeros((batch, config.hidden_size), jnp.float32)
     return Prefilling(cache, drafter, logprobs, final)
@@ -93,7 +86,7 @@ def prefill_chunk(
             params.target, output.hidden, requests.tokens, start, asked, logprobs
         )
     return Prefilling(
-        cache=prefilling.cache.write(output.rows, start, after=output.hidden),
+        cache=prefilling.cache.write(output.rows, start, count, after=output.hidden),
         drafter=drafter.observe(params.drafter, prefilling.drafter, observed),
         logprobs=logprobs,
         final=jnp.where((last // chunk == i)[:, None], here, prefilling.final),

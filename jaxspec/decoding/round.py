@@ -176,9 +176,9 @@ def commit(
 ) -> DecodeState:
     """Writes the P + 1 rows of the path at the anchor's position and moves `length`.
 
-    Rows past the accepted ones are garbage that no later forward sees: visibility ends at
-    `length - 1`, and the next round writes over them. A row that is done keeps its tokens, its
-    length and its rows of the target's cache, but not its drafter's state.
+    Keys and values past the accepted ones are garbage that no later forward sees: visibility
+    ends at `length - 1`, and the next round writes over them. A row that is done keeps its
+    tokens, its length and the target's cache of them, but not its drafter's state.
     """
     acceptance, running = verdict.acceptance, ~state.done
     anchor_position = state.length - 1
@@ -207,7 +207,9 @@ def commit(
         length=length,
         done=state.done | stopped | (length >= state.limit),
         # Without a draft nothing else that is written depends on what was read.
-        cache=state.cache.write(verdict.rows, anchor_position, after=acceptance.tokens),
+        cache=state.cache.write(
+            verdict.rows, anchor_position, observed.count, after=acceptance.tokens
+        ),
         drafter=decoder.drafter.observe(params.drafter, state.drafter, observed),
         rounds=state.rounds + running,
         committed=state.committed.at[batch, state.rounds].add(decided),

@@ -12,8 +12,8 @@ from jaxspec.config import TargetConfig
 from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.sampling import SamplingRows
 from jaxspec.drafters.base import Drafter
-from jaxspec.models.cache import KVCache, KVRows
 from jaxspec.models.params import TargetParams
+from jaxspec.models.state import LayerRows, LayerStates
 from jaxspec.trees.packing import Packing
 from jaxspec.trees.tree import DraftTree
 
@@ -86,7 +86,7 @@ class Prefilling:
       final: [B, M] float32, hidden state at the last prompt token, once its chunk has run.
     """
 
-    cache: KVCache
+    cache: LayerStates
     drafter: Any
     logprobs: LogProbs | None
     final: jax.Array
@@ -121,7 +121,7 @@ class DecodeState:
     limit: jax.Array
     done: jax.Array
     budget: jax.Array
-    cache: KVCache
+    cache: LayerStates
     drafter: Any
     rounds: jax.Array
     committed: jax.Array
@@ -164,14 +164,14 @@ class Verified:
       ancestors: uint32 bits [B, N, ceil(N / 32)], of the tree.
       logits: [B, N, V] float32; packed, [1, T, V], with a packing.
       taps: [B, N, len(taps) * M] float32.
-      rows: keys and values of the nodes.
+      rows: what the target's layers may keep of the nodes.
       packing: of the nodes the target ran on; None if it ran on all.
     """
 
     ancestors: jax.Array
     logits: jax.Array
     taps: jax.Array
-    rows: KVRows
+    rows: LayerRows
     packing: Packing | None = None
 
 
@@ -200,7 +200,7 @@ class Verdict:
     Attributes:
       tokens: [B, P + 1] int32, the path's own tokens, root first.
       taps: [B, P + 1, len(taps) * M] float32.
-      rows: keys and values of the path's P + 1 nodes.
+      rows: what the target's layers may keep of the path's P + 1 nodes.
       nodes: [B] int32, nodes of the tree, padding excluded.
       logprobs: [B, P + 1, .] of the tokens decided; None if none are kept.
     """
@@ -208,7 +208,7 @@ class Verdict:
     acceptance: Acceptance
     tokens: jax.Array
     taps: jax.Array
-    rows: KVRows
+    rows: LayerRows
     nodes: jax.Array
     logprobs: LogProbs | None
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig, TreeConfig
 from jaxspec.drafters.base import Committed, Drafter
-from jaxspec.models.cache import KVCache, init_cache
 from jaxspec.models.decoder import forward, unembed
 from jaxspec.models.params import TargetParams, abstract_params
+from jaxspec.models.state import LayerStates, init_states
 from jaxspec.trees.build import build
 from jaxspec.trees.tree import DraftTree, causal_bits
 
@@ -37,27 +37,30 @@ class SmallModel(Drafter):
     def size(self) -> int:
         return self.tree.size
 
-    def init(self, params: TargetParams, batch: int, capacity: int) -> KVCache:
-        c = self.config
-        dtype = params.embed.dtype
-        return init_cache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, dtype)
+    def init(self, params: TargetParams, batch: int, capacity: int) -> LayerStates:
+        return init_states(self.config, batch, capacity, params.embed.dtype)
 
-    def observe(self, params: TargetParams, state: KVCache, committed: Committed) -> KVCache:
+    def observe(
+        self, params: TargetParams, state: LayerStates, committed: Committed
+    ) -> LayerStates:
         # Rows that drafting wrote for the accepted tokens are not reused: off its own greedy
         # chain they would be missing, and a row of C tokens costs little more than one.
-        return self._run(params, state, committed.tokens, committed.position)[1]
+        where = committed.position, committed.count
+        return self._run(params, state, committed.tokens, *where)[1]
 
     def draft(
         self,
         params: TargetParams,
-        state: KVCache,
+        state: LayerStates,
         anchor: jax.Array,
         position: jax.Array,
         budget: jax.Array,
-    ) -> tuple[DraftTree, KVCache]:
+    ) -> tuple[DraftTree, LayerStates]:
+        one = jnp.ones_like(position)
+
         def step(carry, i):
             token, cache = carry
-            hidden, cache = self._run(params, cache, token[:, None], position + i)
+            hidden, cache = self._run(params, cache, token[:, None], position + i, one)
             logits = unembed(params, hidden[:, 0])
             return (jnp.argmax(logits, axis=-1).astype(jnp.int32), cache), logits
 
@@ -71,8 +74,15 @@ class SmallModel(Drafter):
     def abstract_params(self, target: TargetParams) -> TargetParams:
         return abstract_params(self.config, target.embed.dtype)
 
-    def _run(self, params: TargetParams, cache: KVCache, tokens: jax.Array, start: jax.Array):
-        """Runs the small model on C consecutive tokens [B, C] and writes their rows."""
+    def _run(
+        self,
+        params: TargetParams,
+        cache: LayerStates,
+        tokens: jax.Array,
+        start: jax.Array,
+        counts: jax.Array,
+    ):
+        """Runs on C consecutive tokens [B, C] and commits the first `counts` [B]."""
         batch, count = tokens.shape
         bits = causal_bits(count)
         output = forward(
@@ -84,4 +94,4 @@ class SmallModel(Drafter):
             cache,
             start,
         )
-        return output.hidden, cache.write(output.rows, start, after=output.hidden)
+        return output.hidden, cache.write(output.rows, start, counts, after=output.hidden)

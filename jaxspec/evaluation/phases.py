@@ -19,8 +19,8 @@ from jaxspec.decoding.round import commit, judge, propose
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.head import bind
-from jaxspec.models.cache import init_cache
 from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.state import init_states
 from jaxspec.models.target import Target
 from jaxspec.trees.tree import causal_bits
 
@@ -41,9 +41,7 @@ def verify_costs(
     sizes = VERIFY_SIZES if sizes is None else sizes
     c, params = target.config, target.params
     capacity = -(-(length + max(sizes)) // 128) * 128
-    cache = init_cache(
-        c.num_layers, 1, c.num_kv_heads, capacity, c.head_dim, params.embed.dtype
-    )
+    cache = init_states(c, 1, capacity, params.embed.dtype)
     lengths = jnp.array([length])
 
     def forward_over(n: int):

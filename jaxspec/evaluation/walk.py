@@ -28,8 +28,8 @@ from jaxspec.decoding.state import Decoder, Params
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.joined import Together
-from jaxspec.models.cache import KVCache
 from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.state import LayerStates
 from jaxspec.models.target import Target
 from jaxspec.trees.tree import DraftTree, ancestors
 
@@ -106,7 +106,7 @@ class Observed:
     tokens: jax.Array
     truth: jax.Array
     start: jax.Array
-    cache: KVCache
+    cache: LayerStates
     states: Any
 
 

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig
-from jaxspec.models.cache import KVCache, KVRows
+from jaxspec.models.cache import KVRows
 from jaxspec.models.layers import cut_axes, lookup, project, rms_norm, swiglu
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import AttentionParams, MlpParams, MoeParams, TargetParams
 from jaxspec.models.rope import layer_angles
+from jaxspec.models.state import LayerRows, LayerStates
 from jaxspec.trees.packing import Packing
 from pallas_kernels.rotary_heads import rotary_heads
 from pallas_kernels.tree_attention import tree_attention
@@ -29,12 +30,12 @@ class ForwardOutput:
     Attributes:
       hidden: [B, N, M] float32, after the final norm; `unembed` turns it into logits.
       taps: [B, N, len(taps) * M] float32, outputs of the tapped layers side by side.
-      rows: keys and values of the nodes, for `KVCache.write`.
+      rows: what the layers may keep of the nodes, for `LayerStates.write`.
     """
 
     hidden: jax.Array
     taps: jax.Array
-    rows: KVRows
+    rows: LayerRows
 
 
 def forward(
@@ -43,7 +44,7 @@ def forward(
     tokens: jax.Array,
     depths: jax.Array,
     ancestors: jax.Array,
-    cache: KVCache,
+    states: LayerStates,
     lengths: jax.Array,
     *,
     taps: tuple[int, ...] = (),
@@ -53,14 +54,14 @@ def forward(
 ) -> ForwardOutput:
     """Runs the target on N nodes that see the committed prefix and their ancestors.
 
-    The cache is only read; `ForwardOutput.rows` holds what to write once nodes are accepted.
+    States are only read; `ForwardOutput.rows` holds what to write once nodes are accepted.
 
     Args:
       tokens: [B, N] int32.
       depths: [B, N] int32; a node stands at position `lengths + depths`.
       ancestors: uint32 bits [B, N, ceil(N / 32)], ancestor-or-self (`trees.ancestors`).
-      cache: keys and values of the prefix.
-      lengths: [B] int32, rows of the cache that are committed.
+      states: of the layers after the prefix.
+      lengths: [B] int32, tokens of the prefix.
       taps: layers whose outputs to return, 0-based; -1 is the embedding, and the last layer
         is tapped after the final norm (as Hugging Face's `hidden_states[-1]`).
       packing: runs on the nodes it packs alone: `hidden` and `taps` come packed, [1, T, .], and
@@ -84,7 +85,7 @@ def forward(
         x = jnp.pad(x.reshape(1, count, -1), ((0, 0), (0, rows - count), (0, 0)))
     outputs, keys, values = {-1: x}, [], []
     for i, layer in enumerate(params.layers):
-        dtype = cache.keys[i].dtype
+        dtype = states.kv.keys[i].dtype
         q, k, v = _qkv(layer.attention, config, x, angles[i], dtype if fused else None)
         # Rounded here and kept: XLA would rather keep every layer's whole projection until the
         # rows are committed, and take them from it then.
@@ -95,8 +96,8 @@ def forward(
             q, k, v = (x.reshape(batch, n, *x.shape[2:]) for x in (q, k, v))
         attended = tree_attention(
             q,
-            cache.keys[i],
-            cache.values[i],
+            states.kv.keys[i],
+            states.kv.values[i],
             lengths,
             k,
             v,
@@ -124,7 +125,7 @@ def forward(
     return ForwardOutput(
         hidden=outputs[config.num_layers - 1],
         taps=jnp.concatenate(tapped, axis=-1) if tapped else hidden[:, :count, :0],
-        rows=KVRows(tuple(keys), tuple(values)),
+        rows=LayerRows(KVRows(tuple(keys), tuple(values))),
     )
 
 

@@ -19,7 +19,7 @@ from jaxspec.decoding.prefill import begin_prefill, end_prefill, prefill_chunk
 from jaxspec.decoding.sampling import NO_TOKEN, greedy_rows
 from jaxspec.decoding.schedule import UNKNOWN, Batch
 from jaxspec.decoding.state import Decoder, DecodeState, Params, Prefilling, Requests
-from jaxspec.models.cache import KVCache
+from jaxspec.models.state import LayerStates
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "rows", "capacity", "age"))
@@ -66,7 +66,7 @@ def end_prompt(
     params: Params,
     requests: Requests,
     final: jax.Array,
-    held: tuple[KVCache, Any, LogProbs | None],
+    held: tuple[LayerStates, Any, LogProbs | None],
     *,
     age: int,
 ) -> Batch:

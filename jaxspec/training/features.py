@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig
-from jaxspec.models.cache import init_cache
 from jaxspec.models.decoder import forward
 from jaxspec.models.params import TargetParams
+from jaxspec.models.state import init_states
 from jaxspec.trees.tree import causal_bits
 
 
@@ -56,9 +56,8 @@ def target_features(
     dtype = params.embed.dtype
     # One chunk has no prefix. A cache of one row, unseen, keeps XLA from folding masks of T².
     capacity = length if length > size else 1
-    cache = init_cache(
-        config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim, dtype
-    )
+    cache = init_states(config, batch, capacity, dtype)
+    whole = jnp.full(batch, size)
     bits = causal_bits(size)
     bits = jnp.broadcast_to(bits, (batch, *bits.shape))
     depths = jnp.broadcast_to(jnp.arange(size), (batch, size))
@@ -82,7 +81,8 @@ def target_features(
     def step(cache, chunk):
         tokens, length = chunk
         output = run(tokens, cache, length)
-        return cache.write(output.rows, length, after=output.hidden), features(output)
+        cache = cache.write(output.rows, length, whole, after=output.hidden)
+        return cache, features(output)
 
     if length == size:
         return jax.lax.stop_gradient(features(run(tokens, cache, 0)))

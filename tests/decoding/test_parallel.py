@@ -57,7 +57,7 @@ with jax.set_mesh(mesh):
     state = jax.eval_shape(prefill, decoder, params, requests)
     compiled = prefill.lower(decoder, params, requests).compile()
     caches = jax.tree.leaves(compiled.output_shardings.cache)
-    whole = state.cache.keys[0].shape
+    whole = state.cache.kv.keys[0].shape
     shards = {sharding.shard_shape(whole) for sharding in caches}
 print(json.dumps(dict(alone=alone, together=together, cache=[whole, *shards])))
 """

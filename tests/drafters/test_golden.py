@@ -16,8 +16,8 @@ from jaxspec.drafters.block import transition_table
 from jaxspec.drafters.head import bind
 from jaxspec.drafters.rollout import rollout
 from jaxspec.drafters.teacher_forced import run_blocks
-from jaxspec.models.cache import init_cache
 from jaxspec.models.decoder import forward
+from jaxspec.models.state import init_states
 from jaxspec.models.target import Target
 from jaxspec.trees.tree import NO_PARENT, causal_bits
 
@@ -57,9 +57,7 @@ def tapped(params, config, tokens, taps):
         tokens,
         jnp.broadcast_to(jnp.arange(length), tokens.shape),
         jnp.broadcast_to(bits, (batch, *bits.shape)),
-        init_cache(
-            config.num_layers, batch, config.num_kv_heads, 1, config.head_dim, "float32"
-        ),
+        init_states(config, batch, 1, "float32"),
         jnp.zeros(batch, jnp.int32),
         taps=taps,
     )

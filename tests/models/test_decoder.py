@@ -14,6 +14,7 @@ from jaxspec.models.layers import rms_norm, rotate
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import MoeParams, abstract_params
 from jaxspec.models.rope import rotary_angles
+from jaxspec.models.state import init_states
 from jaxspec.trees.packing import pack_nodes
 from jaxspec.trees.tree import ancestors, causal_bits
 from pallas_kernels.rotary_heads import rotary_heads
@@ -24,8 +25,7 @@ PREFIX = tiny.prompts(13)[0]
 
 
 def empty_cache(config, capacity=32, batch=1):
-    c = config
-    return init_cache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, jnp.float32)
+    return init_states(config, batch, capacity, jnp.float32)
 
 
 def run_chain(target, tokens, cache, start, taps=()):
@@ -46,7 +46,8 @@ def run_chain(target, tokens, cache, start, taps=()):
 def test_every_node_equals_the_sequence_of_its_path(name):
     target = tiny.target(CONFIGS[name])
     out = run_chain(target, PREFIX, empty_cache(target.config), 0)
-    cache = empty_cache(target.config).write(out.rows, jnp.int32(0))
+    count = jnp.array([len(PREFIX)])
+    cache = empty_cache(target.config).write(out.rows, jnp.int32(0), count)
     root = jnp.int32(PREFIX[-1])
     # The last prefix token is the anchor: the cache holds the others.
     tree = tiny.random_tree(12, 4, 11, jax.random.key(3), root, jnp.int32(10))
@@ -72,7 +73,7 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once():
     cache, parts = empty_cache(target.config), []
     for start in range(0, 12, 4):
         out = run_chain(target, tokens[start : start + 4], cache, start, taps=(-1, 0, 2))
-        cache = cache.write(out.rows, jnp.int32(start))
+        cache = cache.write(out.rows, jnp.int32(start), jnp.array([4]))
         parts.append(out)
     for field in ("hidden", "taps"):
         joined = jnp.concatenate([getattr(p, field) for p in parts], axis=1)
@@ -86,7 +87,8 @@ def test_rows_of_a_batch_have_their_own_lengths():
     garbage = jax.tree.map(lambda x: x + 7.0, cache)  # rows past a length must not be seen
     for row, tokens in enumerate(sequences):
         out = run_chain(target, tokens[:-1], empty_cache(target.config), 0)
-        one = empty_cache(target.config).write(out.rows, jnp.int32(0))
+        count = jnp.array([out.hidden.shape[1]])
+        one = empty_cache(target.config).write(out.rows, jnp.int32(0), count)
         n = len(tokens) - 1
         put = lambda whole, part, row=row, n=n: whole.at[row, :, :n].set(part[0, :, :n])  # noqa: E731
         garbage = jax.tree.map(put, garbage, one)
@@ -186,7 +188,7 @@ def test_the_gpu_layout_computes_the_same(name, packed, monkeypatch):
     """Nodes side by side, padded to 8, one call for what follows a projection; here by XLA."""
     target, n = tiny.target(CONFIGS[name]), 3
     cache = run_chain(target, PREFIX, empty_cache(target.config), 0).rows
-    cache = empty_cache(target.config).write(cache, jnp.int32(0))
+    cache = empty_cache(target.config).write(cache, jnp.int32(0), jnp.array([len(PREFIX)]))
     tree = tiny.random_tree(n, 4, 2, jax.random.key(1), jnp.int32(5), jnp.int32(n))
     tree = jax.tree.map(lambda x: x[None], tree)
     packing = pack_nodes(tree.valid, 4) if packed else None

@@ -10,11 +10,11 @@ SCRIPT = """
 import dataclasses, functools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxspec.models.cache import init_cache
 from jaxspec.models.decoder import forward, unembed
 from jaxspec.models.layers import lookup
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import random_params
+from jaxspec.models.state import init_states
 from jaxspec.trees.tree import causal_bits
 from tests.tiny import MOE
 
@@ -58,7 +58,7 @@ for index in (jnp.array([[37]]), jnp.array([[0, 47], [5, 6]])):
 
 @functools.partial(jax.jit, static_argnames="n")
 def logits(params, tokens, n):
-    cache = init_cache(config.num_layers, 4, 2, 32, config.head_dim, jnp.float32)
+    cache = init_states(config, 4, 32, jnp.float32)
     depths = jnp.broadcast_to(jnp.arange(n), (4, n))
     bits = jnp.broadcast_to(causal_bits(n), (4, n, 1))
     out = forward(params, config, tokens, depths, bits, cache, jnp.zeros(4, jnp.int32))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxspec import checkpoints
-from jaxspec.models.cache import init_cache
 from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.state import init_states
 from jaxspec.trees.tree import causal_bits
 
 pytestmark = pytest.mark.parity
@@ -78,16 +78,14 @@ def logits_of(target, tokens, *, chunk):
     """[B, T, V] for a prompt; each chunk sees those before it through the cache."""
     config = target.config
     batch, total = tokens.shape
-    cache = init_cache(
-        config.num_layers, batch, config.num_kv_heads, total, config.head_dim, jnp.float32
-    )
+    states = init_states(config, batch, total, jnp.float32)
     depths = jnp.broadcast_to(jnp.arange(chunk), (batch, chunk))
     bits = jnp.broadcast_to(causal_bits(chunk), (batch, *causal_bits(chunk).shape))
     logits = []
     for start in range(0, total, chunk):
         tokens_now, lengths = tokens[:, start : start + chunk], jnp.full(batch, start)
-        output = _forward(target.params, config, tokens_now, depths, bits, cache, lengths)
-        cache = cache.write(output.rows, jnp.int32(start))
+        output = _forward(target.params, config, tokens_now, depths, bits, states, lengths)
+        states = states.write(output.rows, jnp.int32(start), jnp.full(batch, chunk))
         logits.append(unembed(target.params, output.hidden))
     return np.concatenate(logits, axis=1)
 
