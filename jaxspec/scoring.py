@@ -15,9 +15,9 @@ from jaxspec.config import TargetConfig
 from jaxspec.decoding.precision import precision_of
 from jaxspec.decoding.requests import capacity_for, decoder_for
 from jaxspec.drafters.plain import PLAIN
-from jaxspec.models.cache import KVCache, init_cache
 from jaxspec.models.decoder import ForwardOutput, forward, unembed
 from jaxspec.models.params import TargetParams
+from jaxspec.models.state import LayerStates, init_states
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.settings import own_settings
@@ -130,7 +130,7 @@ def _without_past(
 ) -> ForwardOutput:
     batch, length = tokens.shape
     dtype = jnp.float32 if jax.default_backend() == "cpu" else params.embed.dtype
-    c, bits = config, causal_bits(length)
+    bits = causal_bits(length)
     with precision_of(params.embed.dtype):
         return forward(
             params,
@@ -138,7 +138,7 @@ def _without_past(
             tokens,
             jnp.broadcast_to(jnp.arange(length), (batch, length)),
             jnp.broadcast_to(bits, (batch, *bits.shape)),
-            init_cache(c.num_layers, batch, c.num_kv_heads, 1, c.head_dim, dtype),
+            init_states(config, batch, 1, dtype),
             jnp.zeros(batch, jnp.int32),
             taps=taps,
             embeddings=embeddings,
@@ -230,7 +230,7 @@ def _log_probs(target: Target, rows: list[list[int]]) -> np.ndarray:
         tokens[i, : len(row)] = row
     dtype = decoder.cache_dtype or target.params.embed.dtype
     capacity = tokens.shape[1] - 1
-    cache = init_cache(c.num_layers, len(rows), c.num_kv_heads, capacity, c.head_dim, dtype)
+    cache = init_states(c, len(rows), capacity, dtype)
     parts = []
     for start in range(0, max(longest - 1, 1), chunk):
         piece = tokens[:, start : start + chunk + 1]
@@ -241,8 +241,8 @@ def _log_probs(target: Target, rows: list[list[int]]) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def _score_chunk(
-    config: TargetConfig, params: TargetParams, cache: KVCache, tokens: jax.Array, start
-) -> tuple[KVCache, jax.Array]:
+    config: TargetConfig, params: TargetParams, cache: LayerStates, tokens: jax.Array, start
+) -> tuple[LayerStates, jax.Array]:
     """Log-probabilities [B, C] of tokens[:, 1:], given all before them; tokens [B, C + 1]."""
     batch, count = tokens.shape[0], tokens.shape[1] - 1
     bits = causal_bits(count)
@@ -264,4 +264,5 @@ def _score_chunk(
 
         hidden = output.hidden.reshape(-1, POSITIONS, output.hidden.shape[-1])
         found = jax.lax.map(of_some, (hidden, tokens[:, 1:].reshape(-1, POSITIONS)))
-    return cache.write(output.rows, start, after=found), found.reshape(batch, count)
+    cache = cache.write(output.rows, start, jnp.full(batch, count), after=found)
+    return cache, found.reshape(batch, count)

@@ -93,11 +93,11 @@ def test_scores_are_log_probabilities_of_the_next_tokens(target):
 
 def test_scoring_holds_the_logits_of_few_positions():
     wide = tiny.target(dataclasses.replace(tiny.QWEN3, vocab_size=40_000))
-    from jaxspec.models.cache import init_cache
+    from jaxspec.models.state import init_states
     from jaxspec.scoring import _score_chunk
 
     c, batch, chunk = wide.config, 8, 128
-    cache = init_cache(c.num_layers, batch, c.num_kv_heads, 256, c.head_dim, jnp.float32)
+    cache = init_states(c, batch, 256, jnp.float32)
     tokens = jnp.zeros((batch, chunk + 1), jnp.int32)
     compiled = _score_chunk.lower(c, wide.params, cache, tokens, 0).compile()
     held = compiled.memory_analysis().temp_size_in_bytes
