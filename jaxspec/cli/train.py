@@ -22,9 +22,9 @@ class Train:
       python -m jaxspec train --data more.jsonl --output again --initial run/drafter
     """
 
-    data: tuple[Path, ...]
-    """Conversations, JSON lines, one or several files: from `regenerate`, or OpenAI's messages
-    and ShareGPT's, whose text is rendered by the target's chat template."""
+    data: tuple[str, ...]
+    """Conversations, in any format of docs/training.md: from `regenerate`, with token ids, or
+    other people's, whose text is rendered by the target's chat template."""
     output: Path
     """Folder of the run: metrics.jsonl, checkpoints, and at the end `drafter`."""
     target: str = "smollm2-135m"
@@ -43,8 +43,8 @@ class Train:
     block_size: int | None = None
     taps: tuple[int, ...] = ()
     """Target layers it reads, 0-based; evenly spaced ones by default."""
-    validation: Path | None = None
-    """Held-out prompts, JSON lines; the weights with the best walked tau are exported."""
+    validation: str | None = None
+    """Held-out prompts, in any format; the weights with the best walked tau are exported."""
     steps: int = 1000
     batch_size: int = 8
     micro_batch: int = 8
@@ -128,7 +128,9 @@ class Train:
             min_supervised=self.min_supervised,
             any_target=self.any_target,
         )
-        prompts = [] if self.validation is None else read_prompts(self.validation)
+        unread: list[str] = []
+        prompts = [] if self.validation is None else read_prompts(self.validation, unread)
+        exits.left_out(unread)
         folder = train(
             config,
             target,
