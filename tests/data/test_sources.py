@@ -455,3 +455,17 @@ def test_the_same_rows_are_the_same_data_in_every_format(target, tmp_path):
     assert data_hash(read_examples(other, target, max_length=64, min_supervised=1)) not in {
         x for x, _ in found
     }
+
+
+def test_the_guide_lists_what_is_read():
+    text = (ROOT / "docs/training.md").read_text()
+    table = text.partition("| source |")[2].partition("\n\n")[0]
+    listed = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert listed[: len(FILES)] == list(FILES)
+    assert listed[len(FILES) :] == [
+        "a folder of these files",
+        "a saved dataset (`save_to_disk`)",
+        "a dataset of the hub, streamed",
+    ]
+    assert "with gzip, bzip2, xz or zstd" in text
+    assert [x for x in COMPRESSIONS if x] == ["gzip", "bzip2", "xz", "zstd"]
