@@ -39,7 +39,9 @@ HARMLESS = frozenset(
     "exponential_decay_length_penalty remove_invalid_values output_attentions "
     "output_hidden_states output_scores "
     # of no effect without the key that decides: use_sliding_window, a kind of rotary scaling
-    "max_window_layers original_max_position_embeddings".split()
+    "max_window_layers original_max_position_embeddings "
+    # of heads that predict several tokens, which are not loaded
+    "mtp mtp_num_hidden_layers mtp_use_dedicated_embeddings".split()
 )
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -68,6 +70,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_rope_layer_interval": (0,),
     "layer_rope_theta": (),
     "full_attention_interval": (1,),
+    "output_gate_type": (),
+    "mamba_ssm_dtype": ("float32",),
     "use_mla": (False,),
     "kv_lora_rank": (0,),
     "q_lora_rank": (0,),
@@ -111,6 +115,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n_shared_experts": (0,),
     "num_shared_experts": (0,),
     "shared_expert_intermediate_size": (0,),
+    "mlp_only_layers": ([],),
     "n_group": (1,),
     "topk_group": (1,),
     "topk_method": ("greedy",),

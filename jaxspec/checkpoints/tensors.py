@@ -71,27 +71,32 @@ class SafetensorsFolder:
         return self._read(name, shape, tuple((0, n) for n in shape))
 
     def pieces(
-        self, name: str, shape: tuple[int, ...], box: tuple[tuple[int, int], ...]
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        box: tuple[tuple[int, int], ...],
+        skip: int = 0,
     ) -> Iterator[tuple[tuple[tuple[int, int], ...], np.ndarray]]:
         """Boxes of some rows, `PIECE` bytes or one row each, that make up `box`, with values.
 
         Only the bytes of the box are read.
 
         Args:
-          shape: to see the tensor as; the same values in the same order.
+          shape: to see the tensor as; its values in their order.
           box: first and one past the last, per axis of `shape`.
+          skip: values of the tensor before those seen.
         """
         if not shape:
-            yield (), self._read(name, (), ())
+            yield (), self._read(name, (), (), skip)
             return
         (start, stop), *rest = box
         row = math.prod(b - a for a, b in rest) * self._entries[name].dtype.itemsize
         step = max(1, PIECE // max(row, 1))
         for first in range(start, stop, step):
             piece = ((first, min(first + step, stop)), *rest)
-            yield piece, self._read(name, shape, piece)
+            yield piece, self._read(name, shape, piece, skip)
 
-    def _read(self, name: str, shape, box) -> np.ndarray:
+    def _read(self, name: str, shape, box, skip: int = 0) -> np.ndarray:
         """Read from the file, not through a memory map of it: pages of a map count as memory
         in use for as long as it is open."""
         entry = self._entries[name]
@@ -103,7 +108,9 @@ class SafetensorsFolder:
             inner -= 1
         outer = max(inner - 1, 0)
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        corner = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+        corner = skip + sum(
+            start * stride for (start, _), stride in zip(box, strides, strict=True)
+        )
         buffer = memoryview(values.reshape(-1).view(np.uint8))
         run = math.prod(extent[outer:]) * entry.dtype.itemsize
         with open(entry.file, "rb", buffering=0) as stream:
