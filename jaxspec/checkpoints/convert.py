@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from jaxspec.checkpoints import huggingface, locate
 from jaxspec.checkpoints.fuse import Part, destinations
+from jaxspec.checkpoints.quantised import KEYS, MODELOPT, quantisation_of
 from jaxspec.checkpoints.store import load_weights, save_weights
 from jaxspec.checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder, read_json
 from jaxspec.models.params import TargetParams
@@ -102,7 +103,13 @@ def convert(
 def _stored_dtype(folder: Path) -> str:
     if (folder / huggingface.WEIGHTS).exists():
         return read_json(folder / "config.json").get("dtype", "")
-    dtypes = sorted(map(str, SafetensorsFolder(folder).dtypes))
+    quantisation = quantisation_of(folder)
+    if quantisation is not None:
+        raise ValueError(
+            f"{folder} is stored as {quantisation.name}; say what to write its weights as "
+            "(--dtype)"
+        )
+    dtypes = sorted(map(str, set(SafetensorsFolder(folder).dtypes.values())))
     if len(dtypes) > 1:
         raise ValueError(
             f"{folder} holds tensors of {' and '.join(dtypes)}; say which to write (--dtype)"
@@ -113,10 +120,11 @@ def _stored_dtype(folder: Path) -> str:
 def _copy_side_files(folder: Path, output: Path, dtype: str) -> None:
     for pattern in huggingface.FILES:
         for path in folder.glob(pattern):
-            if path.suffix != ".safetensors" and path.name != INDEX:
+            if path.suffix != ".safetensors" and path.name not in (INDEX, MODELOPT):
                 shutil.copyfile(path, output / path.name)
     raw = read_json(folder / "config.json")
-    raw.pop("torch_dtype", None)
+    for key in ("torch_dtype", *KEYS):  # what is written is neither
+        raw.pop(key, None)
     text = json.dumps(raw | {"dtype": dtype}, indent=2)
     (output / "config.json").write_text(text + "\n", encoding="utf-8")
 

@@ -11,9 +11,10 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxspec.checkpoints import catalog, fuse, hybrid
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
-from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL, refuse_quantised
+from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
+from jaxspec.checkpoints.quantised import open_weights, read_quantisation
 from jaxspec.checkpoints.rope import read_rope
-from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
+from jaxspec.checkpoints.tensors import read_json
 from jaxspec.checkpoints.visibility import windows
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams, abstract_params
@@ -23,7 +24,6 @@ from jaxspec.tokenizer import Tokenizer
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "tokenizer.model")
 MODEL_TYPES = ("qwen3", "qwen3_moe", "llama", "qwen2", *hybrid.MODEL_TYPES)
-MODELOPT = "hf_quant_config.json"  # beside config.json, of quantised weights
 WEIGHTS = "weights.orbax"  # folder of a converted checkpoint, in place of safetensors
 
 
@@ -67,11 +67,7 @@ def read_config(folder: str | Path) -> TargetConfig:
     """
     folder = Path(folder)
     whole = _config(folder / "config.json")
-    if (folder / MODELOPT).exists():
-        raise ValueError(
-            f"{folder} has a {MODELOPT}: its weights are quantised; use the checkpoint in "
-            "bfloat16"
-        )
+    read_quantisation(whole, folder)
     model_type = whole.one_of("model_type", MODEL_TYPES, REQUIRED)
     is_hybrid = model_type in hybrid.MODEL_TYPES
     raw = hybrid.text_section(whole) if is_hybrid else whole
@@ -142,7 +138,7 @@ def load_params(
     """
     folder = Path(folder)
     if not (folder / WEIGHTS).exists():
-        tensors = SafetensorsFolder(folder)
+        tensors = open_weights(folder)
         if config.delta_net is not None:
             tensors = hybrid.TextTensors(tensors)
         return fuse.load(config, tensors, dtype, mesh)
@@ -179,7 +175,6 @@ def _refuse_unsupported(raw: JsonConfig, model_type: str) -> None:
     raw.one_of("mlp_bias", (False,), False)
     if model_type != "qwen2":  # elsewhere the flag adds a bias to the output projection too
         raw.one_of("attention_bias", (False,), False)
-    refuse_quantised(raw)
 
 
 def _rope(raw: JsonConfig, is_hybrid: bool) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxspec.checkpoints.json_config import JsonConfig
-
 HARMLESS = frozenset(
     # the file and the program that wrote it
     "architectures auto_map dtype torch_dtype transformers_version transformers_weights "
@@ -126,17 +124,3 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     # the weights are not what they seem
     "pruned_heads": ({}, []),
 }
-# Where programs say that the weights are stored in another way than by value.
-QUANTISED = ("quantization_config", "compression_config", "sparsity_config", "quantization")
-
-
-def refuse_quantised(raw: JsonConfig) -> None:
-    """Raises ValueError, which names the method, if the weights are quantised."""
-    for key in QUANTISED:
-        if raw.has(key):
-            value = raw.get(key)
-            method = value.get("quant_method", value) if isinstance(value, dict) else value
-            raise ValueError(
-                f"{raw.origin}: '{key}' asks for {method!r}, which is not supported; expected "
-                "unquantised weights: use the checkpoint in bfloat16"
-            )
