@@ -7,8 +7,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxspec.checkpoints import convert, huggingface
+from jaxspec.checkpoints.drafters import load_drafter
+from jaxspec.config import TreeConfig
 from tests.checkpoints.writing import DENSE, MIXTURE, random_tensors, write_folder
 
 CONFIG = DENSE | {"hidden_size": 32, "head_dim": 16, "intermediate_size": 48,
@@ -242,6 +245,31 @@ def test_conversion_writes_values(tmp_path):
     jax.tree.map(
         np.testing.assert_array_equal, load(tmp_path / "out"), load(tmp_path / "plain")
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*is stored as")
+def test_drafters(tmp_path, golden):
+    """The target is as it was: only the drafter is stored in 8 bits."""
+    folder, _ = golden("dspark_rnn")
+    raw = json.loads((folder / "draft/config.json").read_text())
+    section, quantise = FORMATS["fp8 blocks"]
+    random, stored, meant = np.random.default_rng(0), {}, {}
+    for name, value in load_file(folder / "draft/model.safetensors").items():
+        if not LINEAR.fullmatch(name):
+            stored[name] = meant[name] = value
+            continue
+        parts, meant[name] = quantise(value.shape, random)
+        stored |= {name.removesuffix("weight") + part: x for part, x in parts.items()}
+    write_folder(tmp_path / "quantised", raw | {"quantization_config": section}, stored)
+    write_folder(tmp_path / "plain", raw, meant)
+    config = huggingface.read_config(folder / "target")
+    params = huggingface.load_params(folder / "target", config)
+    found, expected = (
+        load_drafter(tmp_path / kind, config, params, TreeConfig())[1]
+        for kind in ("quantised", "plain")
+    )
+    assert stored.keys() != meant.keys()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def with_first(value):
