@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from jaxspec.loading import load_drafter as load_drafter
     from jaxspec.loading import load_target as load_target
     from jaxspec.models.target import Target as Target
+    from jaxspec.pace import Pace as Pace
+    from jaxspec.pace import measure_pace as measure_pace
     from jaxspec.results import Completion as Completion
     from jaxspec.scoring import Score as Score
     from jaxspec.scoring import hidden_states as hidden_states
@@ -42,6 +44,8 @@ _HOMES = {
     "load_drafter": "jaxspec.loading",
     "load_target": "jaxspec.loading",
     "Target": "jaxspec.models.target",
+    "Pace": "jaxspec.pace",
+    "measure_pace": "jaxspec.pace",
     "Completion": "jaxspec.results",
     "Score": "jaxspec.scoring",
     "hidden_states": "jaxspec.scoring",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ from jaxspec.drafters.plain import PLAIN
 from jaxspec.interrupts import postponed
 from jaxspec.loading import load_drafter
 from jaxspec.models.target import Target
+from jaxspec.pace import Pace
 from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.results import Completion, Finish, Interrupted
 from jaxspec.settings import own_settings, own_settings_between_yields
@@ -47,7 +49,7 @@ def generate(
     stop: str | Sequence[str] = (),
     sampling: Sampling | Sequence[Sampling] = Sampling(),
     seed: int | Sequence[int] = 0,
-    budget: int | None = None,
+    budget: int | Pace | None = None,
     batch_size: int = 8,
     capacity: int | None = None,
     raw: bool = False,
@@ -71,7 +73,8 @@ def generate(
         plain decoding's all the same, end with the one that completes it.
       sampling: one for all prompts or one per prompt.
       seed: prompt i uses `seed` folded with i; or one seed per prompt.
-      budget: nodes verified per round, root included; the drafter's whole tree by default.
+      budget: nodes verified per round, root included; the drafter's whole tree by default. Or
+        what decides it round by round (`measure_pace`), the capacity and the batch's size too.
       batch_size: prompts decoded together.
       capacity: places for tokens per row, a multiple of 128; the smallest bucket that fits by
         default. Calls that share it share compiled programs.
@@ -93,6 +96,10 @@ def generate(
     stops = _stop_texts(target, stop)
     drafter = _drafter(target, drafter)
     decoder, params = decoder_for(target, drafter, implementation, rejection)
+    pace, batch = None, min(batch_size, len(prompts))
+    if isinstance(budget, Pace):
+        pace, budget, capacity, batch = budget, None, budget.capacity, budget.rows
+        pace.check(decoder, params)
     capacity = check_capacity(decoder, prompts, max_new_tokens, capacity)
     budget = check_budget(decoder, budget)
     sampling = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
@@ -105,7 +112,6 @@ def generate(
     keys = request_keys(seed, len(prompts))
 
     completions = []
-    batch = min(batch_size, len(prompts))
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
         began = time.perf_counter()
@@ -121,12 +127,12 @@ def generate(
         )
         state = prefill(decoder, params, requests)
         lengths = [len(prompt) for prompt in prompts[rows]]
-        cuts = [
-            CutAnswer(target.tokenizer, stops, length, own.min_tokens)
-            for length, own in zip(lengths, sampling[rows], strict=True)
-            if stops
-        ]
-        state, whole = _decode(decoder, params, state, requests.sampling, cuts)
+        cuts = [CutAnswer(target.tokenizer, stops, length) for length in lengths if stops]
+        if pace is None:
+            step = functools.partial(_step, decoder, params, requests.sampling)
+        else:
+            step = pace.steps(params, state, requests.sampling)
+        state, whole = _decode(step, state, cuts)
         results = unpack(state, lengths)
         seconds = time.perf_counter() - began
         stop_ids = [stop_ids_of(own, target.config) for own in sampling[rows]]
@@ -137,6 +143,8 @@ def generate(
                 ids, text, finish = ids[: cuts[row].seen], cuts[row].text, "stop"
                 stats = stats.first(len(ids))
             completions.append(Completion(ids, text, stats, seconds, finish))
+        if pace is not None:
+            pace.count(max(len(ids) for ids, _ in results))
         if not whole:
             raise Interrupted(completions)
     return completions
@@ -166,12 +174,14 @@ def _finish(ids: list[int], stop_ids: Sequence[int], max_new_tokens: int) -> Fin
     return "length" if len(ids) >= max_new_tokens else "interrupted"
 
 
+def _step(
+    decoder: Decoder, params: Params, sampling: SamplingRows, state: DecodeState, rounds: int
+) -> DecodeState:
+    return decode(decoder, params, state, sampling, np.int32(rounds))
+
+
 def _decode(
-    decoder: Decoder,
-    params: Params,
-    state: DecodeState,
-    sampling: SamplingRows,
-    cuts: list[CutAnswer],
+    step: Callable[[DecodeState, int], DecodeState], state: DecodeState, cuts: list[CutAnswer]
 ) -> tuple[DecodeState, bool]:
     """Rounds until every row is done, or until a Ctrl-C; whether it came to the end."""
     rounds = 1
@@ -183,7 +193,7 @@ def _decode(
             if whole or asked:
                 return state, whole
             began = time.perf_counter()
-            state = decode(decoder, params, state, sampling, np.int32(rounds))
+            state = step(state, rounds)
             state.done.block_until_ready()
             faster = CALL_SECONDS / (time.perf_counter() - began)
             rounds = max(1, int(rounds * min(faster, 4)))  # the first call may compile
@@ -238,7 +248,7 @@ def stream(
         keys=request_keys(seed, 1),
     )
     state = prefill(decoder, params, requests)
-    cut = CutAnswer(target.tokenizer, stops, len(prompts[0]), sampling.min_tokens)
+    cut = CutAnswer(target.tokenizer, stops, len(prompts[0]))
     while True:
         ((ids, stats),) = unpack(state, [cut.start])
         shown, done = len(cut.text), bool(state.done[0])
@@ -253,7 +263,7 @@ def stream(
 
 
 def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> int:
-    """Compiles what `generate(target, prompts, **options)` will run; decodes one token each.
+    """Compiles what `generate(target, prompts, **options)` will run; decodes one round.
 
     Returns:
       The capacity; give it to `generate` for a part of the prompts to run the same programs.
@@ -262,12 +272,12 @@ def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> in
     rows = as_token_ids(target, prompts, raw=raw, thinking=thinking)
     options["drafter"] = _drafter(target, options.get("drafter", PLAIN))
     decoder, _ = decoder_for(target, options["drafter"])
-    capacity = check_capacity(
-        decoder, rows, options.pop("max_new_tokens", 256), options.pop("capacity", None)
-    )
+    new_tokens = options.pop("max_new_tokens", 256)
+    capacity = check_capacity(decoder, rows, new_tokens, options.pop("capacity", None))
     batch = max(1, min(options.get("batch_size", 8), len(rows)))
     for name in ("sampling", "seed"):  # one for all prompts, or one each
         if isinstance(options.get(name), Sequence):
             options[name] = options[name][:batch]
-    generate(target, rows[:batch], max_new_tokens=1, capacity=capacity, **options)
+    few = min(new_tokens, 2)  # the prompt's forward gives the first
+    generate(target, rows[:batch], max_new_tokens=few, capacity=capacity, **options)
     return capacity

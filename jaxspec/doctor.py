@@ -8,22 +8,19 @@ import os
 import platform
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from packaging.requirements import Requirement
 
 from jaxspec.checkpoints import catalog
+from jaxspec.dtypes import HEIGHT, ROWS, WIDTH, fastest, product_seconds
 from jaxspec.settings import own_settings
 
 DISTRIBUTION = "jaxspec"
 EXTRAS = ("serve", "plots", "tensorboard", "data", "cuda")
-ROWS, WIDTH, HEIGHT = 8, 4096, 2048  # a tree of 8 nodes times a weight
-REPEATS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,34 +96,18 @@ def memory() -> Finding:
 
 def speeds() -> Finding:
     """Of verifying a tree in float32 and in bfloat16: a few rows times a weight."""
-    seconds = {dtype: _product_seconds(dtype) for dtype in ("float32", "bfloat16")}
+    seconds = product_seconds()
     size = 4 * WIDTH * HEIGHT
     found = ", ".join(
         f"{dtype} {size * jnp.dtype(dtype).itemsize / 4 / s / 1e9:.1f} GB/s"
         for dtype, s in seconds.items()
     )
-    gain = seconds["float32"] / seconds["bfloat16"]
-    if gain > 1.1:
-        advice = f"--dtype bfloat16 is {gain:.1f}x as fast here; float32 equals plain decoding"
-    else:
-        advice = f"--dtype float32 is {1 / gain:.1f}x as fast here, and equals plain decoding"
-    return Finding("speeds", f"{ROWS} rows times a weight: {found}", advice)
-
-
-def _product_seconds(dtype: str) -> float:
-    x, weight = jnp.ones((ROWS, HEIGHT), dtype), jnp.ones((HEIGHT, WIDTH), dtype)
-    _product(x, weight).block_until_ready()  # compiled
-    times = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        _product(x, weight).block_until_ready()
-        times.append(time.perf_counter() - began)
-    return float(np.median(times))
-
-
-@jax.jit
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.einsum("rh,hw->rw", x, weight, preferred_element_type=jnp.float32)
+    chosen = fastest()
+    return Finding(
+        "speeds",
+        f"{ROWS} rows times a weight: {found}",
+        f"--dtype auto is {chosen.dtype} here, {chosen.reason}; float32 equals plain decoding",
+    )
 
 
 def compiled_programs() -> Finding:

@@ -19,6 +19,7 @@ from jaxspec.drafters import registry
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.joined import change_drafter
 from jaxspec.drafters.small_model import SmallModel
+from jaxspec.dtypes import fastest
 from jaxspec.models.target import Target
 from jaxspec.settings import own_settings
 from jaxspec.sharding import mesh_of, place
@@ -33,13 +34,15 @@ def load_target(
     Args:
       name_or_path: a name of `checkpoints.catalog`, a GGUF file, a Hugging Face folder, or a
         name on the hub.
-      dtype: of weights and cache, "float32" or "bfloat16"; products accumulate in float32.
+      dtype: of weights and cache, "float32", "bfloat16", or "auto" for the fastest here
+        (`dtypes.fastest`); products accumulate in float32.
       devices: cuts the weights over so many, those of all processes counted
         (`jaxspec.sharding`); compute with them inside `sharding.mesh_of(target.params)`.
 
     Raises:
       ValueError: it cannot be found, is damaged, or is a model the decoder does not implement.
     """
+    dtype = fastest().dtype if dtype == "auto" else dtype
     return checkpoints.load(name_or_path, dtype, devices)
 
 

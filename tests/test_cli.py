@@ -36,7 +36,8 @@ def no_cache_of_the_users(monkeypatch, tmp_path):
 
 
 def run(capsys, *arguments):
-    code = main(["generate", *map(str, arguments)])
+    exact = ("--dtype", "float32", "--schedule", "fixed")
+    code = main(["generate", *map(str, arguments), *exact])
     return code, *capsys.readouterr()
 
 
@@ -53,7 +54,7 @@ def test_json_has_one_object_per_prompt(folder, tmp_path, capsys):
     for row in found:
         assert row.keys() == {
             *("token_ids", "text", "rounds", "committed"),
-            *("tau", "new_tokens", "seconds"),
+            *("tau", "new_tokens", "seconds", "finish", "dtype"),
         }
         assert row["new_tokens"] == len(row["token_ids"]) == 12
         assert row["rounds"] == len(row["committed"])

@@ -31,23 +31,26 @@ ARROWS = {
     "checkpoints": "config drafters models sharding tokenizer",
     "answer_text": "tokenizer",
     "data": "models tokenizer",
-    "loading": "checkpoints config drafters models settings sharding",
+    "dtypes": "checkpoints",
+    "loading": "checkpoints config drafters dtypes models settings sharding",
+    "pace": "decoding drafters dtypes models prompts settings",
     "prompts": "data decoding models",
     "results": "decoding",
     "scoring": "config decoding drafters models prompts settings trees",
-    "api": "answer_text decoding drafters interrupts loading models prompts results settings",
+    "api": "answer_text decoding drafters interrupts loading models pace prompts results"
+    " settings",
     "planning": "config decoding drafters models sharding trees pallas_kernels"
     " pallas_kernels.h100",
-    "serving": "answer_text config decoding drafters models tokenizer",
+    "serving": "answer_text config decoding drafters models prompts tokenizer trees",
     "evaluation": "jaxspec api config data decoding drafters loading models prompts results"
     " settings trees",
     "training": "api checkpoints config data decoding drafters interrupts locks models"
     " prompts serving settings sharding tokenizer trees",
     "check": "api config decoding drafters evaluation models prompts training trees",
-    "cli": "jaxspec api check checkpoints config data decoding doctor drafters"
+    "cli": "jaxspec api check checkpoints config data decoding doctor drafters dtypes"
     " evaluation interrupts loading"
     " models planning prompts results serving sharding training pallas_kernels.h100",
-    "doctor": "checkpoints settings",
+    "doctor": "checkpoints dtypes settings",
     "jaxspec": "",  # its names are imported on first use
     "__main__": "cli",
 }

@@ -17,7 +17,7 @@ RAW = DENSE | dict(vocab_size=16, intermediate_size=24, max_position_embeddings=
 
 def start(folder, *options, **variables):
     command = ["generate", "--target", folder, "--prompt-ids", folder / "ids.json", "--json"]
-    command += ["--max-new-tokens", "12", *options]
+    command += ["--max-new-tokens", "12", "--dtype", "float32", *options]
     return subprocess.Popen(
         [sys.executable, "-m", "jaxspec", *map(str, command)],
         env=many_devices(4) | variables,

@@ -72,6 +72,7 @@ def test_a_command_under_all_of_them(tmp_path):
         PYTHONIOENCODING="latin-1",
     )
     words = ["generate", "--target", folder, "--prompt-ids", tmp_path / "ids.json"]
+    words += ["--dtype", "float32", "--schedule", "fixed"]
     done = subprocess.run(
         [sys.executable, "-m", "jaxspec", *words, "--max-new-tokens", "4"],
         capture_output=True,

@@ -22,8 +22,7 @@ from typing import Any
 
 from jaxspec.checkpoints import speculators, visibility
 from jaxspec.checkpoints.json_config import JsonConfig
-from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
-from jaxspec.checkpoints.quantised import read_quantisation
+from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL, refuse_quantised
 from jaxspec.checkpoints.rope import read_rope, rope_to_json
 from jaxspec.config import TargetConfig
 from jaxspec.drafters.eagle_head import EagleConfig
@@ -64,7 +63,7 @@ def from_json(raw: dict[str, Any], origin: Any, target: TargetConfig) -> EagleCo
     """
     format = recognise(raw)
     whole = JsonConfig(raw, origin, "an EAGLE-3 drafter")
-    read_quantisation(whole)
+    refuse_quantised(whole)
     layer = whole.section("transformer_layer_config") if format == "speculators" else whole
     shape, flags = _shape(layer), _flags(whole, format)
     config = whole.make(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -139,14 +138,13 @@ class _LlamaTensors:
         self._names = {_rename(name): name for name in file.shapes}
         self.shapes = {name: file.shapes[source] for name, source in self._names.items()}
 
-    def pieces(self, name: str, shape: tuple[int, ...], box: fuse.Box, skip: int = 0):
+    def pieces(self, name: str, shape: tuple[int, ...], box: fuse.Box):
         """The whole box at once: quantised blocks are not cut."""
         tensor = self._file.read(self._names[name])
         projection = re.search(r"self_attn\.([qk])_proj", name)
         if projection is not None:
             tensor = _unpermute(tensor, self._heads[projection[1]])
-        seen = tensor.reshape(-1)[skip : skip + math.prod(shape)].reshape(shape)
-        yield box, seen[tuple(slice(*ends) for ends in box)]
+        yield box, tensor.reshape(shape)[tuple(slice(*ends) for ends in box)]
 
 
 def _rename(name: str) -> str:

@@ -10,7 +10,6 @@ from typing import Literal
 
 from jaxspec.cli import exits
 from jaxspec.data.prompts import read_prompts, spread
-from jaxspec.data.sources import open_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +31,9 @@ class Evaluate:
       python -m jaxspec evaluate --tau-only --budgets 2 4 8 16 32 64 128 …   # no clock
     """
 
-    prompts: tuple[str, ...]
-    """Prompt sets, each a source of any format of docs/training.md; the first turn of every row
-    is used."""
+    prompts: tuple[Path, ...]
+    """JSON lines files, one per set, each row {"turns": [...]} or {"prompt": ...}; the first
+    turn is used."""
     decoders: tuple[str, ...]
     output: Path
     """JSON lines of results (`jaxspec.evaluation.results`); `report` draws them. An existing
@@ -75,14 +74,13 @@ class Evaluate:
 
         contenders = [Contender.parse(text) for text in self.decoders]
         self._check(contenders)
-        unread: list[str] = []
-        texts = self._chosen(unread)
+        texts = {path.stem: self._chosen(path) for path in self.prompts}
         jaxspec.enable_compilation_cache()
         setup = RunSettings(self._setup(texts))
         done = held(self.output, setup)
         entries = load_entries(self.target, contenders)
         sets, refused = self._encoded(entries[0].target, texts)
-        code = exits.left_out(unread + refused)
+        code = exits.left_out(refused)
         cut_torn(self.output)
         if key(setup) not in done:
             append(self.output, setup)
@@ -107,6 +105,9 @@ class Evaluate:
     def _check(self, contenders) -> None:
         if not contenders or not self.prompts:
             raise ValueError("nothing to compare: give --decoders and --prompts, at least one")
+        names = [path.stem for path in self.prompts]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--prompts: two files are called alike ({', '.join(names)})")
         for name, low in (("count", 0), ("max_new_tokens", 2), ("batch_size", 1)):
             if getattr(self, name) < low:
                 raise ValueError(
@@ -122,13 +123,8 @@ class Evaluate:
         for temperature in self.temperatures:
             Sampling(temperature=temperature)  # refuses what cannot be
 
-    def _chosen(self, unread: list[str]) -> dict[str, list[str]]:
-        """Prompts of each set; a line for each row that cannot be read goes into `unread`."""
-        sources = [open_source(name) for name in self.prompts]
-        names = [source.label for source in sources]
-        if len(set(names)) < len(names):
-            raise ValueError(f"--prompts: two sets are called alike ({', '.join(names)})")
-        return {x.label: spread(read_prompts(x, unread), self.count) for x in sources}
+    def _chosen(self, path: Path) -> list[str]:
+        return spread(read_prompts(path), self.count)
 
     def _encoded(
         self, target, texts: dict[str, list[str]]

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxspec.cli import exits
-from jaxspec.cli.options import DrafterOptions
+from jaxspec.cli.options import DrafterOptions, Dtype, chosen_dtype
 from jaxspec.data.prompts import read_prompt_ids, read_prompts
 
 
@@ -29,9 +29,10 @@ class Generate:
     drafter: Annotated[DrafterOptions, tyro.conf.arg(name="")] = DrafterOptions()
     target: str = "smollm2-135m"
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "auto"
     """Dtype of weights and cache. float32 reproduces plain decoding token for token, on GPUs
-    too (products do not use TF32); bfloat16 may flip near-ties and is what GPUs are fast at."""
+    too (products do not use TF32); bfloat16 may flip near-ties. auto is the fastest here, by a
+    measurement that is kept, and says which that is."""
     prompt: str | None = None
     """One prompt, a user's turn."""
     prompts: Path | None = None
@@ -51,6 +52,9 @@ class Generate:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    schedule: Literal["adaptive", "fixed"] = "adaptive"
+    """adaptive: every round verifies what is worth its time, by times measured at the start and
+    kept, down to plain decoding; fixed, and over several devices: the whole budget."""
     rejection: bool = False
     """Draw chains from a trained drafter and verify them by rejection sampling."""
     batch_size: int = 1
@@ -74,17 +78,14 @@ class Generate:
             temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
         )
         jaxspec.enable_compilation_cache()
-        target = jaxspec.load_target(self.target, dtype=self.dtype, devices=self.devices)
-        drafter = self.drafter.load(target, chain=self.rejection)
+        dtype = chosen_dtype(self.dtype)
+        target = jaxspec.load_target(self.target, dtype=dtype, devices=self.devices)
         options = dict(
-            drafter=drafter,
+            drafter=self.drafter.load(target, chain=self.rejection),
             max_new_tokens=self.max_new_tokens,
             stop=self.stop,
             sampling=sampling,
-            budget=min(self.drafter.budget, drafter.drafter.size),
             batch_size=self.batch_size,
-            raw=self.raw,
-            thinking=self.thinking,
             rejection=self.rejection,
         )
         with mesh_of(target.params):
@@ -108,7 +109,7 @@ class Generate:
         leads = jax.process_index() == 0
         code = exits.left_out(refused.values() if leads else ())
         places = list(rows)
-        capacity = jaxspec.warm_up(target, list(rows.values()), **options)
+        pace = self._prepare(target, list(rows.values()), options)
         starts = range(0, len(places), self.batch_size)
         hidden = len(starts) == 1 or not leads
         for start in tqdm(starts, unit="batch", disable=hidden, file=sys.stderr):
@@ -117,17 +118,38 @@ class Generate:
             seeds = [self.seed + place for place in batch]
             ids, interrupt = [rows[place] for place in batch], None
             try:
-                done = jaxspec.generate(target, ids, seed=seeds, capacity=capacity, **options)
+                done = jaxspec.generate(target, ids, seed=seeds, **options)
             except Interrupted as early:
                 done, interrupt = early.completions, early
             for place, completion in zip(batch, done, strict=True) if leads else ():
                 self._print_refused(refused, before=place)
-                self._print(completion, cut=completion.finish == "interrupted")
+                self._print(target, completion)
             if interrupt is not None:
                 raise interrupt
         if leads:
             self._print_refused(refused, before=len(prompts))
+            if pace is not None:
+                print(pace, file=sys.stderr)
         return code
+
+    def _prepare(self, target, rows: list[list[int]], options: dict):
+        """Compiles what `generate` runs, and adds to the options what decides its budget: one
+        number, or what measurements say (returned too) on one device."""
+        import jaxspec
+        from jaxspec.drafters.joined import with_survival
+
+        drafter = options["drafter"]
+        several = self.distributed or self.devices > 1
+        if self.schedule == "fixed" or several or drafter.drafter.size < 2:
+            options["budget"] = min(self.drafter.budget, drafter.drafter.size)
+            options["capacity"] = jaxspec.warm_up(target, rows, **options)
+            return None
+        options["drafter"] = with_survival(drafter)
+        names = ("drafter", "max_new_tokens", "batch_size", "rejection")
+        pace = jaxspec.measure_pace(target, rows, **{name: options[name] for name in names})
+        options["budget"] = pace
+        jaxspec.warm_up(target, rows, **options)
+        return pace
 
     def _prompts(self) -> list:
         given = [x is not None for x in (self.prompt, self.prompts, self.prompt_ids)]
@@ -152,8 +174,8 @@ class Generate:
             if self.json:
                 print(json.dumps({"error": reason}), flush=True)
 
-    def _print(self, completion, *, cut: bool) -> None:
-        stats = completion.stats
+    def _print(self, target, completion) -> None:
+        stats, cut = completion.stats, completion.finish == "interrupted"
         new_tokens = len(completion.token_ids)
         if self.json:
             row = dict(
@@ -164,6 +186,8 @@ class Generate:
                 tau=stats.tau,
                 new_tokens=new_tokens,
                 seconds=completion.seconds,
+                finish=completion.finish,
+                dtype=str(target.params.embed.dtype),
             )
             if cut:
                 row["interrupted"] = True

@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Literal
 
 TreeKind = Literal["chain", "best_first", "top_budget", "path_conditioned", "transitions"]
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+def chosen_dtype(dtype: Dtype) -> str:
+    """The dtype of an option; says on standard error what "auto" is here."""
+    if dtype != "auto":
+        return dtype
+    from jaxspec.dtypes import fastest
+
+    found = fastest()
+    if found.dtype == "float32":
+        exact = "equals plain decoding token for token"
+    else:
+        exact = "near-ties may flip; --dtype float32 equals plain decoding token for token"
+    print(f"dtype {found.dtype}: {found.reason}; {exact}", file=sys.stderr)
+    return found.dtype
 
 
 @dataclasses.dataclass(frozen=True)

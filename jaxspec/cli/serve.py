@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxspec.cli.options import DrafterOptions
+from jaxspec.cli.options import DrafterOptions, Dtype, chosen_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Serve:
     drafter: Annotated[DrafterOptions, tyro.conf.arg(name="")] = DrafterOptions()
     target: str = "smollm2-135m"
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "auto"
+    """Dtype of weights and cache; auto is the fastest here, and says which that is."""
     served_model_name: tuple[str, ...] = ()
     """Model names that requests may use; responses carry the first. By default --target and its
     last part."""
@@ -83,7 +84,7 @@ class Serve:
                 f"{error.name} is not installed; pip install 'jaxspec[serve]'"
             ) from error
         import jaxspec
-        from jaxspec.serving.curve import Curve
+        from jaxspec.decoding.curve import Curve
         from jaxspec.serving.runner import Runner
 
         self._check()
@@ -100,7 +101,7 @@ class Serve:
         stored = self.curve is not None and self.curve.exists()
         curve = Curve.load(self.curve) if stored else None
         jaxspec.enable_compilation_cache()
-        target = jaxspec.load_target(self.target, dtype=self.dtype)
+        target = jaxspec.load_target(self.target, dtype=chosen_dtype(self.dtype))
         check_servable(target)
         engine = self._engine(target, curve)
         print("compiling and measuring …", flush=True)
@@ -119,6 +120,8 @@ class Serve:
             drain_seconds=self.drain_seconds,
         )
         print(f"serving {names[0]} on http://{host}:{port}/v1", flush=True)
+        if self.host in LOOPBACK or key is not None:
+            print(f"watch its trees on http://{host}:{port}/", flush=True)
         http.run([bound])
         return 0
 

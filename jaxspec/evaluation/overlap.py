@@ -13,11 +13,10 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from jaxspec.data.messages import holds_conversation, row_messages
+from jaxspec.data.jsonl import numbered_lines, parse_object
+from jaxspec.data.messages import KEYS, row_messages
 from jaxspec.data.prompts import row_turns
-from jaxspec.data.sources import Source, open_source
 
 NGRAM = 13  # words; the length GPT-3's decontamination used
 FORMAT_NGRAM, FORMAT_PROMPTS = 6, 3
@@ -95,46 +94,24 @@ def overlaps(
                 break
 
 
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """The texts of a row.
+def texts_of(path: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """Every line of a JSON lines file, and the texts in it.
 
-    Attributes:
-      where: its source and line or row.
-      row: its fields.
-      parts: every message of a conversation, or every turn of a prompt.
-    """
-
-    where: str
-    row: dict[str, Any]
-    parts: list[str]
-
-
-def texts_of(source: str | Path | Source, refused: list[str]) -> Iterator[Texts]:
-    """The texts of a source's rows: conversations (`messages.row_messages`) or prompts
-    (`prompts.row_turns`).
-
-    Args:
-      refused: gets a line for each row that is something else.
+    Rows are conversations (`messages.row_messages`), {"turns": [...]} or {"prompt": …}.
 
     Raises:
-      ValueError: the source cannot be read, or none of its rows.
+      ValueError: the file cannot be read, or a line is something else.
     """
-    source, read, bad = open_source(source), 0, []
-    for row in source:
+    for number, line in numbered_lines(path):
         try:
-            if holds_conversation(row.fields):
-                parts = [message["content"] for message in row_messages(row.fields)]
+            row = parse_object(line)
+            if any(key in row for key in KEYS):
+                parts = [message["content"] for message in row_messages(row)]
             else:
-                parts = row_turns(row.fields)[1]
+                parts = row_turns(row)[1]
         except ValueError as error:
-            bad.append(f"{row.where}: {error}")
-            continue
-        read += 1
-        yield Texts(row.where, row.fields, parts)
-    if not read:
-        raise ValueError(bad[0] if bad else f"{source.name} holds no rows")
-    refused += bad
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        yield line, parts
 
 
 def _format(rows: Sequence[Words]) -> set[Words]:

@@ -15,7 +15,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jaxspec.serving.protocol import error_body
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-OPEN_PATHS = frozenset({"/health", "/ready"})  # what supervises a server has no key
+# What supervises a server has no key, nor a browser that opens the page: what the page asks
+# for needs it.
+OPEN_PATHS = frozenset({"/health", "/ready", "/"})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxspec.decoding.budget import StepTimes
+from jaxspec.decoding.curve import Curve, only
 from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.requests import stop_ids_of
 from jaxspec.decoding.schedule import MAX_SIZES, Batch
@@ -26,8 +27,7 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
-from jaxspec.serving.curve import Curve
-from jaxspec.serving.programs import Programs, only
+from jaxspec.serving.programs import Programs
 from jaxspec.serving.requests import QueueFull, Request, TokenLogProb, Update, read_logprobs
 from jaxspec.serving.rows import move_rows, place_row, recent_logprobs, recent_tokens, stop_rows
 
@@ -62,7 +62,7 @@ class Engine:
     distribution).
 
     Attributes:
-      config, target: as given.
+      config, target, drafter: as given.
       curve: step times, measured or given; None until `warm_up`, and with a fixed schedule.
       burst_seconds: of the last burst of rounds.
       rounds_by_size: rounds so far with the first, second, … verify size of their batch.
@@ -77,7 +77,7 @@ class Engine:
         curve: Curve | None = None,
     ):
         """Raises ValueError: see `EngineConfig.resolved` and `Curve.check`."""
-        self.target = target
+        self.target, self.drafter = target, drafter
         self.config = config.resolved(target.config, drafter.drafter.size)
         self._programs = Programs(target, drafter, self.config)
         self.curve = curve

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.decoding.budget import StepTimes
-from jaxspec.decoding.fitting import VerifySize, doubling_sizes
+from jaxspec.decoding.curve import measure, only, setup_of, take_turn
+from jaxspec.decoding.fitting import doubling_sizes
 from jaxspec.decoding.requests import capacity_for, decoder_for, pack
 from jaxspec.decoding.schedule import Adaptive, Batch, Habit, decode_rows, init_habit
 from jaxspec.decoding.state import Prefilling, Requests
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
-from jaxspec.serving.curve import measure, setup_of, take_turn
 from jaxspec.serving.requests import Request
 from jaxspec.serving.rows import (
     begin_prompt,
@@ -155,11 +155,3 @@ class Programs:
             batch.state, length=length, limit=limit, done=jnp.zeros(rows, bool)
         )
         return dataclasses.replace(batch, state=state)
-
-
-def only(sizes: tuple[VerifySize, ...], chosen: int) -> StepTimes:
-    """Step times that leave one size to choose."""
-    seconds = np.full(len(sizes), np.inf, np.float32)
-    seconds[chosen] = 1.0
-    totals, per_row = ([getattr(s, n) for s in sizes] for n in ("total", "per_row"))
-    return StepTimes(np.array(totals, np.int32), np.array(per_row, np.int32), seconds)

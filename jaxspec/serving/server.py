@@ -1,6 +1,7 @@
 """An OpenAI-compatible HTTP server: completions and chat, whole or streamed.
 
 ======================  =======================================================
+GET  /                  a page that shows the trees of an answer, if it is offered
 POST /v1/completions    prompts, texts or token ids
 POST /v1/chat/completions  text messages
 GET  /v1/models         the one model
@@ -38,6 +39,7 @@ from jaxspec.serving.answering import Answering, Choice, fault_message
 from jaxspec.serving.connections import Limits, timed_protocol
 from jaxspec.serving.events import EventStream, unless_gone
 from jaxspec.serving.metrics import ServerMetrics
+from jaxspec.serving.page import page_routes
 from jaxspec.serving.protocol import (
     Asked,
     BadRequest,
@@ -49,6 +51,7 @@ from jaxspec.serving.protocol import (
 )
 from jaxspec.serving.requests import QueueFull
 from jaxspec.serving.runner import EngineFailed, Runner
+from jaxspec.serving.watching import Watcher
 
 LAST_WORDS_SECONDS = 5  # for the errors of answers that are given up
 
@@ -59,11 +62,13 @@ def application(
     names: Sequence[str],
     limits: Limits = Limits(),  # noqa: B008
     access: Access = Access(),  # noqa: B008
+    page: bool = False,
 ) -> Starlette:
     """The ASGI application; closing it closes the runner.
 
     Args:
       names: of the model; requests may use any, responses carry the first.
+      page: offers `/`, where anybody who is let in may watch an answer.
 
     Raises:
       ValueError: the target has no tokenizer.
@@ -86,6 +91,10 @@ def application(
         Route("/ready", service.ready),
         Route("/metrics", service.metrics_text),
     ]
+    if page:
+        engine = runner.engine
+        watcher = Watcher(target, engine.drafter, engine.config.room)
+        routes += page_routes(service.body, watcher)
     return Starlette(
         routes=routes,
         middleware=access.middleware(),
@@ -112,7 +121,8 @@ def server(
 ) -> uvicorn.Server:
     """A server, not yet running: `.run()` blocks.
 
-    On loopback it answers under the names of loopback alone.
+    On loopback it answers under the names of loopback alone. It offers its page on loopback,
+    and elsewhere to those who have the key.
 
     Args:
       names: see `application`.
@@ -121,7 +131,8 @@ def server(
     """
     if host in LOOPBACK:
         access = dataclasses.replace(access, hosts=(*LOOPBACK, "[::1]"))
-    app = application(runner, names=names, limits=limits, access=access)
+    page = host in LOOPBACK or access.key is not None
+    app = application(runner, names=names, limits=limits, access=access, page=page)
     config = uvicorn.Config(
         app,
         host=host,
@@ -232,7 +243,7 @@ class _Service:
 
     async def _answer(self, request: Request, read: Callable, chat: bool) -> Response:
         try:
-            data = await self._body(request)
+            data = await self.body(request)
             # Tokenizing takes long for long texts; the other requests go on meanwhile.
             asked = await asyncio.to_thread(self._understand, data, read)
             tickets = contextlib.ExitStack()
@@ -275,7 +286,7 @@ class _Service:
             return JSONResponse(error_body(str(error), "server_error"), 503)
         return Response(status_code=499) if body is None else JSONResponse(body)
 
-    async def _body(self, request: Request) -> bytes:
+    async def body(self, request: Request) -> bytes:
         """The body, within the limits of size and time."""
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != "application/json":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxspec.config import TreeConfig
+from jaxspec.decoding.curve import only
 from jaxspec.decoding.fitting import doubling_sizes
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
@@ -24,7 +25,6 @@ from jaxspec.decoding.schedule import (
 )
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.small_model import SmallModel
-from jaxspec.serving.programs import only
 from pallas_kernels.tree_attention.xla import BLOCK, tree_attention_xla
 from tests import tiny
 from tests.drafters import cases

@@ -11,6 +11,7 @@ import pytest
 from jaxspec.api import generate
 from jaxspec.config import TreeConfig
 from jaxspec.decoding import schedule
+from jaxspec.decoding.curve import only
 from jaxspec.decoding.fitting import doubling_sizes
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
@@ -20,7 +21,6 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.drafters.small_model import SmallModel
-from jaxspec.serving.programs import only
 from tests import tiny
 from tests.drafters import cases
 from tests.serving import engines

@@ -65,15 +65,18 @@ def test_names_that_are_none(spec, message):
 
 def test_ones_own_drafter_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("jaxspec.enable_compilation_cache", lambda: tmp_path)
+    monkeypatch.setenv("JAXSPEC_CACHE", str(tmp_path))
     folder = write_folder(tmp_path / "tiny", DENSE, random_tensors(DENSE))
     ids = tmp_path / "ids.json"
     ids.write_text("[[1, 2, 3, 1, 2], [4, 5]]")
     outputs = {}
     for drafter in ("none", "python:examples.own_drafter:followers"):
-        options = ("--drafter", drafter, "--max-new-tokens", 24, "--json")
+        options = ("--drafter", drafter, "--max-new-tokens", 24, "--json", "--dtype", "float32")
         arguments = ("--target", folder, "--prompt-ids", ids, *options)
         assert main(["generate", *map(str, arguments)]) == 0
-        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        out, err = capsys.readouterr()
+        assert ("speculation " in err) == (drafter != "none")
+        rows = [json.loads(line) for line in out.splitlines()]
         outputs[drafter] = [row["token_ids"] for row in rows]
     assert len(set(map(str, outputs.values()))) == 1
     assert main(["generate", *map(str, arguments), "--rejection"]) == BAD_INPUT

@@ -6,6 +6,7 @@ import functools
 
 from jaxspec.api import generate
 from jaxspec.config import TreeConfig
+from jaxspec.decoding.curve import Curve
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.schedule import Adaptive, Fixed
 from jaxspec.drafters.base import LoadedDrafter
@@ -13,7 +14,6 @@ from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel
 from jaxspec.serving.config import EngineConfig
-from jaxspec.serving.curve import Curve
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.requests import Request
 from tests import tiny

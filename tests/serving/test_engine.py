@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+from jaxspec.decoding.curve import Curve
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.schedule import Adaptive, Fixed, decode_rows
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.plain import Plain
 from jaxspec.serving import programs, rows
 from jaxspec.serving.config import EngineConfig
-from jaxspec.serving.curve import Curve
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.requests import QueueFull, Request
 from tests import tiny

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxspec.serving.curve import Curve, measure, take_turn
+from jaxspec.decoding.curve import Curve, measure, take_turn
 
 SETUP = {
     "target": "tiny",

@@ -88,15 +88,22 @@ class Curve:
     def load(cls, path: str | Path) -> Curve:
         """Raises ValueError when the file is not a curve."""
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls.parse(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a step-time curve ({error}); measure one and save it"
+            ) from error
+
+    @classmethod
+    def parse(cls, raw: Any) -> Curve:
+        """From the JSON of `save`; raises ValueError when it is something else."""
+        try:
             seconds = {
                 int(rows): [float(x) for x in row] for rows, row in raw["seconds"].items()
             }
             return cls(dict(raw["setup"]), seconds)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is not a step-time curve ({error}); measure one and save it"
-            ) from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def setup_of(
@@ -145,3 +152,11 @@ def measure(
     """
     found = [{name: turn() for name, turn in turns.items()} for _ in range(repeats)]
     return {name: np.min([own[name] for own in found], axis=0).tolist() for name in turns}
+
+
+def only(sizes: tuple[VerifySize, ...], chosen: int) -> StepTimes:
+    """Step times that leave one size to choose."""
+    seconds = np.full(len(sizes), np.inf, np.float32)
+    seconds[chosen] = 1.0
+    totals, per_row = ([getattr(s, n) for s in sizes] for n in ("total", "per_row"))
+    return StepTimes(np.array(totals, np.int32), np.array(per_row, np.int32), seconds)

@@ -1,0 +1,233 @@
+"""Rounds that verify what pays on this machine: measured times, and how drafts fared so far."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.decoding.curve import Curve, measure, only, setup_of, take_turn
+from jaxspec.decoding.fitting import doubling_sizes
+from jaxspec.decoding.prefill import prefill
+from jaxspec.decoding.requests import check_capacity, decoder_for, pack, request_keys
+from jaxspec.decoding.sampling import Sampling, SamplingRows
+from jaxspec.decoding.schedule import (
+    UNKNOWN,
+    Adaptive,
+    Batch,
+    decode_rows,
+    init_habit,
+)
+from jaxspec.decoding.state import Decoder, DecodeState, Params
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.dtypes import cpu_id, keep_json, kept_json
+from jaxspec.models.target import Target
+from jaxspec.prompts import Prompt, as_token_ids
+from jaxspec.settings import own_settings
+
+REPEATS = 5  # of every size; the least time counts
+KEPT = 64  # curves in the cache
+
+
+class Pace:
+    """Decides how many nodes each round of `generate` verifies; plain decoding if none pays.
+
+    One object serves calls one after another, and learns from each how the drafts fare, as the
+    server's schedule does (`decoding.schedule.Adaptive`).
+
+    Attributes:
+      decoder: the static half of decoding that it was measured for.
+      rows, capacity: B and S of the batches.
+      curve: seconds of a round by the nodes it verifies.
+      rounds: by size so far; the first are rounds of plain decoding.
+      tokens: of the longest answer of each batch so far, summed.
+    """
+
+    def __init__(self, decoder: Decoder, rows: int, capacity: int, curve: Curve):
+        self.decoder, self.rows, self.capacity, self.curve = decoder, rows, capacity, curve
+        self.sizes = sizes_of(decoder, rows)
+        self.rounds = np.zeros(len(self.sizes), int)
+        self.tokens = 0
+        self._times = curve.times(rows)
+        self._habit = init_habit(decoder.drafter.size, decoder.drafter.depth)
+
+    def check(self, decoder: Decoder, params: Params) -> None:
+        """Raises ValueError unless it was measured for these."""
+        dtype = str(params.target.embed.dtype)
+        if decoder != self.decoder or dtype != self.curve.setup["dtype"]:
+            raise ValueError(
+                "the pace was measured for another target, dtype, drafter or way of accepting; "
+                "measure it again (`jaxspec.measure_pace`)"
+            )
+
+    def steps(
+        self, params: Params, state: DecodeState, sampling: SamplingRows
+    ) -> Callable[[DecodeState, int], DecodeState]:
+        """What runs up to so many rounds of a batch, and fewer when a row is done.
+
+        Args:
+          state: of the batch, whose prompts have run; each step gives the next one's.
+        """
+        batch = _begin(self.decoder, state, sampling)
+
+        def step(state: DecodeState, rounds: int) -> DecodeState:
+            nonlocal batch
+            batch, self._habit = decode_rows(
+                self.decoder,
+                params,
+                dataclasses.replace(batch, state=state),
+                self._habit,
+                self._times,
+                np.int32(rounds),
+                schedule=SCHEDULE,
+                sizes=self.sizes,
+            )
+            return batch.state
+
+        return step
+
+    def count(self, longest: int) -> None:
+        """Takes note of a batch, whose longest answer has so many tokens."""
+        self.rounds = np.array(self._habit.rounds)[: len(self.sizes)]
+        self.tokens += longest - 1  # the prompt's forward gives the first
+
+    @property
+    def gain(self) -> float:
+        """Times as fast as plain decoding, by the measured times of the rounds there were."""
+        seconds = self.curve.seconds[self.rows]
+        spent = float(self.rounds @ np.array(seconds))
+        return self.tokens * seconds[0] / spent if spent else 1.0
+
+    def __str__(self) -> str:
+        seconds, total = self.curve.seconds[self.rows], max(1, self.rounds.sum())
+        usual = int(np.argmax(self.rounds[1:])) + 1
+        cost = seconds[usual] / seconds[0]
+        nodes, tau = self.sizes[usual].total // self.rows, self.tokens / total
+        facts = f"a round of {nodes} nodes costs {cost:.2f} plain ones"
+        if self.gain > 1:
+            return (
+                f"speculation pays: {self.gain:.1f}x plain decoding ({tau:.2f} tokens a round; "
+                f"{facts})"
+            )
+        share = self.rounds[0] / total
+        return (
+            f"speculation does not pay here: {self.gain:.2f}x plain decoding ({facts}, and "
+            f"drafts were too seldom right); {share:.0%} of the rounds were plain"
+        )
+
+
+SCHEDULE = Adaptive()
+
+
+@own_settings()
+def measure_pace(
+    target: Target,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    drafter: LoadedDrafter,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    raw: bool = False,
+    thinking: bool | None = None,
+    rejection: bool = False,
+    implementation: str | None = None,
+) -> Pace:
+    """Compiles what `generate(target, prompts, budget=pace)` runs, and measures its rounds.
+
+    Times are kept in the cache, for the next time that the same is run on the same machine.
+
+    Args: as for `generate`.
+
+    Raises:
+      ValueError: as `generate` does, or the drafter drafts nothing.
+    """
+    rows = as_token_ids(target, prompts, raw=raw, thinking=thinking)
+    if drafter.drafter.size < 2:
+        raise ValueError(f"{drafter.drafter} drafts nothing, so there is nothing to decide")
+    decoder, params = decoder_for(target, drafter, implementation, rejection)
+    capacity = check_capacity(decoder, rows, max_new_tokens, None)
+    batch = max(1, min(batch_size, len(rows)))
+    setup = setup_of(target, decoder, params, {batch: sizes_of(decoder, batch)}, capacity)
+    curve = _kept(setup) or _measured(decoder, params, batch, capacity, setup)
+    return Pace(decoder, batch, capacity, curve)
+
+
+def sizes_of(decoder: Decoder, rows: int):
+    """Verify sizes of a batch, up to the whole trees of all rows."""
+    size = decoder.drafter.size
+    return doubling_sizes(rows, size, rows * size)
+
+
+def _begin(decoder: Decoder, state: DecodeState, sampling: SamplingRows) -> Batch:
+    rows, nodes = state.length.shape[0], decoder.drafter.size
+    return Batch(state, sampling, jnp.full((rows, SCHEDULE.age, nodes - 1), UNKNOWN))
+
+
+def _kept(setup: dict) -> Curve | None:
+    """The curve of the cache for this setup."""
+    found = kept_json("curves").get(_name(setup))
+    try:
+        curve = Curve.parse(found)
+        curve.check(setup)
+    except ValueError:
+        return None
+    return curve
+
+
+def _measured(decoder, params, rows: int, capacity: int, setup: dict) -> Curve:
+    """Times rounds of every size on half-full rows, and keeps them."""
+    sizes = sizes_of(decoder, rows)
+
+    def step(size):
+        def one(carry):
+            return decode_rows(
+                decoder,
+                params,
+                *carry,
+                only(sizes, size),
+                np.int32(1),
+                schedule=SCHEDULE,
+                sizes=sizes,
+            )
+
+        return one
+
+    steps = [step(i) for i in range(len(sizes))]
+
+    def turn():
+        batch = _half_full(decoder, params, rows, capacity)
+        habit = init_habit(decoder.drafter.size, decoder.drafter.depth)
+        return take_turn((batch, habit), steps)[1]
+
+    turn()  # compiles
+    curve = Curve(setup, measure({rows: turn}, REPEATS))
+    kept = kept_json("curves")
+    newest = dict(list(kept.items())[1 - KEPT :])
+    keep_json("curves", newest | {_name(setup): dataclasses.asdict(curve)})
+    return curve
+
+
+def _half_full(decoder: Decoder, params: Params, rows: int, capacity: int) -> Batch:
+    requests = pack(
+        decoder,
+        [[0]] * rows,
+        batch=rows,
+        capacity=capacity,
+        max_new_tokens=capacity - decoder.drafter.depth - 2,
+        budget=decoder.drafter.size,
+        sampling=[Sampling(stop_ids=())] * rows,
+        keys=request_keys(0, rows),
+    )
+    state = prefill(decoder, params, requests)
+    length = jax.device_put(np.full(rows, capacity // 2, np.int32), state.length.sharding)
+    return _begin(decoder, dataclasses.replace(state, length=length), requests.sampling)
+
+
+def _name(setup: dict) -> str:
+    text = json.dumps(setup | {"cpu": cpu_id()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

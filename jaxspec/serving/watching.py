@@ -1,0 +1,226 @@
+"""One answer decoded for people to watch: every round's tree, who proposed each node, and what
+the target made of it.
+
+It runs beside the engine, with programs and a cache of its own, and shares the weights alone:
+ordinary requests pay for it only while it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.decoding.fitting import own_sizes, smallest
+from jaxspec.decoding.loop import decode
+from jaxspec.decoding.prefill import prefill
+from jaxspec.decoding.requests import (
+    capacity_for,
+    check_positions,
+    decoder_for,
+    pack,
+    request_keys,
+)
+from jaxspec.decoding.round import commit, judge, propose
+from jaxspec.decoding.sampling import NO_TOKEN, Sampling
+from jaxspec.decoding.state import Decoder, Params
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.ngram import PromptLookup
+from jaxspec.drafters.plain import PLAIN
+from jaxspec.models.target import Target
+from jaxspec.trees.tree import NO_PARENT, DraftTree
+
+TARGET, DRAFTER, LOOKUP = "target", "drafter", "lookup"
+PLAIN_ROUNDS = 8  # timed before the answer, one by one as the others
+Path = tuple[int, ...]
+
+
+class Watcher:
+    """Decodes one answer at a time, round by round.
+
+    Attributes:
+      target: as given.
+      room: maximum tokens of a prompt and its answer.
+    """
+
+    def __init__(self, target: Target, drafter: LoadedDrafter, room: int):
+        self.target, self.room = target, room
+        self._decoder, self._params = decoder_for(target, drafter)
+        self._plain, self._plain_params = decoder_for(target, PLAIN)
+        self._free, self._compiled = threading.Lock(), set()
+
+    def reserve(self) -> bool:
+        """Whether nobody else watches; the one who does must `release`."""
+        return self._free.acquire(blocking=False)
+
+    def release(self) -> None:
+        self._free.release()
+
+    def events(
+        self, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling, seed: int = 0
+    ) -> Iterator[dict[str, Any]]:
+        """The answer as JSON values: "start", a "round" each, "end".
+
+        A "start" has the first token and milliseconds of a plain round; a "round" its tree
+        (`nodes`), the tokens decided, and its milliseconds; an "end" the counts.
+
+        Raises:
+          ValueError: the prompt and its answer have no room.
+        """
+        check_positions(self.target.config, len(prompt), max_new_tokens)
+        if len(prompt) + max_new_tokens > self.room:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones need more "
+                f"than the {self.room} places of a request here"
+            )
+        return self._events(list(prompt), max_new_tokens, sampling, seed)
+
+    def _events(self, prompt, max_new_tokens, sampling, seed) -> Iterator[dict[str, Any]]:
+        decoder, params = self._decoder, self._params
+        room = len(prompt) + max(max_new_tokens, PLAIN_ROUNDS + 2)
+        capacity = capacity_for(room, decoder)
+        requests = pack(
+            decoder,
+            [prompt],
+            batch=1,
+            capacity=capacity,
+            max_new_tokens=max_new_tokens,
+            budget=decoder.drafter.size,
+            sampling=[sampling],
+            keys=request_keys([seed], 1),
+        )
+        state = prefill(decoder, params, requests)
+        plain_ms = self._plain_ms(state, requests.sampling)
+        if capacity not in self._compiled:
+            _watch_round(decoder, params, _copy(state), requests.sampling)
+            self._compiled.add(capacity)
+        pieces, length = self.target.tokenizer.stream(), len(prompt) + 1
+        tokens, done = jax.device_get((state.tokens, state.done))
+        first = {"text": pieces.step(int(tokens[0, length - 1])), "source": TARGET}
+        yield {"kind": "start", "token": first, "plain_ms": plain_ms}
+        rounds, spent = 0, 0.0
+        while not done[0]:
+            began = time.perf_counter()
+            seen, state = jax.block_until_ready(
+                _watch_round(decoder, params, state, requests.sampling)
+            )
+            ms = 1e3 * (time.perf_counter() - began)
+            seen, tokens, now, done = jax.device_get(
+                (seen, state.tokens, state.length, state.done)
+            )
+            decided, length = tokens[0, length : now[0]].tolist(), int(now[0])
+            rounds, spent = rounds + 1, spent + ms
+            nodes = self._nodes(*seen)
+            sources = [node["source"] for node in nodes if node["accepted"] and node["index"]]
+            yield {
+                "kind": "round",
+                "nodes": nodes,
+                "decided": [
+                    {"text": pieces.step(token), "source": source}
+                    for token, source in zip(decided, [*sources, TARGET], strict=False)
+                ],
+                "ms": ms,
+            }
+        count = length - len(prompt)
+        yield {
+            "kind": "end",
+            "rest": pieces.finish(),
+            "tokens": count,
+            "rounds": rounds,
+            "ms": spent,
+            "plain_ms": plain_ms * (count - 1),
+        }
+
+    def _plain_ms(self, state, sampling) -> float:
+        """Milliseconds of a round of plain decoding from here on."""
+        decoder, params = self._plain, self._plain_params
+        state = dataclasses.replace(
+            _copy(state),
+            drafter=decoder.drafter.init((), 1, 0),
+            limit=state.length + PLAIN_ROUNDS + 1,
+            done=jnp.zeros_like(state.done),
+        )
+        sampling = dataclasses.replace(
+            sampling, stop_ids=np.full_like(sampling.stop_ids, NO_TOKEN)
+        )
+        found = []
+        for _ in range(PLAIN_ROUNDS + 1):  # the first may compile
+            began = time.perf_counter()
+            state = decode(decoder, params, state, sampling, np.int32(1))
+            jax.block_until_ready(state)
+            found.append(1e3 * (time.perf_counter() - began))
+        return statistics.median(found[1:])
+
+    def _nodes(self, tree: DraftTree, parts: Sequence[DraftTree], accepted) -> list[dict]:
+        """The valid nodes of one row's tree, parents first."""
+        names = [
+            LOOKUP if isinstance(part, PromptLookup) else DRAFTER
+            for part in self._decoder.drafter.parts
+        ]
+        known = [set(paths(part).values()) for part in parts]
+        nodes = []
+        for i, path in paths(tree).items():
+            pairs = zip(names, known, strict=True)
+            proposers = [name for name, found in pairs if path in found] or [DRAFTER]
+            nodes.append(
+                {
+                    "index": i,
+                    "text": self.target.tokenizer.decode([path[-1]]),
+                    "parent": int(tree.parents[0, i]) if i else None,
+                    "probability": float(np.exp(tree.scores[0, i])),
+                    "source": proposers[0] if i else TARGET,
+                    "accepted": i in accepted,
+                }
+            )
+        return nodes
+
+
+def paths(tree: DraftTree) -> dict[int, Path]:
+    """The tokens from the root to each valid node of the first row, by node."""
+    found: dict[int, Path] = {}
+    for i in np.flatnonzero(tree.valid[0]).tolist():
+        parent = int(tree.parents[0, i])
+        above = () if parent == NO_PARENT else found[parent]
+        found[i] = (*above, int(tree.tokens[0, i]))
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="state")
+def _watch_round(decoder: Decoder, params: Params, state, sampling):
+    """`decode_round`, and what was seen of it: its tree, the trees of the drafter's parts, and
+    the accepted nodes [P + 1], 0 beyond them."""
+    draft, proposed = propose(decoder, params, state, sampling)
+    sizes = own_sizes(decoder.drafter, draft.tree)
+    size = smallest(sizes, draft.tree, state.done)
+    verdict = judge(decoder, params, proposed, sampling, draft, sizes, size)
+    path, count = verdict.acceptance.path[0], verdict.acceptance.count[0]
+    accepted = jnp.where(jnp.arange(path.shape[0]) < count, path, 0)
+    trees = _proposals(decoder, params, state)
+    after = commit(decoder, params, proposed, sampling, verdict)
+    return (draft.tree, trees, accepted), after
+
+
+def _proposals(decoder: Decoder, params: Params, state) -> tuple[DraftTree, ...]:
+    """What each part of the drafter drafts alone; XLA drafts once for this and the tree."""
+    parts = decoder.drafter.parts
+    single = len(parts) == 1
+    own_params = (params.drafter,) if single else params.drafter
+    own_state = (state.drafter,) if single else state.drafter
+    found = []
+    for part, p, s in zip(parts, own_params, own_state, strict=True):
+        whole = jnp.full_like(state.budget, part.size)
+        found.append(part.draft(p, s, state.anchor, state.position, whole)[0])
+    return tuple(found)
+
+
+def _copy(state):
+    """Another one, as compiled programs use up what they are given."""
+    return jax.tree.map(jnp.copy, state)

@@ -1,0 +1,20 @@
+"""The notebook runs from top to bottom; needs the extra 'notebook'."""
+
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.gate
+@pytest.mark.real
+def test_the_tour(smollm2_path):
+    nbformat, nbclient = map(pytest.importorskip, ("nbformat", "nbclient"))
+    tour = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+    where = {"metadata": {"path": str(EXAMPLES)}}
+    nbclient.NotebookClient(tour, timeout=600, resources=where).execute()
+    printed = [
+        output.get("text", "") for cell in tour.cells for output in cell.get("outputs", ())
+    ]
+    assert any("tokens a round with 8 nodes" in text for text in printed)

@@ -1,0 +1,87 @@
+"""Generation that verifies what pays: the same tokens, whatever the measured times say."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import jaxspec
+from jaxspec import pace as paces
+from jaxspec.decoding.curve import Curve
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.ngram import PromptLookup
+from jaxspec.drafters.plain import PLAIN
+from jaxspec.pace import Pace
+from tests import tiny
+
+LOOKUP = LoadedDrafter(PromptLookup(size=4, depth=3))
+PROMPTS = tiny.prompts(9, 5, 7)
+OPTIONS = dict(max_new_tokens=60, sampling=jaxspec.Sampling(stop_ids=()))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXSPEC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        options = dict(drafter=LOOKUP, max_new_tokens=60, batch_size=2)
+        found = jaxspec.measure_pace(tiny.target(), PROMPTS, **options)
+        patch.delattr(paces, "_measured")  # the second time it is kept
+        again = jaxspec.measure_pace(tiny.target(), PROMPTS, **options)
+        assert again.curve == found.curve
+    return found
+
+
+def with_seconds(measured: Pace, *seconds: float) -> Pace:
+    """The same, as if rounds of 1, 2, 4 nodes a row took so long."""
+    curve = Curve(measured.curve.setup, {2: seconds})
+    return Pace(measured.decoder, 2, measured.capacity, curve)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_are_plain_decodings(measured, temperature):
+    options = OPTIONS | dict(sampling=jaxspec.Sampling(temperature=temperature, stop_ids=()))
+    plain = jaxspec.generate(tiny.target(), PROMPTS, **options)
+    pace = with_seconds(measured, 1.0, 1.1, 1.2)
+    found = jaxspec.generate(tiny.target(), PROMPTS, drafter=LOOKUP, budget=pace, **options)
+    assert [x.token_ids for x in found] == [x.token_ids for x in plain]
+    assert pace.tokens == 59 + 59  # two batches, of two rows and of one
+    assert pace.rounds.sum() >= max(x.stats.rounds for x in found)
+
+
+def rounds_of(pace: Pace) -> np.ndarray:
+    jaxspec.generate(tiny.target(), PROMPTS[:2], drafter=LOOKUP, budget=pace, **OPTIONS)
+    return pace.rounds
+
+
+def test_rounds_verify_what_pays(measured):
+    cheap = rounds_of(with_seconds(measured, 1.0, 1.0, 1.001))
+    assert cheap[0] < cheap[1:].sum()
+    dear = rounds_of(with_seconds(measured, 1.0, 50.0, 100.0))
+    assert dear[0] > 5 * dear[1:].sum()
+
+
+def test_what_it_says(measured):
+    pace = with_seconds(measured, 0.010, 0.012, 0.015)
+    pace.rounds, pace.tokens = np.array([10, 0, 40]), 130
+    assert pace.gain == pytest.approx(130 * 0.010 / (10 * 0.010 + 40 * 0.015))
+    assert str(pace) == (
+        "speculation pays: 1.9x plain decoding (2.60 tokens a round; a round of 4 nodes costs "
+        "1.50 plain ones)"
+    )
+    pace.rounds, pace.tokens = np.array([90, 0, 10]), 100
+    assert str(pace) == (
+        "speculation does not pay here: 0.95x plain decoding (a round of 4 nodes costs 1.50 "
+        "plain ones, and drafts were too seldom right); 90% of the rounds were plain"
+    )
+
+
+def test_it_serves_what_it_was_measured_for(measured):
+    other = LoadedDrafter(dataclasses.replace(LOOKUP.drafter, min_match=2))
+    with pytest.raises(ValueError, match="measured for another target, dtype, drafter or way"):
+        jaxspec.generate(tiny.target(), [[1]], drafter=other, budget=measured)
+    with pytest.raises(ValueError, match="capacity is 256; .* depth need 768"):
+        jaxspec.generate(
+            tiny.target(), [[1] * 450], drafter=LOOKUP, budget=measured, max_new_tokens=60
+        )
+    with pytest.raises(ValueError, match="drafts nothing, so there is nothing to decide"):
+        jaxspec.measure_pace(tiny.target(), [[1]], drafter=PLAIN)
