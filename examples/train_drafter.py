@@ -17,11 +17,11 @@ from jaxspec.data.jobs import read_jobs
 from jaxspec.data.rows import read_examples
 from jaxspec.decoding.stats import pooled_tau
 from jaxspec.training.losses import LossConfig
+from jaxspec.training.networks import trained_drafter
 from jaxspec.training.recipe import PRESETS, OptimizerConfig, TrainConfig, drafter_config
 from jaxspec.training.regenerate import RegenerateConfig, regenerate
 from jaxspec.training.step import init_state
 from jaxspec.training.trainer import train
-from jaxspec.training.validation import trained_drafter
 from jaxspec.training.vocabulary_loss import Mixture
 
 QUESTION = "Write the numbers from {} to {}, separated by commas."

@@ -17,8 +17,10 @@ class AnswerText:
       taken: tokens of the answer so far, that which completed a stop text included.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, min_tokens: int = 0):
+        """Args: min_tokens: stop texts are looked for in the text after so many tokens."""
         self._pieces, self._stops = tokenizer.stream(), tuple(stops)
+        self._min_tokens = min_tokens
         self._held = ""
         self.stopped, self.taken = False, 0
 
@@ -29,7 +31,8 @@ class AnswerText:
             if self.stopped:
                 break
             self.taken += 1
-            text += self._release(self._pieces.step(token))
+            piece = self._pieces.step(token)
+            text += piece if self.taken <= self._min_tokens else self._release(piece)
         return text
 
     def finish(self) -> str:
@@ -57,20 +60,20 @@ class CutAnswer:
     Attributes:
       start: length of its prompt.
       text: certain so far; cut before the stop text.
-      seen: tokens read; the last of them completes the stop text, once there is one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], start: int):
-        self._answer = AnswerText(tokenizer, stops)
-        self.start, self.text, self.seen = start, "", 0
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], start: int, min_tokens: int):
+        self._answer = AnswerText(tokenizer, stops, min_tokens=min_tokens)
+        self.start, self.text = start, ""
+
+    @property
+    def seen(self) -> int:
+        """Tokens read; the last of them completes the stop text, once there is one."""
+        return self._answer.taken
 
     def see(self, ids: Sequence[int]) -> bool:
         """Reads on in all tokens of the answer so far; whether there is a stop text."""
-        for token in ids[self.seen :]:
-            if self._answer.stopped:
-                break
-            self.text += self._answer.add([token])
-            self.seen += 1
+        self.text += self._answer.add(ids[self.seen :])
         return self._answer.stopped
 
     def ended(self, ids: Sequence[int]) -> bool:

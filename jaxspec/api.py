@@ -127,7 +127,11 @@ def generate(
         )
         state = prefill(decoder, params, requests)
         lengths = [len(prompt) for prompt in prompts[rows]]
-        cuts = [CutAnswer(target.tokenizer, stops, length) for length in lengths if stops]
+        cuts = [
+            CutAnswer(target.tokenizer, stops, length, own.min_tokens)
+            for length, own in zip(lengths, sampling[rows], strict=True)
+            if stops
+        ]
         if pace is None:
             step = functools.partial(_step, decoder, params, requests.sampling)
         else:
@@ -248,7 +252,7 @@ def stream(
         keys=request_keys(seed, 1),
     )
     state = prefill(decoder, params, requests)
-    cut = CutAnswer(target.tokenizer, stops, len(prompts[0]))
+    cut = CutAnswer(target.tokenizer, stops, len(prompts[0]), sampling.min_tokens)
     while True:
         ((ids, stats),) = unpack(state, [cut.start])
         shown, done = len(cut.text), bool(state.done[0])

@@ -56,10 +56,60 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class TargetConfig:
-    """A decoder-only transformer: Qwen3, Qwen3-MoE, or Llama-shaped through the flags.
+class DeltaNetConfig:
+    """Layers that are gated delta nets (arXiv 2412.06464) in place of attention.
 
     Attributes:
+      layers: their indices.
+      key_heads, value_heads: each key head serves value_heads / key_heads consecutive ones.
+      key_dim, value_dim: of a head.
+      taps: inputs that the causal convolution reads, a token's own among them.
+    """
+
+    layers: tuple[int, ...]
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int = 4
+
+    def __post_init__(self):
+        for name in ("key_heads", "value_heads", "key_dim", "value_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"DeltaNetConfig.{name} is {getattr(self, name)}; expected at least 1"
+                )
+        if self.taps < 2:
+            raise ValueError(f"DeltaNetConfig.taps is {self.taps}; expected at least 2")
+        if self.value_heads % self.key_heads:
+            raise ValueError(
+                f"DeltaNetConfig.value_heads is {self.value_heads}, not a multiple of "
+                f"key_heads = {self.key_heads}; each serves equally many"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Value heads per key head."""
+        return self.value_heads // self.key_heads
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution, per key head: its query, its key and its values."""
+        return 2 * self.key_dim + self.group_size * self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetConfig:
+    """A decoder-only transformer: Qwen3, Qwen3-MoE, or Llama-shaped through the flags; with
+    `delta_net` a hybrid as Qwen3.5 and Qwen3-Next are.
+
+    Attributes:
+      delta_net: the layers that are gated delta nets; None if all are attention.
+      rotary_dim: leading dimensions of a head that rotate; None: all.
+      attention_gate: the query projection has a gate for every head's output.
+      zero_centered_norms: checkpoints store the weights of norms less one.
+      shared_expert_size: width of the expert that every token of a sparse layer passes,
+        gated; 0 for none.
       qk_norm: RMSNorm over the head dimension of queries and keys (Qwen3: True, Llama: False).
       rope_scaling: None for plain rotary positions.
       sliding_rope_theta: base of the layers with a window, unscaled; None: as the others.
@@ -94,6 +144,11 @@ class TargetConfig:
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
     sparse_layers: tuple[int, ...] = ()
+    shared_expert_size: int = 0
+    delta_net: DeltaNetConfig | None = None
+    rotary_dim: int | None = None
+    attention_gate: bool = False
+    zero_centered_norms: bool = False
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -120,10 +175,31 @@ class TargetConfig:
             raise ValueError(
                 f"TargetConfig.head_dim is {self.head_dim}; rotary positions need it even"
             )
-        bad = [i for i in self.sparse_layers if not 0 <= i < self.num_layers]
-        if bad:
+        turning = self.rotary_dim
+        if turning is not None and (turning % 2 or not 2 <= turning <= self.head_dim):
             raise ValueError(
-                f"TargetConfig.sparse_layers names {bad}; layers are 0 … {self.num_layers - 1}"
+                f"TargetConfig.rotary_dim is {turning}; expected an even number, at most "
+                f"head_dim = {self.head_dim}"
+            )
+        for name, layers in (
+            ("sparse_layers", self.sparse_layers),
+            ("delta_net.layers", self.delta_layers),
+        ):
+            bad = [i for i in layers if not 0 <= i < self.num_layers]
+            if bad:
+                raise ValueError(
+                    f"TargetConfig.{name} names {bad}; layers are 0 … {self.num_layers - 1}"
+                )
+        if not self.attention_layers:
+            raise ValueError(
+                f"TargetConfig.delta_net.layers names all {self.num_layers} layers; expected "
+                "one of attention at least"
+            )
+        windowed = [i for i in self.delta_layers if self.layer_windows[i] is not None]
+        if windowed:
+            raise ValueError(
+                f"TargetConfig.windows names layers {windowed}, which are gated delta nets and "
+                "see all positions"
             )
         if self.sparse_layers and not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
@@ -136,6 +212,16 @@ class TargetConfig:
                 f"TargetConfig.eos_token_ids names {beyond}, of a vocabulary of "
                 f"{self.vocab_size}: no text would end there; is it another model's?"
             )
+
+    @property
+    def delta_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that are gated delta nets."""
+        return () if self.delta_net is None else self.delta_net.layers
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Indices of the other layers, which keep keys and values."""
+        return tuple(i for i in range(self.num_layers) if i not in self.delta_layers)
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:

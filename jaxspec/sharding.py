@@ -2,8 +2,8 @@
 
 A mesh names up to three axes. `data` divides sequences (and, in training, the drafter and its
 optimizer). `model` divides key/value heads. `rest` is for devices beyond the number of
-key/value heads: together with `model` it divides what is wide (channels, experts, vocabulary),
-while attention's heads are the same along it.
+key/value heads: together with `model` it divides what is wide (channels, experts, vocabulary,
+heads of gated delta nets), while attention's heads are the same along it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ RULES: tuple[tuple[str, tuple], ...] = (
     (r"gate_up", (WIDE, None, None, None)),  # [E, M, 2, F]
     (r"down", (WIDE, None, None)),  # [E, F, M]
     (r"(keys|values)/\d+", (None, MODEL, None, None)),  # caches [B, K, S, D]
+    # gated delta nets, by key head and the value heads it serves
+    (r"inputs", (None, WIDE, None)),  # [M, J, .]
+    (r"convolution", (WIDE, None, None)),  # [J, C, taps]
+    (r"log_rate|step_bias", (WIDE, None)),  # [J, R]
+    (r"output", (WIDE, None, None, None)),  # [J, R, dv, M]
+    (r"memory", (None, WIDE, None, None, None)),  # [B, J, R, dk, dv]
+    (r"window", (None, None, WIDE, None)),  # [B, taps - 1, J, C]
 )
 
 

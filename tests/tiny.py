@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.config import TargetConfig
+from jaxspec.config import DeltaNetConfig, TargetConfig
 from jaxspec.drafters.base import Drafter, LoadedDrafter
 from jaxspec.models.decoder import forward, unembed
 from jaxspec.models.params import random_params
@@ -35,6 +35,25 @@ MOE = dataclasses.replace(
     moe_intermediate_size=16,
     norm_topk_prob=True,
     sparse_layers=(0, 2),
+)
+HYBRID = dataclasses.replace(
+    QWEN3,
+    num_layers=4,
+    delta_net=DeltaNetConfig(
+        layers=(0, 1, 3), key_heads=2, value_heads=4, key_dim=8, value_dim=12
+    ),
+    rotary_dim=4,
+    attention_gate=True,
+    zero_centered_norms=True,
+)
+HYBRID_MOE = dataclasses.replace(
+    HYBRID,
+    num_experts=4,
+    experts_per_token=2,
+    moe_intermediate_size=16,
+    norm_topk_prob=True,
+    shared_expert_size=24,
+    sparse_layers=(0, 1, 2, 3),
 )
 
 

@@ -7,6 +7,7 @@ loads the one loads the other.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from jaxspec.checkpoints import huggingface, locate
 from jaxspec.checkpoints.fuse import Part, destinations
+from jaxspec.checkpoints.quantised import KEYS, MODELOPT, quantisation_of
 from jaxspec.checkpoints.store import load_weights, save_weights
 from jaxspec.checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder, read_json
 from jaxspec.models.params import TargetParams
@@ -101,7 +103,13 @@ def convert(
 def _stored_dtype(folder: Path) -> str:
     if (folder / huggingface.WEIGHTS).exists():
         return read_json(folder / "config.json").get("dtype", "")
-    dtypes = sorted(map(str, SafetensorsFolder(folder).dtypes))
+    quantisation = quantisation_of(folder)
+    if quantisation is not None:
+        raise ValueError(
+            f"{folder} is stored as {quantisation.name}; say what to write its weights as "
+            "(--dtype)"
+        )
+    dtypes = sorted(map(str, set(SafetensorsFolder(folder).dtypes.values())))
     if len(dtypes) > 1:
         raise ValueError(
             f"{folder} holds tensors of {' and '.join(dtypes)}; say which to write (--dtype)"
@@ -112,10 +120,11 @@ def _stored_dtype(folder: Path) -> str:
 def _copy_side_files(folder: Path, output: Path, dtype: str) -> None:
     for pattern in huggingface.FILES:
         for path in folder.glob(pattern):
-            if path.suffix != ".safetensors" and path.name != INDEX:
+            if path.suffix != ".safetensors" and path.name not in (INDEX, MODELOPT):
                 shutil.copyfile(path, output / path.name)
     raw = read_json(folder / "config.json")
-    raw.pop("torch_dtype", None)
+    for key in ("torch_dtype", *KEYS):  # what is written is neither
+        raw.pop(key, None)
     text = json.dumps(raw | {"dtype": dtype}, indent=2)
     (output / "config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -136,19 +145,19 @@ def _stored_arrays(store: Path, params: TargetParams) -> Iterator[tuple[str, Any
 
 
 def _save_safetensors(output: Path, config, params: TargetParams) -> None:
-    shards: list[list[tuple[Part, jax.Array]]] = [[]]
+    shards: list[list[tuple[list[Part], jax.Array]]] = [[]]
     size = total = 0
-    for part, array in _parts(config, params):
-        count = part.size * array.dtype.itemsize
+    for parts, array in _parts(config, params):
+        count = sum(part.size for part in parts) * array.dtype.itemsize
         if size and size + count > SHARD_BYTES:
             shards.append([])
             size = 0
-        shards[-1].append((part, array))
+        shards[-1].append((parts, array))
         size, total = size + count, total + count
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        tensors = {part.name: _tensor(part, array) for part, array in shard}
+        tensors = {parts[0].name: _tensor(parts, array) for parts, array in shard}
         save_file(tensors, output / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
@@ -158,26 +167,31 @@ def _save_safetensors(output: Path, config, params: TargetParams) -> None:
 
 def _stored_tensors(output: Path, config, params) -> Iterator[tuple[str, Any, Any]]:
     tensors = SafetensorsFolder(output)
-    for part, array in _parts(config, params):
-        yield part.name, _tensor(part, array), tensors.read(part.name)
+    for parts, array in _parts(config, params):
+        name = parts[0].name
+        yield name, _tensor(parts, array), tensors.read(name)
 
 
-def _parts(config, params: TargetParams) -> Iterator[tuple[Part, jax.Array]]:
-    """Every tensor that makes up the weights, one expert each, with its array."""
+def _parts(config, params: TargetParams) -> Iterator[tuple[list[Part], jax.Array]]:
+    """Every tensor that makes up the weights, one expert each: its parts in the order of its
+    rows, and the array they are in."""
     table = destinations(config, {})
     parts = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, tuple) and _all_parts(x))
     for group, array in zip(parts, jax.tree.leaves(params), strict=True):
-        for part in group:
-            yield part, array
+        for _, parts in itertools.groupby(group, key=lambda part: part.name):
+            yield list(parts), array
 
 
 def _all_parts(x: tuple) -> bool:
     return bool(x) and all(isinstance(part, Part) for part in x)
 
 
-def _tensor(part: Part, array: jax.Array) -> np.ndarray:
-    values = np.asarray(array)[part.index].transpose(part.axes)
-    return np.ascontiguousarray(values.reshape(part.shape))
+def _tensor(parts: list[Part], array: jax.Array) -> np.ndarray:
+    def own(part: Part) -> np.ndarray:
+        values = np.asarray(array)[part.index].transpose(part.axes).reshape(part.own_shape)
+        return values - part.offset if part.offset else values
+
+    return np.ascontiguousarray(np.concatenate([own(part) for part in parts]))
 
 
 def _bits(array) -> np.ndarray:

@@ -6,7 +6,8 @@ from typing import Any
 
 from jaxspec.checkpoints import dflash2, speculators, visibility
 from jaxspec.checkpoints.json_config import JsonConfig
-from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL, refuse_quantised
+from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
+from jaxspec.checkpoints.quantised import read_quantisation
 from jaxspec.checkpoints.rope import read_rope, rope_to_json
 from jaxspec.config import DrafterConfig
 
@@ -55,7 +56,7 @@ def from_json(raw: dict[str, Any], origin: Any) -> DrafterConfig:
     format = recognise(raw, origin)
     whole = JsonConfig(raw, origin, "a drafter")
     # DeepSpec keeps its own keys beside the model's, the others in an object.
-    refuse_quantised(whole)
+    read_quantisation(whole)
     if format == "speculators":
         layer = speculators.layer_section(whole)
         own_fields = speculators.fields(whole, layer)

@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxspec.checkpoints.fuse import Part, check_weights
-from jaxspec.checkpoints.tensors import SafetensorsFolder
+from jaxspec.checkpoints.quantised import open_weights
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 
@@ -36,7 +36,7 @@ class DrafterTensors:
     def __init__(
         self, folder: Path, integers: Collection[str], renamed: Callable[[str], str] = str
     ):
-        self.tensors = SafetensorsFolder(folder, integers=tuple(integers))
+        self.tensors = open_weights(folder, integers=integers)
         self.origin = self.tensors.origin
         self.names: dict[str, str] = {}
         for old in self.tensors.shapes:

@@ -94,9 +94,7 @@ def load_drafter(
     if format == "speculators":
         kept = speculators.draft_tokens(tensors, config.vocab_size)
         if kept is not None:
-            rows = speculators.head(tensors, kept, config.hidden_size, dtype)
-            if not equal_as_stored(rows, target_params.unembed[kept]):
-                own["unembed"] = rows
+            own["unembed"] = speculators.head(tensors, kept, config.hidden_size, dtype)
         if kept is not None and config.sequential:
             raise ValueError(
                 f"{folder}: a sequential head with a reduced vocabulary in speculators' format "

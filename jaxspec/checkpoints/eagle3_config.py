@@ -22,7 +22,8 @@ from typing import Any
 
 from jaxspec.checkpoints import speculators, visibility
 from jaxspec.checkpoints.json_config import JsonConfig
-from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL, refuse_quantised
+from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
+from jaxspec.checkpoints.quantised import read_quantisation
 from jaxspec.checkpoints.rope import read_rope, rope_to_json
 from jaxspec.config import TargetConfig
 from jaxspec.drafters.eagle_head import EagleConfig
@@ -63,7 +64,7 @@ def from_json(raw: dict[str, Any], origin: Any, target: TargetConfig) -> EagleCo
     """
     format = recognise(raw)
     whole = JsonConfig(raw, origin, "an EAGLE-3 drafter")
-    refuse_quantised(whole)
+    read_quantisation(whole)
     layer = whole.section("transformer_layer_config") if format == "speculators" else whole
     shape, flags = _shape(layer), _flags(whole, format)
     config = whole.make(

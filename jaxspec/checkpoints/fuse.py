@@ -22,9 +22,11 @@ from jaxspec.checkpoints.tensors import WRAPPERS
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import (
     AttentionParams,
+    DeltaNetParams,
     LayerParams,
     MlpParams,
     MoeParams,
+    SharedExpertParams,
     TargetParams,
     abstract_params,
 )
@@ -50,14 +52,15 @@ class Tensors(Protocol):
     shapes: Mapping[str, tuple[int, ...]]
 
     def pieces(
-        self, name: str, shape: tuple[int, ...], box: Box
+        self, name: str, shape: tuple[int, ...], box: Box, skip: int = 0
     ) -> Iterator[tuple[Box, np.ndarray]]:
-        """Boxes that make up `box` of a tensor seen as `shape`, and their values."""
+        """Boxes that make up `box` of a tensor, seen as `shape` past its first `skip` values,
+        and their values."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One tensor's place in an array.
+    """The place of a tensor, or of some of its rows, in an array.
 
     Attributes:
       name: of the tensor.
@@ -65,17 +68,33 @@ class Part:
       index: where it goes in the array.
       axes: the axes of `array[index]` in the tensor's order; adjacent ones may be merged in
         the tensor, as [K * D] for [K, D].
+      rows: first and one past the last, of the tensor's first axis; None for all.
+      offset: added to the tensor's values.
     """
 
     name: str
     shape: tuple[int, ...]
     index: Any
     axes: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+    offset: float = 0.0
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Of the rows of the tensor that are placed."""
+        if self.rows is None:
+            return self.shape
+        return (self.rows[1] - self.rows[0], *self.shape[1:])
 
     @property
     def size(self) -> int:
-        """Values in the tensor."""
-        return math.prod(self.shape)
+        """Values that are placed."""
+        return math.prod(self.own_shape)
+
+    @property
+    def skip(self) -> int:
+        """Values of the tensor before them."""
+        return self.rows[0] * math.prod(self.shape[1:]) if self.rows else 0
 
     def within(self, shape: tuple[int, ...]) -> Box:
         """Its place in an array of that shape."""
@@ -130,8 +149,12 @@ def load(
         else jax.tree.map(_boxes, specs, shardings(mesh, specs))
     )
     total = sum(
-        math.prod(stop - start for start, stop in box) * dtype.itemsize
-        for local in jax.tree.leaves(boxes, is_leaf=lambda x: isinstance(x, _Boxes))
+        math.prod(stop - start for start, stop in box) * spec.dtype.itemsize
+        for spec, local in zip(
+            jax.tree.leaves(specs),
+            jax.tree.leaves(boxes, is_leaf=lambda x: isinstance(x, _Boxes)),
+            strict=True,
+        )
         for box in local.devices
     )
     hidden = total < LARGE or jax.process_index() > 0
@@ -141,12 +164,12 @@ def load(
 
         def build(spec, local, parts):
             shards = {
-                box: _aligned_empty([stop - start for start, stop in box], dtype)
+                box: _aligned_empty([stop - start for start, stop in box], spec.dtype)
                 for box in local.devices
             }
             for part in parts:
                 for count in _place(tensors, part, spec.shape, shards):
-                    progress.update(count * dtype.itemsize)
+                    progress.update(count * spec.dtype.itemsize)
             return local.join(spec.shape, shards)
 
         return jax.tree.map(build, specs, boxes, table)
@@ -225,24 +248,28 @@ def destinations(config: TargetConfig, names: Mapping[str, Any]) -> TargetParams
         embed=(_same(EMBEDDING, c.vocab_size, c.hidden_size),),
         layers=tuple(
             LayerParams(
-                _attention(c, f"model.layers.{i}."),
+                _delta_net(c, f"model.layers.{i}.", names)
+                if i in c.delta_layers
+                else _attention(c, f"model.layers.{i}."),
                 _moe(c, f"model.layers.{i}.", names)
                 if i in c.sparse_layers
                 else _mlp(c, f"model.layers.{i}."),
             )
             for i in range(c.num_layers)
         ),
-        final_norm=(_same("model.norm.weight", c.hidden_size),),
+        final_norm=_norm(c, "model.norm.weight", c.hidden_size),
         lm_head=(None if c.tie_embeddings else (_same(LM_HEAD, c.vocab_size, c.hidden_size),)),
     )
 
 
 def _attention(c: TargetConfig, layer: str) -> AttentionParams:
-    group, width = c.group_size, c.hidden_size
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    width, keys = c.hidden_size, c.num_kv_heads * c.head_dim
+    # With gates, a head's gate follows its query in the tensor too.
+    group = 2 * c.group_size if c.attention_gate else c.group_size
+    queries = c.num_kv_heads * group * c.head_dim
     a = f"{layer}self_attn."
     return AttentionParams(
-        norm=(_same(f"{layer}input_layernorm.weight", width),),
+        norm=_norm(c, f"{layer}input_layernorm.weight", width),
         qkv=(  # [M, K, G + 2, D]
             Part(f"{a}q_proj.weight", (queries, width), np.s_[:, :, :group], (1, 2, 3, 0)),
             Part(f"{a}k_proj.weight", (keys, width), np.s_[:, :, group], (1, 2, 0)),
@@ -257,22 +284,78 @@ def _attention(c: TargetConfig, layer: str) -> AttentionParams:
             if c.attention_bias
             else None
         ),
-        q_norm=(_same(f"{a}q_norm.weight", c.head_dim),) if c.qk_norm else None,
-        k_norm=(_same(f"{a}k_norm.weight", c.head_dim),) if c.qk_norm else None,
-        # [K, G, D, M]
-        out=(Part(f"{a}o_proj.weight", (width, queries), np.s_[...], (3, 0, 1, 2)),),
+        q_norm=_norm(c, f"{a}q_norm.weight", c.head_dim) if c.qk_norm else None,
+        k_norm=_norm(c, f"{a}k_norm.weight", c.head_dim) if c.qk_norm else None,
+        out=(  # [K, G, D, M]
+            Part(
+                f"{a}o_proj.weight",
+                (width, c.num_heads * c.head_dim),
+                np.s_[...],
+                (3, 0, 1, 2),
+            ),
+        ),
+    )
+
+
+def _delta_net(c: TargetConfig, layer: str, names: Mapping[str, Any]) -> DeltaNetParams:
+    d, a, width = c.delta_net, f"{layer}linear_attn.", c.hidden_size
+    keys, values = d.key_heads * d.key_dim, d.value_heads * d.value_dim
+    heads, channels = d.value_heads, 2 * keys + values
+    # Where queries, keys, values, output gates, rates and decays begin, of one key head.
+    k, v, gate = d.key_dim, 2 * d.key_dim, d.channels
+    rate = gate + d.group_size * d.value_dim
+    step = rate + d.group_size
+    if f"{a}in_proj_qkvz.weight" in names:  # Qwen3-Next: by key head, as here
+        inputs = (
+            Part(
+                f"{a}in_proj_qkvz.weight",
+                (channels + values, width),
+                np.s_[:, :, :rate],
+                (1, 2, 0),
+            ),
+            Part(f"{a}in_proj_ba.weight", (2 * heads, width), np.s_[:, :, rate:], (1, 2, 0)),
+        )
+    else:
+        qkv = f"{a}in_proj_qkv.weight", (channels, width)
+        inputs = (  # [M, J, C + R dv + 2 R]
+            Part(*qkv, np.s_[:, :, :k], (1, 2, 0), rows=(0, keys)),
+            Part(*qkv, np.s_[:, :, k:v], (1, 2, 0), rows=(keys, 2 * keys)),
+            Part(*qkv, np.s_[:, :, v:gate], (1, 2, 0), rows=(2 * keys, channels)),
+            Part(f"{a}in_proj_z.weight", (values, width), np.s_[:, :, gate:rate], (1, 2, 0)),
+            Part(f"{a}in_proj_b.weight", (heads, width), np.s_[:, :, rate:step], (1, 2, 0)),
+            Part(f"{a}in_proj_a.weight", (heads, width), np.s_[:, :, step:], (1, 2, 0)),
+        )
+    taps = f"{a}conv1d.weight", (channels, 1, d.taps)
+    return DeltaNetParams(
+        norm=_norm(c, f"{layer}input_layernorm.weight", width),
+        inputs=inputs,
+        convolution=(  # [J, C, taps]
+            Part(*taps, np.s_[:, :k], (0, 1, 2), rows=(0, keys)),
+            Part(*taps, np.s_[:, k:v], (0, 1, 2), rows=(keys, 2 * keys)),
+            Part(*taps, np.s_[:, v:], (0, 1, 2), rows=(2 * keys, channels)),
+        ),
+        log_rate=(Part(f"{a}A_log", (heads,), np.s_[...], (0, 1)),),
+        step_bias=(Part(f"{a}dt_bias", (heads,), np.s_[...], (0, 1)),),
+        head_norm=(_same(f"{a}norm.weight", d.value_dim),),
+        # [J, R, dv, M]
+        output=(Part(f"{a}out_proj.weight", (width, values), np.s_[...], (3, 0, 1, 2)),),
     )
 
 
 def _mlp(c: TargetConfig, layer: str) -> MlpParams:
-    up, down = (c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)
     return MlpParams(
-        norm=(_same(f"{layer}post_attention_layernorm.weight", c.hidden_size),),
+        norm=_norm(c, f"{layer}post_attention_layernorm.weight", c.hidden_size),
+        **_swiglu(f"{layer}mlp.", c.hidden_size, c.intermediate_size),
+    )
+
+
+def _swiglu(mlp: str, width: int, inner: int) -> dict[str, tuple[Part, ...]]:
+    return dict(
         gate_up=(  # [M, 2, F]
-            Part(f"{layer}mlp.gate_proj.weight", up, np.s_[:, 0], (1, 0)),
-            Part(f"{layer}mlp.up_proj.weight", up, np.s_[:, 1], (1, 0)),
+            Part(f"{mlp}gate_proj.weight", (inner, width), np.s_[:, 0], (1, 0)),
+            Part(f"{mlp}up_proj.weight", (inner, width), np.s_[:, 1], (1, 0)),
         ),
-        down=(Part(f"{layer}mlp.down_proj.weight", down, np.s_[...], (1, 0)),),
+        down=(Part(f"{mlp}down_proj.weight", (width, inner), np.s_[...], (1, 0)),),
     )
 
 
@@ -293,12 +376,23 @@ def _moe(c: TargetConfig, layer: str, names: Mapping[str, Any]) -> MoeParams:
             Part(f"{e}{i}.down_proj.weight", (width, inner), np.s_[i], (1, 0))
             for i in range(experts)
         )
+    shared = None
+    if c.shared_expert_size:
+        gate = Part(f"{layer}mlp.shared_expert_gate.weight", (1, width), np.s_[...], (0,))
+        parts = _swiglu(f"{layer}mlp.shared_expert.", width, c.shared_expert_size)
+        shared = SharedExpertParams(gate=(gate,), **parts)
     return MoeParams(
-        norm=(_same(f"{layer}post_attention_layernorm.weight", width),),
+        norm=_norm(c, f"{layer}post_attention_layernorm.weight", width),
         router=(Part(f"{layer}mlp.gate.weight", (experts, width), np.s_[...], (1, 0)),),
         gate_up=gate_up,
         down=down,
+        shared=shared,
     )
+
+
+def _norm(c: TargetConfig, name: str, size: int) -> tuple[Part]:
+    """A norm's weights, which some models store less one."""
+    return (dataclasses.replace(_same(name, size), offset=float(c.zero_centered_norms)),)
 
 
 def _same(name: str, *shape: int) -> Part:
@@ -395,7 +489,7 @@ def _place(
         (min(start for start, _ in ends), max(stop for _, stop in ends))
         for ends in zip(*wanted.values(), strict=True)
     )
-    for piece, values in tensors.pieces(part.name, seen_as, needed):
+    for piece, values in tensors.pieces(part.name, seen_as, needed, part.skip):
         for box, inside in wanted.items():
             overlap = _overlap(piece, inside)
             if overlap is None:
@@ -409,6 +503,8 @@ def _place(
             with np.errstate(over="ignore"):  # found below, with the tensor's name
                 target[...] = source.reshape(target.shape)
             check_weights(target, part.name, tensors.origin)
+            if part.offset:
+                target += part.offset
             yield target.size
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -138,13 +139,14 @@ class _LlamaTensors:
         self._names = {_rename(name): name for name in file.shapes}
         self.shapes = {name: file.shapes[source] for name, source in self._names.items()}
 
-    def pieces(self, name: str, shape: tuple[int, ...], box: fuse.Box):
+    def pieces(self, name: str, shape: tuple[int, ...], box: fuse.Box, skip: int = 0):
         """The whole box at once: quantised blocks are not cut."""
         tensor = self._file.read(self._names[name])
         projection = re.search(r"self_attn\.([qk])_proj", name)
         if projection is not None:
             tensor = _unpermute(tensor, self._heads[projection[1]])
-        yield box, tensor.reshape(shape)[tuple(slice(*ends) for ends in box)]
+        seen = tensor.reshape(-1)[skip : skip + math.prod(shape)].reshape(shape)
+        yield box, seen[tuple(slice(*ends) for ends in box)]
 
 
 def _rename(name: str) -> str:

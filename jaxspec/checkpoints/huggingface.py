@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxspec.checkpoints import catalog, fuse
+from jaxspec.checkpoints import catalog, fuse, hybrid
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
-from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL, refuse_quantised
+from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
+from jaxspec.checkpoints.quantised import open_weights, read_quantisation
 from jaxspec.checkpoints.rope import read_rope
-from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
+from jaxspec.checkpoints.tensors import read_json
 from jaxspec.checkpoints.visibility import windows
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams, abstract_params
@@ -22,8 +23,7 @@ from jaxspec.tokenizer import Tokenizer
 
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "tokenizer.model")
-MODEL_TYPES = ("qwen3", "qwen3_moe", "llama", "qwen2")
-MODELOPT = "hf_quant_config.json"  # beside config.json, of quantised weights
+MODEL_TYPES = ("qwen3", "qwen3_moe", "llama", "qwen2", *hybrid.MODEL_TYPES)
 WEIGHTS = "weights.orbax"  # folder of a converted checkpoint, in place of safetensors
 
 
@@ -66,55 +66,67 @@ def read_config(folder: str | Path) -> TargetConfig:
       ValueError: a key is missing or has a value this decoder does not implement.
     """
     folder = Path(folder)
-    raw = _config(folder / "config.json")
-    if (folder / MODELOPT).exists():
-        raise ValueError(
-            f"{folder} has a {MODELOPT}: its weights are quantised; use the checkpoint in "
-            "bfloat16"
-        )
-    model_type = raw.one_of("model_type", MODEL_TYPES, REQUIRED)
-    _refuse_unsupported(raw, model_type)
+    whole = _config(folder / "config.json")
+    read_quantisation(whole, folder)
+    model_type = whole.one_of("model_type", MODEL_TYPES, REQUIRED)
+    is_hybrid = model_type in hybrid.MODEL_TYPES
+    raw = hybrid.text_section(whole) if is_hybrid else whole
+    for part in (whole, raw):
+        _refuse_unsupported(part, model_type)
     heads = raw.integer("num_attention_heads")
     hidden = raw.integer("hidden_size")
     layers = raw.integer("num_hidden_layers")
-    mixture: dict[str, Any] = {}
-    if model_type == "qwen3_moe":
-        experts = "num_local_experts" if raw.has("num_local_experts") else "num_experts"
-        step = raw.integer("decoder_sparse_step", 1)
-        dense = raw.items("mlp_only_layers", int, ())
-        mixture = dict(
-            num_experts=raw.integer(experts),
-            experts_per_token=raw.integer("num_experts_per_tok"),
-            moe_intermediate_size=raw.integer("moe_intermediate_size"),
-            norm_topk_prob=raw.flag("norm_topk_prob"),
-            sparse_layers=tuple(
-                i for i in range(layers) if i not in dense and (i + 1) % step == 0
-            ),
-        )
-    head_dim = raw.integer("head_dim", hidden // heads)
+    special = _mixture(raw, layers, model_type)
+    if is_hybrid:
+        special |= hybrid.fields(raw, model_type)
+    dense = len(special.get("sparse_layers", ())) < layers
+    head_dim = raw.integer("head_dim", REQUIRED if is_hybrid else hidden // heads)
     config = raw.make(
         TargetConfig,
         vocab_size=raw.integer("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=raw.integer("intermediate_size"),
+        intermediate_size=raw.integer(
+            "intermediate_size", REQUIRED if dense or not is_hybrid else hidden
+        ),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=raw.integer("num_key_value_heads", heads),
         head_dim=head_dim,
-        **_rope(raw),
-        windows=windows(raw),
+        **_rope(raw, is_hybrid),
         rms_norm_eps=raw.number("rms_norm_eps", 1e-6),
         max_positions=raw.integer("max_position_embeddings"),
-        tie_embeddings=raw.flag("tie_word_embeddings"),
+        tie_embeddings=raw.flag("tie_word_embeddings", whole.flag("tie_word_embeddings")),
         qk_norm=model_type.startswith("qwen3"),
         attention_bias=model_type == "qwen2",
-        eos_token_ids=_eos_token_ids(folder, raw),
-        **mixture,
+        eos_token_ids=_eos_token_ids(folder, raw, whole),
+        **special,
     )
-    raw.one_of("rotary_dim", (head_dim,), head_dim)
+    rotary_dim = config.rotary_dim or head_dim
+    raw.one_of("rotary_dim", (rotary_dim,), rotary_dim)
     raw.one_of("query_pre_attn_scalar", (head_dim,), head_dim)
-    raw.finish(HARMLESS, NEUTRAL)
+    whole.finish(HARMLESS, NEUTRAL)
     return config
+
+
+def _mixture(raw: JsonConfig, layers: int, model_type: str) -> dict[str, Any]:
+    """Fields of `TargetConfig` for mixtures of experts; none for a dense model."""
+    always = model_type in hybrid.SPARSE  # every layer, renormalised
+    if model_type not in ("qwen3_moe", hybrid.NEXT) and not always:
+        return {}
+    experts = "num_local_experts" if raw.has("num_local_experts") else "num_experts"
+    if always:
+        raw.one_of("norm_topk_prob", (True,), True)
+        raw.one_of("decoder_sparse_step", (1,), 1)
+        raw.one_of("mlp_only_layers", ([],), [])
+    step = raw.integer("decoder_sparse_step", 1)
+    dense = raw.items("mlp_only_layers", int, ())
+    return dict(
+        num_experts=raw.integer(experts),
+        experts_per_token=raw.integer("num_experts_per_tok"),
+        moe_intermediate_size=raw.integer("moe_intermediate_size"),
+        norm_topk_prob=raw.flag("norm_topk_prob", model_type != "qwen3_moe"),
+        sparse_layers=tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0),
+    )
 
 
 def load_params(
@@ -126,7 +138,10 @@ def load_params(
     """
     folder = Path(folder)
     if not (folder / WEIGHTS).exists():
-        return fuse.load(config, SafetensorsFolder(folder), dtype, mesh)
+        tensors = open_weights(folder)
+        if config.delta_net is not None:
+            tensors = hybrid.TextTensors(tensors)
+        return fuse.load(config, tensors, dtype, mesh)
     from jaxspec.checkpoints.store import load_weights  # Orbax takes seconds to import
 
     specs = abstract_params(config, fuse.check_dtype(dtype))
@@ -160,14 +175,17 @@ def _refuse_unsupported(raw: JsonConfig, model_type: str) -> None:
     raw.one_of("mlp_bias", (False,), False)
     if model_type != "qwen2":  # elsewhere the flag adds a bias to the output projection too
         raw.one_of("attention_bias", (False,), False)
-    refuse_quantised(raw)
 
 
-def _rope(raw: JsonConfig) -> dict[str, Any]:
+def _rope(raw: JsonConfig, is_hybrid: bool) -> dict[str, Any]:
     """Fields of `TargetConfig`; only layers that slide may have a base of their own."""
-    theta, scaling = read_rope(raw)
+    theta, scaling = read_rope(raw, partial=is_hybrid)
     fields = {"rope_theta": theta, "rope_scaling": scaling}
-    if any(windows(raw)):
+    if is_hybrid:
+        raw.one_of("use_sliding_window", (False,), False)
+        return fields
+    fields["windows"] = windows(raw)
+    if any(fields["windows"]):
         local, local_scaling = read_rope(raw, "sliding_attention")
         if (local, local_scaling) != (theta, scaling):
             if local_scaling is not None:
@@ -178,9 +196,9 @@ def _rope(raw: JsonConfig) -> dict[str, Any]:
     return fields
 
 
-def _eos_token_ids(folder: Path, raw: JsonConfig) -> tuple[int, ...]:
-    """Those of config.json, then those only generation_config.json has."""
-    sources = [raw]
+def _eos_token_ids(folder: Path, *sources: JsonConfig) -> tuple[int, ...]:
+    """Those of config.json and its sections, then those only generation_config.json has."""
+    sources = list(sources)
     if (folder / "generation_config.json").exists():
         sources.append(_config(folder / "generation_config.json"))
     found: dict[int, None] = {}

@@ -42,8 +42,8 @@ class JsonConfig:
     def integer(self, key: str, default: Any = REQUIRED, *, least: int = 1) -> int:
         value = self.get(key, default)
         if type(value) is not int or value < least:
-            positive = {0: "an integer, at least 0", 1: "a positive integer"}
-            raise self.refusal(key, positive[least])
+            bound = "a positive integer" if least == 1 else f"an integer, at least {least}"
+            raise self.refusal(key, bound)
         return value
 
     def number(self, key: str, default: Any = REQUIRED) -> float:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxspec.checkpoints.json_config import JsonConfig
-
 HARMLESS = frozenset(
     # the file and the program that wrote it
     "architectures auto_map dtype torch_dtype transformers_version transformers_weights "
@@ -39,7 +37,9 @@ HARMLESS = frozenset(
     "exponential_decay_length_penalty remove_invalid_values output_attentions "
     "output_hidden_states output_scores "
     # of no effect without the key that decides: use_sliding_window, a kind of rotary scaling
-    "max_window_layers original_max_position_embeddings".split()
+    "max_window_layers original_max_position_embeddings "
+    # of heads that predict several tokens, which are not loaded
+    "mtp mtp_num_hidden_layers mtp_use_dedicated_embeddings".split()
 )
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -68,6 +68,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_rope_layer_interval": (0,),
     "layer_rope_theta": (),
     "full_attention_interval": (1,),
+    "output_gate_type": (),
+    "mamba_ssm_dtype": ("float32",),
     "use_mla": (False,),
     "kv_lora_rank": (0,),
     "q_lora_rank": (0,),
@@ -111,6 +113,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n_shared_experts": (0,),
     "num_shared_experts": (0,),
     "shared_expert_intermediate_size": (0,),
+    "mlp_only_layers": ([],),
     "n_group": (1,),
     "topk_group": (1,),
     "topk_method": ("greedy",),
@@ -121,17 +124,3 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     # the weights are not what they seem
     "pruned_heads": ({}, []),
 }
-# Where programs say that the weights are stored in another way than by value.
-QUANTISED = ("quantization_config", "compression_config", "sparsity_config", "quantization")
-
-
-def refuse_quantised(raw: JsonConfig) -> None:
-    """Raises ValueError, which names the method, if the weights are quantised."""
-    for key in QUANTISED:
-        if raw.has(key):
-            value = raw.get(key)
-            method = value.get("quant_method", value) if isinstance(value, dict) else value
-            raise ValueError(
-                f"{raw.origin}: '{key}' asks for {method!r}, which is not supported; expected "
-                "unquantised weights: use the checkpoint in bfloat16"
-            )

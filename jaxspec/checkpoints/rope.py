@@ -17,8 +17,8 @@ ORIGINAL = "original_max_position_embeddings"
 # Kinds that the models compute, and the keys each reads beside `rope_theta`. Another kind is a
 # row here and a formula in `models.rope`.
 KINDS: dict[str, frozenset[str]] = {
-    "default": frozenset({ORIGINAL}),
-    # Three position axes, all equal in text: `default`.
+    # Three position axes are all equal in text.
+    "default": frozenset({ORIGINAL, "mrope_section", "mrope_interleaved"}),
     "mrope": frozenset({"mrope_section", "mrope_interleaved"}),
     "linear": frozenset({"factor", ORIGINAL}),
     "yarn": frozenset(
@@ -40,13 +40,18 @@ DEFAULT_THETA = 10_000.0
 
 
 def read_rope(
-    raw: JsonConfig, layer_type: str = "full_attention", *, full_rotary: bool = False
+    raw: JsonConfig,
+    layer_type: str = "full_attention",
+    *,
+    full_rotary: bool = False,
+    partial: bool = False,
 ) -> tuple[float, RopeScaling | None]:
     """Base of the rotary frequencies and how they are scaled, for layers of one type.
 
     Args:
       full_rotary: the whole head rotates whatever `partial_rotary_factor` says: a drafter's
         configuration that was copied from its target's may hold the target's.
+      partial: `partial_rotary_factor` is honoured: the caller reads it.
 
     Raises:
       ValueError: the kind is none of `KINDS`, a key in the object would change the positions,
@@ -60,11 +65,11 @@ def read_rope(
         raise raw.refusal(key, " or ".join(f"'rope_type': {name!r}" for name in KINDS))
     plain = kind in ("default", "mrope")
     for name in rope.values:
-        if name in ("rope_type", "type", "rope_theta", *KINDS[kind]) or not rope.has(name):
+        if not rope.has(name) or name in ("rope_type", "type", "rope_theta", *KINDS[kind]):
             continue
         if name not in NEUTRAL:
             raise rope.refusal(name, f"no such key with 'rope_type': {kind!r}")
-        if not (full_rotary and plain and name == PARTIAL):
+        if not (name == PARTIAL and (partial or full_rotary and plain)):
             rope.one_of(name, NEUTRAL[name], None)
     if full_rotary and plain:
         raw.has(PARTIAL)

@@ -129,13 +129,12 @@ def proposal(kind: str, depth: int, verifier: str | None) -> dict[str, Any]:
 
 def verifier(raw: dict[str, Any], folder: Path) -> str | None:
     """The target a configuration names: a hub name, or a path from the drafter's folder."""
-    name: Any = raw
-    for key in ("speculators_config", "verifier", "name_or_path"):
-        name = name.get(key) if isinstance(name, dict) else None
+    found = raw.get("speculators_config") or {}
+    name = (found.get("verifier") or {}).get("name_or_path")
     if not isinstance(name, str):
         return None
     beside = folder / name
-    return str(beside.resolve()) if beside.exists() else name
+    return str(beside.resolve()) if beside.is_dir() else name
 
 
 def draft_tokens(tensors, vocab: int) -> np.ndarray | None:

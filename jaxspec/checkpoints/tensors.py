@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +28,11 @@ WRAPPERS = {  # prefixes of names, and who gives them
 }
 INTEGERS = {"I32": np.int32, "I64": np.int64, "BOOL": np.bool_}
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+QUANTISED = {  # what parts of quantised weights are stored as, beside the above
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "I8": np.int8,
+} | INTEGERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +51,7 @@ class SafetensorsFolder:
 
     Attributes:
       origin: the folder, for messages.
-      shapes: of every tensor.
+      shapes, dtypes: of every tensor, as stored.
       bytes_read: of tensors, so far.
 
     Raises:
@@ -53,17 +59,18 @@ class SafetensorsFolder:
         two files hold a tensor of one name; a tensor is not of a float type.
     """
 
-    def __init__(self, folder: Path, *, integers: Sequence[str] = ()):
-        """Args: integers: tensors that are integers or booleans instead."""
+    def __init__(self, folder: Path, *, integers: Sequence[str] = (), quantised: bool = False):
+        """
+        Args:
+          integers: tensors that are integers or booleans instead.
+          quantised: tensors may be of the dtypes of quantised weights too.
+        """
         self.origin = str(folder)
-        self._entries = _unwrapped(_entries(folder, integers))
+        known = DTYPES | QUANTISED if quantised else DTYPES
+        self._entries = _unwrapped(_entries(folder, integers, known))
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self.dtypes = {name: entry.dtype for name, entry in self._entries.items()}
         self.bytes_read = 0
-
-    @property
-    def dtypes(self) -> set[np.dtype]:
-        """Of all tensors, as stored."""
-        return {entry.dtype for entry in self._entries.values()}
 
     def read(self, name: str) -> np.ndarray:
         """A whole tensor, a fresh array."""
@@ -71,27 +78,32 @@ class SafetensorsFolder:
         return self._read(name, shape, tuple((0, n) for n in shape))
 
     def pieces(
-        self, name: str, shape: tuple[int, ...], box: tuple[tuple[int, int], ...]
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        box: tuple[tuple[int, int], ...],
+        skip: int = 0,
     ) -> Iterator[tuple[tuple[tuple[int, int], ...], np.ndarray]]:
         """Boxes of some rows, `PIECE` bytes or one row each, that make up `box`, with values.
 
         Only the bytes of the box are read.
 
         Args:
-          shape: to see the tensor as; the same values in the same order.
+          shape: to see the tensor as; its values in their order.
           box: first and one past the last, per axis of `shape`.
+          skip: values of the tensor before those seen.
         """
         if not shape:
-            yield (), self._read(name, (), ())
+            yield (), self._read(name, (), (), skip)
             return
         (start, stop), *rest = box
         row = math.prod(b - a for a, b in rest) * self._entries[name].dtype.itemsize
         step = max(1, PIECE // max(row, 1))
         for first in range(start, stop, step):
             piece = ((first, min(first + step, stop)), *rest)
-            yield piece, self._read(name, shape, piece)
+            yield piece, self._read(name, shape, piece, skip)
 
-    def _read(self, name: str, shape, box) -> np.ndarray:
+    def _read(self, name: str, shape, box, skip: int = 0) -> np.ndarray:
         """Read from the file, not through a memory map of it: pages of a map count as memory
         in use for as long as it is open."""
         entry = self._entries[name]
@@ -103,7 +115,9 @@ class SafetensorsFolder:
             inner -= 1
         outer = max(inner - 1, 0)
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        corner = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+        corner = skip + sum(
+            start * stride for (start, _), stride in zip(box, strides, strict=True)
+        )
         buffer = memoryview(values.reshape(-1).view(np.uint8))
         run = math.prod(extent[outer:]) * entry.dtype.itemsize
         with open(entry.file, "rb", buffering=0) as stream:
@@ -177,11 +191,13 @@ def parse_json(text: str | bytes):
     return json.loads(text, object_pairs_hook=once)
 
 
-def _entries(folder: Path, integers: Sequence[str]) -> dict[str, _Entry]:
+def _entries(
+    folder: Path, integers: Sequence[str], floats: Mapping[str, Any]
+) -> dict[str, _Entry]:
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).exists():
             raise ValueError(_no_weights(folder))
-        return _header(_inside(folder, SINGLE), integers)
+        return _header(_inside(folder, SINGLE), integers, floats)
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) for file in weight_map.values()
@@ -195,7 +211,7 @@ def _entries(folder: Path, integers: Sequence[str]) -> dict[str, _Entry]:
     files = {name: _inside(folder, name) for name in sorted(set(weight_map.values()))}
     entries: dict[str, _Entry] = {}
     for file in files.values():
-        for name, entry in _header(file, integers).items():
+        for name, entry in _header(file, integers, floats).items():
             if name in entries:
                 raise ValueError(
                     f"tensor '{name}' is in {entries[name].file.name} and again in "
@@ -257,7 +273,9 @@ def _places(root: Path) -> list[Path]:
     return places
 
 
-def _header(file: Path, integers: Sequence[str]) -> dict[str, _Entry]:
+def _header(
+    file: Path, integers: Sequence[str], floats: Mapping[str, Any]
+) -> dict[str, _Entry]:
     try:
         with safe_open(file, "numpy"):  # checks lengths and offsets against the file
             pass
@@ -271,7 +289,7 @@ def _header(file: Path, integers: Sequence[str]) -> dict[str, _Entry]:
     header.pop("__metadata__", None)
     entries = {}
     for name, info in header.items():
-        known = INTEGERS if name in integers else DTYPES
+        known = INTEGERS if name in integers else floats
         if info["dtype"] not in known:
             raise ValueError(
                 f"{file}: tensor '{name}' is stored as {info['dtype']}; expected "

@@ -25,8 +25,8 @@ class Calibrate:
 
     drafter: Path
     """Folder of a trained drafter with a confidence head."""
-    prompts: Path
-    """JSON lines, each {"turns": [...]} or {"prompt": ...}."""
+    prompts: str
+    """Prompts, in any format of docs/training.md."""
     target: str = "smollm2-135m"
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -50,7 +50,8 @@ class Calibrate:
         from jaxspec.evaluation.walk import record
         from jaxspec.prompts import usable_prompts
 
-        prompts = read_prompts(self.prompts)
+        unread: list[str] = []
+        prompts = read_prompts(self.prompts, unread)
         if len(prompts) < 2:
             raise ValueError(
                 f"{self.prompts} holds one prompt; expected two or more, one held out"
@@ -70,7 +71,7 @@ class Calibrate:
             thinking=self.thinking,
             max_new_tokens=self.max_new_tokens,
         )
-        code = exits.left_out(refused.values())
+        code = exits.left_out([*unread, *refused.values()])
         answers = record(
             target,
             list(rows.values()),

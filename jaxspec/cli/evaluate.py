@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from jaxspec.cli import exits
-from jaxspec.cli.options import target_name
 from jaxspec.data.prompts import read_prompts, spread
+from jaxspec.data.sources import open_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +32,15 @@ class Evaluate:
       python -m jaxspec evaluate --tau-only --budgets 2 4 8 16 32 64 128 …   # no clock
     """
 
-    prompts: tuple[Path, ...]
-    """JSON lines files, one per set, each row {"turns": [...]} or {"prompt": ...}; the first
-    turn is used."""
+    prompts: tuple[str, ...]
+    """Prompt sets, each a source of any format of docs/training.md; the first turn of every row
+    is used."""
     decoders: tuple[str, ...]
     output: Path
     """JSON lines of results (`jaxspec.evaluation.results`); `report` draws them. An existing
     file must hold results of the same setup."""
-    target: str | None = None
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
-    drafter's files name (speculators' format), else smollm2-135m."""
+    target: str = "smollm2-135m"
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     count: int = 16
     """Prompts per set, evenly apart; 0 takes all."""
     max_new_tokens: int = 256
@@ -76,14 +75,14 @@ class Evaluate:
 
         contenders = [Contender.parse(text) for text in self.decoders]
         self._check(contenders)
-        texts = {path.stem: self._chosen(path) for path in self.prompts}
+        unread: list[str] = []
+        texts = self._chosen(unread)
         jaxspec.enable_compilation_cache()
-        target = target_name(self.target, *(contender.drafter for contender in contenders))
-        setup = RunSettings(self._setup(texts, target))
+        setup = RunSettings(self._setup(texts))
         done = held(self.output, setup)
-        entries = load_entries(target, contenders)
+        entries = load_entries(self.target, contenders)
         sets, refused = self._encoded(entries[0].target, texts)
-        code = exits.left_out(refused)
+        code = exits.left_out(unread + refused)
         cut_torn(self.output)
         if key(setup) not in done:
             append(self.output, setup)
@@ -108,9 +107,6 @@ class Evaluate:
     def _check(self, contenders) -> None:
         if not contenders or not self.prompts:
             raise ValueError("nothing to compare: give --decoders and --prompts, at least one")
-        names = [path.stem for path in self.prompts]
-        if len(set(names)) < len(names):
-            raise ValueError(f"--prompts: two files are called alike ({', '.join(names)})")
         for name, low in (("count", 0), ("max_new_tokens", 2), ("batch_size", 1)):
             if getattr(self, name) < low:
                 raise ValueError(
@@ -126,8 +122,13 @@ class Evaluate:
         for temperature in self.temperatures:
             Sampling(temperature=temperature)  # refuses what cannot be
 
-    def _chosen(self, path: Path) -> list[str]:
-        return spread(read_prompts(path), self.count)
+    def _chosen(self, unread: list[str]) -> dict[str, list[str]]:
+        """Prompts of each set; a line for each row that cannot be read goes into `unread`."""
+        sources = [open_source(name) for name in self.prompts]
+        names = [source.label for source in sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--prompts: two sets are called alike ({', '.join(names)})")
+        return {x.label: spread(read_prompts(x, unread), self.count) for x in sources}
 
     def _encoded(
         self, target, texts: dict[str, list[str]]
@@ -148,13 +149,13 @@ class Evaluate:
             refused += [f"{name}: {reason}" for reason in bad.values()]
         return sets, refused
 
-    def _setup(self, texts: dict[str, list[str]], target: str) -> dict:
+    def _setup(self, texts: dict[str, list[str]]) -> dict:
         """Settings that all results of one file share. Temperatures and timing may be added
         later."""
         from jaxspec.evaluation.comparison import machine
 
         return {
-            "target": target,
+            "target": self.target,
             "decoders": list(self.decoders),
             "prompts": {name: len(rows) for name, rows in texts.items()},
             "prompts_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 from jaxspec.cli import exits
@@ -10,39 +11,61 @@ from jaxspec.cli import exits
 
 @dataclasses.dataclass(frozen=True)
 class OverlapCheck:
-    """Check that training data and evaluation prompts are disjoint; exit code 1 if not.
+    """Check that training data and evaluation prompts are disjoint; exit code 1 if not, or if
+    rows could not be read.
 
     Examples:
       python -m jaxspec overlap --data data.jsonl --prompts ../shared/prompts/*.jsonl
+      python -m jaxspec overlap --data saved_dataset::train --prompts openai/gsm8k::main/test
     """
 
-    data: tuple[Path, ...]
-    """JSON lines: conversations, or prompts."""
-    prompts: tuple[Path, ...]
-    """JSON lines of evaluation prompts; every turn counts."""
+    data: tuple[str, ...]
+    """Conversations or prompts, in any format of docs/training.md."""
+    prompts: tuple[str, ...]
+    """Evaluation prompts; every turn counts."""
     ngram: int = 13
     """Shortest run of words in common that counts as overlap."""
     clean: Path | None = None
-    """Write the lines without overlap here."""
+    """Write the rows without overlap here, as JSON lines."""
+    json: bool = False
+    """One JSON object on standard output: the overlaps, and how each source was read."""
 
     def run(self) -> int:
+        from jaxspec.data.sources import open_source
         from jaxspec.evaluation.overlap import overlaps, texts_of
 
         if self.clean is not None and self.clean.exists():
             raise ValueError(f"--clean {self.clean} exists already; choose another name")
         if self.ngram < 1:
             raise ValueError(f"--ngram is {self.ngram}; expected at least 1")
-        prompts = [
-            part for path in self.prompts for _, parts in texts_of(path) for part in parts
-        ]
-        rows = [row for path in self.data for row in texts_of(path)]
-        found = list(overlaps((parts for _, parts in rows), prompts, ngram=self.ngram))
-        for overlap in found:
-            prompt = " ".join(prompts[overlap.prompt].split())
-            print(f"line {overlap.text + 1}: {overlap.words!r}\n  prompt: {prompt[:90]!r}")
+        refused: list[str] = []
+        data, asked = (tuple(map(open_source, x)) for x in (self.data, self.prompts))
+        prompts = [part for x in asked for row in texts_of(x, refused) for part in row.parts]
+        rows = [row for x in data for row in texts_of(x, refused)]
+        found = list(overlaps((row.parts for row in rows), prompts, ngram=self.ngram))
         if self.clean is not None:
             bad = {overlap.text for overlap in found}
-            kept = [line for number, (line, _) in enumerate(rows) if number not in bad]
-            self.clean.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        print(f"{len(found)} of {len(rows)} rows overlap with {len(prompts)} prompts")
-        return exits.FAULT if found else exits.DONE
+            kept = [row.row for number, row in enumerate(rows) if number not in bad]
+            self.clean.write_text("".join(map(_line, kept)), encoding="utf-8")
+        named = [
+            dict(where=rows[x.text].where, words=x.words, prompt=prompts[x.prompt])
+            for x in found
+        ]
+        if self.json:
+            sources = [source.summary() for source in (*data, *asked)]
+            counts = dict(rows=len(rows), prompts=len(prompts))
+            print(json.dumps(dict(overlaps=named, **counts, refused=refused, sources=sources)))
+        else:
+            for overlap in named:
+                prompt = " ".join(overlap["prompt"].split())[:90]
+                print(f"{overlap['where']}: {overlap['words']!r}\n  prompt: {prompt!r}")
+            print(f"{len(found)} of {len(rows)} rows overlap with {len(prompts)} prompts")
+        return max(exits.left_out(refused), exits.FAULT if found else exits.DONE)
+
+
+def _line(row: dict) -> str:
+    """A row as a line of JSON; half a surrogate pair, which UTF-8 lacks, is escaped."""
+    line = json.dumps(row, ensure_ascii=False, default=str)
+    if any("\ud800" <= character <= "\udfff" for character in line):
+        line = json.dumps(row, default=str)
+    return f"{line}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -27,10 +28,9 @@ class Regenerate:
     output: Path
     """JSON lines of conversations, as text and as tokens; what failed is in
     NAME.errors.jsonl beside it."""
-    prompts: tuple[Path, ...] = ()
-    """JSON lines, one or several files: {"turns": [...]}, {"prompt": ...},
-    {"conversations": [...]} or {"messages": [...]}, OpenAI's or ShareGPT's, or
-    {"opening": ...}, a question the target goes on with."""
+    prompts: tuple[str, ...] = ()
+    """Prompts or conversations, in any format of docs/training.md; answers are dropped. A row
+    {"opening": ...} begins a question that the target completes."""
     questions: int = 0
     """Without --prompts: number of questions the target writes and answers."""
     question_tokens: int = 96
@@ -55,18 +55,22 @@ class Regenerate:
     rows: int = 16
     """Conversations decoded together."""
     seed: int = 0
+    json: bool = False
+    """One JSON object on standard output: the counts, and how each source was read."""
 
     def run(self) -> int:
         import jaxspec
         from jaxspec.data.jobs import own_questions, read_jobs
+        from jaxspec.data.sources import open_source
         from jaxspec.training.regenerate import RegenerateConfig, regenerate
 
         if bool(self.prompts) == (self.questions > 0):
             raise ValueError(
-                f"--prompts has {len(self.prompts)} files and --questions is "
+                f"--prompts has {len(self.prompts)} sources and --questions is "
                 f"{self.questions}; give one of them"
             )
-        jobs = read_jobs(*self.prompts) if self.prompts else own_questions(self.questions)
+        sources = [open_source(name) for name in self.prompts]
+        jobs = read_jobs(*sources) if sources else own_questions(self.questions)
         config = RegenerateConfig(
             max_new_tokens=self.max_new_tokens,
             sampling=jaxspec.Sampling(
@@ -86,6 +90,14 @@ class Regenerate:
         target = jaxspec.load_target(self.target, dtype=self.dtype)
         drafter = jaxspec.load_drafter(self.drafter, target)
         outcome = regenerate(config, target, jobs, self.output, drafter=drafter)
+        if self.json:
+            row = dataclasses.asdict(outcome) | dict(
+                output=str(self.output),
+                errors=str(outcome.errors) if outcome.failed else None,
+                sources=[source.summary() for source in sources],
+            )
+            print(json.dumps(row))
+            return FAULT if outcome.failed else 0
         line = f"{self.output}: {outcome.rows} conversations, {outcome.answered} of them new"
         if not outcome.failed:
             print(line)

@@ -22,9 +22,9 @@ class Train:
       python -m jaxspec train --data more.jsonl --output again --initial run/drafter
     """
 
-    data: tuple[Path, ...]
-    """Conversations, JSON lines, one or several files: from `regenerate`, or OpenAI's messages
-    and ShareGPT's, whose text is rendered by the target's chat template."""
+    data: tuple[str, ...]
+    """Conversations, in any format of docs/training.md: from `regenerate`, with token ids, or
+    other people's, whose text is rendered by the target's chat template."""
     output: Path
     """Folder of the run: metrics.jsonl, checkpoints, and at the end `drafter`."""
     target: str = "smollm2-135m"
@@ -32,9 +32,9 @@ class Train:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products and of the exported weights; training weights are always
     float32."""
-    family: Literal["dspark", "dflash", "jetspec", "treeflash", "dflash2"] = "dspark"
-    """Published recipe for slots, heads and losses; the next four options change the
-    drafter."""
+    family: Literal["dspark", "dflash", "jetspec", "treeflash", "dflash2", "eagle3"] = "dspark"
+    """Published recipe for slots, heads and losses; the next four options change the drafter,
+    other than eagle3's."""
     sequential: Literal["none", "markov", "gated", "rnn", "mlp"] | None = None
     """Sequential head, which conditions each slot on the token before it."""
     confidence_head: Literal["none", "hidden", "hidden_and_previous"] | None = None
@@ -42,9 +42,11 @@ class Train:
     """Whether a slot attends only to earlier slots of its block, or to all."""
     block_size: int | None = None
     taps: tuple[int, ...] = ()
-    """Target layers it reads, 0-based; evenly spaced ones by default."""
-    validation: Path | None = None
-    """Held-out prompts, JSON lines; the weights with the best walked tau are exported."""
+    """Target layers it reads, 0-based; the family's by default."""
+    unroll: int | None = None
+    """Steps that eagle3 is trained for, one after another, and drafts; 7 by default."""
+    validation: str | None = None
+    """Held-out prompts, in any format; the weights with the best walked tau are exported."""
     steps: int = 1000
     batch_size: int = 8
     micro_batch: int = 8
@@ -128,7 +130,9 @@ class Train:
             min_supervised=self.min_supervised,
             any_target=self.any_target,
         )
-        prompts = [] if self.validation is None else read_prompts(self.validation)
+        unread: list[str] = []
+        prompts = [] if self.validation is None else read_prompts(self.validation, unread)
+        exits.left_out(unread)
         folder = train(
             config,
             target,
@@ -182,6 +186,8 @@ class Train:
         from jaxspec.checkpoints.drafters import read_drafter_config
         from jaxspec.training.recipe import PRESETS, Preset, drafter_config, find_preset
 
+        if self.family == "eagle3" and self.initial in ("target", "random"):
+            return self._eagle(target)
         sizes = _given(mask_token_id=self.mask_token_id, layers=self.layers, rank=self.rank)
         changes = _given(
             sequential=self.sequential,
@@ -189,6 +195,7 @@ class Train:
             causal=self.causal,
             block_size=self.block_size,
             taps=self.taps or None,
+            unroll=self.unroll,
         )
         if self.initial not in ("target", "random"):
             if sizes or changes:
@@ -197,6 +204,10 @@ class Train:
                     f"{', '.join(sizes | changes)}"
                 )
             return read_drafter_config(self.initial, target)
+        if self.unroll is not None:
+            raise ValueError(
+                f"--unroll is of --family eagle3, not of {self.family}; leave it out"
+            )
         preset = find_preset(self.target)
         if preset is None and self.mask_token_id is None:
             raise ValueError(
@@ -206,6 +217,26 @@ class Train:
         preset = dataclasses.replace(preset, **sizes) if preset else Preset(**sizes)
         changes = {name: None if x == "none" else x for name, x in changes.items()}
         return drafter_config(self.family, target, preset, **changes)
+
+    def _eagle(self, target):
+        from jaxspec.training.recipe import eagle_config
+
+        names = (
+            "sequential",
+            "confidence_head",
+            "causal",
+            "block_size",
+            "mask_token_id",
+            "rank",
+        )
+        foreign = [name for name in names if getattr(self, name) is not None]
+        if foreign:
+            raise ValueError(
+                f"--family eagle3 has no blocks or heads of its own; leave out "
+                f"{', '.join(foreign)}"
+            )
+        changes = dict(taps=self.taps or None, steps=self.unroll, num_layers=self.layers)
+        return eagle_config(target, **_given(**changes))
 
     def _loss(self):
         from jaxspec.training.recipe import loss_config

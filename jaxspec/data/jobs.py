@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxspec.data.conversations import Example
-from jaxspec.data.jsonl import numbered_lines, parse_object
 from jaxspec.data.messages import USER
 from jaxspec.data.messages import read_text as message_text
 from jaxspec.data.prompts import row_turns
+from jaxspec.data.sources import Source, open_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,39 +68,41 @@ class Job:
         )
 
 
-def read_jobs(*paths: str | Path) -> list[Job]:
-    """Conversations to answer, from files of JSON lines.
+def read_jobs(*sources: str | Path | Source) -> list[Job]:
+    """Conversations to answer.
 
     A row is {"turns": [...]}, {"prompt": ...}, a conversation whose answers are dropped
     (`prompts.row_turns`), or {"opening": ..., "ending": ...}, a question the target writes
-    between the two. Its "id" is its line's number from 0 if it has none, after "FILE-" where
-    there are several files. A row that is something else becomes a job with an error.
+    between the two. Its "id" is its place in the source from 0 if it has none, after "LABEL-"
+    where there are several sources. A row that is something else becomes a job with an error.
 
     Raises:
-      ValueError: a file cannot be read, two rows have the same id, or no row can be asked.
+      ValueError: a source cannot be read, two rows have the same id, or no row can be asked.
     """
     jobs: dict[Any, Job] = {}
-    for path in map(Path, paths):
-        for number, line in numbered_lines(path):
-            name = number - 1 if len(paths) == 1 else f"{path.stem}-{number - 1}"
-            where = f"{path}, line {number}"
+    sources = tuple(map(open_source, sources))
+    for source in sources:
+        for row in source:
+            name = row.number if len(sources) == 1 else f"{source.label}-{row.number}"
             job = Job(name, len(jobs), [], [])
             try:
-                row = parse_object(line)
-                if type(row.get("id", name)) not in (str, int):
-                    raise ValueError(f"'id' is {row['id']!r}; expected text or a whole number")
-                job.id = row.get("id", name)
-                job.messages, job.turns = _turns(row)
+                if type(row.fields.get("id", name)) not in (str, int):
+                    raise ValueError(
+                        f"'id' is {row.fields['id']!r}; expected text or a whole number"
+                    )
+                job.id = row.fields.get("id", name)
+                job.messages, job.turns = _turns(row.fields)
             except ValueError as error:
-                job.error = f"{where}: {error}"
+                job.error = f"{row.where}: {error}"
             if job.id in jobs:
                 raise ValueError(
-                    f"{where}: id {job.id!r} was used before; ids tell which rows are done"
+                    f"{row.where}: id {job.id!r} was used before; ids tell which rows are done"
                 )
             jobs[job.id] = job
     if not jobs:
         raise ValueError(
-            f"{', '.join(map(str, paths))}: no prompts; expected one JSON object per line"
+            f"{', '.join(x.name for x in sources)}: no prompts; expected one JSON object per "
+            "line"
         )
     if all(job.error for job in jobs.values()):
         raise ValueError(next(iter(jobs.values())).error)

@@ -1,37 +1,76 @@
-"""JSON lines: reading a file without losing track of where a line stands."""
+"""Files of JSON: one object per line, or one array of objects. Compressed files too."""
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from jaxspec.data.compression import opened
+
+BOM = codecs.BOM_UTF8
 
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, with their numbers from 1.
 
     Raises:
-      ValueError: the file cannot be read.
+      ValueError: the file cannot be read, or a line is not UTF-8.
     """
-    # Not `splitlines`: JSON strings may hold U+2028, at which it splits too.
-    lines = read_text(path).split("\n")
-    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    with opened(path) as (stream, _):
+        for number, line in byte_lines(stream):
+            try:
+                yield number, line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"cannot read {path}: {error}") from error
 
 
-def parse_object(line: str) -> dict[str, Any]:
+def byte_lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
+    """`numbered_lines` of a stream, before decoding.
+
+    Only "\\n" ends a line: JSON strings may hold U+2028, at which `str.splitlines` splits too.
+    """
+    for number, line in enumerate(stream, 1):
+        line = (line.removeprefix(BOM) if number == 1 else line).rstrip(b"\r\n")
+        if line.strip():
+            yield number, line
+
+
+def parse_object(line: str | bytes) -> dict[str, Any]:
     """A line's JSON object.
 
     Raises:
-      ValueError: it is no JSON, or something else than an object.
+      ValueError: it is not UTF-8, not JSON, or not an object.
     """
     try:
-        row = json.loads(line)
+        text = line.decode() if isinstance(line, bytes) else line
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error.reason}): {line[:60]!r}") from error
+    try:
+        row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}): {line[:60]!r}") from error
+        raise ValueError(f"not JSON ({error}): {text[:60]!r}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {line[:60]!r}")
+        raise ValueError(f"expected a JSON object, found {text[:60]!r}")
     return row
+
+
+def parse_array(content: bytes) -> list[Any] | None:
+    """The elements of one JSON array; None if there is more than one value, as in JSON lines.
+
+    Raises:
+      ValueError: it is not JSON.
+    """
+    try:
+        rows = json.loads(content.removeprefix(BOM))
+    except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":
+            return None
+        raise ValueError(f"not a JSON array ({error})") from error
+    return rows if isinstance(rows, list) else None
 
 
 def read_text(path: str | Path) -> str:

@@ -1,28 +1,83 @@
-"""Conversations as people's files write them: OpenAI's messages and ShareGPT's turns."""
+"""Conversations as people's files write them: OpenAI's messages, ShareGPT's turns, and pairs of
+a prompt and its completion."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 ROLES = (SYSTEM, "developer", USER, ASSISTANT, "tool")
 SHAREGPT = {"human": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT} | {x: x for x in ROLES}
 KEYS = ("conversations", "messages")  # of a row that holds a conversation
+PROMPT, COMPLETION = "prompt", "completion"
+OURS, PROMPTS = "conversations", "prompts"
+PLAIN_SHAPES = (OURS, PROMPTS)  # what this project's own files hold
+
+
+def shape_of(row: dict[str, Any]) -> str | None:
+    """What a row holds, by its keys: the name of its shape, or None for none we read.
+
+    >>> shape_of({"messages": [{"role": "user", "content": "Hi"}]})
+    "OpenAI's messages"
+    """
+    key = next((key for key in KEYS if row.get(key)), None)
+    if key is not None:
+        first = row[key][0] if isinstance(row[key], list) else None
+        if isinstance(first, dict) and "from" in first:
+            return "ShareGPT's conversations"
+        return OURS if key == KEYS[0] else "OpenAI's messages"
+    if PROMPT in row:
+        return "prompts with completions" if COMPLETION in row else PROMPTS
+    return PROMPTS if "turns" in row or "opening" in row else None
+
+
+def holds_conversation(row: dict[str, Any]) -> bool:
+    """Whether a row has answers too, so that `row_messages` reads it."""
+    return any(key in row for key in KEYS) or (PROMPT in row and COMPLETION in row)
 
 
 def row_messages(row: dict[str, Any]) -> list[dict[str, str]]:
     """The conversation of a row, as `read_messages` gives it.
 
+    It is the list under "conversations" or "messages" (a table may hold it as JSON text), or a
+    "prompt" with its "completion", each text or a list of messages.
+
     Raises:
       ValueError: the row holds none, or one that cannot be read.
     """
-    found = next((row[key] for key in KEYS if isinstance(row.get(key), list)), None)
-    if found is None:
-        raise ValueError(
-            "expected {'conversations': [{'role': …, 'content': …}, …]} or {'messages': […]}, "
-            f"found the keys {sorted(map(str, row))}"
-        )
-    return read_messages(found)
+    lists = (_listed(row.get(key)) for key in KEYS)
+    found = next((x for x in lists if x is not None), None)
+    if found is not None:
+        return read_messages(found)
+    if PROMPT in row and COMPLETION in row:
+        return [
+            *_messages(row[PROMPT], USER, PROMPT),
+            *_messages(row[COMPLETION], ASSISTANT, COMPLETION),
+        ]
+    raise ValueError(
+        "expected {'conversations': [{'role': …, 'content': …}, …]}, {'messages': […]} or "
+        f"{{'prompt': …, 'completion': …}}, found the keys {sorted(map(str, row))}"
+    )
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """A list, or one that is written as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return value if isinstance(value, list) else None
+
+
+def _messages(value: Any, role: str, name: str) -> list[dict[str, str]]:
+    """Messages of a prompt or a completion, of which text is one."""
+    if isinstance(value, str):
+        return [{"role": role, "content": read_text(value, f"'{name}'")}]
+    if isinstance(value, list):
+        return read_messages(value)
+    raise ValueError(f"'{name}' is {_shown(value)}; expected text or a list of messages")
 
 
 def read_messages(raw: list[Any]) -> list[dict[str, str]]:

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxspec.data.jsonl import numbered_lines, parse_object, read_text
-from jaxspec.data.messages import KEYS, USER, row_messages
+from jaxspec.data.jsonl import read_text
+from jaxspec.data.messages import KEYS, PROMPT, USER, read_messages, row_messages
 from jaxspec.data.messages import read_text as message_text
+from jaxspec.data.sources import Source, open_source
 
 EXPECTED = (
     'expected {"turns": ["text", …]}, {"prompt": "text"}, or {"conversations": […]} or '
@@ -16,46 +17,65 @@ EXPECTED = (
 )
 
 
-def read_prompts(path: Path) -> list[str]:
-    """First turns of a JSONL file; its rows are as `row_turns` reads them.
+def read_prompts(source: str | Path | Source, refused: list[str] | None = None) -> list[str]:
+    """First turns of the rows of a source; rows are as `row_turns` reads them.
+
+    Args:
+      refused: gets a line for each row that is something else or has a system message; without
+        it, the first such row is an error.
 
     Raises:
-      ValueError: the file cannot be read, or a row is something else or has a system message.
+      ValueError: the source cannot be read, or holds no prompts.
     """
-    prompts = []
-    for number, line in numbered_lines(path):
+    source = open_source(source)
+    prompts, bad = [], []
+    for row in source:
         try:
-            system, turns = row_turns(parse_object(line))
+            system, turns = row_turns(row.fields)
             if system:
                 raise ValueError("there is a system message; a prompt is a user's turn alone")
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            bad.append(f"{row.where}: {error}")
+            if refused is None:
+                raise ValueError(bad[0]) from error
+            continue
         prompts.append(turns[0])
     if not prompts:
-        raise ValueError(f"{path} holds no prompts; expected one JSON object per line")
+        found = bad[0] if bad else "expected one JSON object per line"
+        raise ValueError(f"{source.name} holds no prompts; {found}")
+    if refused is not None:
+        refused += bad
     return prompts
 
 
 def row_turns(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
     """System messages and the user's turns of a row; answers are dropped.
 
-    A row is {"turns": [...]}, {"prompt": ...}, or a conversation (`messages.row_messages`).
+    A row is {"turns": [...]}, {"prompt": ...} with text or messages, or a conversation
+    (`messages.row_messages`).
 
     Raises:
       ValueError: it is something else, or has no turn with text in it.
     """
-    if any(key in row for key in KEYS):
-        messages = row_messages(row)
+    asked = row.get(PROMPT)
+    if any(key in row for key in KEYS) or ("turns" not in row and isinstance(asked, list)):
+        messages = (
+            row_messages(row) if any(key in row for key in KEYS) else read_messages(asked)
+        )
         system = [x for x in messages if x["role"] in ("system", "developer")]
         turns = [x["content"] for x in messages if x["role"] == USER]
     else:
-        found = row["turns"] if "turns" in row else [row.get("prompt")]
+        found = row["turns"] if "turns" in row else [asked]
         if not isinstance(found, list) or not all(isinstance(turn, str) for turn in found):
-            raise ValueError(f"{EXPECTED}, found {json.dumps(row)[:60]}")
+            raise ValueError(f"{EXPECTED}, found {_shown(row)}")
         system, turns = [], [message_text(turn, f"turn {i}") for i, turn in enumerate(found)]
     if not turns or not all(turn.strip() for turn in turns):
-        raise ValueError(f"{EXPECTED}, found no text in {json.dumps(row)[:60]}")
+        raise ValueError(f"{EXPECTED}, found no text in {_shown(row)}")
     return system, turns
+
+
+def _shown(row: dict[str, Any]) -> str:
+    return json.dumps(row, default=str)[:60]
 
 
 def read_prompt_ids(path: Path) -> list[list[int]]:

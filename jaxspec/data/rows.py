@@ -13,7 +13,7 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ import numpy as np
 
 from jaxspec.data.conversations import Example, answer_ranges, encode
 from jaxspec.data.identity import fingerprint, same_name
-from jaxspec.data.jsonl import numbered_lines, parse_object
 from jaxspec.data.messages import row_messages
+from jaxspec.data.sources import Source, open_source
 from jaxspec.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -112,29 +112,15 @@ def row_examples(
         return encode(tokenizer, messages, thinking=False, **options)
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
-    """Where each object of a JSON lines file stands, and it; or what is wrong with it.
-
-    Raises:
-      ValueError: the file cannot be read.
-    """
-    for number, line in numbered_lines(path):
-        where = f"{path}, line {number}"
-        try:
-            yield where, parse_object(line)
-        except ValueError as error:
-            yield where, error
-
-
 def read_examples(
-    paths: str | Path | Sequence[str | Path],
+    sources: str | Path | Source | Sequence[str | Path | Source],
     target: Target,
     *,
     max_length: int,
     min_supervised: int = 14,
     any_target: bool = False,
 ) -> list[Example]:
-    """Every sequence of files of conversations, cut at the right to `max_length` tokens.
+    """Every sequence of conversations, cut at the right to `max_length` tokens.
 
     Those with fewer than `min_supervised` tokens of the target's are left out. A row that
     cannot be used is skipped; how many were, and the first of them, is said on standard error.
@@ -143,9 +129,11 @@ def read_examples(
       any_target: take rows that another model wrote, too; their text is rendered.
 
     Raises:
-      ValueError: a file cannot be read, a row names another target, or nothing is left.
+      ValueError: a source cannot be read, a row names another target, or nothing is left.
     """
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if isinstance(sources, str | Path | Source):
+        sources = [sources]
+    sources = [open_source(source) for source in sources]
     ours = fingerprint(target)
     read = functools.partial(
         row_examples,
@@ -156,27 +144,26 @@ def read_examples(
     examples: list[Example] = []
     skipped: list[str] = []
     short = conversations = 0
-    for where, row in itertools.chain.from_iterable(map(read_rows, paths)):
+    for row in itertools.chain.from_iterable(sources):
         conversations += 1
         try:
-            if isinstance(row, ValueError):
-                raise row
-            known = _wrote(row, target, ours)
-            encoded = read(row, known=known) if known or any_target else None
+            known = _wrote(row.fields, target, ours)
+            encoded = read(row.fields, known=known) if known or any_target else None
         except ValueError as error:
-            skipped.append(f"{where}: {error}")
+            skipped.append(f"{row.where}: {error}")
             continue
         if encoded is None:
+            wrote = row.fields["metadata"].get("target")
             raise ValueError(
-                f"{where}: {row['metadata'].get('target')!r} wrote this, and the target is "
-                f"{target.name!r}; let `regenerate` answer with this target, or give "
-                "--any-target to train on another model's answers"
+                f"{row.where}: {wrote!r} wrote this, and the target is {target.name!r}; let "
+                "`regenerate` answer with this target, or give --any-target to train on "
+                "another model's answers"
             )
         cut = [Example(x.tokens[:max_length], x.supervised[:max_length]) for x in encoded]
         used = [x for x in cut if x.supervised.sum() >= min_supervised]
         short += not used
         examples += used
-    files = ", ".join(map(str, paths))
+    files = ", ".join(source.name for source in sources)
     if not conversations:
         raise ValueError(f"{files}: no conversations; expected one JSON object per line")
     if not examples:

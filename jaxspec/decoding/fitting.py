@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxspec.decoding.penalties import Written
 from jaxspec.decoding.sampling import SamplingRows, choose
 from jaxspec.decoding.state import Draft, Verdict, Verified
 from jaxspec.drafters.base import Drafter
@@ -102,20 +103,24 @@ def choose_in(
     positions: jax.Array,
     sampling: SamplingRows,
     max_depth: int,
+    written: Written,
 ) -> jax.Array:
     """`choose` after every node of a tree, packed or not: [B, N] int32.
 
     Args:
       positions: [B] int32, absolute position of the token chosen after the root.
+      written: before the choices after all nodes.
     """
     packing = verified.packing
     if packing is None:
-        return choose(verified.logits, tree.depths, positions, sampling, max_depth)
+        return choose(verified.logits, tree.depths, positions, sampling, max_depth, written)
     rows = packing.rows
     at = positions[rows] + packing.gather(tree.depths)[0]
-    own = jax.tree.map(lambda x: x[rows], sampling)
     root = jnp.zeros((rows.shape[0], 1), jnp.int32)
-    return packing.spread(choose(verified.logits[0][:, None], root, at, own, 0)[None, :, 0])
+    node = packing.gather(written.node)[0, :, None]
+    written = dataclasses.replace(written, row=rows, node=node)
+    chosen = choose(verified.logits[0][:, None], root, at, sampling, 0, written)
+    return packing.spread(chosen[None, :, 0])
 
 
 def _padded(verdict: Verdict, width: int) -> Verdict:

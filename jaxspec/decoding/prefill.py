@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.decoding.logprobs import empty_logprobs, of_path, of_prompts
+from jaxspec.decoding.penalties import Written
 from jaxspec.decoding.precision import exact_in_float32
 from jaxspec.decoding.sampling import choose
 from jaxspec.decoding.state import (
@@ -21,7 +22,7 @@ from jaxspec.decoding.state import (
 from jaxspec.drafters.base import Committed
 from jaxspec.models.decoder import forward, unembed
 from jaxspec.models.state import init_states
-from jaxspec.trees.tree import causal_bits
+from jaxspec.trees.tree import ancestors, causal_bits, root_only
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
@@ -99,7 +100,10 @@ def end_prefill(params: Params, requests: Requests, prefilling: Prefilling) -> D
     batch, capacity = requests.tokens.shape
     logits = unembed(params.target, prefilling.final)[:, None]  # [B, 1, V]
     root = jnp.zeros((batch, 1), jnp.int32)
-    first = choose(logits, root, requests.length, requests.sampling, 0)
+    tree = root_only(root[:, 0])
+    text = requests.tokens, requests.length, requests.length
+    written = Written.before(*text, tree, ancestors(tree))
+    first = choose(logits, root, requests.length, requests.sampling, 0, written)
     length = requests.length + 1
     stopped = jnp.any(first == requests.sampling.stop_ids, axis=1)
     kept = prefilling.logprobs
@@ -111,6 +115,7 @@ def end_prefill(params: Params, requests: Requests, prefilling: Prefilling) -> D
 
     return DecodeState(
         tokens=write(requests.tokens, first),
+        start=requests.length,
         length=length,
         limit=requests.length + requests.max_new_tokens,
         done=stopped | (requests.max_new_tokens <= 1),

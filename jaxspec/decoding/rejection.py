@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxspec.decoding.penalties import Written
 from jaxspec.decoding.sampling import SamplingRows, log_law
 from jaxspec.decoding.state import Acceptance, Decoder, DecodeState, Draft, Params, Verified
 from jaxspec.trees.tree import chain
@@ -36,18 +37,23 @@ def propose(
 
 
 def accept(
-    drawn: Any, verified: Verified, position: jax.Array, sampling: SamplingRows
+    drawn: Any,
+    verified: Verified,
+    position: jax.Array,
+    sampling: SamplingRows,
+    written: Written,
 ) -> Acceptance:
     """The accepted part of a drawn chain, and the token after it.
 
     Args:
       drawn: the chain whose nodes were verified, cut to its `lengths`.
       position: [B] int32, of the anchor.
+      written: before the choices after all nodes.
     """
     count = drawn.tokens.shape[1] + 1
     logits, packing = verified.logits, verified.packing
     logits = logits if packing is None else packing.spread(logits)
-    laws = log_law(logits[:, :count], sampling)
+    laws = log_law(logits[:, :count], position + 1, sampling, written)
     # Rows past the tree are past every chain as well: their laws are never read.
     laws = jnp.pad(laws, ((0, 0), (0, count - laws.shape[1]), (0, 0)))
     _, keys = round_keys(sampling.key, position)

@@ -11,7 +11,14 @@ import numpy as np
 
 from jaxspec.config import TargetConfig
 from jaxspec.decoding import logprobs
-from jaxspec.decoding.sampling import MAX_STOP_IDS, NO_TOKEN, Sampling, SamplingRows
+from jaxspec.decoding.sampling import (
+    MAX_BIASES,
+    MAX_PENALTY,
+    MAX_STOP_IDS,
+    NO_TOKEN,
+    Sampling,
+    SamplingRows,
+)
 from jaxspec.decoding.state import Decoder, DecodeState, Params, Requests
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.drafters.base import LoadedDrafter
@@ -21,7 +28,8 @@ WORD = 32  # bits of a seed that a key takes at a time
 # Beyond these float32 knows no other law: the likeliest token alone, all tokens alike, and a
 # probability that is not rounded to 0.
 TEMPERATURES, LEAST_TOP_P = (1e-30, 1e30), float(np.finfo(np.float32).tiny)
-MAX_TOP_K = np.iinfo(np.int32).max  # more than any vocabulary
+REPETITIONS = (1e-6, 1e6)
+MAX_INT = np.iinfo(np.int32).max  # more than any vocabulary or text has tokens
 
 
 def capacity_for(tokens: int, decoder: Decoder) -> int:
@@ -57,11 +65,17 @@ def pack(
     length, new_tokens = np.ones(batch, np.int32), np.ones(batch, np.int32)
     new_tokens[:count] = max_new_tokens
     stop_ids = np.full((batch, MAX_STOP_IDS), NO_TOKEN, np.int32)
+    biased = np.full((batch, MAX_BIASES), NO_TOKEN, np.int32)
+    bias = np.zeros((batch, MAX_BIASES), np.float32)
     for row, (prompt, options) in enumerate(zip(prompts, sampling, strict=True)):
         tokens[row, : len(prompt)] = prompt
         length[row] = len(prompt)
+        check_tokens(options, decoder.config)
         stops = stop_ids_of(options, decoder.config)
         stop_ids[row, : len(stops)] = stops
+        if options.logit_bias:
+            own = slice(len(options.logit_bias))
+            biased[row, own], bias[row, own] = zip(*options.logit_bias, strict=True)
     sampling = [*sampling, *[Sampling()] * (batch - count)]
 
     def column(name, dtype, least, most):
@@ -75,14 +89,32 @@ def pack(
         budget=np.full(batch, budget, np.int32),
         sampling=SamplingRows(
             temperature=column("temperature", np.float32, *TEMPERATURES),
-            top_k=column("top_k", np.int32, 1, MAX_TOP_K),
+            top_k=column("top_k", np.int32, 1, MAX_INT),
             top_p=column("top_p", np.float32, LEAST_TOP_P, 1),
             min_p=column("min_p", np.float32, 0, 1),
             stop_ids=stop_ids,
+            min_tokens=column("min_tokens", np.int32, 0, MAX_INT),
+            biased=biased,
+            bias=bias,
+            presence=column("presence_penalty", np.float32, -MAX_PENALTY, MAX_PENALTY),
+            frequency=column("frequency_penalty", np.float32, -MAX_PENALTY, MAX_PENALTY),
+            repetition=column("repetition_penalty", np.float32, *REPETITIONS),
             key=keys[np.minimum(np.arange(batch), count - 1)],
             logprobs=np.full(batch, asked, np.int32),
         ),
     )
+
+
+def check_tokens(sampling: Sampling, config: TargetConfig) -> None:
+    """Raises ValueError for stop ids or biases of tokens that the target does not have."""
+    stop_ids_of(sampling, config)
+    tokens = [token for token, _ in sampling.logit_bias]
+    bad = next((token for token in tokens if not 0 <= token < config.vocab_size), None)
+    if bad is not None:
+        raise ValueError(
+            f"logit_bias has token id {bad}; the target's vocabulary is "
+            f"0 … {config.vocab_size - 1}"
+        )
 
 
 def stop_ids_of(sampling: Sampling, config: TargetConfig) -> tuple[int, ...]:

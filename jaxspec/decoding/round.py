@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxspec.decoding import logprobs, rejection
 from jaxspec.decoding.fitting import VerifySize, choose_in, fitted, own_sizes, smallest
+from jaxspec.decoding.penalties import Written
 from jaxspec.decoding.precision import exact_in_float32
 from jaxspec.decoding.sampling import SamplingRows
 from jaxspec.decoding.state import (
@@ -126,10 +127,12 @@ def accept(
     verified: Verified,
 ) -> Acceptance:
     """The path that the target takes through the draft, and the token after it."""
-    if draft.drawn is not None:
-        return rejection.accept(draft.drawn, verified, state.position, sampling)
     tree, depth = draft.tree, min(decoder.drafter.depth, draft.tree.size - 1)
-    choices = choose_in(tree, verified, state.length, sampling, depth)
+    text = state.tokens, state.start, state.length
+    written = Written.before(*text, tree, verified.ancestors)
+    if draft.drawn is not None:
+        return rejection.accept(draft.drawn, verified, state.position, sampling, written)
+    choices = choose_in(tree, verified, state.length, sampling, depth, written)
     return accept_matches(tree, verified.ancestors, choices, depth)
 
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
+from jaxspec.decoding.penalties import Written, adjusted, changes_logits
+
 NO_TOKEN = -1
-MAX_STOP_IDS = 8
+MAX_STOP_IDS, MAX_BIASES = 8, 300
+MAX_BIAS, MAX_PENALTY = 100.0, 2.0  # as OpenAI bounds them
 ROWS_AT_ONCE, NODES_AT_ONCE = 8, 16  # that sample; noise and filters take several [., ., V]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen from the target's distribution; filters apply in this order.
+    """How the next token is chosen from the target's distribution.
+
+    Biases and penalties change the target's logits (`decoding.penalties`); filters apply after
+    them, in this order.
 
     Attributes:
       temperature: 0 is greedy.
@@ -24,6 +31,12 @@ class Sampling:
       top_p: keep the fewest most probable tokens whose probability reaches top_p; 1 keeps all.
       min_p: keep tokens with at least min_p times the largest probability; 0 keeps all.
       stop_ids: ids that end the output; None means the target's own end-of-text ids.
+      min_tokens: new tokens before which no stop id is chosen.
+      logit_bias: what is added to the logits of tokens, by id; a mapping, kept as its items.
+      presence_penalty: is taken from the logits of tokens that the output has.
+      frequency_penalty: the same, times how often the output has the token.
+      repetition_penalty: divides positive logits of tokens that the prompt or the output has,
+        and multiplies negative ones; 1 changes nothing.
     """
 
     temperature: float = 0.0
@@ -31,6 +44,11 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     stop_ids: tuple[int, ...] | None = None
+    min_tokens: int = 0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self):
         def check(name, good, expected):
@@ -45,6 +63,20 @@ class Sampling:
         check("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)")
         check("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (1 keeps all tokens)")
         check("min_p", 0 <= self.min_p <= 1, "0 … 1 (0 keeps all tokens)")
+        check("min_tokens", self.min_tokens >= 0, "at least 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            check(name, abs(getattr(self, name)) <= MAX_PENALTY, "-2 … 2 (0 changes nothing)")
+        check(
+            "repetition_penalty",
+            0 < self.repetition_penalty < float("inf"),
+            "a finite number above 0 (1 changes nothing)",
+        )
+        biases = self.logit_bias
+        biases = tuple(biases.items() if isinstance(biases, Mapping) else biases)
+        object.__setattr__(self, "logit_bias", biases)
+        bounded = all(abs(bias) <= MAX_BIAS for _, bias in biases)
+        check("logit_bias", bounded, "-100 … 100 for every token")
+        check("logit_bias", len(biases) <= MAX_BIASES, f"at most {MAX_BIASES} tokens")
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +88,10 @@ class SamplingRows:
       temperature, top_p, min_p: [B] float32.
       top_k: [B] int32.
       stop_ids: [B, n] int32, padded with `NO_TOKEN`.
+      min_tokens: [B] int32.
+      biased: [B, n] int32, tokens of `logit_bias`, padded with `NO_TOKEN`.
+      bias: [B, n] float32.
+      presence, frequency, repetition: [B] float32, the penalties.
       key: [B] typed keys, one per request. They decide the output; drafters have their own.
       logprobs: [B] int32, whose log-probabilities are kept (`decoding.logprobs`).
     """
@@ -65,6 +101,12 @@ class SamplingRows:
     top_p: jax.Array
     min_p: jax.Array
     stop_ids: jax.Array
+    min_tokens: jax.Array
+    biased: jax.Array
+    bias: jax.Array
+    presence: jax.Array
+    frequency: jax.Array
+    repetition: jax.Array
     key: jax.Array
     logprobs: jax.Array
 
@@ -78,6 +120,12 @@ def greedy_rows(key: jax.Array) -> SamplingRows:
         top_p=zeros(jnp.float32) + 1,
         min_p=zeros(jnp.float32),
         stop_ids=jnp.full((*key.shape, MAX_STOP_IDS), NO_TOKEN, jnp.int32),
+        min_tokens=zeros(jnp.int32),
+        biased=jnp.full((*key.shape, MAX_BIASES), NO_TOKEN, jnp.int32),
+        bias=jnp.zeros((*key.shape, MAX_BIASES), jnp.float32),
+        presence=zeros(jnp.float32),
+        frequency=zeros(jnp.float32),
+        repetition=zeros(jnp.float32) + 1,
         key=key,
         logprobs=zeros(jnp.int32),
     )
@@ -89,57 +137,84 @@ def choose(
     positions: jax.Array,
     rows: SamplingRows,
     max_depth: int,
+    written: Written,
 ) -> jax.Array:
     """The token the target chooses after each node.
 
     Args:
-      logits: [B, N, V] float32.
-      depths: [B, N] int32, 0 … max_depth.
-      positions: [B] int32, absolute position of the token chosen after depth 0.
-      rows: consumes `rows.key` folded with the absolute position of the chosen token.
+      logits: [R, N, V] float32.
+      depths: [R, N] int32, 0 … max_depth.
+      positions: [R] int32, absolute position of the token chosen after depth 0.
+      rows: [B], of `written.row`; consumes `rows.key` folded with the absolute position of the
+        chosen token.
+      written: the text before each choice.
 
     Returns:
-      [B, N] int32.
+      [R, N] int32.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    sampled = rows.temperature > 0
+    drawn = ((rows.temperature > 0) | changes_logits(rows))[written.row]
 
-    def sample(_):
-        order = jnp.argsort(~sampled)  # those that sample first: only they cost something
+    def draw(_):
+        order = jnp.argsort(~drawn)  # those that are drawn first: only they cost something
         together = math.gcd(logits.shape[0], ROWS_AT_ONCE)
 
         def some_rows(i, chosen):
             own = jax.lax.dynamic_slice_in_dim(order, i * together, together)
-            drawn = _draw(logits, depths, positions, rows, own, max_depth)
-            return chosen.at[own].set(jnp.where(sampled[own, None], drawn, chosen[own]))
+            found = _draw(logits, depths, positions, rows, own, max_depth, written)
+            return chosen.at[own].set(jnp.where(drawn[own, None], found, chosen[own]))
 
-        return jax.lax.fori_loop(0, -(-sampled.sum() // together), some_rows, greedy)
+        return jax.lax.fori_loop(0, -(-drawn.sum() // together), some_rows, greedy)
 
-    return jax.lax.cond(sampled.any(), sample, lambda _: greedy, None)
+    return jax.lax.cond(drawn.any(), draw, lambda _: greedy, None)
 
 
-def _draw(logits, depths, positions, rows, own, max_depth: int) -> jax.Array:
-    """`choose` for the rows `own` [R], all of which sample: [R, N] int32."""
-    rows = jax.tree.map(lambda x: x[own], rows)
+def _draw(logits, depths, positions, rows, own, max_depth: int, written: Written) -> jax.Array:
+    """`choose` for `own` [R'] of the R, with noise or adjusted logits: [R', N] int32."""
+    rows = jax.tree.map(lambda x: x[written.row[own]], rows)
     # Nodes of one depth choose for the same position, so they share its noise.
-    noise = _noise(rows.key, positions[own], max_depth + 1, logits.shape[-1])  # [R, P + 1, V]
+    noise = _noise(rows.key, positions[own], max_depth + 1, logits.shape[-1])  # [R', P + 1, V]
+    noise = jnp.where((rows.temperature > 0)[:, None, None], noise, 0.0)
     step = math.gcd(logits.shape[1], NODES_AT_ONCE)
 
     def some_nodes(i, chosen):
         part = lambda x: x[own[:, None], i * step + jnp.arange(step)]  # noqa: E731
-        drawn = jnp.take_along_axis(noise, part(depths)[..., None], axis=1)
-        drawn = jnp.argmax(_filtered(part(logits), rows) + drawn, axis=-1).astype(jnp.int32)
+        depth = part(depths)
+        law = _law(part(logits), rows, written, own, part(written.node), positions[own], depth)
+        drawn = jnp.take_along_axis(noise, depth[..., None], axis=1)
+        drawn = jnp.argmax(law + drawn, axis=-1).astype(jnp.int32)
         return jax.lax.dynamic_update_slice_in_dim(chosen, drawn, i * step, axis=1)
 
     start = jnp.zeros((own.shape[0], logits.shape[1]), jnp.int32)
     return jax.lax.fori_loop(0, logits.shape[1] // step, some_nodes, start)
 
 
-def log_law(logits: jax.Array, rows: SamplingRows) -> jax.Array:
-    """The law that `choose` draws from: log-probabilities of [B, N, V]; greedy rows one-hot."""
-    best = jnp.argmax(logits, axis=-1, keepdims=True) == jnp.arange(logits.shape[-1])
+def _law(logits, rows, written: Written, own, node, positions, depths) -> jax.Array:
+    """Adjusted and filtered logits of the choices `own`: [R', N, V]."""
+
+    def adjust(logits):
+        position = positions[:, None] + depths
+        return adjusted(logits, rows, written, written.row[own], node, position)
+
+    logits = jax.lax.cond(jnp.any(changes_logits(rows)), adjust, lambda x: x, logits)
+    return _filtered(logits, rows)
+
+
+def log_law(
+    logits: jax.Array, positions: jax.Array, rows: SamplingRows, written: Written
+) -> jax.Array:
+    """The laws that `choose` draws from: log-probabilities [B, N, V]; greedy rows one-hot.
+
+    Args:
+      logits: [B, N, V] float32, after the first N nodes of a chain.
+      positions, rows, written: as in `choose`; of every row all nodes, in order.
+    """
+    every, depths = jnp.arange(logits.shape[0]), jnp.arange(logits.shape[1])
+    depths = jnp.broadcast_to(depths, logits.shape[:2])
+    laws = _law(logits, rows, written, every, depths, positions, depths)
+    best = jnp.argmax(laws, axis=-1, keepdims=True) == jnp.arange(logits.shape[-1])
     greedy = jnp.where(best, 0.0, -jnp.inf)
-    sampled = jax.nn.log_softmax(_filtered(logits, rows), axis=-1)
+    sampled = jax.nn.log_softmax(laws, axis=-1)
     return jnp.where((rows.temperature > 0)[:, None, None], sampled, greedy)
 
 

@@ -102,6 +102,7 @@ class DecodeState:
 
     Attributes:
       tokens: [B, S] int32.
+      start: [B] int32, tokens of the prompt.
       length: [B] int32, tokens decided.
       limit: [B] int32, length at which the row is full.
       done: [B] bool.
@@ -117,6 +118,7 @@ class DecodeState:
     """
 
     tokens: jax.Array
+    start: jax.Array
     length: jax.Array
     limit: jax.Array
     done: jax.Array

@@ -94,6 +94,11 @@ class EagleConfig:
         check("tap_norm", self.tap_norm in TAP_NORMS, f"one of {TAP_NORMS}")
 
     @property
+    def depth(self) -> int:
+        """P: positions that are drafted."""
+        return self.steps
+
+    @property
     def group_size(self) -> int:
         """Query heads per key/value head (G)."""
         return self.num_heads // self.num_kv_heads

@@ -13,10 +13,11 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from jaxspec.data.jsonl import numbered_lines, parse_object
-from jaxspec.data.messages import KEYS, row_messages
+from jaxspec.data.messages import holds_conversation, row_messages
 from jaxspec.data.prompts import row_turns
+from jaxspec.data.sources import Source, open_source
 
 NGRAM = 13  # words; the length GPT-3's decontamination used
 FORMAT_NGRAM, FORMAT_PROMPTS = 6, 3
@@ -94,24 +95,46 @@ def overlaps(
                 break
 
 
-def texts_of(path: str | Path) -> Iterator[tuple[str, list[str]]]:
-    """Every line of a JSON lines file, and the texts in it.
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The texts of a row.
 
-    Rows are conversations (`messages.row_messages`), {"turns": [...]} or {"prompt": …}.
+    Attributes:
+      where: its source and line or row.
+      row: its fields.
+      parts: every message of a conversation, or every turn of a prompt.
+    """
+
+    where: str
+    row: dict[str, Any]
+    parts: list[str]
+
+
+def texts_of(source: str | Path | Source, refused: list[str]) -> Iterator[Texts]:
+    """The texts of a source's rows: conversations (`messages.row_messages`) or prompts
+    (`prompts.row_turns`).
+
+    Args:
+      refused: gets a line for each row that is something else.
 
     Raises:
-      ValueError: the file cannot be read, or a line is something else.
+      ValueError: the source cannot be read, or none of its rows.
     """
-    for number, line in numbered_lines(path):
+    source, read, bad = open_source(source), 0, []
+    for row in source:
         try:
-            row = parse_object(line)
-            if any(key in row for key in KEYS):
-                parts = [message["content"] for message in row_messages(row)]
+            if holds_conversation(row.fields):
+                parts = [message["content"] for message in row_messages(row.fields)]
             else:
-                parts = row_turns(row)[1]
+                parts = row_turns(row.fields)[1]
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        yield line, parts
+            bad.append(f"{row.where}: {error}")
+            continue
+        read += 1
+        yield Texts(row.where, row.fields, parts)
+    if not read:
+        raise ValueError(bad[0] if bad else f"{source.name} holds no rows")
+    refused += bad
 
 
 def _format(rows: Sequence[Words]) -> set[Words]:

@@ -10,10 +10,17 @@ import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig
 from jaxspec.models.cache import KVRows
+from jaxspec.models.delta_net import DeltaRows, DeltaState, Kinship, delta_net, kinship
 from jaxspec.models.layers import cut_axes, lookup, project, rms_norm, swiglu
 from jaxspec.models.moe import mixture_of_experts
-from jaxspec.models.params import AttentionParams, MlpParams, MoeParams, TargetParams
-from jaxspec.models.rope import layer_angles
+from jaxspec.models.params import (
+    AttentionParams,
+    DeltaNetParams,
+    MlpParams,
+    MoeParams,
+    TargetParams,
+)
+from jaxspec.models.rope import Angles, layer_angles
 from jaxspec.models.state import LayerRows, LayerStates
 from jaxspec.trees.packing import Packing
 from pallas_kernels.rotary_heads import rotary_heads
@@ -83,40 +90,22 @@ def forward(
         # Nodes side by side, padded with zeros: products of fewer rows would each pad theirs.
         rows = max(count, MIN_ROWS)
         x = jnp.pad(x.reshape(1, count, -1), ((0, 0), (0, rows - count), (0, 0)))
-    outputs, keys, values = {-1: x}, [], []
+    nodes = _Nodes((batch, n), rows, lengths, depths, ancestors, packing, implementation)
+    kin = kinship(ancestors, lengths) if config.delta_layers else None
+    outputs, kv, delta = {-1: x}, [], []
     for i, layer in enumerate(params.layers):
-        dtype = states.kv.keys[i].dtype
-        q, k, v = _qkv(layer.attention, config, x, angles[i], dtype if fused else None)
-        # Rounded here and kept: XLA would rather keep every layer's whole projection until the
-        # rows are committed, and take them from it then.
-        k, v = jax.lax.optimization_barrier((k.astype(dtype), v.astype(dtype)))
-        if packing is not None:
-            q, k, v = (packing.spread(x) for x in (q, k, v))
-        elif fused:
-            q, k, v = (x.reshape(batch, n, *x.shape[2:]) for x in (q, k, v))
-        attended = tree_attention(
-            q,
-            states.kv.keys[i],
-            states.kv.values[i],
-            lengths,
-            k,
-            v,
-            ancestors,
-            scale=config.head_dim**-0.5,
-            depths=depths,
-            window=config.layer_windows[i],
-            implementation=implementation,
-            rows=None if packing is not None else rows,
-        )
-        if packing is not None:
-            attended = packing.gather(attended)
-            padding = x.shape[1] - attended.shape[1]
-            attended = jnp.pad(attended, ((0, 0), (0, padding), (0, 0), (0, 0)))
-        x = x + _project_out(layer.attention, attended.reshape(*x.shape[:2], -1))
+        if isinstance(layer.attention, DeltaNetParams):
+            state = states.delta[len(delta)]
+            mixed, kept = _delta_layer(layer.attention, config, x, nodes, state, kin)
+            delta.append(kept)
+        else:
+            cache = states.kv.keys[len(kv)], states.kv.values[len(kv)]
+            window = config.layer_windows[i]
+            mixed, kept = _attend(layer.attention, config, x, nodes, angles[i], cache, window)
+            kv.append(kept)
+        x = x + mixed
         x = x + _mlp(layer.mlp, config, x, count)
         outputs[i] = x
-        keys.append(k)
-        values.append(v)
     hidden = rms_norm(x, params.final_norm, config.rms_norm_eps)
     outputs[config.num_layers - 1] = hidden
     if fused:
@@ -125,20 +114,113 @@ def forward(
     return ForwardOutput(
         hidden=outputs[config.num_layers - 1],
         taps=jnp.concatenate(tapped, axis=-1) if tapped else hidden[:, :count, :0],
-        rows=LayerRows(KVRows(tuple(keys), tuple(values))),
+        rows=LayerRows(KVRows(*map(tuple, zip(*kv, strict=True))), tuple(delta)),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Nodes:
+    """The nodes of a forward, and where they are in its activations.
+
+    Attributes:
+      shape: (B, N).
+      rows: activations are [1, rows, ...], nodes side by side; None: as `tokens` are.
+    """
+
+    shape: tuple[int, int]
+    rows: int | None
+    lengths: jax.Array
+    depths: jax.Array
+    ancestors: jax.Array
+    packing: Packing | None
+    implementation: str | None
+
+    def rectangle(self, x: jax.Array) -> jax.Array:
+        """[B, N, ...] of activations."""
+        if self.packing is not None:
+            return self.packing.spread(x)
+        if self.rows is None:
+            return x
+        batch, n = self.shape
+        return x[:, : batch * n].reshape(batch, n, *x.shape[2:])
+
+    def activations(self, x: jax.Array) -> jax.Array:
+        """Of a rectangle [B, N, ...]; zeros where there is no node."""
+        if self.packing is not None:
+            x = self.packing.gather(x)
+        if self.rows is None:
+            return x
+        x = x.reshape(1, -1, *x.shape[2:])
+        return jnp.pad(x, [(0, 0), (0, self.rows - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+
+
+def _attend(
+    params: AttentionParams,
+    config: TargetConfig,
+    x: jax.Array,
+    nodes: _Nodes,
+    angles: Angles,
+    cache: tuple[jax.Array, jax.Array],
+    window: int | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """What attention adds to x, and the nodes' keys and values."""
+    dtype = cache[0].dtype
+    fused, packing = nodes.rows is not None, nodes.packing
+    q, k, v, gate = _qkv(params, config, x, angles, dtype if fused else None)
+    # Rounded here and kept: XLA would rather keep every layer's whole projection until the
+    # rows are committed, and take them from it then.
+    k, v = jax.lax.optimization_barrier((k.astype(dtype), v.astype(dtype)))
+    q, k, v = (nodes.rectangle(x) for x in (q, k, v))
+    attended = tree_attention(
+        q,
+        *cache,
+        nodes.lengths,
+        k,
+        v,
+        nodes.ancestors,
+        scale=config.head_dim**-0.5,
+        depths=nodes.depths,
+        window=window,
+        implementation=nodes.implementation,
+        rows=None if packing is not None else nodes.rows,
+    )
+    if packing is not None:
+        attended = nodes.activations(attended)
+    attended = attended.reshape(*x.shape[:2], -1)
+    if gate is not None:
+        attended = attended * jax.nn.sigmoid(gate)
+    return _project_out(params, attended), (k, v)
+
+
+def _delta_layer(
+    params: DeltaNetParams,
+    config: TargetConfig,
+    x: jax.Array,
+    nodes: _Nodes,
+    state: DeltaState,
+    kin: Kinship,
+) -> tuple[jax.Array, DeltaRows]:
+    """What a gated delta net adds to x, and the nodes' rows."""
+    normed = rms_norm(x, params.norm, config.rms_norm_eps)
+    inputs = nodes.rectangle(project("bnm,mjw->bnjw", normed, params.inputs))
+    out, rows = delta_net(params, config, inputs, state, kin)
+    rows = jax.lax.optimization_barrier(rows)  # as keys and values
+    out = nodes.activations(out).reshape(*x.shape[:2], -1)
+    weight = params.output.reshape(-1, params.output.shape[-1])
+    return project("bnh,hm->bnm", out, weight), rows
 
 
 def fuses(params: TargetParams, config: TargetConfig, implementation: str | None) -> bool:
     """Whether a forward runs the kernels for NVIDIA GPUs around its products.
 
-    It does with bfloat16 weights on one device and heads whose size is a power of two. Float32
-    is for exactness: there everything but the attention is XLA's.
+    It does with bfloat16 weights on one device, heads whose size is a power of two and that
+    rotate whole. Float32 is for exactness: there everything but the attention is XLA's.
     """
     if implementation is None:
         implementation = "triton" if jax.default_backend() == "gpu" else "xla"
     narrow = params.embed.dtype == jnp.bfloat16
-    tiles = config.head_dim & (config.head_dim - 1) == 0
+    dim = config.head_dim
+    tiles = dim & (dim - 1) == 0 and config.rotary_dim in (None, dim)
     return implementation == "triton" and narrow and tiles and not cut_axes()
 
 
@@ -158,12 +240,15 @@ def check_taps(taps: tuple[int, ...], config: TargetConfig) -> None:
 
 
 def _qkv(params: AttentionParams, config: TargetConfig, x: jax.Array, angles, dtype=None):
-    """Rotated queries [B, N, H, D], rotated keys and values [B, N, K, D].
+    """Rotated queries [B, N, H, D], rotated keys and values [B, N, K, D]; gates [B, N, H D] of
+    queries that have them, else None.
 
     With `dtype` one kernel does what follows the product, and rounds to it.
     """
     normed = rms_norm(x, params.norm, config.rms_norm_eps)
-    qkv = project("bnm,mkgd->bnkgd", normed, params.qkv)
+    qkv, gate = project("bnm,mkgd->bnkgd", normed, params.qkv), None
+    if config.attention_gate:
+        qkv, gate = _without_gates(qkv)
     options = dict(eps=config.rms_norm_eps, dtype=dtype or qkv.dtype)
     gains = (params.qkv_bias, params.q_norm, params.k_norm)
     angles = (x.reshape(-1, x.shape[-1]) for x in angles)
@@ -175,7 +260,15 @@ def _qkv(params: AttentionParams, config: TargetConfig, x: jax.Array, angles, dt
         implementation="triton" if dtype else "xla",
     )
     shape = x.shape[:2] if dtype is None else (1, q.shape[0])
-    return tuple(x.reshape(*shape, *x.shape[1:]) for x in (q, k, v))
+    return *(x.reshape(*shape, *x.shape[1:]) for x in (q, k, v)), gate
+
+
+def _without_gates(qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, N, K, 2 G + 2, D] -> [B, N, K, G + 2, D] and the gates [B, N, H D]."""
+    queries = qkv[..., :-2, :]
+    pairs = queries.reshape(*queries.shape[:-2], -1, 2, queries.shape[-1])
+    ungated = jnp.concatenate([pairs[..., 0, :], qkv[..., -2:, :]], axis=-2)
+    return ungated, pairs[..., 1, :].reshape(*qkv.shape[:2], -1)
 
 
 def _project_out(params: AttentionParams, attended: jax.Array) -> jax.Array:

@@ -10,12 +10,14 @@ from jax.sharding import PartitionSpec
 
 from jaxspec.config import TargetConfig
 from jaxspec.models.layers import cut_axes, project, swiglu
-from jaxspec.models.params import MoeParams
+from jaxspec.models.params import MoeParams, SharedExpertParams
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 def mixture_of_experts(params: MoeParams, config: TargetConfig, x: jax.Array) -> jax.Array:
     """The top k experts of every token, weighed by the router: normed [T, M] -> [T, M].
+
+    A shared expert, if there is one, adds its own, times a gate.
 
     Under a mesh with axes "model" or "rest" (`jax.set_mesh`) experts are cut over both. Every
     device sees all tokens and adds up what its own experts make of them; one sum over the
@@ -24,6 +26,17 @@ def mixture_of_experts(params: MoeParams, config: TargetConfig, x: jax.Array) ->
     Raises:
       ValueError: the mesh cuts the experts unevenly.
     """
+    routed = _routed(params, config, x)
+    return routed if params.shared is None else routed + _shared(params.shared, x)
+
+
+def _shared(params: SharedExpertParams, x: jax.Array) -> jax.Array:
+    gate = jax.nn.sigmoid(project("tm,mg->tg", x, params.gate[:, None]))
+    hidden = swiglu(project("tm,mcf->tcf", x, params.gate_up))
+    return gate * project("tf,fm->tm", hidden, params.down)
+
+
+def _routed(params: MoeParams, config: TargetConfig, x: jax.Array) -> jax.Array:
     weight, expert = route(params, config, x)
     axes = cut_axes()
     if not axes:

@@ -5,7 +5,8 @@ checkpoint is loaded. Their middle axes keep key/value heads (K) and feed-forwar
 separate, so that tensor parallelism shards one axis of one array.
 
 Letters: M model width, K key/value heads, G query heads per key/value head, D head dim,
-F feed-forward width, E experts, V vocabulary.
+F feed-forward width, E experts, V vocabulary. Of gated delta nets: J key heads, R value heads
+per key head, dk and dv dimensions of a key and a value, C = 2 dk + R dv.
 """
 
 from __future__ import annotations
@@ -24,11 +25,27 @@ class AttentionParams:
     norm: jax.Array  # [M]
     qkv: (
         jax.Array
-    )  # [M, K, G + 2, D]: for each key/value head its G queries, its key, its value
+    )  # [M, K, G + 2, D]: for each key/value head its G queries, its key, its value;
+    # with gates [M, K, 2 G + 2, D], every query followed by its gate
     qkv_bias: jax.Array | None  # [K, G + 2, D]
     q_norm: jax.Array | None  # [D]
     k_norm: jax.Array | None  # [D]
     out: jax.Array  # [K, G, D, M]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DeltaNetParams:
+    norm: jax.Array  # [M]
+    inputs: (
+        jax.Array
+    )  # [M, J, C + R dv + 2 R]: for each key head its query, its key, its values, their
+    # output gates, their rates and their decays
+    convolution: jax.Array  # [J, C, taps]; the last tap is a token's own
+    log_rate: jax.Array  # [J, R] float32, A_log
+    step_bias: jax.Array  # [J, R] float32, dt_bias
+    head_norm: jax.Array  # [dv]
+    output: jax.Array  # [J, R, dv, M]
 
 
 @jax.tree_util.register_dataclass
@@ -41,17 +58,26 @@ class MlpParams:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class SharedExpertParams:
+    gate: jax.Array  # [M]
+    gate_up: jax.Array  # [M, 2, F]
+    down: jax.Array  # [F, M]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class MoeParams:
     norm: jax.Array  # [M]
     router: jax.Array  # [M, E]
     gate_up: jax.Array  # [E, M, 2, F]
     down: jax.Array  # [E, F, M]
+    shared: SharedExpertParams | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerParams:
-    attention: AttentionParams
+    attention: AttentionParams | DeltaNetParams
     mlp: MlpParams | MoeParams
 
 
@@ -70,46 +96,82 @@ class TargetParams:
 
 
 def abstract_params(config: TargetConfig, dtype=jnp.float32) -> TargetParams:
-    """The shape of every weight as a `ShapeDtypeStruct`, nothing allocated."""
+    """The shape of every weight as a `ShapeDtypeStruct`, nothing allocated.
+
+    What stays float32 whatever the dtype: norms that are stored less one, which bfloat16 would
+    round once one is added, and the rates of decay.
+    """
     c = config
     weight = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
-    rows = c.group_size + 2
-    head_norm = weight(c.head_dim) if c.qk_norm else None
+    norm = _exact if c.zero_centered_norms else weight
 
-    def layer(i: int) -> LayerParams:
-        attention = AttentionParams(
-            norm=weight(c.hidden_size),
-            qkv=weight(c.hidden_size, c.num_kv_heads, rows, c.head_dim),
-            qkv_bias=weight(c.num_kv_heads, rows, c.head_dim) if c.attention_bias else None,
-            q_norm=head_norm,
-            k_norm=head_norm,
-            out=weight(c.num_kv_heads, c.group_size, c.head_dim, c.hidden_size),
-        )
+    def mlp(i: int) -> MlpParams | MoeParams:
         if i in c.sparse_layers:
-            experts, width = c.num_experts, c.moe_intermediate_size
-            return LayerParams(
-                attention,
-                MoeParams(
-                    norm=weight(c.hidden_size),
-                    router=weight(c.hidden_size, experts),
-                    gate_up=weight(experts, c.hidden_size, 2, width),
-                    down=weight(experts, width, c.hidden_size),
-                ),
-            )
-        return LayerParams(
-            attention,
-            MlpParams(
-                norm=weight(c.hidden_size),
-                gate_up=weight(c.hidden_size, 2, c.intermediate_size),
-                down=weight(c.intermediate_size, c.hidden_size),
-            ),
+            return _abstract_moe(c, weight, norm)
+        return MlpParams(
+            norm=norm(c.hidden_size),
+            gate_up=weight(c.hidden_size, 2, c.intermediate_size),
+            down=weight(c.intermediate_size, c.hidden_size),
         )
+
+    def attention(i: int) -> AttentionParams | DeltaNetParams:
+        if i in c.delta_layers:
+            return _abstract_delta_net(c, weight, norm)
+        return _abstract_attention(c, weight, norm)
 
     return TargetParams(
         embed=weight(c.vocab_size, c.hidden_size),
-        layers=tuple(layer(i) for i in range(c.num_layers)),
-        final_norm=weight(c.hidden_size),
+        layers=tuple(LayerParams(attention(i), mlp(i)) for i in range(c.num_layers)),
+        final_norm=norm(c.hidden_size),
         lm_head=None if c.tie_embeddings else weight(c.vocab_size, c.hidden_size),
+    )
+
+
+def _exact(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _abstract_attention(c: TargetConfig, weight, norm) -> AttentionParams:
+    queries = 2 * c.group_size if c.attention_gate else c.group_size
+    head_norm = norm(c.head_dim) if c.qk_norm else None
+    return AttentionParams(
+        norm=norm(c.hidden_size),
+        qkv=weight(c.hidden_size, c.num_kv_heads, queries + 2, c.head_dim),
+        qkv_bias=weight(c.num_kv_heads, queries + 2, c.head_dim) if c.attention_bias else None,
+        q_norm=head_norm,
+        k_norm=head_norm,
+        out=weight(c.num_kv_heads, c.group_size, c.head_dim, c.hidden_size),
+    )
+
+
+def _abstract_delta_net(c: TargetConfig, weight, norm) -> DeltaNetParams:
+    d = c.delta_net
+    heads, group = d.key_heads, d.group_size
+    return DeltaNetParams(
+        norm=norm(c.hidden_size),
+        inputs=weight(c.hidden_size, heads, d.channels + group * d.value_dim + 2 * group),
+        convolution=weight(heads, d.channels, d.taps),
+        log_rate=_exact(heads, group),
+        step_bias=_exact(heads, group),
+        head_norm=weight(d.value_dim),
+        output=weight(heads, group, d.value_dim, c.hidden_size),
+    )
+
+
+def _abstract_moe(c: TargetConfig, weight, norm) -> MoeParams:
+    experts, width, shared = c.num_experts, c.moe_intermediate_size, c.shared_expert_size
+    return MoeParams(
+        norm=norm(c.hidden_size),
+        router=weight(c.hidden_size, experts),
+        gate_up=weight(experts, c.hidden_size, 2, width),
+        down=weight(experts, width, c.hidden_size),
+        shared=SharedExpertParams(
+            gate=weight(c.hidden_size),
+            gate_up=weight(c.hidden_size, 2, shared),
+            down=weight(shared, c.hidden_size),
+        )
+        if shared
+        else None,
     )
 
 

@@ -33,10 +33,11 @@ def rotary_angles(
 
 def layer_angles(config: TargetConfig, positions: jax.Array) -> tuple[Angles, ...]:
     """Every layer's; layers with one rule share theirs."""
-    whole = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+    turning = config.rotary_dim or config.head_dim
+    whole = rotary_angles(positions, turning, config.rope_theta, config.rope_scaling)
     local = whole
     if config.sliding_rope_theta is not None:
-        local = rotary_angles(positions, config.head_dim, config.sliding_rope_theta)
+        local = rotary_angles(positions, turning, config.sliding_rope_theta)
     return tuple(whole if window is None else local for window in config.layer_windows)
 
 

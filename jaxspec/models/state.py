@@ -12,6 +12,7 @@ import jax
 
 from jaxspec.config import TargetConfig
 from jaxspec.models.cache import KVCache, KVRows, init_cache
+from jaxspec.models.delta_net import DeltaRows, DeltaState, init_delta_state
 
 
 @jax.tree_util.register_dataclass
@@ -21,9 +22,11 @@ class LayerStates:
 
     Attributes:
       kv: of the attention layers, in their order.
+      delta: of every gated delta net, in their order; its size does not follow the capacity.
     """
 
     kv: KVCache
+    delta: tuple[DeltaState, ...] = ()
 
     @property
     def capacity(self) -> int:
@@ -47,7 +50,11 @@ class LayerStates:
           counts: [B], 0 … C; at 0 a sequence stays as it is.
           after: see `KVCache.write`.
         """
-        return LayerStates(self.kv.write(rows.kv, starts, after=after))
+        delta = tuple(
+            state.write(own, starts, counts)
+            for state, own in zip(self.delta, rows.delta, strict=True)
+        )
+        return LayerStates(self.kv.write(rows.kv, starts, after=after), delta)
 
 
 @jax.tree_util.register_dataclass
@@ -57,13 +64,15 @@ class LayerRows:
 
     Attributes:
       kv: of the attention layers.
+      delta: of every gated delta net.
     """
 
     kv: KVRows
+    delta: tuple[DeltaRows, ...] = ()
 
     def take(self, index: jax.Array) -> LayerRows:
         """The rows of chosen nodes [B, C']."""
-        return LayerRows(self.kv.take(index))
+        return LayerRows(self.kv.take(index), tuple(rows.take(index) for rows in self.delta))
 
 
 def init_states(config: TargetConfig, batch: int, capacity: int, dtype) -> LayerStates:
@@ -73,6 +82,6 @@ def init_states(config: TargetConfig, batch: int, capacity: int, dtype) -> Layer
       capacity: S, tokens per sequence.
       dtype: of keys and values.
     """
-    c = config
-    kv = init_cache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, dtype)
-    return LayerStates(kv)
+    c, layers = config, len(config.attention_layers)
+    kv = init_cache(layers, batch, c.num_kv_heads, capacity, c.head_dim, dtype)
+    return LayerStates(kv, tuple(init_delta_state(c, batch) for _ in c.delta_layers))

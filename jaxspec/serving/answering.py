@@ -139,7 +139,9 @@ class Answering:
     async def _pieces_of(self, choice: int) -> AsyncGenerator[Piece]:
         ticket, watch = self.choices[choice].ticket, self.choices[choice].watch
         asked, request = self.asked, self.asked.requests[choice]
-        answer, cut, finish = AnswerText(self.tokenizer, asked.stops), None, None
+        least = request.sampling.min_tokens
+        answer = AnswerText(self.tokenizer, asked.stops, min_tokens=least)
+        cut = finish = None
         shape = LogProbShape(self.tokenizer, chat=self.shape.chat)
         text = asked.echo[choice // asked.choices]
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from jaxspec.decoding.requests import stop_ids_of
+from jaxspec.decoding.requests import check_tokens
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.models.target import Target
@@ -28,13 +28,8 @@ NEUTRAL: dict[str, tuple] = {
     "suffix": ("",),
     "logprobs": (False,),
     "top_logprobs": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "typical_p": (1,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
     "bad_words": ([],),
     "use_beam_search": (False,),
     "skip_special_tokens": (True,),
@@ -59,9 +54,11 @@ NEUTRAL_IN_MESSAGES: dict[str, tuple] = {
     "reasoning_content": ("",),
 }
 SAMPLED = {"temperature", "top_p", "top_k", "min_p", "seed"}
-STOPS = {"stop", "stop_token_ids", "ignore_eos"}
+PENALTIES = {"presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"}
+STOPS = {"stop", "stop_token_ids", "ignore_eos", "min_tokens"}
 LENGTHS = {"max_tokens", "max_completion_tokens"}
-COMMON = {"model", "n", "stream", "stream_options", "logprobs"} | SAMPLED | STOPS | LENGTHS
+COMMON = {"model", "n", "stream", "stream_options", "logprobs"}
+COMMON |= SAMPLED | PENALTIES | STOPS | LENGTHS
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_CHOICES = 4, 256, 128
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -268,10 +265,17 @@ def _asked(
     if seed == -1:
         seed = secrets.randbelow(2**32)
     new_tokens = _longest(fields, left, default, least=1 if echo is None else 0)
+    sampling = _sampling(fields, target)
+    if sampling.min_tokens > new_tokens:
+        raise BadRequest(
+            f"min_tokens is {sampling.min_tokens}; expected at most as many as may be "
+            f"generated, {new_tokens}",
+            "min_tokens",
+        )
     request = Request(
         (),
         max(new_tokens, 1),
-        _sampling(fields, target),
+        sampling,
         logprobs=top,
         prompt_logprobs=echo is not None and top is not None,
     )
@@ -316,14 +320,34 @@ def _sampling(fields: _Fields, target: Target) -> Sampling:
         "top_p": fields.number("top_p", 1.0),
         "min_p": fields.number("min_p", 0.0),
         "stop_ids": _stop_ids(fields, target),
+        "min_tokens": fields.integer("min_tokens", 0),
+        "logit_bias": _logit_bias(fields),
+        "presence_penalty": fields.number("presence_penalty", 0.0),
+        "frequency_penalty": fields.number("frequency_penalty", 0.0),
+        "repetition_penalty": fields.number("repetition_penalty", 1.0),
     }
     for name, value in options.items():
         try:
-            stop_ids_of(Sampling(**{name: value}), target.config)
+            check_tokens(Sampling(**{name: value}), target.config)
         except ValueError as error:
             asked_for = "stop_token_ids" if name == "stop_ids" else name
             raise BadRequest(str(error).removeprefix("Sampling."), asked_for) from error
     return Sampling(**options)
+
+
+def _logit_bias(fields: _Fields) -> dict[int, float]:
+    given = fields.get("logit_bias", {})
+    if not isinstance(given, dict):
+        raise BadRequest(f"logit_bias must be a JSON object, not {given!r}", "logit_bias")
+    biases = {}
+    for token, bias in given.items():
+        if not (token.isascii() and token.isdecimal() and _is_number(bias)):
+            raise BadRequest(
+                f"logit_bias has {token!r}: {bias!r}; expected numbers by token id",
+                "logit_bias",
+            )
+        biases[int(token)] = bias
+    return biases
 
 
 def _stop_ids(fields: _Fields, target: Target) -> tuple[int, ...]:

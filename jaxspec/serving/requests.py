@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxspec.config import TargetConfig
 from jaxspec.decoding import logprobs
 from jaxspec.decoding.logprobs import LogProbs
-from jaxspec.decoding.requests import request_keys, stop_ids_of
+from jaxspec.decoding.requests import check_tokens, request_keys
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats
 
@@ -82,7 +82,12 @@ class Request:
         )
         if type(self.seed) is not int and not keyed:
             raise ValueError(f"the seed is {self.seed!r}; expected an integer")
-        stop_ids_of(self.sampling, config)
+        check_tokens(self.sampling, config)
+        least = self.sampling.min_tokens
+        if least > self.max_new_tokens:
+            raise ValueError(
+                f"min_tokens is {least}; expected at most max_new_tokens, {self.max_new_tokens}"
+            )
         if self.logprobs is None:
             if self.prompt_logprobs:
                 raise ValueError("prompt_logprobs needs logprobs, the number of alternatives")

@@ -31,6 +31,7 @@ def empty_rows(
     zeros = lambda dtype: jnp.zeros(rows, dtype)  # noqa: E731
     state = DecodeState(
         tokens=jnp.zeros((rows, capacity), jnp.int32),
+        start=zeros(jnp.int32) + 1,
         length=zeros(jnp.int32) + 1,
         limit=zeros(jnp.int32) + 1,
         done=zeros(bool) | True,

@@ -20,7 +20,7 @@ from jaxspec.training.vocabulary_loss import (
 )
 
 WEIGHTINGS = ("exponential", "uniform", "dpace")
-REDUCTIONS = ("weights", "slots", "blocks")
+REDUCTIONS = ("weights", "slots", "blocks", "positions")
 TRUTHS = ("data", "target")
 
 
@@ -37,7 +37,8 @@ class LossConfig:
       smoothing: share of certainty mixed into the label's probability by dpace.
       reduction: what a weighted sum is divided by. "weights": their sum; "slots": how many are
         supervised; "blocks": how many have one, so that under dpace blocks likely to be
-        accepted count more. None: weights, or blocks with dpace.
+        accepted count more; "positions": how many there are. None: weights, or blocks with
+        dpace; slots for EAGLE-3.
       truth: what a label is: "data": the token that the data go on with; "target": the
         target's likeliest.
       selector: weight of a selector's cross-entropy among its candidates; ignored without one.
@@ -300,5 +301,7 @@ def position_weights(
     reduction = config.reduction or ("blocks" if config.weighting == "dpace" else "weights")
     if reduction == "weights":
         return weights, jnp.sum(weights)
+    if reduction == "positions":
+        return weights, jnp.float32(judged.size)
     counted = judged if reduction == "slots" else judged.any(axis=-1)
     return weights, jnp.sum(counted.astype(jnp.float32))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import PurePath
 from typing import Any
 
 from jaxspec.config import LOW_RANK, DrafterConfig, TargetConfig, spaced_taps
+from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.training.batches import PACKED_UNIT
 from jaxspec.training.losses import LossConfig
+from jaxspec.training.unrolled_loss import check_loss
 from jaxspec.training.vocabulary_loss import Mixture
 
 # What each family's drafter has beyond a bidirectional block whose slots predict their own
@@ -34,8 +37,13 @@ LOSSES = {
     "treeflash": LossConfig(Mixture(1.0, 0.0, 0.0), confidence=0.0, decay=7.0),
     # As `speculators` trains it; NeMo has missing="skip" and cross-entropy on the data.
     "dflash2": LossConfig(Mixture(0.0, 1.0, 0.0), confidence=0.0, truth="target"),
+    # Step j counts 0.8^j, as in SpecForge, NeMo and DeepSpec.
+    "eagle3": LossConfig(
+        Mixture(0.0, 1.0, 0.0), confidence=0.0, truth="target", decay=-1 / math.log(0.8)
+    ),
 }
-FAMILIES = tuple(BACKBONES)
+BLOCKS = tuple(BACKBONES)  # families of the block drafter
+FAMILIES = (*BLOCKS, "eagle3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +71,7 @@ class TrainConfig:
       steps: updates of the weights.
       batch_size: rows per update.
       micro_batch: rows per forward; the gradients of a batch are summed in float32.
-      anchors: blocks per row.
+      anchors: blocks per row; EAGLE-3 is trained at every position.
       packed: length of rows that several sequences share; 0 gives each a row of its own.
       draft_vocab: tokens drafted, the most frequent of the examples; 0 drafts all, or what the
         drafter to go on from does.
@@ -73,7 +81,7 @@ class TrainConfig:
       keep: newest checkpoints kept, beside the best.
     """
 
-    drafter: DrafterConfig
+    drafter: DrafterConfig | EagleConfig
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     steps: int = 1000
@@ -94,6 +102,8 @@ class TrainConfig:
                 raise ValueError(
                     f"TrainConfig.{name} is {getattr(self, name)}; expected at least 1"
                 )
+        if isinstance(self.drafter, EagleConfig):
+            check_loss(self.loss)
         if self.batch_size % self.micro_batch:
             raise ValueError(
                 f"TrainConfig.batch_size is {self.batch_size}; expected a multiple of "
@@ -151,7 +161,7 @@ def find_preset(target: str) -> Preset | None:
 def drafter_config(
     family: str, target: TargetConfig, preset: Preset, **changes: Any
 ) -> DrafterConfig:
-    """A drafter of one of `FAMILIES`, its layers shaped like the target's.
+    """A drafter of one of `BLOCKS`, its layers shaped like the target's.
 
     Args:
       changes: fields of `DrafterConfig` in place of the family's; the rank of a sequential head
@@ -160,7 +170,8 @@ def drafter_config(
     Raises:
       ValueError: the family is unknown, or the changes do not go with it.
     """
-    _check_family(family)
+    if family not in BLOCKS:
+        raise ValueError(f"the drafter family is {family!r}; expected one of {BLOCKS}")
     own = BACKBONES[family] | changes
     if own.get("sequential") != "bilinear":
         own.pop("candidates", None)
@@ -184,16 +195,43 @@ def drafter_config(
     return DrafterConfig(**(shape | own))
 
 
+def eagle_config(target: TargetConfig, **changes: Any) -> EagleConfig:
+    """An EAGLE-3 drafter, its layer shaped like the target's, unrolled for 7 steps.
+
+    Args:
+      changes: fields of `EagleConfig`.
+
+    Raises:
+      ValueError: the changes make no sense.
+    """
+    layers = target.num_layers
+    taps = (1, layers // 2 - 1, layers - 4) if layers >= 8 else spaced_taps(layers, 3)
+    shape = dict(
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
+        target_hidden_size=target.hidden_size,
+        intermediate_size=target.intermediate_size,
+        num_heads=target.num_heads,
+        num_kv_heads=target.num_kv_heads,
+        head_dim=target.head_dim,
+        target_layers=layers,
+        taps=tuple(tap for tap in taps if tap < layers - 1),
+        steps=7,
+        qk_norm=target.qk_norm,
+        rope_theta=target.rope_theta,
+        rope_scaling=target.rope_scaling,
+        rms_norm_eps=target.rms_norm_eps,
+        max_positions=target.max_positions,
+    )
+    return EagleConfig(**(shape | changes))
+
+
 def loss_config(family: str) -> LossConfig:
     """The loss each of `FAMILIES` was published with; DFlash's for TreeFlash, which names none.
 
     Raises:
       ValueError: the family is unknown.
     """
-    _check_family(family)
-    return LOSSES[family]
-
-
-def _check_family(family: str) -> None:
     if family not in FAMILIES:
         raise ValueError(f"the drafter family is {family!r}; expected one of {FAMILIES}")
+    return LOSSES[family]

@@ -13,14 +13,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.config import DrafterConfig, TargetConfig
-from jaxspec.drafters.head import Vocabulary, bind, random_weights, restrict
-from jaxspec.drafters.teacher_forced import run_blocks
-from jaxspec.models.params import MoeParams, TargetParams
+from jaxspec.drafters.eagle_head import EagleConfig
+from jaxspec.models.params import TargetParams
 from jaxspec.training.batches import PACKED_UNIT, UNIT
-from jaxspec.training.blocks import before_labels, sample_anchors, supervised_slots
 from jaxspec.training.features import target_features
 from jaxspec.training.loading import Rows
-from jaxspec.training.losses import LossSums, drafter_loss
+from jaxspec.training.losses import LossSums
+from jaxspec.training.networks import copy_layers, network_of
 from jaxspec.training.recipe import OptimizerConfig, TrainConfig
 from jaxspec.training.sharding import state_shardings
 
@@ -73,52 +72,15 @@ def init_state(
       weights: to start from, in place of random ones or the target's layers.
     """
     if weights is None:
-        weights = random_weights(config.drafter, jax.random.key(config.seed))
+        weights = network_of(config.drafter).random_weights(
+            config.drafter, jax.random.key(config.seed)
+        )
         weights.norm = weights.norm.replace(jnp.array(target.final_norm, jnp.float32))
         if config.initial == "target":
             weights = copy_layers(config.drafter, weights, target)
     return TrainState(
         weights, optimizer(config.optimizer, config.steps).init(weights), jnp.int32(0)
     )
-
-
-def copy_layers(config: DrafterConfig, weights: nnx.State, target: TargetParams) -> nnx.State:
-    """Takes the target's last layers over into the head's.
-
-    Raises:
-      ValueError: their shapes differ.
-    """
-    flat = dict(nnx.to_flat_state(weights))
-    taken = {}
-    for i, layer in enumerate(target.layers[-config.num_layers :]):
-        if isinstance(layer.mlp, MoeParams):
-            raise ValueError(
-                "the target's last layers are mixtures of experts, which a drafter cannot "
-                "start from; set initial to 'random'"
-            )
-        attention, mlp = layer.attention, layer.mlp
-        found = {
-            "norm": attention.norm,
-            "q": attention.qkv[:, :, :-2],
-            "kv": attention.qkv[:, :, -2:],
-            "q_norm": attention.q_norm,
-            "k_norm": attention.k_norm,
-            "out": attention.out,
-            "mlp_norm": mlp.norm,
-            "gate_up": mlp.gate_up,
-            "down": mlp.down,
-        }
-        taken |= {("layers", i, name): x for name, x in found.items() if x is not None}
-    for path, x in taken.items():
-        if flat[path].shape != x.shape:
-            raise ValueError(
-                f"the drafter's {'.'.join(map(str, path))} has shape {flat[path].shape}, the "
-                f"target's {x.shape}; give the drafter the target's sizes, or set initial to "
-                "'random'"
-            )
-        # A copy: the state is donated to every step, the target is not.
-        flat[path] = flat[path].replace(jnp.array(x, jnp.float32))
-    return nnx.from_flat_state(list(flat.items()))
 
 
 @functools.partial(
@@ -193,7 +155,7 @@ def batch_loss(
     kept: jax.Array | None = None,
 ) -> tuple[jax.Array, LossSums]:
     """The loss of rows [b, ...], not yet divided, and its parts. Consumes `key`."""
-    depth, dtype = config.drafter.depth, target.embed.dtype
+    dtype = target.embed.dtype
     features = rows.features
     if features is None:
         features = target_features(
@@ -205,23 +167,13 @@ def batch_loss(
             chunk=UNIT if rows.starts is None else PACKED_UNIT,
         )
     features = jax.tree.map(lambda x: x.astype(dtype), features)
-    anchors, real = sample_anchors(key, rows.supervised, config.anchors)
     weights = jax.tree.map(lambda x: x.astype(dtype), weights)
-    weights, vocabulary = restrict(weights, Vocabulary(target.embed, target.unembed), kept)
-    head = bind(config.drafter, weights)
-    blocks = run_blocks(head, vocabulary, rows.tokens, features.taps, anchors, rows.starts)
-    sums = drafter_loss(
-        config.loss,
-        head,
-        vocabulary,
-        blocks,
-        supervised_slots(rows.supervised, anchors, real, depth),
-        before_labels(features.hidden, anchors, depth),
-    )
+    loss = network_of(config.drafter).loss
+    sums = loss(config, weights, target, rows, features, key, kept)
     return sums.total, jax.lax.stop_gradient(sums)
 
 
-def empty_sums(config: DrafterConfig) -> LossSums:
+def empty_sums(config: DrafterConfig | EagleConfig) -> LossSums:
     """Sums over no positions."""
     zero, slots = jnp.float32(0), jnp.zeros(config.depth)
     return LossSums(
@@ -241,10 +193,12 @@ def empty_sums(config: DrafterConfig) -> LossSums:
     )
 
 
-def _selector_metrics(config: DrafterConfig, sums: LossSums) -> dict[str, jax.Array]:
+def _selector_metrics(
+    config: DrafterConfig | EagleConfig, sums: LossSums
+) -> dict[str, jax.Array]:
     """Of a head with a selector: its loss, how often the truth is among its candidates in each
     slot [P], and tokens per round if it picked the truth wherever it could, or as it does."""
-    if not config.candidates:
+    if not isinstance(config, DrafterConfig) or not config.candidates:
         return {}
     blocks = jnp.maximum(sums.blocks, 1)
     return {

@@ -20,13 +20,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxspec.checkpoints.drafter_config import to_json
 from jaxspec.checkpoints.drafters import load_drafter, save_drafter
 from jaxspec.checkpoints.store import Store
 from jaxspec.config import TreeConfig
 from jaxspec.data.conversations import Example
 from jaxspec.drafters.base import LoadedDrafter
-from jaxspec.drafters.block import whole_weights
 from jaxspec.interrupts import postponed
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt
@@ -37,11 +35,12 @@ from jaxspec.training.batches import Position
 from jaxspec.training.feature_cache import open_features
 from jaxspec.training.loading import Loader
 from jaxspec.training.metrics import MetricsLog
+from jaxspec.training.networks import network_of, trained_drafter
 from jaxspec.training.recipe import TrainConfig
 from jaxspec.training.run_folder import DRAFTER, claimed, enter
 from jaxspec.training.sharding import any_process, gather, state_shardings
 from jaxspec.training.step import TrainState, init_state, learning_rate, train_step
-from jaxspec.training.validation import trained_drafter, walked_tau
+from jaxspec.training.validation import walked_tau
 
 METRICS, TENSORBOARD, CHECKPOINTS = "metrics.jsonl", "tensorboard", "checkpoints"
 DRAFT_VOCABULARY = "draft_vocabulary.json"
@@ -148,7 +147,7 @@ def _train(
             _, state, _ = store.restore(state, store.best)
     drafter = run.drafter(state, dtype=target.params.embed.dtype)
     if leads:
-        export(config, drafter, folder / DRAFTER, target.name)
+        export(config, drafter, folder / DRAFTER)
     return folder / DRAFTER
 
 
@@ -171,7 +170,7 @@ def _check(config: TrainConfig, prompts: Sequence[Prompt], mesh: Mesh | None) ->
             f"{mesh.shape[DATA]} devices of the mesh's axis '{DATA}'"
         )
     # Fail now if no checkpoint format can hold the trained drafter.
-    to_json(config.drafter, _format(config), "float32")
+    network_of(config.drafter).to_json(config.drafter, _format(config), "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,15 +299,12 @@ def _check_finite(means: dict[str, Any], step: int, config: TrainConfig, store: 
     raise ValueError(f"the {bad.replace('_', ' ')} of step {step} is {means[bad]}; {remedy}")
 
 
-def export(config: TrainConfig, drafter: LoadedDrafter, folder: Path, target: str) -> None:
-    """Writes a drafter's checkpoint, which names the target where its format can; it appears
-    whole or not at all."""
-    if Path(target).exists():
-        target = os.path.relpath(target, folder)
+def export(config: TrainConfig, drafter: LoadedDrafter, folder: Path) -> None:
+    """Writes a drafter's checkpoint; it appears whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_drafter(partial, drafter.drafter, drafter.params, _format(config), verifier=target)
+        save_drafter(partial, drafter.drafter, drafter.params, _format(config))
     except ValueError as error:
         raise ValueError(
             f"{error}; go on from an earlier checkpoint with --resume-step"
@@ -341,7 +337,8 @@ def initial_drafter(config: TrainConfig, target: Target) -> tuple[nnx.State, np.
             f"draft_vocab is {config.draft_vocab}, but the drafter in {config.initial} has a "
             f"draft vocabulary, of {len(kept)} tokens, and keeps it; leave draft_vocab 0"
         )
-    return whole_weights(params), None if kept is None else np.asarray(kept)
+    weights = network_of(config.drafter).weights(params)
+    return weights, None if kept is None else np.asarray(kept)
 
 
 def _draft_vocabulary(
@@ -385,7 +382,7 @@ def _draft_vocabulary(
 
 def _format(config: TrainConfig) -> str:
     """Of the exported drafter."""
-    return "treeflash" if config.drafter.sequential == "mlp" else "dflash"
+    return network_of(config.drafter).format(config.drafter)
 
 
 def _due(step: int, every: int) -> bool:

@@ -4,35 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flax import nnx
-from jax.typing import ArrayLike
-
 from jaxspec.api import generate
-from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.decoding.stats import pooled_tau
 from jaxspec.drafters.base import LoadedDrafter
-from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt
-
-
-def trained_drafter(
-    config: DrafterConfig,
-    weights: nnx.State,
-    target: Target,
-    tree: TreeConfig | None = None,
-    kept: ArrayLike | None = None,
-) -> LoadedDrafter:
-    """A head's weights as a drafter for `jaxspec.generate`.
-
-    Args:
-      tree: what it drafts; the whole chain by default.
-      kept: the tokens it drafts (`block_params`).
-    """
-    if tree is None:
-        tree = TreeConfig("chain", size=1 << config.depth.bit_length())
-    params = block_params(weights, target.params, kept=kept)
-    return LoadedDrafter(BlockDrafter(config, tree), params)
 
 
 def walked_tau(

@@ -172,8 +172,11 @@ def test_ids_that_end_a_text(tmp_path, eos, generation, ids):
             {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8},
             "'use_sliding_window' is .*true beside sliding layers",
         ),
-        ({"quantization_config": {"bits": 4}}, r"'quantization_config'.*unquantised weights"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"'quantization_config' .*'fp8'"),
+        (
+            {"quantization_config": {"bits": 4}},
+            r"'quantization_config'.*unquantised checkpoint",
+        ),
+        ({"quantization_config": {"quant_method": "hqq"}}, r"asks for 'hqq'.*fp8, modelopt"),
         ({"quantization": {"bits": 4, "group_size": 64}}, r"'quantization' asks for .*'bits'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, r"'rope_parameters' has no 'factor'"),
         ({"rope_scaling": {"type": "dynamic"}}, r"'rope_scaling' is .*dynamic"),

@@ -122,16 +122,10 @@ def test_sections_are_accounted_for_with_their_name():
         raw.finish({"d"}, {"c": (1, 3)})
 
 
-def test_a_file_of_quantised_weights_beside_the_configuration(tmp_path):
-    (tmp_path / "hf_quant_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="has a hf_quant_config.json: its weights are quanti"):
-        target(tmp_path, DENSE)
-
-
 @pytest.mark.parametrize(
     "top, inside, message",
     [
-        ({"quantization_config": {"quant_method": "awq"}}, {}, "'quantization_config' .*'awq'"),
+        ({"quantization_config": {"quant_method": "hqq"}}, {}, "'quantization_config' .*'hqq'"),
         ({"attention_sink_bias": True}, {}, "'attention_sink_bias' is True"),
         ({}, {"attention_sink_bias": True}, "'dflash_config': 'attention_sink_bias' is True"),
         ({"use_swa": True}, {}, "'use_swa' is True"),

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from jaxspec.api import generate
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.loop import decode
+from jaxspec.decoding.penalties import Written
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, pack, request_keys, seed_key
 from jaxspec.decoding.sampling import Sampling, SamplingRows, _kept, choose, greedy_rows
 from jaxspec.decoding.state import Decoder, Params
 from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.trees.tree import ancestors, chain
 from tests import tiny
 from tests.drafters import cases
 
@@ -30,6 +32,14 @@ def rows(batch=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) -> Sam
         top_p=jnp.full(batch, top_p, jnp.float32),
         min_p=jnp.full(batch, min_p, jnp.float32),
     )
+
+
+def nothing_written(logits) -> Written:
+    """Before choices after the nodes of chains, in texts without a token."""
+    batch, count = logits.shape[:2]
+    none = jnp.zeros(batch, jnp.int32)
+    tree = chain(none, jnp.zeros((batch, count - 1), jnp.int32), none, size=count)
+    return Written.before(jnp.zeros((batch, 1), int), none, none, tree, ancestors(tree))
 
 
 def kept_by_sorting(logits, top_k, top_p, min_p):
@@ -69,10 +79,14 @@ def test_top_k_keeps_ties():
 def test_choices_of_one_position_share_their_noise():
     logits = jnp.tile(jax.random.normal(jax.random.key(0), (1, 1, 64)), (1, 4, 1))
     depths = jnp.array([[0, 1, 1, 2]])
-    chosen = choose(logits, depths, jnp.array([10]), rows(temperature=5.0), 2)[0].tolist()
+    chosen = choose(
+        logits, depths, jnp.array([10]), rows(temperature=5.0), 2, nothing_written(logits)
+    )[0].tolist()
     assert chosen[1] == chosen[2] and len(set(chosen)) == 3
     # The same positions reached from another anchor draw the same tokens.
-    later = choose(logits, depths, jnp.array([11]), rows(temperature=5.0), 2)[0].tolist()
+    later = choose(
+        logits, depths, jnp.array([11]), rows(temperature=5.0), 2, nothing_written(logits)
+    )[0].tolist()
     assert later[0] == chosen[1] and later[1] == chosen[3]
 
 
@@ -80,7 +94,14 @@ def test_temperature_zero_is_argmax_beside_sampled_rows():
     logits = jax.random.normal(jax.random.key(0), (2, 3, 64))
     options = rows(batch=2)
     options = tiny.dataclasses.replace(options, temperature=jnp.array([0.0, 9.0]))
-    chosen = choose(logits, jnp.zeros((2, 3), jnp.int32), jnp.array([4, 4]), options, 0)
+    chosen = choose(
+        logits,
+        jnp.zeros((2, 3), jnp.int32),
+        jnp.array([4, 4]),
+        options,
+        0,
+        nothing_written(logits),
+    )
     best = jnp.argmax(logits, -1)
     assert chosen[0].tolist() == best[0].tolist()
     assert chosen[1].tolist() != best[1].tolist()

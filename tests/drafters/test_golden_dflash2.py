@@ -19,7 +19,7 @@ from jaxspec.drafters.rollout import tempered
 from jaxspec.drafters.selector import lattice, pick, top_candidates, walk
 from jaxspec.models.target import Target
 from tests import tiny
-from tests.decoding.test_sampling import rows
+from tests.decoding.test_sampling import nothing_written, rows
 from tests.drafters.test_golden import CAPACITY, tapped
 
 TOLERANCE = dict(atol=2e-4, rtol=0)
@@ -109,7 +109,9 @@ def test_laws_of_rejection_sampling(golden, load, name):
         np.testing.assert_allclose(found["q"], recorded["q"], **LAWS)
         path = [*sequence, *recorded["path"]]
         logits = tiny.logits(target, [int(x) for x in path])[len(sequence) - 1 :]
-        log_p = log_law(logits[None], sampling)[0]
+        log_p = log_law(
+            logits[None], jnp.zeros(1, int), sampling, nothing_written(logits[None])
+        )[0]
         np.testing.assert_allclose(np.exp(log_p), recorded["target_probs"], **LAWS)
         log_q = scatter_law(jnp.log(found["q"]), recorded["candidates"], log_p.shape[-1])
         rest = residual(log_p[:-1], log_q)

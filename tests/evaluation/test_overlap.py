@@ -66,11 +66,43 @@ def test_the_command_names_lines_and_writes_the_clean_ones(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "line 2: 'weng earns 12 an hour" in out
     assert "1 of 2 rows overlap with 4 prompts" in out
-    assert [json.loads(line) for line, _ in texts_of(clean)] == [good]
+    assert [texts.row for texts in texts_of(clean, [])] == [good]
     arguments[2] = str(clean)
     assert main(arguments) == 0
     assert main([*arguments, "--clean", str(clean)]) == BAD_INPUT
     assert "exists already" in capsys.readouterr().err
+
+
+def test_rows_that_cannot_be_read_are_named_and_the_others_searched(tmp_path, capsys):
+    data = write(tmp_path / "data.jsonl", {"text": "?"}, {"prompt": STORY})
+    prompts = write(
+        tmp_path / "prompts.jsonl", {"prompt": "q"}, {"prompt": 1}, {"prompt": STORY}
+    )
+    clean = tmp_path / "clean.jsonl"
+    arguments = [
+        "--data",
+        str(data),
+        "--prompts",
+        str(prompts),
+        "--clean",
+        str(clean),
+        "--json",
+    ]
+    assert main(["overlap", *arguments]) == 1
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert [x["where"] for x in report["overlaps"]] == [f"{data}, line 2"]
+    assert [x.partition(": ")[0] for x in report["refused"]] == [
+        f"{prompts}, line 2",
+        f"{data}, line 1",
+    ]
+    assert report["sources"][0] == {
+        "source": str(data),
+        "format": "JSON lines",
+        "rows": {"prompts": 1},
+    }
+    assert err.count("left out: ") == 2
+    assert clean.read_text() == ""
 
 
 @pytest.mark.parametrize(
@@ -80,4 +112,4 @@ def test_other_rows_are_refused(tmp_path, row):
     path = tmp_path / "data.jsonl"
     path.write_text(row)
     with pytest.raises(ValueError, match="line 1: (expected|not JSON|message 0 is 1)"):
-        list(texts_of(path))
+        list(texts_of(path, []))

@@ -53,7 +53,6 @@ CASES = {
 
 def random_model(family, *, heads, kv_heads, tied=False, **options):
     """A transformers model whose logits differ clearly from token to token."""
-    import torch
     import transformers
 
     config = getattr(transformers, f"{family}Config")(
@@ -65,11 +64,16 @@ def random_model(family, *, heads, kv_heads, tied=False, **options):
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
         **options,
     )
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    return with_random_weights(getattr(transformers, f"{family}ForCausalLM")(config))
+
+
+def with_random_weights(model, center_of_norms=1.0):
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            center = 1.0 if "norm" in name else 0.0
+        for name, weight in model.eval().named_parameters():
+            center = center_of_norms if "norm" in name else 0.0
             weight.copy_(center + 0.15 * torch.randn(weight.shape, generator=generator))
     return model
 

@@ -178,3 +178,28 @@ def test_it_is_ready_until_its_queue_is_full():
         runner.engine.config.__dict__["queue"] = 0  # as many wait as may
         assert servers.get(port, "/ready") == (503, '{"status":"full"}')
         assert servers.get(port, "/health")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        dict(repetition_penalty=1.3, temperature=0.0),
+        dict(presence_penalty=0.7, frequency_penalty=-0.3, temperature=0.9),
+        dict(logit_bias={"3": 5, "4": -100.0}, temperature=0.0),
+        dict(min_tokens=12, stop_token_ids=list(range(1, 6)), temperature=0.0),
+    ],
+)
+def test_penalties_biases_and_least_lengths(port, sampling):
+    own = dict(sampling)
+    if "logit_bias" in own:
+        own["logit_bias"] = {int(token): bias for token, bias in own["logit_bias"].items()}
+    stops = own.pop("stop_token_ids", [])
+    request = Request(PROMPT, 14, Sampling(**own, stop_ids=tuple(stops)), 5)
+    found = answer(port, max_tokens=14, seed=5, **sampling)
+    assert found == servers.tokenizer().decode(alone(request))
+
+
+def test_stop_texts_wait_for_the_least_length(port):
+    whole = expected(max_new_tokens=12)
+    cut = answer(port, max_tokens=12, temperature=0, stop=whole[0], min_tokens=6)
+    assert len(cut) >= 6 and whole.startswith(cut)

@@ -9,7 +9,7 @@ from jaxspec.cli.train import Train
 from jaxspec.config import spaced_taps
 from jaxspec.models import presets
 from jaxspec.training.recipe import (
-    FAMILIES,
+    BLOCKS,
     PRESETS,
     drafter_config,
     find_preset,
@@ -18,7 +18,7 @@ from jaxspec.training.recipe import (
 from tests.training import tiny
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BLOCKS)
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("qwen3")])
 def test_every_qwen3_has_drafters(name, family):
     target = presets.PRESETS[name]
@@ -50,7 +50,7 @@ def test_taps_of_a_shallow_target_are_different_layers(layers, count, taps):
 def test_the_published_drafters_shapes():
     target, preset = presets.PRESETS["qwen3-8b"], PRESETS["qwen3-8b"]
     dspark, dflash, jetspec, treeflash, dflash2 = (
-        drafter_config(family, target, preset) for family in FAMILIES
+        drafter_config(family, target, preset) for family in BLOCKS
     )
     assert (dspark.depth, dspark.sequential, dspark.rank) == (7, "markov", 256)
     assert (dflash.depth, set(dflash.causal), dflash.sequential) == (15, {False}, None)

@@ -138,6 +138,35 @@ def test_failed_rows_are_tried_again(target, tmp_path):
     assert not outcome.errors.exists()
 
 
+def test_the_command_reports_how_it_read_its_sources(target, tmp_path, monkeypatch, capsys):
+    import jaxspec
+    from jaxspec.cli import main
+
+    monkeypatch.setattr(jaxspec, "load_target", lambda *_, **__: target)
+    prompts, output = tmp_path / "prompts.json", tmp_path / "data.jsonl"
+    prompts.write_text(json.dumps([{"prompt": "ab", "completion": "c"}]))
+    options = ["--max-new-tokens", "12", "--max-length", "100", "--rows", "4", "--json"]
+    assert (
+        main(["regenerate", "--prompts", str(prompts), "--output", str(output), *options]) == 0
+    )
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {
+        "rows": 1,
+        "answered": 1,
+        "failed": 0,
+        "errors": None,
+        "output": str(output),
+        "sources": [
+            {
+                "source": str(prompts),
+                "format": "a JSON array",
+                "rows": {"prompts with completions": 1},
+            }
+        ],
+    }
+    assert f"{prompts}: read as a JSON array, prompts with completions\n" in err
+
+
 def test_rows_that_cannot_be_asked_fail_alone(target, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     lines = ['{"prompt": "ab"}', '{"prompt": "a\\ud83d"}', '{"prompt": 3, "id": "x"}', "{"]
@@ -274,7 +303,7 @@ def test_prompts_are_read_in_three_shapes(tmp_path):
 def test_files_without_a_prompt_say_what_they_hold(tmp_path, line, message):
     path = tmp_path / "prompts.jsonl"
     path.write_text(line)
-    with pytest.raises(ValueError, match=f"line 1: {message}"):
+    with pytest.raises(ValueError, match=f"(line 1|row 0): {message}"):
         read_jobs(path)
 
 

@@ -20,9 +20,10 @@ from jaxspec.checkpoints.store import Store
 from jaxspec.config import TreeConfig
 from jaxspec.training.batches import Position
 from jaxspec.training.loading import Loader
+from jaxspec.training.networks import copy_layers
 from jaxspec.training.recipe import OptimizerConfig
 from jaxspec.training.run_folder import claimed
-from jaxspec.training.step import copy_layers, init_state, learning_rate, train_step
+from jaxspec.training.step import init_state, learning_rate, train_step
 from jaxspec.training.trainer import initial_drafter, train
 from tests.processes import free_port, many_devices
 from tests.training import tiny

@@ -1,0 +1,135 @@
+"""How quantised linear maps are stored, and the weights they stand for.
+
+Every format is a function from the stored arrays to float32 values, in NumPy, exact up to the
+last rounding to float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column of each nibble of an int32, lowest first
+
+Arrays = Mapping[str, np.ndarray]
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """Values of 8 bits times a scale: per tensor, per row, or per block of rows and columns.
+
+    FP8 of DeepSeek and Qwen3 (`weight_scale_inv`, which is multiplied, despite its name), of
+    ModelOpt, and `float-quantized` and `int-quantized` of compressed-tensors.
+
+    Attributes:
+      block: rows and columns that share a scale, the last ones perhaps fewer; None for scales
+        of a tensor or its rows.
+    """
+
+    block: tuple[int, int] | None = None
+
+    def scale_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """Shapes that the scales of a weight [..., O, I] may have."""
+        *leading, rows, columns = shape
+        if self.block is not None:
+            blocks = (-(-rows // self.block[0]), -(-columns // self.block[1]))
+            return ((*leading, *blocks),)
+        return (), (1,), (1, 1), (rows, 1), (rows,), (*leading, 1, 1), (*leading, rows, 1)
+
+    def weight(self, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """values [..., O, I] times their scales, float32."""
+        scale = scale.astype(np.float32)
+        if self.block is None:
+            if scale.shape == values.shape[:1]:  # [O], of its rows
+                scale = scale[:, None]
+            return values.astype(np.float32) * scale
+        rows, columns = values.shape[-2:]
+        scale = np.repeat(scale, self.block[0], axis=-2)[..., :rows, :]
+        scale = np.repeat(scale, self.block[1], axis=-1)[..., :columns]
+        return values.astype(np.float32) * scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Integers of a few bits packed along the inputs, scaled per group of inputs.
+
+    `pack-quantized` of compressed-tensors: `weight_packed` int32 [O, I * bits / 32],
+    `weight_scale` [O, I / g] and, if asymmetric, `weight_zero_point`, packed along the outputs.
+    Stored integers are offset by 2^(bits - 1).
+    """
+
+    bits: int
+
+    def weight(
+        self,
+        packed: np.ndarray,
+        scale: np.ndarray,
+        zero: np.ndarray | None,
+        groups: np.ndarray | None,
+        shape: Shape,
+    ) -> np.ndarray:
+        """The weight [O, I], float32.
+
+        Args:
+          groups: [I], the group of every input; None for consecutive ones.
+        """
+        rows, columns = shape
+        integers = unpack(packed, self.bits, axis=1)[:, :columns]
+        if groups is None:
+            groups = np.arange(columns) // -(-columns // scale.shape[1])
+        if zero is None:
+            offset = np.float32(2 ** (self.bits - 1))
+        else:
+            offset = unpack(zero, self.bits, axis=0)[:rows, groups].astype(np.float32)
+        return (integers.astype(np.float32) - offset) * scale.astype(np.float32)[:, groups]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gptq:
+    """GPTQ: `qweight` int32 packed along the inputs, `qzeros` along the outputs, `g_idx`.
+
+    Attributes:
+      bits: 4 or 8.
+      add_one: zero points are stored one too small (`checkpoint_format` "gptq").
+    """
+
+    bits: int
+    add_one: bool
+
+    def weight(self, qweight, qzeros, scales, groups: np.ndarray) -> np.ndarray:
+        """The weight [O, I], float32, of qweight [I * bits / 32, O], qzeros
+        [I / g, O * bits / 32], scales [I / g, O] and the group [I] of every input."""
+        integers = unpack(qweight, self.bits, axis=0).astype(np.float32)
+        zeros = unpack(qzeros, self.bits, axis=1).astype(np.float32) + self.add_one
+        return ((integers - zeros[groups]) * scales.astype(np.float32)[groups]).T
+
+
+@dataclasses.dataclass(frozen=True)
+class Awq:
+    """AWQ's "gemm" layout: 4 bits packed along the outputs, in the order `AWQ_ORDER`."""
+
+    def weight(self, qweight, qzeros, scales) -> np.ndarray:
+        """The weight [O, I], float32, of qweight [I, O / 8], qzeros [I / g, O / 8], scales
+        [I / g, O]."""
+        integers, zeros = _awq_columns(qweight), _awq_columns(qzeros)
+        group = np.arange(integers.shape[0]) // (integers.shape[0] // scales.shape[0])
+        return ((integers - zeros[group]) * scales.astype(np.float32)[group]).T
+
+
+def unpack(words: np.ndarray, bits: int, *, axis: int) -> np.ndarray:
+    """Unsigned integers of 4 or 8 bits from int32 words along an axis, lowest bits first."""
+    words = np.moveaxis(words, axis, -1).view(np.uint32)
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    integers = (words[..., None] >> shifts) & np.uint32(2**bits - 1)
+    integers = integers.reshape(*words.shape[:-1], -1).astype(np.uint8)
+    return np.moveaxis(integers, -1, axis)
+
+
+def _awq_columns(words: np.ndarray) -> np.ndarray:
+    nibbles = unpack(words, 4, axis=1).reshape(words.shape[0], -1, 8)
+    columns = np.empty_like(nibbles)
+    columns[..., list(AWQ_ORDER)] = nibbles
+    return columns.reshape(words.shape[0], -1).astype(np.float32)

@@ -1,0 +1,129 @@
+"""Hybrid targets as Hugging Face packs them: Qwen3.5 and its successors, Qwen3-Next.
+
+Qwen3.5's files hold a multimodal model, and a head that predicts several tokens. Of these only
+the text model is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from jaxspec.checkpoints.fuse import Box, Tensors
+from jaxspec.checkpoints.json_config import JsonConfig
+from jaxspec.config import DeltaNetConfig
+
+DENSE = ("qwen3_5", "qwen3_5_text")
+SPARSE = ("qwen3_5_moe", "qwen3_5_moe_text")
+NEXT = "qwen3_next"
+MODEL_TYPES = (*DENSE, *SPARSE, NEXT)
+NESTED, PLAIN = "model.language_model.", "model."
+OTHERS = ("mtp.", "model.mtp.", "model.visual.")  # prediction heads and the vision tower
+
+# Beside the text model's configuration: ids of images and videos, and what reads them.
+MULTIMODAL = (
+    "vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id "
+    "audio_token_id language_model_only"
+).split()
+LINEAR, FULL = "linear_attention", "full_attention"
+DEFAULT_ROTARY = 0.25  # transformers', where a configuration does not say
+
+
+def text_section(raw: JsonConfig) -> JsonConfig:
+    """The text model's own configuration, of a multimodal one or a plain one.
+
+    Raises:
+      ValueError: what both hold differs.
+    """
+    if not raw.has("text_config"):
+        return raw
+    text = raw.section("text_config")
+    kind = f"{raw.get('model_type')}_text"
+    text.one_of("model_type", (kind,), kind)
+    for key in MULTIMODAL:
+        raw.has(key)
+    if raw.has("tie_word_embeddings"):
+        tied = raw.flag("tie_word_embeddings")
+        text.one_of("tie_word_embeddings", (tied,), tied)
+    return text
+
+
+def fields(text: JsonConfig, model_type: str) -> dict[str, Any]:
+    """Fields of `TargetConfig` that only hybrids have.
+
+    Raises:
+      ValueError: a key has a value that is not supported.
+    """
+    text.one_of("attn_output_gate", (True,), True)
+    text.one_of("output_gate_type", ("swish", "silu"), "swish")
+    text.one_of("mamba_ssm_dtype", ("float32",), "float32")
+    found = dict(
+        delta_net=_delta_net(text),
+        rotary_dim=_rotary_dim(text),
+        attention_gate=True,
+        zero_centered_norms=True,
+    )
+    if model_type not in DENSE:
+        found["shared_expert_size"] = text.integer("shared_expert_intermediate_size")
+    return found
+
+
+def _delta_net(text: JsonConfig) -> DeltaNetConfig:
+    return text.make(
+        DeltaNetConfig,
+        layers=tuple(i for i, kind in enumerate(layer_types(text)) if kind == LINEAR),
+        key_heads=text.integer("linear_num_key_heads"),
+        value_heads=text.integer("linear_num_value_heads"),
+        key_dim=text.integer("linear_key_head_dim"),
+        value_dim=text.integer("linear_value_head_dim"),
+        taps=text.integer("linear_conv_kernel_dim", 4),
+    )
+
+
+def layer_types(text: JsonConfig) -> tuple[str, ...]:
+    """Of every layer `LINEAR` or `FULL`; every fourth is full where only an interval is given.
+
+    Raises:
+      ValueError: there are others, or too few.
+    """
+    layers = text.integer("num_hidden_layers")
+    interval = text.integer("full_attention_interval", 4)
+    regular = tuple(LINEAR if (i + 1) % interval else FULL for i in range(layers))
+    kinds = text.items("layer_types", str, regular)
+    if len(kinds) != layers or set(kinds) - {LINEAR, FULL}:
+        raise text.refusal("layer_types", f"{LINEAR!r} or {FULL!r} for each of {layers} layers")
+    return kinds
+
+
+def _rotary_dim(text: JsonConfig) -> int:
+    """Dimensions of a head that rotate; the share may stand in `rope_parameters` or beside."""
+    share = text.number("partial_rotary_factor", DEFAULT_ROTARY)
+    for key in ("rope_parameters", "rope_scaling"):
+        if text.has(key):
+            share = text.section(key).number("partial_rotary_factor", share)
+    size = share * text.integer("head_dim")
+    if size != int(size) or share > 1:
+        raise text.refusal("partial_rotary_factor", "a share of whole dimensions of a head")
+    return int(size)
+
+
+class TextTensors:
+    """The text model's tensors among a multimodal model's, by their plain names.
+
+    Attributes:
+      origin, shapes: as in `Tensors`.
+    """
+
+    def __init__(self, tensors: Tensors):
+        self.origin, self._tensors = tensors.origin, tensors
+        self._names = {
+            name.replace(NESTED, PLAIN, 1) if name.startswith(NESTED) else name: name
+            for name in tensors.shapes
+            if not name.startswith(OTHERS)
+        }
+        self.shapes = {name: tensors.shapes[own] for name, own in self._names.items()}
+
+    def pieces(
+        self, name: str, shape: tuple[int, ...], box: Box, skip: int = 0
+    ) -> Iterator[tuple[Box, Any]]:
+        return self._tensors.pieces(self._names[name], shape, box, skip)

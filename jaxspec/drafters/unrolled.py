@@ -1,0 +1,137 @@
+"""EAGLE-3 on known sequences, as it drafts: every step reads what the step before put out.
+
+At step j, index i stands for the row that decoding would run j tokens after the pair of
+feature i and token i + 1, if it drafted the true tokens: its feature is the output of index i
+at step j - 1, its token is i + 1 + j, and it sees the pairs up to i and its own earlier steps.
+
+Source: training-time test of EAGLE-3 (arXiv 2503.01840).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.drafters.eagle_head import EagleConfig, EagleHead
+from jaxspec.drafters.head import Vocabulary
+from jaxspec.models.layers import product
+
+
+def unroll(
+    head: EagleHead,
+    vocabulary: Vocabulary,
+    tokens: jax.Array,
+    taps: jax.Array,
+    starts: jax.Array | None = None,
+    *,
+    steps: int,
+    chunk: int = 128,
+) -> jax.Array:
+    """Outputs of every step at every index.
+
+    Attention runs over `chunk` rows of every sequence at a time and is recomputed in the
+    backward pass, as is the rest of a step.
+
+    Args:
+      tokens: [B, T] int32; those past the end count as 0.
+      taps: [B, T, len(taps) * M_t], the target's outputs.
+      starts: [B, T] int32, where a row holds several sequences: the first index of the one a
+        token belongs to. Positions count from there, and a row sees nothing before it.
+
+    Returns:
+      [B, J, T, M] float32. The output at step j and index i is that of the token i + 2 + j; it
+      means something while that token is in the sequence.
+    """
+    config, dtype = head.config, head.fc[...].dtype
+    first = jnp.zeros_like(tokens) if starts is None else starts
+    positions = jnp.arange(tokens.shape[1]) - first
+    pairs, later = {}, {layer: [] for layer in range(config.num_layers)}
+
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def run(step, feature, pairs, later):
+        own = {}
+
+        def attend(layer, q, k, v):
+            q, k, v = (x.astype(dtype) for x in (q, k, v))
+            own[layer] = k, v
+            seen = pairs if step else own
+            rows = [*later[layer], own[layer]] if step else []
+            return _attention(config, layer, step, q, *seen[layer], rows, first, chunk)
+
+        following = _shifted(tokens, 1 + step)
+        return head(vocabulary, feature, following, positions + step, attend), own
+
+    feature, outputs = head.fuse(taps), []
+    for step in range(steps):
+        output, own = run(step, feature, pairs, later)
+        if step == 0:
+            pairs = own
+        else:
+            later = {layer: [*rows, own[layer]] for layer, rows in later.items()}
+        outputs.append(output)
+        feature = head.feedback(output)
+    return jnp.stack(outputs, axis=1)
+
+
+def _shifted(rows: jax.Array, by: int) -> jax.Array:
+    """rows [B, T, ...] from index `by` on, zeros past the end."""
+    pad = [(0, 0)] * rows.ndim
+    pad[1] = (0, by)
+    return jnp.pad(rows, pad)[:, by:]
+
+
+def _attention(
+    config: EagleConfig, layer: int, step: int, q, keys, values, rows, first, chunk: int
+) -> jax.Array:
+    """Every index attends to the pairs up to it, and to its own rows of steps 1 … `step`.
+
+    Args:
+      q: [B, T, H, D].
+      keys, values: [B, T, K, D], of the pairs.
+      rows: of each step from 1 on, keys and values [B, T, K, D].
+      first: [B, T] int32, the first index that a row sees.
+    """
+    batch, length = q.shape[:2]
+    size = min(chunk, length)
+    parts = -(-length // size)
+
+    def split(x):
+        pad = [(0, 0)] * x.ndim
+        pad[1] = (0, parts * size - length)
+        return jnp.moveaxis(jnp.pad(x, pad).reshape(batch, parts, size, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def some(part):
+        return _attend(config, layer, step, keys, values, *part)
+
+    index = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    out = jax.lax.map(some, jax.tree.map(split, (q, rows, index, first)))
+    out = jnp.moveaxis(out, 0, 1)
+    return out.reshape(batch, parts * size, *out.shape[3:])[:, :length]
+
+
+def _attend(config: EagleConfig, layer: int, step: int, keys, values, q, rows, index, first):
+    batch, count = q.shape[:2]
+    window, length = config.window[layer], keys.shape[1]
+    q = q.reshape(batch, count, config.num_kv_heads, config.group_size, -1)
+    place, at = jnp.arange(length), index[..., None]
+    seen = (place <= at) & (place >= first[..., None])  # [B, c, T]
+    if window is not None:
+        seen = seen & (at + step - place < window)
+    scale = config.head_dim**-0.5
+    scores = scale * product("bikgd,btkd->bkgit", q, keys)
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    if rows:
+        own_keys, own_values = (jnp.stack(x, axis=2) for x in zip(*rows, strict=True))
+        near = scale * product("bikgd,bijkd->bkgij", q, own_keys)
+        if window is not None:
+            behind = step - 1 - jnp.arange(step)
+            near = jnp.where(behind < window, near, -jnp.inf)
+        scores = jnp.concatenate([scores, near], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    out = product("bkgit,btkd->bikgd", weights[..., :length], values)
+    if rows:
+        out += product("bkgij,bijkd->bikgd", weights[..., length:], own_values)
+    return out.reshape(batch, count, config.num_heads, -1)

@@ -1,0 +1,312 @@
+"""Gated delta nets (arXiv 2412.06464) over trees: exact, without a state per node.
+
+A value head keeps a matrix S that decays with every token and takes in what it did not predict:
+
+    S <- exp(g_t) S,   u_t = beta_t (v_t - S^T k_t),   S <- S + k_t u_t^T,   o_t = S^T q_t
+
+Unrolled along the ancestors of a node i of a tree, with S0 the state before the root, G_i the
+sum of g over i and its ancestors, and D_ij = exp(G_i - G_j) where j is i or above it, else 0:
+
+    A_ij = beta_i D_ij (k_i . k_j)  for j above i, else 0
+    (I + A) U = beta (V - exp(G) K S0)
+    O = exp(G) (Q S0) + (D * (Q K^T)) U
+
+A is strictly lower triangular, since parents come before children, so U is one substitution.
+(The product (I - A)(I + A^2)(I + A^4)… would do too, but its powers grow like binomials where
+keys repeat, and lose float32's digits at depth 16 already.) The state after a path that ends
+in node l is exp(G_l) S0 + the sum over its nodes j of exp(G_l - G_j) k_j u_j^T: rejected nodes
+are left out of a sum, and nothing is rolled back.
+
+Letters: J key heads, R value heads per key head, dk and dv dimensions of a key and a value,
+C = 2 dk + R dv channels of the convolution.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxspec.config import TargetConfig
+from jaxspec.models.layers import cut_axes, rms_norm
+from jaxspec.models.params import DeltaNetParams
+from jaxspec.trees.tree import NO_PARENT, unpack_bits
+
+LARGEST_DECAY = 128.0  # exp of less is 0 in float32
+NORM_EPS = 1e-6  # under the root of the length of queries and keys
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DeltaState:
+    """What a layer keeps of the committed prefix, of any length.
+
+    Attributes:
+      memory: [B, J, R, dk, dv] float32, S.
+      window: [B, taps - 1, J, C] float32, the last inputs of the convolution, oldest first.
+    """
+
+    memory: jax.Array
+    window: jax.Array
+
+    def write(self, rows: DeltaRows, starts: jax.Array, counts: jax.Array) -> DeltaState:
+        """See `LayerStates.write`; what follows the first `counts` rows enters nothing."""
+        size = rows.keys.shape[1]
+        inside = jnp.arange(size) < counts[:, None]  # [B, C']
+        goes_on = (starts > 0) | (counts == 0)  # [B]: what was kept still counts
+
+        def only(x):  # not a product with zero: garbage may be NaN
+            return jnp.where(inside.reshape(*inside.shape, *[1] * (x.ndim - 2)), x, 0.0)
+
+        decays = only(rows.decays)  # [B, C', J, R]
+        below = jnp.pad(decays[:, 1:], [(0, 0), (0, 1), (0, 0), (0, 0)])
+        after = jnp.cumsum(below[:, ::-1], axis=1)[:, ::-1]  # G_l - G_j as a sum of its own
+        weighed = only(rows.updates) * jnp.exp(after)[..., None]
+        keys = only(rows.keys)[:, :, :, None]
+        keys = jnp.broadcast_to(keys, (*decays.shape, keys.shape[-1]))
+        added = jnp.einsum("bnjrd,bnjre->bjrde", keys, weighed, precision="highest")
+        kept = jnp.where(goes_on[:, None, None], jnp.exp(decays.sum(axis=1)), 0.0)
+        memory = kept[..., None, None] * self.memory + added
+
+        window = jnp.where(goes_on[:, None, None, None], self.window, 0.0)
+        line = jnp.concatenate([window, rows.inputs], axis=1)
+        last = counts[:, None] + jnp.arange(window.shape[1])
+        return DeltaState(memory, jnp.take_along_axis(line, last[..., None, None], axis=1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DeltaRows:
+    """What a forward computed for its nodes, for `DeltaState.write`; all float32.
+
+    Attributes:
+      keys: [B, N, J, dk], k.
+      updates: [B, N, J, R, dv], u.
+      decays: [B, N, J, R], g.
+      inputs: [B, N, J, C], of the convolution.
+    """
+
+    keys: jax.Array
+    updates: jax.Array
+    decays: jax.Array
+    inputs: jax.Array
+
+    def take(self, index: jax.Array) -> DeltaRows:
+        """The rows of chosen nodes [B, C']."""
+
+        def taken(x):
+            return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), 1)
+
+        return jax.tree.map(taken, self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kinship:
+    """Who stands above whom among the nodes of a forward.
+
+    Attributes:
+      ancestors: [B, N, N] bool, [i, j]: node j is node i or above it.
+      above: [B, N, N] bool, the same without the node itself.
+      parents: [B, N] int32; `NO_PARENT` for roots.
+      begun: [B] bool, whether there is a prefix before the roots.
+    """
+
+    ancestors: jax.Array
+    above: jax.Array
+    parents: jax.Array
+    begun: jax.Array
+
+
+def kinship(bits: jax.Array, lengths: jax.Array) -> Kinship:
+    """Who stands above whom.
+
+    Args:
+      bits: uint32 [B, N, ceil(N / 32)] (`trees.ancestors`).
+      lengths: [B], tokens of the prefix.
+    """
+    n = bits.shape[1]
+    ancestors, node = unpack_bits(bits, n), jnp.arange(n)
+    above = ancestors & (node[:, None] != node)
+    # Parents come before children: of a node's ancestors the last is its parent.
+    parents = jnp.max(jnp.where(above, node, NO_PARENT), axis=-1, initial=NO_PARENT)
+    return Kinship(ancestors, above, parents, lengths > 0)
+
+
+def init_delta_state(config: TargetConfig, batch: int) -> DeltaState:
+    """The state of empty sequences."""
+    d = config.delta_net
+    heads, group = d.key_heads, d.group_size
+    return DeltaState(
+        jnp.zeros((batch, heads, group, d.key_dim, d.value_dim), jnp.float32),
+        jnp.zeros((batch, d.taps - 1, heads, d.channels), jnp.float32),
+    )
+
+
+def delta_net(
+    params: DeltaNetParams,
+    config: TargetConfig,
+    inputs: jax.Array,
+    state: DeltaState,
+    kin: Kinship,
+) -> tuple[jax.Array, DeltaRows]:
+    """A layer between its first product and its last.
+
+    Under a mesh that cuts weights (`jax.set_mesh`), key heads and the value heads they serve
+    are cut over it, as far as its axes divide them.
+
+    Args:
+      inputs: float32 [B, N, J, C + R dv + 2 R], normed activations times `params.inputs`.
+
+    Returns:
+      outputs [B, N, J, R dv], normed per head and gated, and the nodes' rows.
+    """
+    weights = (params.convolution, params.log_rate, params.step_bias)
+
+    def of_these_heads(weights, head_norm, inputs, state, kin):
+        return _delta_net(config, weights, head_norm, inputs, state, kin)
+
+    arguments = (weights, params.head_norm, inputs, state, kin)
+    axes = _axes_over(config.delta_net.key_heads)
+    if not axes:
+        return of_these_heads(*arguments)
+    whole, by_head = PartitionSpec(), PartitionSpec(axes)
+    by_node, memory = PartitionSpec(None, None, axes), PartitionSpec(None, axes)
+    return jax.shard_map(
+        of_these_heads,
+        in_specs=(by_head, whole, by_node, DeltaState(memory, by_node), whole),
+        out_specs=by_node,
+        check_vma=False,
+    )(*arguments)
+
+
+def _axes_over(heads: int) -> tuple[str, ...]:
+    """Axes of the mesh that the heads are cut over, as `jaxspec.sharding` cuts weights."""
+    axes, mesh = cut_axes(), jax.sharding.get_abstract_mesh()
+    while axes and heads % math.prod(mesh.shape[name] for name in axes):
+        axes = axes[:-1]
+    return axes
+
+
+def _delta_net(config, weights, head_norm, inputs, state, kin):
+    d, (kernel, log_rate, step_bias) = config.delta_net, weights
+    group, key_dim = d.group_size, d.key_dim
+    ends = (d.channels, d.channels + group * d.value_dim, inputs.shape[-1] - group)
+    mixed, gate, rate, step = jnp.split(inputs, ends, axis=-1)
+    heads = (*inputs.shape[:3], group)  # [B, N, J, R]
+    convolved = jax.nn.silu(tree_convolution(kernel, mixed, state.window, kin))
+    q, k, v = jnp.split(convolved, (key_dim, 2 * key_dim), axis=-1)
+    q, k, v = unit(q) * key_dim**-0.5, unit(k), v.reshape(*heads, -1)
+    decay = -jnp.exp(log_rate) * jax.nn.softplus(step + step_bias)
+    out, updates = tree_delta_rule(q, k, v, decay, jax.nn.sigmoid(rate), state.memory, kin)
+    out = rms_norm(out, head_norm, config.rms_norm_eps)
+    out = out * jax.nn.silu(gate.reshape(*heads, -1))
+    return out.reshape(*heads[:3], -1), DeltaRows(k, updates, decay, mixed)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Vectors of the last axis with length 1."""
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPS)
+
+
+def tree_convolution(
+    kernel: jax.Array, inputs: jax.Array, window: jax.Array, kin: Kinship
+) -> jax.Array:
+    """Depthwise causal convolution along the path to every node: [B, N, J, C].
+
+    A node reads its own input, those of its nearest ancestors and, above the root, the last
+    ones of the prefix.
+
+    Args:
+      kernel: [J, C, taps], the last tap a node's own.
+      inputs: [B, N, J, C].
+      window: [B, taps - 1, J, C], the last inputs before the root.
+    """
+    batch, n = inputs.shape[:2]
+    before = window.shape[1]
+    window = jnp.where(kin.begun[:, None, None, None], window, 0.0)
+    line = jnp.concatenate([window, inputs], axis=1)
+    # One step up the line, from every place in it. The oldest is never left.
+    roots = jnp.where(kin.parents == NO_PARENT, before - 1, kin.parents + before)
+    window_up = jnp.broadcast_to(jnp.maximum(jnp.arange(before) - 1, 0), (batch, before))
+    up = jnp.concatenate([window_up, roots], axis=1)
+    at = jnp.broadcast_to(before + jnp.arange(n), (batch, n))
+    total = jnp.zeros_like(inputs)
+    for tap in reversed(range(kernel.shape[-1])):
+        read = jnp.take_along_axis(line, at[..., None, None], axis=1)
+        total = total + kernel[..., tap].astype(jnp.float32) * read
+        at = jnp.take_along_axis(up, at, axis=1)
+    return total
+
+
+def tree_delta_rule(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    decay: jax.Array,
+    rate: jax.Array,
+    memory: jax.Array,
+    kin: Kinship,
+) -> tuple[jax.Array, jax.Array]:
+    """Outputs O and updates U of every node, both float32 [B, N, J, R, dv].
+
+    Args:
+      q, k: [B, N, J, dk].
+      v: [B, N, J, R, dv].
+      decay, rate: [B, N, J, R], g and beta.
+      memory: [B, J, R, dk, dv], S0.
+    """
+    with jax.default_matmul_precision("highest"):
+        n, group = q.shape[1], v.shape[3]
+        rate = jnp.moveaxis(rate, 1, -1)[..., None]  # [B, J, R, N, 1]
+        kept, from_root = decays_along(decay, kin)  # D and exp(G)
+
+        # The state is read once, by keys and queries together.
+        both = jnp.moveaxis(jnp.concatenate([k, q], axis=1), 1, 2)  # [B, J, 2 N, dk]
+        both = jnp.broadcast_to(both[:, :, None], (*both.shape[:2], group, *both.shape[2:]))
+        twice = jnp.concatenate([from_root, from_root], axis=-2)
+        recalled = twice * jnp.einsum("bjrnd,bjrde->bjrne", both, memory)
+
+        overlap = jnp.einsum("bijd,bkjd->bjik", k, k)[:, :, None]
+        above = rate * jnp.where(kin.above[:, None, None], kept * overlap, 0.0)  # A
+        wanted = rate * (jnp.moveaxis(v, 1, 3) - recalled[..., :n, :])
+        updates = wanted if n == 1 else solve(above, wanted)
+        scores = kept * jnp.einsum("bijd,bkjd->bjik", q, k)[:, :, None]
+        out = recalled[..., n:, :] + jnp.einsum("bjrik,bjrke->bjrie", scores, updates)
+        return jnp.moveaxis(out, 3, 1), jnp.moveaxis(updates, 3, 1)
+
+
+def decays_along(decay: jax.Array, kin: Kinship) -> tuple[jax.Array, jax.Array]:
+    """What is left of a node's update further down, and of the state before the root.
+
+    Differences of float32 sums would lose what is small beside the sums. So decays are split
+    into a coarse part, a multiple of a step so large that sums of N are exact, and the rest,
+    whose sums are small.
+
+    Args:
+      decay: [B, N, J, R], g.
+
+    Returns:
+      D [B, J, R, N, N] and exp(G) [B, J, R, N, 1], 0 where nothing is before the root.
+    """
+    n = decay.shape[1]
+    decay = jnp.maximum(jnp.moveaxis(decay, 1, -1), -LARGEST_DECAY)
+    step = LARGEST_DECAY * 2.0 ** (math.ceil(math.log2(n)) - 23)
+    coarse = jnp.round(decay / step) * step
+    parts = jnp.stack([coarse, decay - coarse])
+    own = kin.ancestors.astype(jnp.float32)
+    sums = jnp.einsum("bik,sbjrk->sbjri", own, parts, precision="highest")
+    between = jnp.sum(sums[..., :, None] - sums[..., None, :], axis=0)
+    kept = jnp.exp(jnp.where(kin.ancestors[:, None, None], between, -jnp.inf))
+    begun = kin.begun[:, None, None, None, None]
+    return kept, jnp.where(begun, jnp.exp(sums.sum(axis=0))[..., None], 0.0)
+
+
+def solve(below: jax.Array, wanted: jax.Array) -> jax.Array:
+    """X of (I + A) X = Y, A strictly lower triangular."""
+    return jax.lax.linalg.triangular_solve(
+        below, wanted, left_side=True, lower=True, unit_diagonal=True
+    )

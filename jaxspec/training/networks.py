@@ -1,0 +1,205 @@
+"""What training needs of a kind of drafter; one row here per kind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+
+from jaxspec.checkpoints import drafter_config, eagle3_config
+from jaxspec.config import DrafterConfig, TreeConfig
+from jaxspec.drafters import eagle_head, head
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.block import BlockDrafter, block_params, whole_weights
+from jaxspec.drafters.eagle import EagleDrafter, eagle_params
+from jaxspec.drafters.eagle_head import EagleConfig
+from jaxspec.drafters.head import Vocabulary, restrict
+from jaxspec.drafters.teacher_forced import run_blocks
+from jaxspec.drafters.unrolled import unroll
+from jaxspec.models.params import MoeParams, TargetParams
+from jaxspec.training.blocks import before_labels, sample_anchors, supervised_slots
+from jaxspec.training.features import Features
+from jaxspec.training.loading import Rows
+from jaxspec.training.losses import LossSums, drafter_loss
+from jaxspec.training.recipe import TrainConfig
+from jaxspec.training.unrolled_loss import unrolled_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A kind of drafter, as training sees it.
+
+    Attributes:
+      random_weights: (config, key) -> weights, float32.
+      of_target: (config, weights, target) -> the weights that its last layers give, by path.
+      loss: (TrainConfig, weights, target, rows, features, key, kept) -> sums.
+      loaded: (config, weights, target, tree, kept) -> the drafter for `jaxspec.generate`.
+      weights: (params) -> the weights of a loaded drafter, as a checkpoint holds them.
+      format: (config) -> of an exported drafter.
+      to_json: (config, format, dtype) -> its `config.json`; ValueError if it cannot be.
+    """
+
+    random_weights: Callable[..., nnx.State]
+    of_target: Callable[..., dict[tuple, jax.Array]]
+    loss: Callable[..., LossSums]
+    loaded: Callable[..., LoadedDrafter]
+    weights: Callable[[Any], nnx.State]
+    format: Callable[[Any], str]
+    to_json: Callable[..., dict[str, Any]]
+
+
+def network_of(config: DrafterConfig | EagleConfig) -> Network:
+    """The kind of a drafter, by its configuration."""
+    return NETWORKS[type(config)]
+
+
+def copy_layers(
+    config: DrafterConfig | EagleConfig, weights: nnx.State, target: TargetParams
+) -> nnx.State:
+    """Takes the target's last layers over into a drafter's.
+
+    Raises:
+      ValueError: their shapes differ.
+    """
+    if any(isinstance(layer.mlp, MoeParams) for layer in target.layers[-config.num_layers :]):
+        raise ValueError(
+            "the target's last layers are mixtures of experts, which a drafter cannot "
+            "start from; set initial to 'random'"
+        )
+    flat = dict(nnx.to_flat_state(weights))
+    for path, x in network_of(config).of_target(config, weights, target).items():
+        if path in flat and flat[path].shape != x.shape:
+            raise ValueError(
+                f"the drafter's {'.'.join(map(str, path))} has shape {flat[path].shape}, the "
+                f"target's {x.shape}; give the drafter the target's sizes, or set initial to "
+                "'random'"
+            )
+        if path in flat:
+            # A copy: the state is donated to every step, the target is not.
+            flat[path] = flat[path].replace(jnp.array(x, jnp.float32))
+    return nnx.from_flat_state(list(flat.items()))
+
+
+def trained_drafter(
+    config: DrafterConfig | EagleConfig,
+    weights: nnx.State,
+    target,
+    tree: TreeConfig | None = None,
+    kept: ArrayLike | None = None,
+) -> LoadedDrafter:
+    """Weights as a drafter for `jaxspec.generate`.
+
+    Args:
+      tree: what it drafts; the whole chain by default.
+      kept: the tokens it drafts (`block_params`).
+    """
+    if tree is None:
+        tree = TreeConfig("chain", size=1 << config.depth.bit_length())
+    return network_of(config).loaded(config, weights, target.params, tree, kept)
+
+
+def _target_layers(
+    config: DrafterConfig | EagleConfig, target: TargetParams
+) -> dict[tuple, jax.Array]:
+    """The target's last layers by the paths of a drafter's weights."""
+    taken = {}
+    for i, layer in enumerate(target.layers[-config.num_layers :]):
+        attention, mlp = layer.attention, layer.mlp
+        found = {
+            "norm": attention.norm,
+            "q": attention.qkv[:, :, :-2],
+            "kv": attention.qkv[:, :, -2:],
+            "q_norm": attention.q_norm,
+            "k_norm": attention.k_norm,
+            "out": attention.out,
+            "mlp_norm": mlp.norm,
+            "gate_up": mlp.gate_up,
+            "down": mlp.down,
+        }
+        taken |= {("layers", i, name): x for name, x in found.items() if x is not None}
+    return taken
+
+
+def _block_layers(config, weights, target):
+    return _target_layers(config, target)
+
+
+def _eagle_layers(config, weights, target):
+    """The first layer reads an embedding beside the feature: that half stays as it was."""
+    taken, flat = _target_layers(config, target), dict(nnx.to_flat_state(weights))
+    taken["layers", 0, "hidden_norm"] = taken.pop(("layers", 0, "norm"))
+    for name in ("q", "kv"):
+        embedded = flat["layers", 0, name][...][: config.hidden_size]
+        parts = [embedded, taken["layers", 0, name]]
+        if parts[0].shape[1:] == parts[1].shape[1:]:
+            taken["layers", 0, name] = jnp.concatenate(parts)
+    return taken
+
+
+def _block_loss(
+    config: TrainConfig, weights, target, rows: Rows, features: Features, key, kept
+) -> LossSums:
+    depth = config.drafter.depth
+    anchors, real = sample_anchors(key, rows.supervised, config.anchors)
+    weights, vocabulary = restrict(weights, Vocabulary(target.embed, target.unembed), kept)
+    bound = head.bind(config.drafter, weights)
+    blocks = run_blocks(bound, vocabulary, rows.tokens, features.taps, anchors, rows.starts)
+    return drafter_loss(
+        config.loss,
+        bound,
+        vocabulary,
+        blocks,
+        supervised_slots(rows.supervised, anchors, real, depth),
+        before_labels(features.hidden, anchors, depth),
+    )
+
+
+def _eagle_loss(
+    config: TrainConfig, weights, target, rows: Rows, features: Features, key, kept
+) -> LossSums:
+    params = eagle_params(weights, target, kept=kept)
+    bound = eagle_head.bind(config.drafter, params.head)
+    steps, starts = config.drafter.steps, rows.starts
+    outputs = unroll(bound, params.vocabulary, rows.tokens, features.taps, starts, steps=steps)
+    # A token counts if the target wrote it and the next: the last one's law is never drafted.
+    following = jnp.pad(rows.supervised[:, 1:], [(0, 0), (0, 1)])
+    supervised = rows.supervised & following
+    arguments = outputs, rows.tokens, supervised, features.hidden, starts
+    return unrolled_loss(config.loss, bound, params.vocabulary, *arguments)
+
+
+def _loaded_block(config, weights, target, tree, kept):
+    params = block_params(weights, target, kept=kept)
+    return LoadedDrafter(BlockDrafter(config, tree), params)
+
+
+def _loaded_eagle(config, weights, target, tree, kept):
+    params = eagle_params(weights, target, kept=kept)
+    return LoadedDrafter(EagleDrafter(config, tree), params)
+
+
+NETWORKS = {
+    DrafterConfig: Network(
+        random_weights=head.random_weights,
+        of_target=_block_layers,
+        loss=_block_loss,
+        loaded=_loaded_block,
+        weights=whole_weights,
+        format=lambda config: "treeflash" if config.sequential == "mlp" else "dflash",
+        to_json=drafter_config.to_json,
+    ),
+    EagleConfig: Network(
+        random_weights=eagle_head.random_weights,
+        of_target=_eagle_layers,
+        loss=_eagle_loss,
+        loaded=_loaded_eagle,
+        weights=lambda params: params.head,
+        format=lambda config: "speculators",
+        to_json=eagle3_config.to_json,
+    ),
+}

@@ -1,0 +1,111 @@
+"""EAGLE-3's loss: every unrolled step against the target's law of the token after it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.drafters.eagle_head import EagleHead
+from jaxspec.drafters.head import Vocabulary
+from jaxspec.training.losses import LossConfig, LossSums, acceptance
+from jaxspec.training.vocabulary_loss import Factors, vocabulary_loss
+
+WEIGHTINGS, REDUCTIONS = ("uniform", "exponential"), (None, "slots", "weights", "positions")
+
+
+def check_loss(config: LossConfig) -> None:
+    """Raises ValueError for what unrolled steps have no meaning for."""
+    for name, allowed in (("weighting", WEIGHTINGS), ("reduction", REDUCTIONS)):
+        if getattr(config, name) not in allowed:
+            raise ValueError(
+                f"LossConfig.{name} is {getattr(config, name)!r}, which needs blocks; expected "
+                f"one of {allowed} with EAGLE-3"
+            )
+
+
+def unrolled_loss(
+    config: LossConfig,
+    head: EagleHead,
+    vocabulary: Vocabulary,
+    outputs: jax.Array,
+    tokens: jax.Array,
+    supervised: jax.Array,
+    hidden: jax.Array,
+    starts: jax.Array | None = None,
+) -> LossSums:
+    """The loss of unrolled steps.
+
+    Step j at index i, which has read the tokens up to r = i + 1 + j, is compared with the
+    target after r, where r is supervised. Each step's mean over its rows is weighted and
+    summed; `reduction` "weights" divides by the sum of the weights, and "positions" takes means
+    over all indices instead. With a draft vocabulary the target's law is that of its kept
+    tokens, renormalised; with `truth` "data", rows whose next token is not drafted are out.
+
+    Args:
+      outputs: [B, J, T, M], from `unroll`.
+      tokens: [B, T] int32.
+      supervised: [B, T] bool, tokens after which the target's law counts.
+      hidden: [B, T, M_t], the target's, after its final norm.
+      starts: [B, T] int32, see `unroll`.
+    """
+    batch, steps, length, _ = outputs.shape
+    step, index = jnp.arange(steps)[:, None], jnp.arange(length)
+    read = index + 1 + step  # [J, T]
+    inside, read = read < length, jnp.minimum(read, length - 1)
+    judged = supervised[:, read] & inside
+    if starts is not None:
+        judged = judged & (starts[:, read] == starts[:, None])
+
+    labels = None
+    if config.truth == "data":
+        following = jnp.minimum(read + 1, length - 1)
+        labels, known = vocabulary.index(tokens[:, following])
+        judged = judged & known & (read + 1 < length)
+    counted = jnp.sum(judged.astype(jnp.float32), axis=(0, 2))  # [J]
+    weights, denominator = _step_weights(config, judged, counted)
+
+    flat = lambda x: x.reshape(batch, steps * length, *x.shape[3:])  # noqa: E731
+    total, losses = vocabulary_loss(
+        config.mixture,
+        Factors(head.read_out(flat(outputs))),
+        vocabulary.unembed,
+        flat(hidden[:, read]),
+        None if labels is None else flat(labels),
+        flat(weights),
+        vocabulary.judge,
+    )
+
+    def weighted(x):
+        return jnp.sum(flat(weights) * x)
+
+    zero, none = jnp.float32(0), jnp.zeros(steps)
+    accepted = acceptance(losses).reshape(judged.shape)
+    return LossSums(
+        total=total,
+        weight=denominator,
+        cross_entropy=weighted(losses.cross_entropy),
+        kl=weighted(losses.kl),
+        total_variation=weighted(losses.total_variation),
+        confidence=zero,
+        accepted=jnp.sum(accepted * judged, axis=(0, 2)),
+        counted=counted,
+        selector=zero,
+        recalled=none,
+        oracle=zero,
+        selected=zero,
+        blocks=counted[0],
+    )
+
+
+def _step_weights(config: LossConfig, judged: jax.Array, counted: jax.Array):
+    """Weights [B, J, T] of the rows, and what to divide the weighted sum by."""
+    steps, everywhere = counted.shape[0], jnp.float32(judged[:, 0].size)
+    decay = jnp.ones(steps)
+    if config.weighting == "exponential":
+        decay = jnp.exp(-jnp.arange(steps) / config.decay)
+    if config.reduction == "positions":
+        return judged * decay[:, None], everywhere
+    # Steps have means of their own; the sums of micro-batches add up by their rows at step 0.
+    each = decay * counted[0] / jnp.maximum(counted, 1e-6)
+    denominator = counted[0] * (jnp.sum(decay) if config.reduction == "weights" else 1.0)
+    return judged * each[:, None], denominator

@@ -1,0 +1,125 @@
+"""Hybrids in float32 against PyTorch's transformers, through checkpoints it saved."""
+
+import numpy as np
+import pytest
+
+from jaxspec import checkpoints
+from jaxspec.api import generate
+from tests import tiny
+from tests.models.test_parity import (
+    TOLERANCE,
+    VOCABULARY,
+    logits_of,
+    torch_logits,
+    with_random_weights,
+)
+
+pytestmark = pytest.mark.parity
+
+TEXT = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=48,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    linear_num_key_heads=2,
+    linear_num_value_heads=6,
+    linear_key_head_dim=8,
+    linear_value_head_dim=12,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+    layer_types=["linear_attention"] * 3 + ["full_attention", "linear_attention"],
+    eos_token_id=None,
+)
+DENSE = TEXT | dict(intermediate_size=80)
+EXPERTS = TEXT | dict(
+    num_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=24,
+)
+ROPE = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.25}
+MROPE = ROPE | {"mrope_section": [1, 1, 0], "mrope_interleaved": True}
+VISION = dict(
+    depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=48, patch_size=4
+)
+
+
+def qwen3_5(rope):
+    import transformers as t
+
+    return t.Qwen3_5ForCausalLM(t.Qwen3_5TextConfig(**DENSE, rope_parameters=rope))
+
+
+def multimodal(kind):
+    import transformers as t
+
+    text = (EXPERTS if kind == "Moe" else DENSE) | dict(rope_parameters=MROPE)
+    config = getattr(t, f"Qwen3_5{kind}Config")(text_config=text, vision_config=VISION)
+    return getattr(t, f"Qwen3_5{kind}ForConditionalGeneration")(config)
+
+
+def qwen3_next(**options):
+    import transformers as t
+
+    options = EXPERTS | dict(intermediate_size=80, rope_parameters=ROPE) | options
+    return t.Qwen3NextForCausalLM(t.Qwen3NextConfig(**options))
+
+
+CASES = {
+    "qwen3.5": lambda: qwen3_5(ROPE),
+    "qwen3.5, mrope, half a head": lambda: qwen3_5(MROPE | {"partial_rotary_factor": 0.5}),
+    "qwen3.5 with a vision tower": lambda: multimodal(""),
+    "qwen3.5-moe with a vision tower": lambda: multimodal("Moe"),
+    "qwen3-next": qwen3_next,
+    "qwen3-next, one layer dense": lambda: qwen3_next(
+        mlp_only_layers=[1], norm_topk_prob=False
+    ),
+}
+
+
+def random_case(name):
+    """Norms are stored less one, except for those of the outputs of gated delta nets."""
+    model = with_random_weights(CASES[name](), center_of_norms=0.0)
+    for parameter, weight in model.named_parameters():
+        if parameter.endswith("linear_attn.norm.weight"):
+            weight.data += 1
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """(their model, ours, prompts longer than chunks of both)."""
+    folder, model = tmp_path_factory.mktemp("saved"), random_case(request.param)
+    model.save_pretrained(folder)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (2, 150))
+    return model, checkpoints.load(folder), tokens
+
+
+@pytest.mark.parametrize("chunk", [150, 25])
+def test_logits(case, chunk):
+    model, target, tokens = case
+    expected = torch_logits(model, tokens)
+    assert expected.std() > 0.5
+    found = logits_of(target, tokens, chunk=chunk)
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_continuations(case):
+    """Greedy, through their cache one token at a time and through our trees."""
+    import torch
+
+    model, target, tokens = case
+    prompts = [tokens[0, :140].tolist(), tokens[1, :9].tolist()]
+    done = generate(target, prompts, drafter=tiny.RANDOM, max_new_tokens=24)
+    for prompt, completion in zip(prompts, done, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert completion.token_ids == theirs[0, len(prompt) :].tolist()
