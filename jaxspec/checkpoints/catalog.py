@@ -28,6 +28,15 @@ HUB = {
     "qwen3-4b-2507": "Qwen/Qwen3-4B-Instruct-2507",
     "qwen3-30b-a3b-2507": "Qwen/Qwen3-30B-A3B-Instruct-2507",
     "qwen3-235b-a22b-2507": "Qwen/Qwen3-235B-A22B-Instruct-2507",
+    "qwen3.5-0.8b": "Qwen/Qwen3.5-0.8B",
+    "qwen3.5-4b": "Qwen/Qwen3.5-4B",
+    "qwen3.5-9b": "Qwen/Qwen3.5-9B",
+    "qwen3.5-27b": "Qwen/Qwen3.5-27B",
+    "qwen3.5-35b-a3b": "Qwen/Qwen3.5-35B-A3B",
+    "qwen3.5-397b-a17b": "Qwen/Qwen3.5-397B-A17B",
+    "qwen3.6-27b": "Qwen/Qwen3.6-27B",
+    "qwen3.6-35b-a3b": "Qwen/Qwen3.6-35B-A3B",
+    "qwen3.8-27b": "Qwen/Qwen3.8-27B",
 }
 
 # SmolLM2-135M-Instruct (Apache-2.0) is a GGUF file inside a wheel; nothing else of it is used.

@@ -33,6 +33,13 @@ class SmallModel(Drafter):
     tree: TreeConfig = TreeConfig("chain", size=8)
     depth: int = 7
 
+    def __post_init__(self):
+        if self.config.delta_layers:
+            raise ValueError(
+                "a small model with gated delta nets cannot draft: its state cannot give up "
+                "again what was drafted; expected one with attention only"
+            )
+
     @property
     def size(self) -> int:
         return self.tree.size

@@ -127,6 +127,7 @@ class _Walks:
             e.contender.drafter: e.sized(e.drafter.drafter.depth + 1, tree="chain")
             for e in self.entries
             if stride and e.contender.tree and e.contender.head == "own"
+            if not self.target.config.delta_layers  # see `walk.branch_gaps`
             if len(e.drafter.drafter.parts) == 1
         }
         for start in tqdm(

@@ -293,7 +293,16 @@ def branch_gaps(
 
     Args:
       drafter: one whose tree is a chain.
+
+    Raises:
+      ValueError: the target is a hybrid: what it keeps of a whole answer cannot be cut to the
+        tokens before an anchor, as keys and values can.
     """
+    if target.config.delta_layers:
+        raise ValueError(
+            f"gaps need the target's state at every anchor; {target.name!r} has gated delta "
+            "nets, which keep the last state alone: leave the gaps out (stride 0)"
+        )
     gaps = []
     for offset in range(0, max(answer.new_tokens for answer in answers), stride):
         found = _branch_gap(

@@ -13,9 +13,10 @@ sum of g over i and its ancestors, and D_ij = exp(G_i - G_j) where j is i or abo
 
 A is strictly lower triangular, since parents come before children, so U is one substitution.
 (The product (I - A)(I + A^2)(I + A^4)… would do too, but its powers grow like binomials where
-keys repeat, and lose float32's digits at depth 16 already.) The state after a path that ends
-in node l is exp(G_l) S0 + the sum over its nodes j of exp(G_l - G_j) k_j u_j^T: rejected nodes
-are left out of a sum, and nothing is rolled back.
+keys repeat: three of float32's seven digits are lost at depth 16, all at 32.)
+
+The state after a path that ends in node l is exp(G_l) S0 + the sum over its nodes j of
+exp(G_l - G_j) k_j u_j^T: rejected nodes are left out of a sum, and nothing is rolled back.
 
 Letters: J key heads, R value heads per key head, dk and dv dimensions of a key and a value,
 C = 2 dk + R dv channels of the convolution.

@@ -32,6 +32,11 @@ class AttentionParams:
     k_norm: jax.Array | None  # [D]
     out: jax.Array  # [K, G, D, M]
 
+    @property
+    def gated(self) -> bool:
+        """Whether every query has a gate."""
+        return self.qkv.shape[2] != self.out.shape[1] + 2
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

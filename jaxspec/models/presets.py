@@ -1,4 +1,4 @@
-"""Published shapes of the Qwen3 family.
+"""Published shapes of the Qwen3 family and of its hybrid successors.
 
 Checked in `tests/models/test_presets.py` against `config.json` values that third parties repeat
 (named there) and against the parameter counts of the model cards. A checkpoint that is loaded
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxspec.config import TargetConfig
+from jaxspec.config import DeltaNetConfig, TargetConfig
 
 VOCAB_SIZE = 151_936
 END_OF_TURN, END_OF_TEXT = 151_645, 151_643
@@ -63,4 +63,68 @@ PRESETS |= {
         PRESETS[f"qwen3-{size}"], rope_theta=theta, max_positions=262_144
     )
     for size, theta in _THETA_2507.items()
+}
+
+
+def _hybrid(hidden, intermediate, layers, heads, kv_heads, value_heads, *, tied=False, **moe):
+    """Qwen3.5 and its successors: every fourth layer is attention, heads of 256."""
+    return TargetConfig(
+        vocab_size=248_320,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=256,
+        rope_theta=1e7,
+        max_positions=262_144,
+        tie_embeddings=tied,
+        delta_net=DeltaNetConfig(
+            layers=tuple(i for i in range(layers) if (i + 1) % 4),
+            key_heads=16,
+            value_heads=value_heads,
+            key_dim=128,
+            value_dim=128,
+        ),
+        rotary_dim=64,
+        attention_gate=True,
+        zero_centered_norms=True,
+        eos_token_ids=(248_044,),
+        **moe,
+    )
+
+
+def _hybrid_sparse(
+    hidden, layers, heads, kv_heads, value_heads, *, experts, per_token, expert_width
+):
+    return _hybrid(
+        hidden,
+        hidden,  # of dense layers, which there are none of
+        layers,
+        heads,
+        kv_heads,
+        value_heads,
+        num_experts=experts,
+        experts_per_token=per_token,
+        moe_intermediate_size=expert_width,
+        shared_expert_size=expert_width,
+        norm_topk_prob=True,
+        sparse_layers=tuple(range(layers)),
+    )
+
+
+_HYBRID_27B = _hybrid(5120, 17_408, 64, 24, 4, 48)
+_HYBRID_35B = _hybrid_sparse(2048, 40, 16, 2, 32, experts=256, per_token=8, expert_width=512)
+PRESETS |= {
+    "qwen3.5-0.8b": _hybrid(1024, 3584, 24, 8, 2, 16, tied=True),
+    "qwen3.5-4b": _hybrid(2560, 9216, 32, 16, 4, 32, tied=True),
+    "qwen3.5-9b": _hybrid(4096, 12_288, 32, 16, 4, 32),
+    "qwen3.5-27b": _HYBRID_27B,
+    "qwen3.5-35b-a3b": _HYBRID_35B,
+    "qwen3.5-397b-a17b": _hybrid_sparse(
+        4096, 60, 32, 2, 64, experts=512, per_token=10, expert_width=1024
+    ),
+    "qwen3.6-27b": _HYBRID_27B,
+    "qwen3.6-35b-a3b": _HYBRID_35B,
+    "qwen3.8-27b": _HYBRID_27B,
 }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxspec.config import DrafterConfig, TargetConfig
+from jaxspec.config import DrafterConfig
 from jaxspec.drafters.head import abstract_weights
-from jaxspec.models.params import MoeParams, abstract_params
+from jaxspec.models.params import DeltaNetParams, MoeParams, abstract_params
+from jaxspec.models.state import init_states
 from jaxspec.planning.setup import DTYPE, Setup
 from pallas_kernels.h100.target import BYTES_PER_SECOND, FLOPS_PER_SECOND
 
@@ -21,7 +23,7 @@ class Floor:
     """Work of one device that a step cannot avoid.
 
     Attributes:
-      bytes: weights and cache rows that it reads, each once.
+      bytes: weights and states of layers that it reads, each once.
       flops: multiplications and additions of its matrix products.
     """
 
@@ -46,18 +48,26 @@ def target_floor(setup: Setup, tokens: int, *, predicted: int | None = None) -> 
     size, values = _bytes(params.unembed), 0.0
     for layer in params.layers:
         size += _bytes(layer.attention)
-        values += _values((layer.attention.qkv, layer.attention.out))
+        if isinstance(layer.attention, DeltaNetParams):
+            values += _values((layer.attention.inputs, layer.attention.output))
+        else:
+            values += _values((layer.attention.qkv, layer.attention.out))
         if isinstance(layer.mlp, MoeParams):
             experts = (layer.mlp.gate_up, layer.mlp.down)
             reached = min(1.0, tokens * c.experts_per_token / c.num_experts)
-            size += _bytes((layer.mlp.norm, layer.mlp.router)) + reached * _bytes(experts)
-            values += _values(layer.mlp.router)
+            always = (layer.mlp.router, layer.mlp.shared)
+            size += _bytes((layer.mlp.norm, always)) + reached * _bytes(experts)
+            values += _values(always)
             values += _values(experts) * c.experts_per_token / c.num_experts
         else:
             size += _bytes(layer.mlp)
             values += _values((layer.mlp.gate_up, layer.mlp.down))
-    size += setup.batch * _row_bytes(c) * setup.context
-    attention = 4 * tokens * c.num_heads * c.head_dim * setup.context * c.num_layers
+    size += sum(state_bytes(setup))
+    layers = len(c.attention_layers)
+    attention = 4 * tokens * c.num_heads * c.head_dim * setup.context * layers
+    if c.delta_net is not None:  # each token reads a state with its key and with its query
+        d = c.delta_net
+        attention += 4 * tokens * len(d.layers) * d.value_heads * d.key_dim * d.value_dim
     products = 2 * (tokens * values + (predicted or tokens) * vocabulary)
     return Floor(size / setup.devices, (products + attention) / setup.devices)
 
@@ -86,14 +96,14 @@ def program_floor(setup: Setup, program: str) -> Floor:
     return Floor(draft.bytes + verify.bytes, draft.flops + verify.flops)
 
 
-def cache_bytes(setup: Setup) -> int:
-    """Of the keys (or the values) of one layer of the target, on all devices."""
-    return (
-        setup.batch * _row_bytes(setup.target) * setup.context // 2 // setup.target.num_layers
-    )
+def state_bytes(setup: Setup) -> list[int]:
+    """Of every array that the target's layers keep between forwards, on all devices: keys and
+    values, and of gated delta nets what is independent of the context."""
+    make = functools.partial(init_states, setup.target, setup.batch, setup.context, DTYPE)
+    return [_bytes(x) for x in jax.tree.leaves(jax.eval_shape(make))]
 
 
-def _row_bytes(c: TargetConfig | DrafterConfig) -> int:
+def _row_bytes(c: DrafterConfig) -> int:
     """Of keys and values of one token."""
     return 2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(DTYPE).itemsize
 

@@ -18,7 +18,7 @@ from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.plain import Plain
 from jaxspec.models.params import abstract_params
 from jaxspec.models.presets import PRESETS
-from jaxspec.planning.floors import cache_bytes, program_floor
+from jaxspec.planning.floors import program_floor, state_bytes
 from jaxspec.planning.plan import most_rows, plan
 from jaxspec.planning.programs import compile_program
 from jaxspec.planning.setup import DTYPE, Setup, published_drafter
@@ -192,7 +192,7 @@ def faults(step: Step, program: Program) -> list[str]:
     if not measured["fits"]:
         found.append(f"needs {measured['peak'] / 2**30:.1f} GiB")
     if step.program == "round":
-        cache = 2 * step.setup.target.num_layers * cache_bytes(step.setup)
+        cache = sum(state_bytes(step.setup))
         if program.aliased < cache:
             found.append(f"updates {program.aliased} bytes in place, caches are {cache}")
     if step.kind in ("decode", "verify") and measured["launches"] > MOST_LAUNCHES:
@@ -204,7 +204,12 @@ def faults(step: Step, program: Program) -> list[str]:
 
 
 def _smallest_state(setup: Setup) -> int:
-    """Bytes of the smallest matrix or cache on a device; smaller copies are activations."""
-    matrices = [x for x in jax.tree.leaves(abstract_params(setup.target, DTYPE)) if x.ndim > 1]
+    """Bytes of the smallest matrix or cache on a device; smaller copies are activations.
+
+    Of gated delta nets that is the memory: their windows and convolutions are small.
+    """
+    params = abstract_params(setup.target, DTYPE)
+    matrices = [x for x in jax.tree.leaves(params) if x.ndim > 1 and min(x.shape) > 4]
     smallest = min(math.prod(x.shape) * x.dtype.itemsize for x in matrices)
-    return min(smallest, cache_bytes(setup)) // setup.devices
+    states = [size for size in state_bytes(setup) if size > 2**20 or not setup.target.delta_net]
+    return min(smallest, *states) // setup.devices

@@ -21,7 +21,7 @@ from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.drafters.head import Vocabulary, restrict
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.unrolled import unroll
-from jaxspec.models.params import MoeParams, TargetParams
+from jaxspec.models.params import DeltaNetParams, MoeParams, TargetParams
 from jaxspec.training.blocks import before_labels, sample_anchors, supervised_slots
 from jaxspec.training.features import Features
 from jaxspec.training.loading import Rows
@@ -110,6 +110,11 @@ def _target_layers(
     taken = {}
     for i, layer in enumerate(target.layers[-config.num_layers :]):
         attention, mlp = layer.attention, layer.mlp
+        if isinstance(attention, DeltaNetParams) or attention.gated:
+            raise ValueError(
+                "the target's last layers are gated delta nets or gated attention, which a "
+                "drafter has not; set initial to 'random'"
+            )
         found = {
             "norm": attention.norm,
             "q": attention.qkv[:, :, :-2],

@@ -79,13 +79,66 @@ with jax.set_mesh(mesh_of(model=8)):
 """
 
 
-def test_experts_and_vocabulary_are_cut_over_the_mesh():
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+HYBRID = """
+import dataclasses
+import jax, jax.numpy as jnp, numpy as np
+from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.params import random_params
+from jaxspec.models.state import init_states
+from jaxspec.sharding import make_mesh, place, shardings
+from jaxspec.trees.tree import causal_bits
+from tests.tiny import HYBRID
+
+delta = dataclasses.replace(HYBRID.delta_net, key_heads=8, value_heads=16)
+config = dataclasses.replace(HYBRID, delta_net=delta, num_kv_heads=4)
+params = random_params(config, jax.random.key(0), scale=0.3)
+lengths, counts, start = jnp.array([7, 7]), jnp.array([5, 0]), jnp.int32(7)
+
+@jax.jit
+def step(params, states, tokens):
+    n = tokens.shape[1]
+    depths = jnp.broadcast_to(jnp.arange(n), tokens.shape)
+    bits = jnp.broadcast_to(causal_bits(n), (2, n, 1))
+    out = forward(params, config, tokens, depths, bits, states, lengths)
+    return unembed(params, out.hidden), states.write(out.rows, start, counts)
+
+states = init_states(config, 2, 32, jnp.float32)
+draw = lambda x: jax.random.normal(jax.random.key(x.ndim), x.shape)
+states = jax.tree.map(draw, states)
+tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, config.vocab_size)
+whole = step(params, states, tokens)
+for axes in (dict(model=4, rest=2), dict(model=2)):
+    mesh = make_mesh(**axes)
+    with jax.set_mesh(mesh):
+        cut = place(mesh, params), place(mesh, states)
+        compiled = step.lower(*cut, tokens).compile()
+        for found, expected in zip(
+            jax.tree.leaves(step(*cut, tokens)), jax.tree.leaves(whole), strict=True
+        ):
+            np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+    memory = cut[1].delta[0].memory
+    assert memory.sharding.shard_shape(memory.shape)[1] == 8 // mesh.size
+    gathered = [x for x in compiled.as_text().splitlines() if " all-gather" in x]
+    assert not [x for x in gathered if "8,12" in x.split(" all-gather")[0]], gathered
+"""
+
+
+def run(script):
+    return subprocess.run(
+        [sys.executable, "-c", script],
         env=os.environ | dict(JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu"),
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
     )
+
+
+def test_gated_delta_nets_are_cut_by_head_and_no_state_moves():
+    done = run(HYBRID)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_experts_and_vocabulary_are_cut_over_the_mesh():
+    done = run(SCRIPT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "12 experts cannot be cut over 8 devices" in done.stdout

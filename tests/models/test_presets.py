@@ -7,6 +7,15 @@ The hub could not be reached where this was written. Sources, all read in Novemb
   hexo      a page that prints config.json of Qwen3-0.6B and 1.7B ("Qwen3 架构深度拆解")
   reports   pages that print config.json of Qwen3-235B-A22B-Instruct-2507 and of
             Qwen3-4B-Instruct-2507
+  pruning   a test of a pruning library that pins Qwen3.5-0.8B's config.json and its revision
+  table     tables of config.json values of Qwen3.5-4B in two repositories; its value heads are
+            of a test of a third
+  t         the defaults of transformers 5.24's Qwen3_5TextConfig, which are Qwen3.5-9B's
+  config    a report that prints Qwen3.6-27B's config.json
+  audit     an inventory of the config.json of Qwen3.5-35B-A3B and Qwen3.6-35B-A3B
+  fixture   config.json of Qwen3.8-27B in another engine's tests
+  slime     THUDM/slime, scripts/models/qwen3.5-*.sh; value heads of 397B are of its card
+For Qwen3.5-122B-A10B no config was found, so it has no preset.
 For Qwen3-4B-2507 a yml of maxtext says rope_theta 1e6; slime and the page say 5e6.
 """
 
@@ -76,6 +85,72 @@ PUBLISHED = {
     "qwen3-235b-a22b-2507": LARGE_MIXTURE | LONG | {"rope_theta": 5000000},  # maxtext, reports
 }
 
+ROPE = {
+    "mrope_interleaved": True,
+    "mrope_section": [11, 11, 10],
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 10000000,
+    "rope_type": "default",
+}
+
+
+def hybrid(hidden, layers, heads, kv_heads, value_heads, *, tied=False, **more):
+    kind = "qwen3_5_moe" if "num_experts" in more else "qwen3_5"
+    text = {
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "eos_token_id": 248044,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": value_heads,
+        "linear_value_head_dim": 128,
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144,
+        "model_type": f"{kind}_text",
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "partial_rotary_factor": 0.25,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": ROPE,
+        "tie_word_embeddings": tied,
+        "vocab_size": 248320,
+    }
+    outer = {"model_type": kind, "image_token_id": 248056, "vision_config": {"depth": 27}}
+    return outer | {"tie_word_embeddings": tied, "text_config": text | more}
+
+
+def experts(count, per_token, width):
+    return dict(
+        num_experts=count,
+        num_experts_per_tok=per_token,
+        moe_intermediate_size=width,
+        shared_expert_intermediate_size=width,
+    )
+
+
+SWISH = {"output_gate_type": "swish"}
+PUBLISHED |= {
+    # pruning, slime
+    "qwen3.5-0.8b": hybrid(1024, 24, 8, 2, 16, tied=True, intermediate_size=3584),
+    "qwen3.5-4b": hybrid(2560, 32, 16, 4, 32, tied=True, intermediate_size=9216),  # table
+    "qwen3.5-9b": hybrid(4096, 32, 16, 4, 32, intermediate_size=12288),  # t
+    "qwen3.5-27b": hybrid(5120, 64, 24, 4, 48, intermediate_size=17408),  # slime
+    "qwen3.5-35b-a3b": hybrid(2048, 40, 16, 2, 32, **experts(256, 8, 512)),  # slime, audit
+    "qwen3.5-397b-a17b": hybrid(4096, 60, 32, 2, 64, **experts(512, 10, 1024)),  # slime
+    "qwen3.6-27b": hybrid(5120, 64, 24, 4, 48, intermediate_size=17408, **SWISH),  # config
+    "qwen3.6-35b-a3b": hybrid(2048, 40, 16, 2, 32, **experts(256, 8, 512)),  # audit
+    # fixture
+    "qwen3.8-27b": hybrid(5120, 64, 24, 4, 48, intermediate_size=17408, **SWISH),
+}
+
 # Billions of parameters, and of those without the embedding (and activated ones), as the model
 # cards round them.
 CARDS = {
@@ -98,7 +173,8 @@ def test_every_preset_is_checked_and_has_a_name_on_the_hub():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_config(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [151645, 151643]}')
+    if "text_config" not in PUBLISHED[name]:
+        (tmp_path / "generation_config.json").write_text('{"eos_token_id": [151645, 151643]}')
     assert read_config(tmp_path) == PRESETS[name]
 
 
@@ -110,6 +186,21 @@ def is_about(value: int, text: str) -> bool:
     """Whether a count is `text` billions, rounded or cut to the digits given."""
     digits = len(text.partition(".")[2])
     return -0.5 * 10**-digits <= value / 1e9 - float(text) < 10**-digits
+
+
+@pytest.mark.parametrize(
+    "name, least, most",
+    [  # billions of parameters of the text model; names count the vision tower in
+        ("qwen3.5-0.8b", 0.74, 0.8),
+        ("qwen3.5-4b", 4.0, 4.4),
+        ("qwen3.5-9b", 8.8, 9.2),  # llama.cpp, which reads the text model alone: 8.95
+        ("qwen3.5-27b", 26.5, 27.4),
+        ("qwen3.5-35b-a3b", 34.0, 35.5),
+        ("qwen3.5-397b-a17b", 394, 398),
+    ],
+)
+def test_parameter_counts_are_those_of_the_names(name, least, most):
+    assert least <= count(abstract_params(PRESETS[name])) / 1e9 <= most
 
 
 @pytest.mark.parametrize("name", CARDS)
