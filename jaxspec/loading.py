@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from jaxspec import checkpoints
-from jaxspec.checkpoints import catalog
-from jaxspec.checkpoints.drafters import load_drafter as load_block_drafter
+from jaxspec.checkpoints import catalog, drafters, speculators
+from jaxspec.checkpoints.drafters import SHIPPED
+from jaxspec.checkpoints.tensors import read_json
 from jaxspec.config import TreeConfig
 from jaxspec.drafters import registry
 from jaxspec.drafters.base import LoadedDrafter
@@ -67,7 +68,7 @@ def load_drafter(
         ("repo::subfolder" too). "+ngram" after one of the last four joins prompt lookup.
       tree: what it drafts; a chain by default.
       nodes: of its tree, root included, in place of `tree`: the kind is then what serves the
-        drafter best, path_conditioned with a sequential head and else a chain.
+        drafter best, path_conditioned for EAGLE-3 and with a sequential head, else a chain.
       dtype: of the drafter's weights; the target's by default.
       threshold: a chain ends before the first token that the drafter's confidence head gives
         less than this probability of being accepted after those before it; 0 keeps all.
@@ -92,10 +93,37 @@ def load_drafter(
     return change_drafter(loaded, functools.partial(_end_chains, spec=spec, rules=rules))
 
 
+def named_target(spec: str) -> str | None:
+    """The target that the files of a trained drafter name; None where there is none.
+
+    Args:
+      spec: see `load_drafter`.
+
+    Raises:
+      ValueError: the drafter cannot be found, or the target that it names.
+    """
+    alone = spec.removesuffix(registry.LOOKUP_TOO)
+    name, colon, _ = alone.partition(":")
+    if {alone, name + colon} & {*registry.NAMES, SHIPPED}:
+        return None
+    folder = drafters.locate(alone)
+    found = speculators.verifier(read_json(folder / "config.json"), folder)
+    if found is None:
+        return None
+    try:
+        checkpoints.locate(found)
+    except ValueError as error:
+        raise ValueError(
+            f"drafter {spec!r} names its target, {found!r}, which cannot be found ({error}); "
+            "say where it is with --target"
+        ) from error
+    return found
+
+
 def _branching(loaded: LoadedDrafter) -> LoadedDrafter:
-    """With a path-conditioned tree in place of its chain, where it has a sequential head."""
-    drafter, config = loaded.drafter, loaded.drafter.head_config
-    if config is None or not config.sequential:
+    """With a path-conditioned tree in place of its chain, where that serves it best."""
+    drafter = loaded.drafter
+    if not drafter.path_conditioned:
         return loaded
     tree = TreeConfig("path_conditioned", drafter.size)
     return dataclasses.replace(loaded, drafter=drafter.with_tree(tree))
@@ -139,7 +167,7 @@ def _trained(
     name: str, target: Target, *, tree: TreeConfig | None, dtype: str
 ) -> LoadedDrafter:
     """Factory of what is no other name: a trained drafter's folder or hub name."""
-    drafter, params = load_block_drafter(
+    drafter, params = drafters.load_drafter(
         name, target.config, target.params, tree or TreeConfig(), dtype
     )
     with mesh_of(target.params) as mesh:

@@ -94,7 +94,9 @@ def load_drafter(
     if format == "speculators":
         kept = speculators.draft_tokens(tensors, config.vocab_size)
         if kept is not None:
-            own["unembed"] = speculators.head(tensors, kept, config.hidden_size, dtype)
+            rows = speculators.head(tensors, kept, config.hidden_size, dtype)
+            if not equal_as_stored(rows, target_params.unembed[kept]):
+                own["unembed"] = rows
         if kept is not None and config.sequential:
             raise ValueError(
                 f"{folder}: a sequential head with a reduced vocabulary in speculators' format "

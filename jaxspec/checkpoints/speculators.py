@@ -129,12 +129,13 @@ def proposal(kind: str, depth: int, verifier: str | None) -> dict[str, Any]:
 
 def verifier(raw: dict[str, Any], folder: Path) -> str | None:
     """The target a configuration names: a hub name, or a path from the drafter's folder."""
-    found = raw.get("speculators_config") or {}
-    name = (found.get("verifier") or {}).get("name_or_path")
+    name: Any = raw
+    for key in ("speculators_config", "verifier", "name_or_path"):
+        name = name.get(key) if isinstance(name, dict) else None
     if not isinstance(name, str):
         return None
     beside = folder / name
-    return str(beside.resolve()) if beside.is_dir() else name
+    return str(beside.resolve()) if beside.exists() else name
 
 
 def draft_tokens(tensors, vocab: int) -> np.ndarray | None:

@@ -24,6 +24,7 @@ from jaxspec.cli import exits
 from jaxspec.cli.calibrate import Calibrate
 from jaxspec.cli.check import Check
 from jaxspec.cli.convert import Convert
+from jaxspec.cli.convert_drafter import ConvertDrafter
 from jaxspec.cli.doctor import Doctor
 from jaxspec.cli.evaluate import Evaluate
 from jaxspec.cli.generate import Generate
@@ -45,6 +46,7 @@ COMMANDS = {
     "serve": Serve,
     "overlap": OverlapCheck,
     "convert": Convert,
+    "convert-drafter": ConvertDrafter,
     "plan": Plan,
     "doctor": Doctor,
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxspec.cli import exits
+from jaxspec.cli.options import target_name
 from jaxspec.data.jsonl import read_text
 
 CHECK_PROMPTS = (
@@ -46,8 +47,9 @@ class Check:
 
     drafter: str
     """Folder or hub name of a trained drafter (repo::subfolder too)."""
-    target: str = "smollm2-135m"
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
+    target: str | None = None
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
+    drafter's files name (speculators' format), else smollm2-135m."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     text: Path | None = None
     """Text to walk over instead of the target's answers to a few questions."""
@@ -65,7 +67,7 @@ class Check:
 
         text = None if self.text is None else read_text(self.text)
         jaxspec.enable_compilation_cache()
-        target = jaxspec.load_target(self.target, dtype=self.dtype)
+        target = jaxspec.load_target(target_name(self.target, self.drafter), dtype=self.dtype)
         drafter = jaxspec.load_drafter(self.drafter, target)
         if text is None:
             report = check_answers(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxspec.cli import exits
+from jaxspec.cli.options import target_name
 from jaxspec.data.prompts import read_prompts, spread
 from jaxspec.data.sources import open_source
 
@@ -39,8 +40,9 @@ class Evaluate:
     output: Path
     """JSON lines of results (`jaxspec.evaluation.results`); `report` draws them. An existing
     file must hold results of the same setup."""
-    target: str = "smollm2-135m"
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
+    target: str | None = None
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
+    drafter's files name (speculators' format), else smollm2-135m."""
     count: int = 16
     """Prompts per set, evenly apart; 0 takes all."""
     max_new_tokens: int = 256
@@ -78,9 +80,10 @@ class Evaluate:
         unread: list[str] = []
         texts = self._chosen(unread)
         jaxspec.enable_compilation_cache()
-        setup = RunSettings(self._setup(texts))
+        target = target_name(self.target, *(contender.drafter for contender in contenders))
+        setup = RunSettings(self._setup(texts, target))
         done = held(self.output, setup)
-        entries = load_entries(self.target, contenders)
+        entries = load_entries(target, contenders)
         sets, refused = self._encoded(entries[0].target, texts)
         code = exits.left_out(unread + refused)
         cut_torn(self.output)
@@ -149,13 +152,13 @@ class Evaluate:
             refused += [f"{name}: {reason}" for reason in bad.values()]
         return sets, refused
 
-    def _setup(self, texts: dict[str, list[str]]) -> dict:
+    def _setup(self, texts: dict[str, list[str]], target: str) -> dict:
         """Settings that all results of one file share. Temperatures and timing may be added
         later."""
         from jaxspec.evaluation.comparison import machine
 
         return {
-            "target": self.target,
+            "target": target,
             "decoders": list(self.decoders),
             "prompts": {name: len(rows) for name, rows in texts.items()},
             "prompts_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16],

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxspec.cli import exits
-from jaxspec.cli.options import DrafterOptions, Dtype, chosen_dtype
+from jaxspec.cli.options import DrafterOptions, Dtype, chosen_dtype, target_name
 from jaxspec.data.prompts import read_prompt_ids, read_prompts
 
 
@@ -27,8 +27,9 @@ class Generate:
     """
 
     drafter: Annotated[DrafterOptions, tyro.conf.arg(name="")] = DrafterOptions()
-    target: str = "smollm2-135m"
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
+    target: str | None = None
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
+    drafter's files name (speculators' format), else smollm2-135m."""
     dtype: Dtype = "auto"
     """Dtype of weights and cache. float32 reproduces plain decoding token for token, on GPUs
     too (products do not use TF32); bfloat16 may flip near-ties. auto is the fastest here, by a
@@ -79,7 +80,8 @@ class Generate:
         )
         jaxspec.enable_compilation_cache()
         dtype = chosen_dtype(self.dtype)
-        target = jaxspec.load_target(self.target, dtype=dtype, devices=self.devices)
+        name = target_name(self.target, self.drafter.drafter)
+        target = jaxspec.load_target(name, dtype=dtype, devices=self.devices)
         options = dict(
             drafter=self.drafter.load(target, chain=self.rejection),
             max_new_tokens=self.max_new_tokens,

@@ -26,6 +26,25 @@ def chosen_dtype(dtype: Dtype) -> str:
     return found.dtype
 
 
+def target_name(target: str | None, *drafters: str | None) -> str:
+    """What --target says; without it the target that the drafters' files name, or the default.
+
+    Raises:
+      ValueError: two drafters name different targets, or one that cannot be found.
+    """
+    from jaxspec.checkpoints.catalog import DEFAULT
+    from jaxspec.loading import named_target
+
+    if target is not None:
+        return target
+    names = {drafter: named_target(drafter) for drafter in drafters if drafter is not None}
+    named = {drafter: name for drafter, name in names.items() if name is not None}
+    if len(set(named.values())) > 1:
+        each = ", ".join(f"{drafter} {name!r}" for drafter, name in named.items())
+        raise ValueError(f"the drafters name different targets ({each}); give --target")
+    return next(iter(named.values()), DEFAULT)
+
+
 @dataclasses.dataclass(frozen=True)
 class DrafterOptions:
     """The drafter, which proposes tokens, and the shape of its trees."""

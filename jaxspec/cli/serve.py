@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxspec.cli.options import DrafterOptions, Dtype, chosen_dtype
+from jaxspec.cli.options import DrafterOptions, Dtype, chosen_dtype, target_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Serve:
     """
 
     drafter: Annotated[DrafterOptions, tyro.conf.arg(name="")] = DrafterOptions()
-    target: str = "smollm2-135m"
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
+    target: str | None = None
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
+    drafter's files name (speculators' format), else smollm2-135m."""
     dtype: Dtype = "auto"
     """Dtype of weights and cache; auto is the fastest here, and says which that is."""
     served_model_name: tuple[str, ...] = ()
@@ -101,7 +102,8 @@ class Serve:
         stored = self.curve is not None and self.curve.exists()
         curve = Curve.load(self.curve) if stored else None
         jaxspec.enable_compilation_cache()
-        target = jaxspec.load_target(self.target, dtype=chosen_dtype(self.dtype))
+        target_path = target_name(self.target, self.drafter.drafter)
+        target = jaxspec.load_target(target_path, dtype=chosen_dtype(self.dtype))
         check_servable(target)
         engine = self._engine(target, curve)
         print("compiling and measuring …", flush=True)
@@ -109,7 +111,7 @@ class Serve:
         if engine.curve is not None and not stored and self.curve is not None:
             engine.curve.save(self.curve)
         host, port = bound.getsockname()[:2]
-        names = self._names()
+        names = self._names(target_path)
         http = server(
             Runner(engine),
             names=names,
@@ -154,8 +156,8 @@ class Serve:
         )
         return Engine(target, drafter, config, curve=curve)
 
-    def _names(self) -> tuple[str, ...]:
-        last = Path(self.target).absolute().name.removesuffix(".gguf")
+    def _names(self, target: str) -> tuple[str, ...]:
+        last = Path(target).absolute().name.removesuffix(".gguf")
         # A path tells where files lie, which is nobody's business.
-        first = last if Path(self.target).exists() else self.target
-        return self.served_model_name or tuple(dict.fromkeys((first, self.target, last)))
+        first = last if Path(target).exists() else target
+        return self.served_model_name or tuple(dict.fromkeys((first, target, last)))

@@ -50,6 +50,8 @@ class Drafter:
         that holds every row's tree. Each is one more forward to compile.
       head_config: of the draft head, for the drafter that runs one on the target's features
         (`drafters.block`); None for all others, joined ones included.
+      path_conditioned: what it drafts after a node depends on the node's path, so that trees of
+        this kind serve it best.
     """
 
     size: int
@@ -57,6 +59,7 @@ class Drafter:
     taps: tuple[int, ...] = ()
     verify_sizes: tuple[int, ...] = ()
     head_config: DrafterConfig | None = None
+    path_conditioned: bool = False
 
     def init(self, params: Any, batch: int, capacity: int) -> Any:
         """An empty state for sequences of up to `capacity` tokens."""

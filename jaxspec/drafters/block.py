@@ -161,6 +161,10 @@ class BlockDrafter(Drafter):
     def head_config(self) -> DrafterConfig:
         return self.config
 
+    @property
+    def path_conditioned(self) -> bool:
+        return self.config.sequential is not None
+
     def with_tree(self, tree: TreeConfig) -> BlockDrafter:
         return dataclasses.replace(self, tree=tree)
 

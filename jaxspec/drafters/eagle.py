@@ -122,6 +122,7 @@ class EagleDrafter(Drafter):
     tree: TreeConfig
     implementation: str | None = None
     verify_sizes: tuple[int, ...] = ()
+    path_conditioned = True
 
     def __post_init__(self):
         if self.tree.kind not in ("chain", "path_conditioned"):

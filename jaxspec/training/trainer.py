@@ -147,7 +147,7 @@ def _train(
             _, state, _ = store.restore(state, store.best)
     drafter = run.drafter(state, dtype=target.params.embed.dtype)
     if leads:
-        export(config, drafter, folder / DRAFTER)
+        export(config, drafter, folder / DRAFTER, target.name)
     return folder / DRAFTER
 
 
@@ -299,12 +299,15 @@ def _check_finite(means: dict[str, Any], step: int, config: TrainConfig, store: 
     raise ValueError(f"the {bad.replace('_', ' ')} of step {step} is {means[bad]}; {remedy}")
 
 
-def export(config: TrainConfig, drafter: LoadedDrafter, folder: Path) -> None:
-    """Writes a drafter's checkpoint; it appears whole or not at all."""
+def export(config: TrainConfig, drafter: LoadedDrafter, folder: Path, target: str) -> None:
+    """Writes a drafter's checkpoint, which names the target where its format can; it appears
+    whole or not at all."""
+    if Path(target).exists():
+        target = os.path.relpath(target, folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_drafter(partial, drafter.drafter, drafter.params, _format(config))
+        save_drafter(partial, drafter.drafter, drafter.params, _format(config), verifier=target)
     except ValueError as error:
         raise ValueError(
             f"{error}; go on from an earlier checkpoint with --resume-step"

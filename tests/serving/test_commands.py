@@ -144,11 +144,11 @@ def test_a_drafter_without_confidence_is_refused_before_answers_are_recorded(
     ],
 )
 def test_names_of_the_model(target, given, names):
-    assert Serve(target=target, served_model_name=given)._names() == names
+    assert Serve(served_model_name=given)._names(target) == names
 
 
 def test_a_folders_path_is_not_told(tmp_path):
-    names = Serve(target=str(tmp_path))._names()
+    names = Serve()._names(str(tmp_path))
     assert names == (tmp_path.name, str(tmp_path))
 
 

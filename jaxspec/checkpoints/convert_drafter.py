@@ -1,0 +1,138 @@
+"""A drafter's checkpoint from one published format to another, and what that loses."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxspec.checkpoints import drafter_config, eagle3_config, load, speculators
+from jaxspec.checkpoints.drafters import DRAFT_TOKENS, load_drafter, locate, save_drafter
+from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
+from jaxspec.config import TreeConfig
+
+FORMATS = tuple(dict.fromkeys((*drafter_config.FORMATS, *eagle3_config.FORMATS)))
+INTEGERS = (DRAFT_TOKENS, speculators.OFFSETS, speculators.MEMBERS)
+# What files of some formats do not say, although nothing computed depends on it.
+SILENT = {
+    "steps": "how many tokens to draft: readers take their own default",
+    "target_layers": "the number of the target's layers",
+}
+FLOATS = {np.dtype(x).name for x in (np.float32, np.float16, ml_dtypes.bfloat16)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertedDrafter:
+    """What `convert_drafter` wrote, read back and compared.
+
+    Attributes:
+      source, format: of the files before and after.
+      lost: what the new files do not say, or other programs do not read in them.
+    """
+
+    folder: Path
+    source: str
+    format: str
+    lost: tuple[str, ...]
+
+
+def convert_drafter(
+    drafter: str | Path, output: str | Path, *, format: str, target: str | None = None
+) -> ConvertedDrafter:
+    """Writes a drafter in another format; weights keep their dtype.
+
+    The output appears whole or not at all, after it was read back and gave the same drafter.
+
+    Args:
+      drafter: folder or hub name ("repo::subfolder" too).
+      output: a new folder.
+      format: one of `FORMATS`.
+      target: that it drafts for, whose tables some formats repeat; by default the one that the
+        files name.
+
+    Raises:
+      ValueError: the drafter or the target cannot be read, the format cannot express the
+        drafter, the output exists, or it reads back otherwise.
+    """
+    output = Path(output).absolute()
+    if output.exists():
+        raise ValueError(f"{output} exists; give --output a new folder")
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}; expected one of {FORMATS}")
+    folder = locate(drafter)
+    raw = read_json(folder / "config.json")
+    source = eagle3_config.recognise(raw) or drafter_config.recognise(raw, folder)
+    named = speculators.verifier(raw, folder)
+    if target is None and named is None:
+        raise ValueError(f"{folder} does not name the target; say with --target what it is")
+    dtype = _stored_dtype(folder)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        loaded = load(target or named, dtype)
+        arguments = loaded.config, loaded.params, TreeConfig(), dtype
+        before = load_drafter(folder, *arguments)
+        partial = output.with_name(output.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            verifier = _from(output, target or named)
+            save_drafter(partial, *before, format, verifier=verifier)
+            after = load_drafter(partial, *arguments)
+            lost = _lost(before, after, format, read_json(partial / "config.json"))
+            if named is not None and format != "speculators":
+                lost = (*lost, f"the target's name, {named}")
+            os.rename(partial, output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return ConvertedDrafter(output, source, format, lost)
+
+
+def _stored_dtype(folder: Path) -> str:
+    """Of the weights; raises ValueError if there are several."""
+    dtypes = {dtype.name for dtype in SafetensorsFolder(folder, integers=INTEGERS).dtypes}
+    floats = sorted(dtypes & FLOATS)
+    if len(floats) != 1:
+        raise ValueError(f"{folder} holds weights of {', '.join(floats)}; expected one dtype")
+    return floats[0]
+
+
+def _from(folder: Path, target: str) -> str:
+    """A target's name, or its path from a folder."""
+    return os.path.relpath(target, folder) if Path(target).exists() else target
+
+
+def _lost(before: Any, after: Any, format: str, raw: dict[str, Any]) -> tuple[str, ...]:
+    """What the drafter read back lacks, or what other programs will not read.
+
+    Raises:
+      ValueError: it is another drafter.
+    """
+    (old, old_params), (new, new_params) = before, after
+    found, fields = [], dataclasses.asdict(old.config)
+    for name, value in dataclasses.asdict(new.config).items():
+        if fields[name] == value:
+            continue
+        if name not in SILENT:
+            raise ValueError(
+                f"format {format!r} reads {name} back as {value} instead of {fields[name]}; "
+                "choose another format"
+            )
+        found.append(SILENT[name])
+    same = jax.tree.map(np.array_equal, old_params, new_params)
+    if not all(jax.tree.leaves(same)):
+        raise ValueError(f"format {format!r} reads weights back otherwise; nothing is written")
+    if drafter_config.TEMPERATURES in raw:
+        found.append("the confidence head's temperatures, which other programs do not read")
+    kept = old_params.vocabulary.kept is not None
+    if kept and format in ("dflash", "treeflash"):
+        found.append(
+            f"the draft vocabulary: other programs do not read '{DRAFT_TOKENS}', and draft "
+            "from the target's whole one"
+        )
+    if format == "speculators" and "num_target_layers" not in raw:
+        found.append(SILENT["target_layers"])
+    return tuple(dict.fromkeys(found))
