@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxspec.checkpoints import drafter_config, eagle3_config, load, speculators
 from jaxspec.checkpoints.drafters import DRAFT_TOKENS, load_drafter, locate, save_drafter
+from jaxspec.checkpoints.quantised import quantisation_of
 from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import TreeConfig
 
@@ -45,7 +46,8 @@ class ConvertedDrafter:
 def convert_drafter(
     drafter: str | Path, output: str | Path, *, format: str, target: str | None = None
 ) -> ConvertedDrafter:
-    """Writes a drafter in another format; weights keep their dtype.
+    """Writes a drafter in another format; weights keep their dtype, quantised ones become
+    bfloat16.
 
     The output appears whole or not at all, after it was read back and gave the same drafter.
 
@@ -71,7 +73,8 @@ def convert_drafter(
     named = speculators.verifier(raw, folder)
     if target is None and named is None:
         raise ValueError(f"{folder} does not name the target; say with --target what it is")
-    dtype = _stored_dtype(folder)
+    quantisation = quantisation_of(folder)
+    dtype = _stored_dtype(folder) if quantisation is None else "bfloat16"
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         loaded = load(target or named, dtype)
         arguments = loaded.config, loaded.params, TreeConfig(), dtype
@@ -85,6 +88,8 @@ def convert_drafter(
             lost = _lost(before, after, format, read_json(partial / "config.json"))
             if named is not None and format != "speculators":
                 lost = (*lost, f"the target's name, {named}")
+            if quantisation is not None:
+                lost = (*lost, f"{quantisation.name}: weights are written in {dtype}")
             os.rename(partial, output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -93,8 +98,8 @@ def convert_drafter(
 
 def _stored_dtype(folder: Path) -> str:
     """Of the weights; raises ValueError if there are several."""
-    dtypes = {dtype.name for dtype in SafetensorsFolder(folder, integers=INTEGERS).dtypes}
-    floats = sorted(dtypes & FLOATS)
+    tensors = SafetensorsFolder(folder, integers=INTEGERS)
+    floats = sorted({np.dtype(dtype).name for dtype in tensors.dtypes.values()} & FLOATS)
     if len(floats) != 1:
         raise ValueError(f"{folder} holds weights of {', '.join(floats)}; expected one dtype")
     return floats[0]

@@ -218,9 +218,11 @@ def _older(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _block_size(whole: JsonConfig, own: JsonConfig) -> int:
-    """Some formats give it at the top, some inside."""
+    """Some formats give it at the top, some inside; without either z-lab's programs take 16."""
     places = [section for section in (own, whole) if section.has("block_size")]
     sizes = sorted({section.integer("block_size") for section in places})
+    if not sizes and own is not whole:
+        return 16
     if len(sizes) != 1:
         raise ValueError(
             f"{whole.origin}: the drafter's configuration gives "

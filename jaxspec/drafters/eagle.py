@@ -323,7 +323,8 @@ class EagleDrafter(Drafter):
         count = self.depth * frontier
         first, last = slot * frontier, jnp.maximum(position - 1, 0)
         put = jax.lax.dynamic_update_slice_in_dim
-        depths = jnp.broadcast_to(jnp.arange(count) // frontier, (batch, count))
+        # A window counts from the last pair, as in training: drafted rows see what it sees.
+        depths = jnp.zeros((batch, count), jnp.int32)
         # Attention takes as many queries as rows: those of other levels see themselves.
         seen = jnp.broadcast_to(jnp.eye(count, dtype=bool), (batch, count, count))
         bits = pack_bits(put(seen, level.seen, first, axis=1))

@@ -44,8 +44,8 @@ class EagleConfig:
       residual_after_norm: the layer adds to the normed feature instead of the feature.
       feedback_after_norm: the next row's feature is the output after the final norm.
       logits_after_norm: the LM head reads the output after the final norm; otherwise as it is.
-      window: of every layer, or one for all: a row sees rows less than `window` before it; None
-        sees all.
+      window: of every layer, or one for all: a pair sees pairs less than `window` before it,
+        and a drafted row what the last pair sees; None sees all.
       rope_scaling: None for plain rotary positions.
     """
 

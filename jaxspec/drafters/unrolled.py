@@ -58,7 +58,7 @@ def unroll(
             own[layer] = k, v
             seen = pairs if step else own
             rows = [*later[layer], own[layer]] if step else []
-            return _attention(config, layer, step, q, *seen[layer], rows, first, chunk)
+            return _attention(config, layer, q, *seen[layer], rows, first, chunk)
 
         following = _shifted(tokens, 1 + step)
         return head(vocabulary, feature, following, positions + step, attend), own
@@ -83,9 +83,9 @@ def _shifted(rows: jax.Array, by: int) -> jax.Array:
 
 
 def _attention(
-    config: EagleConfig, layer: int, step: int, q, keys, values, rows, first, chunk: int
+    config: EagleConfig, layer: int, q, keys, values, rows, first, chunk: int
 ) -> jax.Array:
-    """Every index attends to the pairs up to it, and to its own rows of steps 1 … `step`.
+    """Every index attends to the pairs up to it, and to its own rows of later steps.
 
     Args:
       q: [B, T, H, D].
@@ -104,7 +104,7 @@ def _attention(
 
     @jax.checkpoint
     def some(part):
-        return _attend(config, layer, step, keys, values, *part)
+        return _attend(config, layer, keys, values, *part)
 
     index = jnp.broadcast_to(jnp.arange(length), (batch, length))
     out = jax.lax.map(some, jax.tree.map(split, (q, rows, index, first)))
@@ -112,23 +112,20 @@ def _attention(
     return out.reshape(batch, parts * size, *out.shape[3:])[:, :length]
 
 
-def _attend(config: EagleConfig, layer: int, step: int, keys, values, q, rows, index, first):
+def _attend(config: EagleConfig, layer: int, keys, values, q, rows, index, first):
     batch, count = q.shape[:2]
     window, length = config.window[layer], keys.shape[1]
     q = q.reshape(batch, count, config.num_kv_heads, config.group_size, -1)
     place, at = jnp.arange(length), index[..., None]
     seen = (place <= at) & (place >= first[..., None])  # [B, c, T]
     if window is not None:
-        seen = seen & (at + step - place < window)
+        seen = seen & (at - place < window)
     scale = config.head_dim**-0.5
     scores = scale * product("bikgd,btkd->bkgit", q, keys)
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     if rows:
         own_keys, own_values = (jnp.stack(x, axis=2) for x in zip(*rows, strict=True))
         near = scale * product("bikgd,bijkd->bkgij", q, own_keys)
-        if window is not None:
-            behind = step - 1 - jnp.arange(step)
-            near = jnp.where(behind < window, near, -jnp.inf)
         scores = jnp.concatenate([scores, near], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     out = product("bkgit,btkd->bikgd", weights[..., :length], values)

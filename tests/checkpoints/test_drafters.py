@@ -109,6 +109,12 @@ def test_a_published_folder_is_written_back_as_it_was(golden, tmp_path, name):
     assert recognise(ours, "") == recognise(theirs, "") == GOLDEN[name]
 
 
+def test_a_block_of_z_labs_default(tmp_path):
+    save(tmp_path / "a", "dflash")
+    edit(tmp_path / "a", lambda raw: raw.pop("block_size"))
+    assert load(tmp_path / "a")[0].config.block_size == 16
+
+
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_transformers_reads_the_configuration(tmp_path, kind):
     from transformers import AutoConfig
@@ -288,7 +294,7 @@ def own(raw):
         ("dspark", lambda c: own(c).update(target_layer_ids=[0, 2]), "names the last layer, 2"),
         ("dflash", lambda c: own(c).update(mask_token_id=11), "a row of the embedding, 0 … 10"),
         ("dflash", lambda c: own(c).pop("mask_token_id"), "has no 'mask_token_id'"),
-        ("dflash", lambda c: c.pop("block_size"), "gives no 'block_size'"),
+        ("dspark", lambda c: c.pop("block_size"), "gives no 'block_size'"),
         (
             "dflash",
             lambda c: own(c).update(block_size=7),

@@ -46,12 +46,14 @@ class Rows:
             )
         return taps @ self.weights["fc",]
 
-    def run(self, feature, token, position, before):
+    def run(self, feature, token, position, before, last=None):
         """(logits, next feature, (position, keys and values by layer)) of a pair.
 
         Args:
           before: the third results of the rows it sees.
+          last: position of the last pair, where this is a drafted row.
         """
+        last = position if last is None else last
         c, x, own = self.config, feature, []
         for i in range(c.num_layers):
             at = ("layers", i)
@@ -72,7 +74,7 @@ class Rows:
             seen = [
                 (keys[i] if keys is not None else own[i])
                 for place, keys in [*before, (position, None)]
-                if c.window[i] is None or position - place < c.window[i]
+                if c.window[i] is None or last - place < c.window[i]
             ]
             scores = np.stack([np.einsum("kgd,kd->kg", q, k) for k, _ in seen], -1)
             scores = np.exp(scores / np.sqrt(c.head_dim))
@@ -110,7 +112,7 @@ def dynamic_tree(rows: Rows, taps, tokens, *, steps: int, k: int, size: int):
         level = []
         for path, score, feature, seen in frontier:
             token = path[-1] if path else tokens[-1]
-            logits, following, own = rows.run(feature, token, last + step, seen)
+            logits, following, own = rows.run(feature, token, last + step, seen, last)
             law = log_law(logits)
             for index in np.argsort(-law, kind="stable")[:k]:
                 node = (*path, int(rows.kept[index]))

@@ -64,7 +64,7 @@ def test_a_chain(kind, parts):
     seen = rows.committed(taps[0], tokens[0, :LENGTH])
     feature, token = rows.fuse(taps[0, -1]), int(tokens[0, LENGTH])
     for step in range(drafter.depth):
-        expected, feature, own = rows.run(feature, token, LENGTH - 1 + step, seen)
+        expected, feature, own = rows.run(feature, token, LENGTH - 1 + step, seen, LENGTH - 1)
         np.testing.assert_allclose(logits[0, step], expected, rtol=1e-3, atol=1e-4)
         token = int(rows.kept[expected.argmax()])
         assert int(chosen[0, step]) == token
