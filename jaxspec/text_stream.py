@@ -33,16 +33,23 @@ class Decoding:
         """Args: backend: a `tokenizers.Tokenizer`; None, if there is none, is not known."""
         if backend is None:
             return cls(grows=False)
-        if backend.decoder is None:  # tokens with blanks between them
+        steps = decoder_steps(backend)
+        if not steps:  # tokens with blanks between them
             return cls(grows=True)
-        decoder = json.loads(backend.decoder.__getstate__())
-        steps = decoder.get("decoders", [decoder])
         kinds, joined = {step["type"] for step in steps}, False
         for step in steps:
             if not _grows(step, joined):
                 return cls(grows=False)
             joined |= step["type"] in ("Fuse", "ByteLevel")
         return cls(True, "ByteFallback" in kinds, "ByteLevel" in kinds)
+
+
+def decoder_steps(backend) -> list[dict]:
+    """What the decoder of a `tokenizers.Tokenizer` does, step by step, each with its type."""
+    if backend.decoder is None:
+        return []
+    decoder = json.loads(backend.decoder.__getstate__())
+    return decoder.get("decoders", [decoder])
 
 
 def _grows(step: dict, joined: bool) -> bool:

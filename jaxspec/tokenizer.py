@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from jaxspec.text_stream import Decoding, TextStream
+from jaxspec.text_stream import Decoding, TextStream, decoder_steps
 
 Messages = Sequence[dict[str, str]]
 
@@ -195,11 +196,17 @@ class Tokenizer:
         name = self._fast.id_to_token(token)
         if name is None or token in self._fast.get_added_tokens_decoder():
             return (name or "").encode()
-        if self.decoding.bytes_in_characters:
+        kinds = self._decoder_kinds
+        if "ByteLevel" in kinds:
             return b"".join(_bytes_of(character) for character in name)
-        if self.decoding.bytes_in_runs and len(name) == 6 and name.startswith("<0x"):
-            return bytes.fromhex(name[3:5])
-        return name.replace("\u2581", " ").encode()
+        if "ByteFallback" in kinds and (byte := re.fullmatch("<0x([0-9A-F]{2})>", name)):
+            return bytes.fromhex(byte[1])
+        # Decoders treat the first token of a text in ways of their own.
+        return self.decode([token, token])[len(self.decode([token])) :].encode()
+
+    @functools.cached_property
+    def _decoder_kinds(self) -> set[str]:
+        return {step["type"] for step in decoder_steps(self._fast)}
 
     @functools.cached_property
     def _special(self) -> set[str]:

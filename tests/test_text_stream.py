@@ -104,6 +104,28 @@ def test_pieces_come_as_soon_as_they_are_certain(name, tokens, pieces):
     assert streamed(tokenizer, ids_of(tokenizer, *tokens)) == pieces
 
 
+@pytest.mark.parametrize(
+    ("name", "token", "raw"),
+    [
+        ("byte level", "Ġb", b" b"),
+        ("byte level", "â", b"\xe2"),
+        ("byte level", "Ċ", b"\n"),
+        ("byte level", "</s>", b"</s>"),
+        ("byte fallback", "▁Hi", b" Hi"),
+        ("byte fallback", "<0xE2>", b"\xe2"),
+        ("byte fallback", "<0x>", b"<0x>"),
+        ("byte fallback, patterns", "<0xFF>", b"\xff"),
+        ("unigram", "▁a", b" a"),
+        ("word pieces", "##c", b"c"),
+        ("word pieces", "é", " é".encode()),
+    ],
+)
+def test_the_bytes_of_a_token_inside_a_text(name, token, raw):
+    tokenizer = TOKENIZERS[name]
+    assert tokenizer.token_bytes(*ids_of(tokenizer, token)) == raw
+    assert tokenizer.token_bytes(len(tokenizer._backend) + 1) == b""
+
+
 def test_a_long_text_is_not_decoded_again_and_again():
     tokenizer = TOKENIZERS["byte fallback"]
     stream, lengths = tokenizer.stream(), []

@@ -56,6 +56,9 @@ class Serve:
     """Prompt tokens per prefill chunk; running requests wait for one chunk at a time."""
     rounds: int = 1
     """Decode rounds between scheduling steps."""
+    prefix_cache_mb: float | None = None
+    """MiB for prefixes of prompts, which are then not run again; 0 keeps none. By default half
+    of what the rows of all slots take."""
     top_logprobs: int = 20
     """Alternatives whose log-probabilities requests may ask for; 0 has none to give."""
     rejection: bool = False
@@ -153,6 +156,7 @@ class Serve:
             rounds=self.rounds,
             rejection=self.rejection,
             top_logprobs=self.top_logprobs,
+            prefix_cache_mb=self.prefix_cache_mb,
         )
         return Engine(target, drafter, config, curve=curve)
 

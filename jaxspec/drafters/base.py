@@ -62,7 +62,11 @@ class Drafter:
     path_conditioned: bool = False
 
     def init(self, params: Any, batch: int, capacity: int) -> Any:
-        """An empty state for sequences of up to `capacity` tokens."""
+        """An empty state for sequences of up to `capacity` tokens.
+
+        An axis of its arrays that grows with `capacity` is that of positions: at p is what
+        observing the token at position p wrote (`serving.prefix_cache` cuts states there).
+        """
         raise NotImplementedError
 
     def observe(self, params: Any, state: Any, committed: Committed) -> Any:

@@ -34,6 +34,7 @@ class Piece:
 
     Attributes:
       tokens: of the answer so far.
+      cached: tokens of the prompt that were not run again.
       logprobs: of the tokens that it grew by, in the answer's shape, where they are asked for.
     """
 
@@ -42,6 +43,7 @@ class Piece:
     tokens: int
     finish: str | None = None
     stats: DecodeStats | None = None
+    cached: int = 0
     logprobs: dict | None = None
 
 
@@ -106,7 +108,9 @@ class Answering:
             sum(own.nodes for own in found),
         )
         tokens = sum(piece.tokens for piece in last.values())
-        return usage(self.asked.prompt_tokens, tokens, stats)
+        # A prompt is counted once; further choices find what the first one left.
+        cached = sum(p.cached for i, p in last.items() if i % self.asked.choices == 0)
+        return usage(self.asked.prompt_tokens, tokens, stats, cached)
 
     async def _pieces(self) -> AsyncGenerator[Piece]:
         """The pieces of all choices as they come; the first error ends them."""
@@ -141,13 +145,13 @@ class Answering:
         asked, request = self.asked, self.asked.requests[choice]
         least = request.sampling.min_tokens
         answer = AnswerText(self.tokenizer, asked.stops, min_tokens=least)
-        cut = finish = None
+        cut, finish, cached = None, None, 0
         shape = LogProbShape(self.tokenizer, chat=self.shape.chat)
         text = asked.echo[choice // asked.choices]
         try:
             async for update in ticket:
                 watch.see(update)
-                laws = update.prompt_logprobs
+                laws, cached = update.prompt_logprobs, cached or update.cached
                 before = answer.taken
                 if not (answer.stopped or asked.silent):
                     text += answer.add(update.tokens)
@@ -161,7 +165,7 @@ class Answering:
                 if asked.silent and finish == "stop":  # at a token that is not given
                     finish = "length"
                 told = None if request.logprobs is None or not laws else shape.of(laws)
-                yield Piece(choice, text, answer.taken, finish, update.stats, told)
+                yield Piece(choice, text, answer.taken, finish, update.stats, cached, told)
                 text = ""
         except EngineFailed:
             finish = "failed"

@@ -32,6 +32,8 @@ class EngineConfig:
       top_logprobs: alternatives whose log-probabilities requests may ask for, beside those of
         the answer's tokens; 0 keeps none of either. What is kept takes 8 bytes for each of them
         at every place of `room`.
+      prefix_cache_mb: MiB for prefixes of prompts that need not be run again
+        (`serving.prefix_cache`); None is half of what the slots' rows take, 0 keeps none.
     """
 
     slots: int = 8
@@ -45,13 +47,14 @@ class EngineConfig:
     rejection: bool = False
     throughput: bool = False
     top_logprobs: int = 0
+    prefix_cache_mb: float | None = 0.0
     implementation: str | None = None
 
     def __post_init__(self):
-        if self.top_logprobs < 0:
-            raise ValueError(
-                f"EngineConfig.top_logprobs is {self.top_logprobs}; expected at least 0"
-            )
+        for name in ("top_logprobs", "prefix_cache_mb"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"EngineConfig.{name} is {value}; expected at least 0")
         for name in ("slots", "room", "queue", "max_nodes", "chunk", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(

@@ -27,6 +27,7 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
+from jaxspec.serving.prefix_cache import Page
 from jaxspec.serving.programs import Programs
 from jaxspec.serving.requests import QueueFull, Request, TokenLogProb, Update, read_logprobs
 from jaxspec.serving.rows import move_rows, place_row, recent_logprobs, recent_tokens, stop_rows
@@ -40,17 +41,29 @@ class _Running:
 
     id: int
     request: Request
+    submitted: float  # time.perf_counter()
     length: int  # tokens decided and given out, prompt included
 
 
 @dataclasses.dataclass
 class _Prompt:
-    """The prompt being run; `batch` once it is done and waits for a row."""
+    """The prompt being run.
+
+    Attributes:
+      chunk: the next to run.
+      pages: of its prefix, that are kept; None once no more can be.
+      cached: tokens that need not be run.
+      waited: seconds that the request was in the queue.
+      batch: once it is done and waits for a row.
+    """
 
     running: _Running
     requests: Requests
     prefilling: Prefilling | None
+    waited: float
     chunk: int = 0
+    pages: list[Page] | None = None
+    cached: int = 0
     batch: Batch | None = None
 
 
@@ -89,6 +102,7 @@ class Engine:
             sizes = self._programs.sizes.items()
             self._times = {rows: only(own, 0) for rows, own in sizes}
 
+        self._prefixes = self._programs.prefix_cache()
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._waiting: deque[_Running] = deque()
@@ -117,7 +131,8 @@ class Engine:
                     f"{len(self._waiting)} requests are waiting, as many as may; try later"
                 )
             number = next(self._numbers)
-            self._waiting.append(_Running(number, request, len(request.prompt)))
+            now, length = time.perf_counter(), len(request.prompt)
+            self._waiting.append(_Running(number, request, now, length))
         return number
 
     def cancel(self, id: int) -> None:
@@ -152,6 +167,8 @@ class Engine:
             self.curve = Curve(self.setup(), self._programs.measure(repeats))
             self.curve.check(self.setup())
             self._times = self._staircases(self.curve)
+        if self._prefixes is not None:
+            self._prefixes.compile(self._programs.begin_prompt())
         self._batch = self._programs.empty(len(self._rows))
 
     def step(self) -> list[Update]:
@@ -181,7 +198,13 @@ class Engine:
         held = [self._batch]
         if self._prompt is not None:
             held += [self._prompt.prefilling, self._prompt.batch]
-        return sum(x.nbytes for x in jax.tree.leaves(held))
+        prefixes = self._prefixes.nbytes if self._prefixes is not None else 0
+        return sum(x.nbytes for x in jax.tree.leaves(held)) + prefixes
+
+    @property
+    def prefix_pages(self) -> tuple[int, int]:
+        """Pages of prefixes in use, and that fit."""
+        return (0, 0) if self._prefixes is None else (len(self._prefixes), self._prefixes.slots)
 
     def _apply_cancellations(self) -> list[Update]:
         with self._lock:
@@ -222,9 +245,7 @@ class Engine:
         if self._prompt is None:
             if not self._waiting:
                 return []
-            running = self._waiting[0]  # nobody else takes from the queue
-            requests = self._programs.pack(running.request)
-            prompt = _Prompt(running, requests, self._programs.begin_prompt())
+            prompt = self._begin_prompt(self._waiting[0])  # nobody else takes from the queue
             with self._lock:
                 self._prompt = prompt
                 self._waiting.popleft()
@@ -234,6 +255,7 @@ class Engine:
                 self._programs.run_chunk(prompt.requests, prompt.chunk, prompt.prefilling)
             )
             prompt.chunk += 1
+            self._keep_page(prompt)
             if prompt.chunk * self.config.chunk < len(prompt.running.request.prompt):
                 return []
             updates = self._first_token(prompt)
@@ -241,6 +263,31 @@ class Engine:
             self._batch = place_row(self._batch, prompt.batch, np.int32(row))
             self._rows[row], self._prompt = prompt.running, None
         return updates
+
+    def _begin_prompt(self, running: _Running) -> _Prompt:
+        request = running.request
+        requests, prefilling = self._programs.pack(request), self._programs.begin_prompt()
+        waited = time.perf_counter() - running.submitted
+        prompt = _Prompt(running, requests, prefilling, waited)
+        if self._prefixes is None:
+            return prompt
+        prompt.pages = []
+        if not request.prompt_logprobs:  # which only running all of it gives
+            found = request.prompt, request.cache_salt
+            prompt.prefilling, prompt.pages = self._prefixes.begin(prefilling, *found)
+        prompt.chunk = len(prompt.pages)
+        prompt.cached = prompt.chunk * self.config.chunk
+        return prompt
+
+    def _keep_page(self, prompt: _Prompt) -> None:
+        """Keeps the chunk that has just run, if it was full and those before it are kept."""
+        request = prompt.running.request
+        full = prompt.chunk * self.config.chunk <= len(request.prompt)
+        if prompt.pages is None or not full:
+            return
+        found = prompt.prefilling, prompt.pages, request.prompt, request.cache_salt
+        if not self._prefixes.keep(*found):
+            prompt.pages = None
 
     def _first_token(self, prompt: _Prompt) -> list[Update]:
         prompt.batch = self._programs.end_prompt(prompt.requests, prompt.prefilling)
@@ -250,7 +297,7 @@ class Engine:
         tokens, done, laws = jax.device_get((state.tokens, state.done, laws))
         row, first = tokens[0].tolist(), running.length
         token = row[first]
-        update = Update(running.id, (token,))
+        update = Update(running.id, (token,), cached=prompt.cached, waited=prompt.waited)
         if laws is not None:
             logprobs = read_logprobs(laws, 0, range(first, first + 1), row, request.logprobs)
             update = dataclasses.replace(update, logprobs=logprobs)

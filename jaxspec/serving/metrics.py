@@ -36,6 +36,17 @@ class ServerMetrics:
         self.prompt_tokens = Counter(
             "jaxspec_prompt_tokens", "Tokens of prompts", registry=registry
         )
+        self.cached_tokens = Counter(
+            "jaxspec_prompt_tokens_cached",
+            "Tokens of prompts that were not run again",
+            registry=registry,
+        )
+        for i, state in enumerate(("used", "room")):
+            gauge(
+                f"jaxspec_prefix_pages_{state}",
+                "Pages of prompts' prefixes: in use, and that fit",
+                lambda i=i: runner.engine.prefix_pages[i],
+            )
         self.tokens = Counter("jaxspec_tokens", "Tokens generated", registry=registry)
         self.rounds = Counter("jaxspec_rounds", "Rounds, summed over rows", registry=registry)
         self.nodes = Counter("jaxspec_nodes_verified", "Nodes verified", registry=registry)
@@ -43,6 +54,12 @@ class ServerMetrics:
             "jaxspec_accepted",
             "Rounds, summed over rows, that accepted this many drafted tokens at least",
             ["depth"],
+            registry=registry,
+        )
+        self.queue_seconds = Histogram(
+            "jaxspec_queue_seconds",
+            "From the request until its prompt was run",
+            buckets=SECONDS,
             registry=registry,
         )
         self.first_token = Histogram(
@@ -81,6 +98,9 @@ class Watch:
 
     def see(self, update: Update) -> None:
         metrics, now = self._metrics, time.perf_counter()
+        metrics.cached_tokens.inc(update.cached)
+        if update.waited is not None:
+            metrics.queue_seconds.observe(update.waited)
         if update.tokens:
             if self._first is None:
                 self._first = now

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +18,7 @@ from jaxspec.decoding.state import Prefilling, Requests
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
+from jaxspec.serving.prefix_cache import PrefixCache
 from jaxspec.serving.requests import Request
 from jaxspec.serving.rows import (
     begin_prompt,
@@ -93,6 +95,20 @@ class Programs:
         return end_prompt(
             self._decoder, self._params, requests, prefilling.final, held, age=age
         )
+
+    def prefix_cache(self) -> PrefixCache | None:
+        """Room for prefixes; None where none are kept.
+
+        Raises ValueError when the memory given is too little.
+        """
+        megabytes = self._config.prefix_cache_mb
+        if megabytes is None:
+            row = jax.eval_shape(self.begin_prompt)
+            row = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(row))
+            megabytes = self._config.slots * row / 2 / 2**20
+        if not megabytes:
+            return None
+        return PrefixCache(self._decoder, self._params, self._capacity, megabytes)
 
     def empty(self, rows: int) -> Batch:
         """A batch whose rows are all free."""

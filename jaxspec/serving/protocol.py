@@ -20,7 +20,7 @@ from jaxspec.serving.requests import Request
 # Fields that change nothing here, and values at which unsupported ones change nothing.
 IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "request_id", "priority", "cache_salt",
+    "prompt_cache_retention", "request_id", "priority",
 }  # fmt: skip
 NEUTRAL: dict[str, tuple] = {
     "best_of": (1,),
@@ -57,7 +57,7 @@ SAMPLED = {"temperature", "top_p", "top_k", "min_p", "seed"}
 PENALTIES = {"presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"}
 STOPS = {"stop", "stop_token_ids", "ignore_eos", "min_tokens"}
 LENGTHS = {"max_tokens", "max_completion_tokens"}
-COMMON = {"model", "n", "stream", "stream_options", "logprobs"}
+COMMON = {"model", "n", "stream", "stream_options", "logprobs", "cache_salt"}
 COMMON |= SAMPLED | PENALTIES | STOPS | LENGTHS
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_CHOICES = 4, 256, 128
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -215,6 +215,12 @@ class _Fields:
             raise BadRequest(f"{name} must be an integer, not {value!r}", name)
         return value
 
+    def text(self, name: str) -> str:
+        value = self.get(name, "")
+        if not isinstance(value, str):
+            raise BadRequest(f"{name} must be a text, not {value!r}", name)
+        return value
+
     def flag(self, name: str, default: bool | None = False) -> bool | None:
         value = self.get(name, default)
         if value is not default and not isinstance(value, bool):
@@ -276,6 +282,7 @@ def _asked(
         (),
         max(new_tokens, 1),
         sampling,
+        cache_salt=fields.text("cache_salt"),
         logprobs=top,
         prompt_logprobs=echo is not None and top is not None,
     )
@@ -396,13 +403,19 @@ def _choice(index: int, body: dict, finish: str | None, logprobs: dict | None) -
     return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish}
 
 
-def usage(prompt_tokens: int, completion_tokens: int, stats: DecodeStats | None) -> dict:
-    """The usage object; `speculation` says what the answer took."""
+def usage(
+    prompt_tokens: int, completion_tokens: int, stats: DecodeStats | None, cached: int
+) -> dict:
+    """The usage object; `speculation` says what the answer took.
+
+    Args: cached: tokens of prompts that were not run again.
+    """
     stats = stats or DecodeStats((), 0)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
         "speculation": {
             "rounds": stats.rounds,
             "nodes_verified": stats.nodes,

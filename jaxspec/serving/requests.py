@@ -33,7 +33,8 @@ class Request:
         that would follow from it.
       logprobs: alternatives whose log-probabilities come beside those of the new tokens; None
         for neither.
-      prompt_logprobs: they come for the prompt's tokens too.
+      prompt_logprobs: they come for the prompt's tokens too; all of the prompt is run for it.
+      cache_salt: prefixes of prompts are shared by requests with the same one.
     """
 
     prompt: Sequence[int]
@@ -42,6 +43,7 @@ class Request:
     seed: int | jax.Array = 0
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    cache_salt: str = ""
 
     @property
     def asked(self) -> int:
@@ -147,6 +149,8 @@ class Update:
       stats: counts of the whole request, with `finish`; None before, or if it never ran.
       logprobs: of `tokens`, where they were asked for.
       prompt_logprobs: of the prompt's tokens, with the first update.
+      cached: tokens of the prompt that were not run again, with the first tokens.
+      waited: seconds in the queue, with the first tokens.
     """
 
     id: int
@@ -155,3 +159,5 @@ class Update:
     stats: DecodeStats | None = None
     logprobs: tuple[TokenLogProb, ...] = ()
     prompt_logprobs: tuple[TokenLogProb, ...] = ()
+    cached: int = 0
+    waited: float | None = None

@@ -40,7 +40,7 @@ def serve(*, limits: Limits, access=OPEN, drain_seconds=5.0, tokenizer=tokenizer
     """A server on a free port: (port, runner); it has ended after the block."""
     model = tiny.target()
     target = Target("tiny", model.config, model.params, tokenizer())
-    few = dict(slots=2, queue=6, schedule=Fixed(), budget=2)
+    few = dict(slots=2, queue=6, schedule=Fixed(), budget=2, prefix_cache_mb=1.0)
     engine = Engine(target, engines.LOOKUP, EngineConfig(**(engines.CONFIG | few | options)))
     engine.warm_up()
     runner = Runner(engine)

@@ -148,6 +148,23 @@ def test_several_prompts_and_choices(port, stream):
     assert reasons == ["length"] * 4
 
 
+def test_a_chat_goes_on_where_its_last_prompt_ended(port):
+    """37 tokens of rules are two chunks of 16 and five more."""
+    rules = [{"role": "system", "content": "abcabcd" * 5 + "ab"}]
+    before = servers.sample(port, "jaxspec_prompt_tokens_cached_total")
+
+    def cached(salt, messages, **options):
+        body = dict(messages=rules + messages, max_tokens=4, temperature=0, cache_salt=salt)
+        text = ask(port, body | options, "/v1/chat/completions")
+        return json.loads(text)["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached("one", TURN) == 0
+    assert cached("one", TURN, n=2) == 32
+    assert cached("two", TURN) == 0
+    assert servers.sample(port, "jaxspec_prompt_tokens_cached_total") - before == 64
+    assert servers.sample(port, "jaxspec_prefix_pages_used") >= 4
+
+
 def test_choices_are_taken_all_or_none():
     with servers.serve(limits=Limits(), queue=3, slots=1) as (port, runner):
         step, runner.engine.step = runner.engine.step, lambda: []  # nothing leaves the queue

@@ -200,6 +200,7 @@ BAD = [
     ({"prompt": "a", "logit_bias": {"1": float("nan")}}, 400, "expected -100 … 100"),
     ({"prompt": "a", "stream_options": {"include_usage": "no"}}, 400, "must be true or false"),
     ({"prompt": "a", "stream_options": {"a": 1}}, 400, "unknown field 'stream_options.a'"),
+    ({"prompt": "a", "cache_salt": 5}, 400, "cache_salt must be a text, not 5"),
     ({"prompt": "a", "stream_options": []}, 400, "stream_options must be a JSON object"),
     (
         {**CHAT, "chat_template_kwargs": {"enable_thinking": "false"}},

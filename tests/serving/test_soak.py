@@ -18,20 +18,37 @@ from tests.serving.engines import alone
 
 @pytest.fixture(scope="module")
 def engine():
-    return engines.engine()
+    return engines.engine(prefix_cache_mb=0.1)  # eight pages, which is too few
 
 
 def asked(count: int, dice: random.Random) -> list[Request]:
-    """Random prompts, lengths, temperatures and stop ids."""
+    """Random prompts, some with a start in common, and everything that may be asked for."""
     made = []
     for i in range(count):
         (prompt,) = tiny.prompts(dice.randint(1, 34), seed=i % 60)
+        if dice.random() < 0.5:
+            prompt = [*tiny.prompts(33, seed=i % 4)[0], prompt[0]]
+        penalised = dice.random() < 0.3
         sampling = Sampling(
             temperature=dice.choice([0.0, 0.0, 0.6, 1.3]),
             top_p=dice.choice([1.0, 0.9]),
             stop_ids=dice.choice([(), (3,), (5, 8)]),
+            presence_penalty=dice.choice([0.0, 0.7]) if penalised else 0.0,
+            repetition_penalty=dice.choice([1.0, 1.4]) if penalised else 1.0,
+            logit_bias=dice.choice([(), ((4, 2.5),)]) if penalised else (),
         )
-        made.append(Request(tuple(prompt), dice.randint(1, 25), sampling, seed=i))
+        length, logprobs = dice.randint(1, 25), dice.choice([None, None, 0, 3])
+        whole = logprobs is not None and dice.random() < 0.5
+        made.append(
+            Request(
+                tuple(prompt),
+                length,
+                sampling,
+                seed=i,
+                logprobs=logprobs,
+                prompt_logprobs=whole,
+            )
+        )
     return made
 
 
@@ -46,16 +63,18 @@ async def soak(runner: Runner, requests, dice: random.Random):
                 break
             except QueueFull:
                 await asyncio.sleep(0.01)
-        tokens, finish = [], None
+        tokens, laws, finish = [], 0, None
         with ticket:
             async for update in ticket:
                 assert finish is None, "an update after the last one"
                 assert len(update.tokens) or update.finish
                 tokens += update.tokens
+                laws += len(update.logprobs)
                 finish = update.finish
                 await asyncio.sleep(pause)
                 if leave_after is not None and len(tokens) >= leave_after:
                     break
+        assert laws == (0 if request.logprobs is None else len(tokens))
         assert index not in found
         found[index] = tuple(tokens), finish, ticket.id
 
@@ -89,6 +108,8 @@ def test_soak(engine):
         assert tokens == (expected if finish else expected[: len(tokens)])
     assert (engine.waiting, engine.running, engine.busy) == (0, 0, False)
     assert engine.device_bytes() == start
+    used, room = engine.prefix_pages
+    assert used == room == 8
 
 
 def test_an_engine_that_fails_tells_everyone(engine, monkeypatch):

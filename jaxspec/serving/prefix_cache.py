@@ -1,0 +1,252 @@
+"""Prefixes of prompts that need not be run again: what target and drafter keep of them, in
+pages of one prompt chunk.
+
+A page holds what a chunk of a prompt left behind, so a prompt that starts from pages goes on
+with the very numbers that running it from its start gives: the same chunks, at the same places.
+What decoding committed is not kept: its forwards have other shapes, and other last bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.decoding.prefill import begin_prefill
+from jaxspec.decoding.state import Decoder, Params, Prefilling
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """One chunk of tokens after a certain prefix.
+
+    Attributes:
+      id: never used twice.
+      slot: where it is in the pool.
+    """
+
+    id: int
+    slot: int
+
+
+class PrefixIndex:
+    """Which slots of a pool hold which prefixes; the least recently used give way.
+
+    A page is found by the page before it and its own tokens, which are compared as such: what
+    is found is the prefix that was asked for, whatever the hashes.
+    """
+
+    def __init__(self, slots: int, chunk: int):
+        """Args: slots: pages that fit; chunk: tokens of each."""
+        self._chunk, self._free = chunk, list(range(slots))
+        self._ids = itertools.count()
+        # A page is used whenever one after it is, so those after it give way before it does.
+        self._pages: OrderedDict[Hashable, Page] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def match(self, tokens: Sequence[int], salt: str = "") -> list[Page]:
+        """The pages of the longest known prefix that leaves at least one token to run.
+
+        Args:
+          salt: prefixes are found under the salt that they were kept under.
+        """
+        chain: list[Page] = []
+        while (len(chain) + 1) * self._chunk < len(tokens):
+            page = self._pages.get(self._key(chain, tokens, salt))
+            if page is None:
+                break
+            chain.append(page)
+        self._use(chain, tokens, salt)
+        return chain
+
+    def extend(
+        self, chain: Sequence[Page], tokens: Sequence[int], salt: str = ""
+    ) -> Page | None:
+        """The page after those of `chain`, for the next of `tokens`; it is to be filled.
+
+        None if there is no slot but those of the chain itself.
+        """
+        own = self._key(chain, tokens, salt)
+        page = self._pages.get(own)
+        if page is None and not self._free:
+            key, oldest = next(iter(self._pages.items()))
+            if oldest in chain:
+                return None
+            del self._pages[key]
+            self._free.append(oldest.slot)
+        if page is None:
+            page = self._pages[own] = Page(next(self._ids), self._free.pop())
+        self._use([*chain, page], tokens, salt)
+        return page
+
+    def _key(self, chain: Sequence[Page], tokens: Sequence[int], salt: str) -> Hashable:
+        start = len(chain) * self._chunk
+        before = chain[-1].id if chain else salt
+        return before, tuple(tokens[start : start + self._chunk])
+
+    def _use(self, chain: Sequence[Page], tokens: Sequence[int], salt: str) -> None:
+        for count in reversed(range(len(chain))):
+            self._pages.move_to_end(self._key(chain[:count], tokens, salt))
+
+
+@dataclasses.dataclass(frozen=True)
+class PageShape:
+    """What a page holds of a prompt's states.
+
+    Attributes:
+      axes: of every array the axis of positions, of which a page has `chunk`; None for one
+        without, as a recurrent state, of which a page has the whole as it is at its end.
+      chunk: tokens.
+    """
+
+    axes: tuple[int | None, ...]
+    chunk: int
+
+    @classmethod
+    def of(cls, decoder: Decoder, params: Params) -> PageShape:
+        """Positions are along the axis that grows with the capacity."""
+
+        def shapes(chunks):
+            capacity = chunks * decoder.chunk
+            begun = jax.eval_shape(lambda: _held(begin_prefill(decoder, params, 1, capacity)))
+            return jax.tree.leaves(begun)
+
+        axes = []
+        for small, large in zip(shapes(2), shapes(3), strict=True):
+            grows = (i for i, size in enumerate(small.shape) if size != large.shape[i])
+            axes.append(next(grows, None))
+        return cls(tuple(axes), decoder.chunk)
+
+    def read(self, held: Any, i: jax.Array) -> Any:
+        """Page i of (cache, drafter's state)."""
+
+        def one(x, axis):
+            cut = jax.lax.dynamic_slice_in_dim
+            return x if axis is None else cut(x, i * self.chunk, self.chunk, axis)
+
+        leaves, tree = jax.tree.flatten(held)
+        return tree.unflatten(map(one, leaves, self.axes))
+
+    def write(self, held: Any, page: Any, i: jax.Array) -> Any:
+        """(cache, drafter's state) with its page i."""
+
+        def one(x, new, axis):
+            put = jax.lax.dynamic_update_slice_in_dim
+            return new if axis is None else put(x, new, i * self.chunk, axis)
+
+        leaves, tree = jax.tree.flatten(held)
+        return tree.unflatten(map(one, leaves, jax.tree.leaves(page), self.axes))
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "shape", "slots"))
+def empty_pool(decoder: Decoder, params: Params, *, shape: PageShape, slots: int) -> Any:
+    """Pages side by side: arrays like those of (cache, drafter's state), slots in front."""
+    begun = _held(begin_prefill(decoder, params, 1, 2 * decoder.chunk))
+    page = shape.read(begun, 0)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape)), page)
+
+
+@functools.partial(jax.jit, static_argnames="shape", donate_argnames="pool")
+def save_page(
+    pool: Any, prefilling: Prefilling, i: jax.Array, slot: jax.Array, *, shape: PageShape
+) -> Any:
+    """The pool with page i of a prompt, whose chunk has just run, in a slot."""
+    put = jax.lax.dynamic_update_index_in_dim
+    page = shape.read(_held(prefilling), i)
+    return jax.tree.map(lambda x, new: put(x, new, slot, 0), pool, page)
+
+
+@functools.partial(jax.jit, static_argnames="shape", donate_argnames="prefilling")
+def load_pages(
+    pool: Any, prefilling: Prefilling, slots: jax.Array, count: jax.Array, *, shape: PageShape
+) -> Prefilling:
+    """A prompt whose first `count` chunks are those in `slots` [n]."""
+    take = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+
+    def one(i, held):
+        return shape.write(held, jax.tree.map(lambda x: take(x, slots[i]), pool), i)
+
+    cache, drafter = jax.lax.fori_loop(0, count, one, _held(prefilling))
+    return dataclasses.replace(prefilling, cache=cache, drafter=drafter)
+
+
+def _held(prefilling: Prefilling) -> tuple:
+    return prefilling.cache, prefilling.drafter
+
+
+class PrefixCache:
+    """The pages of one engine: a pool on the device, made once, and the index of its slots.
+
+    Attributes:
+      chunk: tokens of a page.
+      slots: pages that fit.
+    """
+
+    def __init__(self, decoder: Decoder, params: Params, capacity: int, megabytes: float):
+        """Args: capacity: of the prompts' rows; megabytes: of memory, for the pool.
+
+        Raises ValueError when not one page fits.
+        """
+        self._shape = PageShape.of(decoder, params)
+        self.chunk, self._most = decoder.chunk, capacity // decoder.chunk
+        make = functools.partial(empty_pool, decoder, shape=self._shape)
+        one = jax.eval_shape(functools.partial(make, slots=1), params)
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one)) / 2**20
+        self.slots = int(megabytes / size)
+        if not self.slots:
+            raise ValueError(
+                f"prefix_cache_mb is {megabytes:g}; a page of {self.chunk} tokens takes "
+                f"{size:.2g}. Give it more, or 0 to keep no prefixes"
+            )
+        self._pool = make(params, slots=self.slots)
+        self._index = PrefixIndex(self.slots, self.chunk)
+
+    def __len__(self) -> int:
+        """Pages in use."""
+        return len(self._index)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(self._pool))
+
+    def begin(
+        self, prefilling: Prefilling, tokens: Sequence[int], salt: str
+    ) -> tuple[Prefilling, list[Page]]:
+        """An empty prompt with the longest known prefix of its tokens, and the pages of it."""
+        chain = self._index.match(tokens, salt)
+        return (self._load(prefilling, chain) if chain else prefilling), chain
+
+    def keep(
+        self, prefilling: Prefilling, chain: list[Page], tokens: Sequence[int], salt: str
+    ) -> bool:
+        """Adds to the chain the page whose chunk has just run; whether there was room."""
+        page = self._index.extend(chain, tokens, salt)
+        if page is None:
+            return False
+        self._save(prefilling, len(chain), page.slot)
+        chain.append(page)
+        return True
+
+    def compile(self, prefilling: Prefilling) -> None:
+        """Runs its programs once, on an empty prompt, which is used up."""
+        self._save(prefilling, 0, 0)
+        self._load(prefilling, [])
+
+    def _save(self, prefilling: Prefilling, i: int, slot: int) -> None:
+        at = np.int32(i), np.int32(slot)
+        self._pool = save_page(self._pool, prefilling, *at, shape=self._shape)
+
+    def _load(self, prefilling: Prefilling, chain: Sequence[Page]) -> Prefilling:
+        slots = np.zeros(self._most, np.int32)
+        slots[: len(chain)] = [page.slot for page in chain]
+        count = np.int32(len(chain))
+        return load_pages(self._pool, prefilling, slots, count, shape=self._shape)
