@@ -17,6 +17,7 @@ computes something else; here they keep the dtype of the weights.
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -62,6 +63,7 @@ HARMLESS = {
 }
 NEUTRAL = {"transform_config": ({},), "sparsity_config": ({},), "scale_fmt": ("float", "ue8m0")}
 
+Box = tuple[tuple[int, int], ...]  # first and one past the last, per axis
 Form = Scaled | Packed | Gptq | Awq
 
 
@@ -170,13 +172,14 @@ class QuantisedFolder:
         return weight.values([self._folder.read(part) for part in weight.parts])
 
     def pieces(
-        self, name: str, shape: tuple[int, ...], box: tuple[tuple[int, int], ...]
-    ) -> Iterator[tuple[tuple[tuple[int, int], ...], np.ndarray]]:
+        self, name: str, shape: tuple[int, ...], box: Box, skip: int = 0
+    ) -> Iterator[tuple[Box, np.ndarray]]:
         """As `SafetensorsFolder.pieces`; of a quantised tensor the whole box at once."""
         if name not in self._weights:
-            yield from self._folder.pieces(name, shape, box)
+            yield from self._folder.pieces(name, shape, box, skip)
             return
-        yield box, self.read(name).reshape(shape)[tuple(slice(*ends) for ends in box)]
+        seen = self.read(name).reshape(-1)[skip : skip + math.prod(shape)].reshape(shape)
+        yield box, seen[tuple(slice(*ends) for ends in box)]
 
 
 @dataclasses.dataclass(frozen=True)
