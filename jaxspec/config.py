@@ -190,12 +190,13 @@ class TargetConfig:
                 raise ValueError(
                     f"TargetConfig.{name} names {bad}; layers are 0 … {self.num_layers - 1}"
                 )
-        if not self.attention_layers:
+        # A damaged number of layers may be very large: nothing of its size is made here.
+        if len(set(self.delta_layers)) == self.num_layers:
             raise ValueError(
                 f"TargetConfig.delta_net.layers names all {self.num_layers} layers; expected "
                 "one of attention at least"
             )
-        windowed = [i for i in self.delta_layers if self.layer_windows[i] is not None]
+        windowed = [i for i in self.delta_layers if self.windows and self.windows[i]]
         if windowed:
             raise ValueError(
                 f"TargetConfig.windows names layers {windowed}, which are gated delta nets and "
