@@ -1,11 +1,16 @@
 """Hybrids in float32 against PyTorch's transformers, through checkpoints it saved."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxspec import checkpoints
 from jaxspec.api import generate
+from jaxspec.models import delta_net as ours
+from jaxspec.trees.tree import causal_bits
 from tests import tiny
+from tests.models import test_delta_net as reference
 from tests.models.test_parity import (
     TOLERANCE,
     VOCABULARY,
@@ -123,3 +128,42 @@ def test_continuations(case):
             pad_token_id=0,
         )
         assert completion.token_ids == theirs[0, len(prompt) :].tolist()
+
+
+def test_the_state_after_4000_tokens_is_as_exact_as_theirs():
+    import torch
+    from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
+
+    total = 4096
+    arrays = reference.random_nodes(np.random.default_rng(0), total, 0.98)
+    shape = (reference.J, reference.R, reference.DK, reference.DV)
+    exact = reference.recurrence(np.zeros(shape), zip(*arrays, strict=True))[1]
+
+    def by_value_head(x):  # [1, T, J * R, ...]
+        return torch.from_numpy(x.reshape(1, total, -1, *x.shape[3:]))
+
+    q, k = (torch.from_numpy(x[None]) for x in arrays[:2])
+    v, g, beta = map(by_value_head, arrays[2:])
+    scale = reference.DK**0.5
+    theirs = torch_chunk_gated_delta_rule(
+        q * scale, k, v, g=g, beta=beta, output_final_state=True
+    )[1].reshape(shape)
+
+    chunk = 64
+    chunks = [x.reshape(total // chunk, 1, chunk, *x.shape[1:]) for x in arrays]
+    inputs = jnp.zeros((1, chunk, reference.J, reference.CHANNELS))
+    bits, counts = causal_bits(chunk)[None], jnp.array([chunk])
+
+    def step(carry, part):
+        state, length = carry
+        _, updates = ours.tree_delta_rule(*part, state.memory, ours.kinship(bits, length))
+        rows = ours.DeltaRows(part[1], updates, part[3], inputs)
+        return (state.write(rows, length, counts), length + chunk), None
+
+    start = ours.DeltaState(jnp.zeros((1, *shape)), inputs[:, : reference.TAPS - 1])
+    (found, _), _ = jax.lax.scan(step, (start, jnp.zeros(1, int)), tuple(chunks))
+
+    def error(memory):
+        return np.abs(np.asarray(memory) - exact).max() / np.abs(exact).max()
+
+    assert error(found.memory[0]) < max(1.5 * error(theirs), 1e-6)

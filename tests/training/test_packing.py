@@ -1,6 +1,7 @@
 """Several sequences in a row are trained on as if each had its own."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -13,6 +14,7 @@ from jaxspec.training.loading import Rows
 from jaxspec.training.recipe import TrainConfig
 from jaxspec.training.step import batch_loss, init_state
 from jaxspec.training.trainer import train
+from tests import tiny as hybrid
 from tests.training import tiny
 
 TARGET = tiny.target()
@@ -44,6 +46,23 @@ def test_features_are_those_of_each_sequence_alone():
             np.testing.assert_allclose(
                 got[place.of(length)[1:]], expected[place.sequence, :length], atol=5e-6
             )
+
+
+def test_a_hybrids_states_begin_anew_with_every_sequence():
+    """Two sequences of one row, the first one chunk long and cut by padding, the second two."""
+    target, chunk = hybrid.target(hybrid.HYBRID), 8
+    first, second = (np.array(x) for x in hybrid.prompts(5, 16))
+    row = np.concatenate([first, np.zeros(3, int), second])[None]
+    starts = np.repeat([0, 8, 8], chunk)[None]
+    features = functools.partial(
+        target_features, target.params, target.config, taps=(0, 2), chunk=chunk
+    )
+    found = features(row, starts)
+    for sequence, start in ((first, 0), (second, 8)):
+        alone = features(np.pad(sequence, (0, -len(sequence) % chunk))[None])
+        for got, expected in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+            kept = slice(start, start + len(sequence))
+            np.testing.assert_allclose(got[0, kept], expected[0, : len(sequence)], atol=5e-5)
 
 
 @pytest.mark.parametrize("window, causal", [(None, False), (16, True)])
