@@ -46,7 +46,7 @@ class DeltaState:
     """What a layer keeps of the committed prefix, of any length.
 
     Attributes:
-      memory: [B, J, R, dk, dv] float32, S.
+      memory: [B, J, dk, R, dv] float32, S of every value head.
       window: [B, taps - 1, J, C] float32, the last inputs of the convolution, oldest first.
     """
 
@@ -66,11 +66,10 @@ class DeltaState:
         below = jnp.pad(decays[:, 1:], [(0, 0), (0, 1), (0, 0), (0, 0)])
         after = jnp.cumsum(below[:, ::-1], axis=1)[:, ::-1]  # G_l - G_j as a sum of its own
         weighed = only(rows.updates) * jnp.exp(after)[..., None]
-        keys = only(rows.keys)[:, :, :, None]
-        keys = jnp.broadcast_to(keys, (*decays.shape, keys.shape[-1]))
-        added = jnp.einsum("bnjrd,bnjre->bjrde", keys, weighed, precision="highest")
+        keys = only(rows.keys)
+        added = jnp.einsum("bnjd,bnjre->bjdre", keys, weighed, precision="highest")
         kept = jnp.where(goes_on[:, None, None], jnp.exp(decays.sum(axis=1)), 0.0)
-        memory = kept[..., None, None] * self.memory + added
+        memory = kept[:, :, None, :, None] * self.memory + added
 
         window = jnp.where(goes_on[:, None, None, None], self.window, 0.0)
         line = jnp.concatenate([window, rows.inputs], axis=1)
@@ -142,7 +141,7 @@ def init_delta_state(config: TargetConfig, batch: int) -> DeltaState:
     d = config.delta_net
     heads, group = d.key_heads, d.group_size
     return DeltaState(
-        jnp.zeros((batch, heads, group, d.key_dim, d.value_dim), jnp.float32),
+        jnp.zeros((batch, heads, d.key_dim, group, d.value_dim), jnp.float32),
         jnp.zeros((batch, d.taps - 1, heads, d.channels), jnp.float32),
     )
 
@@ -258,18 +257,17 @@ def tree_delta_rule(
       q, k: [B, N, J, dk].
       v: [B, N, J, R, dv].
       decay, rate: [B, N, J, R], g and beta.
-      memory: [B, J, R, dk, dv], S0.
+      memory: [B, J, dk, R, dv], S0.
     """
     with jax.default_matmul_precision("highest"):
-        n, group = q.shape[1], v.shape[3]
+        n = q.shape[1]
         rate = jnp.moveaxis(rate, 1, -1)[..., None]  # [B, J, R, N, 1]
         kept, from_root = decays_along(decay, kin)  # D and exp(G)
 
         # The state is read once, by keys and queries together.
-        both = jnp.moveaxis(jnp.concatenate([k, q], axis=1), 1, 2)  # [B, J, 2 N, dk]
-        both = jnp.broadcast_to(both[:, :, None], (*both.shape[:2], group, *both.shape[2:]))
-        twice = jnp.concatenate([from_root, from_root], axis=-2)
-        recalled = twice * jnp.einsum("bjrnd,bjrde->bjrne", both, memory)
+        both = jnp.concatenate([k, q], axis=1)  # [B, 2 N, J, dk]
+        recalled = jnp.einsum("bnjd,bjdre->bjrne", both, memory)
+        recalled = recalled * jnp.concatenate([from_root, from_root], axis=-2)
 
         overlap = jnp.einsum("bijd,bkjd->bjik", k, k)[:, :, None]
         above = rate * jnp.where(kin.above[:, None, None], kept * overlap, 0.0)  # A
