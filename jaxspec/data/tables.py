@@ -11,7 +11,6 @@ from typing import Any
 
 from jaxspec.data.compression import opened
 
-EXTRA = "pip install 'jaxspec[datasets]'"
 PARQUET_MAGIC = b"PAR1"
 BATCH = 1024  # rows decoded at a time
 
@@ -118,7 +117,7 @@ def _datasets(source: Any):
     if major < 4:
         raise ValueError(
             f"datasets {datasets.__version__} may run code that a dataset brings; expected 4 "
-            f"or newer: {EXTRA}"
+            "or newer: pip install --upgrade datasets"
         )
     return datasets
 
@@ -128,7 +127,7 @@ def _library(name: str, source: Any):
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise ValueError(f"reading {source} needs {package}: {EXTRA}") from error
+        raise ValueError(f"reading {source} needs {package}: pip install {package}") from error
 
 
 def _line(error: Exception) -> str:

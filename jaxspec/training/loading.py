@@ -68,6 +68,11 @@ class Loader:
         rows = Rows(tokens, supervised, starts if self._config.packed else None, features)
         return place_batch(self._mesh, rows, self._rows, self._config.micro_batch)
 
+    def tokens(self, position: Position) -> int:
+        """Tokens of a whole batch, of all processes; padding does not count."""
+        rows = self._plan(position.epoch)[position.index].rows
+        return sum(self._lengths[i] for row in rows for i in row)
+
     def after(self, position: Position) -> Position:
         """The position of the next batch."""
         return position.after(len(self._plan(position.epoch)))

@@ -7,11 +7,12 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.data.conversations import Example
@@ -20,7 +21,7 @@ from jaxspec.locks import lock
 from jaxspec.models.target import Target
 from jaxspec.training.recipe import TrainConfig
 
-CONFIG, DRAFTER = "config.json", "drafter"
+CONFIG, FLAGS, METRICS, DRAFTER = "config.json", "run.toml", "metrics.jsonl", "drafter"
 FREE = ("validate_every", "checkpoint_every", "keep")  # change nothing that is trained
 
 
@@ -81,6 +82,14 @@ def enter(
     partial.write_text(json.dumps(identity | settings, indent=2) + "\n")
     os.replace(partial, path)
     return False
+
+
+def write_flags(folder: Path, flags: Mapping[str, Any]) -> None:
+    """Writes the flags of the command that trains; `train --config` reads them."""
+    text = tomli_w.dumps(flags)
+    partial = (folder / FLAGS).with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, folder / FLAGS)
 
 
 def data_hash(examples: Sequence[Example]) -> str:

@@ -6,23 +6,19 @@ import contextlib
 import dataclasses
 import math
 import os
-import shutil
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxspec.checkpoints.drafters import load_drafter, save_drafter
 from jaxspec.checkpoints.store import Store
-from jaxspec.config import TreeConfig
 from jaxspec.data.conversations import Example
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.interrupts import postponed
@@ -30,20 +26,21 @@ from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt
 from jaxspec.settings import own_settings
 from jaxspec.sharding import DATA, mesh_of, place
-from jaxspec.training import draft_vocabulary
 from jaxspec.training.batches import Position
+from jaxspec.training.draft_vocabulary import load_tokens
+from jaxspec.training.export import checkpoint_format, export
 from jaxspec.training.feature_cache import open_features
 from jaxspec.training.loading import Loader
-from jaxspec.training.metrics import MetricsLog
+from jaxspec.training.metrics import MetricsLog, check_writers, peak_memory
 from jaxspec.training.networks import network_of, trained_drafter
 from jaxspec.training.recipe import TrainConfig
-from jaxspec.training.run_folder import DRAFTER, claimed, enter
+from jaxspec.training.run_folder import DRAFTER, METRICS, claimed, enter, write_flags
 from jaxspec.training.sharding import any_process, gather, state_shardings
+from jaxspec.training.start import DRAFT_VOCABULARY, drafted_tokens, initial_drafter
 from jaxspec.training.step import TrainState, init_state, learning_rate, train_step
 from jaxspec.training.validation import walked_tau
 
-METRICS, TENSORBOARD, CHECKPOINTS = "metrics.jsonl", "tensorboard", "checkpoints"
-DRAFT_VOCABULARY = "draft_vocabulary.json"
+TENSORBOARD, CHECKPOINTS = "tensorboard", "checkpoints"
 
 
 @own_settings()
@@ -58,17 +55,19 @@ def train(
     features: str | Path | None = None,
     features_dtype: str | None = None,
     tensorboard: bool = False,
+    wandb: str | None = None,
+    flags: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> Path | None:
     """Trains a drafter, or resumes the run in the folder.
 
     The folder gets `config.json`, `metrics.jsonl`, `checkpoints/` and, at the end, `drafter/`:
-    the best weights by walked tau, or the last ones without prompts; with a draft vocabulary
-    also `draft_vocabulary.json`, its tokens and the share of the target's that they cover. A
-    run that was killed goes on from its newest checkpoint and ends with the same weights, bit
-    for bit on the same devices. With more steps a finished run goes on: its schedule is longer,
-    its optimizer the same, and the drafter it had stays as `drafter-STEPS`. SIGTERM or Ctrl-C
-    ends it after the current step, with a checkpoint.
+    the best weights by walked tau, or the last ones without prompts, with a model card; with a
+    draft vocabulary also `draft_vocabulary.json`, its tokens and the share of the target's that
+    they cover. A run that was killed resumes from its newest checkpoint and ends with the same
+    weights, bit for bit on the same devices. A finished run resumes when it is given more
+    steps: its schedule is extended, its optimizer state kept, and its earlier drafter moved to
+    `drafter-STEPS`. SIGTERM or Ctrl-C ends a run after the current step, with a checkpoint.
 
     Args:
       examples: from `data.rows.read_examples`.
@@ -79,6 +78,8 @@ def train(
         whole; by default they are computed with every step and not kept.
       features_dtype: what a new folder stores them in; the target's dtype by default.
       tensorboard: writes the metrics to `tensorboard/` too.
+      wandb: project of Weights & Biases that gets the metrics too.
+      flags: of the command, written as `run.toml` into the folder and its model card.
       mesh: devices to train on (`jaxspec.sharding`), of all processes if there are several:
         each calls this function with the same arguments and a folder they share. A run may go
         on with other devices.
@@ -93,18 +94,25 @@ def train(
     """
     folder, leads = Path(folder), jax.process_index() == 0
     _check(config, prompts, mesh)
+    check_writers(tensorboard=tensorboard, wandb=wandb is not None)
     with contextlib.ExitStack() as held:
         finished = False
         if leads:
             held.enter_context(claimed(folder))
             finished = enter(folder, config, target, examples, resume_step)
+            if flags is not None:
+                write_flags(folder, flags)
         if any_process(finished):
             steps = f"{folder} has taken its {config.steps} steps; more --steps go on with it"
             print(f"nothing to train: {steps}", file=sys.stderr)
             return folder / DRAFTER
-        options = dict(resume_step=resume_step, tensorboard=tensorboard, mesh=mesh)
+        options = dict(resume_step=resume_step, mesh=mesh)
         options |= dict(features=features, features_dtype=features_dtype)
-        return _train(config, target, examples, folder, prompts, **options)
+        writers = {}
+        if leads:
+            writers |= dict(tensorboard=folder / TENSORBOARD if tensorboard else None)
+            writers |= dict(wandb=wandb, settings=dataclasses.asdict(config))
+        return _train(config, target, examples, folder, prompts, writers, **options)
 
 
 def _train(
@@ -113,11 +121,11 @@ def _train(
     examples: Sequence[Example],
     folder: Path,
     prompts: Sequence[Prompt],
+    writers: Mapping[str, Any],
     *,
     resume_step: int | None,
     features: str | Path | None,
     features_dtype: str | None,
-    tensorboard: bool,
     mesh: Mesh | None,
 ) -> Path | None:
     """`train`, in a folder whose run is of these settings and this data and goes on."""
@@ -133,21 +141,19 @@ def _train(
         step, state, saved = store.restore(state, resume_step)
         store.drop_after(step)
         position = Position(**saved)
-    metrics = MetricsLog(
-        folder / METRICS if leads else os.devnull,
-        after=int(state.step),
-        tensorboard=folder / TENSORBOARD if tensorboard and leads else None,
-    )
+    path = folder / METRICS if leads else os.devnull
+    metrics = MetricsLog(path, after=int(state.step), **writers)
     loader = Loader(config, examples, mesh=mesh, features=cached)
     with contextlib.closing(store), contextlib.closing(metrics):
         state = _take_steps(run, state, position, loader, store, metrics)
         if state is None:
             return None
-        if store.best not in (None, config.steps):
-            _, state, _ = store.restore(state, store.best)
+        step = config.steps if store.best is None else store.best
+        if step != config.steps:
+            _, state, _ = store.restore(state, step)
     drafter = run.drafter(state, dtype=target.params.embed.dtype)
     if leads:
-        export(config, drafter, folder / DRAFTER, target.name)
+        export(config, drafter, folder, target=target.name, step=step)
     return folder / DRAFTER
 
 
@@ -170,7 +176,7 @@ def _check(config: TrainConfig, prompts: Sequence[Prompt], mesh: Mesh | None) ->
             f"{mesh.shape[DATA]} devices of the mesh's axis '{DATA}'"
         )
     # Fail now if no checkpoint format can hold the trained drafter.
-    network_of(config.drafter).to_json(config.drafter, _format(config), "float32")
+    network_of(config.drafter).to_json(config.drafter, checkpoint_format(config), "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +210,17 @@ class _Run:
     def validate(self, state: TrainState, metrics: MetricsLog) -> float:
         """Walked tau on the prompts."""
         with mesh_of(self.target.params):
-            tau = walked_tau(self.target, self.drafter(state), self.prompts)
+            with tqdm(
+                total=len(self.prompts),
+                desc="validation",
+                unit="prompt",
+                mininterval=0,
+                file=sys.stderr,
+                position=1,
+                leave=False,
+            ) as bar:
+                drafter = self.drafter(state)
+                tau = walked_tau(self.target, drafter, self.prompts, progress=bar.update)
         metrics.write(int(state.step), tau=tau)
         return tau
 
@@ -224,11 +240,11 @@ def _begin(
     Args:
       new: the folder has no checkpoint yet, so initial weights are read where they are named.
     """
-    weights, known = None, draft_vocabulary.load_tokens(folder / DRAFT_VOCABULARY)
+    weights, known = None, load_tokens(folder / DRAFT_VOCABULARY)
     if config.initial not in ("target", "random") and new:
         weights, known = initial_drafter(config, target)
     leads = jax.process_index() == 0
-    kept = _draft_vocabulary(config, target, examples, known, folder if leads else None)
+    kept = drafted_tokens(config, target, examples, known, folder if leads else None)
     state = init_state(config, target.params, weights)
     if mesh is not None:
         target = dataclasses.replace(target, params=place(mesh, target.params))
@@ -255,7 +271,7 @@ def _take_steps(
             store.save(done, state, dataclasses.asdict(position), score=score)
         upcoming = loader.at(position)
         while done < config.steps:
-            epoch = position.epoch
+            epoch, tokens, began = position.epoch, loader.tokens(position), time.perf_counter()
             state, means = train_step(
                 config, target.config, target.params, state, upcoming, run.mesh, run.kept
             )
@@ -263,12 +279,18 @@ def _take_steps(
             upcoming = loader.at(position)  # while the devices compute
             means = jax.device_get(means)
             _check_finite(means, done + 1, config, store)
+            speed = tokens / (time.perf_counter() - began)
             metrics.write(
-                done + 1, epoch=epoch, learning_rate=float(rate(done)), **_plain(means)
+                done + 1,
+                epoch=epoch,
+                learning_rate=float(rate(done)),
+                **{name: value.tolist() for name, value in means.items()},
+                tokens_per_second=round(speed, 1),
+                peak_memory=peak_memory(),
             )
             done += 1
             progress.update()
-            progress.set_postfix(loss=f"{means['loss']:.3f}")
+            progress.set_postfix_str(f"loss {means['loss']:.3f}, {speed:.0f} tokens/s")
 
             last, stop = done == config.steps, any_process(bool(stopping))
             score = None
@@ -299,101 +321,8 @@ def _check_finite(means: dict[str, Any], step: int, config: TrainConfig, store: 
     raise ValueError(f"the {bad.replace('_', ' ')} of step {step} is {means[bad]}; {remedy}")
 
 
-def export(config: TrainConfig, drafter: LoadedDrafter, folder: Path, target: str) -> None:
-    """Writes a drafter's checkpoint, which names the target where its format can; it appears
-    whole or not at all."""
-    if Path(target).exists():
-        target = os.path.relpath(target, folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        save_drafter(partial, drafter.drafter, drafter.params, _format(config), verifier=target)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}; go on from an earlier checkpoint with --resume-step"
-        ) from error
-    os.rename(partial, folder)
-
-
-def initial_drafter(config: TrainConfig, target: Target) -> tuple[nnx.State, np.ndarray | None]:
-    """The drafter that `config.initial` names: weights in float32, and the tokens it drafts.
-
-    Raises:
-      ValueError: it cannot be loaded, is not what `config.drafter` says, or has a draft
-        vocabulary where `config` asks for another.
-    """
-    drafter, params = load_drafter(config.initial, target.config, target.params, TreeConfig())
-    found, wanted = (dataclasses.asdict(c) for c in (drafter.config, config.drafter))
-    other = [f"{x} {found[x]}, expected {wanted[x]}" for x in found if found[x] != wanted[x]]
-    if other:
-        raise ValueError(
-            f"the drafter in {config.initial} is not the one to train ({'; '.join(other)})"
-        )
-    kept = params.vocabulary.kept
-    if params.vocabulary.judge is not None:
-        raise ValueError(
-            f"the drafter in {config.initial} has an LM head of its own; training is with the "
-            "target's, which is shared: start from another"
-        )
-    if kept is not None and config.draft_vocab:
-        raise ValueError(
-            f"draft_vocab is {config.draft_vocab}, but the drafter in {config.initial} has a "
-            f"draft vocabulary, of {len(kept)} tokens, and keeps it; leave draft_vocab 0"
-        )
-    weights = network_of(config.drafter).weights(params)
-    return weights, None if kept is None else np.asarray(kept)
-
-
-def _draft_vocabulary(
-    config: TrainConfig,
-    target: Target,
-    examples: Sequence[Example],
-    known: np.ndarray | None,
-    folder: Path | None,
-) -> jax.Array | None:
-    """The tokens that the run drafts, [V'], written down and printed; None for all.
-
-    Args:
-      known: from the run's folder, or of the drafter to go on from.
-      folder: of the run, in the process that leads.
-
-    Raises:
-      ValueError: the examples give others than those known.
-    """
-    vocab, kept = config.drafter.vocab_size, known
-    if config.draft_vocab:
-        kept = draft_vocabulary.most_frequent(
-            examples, config.draft_vocab, vocab=vocab, always=target.config.eos_token_ids
-        )
-        if known is not None and not np.array_equal(kept, known):
-            raise ValueError(
-                f"{DRAFT_VOCABULARY} of the run holds other tokens than are most frequent in "
-                "these examples; go on with the data that it began with"
-            )
-    if kept is None:
-        return None
-    if folder is not None:
-        covered = draft_vocabulary.coverage(examples, kept, vocab=vocab)
-        draft_vocabulary.save_tokens(folder / DRAFT_VOCABULARY, kept, covered)
-        print(
-            f"draft vocabulary: {len(kept)} of {vocab} tokens, {covered:.2%} of those that the "
-            "target wrote",
-            file=sys.stderr,
-        )
-    return jnp.asarray(kept)
-
-
-def _format(config: TrainConfig) -> str:
-    """Of the exported drafter."""
-    return network_of(config.drafter).format(config.drafter)
-
-
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _plain(means: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.tolist() for name, value in means.items()}
 
 
 def _stopping() -> contextlib.AbstractContextManager[list[int]]:

@@ -22,7 +22,8 @@ from jaxspec.drafters.teacher_forced import BlockOutput
 from jaxspec.models.target import Target
 from jaxspec.training.draft_vocabulary import coverage, most_frequent
 from jaxspec.training.losses import LossConfig, drafter_loss, position_weights
-from jaxspec.training.trainer import initial_drafter, train
+from jaxspec.training.start import initial_drafter
+from jaxspec.training.trainer import train
 from jaxspec.training.validation import walked_tau
 from jaxspec.training.vocabulary_loss import Mixture
 from tests.training import tiny

@@ -1,0 +1,52 @@
+"""The end of a run: its drafter in a published format, with a model card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from jaxspec.checkpoints.drafters import save_drafter
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.training.model_card import model_card
+from jaxspec.training.networks import network_of
+from jaxspec.training.recipe import TrainConfig
+from jaxspec.training.run_folder import DRAFTER
+
+
+def export(
+    config: TrainConfig, drafter: LoadedDrafter, run: Path, *, target: str, step: int
+) -> None:
+    """Writes the drafter of a run's folder; it appears whole or not at all.
+
+    Args:
+      target: name or folder, which the checkpoint names where its format can.
+      step: after which its weights were taken.
+
+    Raises:
+      ValueError: a weight is not finite.
+    """
+    folder = run / DRAFTER
+    if Path(target).exists():
+        target = os.path.relpath(target, folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_drafter(
+            partial,
+            drafter.drafter,
+            drafter.params,
+            checkpoint_format(config),
+            verifier=target,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; go on from an earlier checkpoint with --resume-step"
+        ) from error
+    (partial / "README.md").write_text(model_card(run, config, step=step), encoding="utf-8")
+    os.rename(partial, folder)
+
+
+def checkpoint_format(config: TrainConfig) -> str:
+    """The format of the exported drafter."""
+    return network_of(config.drafter).format(config.drafter)
