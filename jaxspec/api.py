@@ -84,7 +84,8 @@ def generate(
         they are verified by rejection sampling: the same law, but other tokens than plain
         sampling at the same seed.
       implementation: of tree attention (`pallas_kernels.tree_attention`).
-      progress: called with the number of prompts of a batch when they are completed.
+      progress: called with the number of tokens written since its last call, several times a
+        second.
 
     Returns:
       One `Completion` per prompt, in order.
@@ -138,7 +139,7 @@ def generate(
             step = functools.partial(_step, decoder, params, requests.sampling)
         else:
             step = pace.steps(params, state, requests.sampling)
-        state, whole = _decode(step, state, cuts)
+        state, whole = _decode(step, state, cuts, progress)
         results = unpack(state, lengths)
         seconds = time.perf_counter() - began
         stop_ids = [stop_ids_of(own, target.config) for own in sampling[rows]]
@@ -153,8 +154,6 @@ def generate(
             pace.count(max(len(ids) for ids, _ in results))
         if not whole:
             raise Interrupted(completions)
-        if progress is not None:
-            progress(len(lengths))
     return completions
 
 
@@ -189,10 +188,13 @@ def _step(
 
 
 def _decode(
-    step: Callable[[DecodeState, int], DecodeState], state: DecodeState, cuts: list[CutAnswer]
+    step: Callable[[DecodeState, int], DecodeState],
+    state: DecodeState,
+    cuts: list[CutAnswer],
+    progress: Callable[[int], object] | None,
 ) -> tuple[DecodeState, bool]:
     """Rounds until every row is done, or until a Ctrl-C; whether it came to the end."""
-    rounds = 1
+    rounds, written = 1, 0 if progress is None else int(state.length.sum())
     with postponed() as asked:
         while True:
             if cuts:
@@ -203,6 +205,9 @@ def _decode(
             began = time.perf_counter()
             state = step(state, rounds)
             state.done.block_until_ready()
+            if progress is not None:
+                before, written = written, int(state.length.sum())
+                progress(written - before)
             faster = CALL_SECONDS / (time.perf_counter() - began)
             rounds = max(1, int(rounds * min(faster, 4)))  # the first call may compile
 

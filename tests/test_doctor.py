@@ -16,7 +16,8 @@ def test_every_subject_has_one_line(capsys):
     assert [row["subject"] for row in rows] == [
         *("versions", "devices", "memory", "speeds", "compiled programs"),
         *("default target", "hub"),
-        *("extra serve", "extra plots", "extra tensorboard", "extra data", "extra cuda"),
+        *("extra serve", "extra plots", "extra tensorboard", "extra wandb"),
+        *("extra datasets", "extra data", "extra cuda"),
     ]
     assert not any(row["fault"] for row in rows)
     assert "GB/s" in rows[3]["found"] and "--dtype" in rows[3]["advice"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+OF_THE_MACHINE = ("tokens_per_second", "peak_memory")  # what a repeated run may have otherwise
 Scalars = Mapping[str, float]
 Writer = tuple[Callable[[int, Scalars], None], Callable[[], None]]  # writes a step; closes
 

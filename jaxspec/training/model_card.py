@@ -55,7 +55,7 @@ def model_card(run: Path, config: TrainConfig, *, step: int) -> str:
     """
     identity, flags = read_json(run / CONFIG), _flags(run)
     target = identity["target"]
-    known = target_metadata(target)
+    known, kind = target_metadata(target), network_of(config.drafter).format(config.drafter)
     data = [str(name) for name in flags.get("data", ())]
     metadata = ModelCardData(
         library_name="jaxspec",

@@ -210,17 +210,7 @@ class _Run:
     def validate(self, state: TrainState, metrics: MetricsLog) -> float:
         """Walked tau on the prompts."""
         with mesh_of(self.target.params):
-            with tqdm(
-                total=len(self.prompts),
-                desc="validation",
-                unit="prompt",
-                mininterval=0,
-                file=sys.stderr,
-                position=1,
-                leave=False,
-            ) as bar:
-                drafter = self.drafter(state)
-                tau = walked_tau(self.target, drafter, self.prompts, progress=bar.update)
+            tau = walked_tau(self.target, self.drafter(state), self.prompts, shown=True)
         metrics.write(int(state.step), tau=tau)
         return tau
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
+
+from tqdm import tqdm
 
 from jaxspec.api import generate
 from jaxspec.decoding.stats import pooled_tau
@@ -19,7 +22,7 @@ def walked_tau(
     max_new_tokens: int = 64,
     batch_size: int = 8,
     thinking: bool | None = None,
-    progress: Callable[[int], object] | None = None,
+    shown: bool = False,
 ) -> float:
     """Tokens per round of real greedy decoding, pooled over prompts.
 
@@ -27,15 +30,25 @@ def walked_tau(
     eight tokens would count eight times although it is one round.
 
     Args:
-      progress: called with the number of prompts after each batch of them.
+      shown: a progress bar of tokens on standard error, under the one of the steps.
     """
-    completions = generate(
-        target,
-        prompts,
-        drafter=drafter,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        thinking=thinking,
-        progress=progress,
-    )
+    total = len(prompts) * max_new_tokens
+    with tqdm(
+        total=total,
+        desc="validation",
+        unit="token",
+        file=sys.stderr,
+        position=1,
+        leave=False,
+        disable=not shown,
+    ) as bar:
+        completions = generate(
+            target,
+            prompts,
+            drafter=drafter,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            thinking=thinking,
+            progress=bar.update,
+        )
     return pooled_tau([completion.stats for completion in completions])

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +14,9 @@ from jaxspec.models.params import random_params
 from jaxspec.models.target import Target
 from jaxspec.sharding import make_mesh
 from jaxspec.training.losses import LossConfig
+from jaxspec.training.metrics import OF_THE_MACHINE
 from jaxspec.training.recipe import OptimizerConfig, TrainConfig
+from jaxspec.training.run_folder import METRICS
 from jaxspec.training.trainer import train
 from jaxspec.training.vocabulary_loss import Mixture
 
@@ -66,6 +70,15 @@ def examples(count: int = 20) -> list[Example]:
         tokens = random.integers(0, 22, length).astype(np.int32)
         rows.append(Example(tokens, np.arange(length) >= 8))
     return rows
+
+
+def metrics(folder) -> list[dict]:
+    """The lines of a run's metrics, as far as they follow from its settings and data."""
+    lines = (Path(folder) / METRICS).read_text().splitlines()
+    return [
+        {name: x for name, x in json.loads(line).items() if name not in OF_THE_MACHINE}
+        for line in lines
+    ]
 
 
 def main():
