@@ -60,11 +60,7 @@ def model_card(run: Path, config: TrainConfig, *, step: int) -> str:
     metadata = ModelCardData(
         library_name="jaxspec",
         pipeline_tag="text-generation",
-        tags=[
-            "speculative-decoding",
-            "drafter",
-            network_of(config.drafter).format(config.drafter),
-        ],
+        tags=["speculative-decoding", "drafter", kind],
         datasets=[name for name in map(_hub_name, data) if name] or None,
         **known,
     )
