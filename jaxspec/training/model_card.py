@@ -115,7 +115,7 @@ def _recipe(
             "drafter",
             f"{drafter.num_layers} layers that read the target's layers "
             f"{', '.join(map(str, drafter.taps))}, {drafter.depth} tokens deep, "
-            f"{config.draft_vocab or 'all'} tokens drafted; {_options(drafter)}",
+            f"{config.draft_vocab or 'all'} tokens drafted" + _options(drafter),
         ),
         (
             "loss",
@@ -168,7 +168,7 @@ def _table(rows: Sequence[tuple[str, str]], *heads: str) -> str:
 
 
 def _options(drafter: Any) -> str:
-    """Fields of a drafter's configuration that are not at their defaults."""
+    """Fields of a drafter's configuration that are not at their defaults, each after "; "."""
     options = []
     for field in dataclasses.fields(drafter):
         value, default = getattr(drafter, field.name), field.default
@@ -176,8 +176,8 @@ def _options(drafter: Any) -> str:
             default,
             (default,) * drafter.num_layers,
         ):
-            options.append(f"{field.name} {value}")
-    return ", ".join(options)
+            options.append(f"; {field.name} {value}")
+    return "".join(options)
 
 
 def _hub_name(name: str) -> str | None:

@@ -50,7 +50,7 @@ def test_the_card_beside_the_drafter_is_ready_for_the_hub(run):
     assert card.data.tags == ["speculative-decoding", "drafter", "dflash"]
     assert card.data.datasets == ["owner/chats"]
     assert "the target's layers 0, 1, 3 tokens deep, all tokens drafted; " in card.text
-    assert "predict_next True, sequential markov, rank 4, confidence hidden" in card.text
+    assert "; predict_next True; sequential markov; rank 4; confidence hidden" in card.text
     taus = {line["step"]: line["tau"] for line in lines_of(run) if "tau" in line}
     assert set(taus) == {1, 2}
     for step, tau in taus.items():
