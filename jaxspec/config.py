@@ -64,6 +64,7 @@ class DeltaNetConfig:
       key_heads, value_heads: each key head serves value_heads / key_heads consecutive ones.
       key_dim, value_dim: of a head.
       taps: inputs that the causal convolution reads, a token's own among them.
+      interleaved: checkpoints store the projections by key head, as Qwen3-Next's do.
     """
 
     layers: tuple[int, ...]
@@ -72,6 +73,7 @@ class DeltaNetConfig:
     key_dim: int
     value_dim: int
     taps: int = 4
+    interleaved: bool = False
 
     def __post_init__(self):
         for name in ("key_heads", "value_heads", "key_dim", "value_dim"):

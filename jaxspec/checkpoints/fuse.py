@@ -248,7 +248,7 @@ def destinations(config: TargetConfig, names: Mapping[str, Any]) -> TargetParams
         embed=(_same(EMBEDDING, c.vocab_size, c.hidden_size),),
         layers=tuple(
             LayerParams(
-                _delta_net(c, f"model.layers.{i}.", names)
+                _delta_net(c, f"model.layers.{i}.")
                 if i in c.delta_layers
                 else _attention(c, f"model.layers.{i}."),
                 _moe(c, f"model.layers.{i}.", names)
@@ -297,7 +297,7 @@ def _attention(c: TargetConfig, layer: str) -> AttentionParams:
     )
 
 
-def _delta_net(c: TargetConfig, layer: str, names: Mapping[str, Any]) -> DeltaNetParams:
+def _delta_net(c: TargetConfig, layer: str) -> DeltaNetParams:
     d, a, width = c.delta_net, f"{layer}linear_attn.", c.hidden_size
     keys, values = d.key_heads * d.key_dim, d.value_heads * d.value_dim
     heads, channels = d.value_heads, 2 * keys + values
@@ -305,7 +305,7 @@ def _delta_net(c: TargetConfig, layer: str, names: Mapping[str, Any]) -> DeltaNe
     k, v, gate = d.key_dim, 2 * d.key_dim, d.channels
     rate = gate + d.group_size * d.value_dim
     step = rate + d.group_size
-    if f"{a}in_proj_qkvz.weight" in names:  # Qwen3-Next: by key head, as here
+    if d.interleaved:  # by key head, as here
         inputs = (
             Part(
                 f"{a}in_proj_qkvz.weight",

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxspec.checkpoints.fuse import Box, Tensors
 from jaxspec.checkpoints.json_config import JsonConfig
+from jaxspec.checkpoints.quantised import KEYS as QUANTISATION
 from jaxspec.config import DeltaNetConfig
 
 DENSE = ("qwen3_5", "qwen3_5_text")
@@ -42,6 +43,9 @@ def text_section(raw: JsonConfig) -> JsonConfig:
     text.one_of("model_type", (kind,), kind)
     for key in MULTIMODAL:
         raw.has(key)
+    for key in QUANTISATION:
+        if text.has(key):
+            raise text.refusal(key, "it beside 'text_config'")
     if raw.has("tie_word_embeddings"):
         tied = raw.flag("tie_word_embeddings")
         text.one_of("tie_word_embeddings", (tied,), tied)
@@ -58,7 +62,7 @@ def fields(text: JsonConfig, model_type: str) -> dict[str, Any]:
     text.one_of("output_gate_type", ("swish", "silu"), "swish")
     text.one_of("mamba_ssm_dtype", ("float32",), "float32")
     found = dict(
-        delta_net=_delta_net(text),
+        delta_net=_delta_net(text, interleaved=model_type == NEXT),
         rotary_dim=_rotary_dim(text),
         attention_gate=True,
         zero_centered_norms=True,
@@ -68,7 +72,7 @@ def fields(text: JsonConfig, model_type: str) -> dict[str, Any]:
     return found
 
 
-def _delta_net(text: JsonConfig) -> DeltaNetConfig:
+def _delta_net(text: JsonConfig, *, interleaved: bool) -> DeltaNetConfig:
     return text.make(
         DeltaNetConfig,
         layers=tuple(i for i, kind in enumerate(layer_types(text)) if kind == LINEAR),
@@ -77,6 +81,7 @@ def _delta_net(text: JsonConfig) -> DeltaNetConfig:
         key_dim=text.integer("linear_key_head_dim"),
         value_dim=text.integer("linear_value_head_dim"),
         taps=text.integer("linear_conv_kernel_dim", 4),
+        interleaved=interleaved,
     )
 
 

@@ -46,7 +46,7 @@ class DeltaState:
     """What a layer keeps of the committed prefix, of any length.
 
     Attributes:
-      memory: [B, J, dk, R, dv] float32, S of every value head.
+      memory: [B, J, dk, R dv] float32, S of the value heads of a key head side by side.
       window: [B, taps - 1, J, C] float32, the last inputs of the convolution, oldest first.
     """
 
@@ -66,10 +66,11 @@ class DeltaState:
         below = jnp.pad(decays[:, 1:], [(0, 0), (0, 1), (0, 0), (0, 0)])
         after = jnp.cumsum(below[:, ::-1], axis=1)[:, ::-1]  # G_l - G_j as a sum of its own
         weighed = only(rows.updates) * jnp.exp(after)[..., None]
-        keys = only(rows.keys)
-        added = jnp.einsum("bnjd,bnjre->bjdre", keys, weighed, precision="highest")
+        weighed = weighed.reshape(*weighed.shape[:3], -1)  # [B, C', J, R dv]
+        added = jnp.einsum("bnjd,bnje->bjde", only(rows.keys), weighed, precision="highest")
         kept = jnp.where(goes_on[:, None, None], jnp.exp(decays.sum(axis=1)), 0.0)
-        memory = kept[:, :, None, :, None] * self.memory + added
+        kept = jnp.repeat(kept, rows.updates.shape[-1], axis=-1)  # [B, J, R dv]
+        memory = kept[:, :, None] * self.memory + added
 
         window = jnp.where(goes_on[:, None, None, None], self.window, 0.0)
         line = jnp.concatenate([window, rows.inputs], axis=1)
@@ -141,7 +142,7 @@ def init_delta_state(config: TargetConfig, batch: int) -> DeltaState:
     d = config.delta_net
     heads, group = d.key_heads, d.group_size
     return DeltaState(
-        jnp.zeros((batch, heads, d.key_dim, group, d.value_dim), jnp.float32),
+        jnp.zeros((batch, heads, d.key_dim, group * d.value_dim), jnp.float32),
         jnp.zeros((batch, d.taps - 1, heads, d.channels), jnp.float32),
     )
 
@@ -228,17 +229,20 @@ def tree_convolution(
     batch, n = inputs.shape[:2]
     before = window.shape[1]
     window = jnp.where(kin.begun[:, None, None, None], window, 0.0)
-    line = jnp.concatenate([window, inputs], axis=1)
-    # One step up the line, from every place in it. The oldest is never left.
+    # Places in the line of the window's inputs and then the nodes', which is not made; and one
+    # step up it from every place. The oldest is never left.
     roots = jnp.where(kin.parents == NO_PARENT, before - 1, kin.parents + before)
     window_up = jnp.broadcast_to(jnp.maximum(jnp.arange(before) - 1, 0), (batch, before))
     up = jnp.concatenate([window_up, roots], axis=1)
     at = jnp.broadcast_to(before + jnp.arange(n), (batch, n))
-    total = jnp.zeros_like(inputs)
-    for tap in reversed(range(kernel.shape[-1])):
-        read = jnp.take_along_axis(line, at[..., None, None], axis=1)
-        total = total + kernel[..., tap].astype(jnp.float32) * read
+    total = kernel[..., -1].astype(jnp.float32) * inputs
+    for tap in reversed(range(before)):
         at = jnp.take_along_axis(up, at, axis=1)
+        place = at[..., None, None]
+        of_nodes = jnp.take_along_axis(inputs, jnp.maximum(place - before, 0), axis=1)
+        of_window = jnp.take_along_axis(window, jnp.minimum(place, before - 1), axis=1)
+        read = jnp.where(place < before, of_window, of_nodes)
+        total = total + kernel[..., tap].astype(jnp.float32) * read
     return total
 
 
@@ -257,7 +261,7 @@ def tree_delta_rule(
       q, k: [B, N, J, dk].
       v: [B, N, J, R, dv].
       decay, rate: [B, N, J, R], g and beta.
-      memory: [B, J, dk, R, dv], S0.
+      memory: [B, J, dk, R dv], S0.
     """
     with jax.default_matmul_precision("highest"):
         n = q.shape[1]
@@ -266,7 +270,8 @@ def tree_delta_rule(
 
         # The state is read once, by keys and queries together.
         both = jnp.concatenate([k, q], axis=1)  # [B, 2 N, J, dk]
-        recalled = jnp.einsum("bnjd,bjdre->bjrne", both, memory)
+        recalled = jnp.einsum("bnjd,bjde->bjne", both, memory)
+        recalled = jnp.moveaxis(recalled.reshape(*recalled.shape[:3], *v.shape[3:]), 3, 2)
         recalled = recalled * jnp.concatenate([from_root, from_root], axis=-2)
 
         overlap = jnp.einsum("bijd,bkjd->bjik", k, k)[:, :, None]

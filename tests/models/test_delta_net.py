@@ -26,14 +26,14 @@ SIZES = (1, 2, 16, 64)  # each is one compiled program
 
 def recurrence(memory, nodes):
     """The paper's, one token after the other, in float64: outputs and the last state."""
-    memory, outputs = np.float64(memory), []
+    memory, outputs = np.float64(memory).reshape(J, DK, R, DV), []
     for q, k, v, decay, rate in nodes:
         memory = np.exp(decay)[:, None, :, None] * memory  # [J, dk, R, dv]
         predicted = np.einsum("jdre,jd->jre", memory, k)
         update = rate[..., None] * (v - predicted)
         memory = memory + np.einsum("jd,jre->jdre", k, update)
         outputs.append(np.einsum("jdre,jd->jre", memory, q))
-    return outputs, memory
+    return outputs, memory.reshape(J, DK, -1)
 
 
 def random_nodes(rng, n, decay, repeated=False):
@@ -82,7 +82,7 @@ def draw_case(seed, size, decay, repeated, share):
     rows = [random_nodes(rng, size, decay, repeated) for _ in range(2)]
     arrays = tuple(np.stack(x) for x in zip(*rows, strict=True))
     state = DeltaState(
-        np.float32(rng.normal(size=(2, J, DK, R, DV))),
+        np.float32(rng.normal(size=(2, J, DK, R * DV))),
         np.float32(rng.normal(size=(2, TAPS - 1, J, CHANNELS))),
     )
     kernel = np.float32(rng.normal(size=(J, CHANNELS, TAPS)))
@@ -167,7 +167,7 @@ def test_a_long_prefix_keeps_float32(chunk):
     """4,000 tokens, a chunk or a token at a time, against float64."""
     rng, total = np.random.default_rng(0), 4000
     arrays = random_nodes(rng, total, 0.98)
-    expected = recurrence(np.zeros((J, DK, R, DV)), zip(*arrays, strict=True))[1]
+    expected = recurrence(np.zeros((J, DK, R * DV)), zip(*arrays, strict=True))[1]
     chunks = [np.reshape(x, (total // chunk, 1, chunk, *x.shape[1:])) for x in arrays]
     bits, inputs = causal_bits(chunk)[None], jnp.zeros((1, chunk, J, CHANNELS))
 
@@ -182,6 +182,6 @@ def test_a_long_prefix_keeps_float32(chunk):
 
         return jax.lax.scan(step, (state, jnp.zeros(1, jnp.int32)), tuple(chunks))[0][0]
 
-    start = DeltaState(jnp.zeros((1, J, DK, R, DV)), jnp.zeros((1, TAPS - 1, J, CHANNELS)))
+    start = DeltaState(jnp.zeros((1, J, DK, R * DV)), jnp.zeros((1, TAPS - 1, J, CHANNELS)))
     found = decode(start).memory[0]
     assert np.abs(found - expected).max() < 3e-6 * np.abs(expected).max()
