@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +38,7 @@ from jaxspec.models.target import Target
 from jaxspec.trees.tree import NO_PARENT, DraftTree
 
 TARGET, DRAFTER, LOOKUP = "target", "drafter", "lookup"
-PLAIN_ROUNDS = 8  # timed before the answer, one by one as the others
+PLAIN_EVERY = 2  # rounds: a machine that is busy for a while then slows both alike
 Path = tuple[int, ...]
 
 
@@ -69,8 +68,9 @@ class Watcher:
     ) -> Iterator[dict[str, Any]]:
         """The answer as JSON values: "start", a "round" each, "end".
 
-        A "start" has the first token and milliseconds of a plain round; a "round" its tree
-        (`nodes`), the tokens decided, and its milliseconds; an "end" the counts.
+        A "start" has the first token; a "round" its tree (`nodes`), the tokens decided, its
+        milliseconds, and now and then those of a round of plain decoding beside it
+        (`plain_ms`, else None); an "end" the counts.
 
         Raises:
           ValueError: the prompt and its answer have no room.
@@ -85,8 +85,7 @@ class Watcher:
 
     def _events(self, prompt, max_new_tokens, sampling, seed) -> Iterator[dict[str, Any]]:
         decoder, params = self._decoder, self._params
-        room = len(prompt) + max(max_new_tokens, PLAIN_ROUNDS + 2)
-        capacity = capacity_for(room, decoder)
+        capacity = capacity_for(len(prompt) + max_new_tokens, decoder)
         requests = pack(
             decoder,
             [prompt],
@@ -98,14 +97,15 @@ class Watcher:
             keys=request_keys([seed], 1),
         )
         state = prefill(decoder, params, requests)
-        plain_ms = self._plain_ms(state, requests.sampling)
+        plain = _PlainRounds(self._plain, self._plain_params, state, requests.sampling)
         if capacity not in self._compiled:
             _watch_round(decoder, params, _copy(state), requests.sampling)
+            plain.milliseconds()
             self._compiled.add(capacity)
         pieces, length = self.target.tokenizer.stream(), len(prompt) + 1
         tokens, done = jax.device_get((state.tokens, state.done))
         first = {"text": pieces.step(int(tokens[0, length - 1])), "source": TARGET}
-        yield {"kind": "start", "token": first, "plain_ms": plain_ms}
+        yield {"kind": "start", "token": first}
         rounds, spent = 0, 0.0
         while not done[0]:
             began = time.perf_counter()
@@ -117,7 +117,7 @@ class Watcher:
                 (seen, state.tokens, state.length, state.done)
             )
             decided, length = tokens[0, length : now[0]].tolist(), int(now[0])
-            rounds, spent = rounds + 1, spent + ms
+            spent += ms
             nodes = self._nodes(*seen)
             sources = [node["source"] for node in nodes if node["accepted"] and node["index"]]
             yield {
@@ -128,36 +128,16 @@ class Watcher:
                     for token, source in zip(decided, [*sources, TARGET], strict=False)
                 ],
                 "ms": ms,
+                "plain_ms": None if rounds % PLAIN_EVERY else plain.milliseconds(),
             }
-        count = length - len(prompt)
+            rounds += 1
         yield {
             "kind": "end",
             "rest": pieces.finish(),
-            "tokens": count,
+            "tokens": length - len(prompt),
             "rounds": rounds,
             "ms": spent,
-            "plain_ms": plain_ms * (count - 1),
         }
-
-    def _plain_ms(self, state, sampling) -> float:
-        """Milliseconds of a round of plain decoding from here on."""
-        decoder, params = self._plain, self._plain_params
-        state = dataclasses.replace(
-            _copy(state),
-            drafter=decoder.drafter.init((), 1, 0),
-            limit=state.length + PLAIN_ROUNDS + 1,
-            done=jnp.zeros_like(state.done),
-        )
-        sampling = dataclasses.replace(
-            sampling, stop_ids=np.full_like(sampling.stop_ids, NO_TOKEN)
-        )
-        found = []
-        for _ in range(PLAIN_ROUNDS + 1):  # the first may compile
-            began = time.perf_counter()
-            state = decode(decoder, params, state, sampling, np.int32(1))
-            jax.block_until_ready(state)
-            found.append(1e3 * (time.perf_counter() - began))
-        return statistics.median(found[1:])
 
     def _nodes(self, tree: DraftTree, parts: Sequence[DraftTree], accepted) -> list[dict]:
         """The valid nodes of one row's tree, parents first."""
@@ -181,6 +161,26 @@ class Watcher:
                 }
             )
         return nodes
+
+
+class _PlainRounds:
+    """Rounds of plain decoding from a state on, timed beside those that are watched."""
+
+    def __init__(self, decoder: Decoder, params: Params, state, sampling):
+        self._decoder, self._params = decoder, params
+        drafter = decoder.drafter.init((), 1, 0)
+        self._state = dataclasses.replace(_copy(state), drafter=drafter)
+        stops = np.full_like(sampling.stop_ids, NO_TOKEN)
+        self._sampling = dataclasses.replace(sampling, stop_ids=stops)
+
+    def milliseconds(self) -> float:
+        """Of one more round; fewer of them run than there are tokens to decode."""
+        open_end = dict(done=jnp.zeros_like(self._state.done), limit=self._state.length + 2)
+        state = dataclasses.replace(self._state, **open_end)
+        began = time.perf_counter()
+        state = decode(self._decoder, self._params, state, self._sampling, np.int32(1))
+        self._state = jax.block_until_ready(state)
+        return 1e3 * (time.perf_counter() - began)
 
 
 def paths(tree: DraftTree) -> dict[int, Path]:
