@@ -22,6 +22,7 @@ bench: $(VENV)/test           ## speed and acceptance, one run against plain dec
 	$(BIN)/python examples/benchmark.py
 
 gates: $(VENV)/test           ## lossless on real prompts, training over several processes; long
+	$(BIN)/python -m pip install --quiet --editable '.[notebook,browser]'
 	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -m gate
 
 parity: $(VENV)/test          ## logits and generations against PyTorch's transformers

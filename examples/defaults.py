@@ -44,9 +44,7 @@ def ways(options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="smollm2-135m")
-    parser.add_argument(
-        "--prompts", type=lambda x: tuple(read_prompts(Path(x))), default=PROMPTS
-    )
+    parser.add_argument("--prompts", type=Path, help="JSON lines; a few short ones by default")
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)

@@ -63,14 +63,11 @@ def main() -> int:
         plain, drafted = done.values()
         speed = plain.seconds / len(plain.token_ids) * len(drafted.token_ids) / drafted.seconds
         if dtype == chosen.dtype:
-            panels = (
-                Panel(
-                    answer.text,
-                    title=f"{name}, {dtype}",
-                    subtitle=f"{answer.tokens_per_second:.1f} tokens/s, {answer.stats.tau:.2f} a round",
-                )
-                for name, answer in done.items()
-            )
+            panels = []
+            for name, answer in done.items():
+                rate, tau = answer.tokens_per_second, answer.stats.tau
+                below = f"{rate:.1f} tokens/s, tau {tau:.2f}"
+                panels.append(Panel(answer.text, title=f"{name}, {dtype}", subtitle=below))
             console.print(Columns(panels, equal=True, expand=True))
         same = plain.token_ids == drafted.token_ids
         equal &= same or dtype != "float32"

@@ -101,7 +101,7 @@ def generate(
     decoder, params = decoder_for(target, drafter, implementation, rejection)
     pace, batch = None, min(batch_size, len(prompts))
     if isinstance(budget, Pace):
-        pace, budget, capacity, batch = budget, None, budget.capacity, budget.rows
+        pace, capacity, batch, budget = budget, budget.capacity, budget.rows, budget.budget
         pace.check(decoder, params)
     capacity = check_capacity(decoder, prompts, max_new_tokens, capacity)
     budget = check_budget(decoder, budget)

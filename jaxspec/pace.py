@@ -14,7 +14,13 @@ import numpy as np
 from jaxspec.decoding.curve import Curve, measure, only, setup_of, take_turn
 from jaxspec.decoding.fitting import doubling_sizes
 from jaxspec.decoding.prefill import prefill
-from jaxspec.decoding.requests import check_capacity, decoder_for, pack, request_keys
+from jaxspec.decoding.requests import (
+    check_budget,
+    check_capacity,
+    decoder_for,
+    pack,
+    request_keys,
+)
 from jaxspec.decoding.sampling import Sampling, SamplingRows
 from jaxspec.decoding.schedule import (
     UNKNOWN,
@@ -43,13 +49,15 @@ class Pace:
     Attributes:
       decoder: the static half of decoding that it was measured for.
       rows, capacity: B and S of the batches.
+      budget: maximum nodes of a row in one round, root included.
       curve: seconds of a round by the nodes it verifies.
       rounds: by size so far; the first are rounds of plain decoding.
       tokens: of the longest answer of each batch so far, summed.
     """
 
-    def __init__(self, decoder: Decoder, rows: int, capacity: int, curve: Curve):
-        self.decoder, self.rows, self.capacity, self.curve = decoder, rows, capacity, curve
+    def __init__(self, decoder: Decoder, rows: int, capacity: int, budget: int, curve: Curve):
+        self.decoder, self.rows, self.capacity = decoder, rows, capacity
+        self.budget, self.curve = budget, curve
         self.sizes = sizes_of(decoder, rows)
         self.rounds = np.zeros(len(self.sizes), int)
         self.tokens = 0
@@ -104,6 +112,8 @@ class Pace:
         return self.tokens * seconds[0] / spent if spent else 1.0
 
     def __str__(self) -> str:
+        if not self.rounds.any():
+            return "no round of decoding ran"
         seconds, total = self.curve.seconds[self.rows], max(1, self.rounds.sum())
         usual = int(np.argmax(self.rounds[1:])) + 1
         cost = seconds[usual] / seconds[0]
@@ -131,6 +141,7 @@ def measure_pace(
     *,
     drafter: LoadedDrafter,
     max_new_tokens: int = 256,
+    budget: int | None = None,
     batch_size: int = 8,
     raw: bool = False,
     thinking: bool | None = None,
@@ -151,10 +162,11 @@ def measure_pace(
         raise ValueError(f"{drafter.drafter} drafts nothing, so there is nothing to decide")
     decoder, params = decoder_for(target, drafter, implementation, rejection)
     capacity = check_capacity(decoder, rows, max_new_tokens, None)
+    budget = check_budget(decoder, budget)
     batch = max(1, min(batch_size, len(rows)))
     setup = setup_of(target, decoder, params, {batch: sizes_of(decoder, batch)}, capacity)
     curve = _kept(setup) or _measured(decoder, params, batch, capacity, setup)
-    return Pace(decoder, batch, capacity, curve)
+    return Pace(decoder, batch, capacity, budget, curve)
 
 
 def sizes_of(decoder: Decoder, rows: int):

@@ -31,10 +31,10 @@ def measured(tmp_path_factory):
     return found
 
 
-def with_seconds(measured: Pace, *seconds: float) -> Pace:
+def with_seconds(measured: Pace, *seconds: float, budget: int = 4) -> Pace:
     """The same, as if rounds of 1, 2, 4 nodes a row took so long."""
     curve = Curve(measured.curve.setup, {2: seconds})
-    return Pace(measured.decoder, 2, measured.capacity, curve)
+    return Pace(measured.decoder, 2, measured.capacity, budget, curve)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -56,12 +56,16 @@ def rounds_of(pace: Pace) -> np.ndarray:
 def test_rounds_verify_what_pays(measured):
     cheap = rounds_of(with_seconds(measured, 1.0, 1.0, 1.001))
     assert cheap[0] < cheap[1:].sum()
+    few = with_seconds(measured, 1.0, 1.0, 1.001, budget=2)
+    found = jaxspec.generate(tiny.target(), PROMPTS, drafter=LOOKUP, budget=few, **OPTIONS)
+    assert all(x.stats.nodes <= 2 * x.stats.rounds for x in found)
     dear = rounds_of(with_seconds(measured, 1.0, 50.0, 100.0))
     assert dear[0] > 5 * dear[1:].sum()
 
 
 def test_what_it_says(measured):
     pace = with_seconds(measured, 0.010, 0.012, 0.015)
+    assert str(pace) == "no round of decoding ran"
     pace.rounds, pace.tokens = np.array([10, 0, 40]), 130
     assert pace.gain == pytest.approx(130 * 0.010 / (10 * 0.010 + 40 * 0.015))
     assert str(pace) == (

@@ -141,13 +141,13 @@ class Generate:
         from jaxspec.drafters.joined import with_survival
 
         drafter = options["drafter"]
+        options["budget"] = min(self.drafter.budget, drafter.drafter.size)
         several = self.distributed or self.devices > 1
         if self.schedule == "fixed" or several or drafter.drafter.size < 2:
-            options["budget"] = min(self.drafter.budget, drafter.drafter.size)
             options["capacity"] = jaxspec.warm_up(target, rows, **options)
             return None
         options["drafter"] = with_survival(drafter)
-        names = ("drafter", "max_new_tokens", "batch_size", "rejection")
+        names = ("drafter", "max_new_tokens", "budget", "batch_size", "rejection")
         pace = jaxspec.measure_pace(target, rows, **{name: options[name] for name in names})
         options["budget"] = pace
         jaxspec.warm_up(target, rows, **options)
