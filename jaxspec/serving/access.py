@@ -12,7 +12,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jaxspec.serving.protocol import error_body
+from jaxspec.serving.shapes import error_body
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # What supervises a server has no key, nor a browser that opens the page: what the page asks

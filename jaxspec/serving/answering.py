@@ -13,8 +13,9 @@ from jaxspec.answer_text import AnswerText
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.serving.logprobs import LogProbShape, joined
 from jaxspec.serving.metrics import Watch
-from jaxspec.serving.protocol import Asked, Shape, error_body, usage
+from jaxspec.serving.protocol import Asked
 from jaxspec.serving.runner import EngineFailed, Ticket
+from jaxspec.serving.shapes import Shape, error_body, usage
 from jaxspec.tokenizer import Tokenizer
 
 log = logging.getLogger("uvicorn.error")

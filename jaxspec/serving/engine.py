@@ -204,7 +204,8 @@ class Engine:
     @property
     def prefix_pages(self) -> tuple[int, int]:
         """Pages of prefixes in use, and that fit."""
-        return (0, 0) if self._prefixes is None else (len(self._prefixes), self._prefixes.slots)
+        prefixes = self._prefixes
+        return (0, 0) if prefixes is None else (len(prefixes), prefixes.places)
 
     def _apply_cancellations(self) -> list[Update]:
         with self._lock:

@@ -29,23 +29,23 @@ class Page:
 
     Attributes:
       id: never used twice.
-      slot: where it is in the pool.
+      place: where it is in the pool.
     """
 
     id: int
-    slot: int
+    place: int
 
 
 class PrefixIndex:
-    """Which slots of a pool hold which prefixes; the least recently used give way.
+    """Which places of a pool hold which prefixes; the least recently used give way.
 
     A page is found by the page before it and its own tokens, which are compared as such: what
     is found is the prefix that was asked for, whatever the hashes.
     """
 
-    def __init__(self, slots: int, chunk: int):
-        """Args: slots: pages that fit; chunk: tokens of each."""
-        self._chunk, self._free = chunk, list(range(slots))
+    def __init__(self, places: int, chunk: int):
+        """Args: places: pages that fit; chunk: tokens of each."""
+        self._chunk, self._free = chunk, list(range(places))
         self._ids = itertools.count()
         # A page is used whenever one after it is, so those after it give way before it does.
         self._pages: OrderedDict[Hashable, Page] = OrderedDict()
@@ -73,7 +73,7 @@ class PrefixIndex:
     ) -> Page | None:
         """The page after those of `chain`, for the next of `tokens`; it is to be filled.
 
-        None if there is no slot but those of the chain itself.
+        None if there is no place but those of the chain itself.
         """
         own = self._key(chain, tokens, salt)
         page = self._pages.get(own)
@@ -82,7 +82,7 @@ class PrefixIndex:
             if oldest in chain:
                 return None
             del self._pages[key]
-            self._free.append(oldest.slot)
+            self._free.append(oldest.place)
         if page is None:
             page = self._pages[own] = Page(next(self._ids), self._free.pop())
         self._use([*chain, page], tokens, salt)
@@ -147,33 +147,33 @@ class PageShape:
         return tree.unflatten(map(one, leaves, jax.tree.leaves(page), self.axes))
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "shape", "slots"))
-def empty_pool(decoder: Decoder, params: Params, *, shape: PageShape, slots: int) -> Any:
-    """Pages side by side: arrays like those of (cache, drafter's state), slots in front."""
+@functools.partial(jax.jit, static_argnames=("decoder", "shape", "places"))
+def empty_pool(decoder: Decoder, params: Params, *, shape: PageShape, places: int) -> Any:
+    """Pages side by side: arrays like those of (cache, drafter's state), places in front."""
     begun = _held(begin_prefill(decoder, params, 1, 2 * decoder.chunk))
     page = shape.read(begun, 0)
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape)), page)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (places, *x.shape)), page)
 
 
 @functools.partial(jax.jit, static_argnames="shape", donate_argnames="pool")
 def save_page(
-    pool: Any, prefilling: Prefilling, i: jax.Array, slot: jax.Array, *, shape: PageShape
+    pool: Any, prefilling: Prefilling, i: jax.Array, place: jax.Array, *, shape: PageShape
 ) -> Any:
-    """The pool with page i of a prompt, whose chunk has just run, in a slot."""
+    """The pool with page i of a prompt, whose chunk has just run, in a place."""
     put = jax.lax.dynamic_update_index_in_dim
     page = shape.read(_held(prefilling), i)
-    return jax.tree.map(lambda x, new: put(x, new, slot, 0), pool, page)
+    return jax.tree.map(lambda x, new: put(x, new, place, 0), pool, page)
 
 
 @functools.partial(jax.jit, static_argnames="shape", donate_argnames="prefilling")
 def load_pages(
-    pool: Any, prefilling: Prefilling, slots: jax.Array, count: jax.Array, *, shape: PageShape
+    pool: Any, prefilling: Prefilling, places: jax.Array, count: jax.Array, *, shape: PageShape
 ) -> Prefilling:
-    """A prompt whose first `count` chunks are those in `slots` [n]."""
+    """A prompt whose first `count` chunks are those in `places` [n]."""
     take = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
 
     def one(i, held):
-        return shape.write(held, jax.tree.map(lambda x: take(x, slots[i]), pool), i)
+        return shape.write(held, jax.tree.map(lambda x: take(x, places[i]), pool), i)
 
     cache, drafter = jax.lax.fori_loop(0, count, one, _held(prefilling))
     return dataclasses.replace(prefilling, cache=cache, drafter=drafter)
@@ -184,11 +184,11 @@ def _held(prefilling: Prefilling) -> tuple:
 
 
 class PrefixCache:
-    """The pages of one engine: a pool on the device, made once, and the index of its slots.
+    """The pages of one engine: a pool on the device, made once, and the index of its places.
 
     Attributes:
       chunk: tokens of a page.
-      slots: pages that fit.
+      places: pages that fit.
     """
 
     def __init__(self, decoder: Decoder, params: Params, capacity: int, megabytes: float):
@@ -199,16 +199,16 @@ class PrefixCache:
         self._shape = PageShape.of(decoder, params)
         self.chunk, self._most = decoder.chunk, capacity // decoder.chunk
         make = functools.partial(empty_pool, decoder, shape=self._shape)
-        one = jax.eval_shape(functools.partial(make, slots=1), params)
+        one = jax.eval_shape(functools.partial(make, places=1), params)
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one)) / 2**20
-        self.slots = int(megabytes / size)
-        if not self.slots:
+        self.places = int(megabytes / size)
+        if not self.places:
             raise ValueError(
                 f"prefix_cache_mb is {megabytes:g}; a page of {self.chunk} tokens takes "
                 f"{size:.2g}. Give it more, or 0 to keep no prefixes"
             )
-        self._pool = make(params, slots=self.slots)
-        self._index = PrefixIndex(self.slots, self.chunk)
+        self._pool = make(params, places=self.places)
+        self._index = PrefixIndex(self.places, self.chunk)
 
     def __len__(self) -> int:
         """Pages in use."""
@@ -232,7 +232,7 @@ class PrefixCache:
         page = self._index.extend(chain, tokens, salt)
         if page is None:
             return False
-        self._save(prefilling, len(chain), page.slot)
+        self._save(prefilling, len(chain), page.place)
         chain.append(page)
         return True
 
@@ -241,12 +241,12 @@ class PrefixCache:
         self._save(prefilling, 0, 0)
         self._load(prefilling, [])
 
-    def _save(self, prefilling: Prefilling, i: int, slot: int) -> None:
-        at = np.int32(i), np.int32(slot)
+    def _save(self, prefilling: Prefilling, i: int, place: int) -> None:
+        at = np.int32(i), np.int32(place)
         self._pool = save_page(self._pool, prefilling, *at, shape=self._shape)
 
     def _load(self, prefilling: Prefilling, chain: Sequence[Page]) -> Prefilling:
-        slots = np.zeros(self._most, np.int32)
-        slots[: len(chain)] = [page.slot for page in chain]
+        places = np.zeros(self._most, np.int32)
+        places[: len(chain)] = [page.place for page in chain]
         count = np.int32(len(chain))
-        return load_pages(self._pool, prefilling, slots, count, shape=self._shape)
+        return load_pages(self._pool, prefilling, places, count, shape=self._shape)

@@ -43,14 +43,13 @@ from jaxspec.serving.page import page_routes
 from jaxspec.serving.protocol import (
     Asked,
     BadRequest,
-    Shape,
-    error_body,
     parse_body,
     read_chat,
     read_completion,
 )
 from jaxspec.serving.requests import QueueFull
 from jaxspec.serving.runner import EngineFailed, Runner
+from jaxspec.serving.shapes import Shape, error_body
 from jaxspec.serving.watching import Watcher
 
 LAST_WORDS_SECONDS = 5  # for the errors of answers that are given up

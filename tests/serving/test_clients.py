@@ -1,12 +1,15 @@
 """Bodies that public clients send: what changes nothing passes, what they ask for is done."""
 
 import json
+import pathlib
+import re
 import threading
 import time
 
 import pytest
 
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.serving import protocol
 from jaxspec.serving.connections import Limits
 from jaxspec.serving.requests import Request
 from tests.serving import servers
@@ -220,3 +223,10 @@ def test_stop_texts_wait_for_the_least_length(port):
     whole = expected(max_new_tokens=12)
     cut = answer(port, max_tokens=12, temperature=0, stop=whole[0], min_tokens=6)
     assert len(cut) >= 6 and whole.startswith(cut)
+
+
+def test_the_guide_names_every_field():
+    guide = (pathlib.Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    named = {"model", *re.findall(r"`([a-z_]+)(?:\.[a-z_]+)?`", guide)}
+    fields = protocol.COMMON | protocol.IGNORED | {*protocol.NEUTRAL, "prompt", "messages"}
+    assert fields | {*protocol.NEUTRAL_IN_MESSAGES} <= named

@@ -153,19 +153,19 @@ class TestIndex:
             if page is None:
                 break
             chain.append(page)
-        return [page.slot for page in chain]
+        return [page.place for page in chain]
 
     def found(self, index, tokens, salt=""):
-        return [page.slot for page in index.match(tokens, salt)]
+        return [page.place for page in index.match(tokens, salt)]
 
     def test_the_longest_known_prefix_that_leaves_a_token(self):
         index = PrefixIndex(8, 4)
-        slots = self.fill(index, self.TEXT, 3)
-        assert len(set(slots)) == 3
-        assert self.found(index, self.TEXT) == slots
-        assert self.found(index, self.TEXT[:12]) == slots[:2]
-        assert self.found(index, self.TEXT[:13]) == slots
-        assert self.found(index, [*self.TEXT[:5], 99, *self.TEXT[6:]]) == slots[:1]
+        places = self.fill(index, self.TEXT, 3)
+        assert len(set(places)) == 3
+        assert self.found(index, self.TEXT) == places
+        assert self.found(index, self.TEXT[:12]) == places[:2]
+        assert self.found(index, self.TEXT[:13]) == places
+        assert self.found(index, [*self.TEXT[:5], 99, *self.TEXT[6:]]) == places[:1]
         assert self.found(index, self.TEXT[4:]) == []
         assert self.found(index, self.TEXT, salt="x") == []
 
@@ -182,8 +182,8 @@ class TestIndex:
     def test_a_page_that_is_known_already_is_used_again(self):
         """The last page of a prompt that ends with it is run again, though it is known."""
         index = PrefixIndex(8, 4)
-        slots = self.fill(index, self.TEXT, 3)
-        assert self.fill(index, self.TEXT[:12], 3) == slots
+        places = self.fill(index, self.TEXT, 3)
+        assert self.fill(index, self.TEXT[:12], 3) == places
         assert len(index) == 3
 
     def test_a_prompt_does_not_push_out_its_own_start(self):

@@ -1,0 +1,100 @@
+"""The answers of OpenAI's completions and chats as JSON: whole, in chunks, and errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jaxspec.decoding.stats import DecodeStats
+
+
+def _choice(index: int, body: dict, finish: str | None, logprobs: dict | None) -> dict:
+    return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish}
+
+
+def usage(
+    prompt_tokens: int, completion_tokens: int, stats: DecodeStats | None, cached: int
+) -> dict:
+    """The usage object; `speculation` says what the answer took.
+
+    Args: cached: tokens of prompts that were not run again.
+    """
+    stats = stats or DecodeStats((), 0)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "speculation": {
+            "rounds": stats.rounds,
+            "nodes_verified": stats.nodes,
+            "tokens_per_round": round(stats.tau, 4),
+        },
+    }
+
+
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None):
+    """The error object."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The objects of one answer, whole and in chunks; chat or plain completion."""
+
+    chat: bool
+    id: str
+    created: int
+    model: str
+
+    def whole(
+        self, answers: Sequence[tuple[str, str | None, dict | None]], usage: dict
+    ) -> dict:
+        """Args: answers: text, reason and log-probabilities of every choice."""
+        choices = []
+        for index, (text, finish, logprobs) in enumerate(answers):
+            message = {"message": {"role": "assistant", "content": text}}
+            body = message if self.chat else {"text": text}
+            choices.append(_choice(index, body, finish, logprobs))
+        name = "chat.completion" if self.chat else "text_completion"
+        return self._object(name, choices) | {"usage": usage}
+
+    def chunk(
+        self,
+        text: str,
+        finish: str | None = None,
+        choice: int = 0,
+        *,
+        first: bool = False,
+        logprobs: dict | None = None,
+        usage: dict | None = None,
+    ) -> dict:
+        """Args: logprobs, usage: told in this chunk, if they are given."""
+        if self.chat:
+            delta = {"role": "assistant"} if first else {}
+            body: dict[str, Any] = {
+                "delta": delta | ({"content": text} if text or first else {})
+            }
+        else:
+            body = {"text": text}
+        told = {} if usage is None else {"usage": usage}
+        choices = [_choice(choice, body, finish, logprobs)]
+        return self._object(self._chunk_name, choices) | told
+
+    def last(self, usage: dict) -> dict:
+        """The chunk that holds the usage and no choice."""
+        return self._object(self._chunk_name, []) | {"usage": usage}
+
+    @property
+    def _chunk_name(self) -> str:
+        return "chat.completion.chunk" if self.chat else "text_completion"
+
+    def _object(self, name: str, choices: list) -> dict:
+        return {
+            "id": self.id,
+            "object": name,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
