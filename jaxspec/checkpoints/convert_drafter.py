@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxspec.checkpoints import drafter_config, eagle3_config, load, speculators
-from jaxspec.checkpoints.drafters import DRAFT_TOKENS, load_drafter, locate, save_drafter
+from jaxspec.checkpoints.block_format import DRAFT_TOKENS, TEMPERATURES
+from jaxspec.checkpoints.drafters import load_drafter, locate, save_drafter
 from jaxspec.checkpoints.quantised import quantisation_of
 from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import TreeConfig
@@ -130,7 +131,7 @@ def _lost(before: Any, after: Any, format: str, raw: dict[str, Any]) -> tuple[st
     same = jax.tree.map(np.array_equal, old_params, new_params)
     if not all(jax.tree.leaves(same)):
         raise ValueError(f"format {format!r} reads weights back otherwise; nothing is written")
-    if drafter_config.TEMPERATURES in raw:
+    if TEMPERATURES in raw:
         found.append("the confidence head's temperatures, which other programs do not read")
     kept = old_params.vocabulary.kept is not None
     if kept and format in ("dflash", "treeflash"):

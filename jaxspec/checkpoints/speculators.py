@@ -17,8 +17,18 @@ from typing import Any
 import numpy as np
 
 from jaxspec.checkpoints import dflash2, visibility
+from jaxspec.checkpoints.block_format import (
+    NO_IDS,
+    BlockFormat,
+    heads_from_json,
+    heads_to_json,
+    layers_from_json,
+    layers_to_json,
+)
+from jaxspec.checkpoints.drafter_files import equal_as_stored
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
+from jaxspec.checkpoints.rope import rope_to_json
 from jaxspec.config import DrafterConfig
 
 KEY = "speculators_model_type"
@@ -39,12 +49,7 @@ OWN_HARMLESS = HARMLESS | {
 }
 
 
-def layer_section(whole: JsonConfig) -> JsonConfig:
-    """The nested configuration of the drafter's layers."""
-    return whole.section("transformer_layer_config")
-
-
-def fields(whole: JsonConfig, layer: JsonConfig) -> dict[str, Any]:
+def _fields(whole: JsonConfig, layer: JsonConfig) -> dict[str, Any]:
     """Fields of `DrafterConfig` beyond the layers' shape; the target's depth is not known.
 
     Raises:
@@ -79,17 +84,9 @@ def fields(whole: JsonConfig, layer: JsonConfig) -> dict[str, Any]:
     return found
 
 
-def to_json(c: DrafterConfig, layer: dict[str, Any], kept: int | None) -> dict[str, Any]:
-    """The flat keys around a configuration of the layers, which is nested.
-
-    Args:
-      kept: size of the draft vocabulary, None for the whole one.
-
-    Raises:
-      ValueError: the format cannot express the configuration.
-    """
-    kind = "dflash2" if c.sequential == "bilinear" else "dspark" if c.sequential else "dflash"
-    _check_expressible(c, kind, kept)
+def _around(c: DrafterConfig, layer: dict[str, Any], kept: int | None) -> dict[str, Any]:
+    """The flat keys around a configuration of the layers, which is nested."""
+    kind = _kind(c)
     raw = {
         KEY: kind,
         "speculators_version": VERSION,
@@ -171,32 +168,8 @@ def vocabulary_tensors(kept: np.ndarray, head: np.ndarray, vocab: int) -> dict[s
     return {OFFSETS: kept.astype(np.int64) - np.arange(len(kept)), MEMBERS: members, HEAD: head}
 
 
-def finish(whole: JsonConfig) -> None:
-    """Accounts for keys that nothing has read."""
-    whole.finish(OWN_HARMLESS, NEUTRAL)
-
-
-def _check_expressible(c: DrafterConfig, kind: str, kept: int | None) -> None:
-    scaled = c.logit_scale != 1 or c.logit_softcap is not None or c.embedding_scale != 1
-    layers = list(zip(c.window, c.causal, strict=True))
-    sliding = {causal for window, causal in layers if window is not None}
-    missing = {
-        "sequential 'mlp'": c.sequential == "mlp",
-        "scaled logits or embeddings": scaled,
-        "causal layers without a window": (None, True) in layers,
-        "sliding layers of both kinds of causality": len(sliding) > 1,
-        "convolutions without a selector": c.conv_taps > 0 and kind != "dflash2",
-        "a selector without convolutions": kind == "dflash2" and not c.conv_taps,
-        "a confidence head without a sequential one": c.confidence and kind != "dspark",
-        "a selector with a draft vocabulary": kind == "dflash2" and kept is not None,
-        "a tap of the last layer after the final norm": c.target_layers - 1 in c.taps,
-    }
-    for what, wanted in missing.items():
-        if wanted:
-            raise ValueError(
-                f"format 'speculators' has no key for {what}, so that other programs would run "
-                "the drafter differently; choose another format"
-            )
+def _kind(c: DrafterConfig) -> str:
+    return "dflash2" if c.sequential == "bilinear" else "dspark" if c.sequential else "dflash"
 
 
 def head(tensors, kept: np.ndarray, width: int, dtype) -> np.ndarray:
@@ -213,3 +186,66 @@ def head(tensors, kept: np.ndarray, width: int, dtype) -> np.ndarray:
             + f"; a draft vocabulary of {len(kept)} tokens asks for {(len(kept), width)}"
         )
     return tensors.read(HEAD).astype(dtype)
+
+
+class Speculators(BlockFormat):
+    """See the module."""
+
+    name = "speculators"
+    extra = frozenset({OFFSETS, MEMBERS, HEAD, *COPIES})
+
+    def recognises(self, raw):
+        return KEY in raw
+
+    def from_json(self, whole):
+        layer = whole.section("transformer_layer_config")
+        fields = _fields(whole, layer)
+        heads = heads_from_json(whole, {}) if "sequential" not in fields else {}
+        shape = layers_from_json(layer, fields["window"])
+        config = whole.make(DrafterConfig, target_layers=None, **shape, **fields, **heads)
+        whole.finish(OWN_HARMLESS, NEUTRAL)
+        return config
+
+    def to_json(self, c, dtype, *, kept, verifier):
+        layer = layers_to_json(c, dtype) | NO_IDS
+        layer["rope_parameters"] = rope_to_json(c.rope_theta, c.rope_scaling)
+        for key in ("block_size", "num_target_layers", "is_causal"):
+            layer.pop(key, None)
+        raw = _around(c, layer, kept)
+        raw["speculators_config"] = proposal(raw[KEY], c.depth, verifier)
+        return raw | (heads_to_json(c) if raw[KEY] == "dspark" else {})
+
+    def missing(self, c, kept):
+        kind = _kind(c)
+        scaled = c.logit_scale != 1 or c.logit_softcap is not None or c.embedding_scale != 1
+        layers = list(zip(c.window, c.causal, strict=True))
+        sliding = {causal for window, causal in layers if window is not None}
+        return {
+            "sequential 'mlp'": c.sequential == "mlp",
+            "scaled logits or embeddings": scaled,
+            "causal layers without a window": (None, True) in layers,
+            "sliding layers of both kinds of causality": len(sliding) > 1,
+            "convolutions without a selector": c.conv_taps > 0 and kind != "dflash2",
+            "a selector without convolutions": kind == "dflash2" and not c.conv_taps,
+            "a confidence head without a sequential one": c.confidence and kind != "dspark",
+            "a selector with a draft vocabulary": kind == "dflash2" and kept is not None,
+            "a tap of the last layer after the final norm": c.target_layers - 1 in c.taps,
+        }
+
+    def read_vocabulary(self, tensors, c, target, dtype):
+        kept = draft_tokens(tensors, c.vocab_size)
+        if kept is None:
+            return {}
+        if c.sequential:
+            raise ValueError(
+                f"{tensors.origin}: a sequential head with a reduced vocabulary in "
+                "speculators' format is not supported; expected the target's vocabulary"
+            )
+        rows = head(tensors, kept, c.hidden_size, dtype)
+        if equal_as_stored(rows, target.unembed[kept]):
+            return {"kept": kept}
+        return {"kept": kept, "unembed": rows}
+
+    def vocabulary_tensors(self, vocabulary, c, dtype):
+        rows = np.asarray(vocabulary.unembed).astype(dtype)
+        return vocabulary_tensors(np.asarray(vocabulary.kept), rows, c.vocab_size)

@@ -77,11 +77,10 @@ class Plan:
 
     def _drafter(self, target):
         from jaxspec.config import TreeConfig
-        from jaxspec.drafters.block import BlockDrafter
         from jaxspec.drafters.joined import beside_lookup
         from jaxspec.drafters.ngram import PromptLookup
         from jaxspec.drafters.plain import Plain
-        from jaxspec.drafters.registry import LOOKUP_TOO
+        from jaxspec.drafters.registry import LOOKUP_TOO, of_config
         from jaxspec.planning.setup import published_drafter
 
         size = 1 << (self.budget - 1).bit_length()
@@ -97,7 +96,7 @@ class Plan:
 
             config = read_drafter_config(name, target)
         tree = TreeConfig(self.tree, size, self.width, self.candidates)
-        drafter = BlockDrafter(config, tree)
+        drafter = of_config(config, tree)
         return drafter if name == self.drafter else beside_lookup(drafter)
 
     def _row(self, plan) -> dict:

@@ -10,8 +10,11 @@ from __future__ import annotations
 import importlib
 from typing import Protocol
 
-from jaxspec.config import TreeConfig
-from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.config import DrafterConfig, TreeConfig
+from jaxspec.drafters.base import Drafter, LoadedDrafter
+from jaxspec.drafters.block import BlockDrafter
+from jaxspec.drafters.eagle import EagleDrafter
+from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.drafters.joined import with_lookup
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.plain import PLAIN
@@ -62,7 +65,13 @@ def python(argument, target, *, tree, dtype):
     return factory("", target, tree=tree, dtype=dtype)
 
 
+TRAINED = {DrafterConfig: BlockDrafter, EagleConfig: EagleDrafter}
 NAMES: dict[str, Factory] = {"none": none, "ngram": ngram, "python:": python}
+
+
+def of_config(config: DrafterConfig | EagleConfig, tree: TreeConfig) -> Drafter:
+    """The drafter that a trained one's configuration describes."""
+    return TRAINED[type(config)](config, tree)
 
 
 def register(name: str, factory: Factory) -> None:

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.config import DrafterConfig
+from jaxspec.drafters import eagle_head
+from jaxspec.drafters.eagle import EagleDrafter
+from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.drafters.head import abstract_weights
 from jaxspec.models.params import DeltaNetParams, MoeParams, abstract_params
 from jaxspec.models.state import init_states
@@ -73,8 +76,11 @@ def target_floor(setup: Setup, tokens: int, *, predicted: int | None = None) -> 
 
 
 def draft_floor(setup: Setup) -> Floor:
-    """Of the drafter's pass; nothing where it has no weights."""
+    """Of the drafter's passes; nothing where it has no weights."""
     block = setup.block
+    eagle = next((x for x in setup.drafter.parts if isinstance(x, EagleDrafter)), None)
+    if eagle is not None:
+        return _eagle_floor(setup, eagle)
     if block is None:
         return Floor(0.0, 0.0)
     weights = abstract_weights(block, DTYPE)
@@ -84,6 +90,18 @@ def draft_floor(setup: Setup) -> Floor:
     size += setup.batch * _row_bytes(block) * setup.context
     flops = 2 * slots * (_values(weights) + vocabulary)
     return Floor(size / setup.devices, flops / setup.devices)
+
+
+def _eagle_floor(setup: Setup, drafter: EagleDrafter) -> Floor:
+    """Every level reads the layer, the LM head and the cache once more."""
+    c = drafter.config
+    weights = eagle_head.abstract_weights(c, DTYPE)
+    head = c.vocab_size * c.hidden_size
+    size = _bytes(weights) + head * jnp.dtype(DTYPE).itemsize
+    size += setup.batch * _row_bytes(c) * setup.context
+    rows = 1 if drafter.tree.kind == "chain" else drafter.tree.candidates
+    flops = 2 * setup.batch * rows * (_values(weights) + head)
+    return Floor(drafter.depth * size / setup.devices, drafter.depth * flops / setup.devices)
 
 
 def program_floor(setup: Setup, program: str) -> Floor:
@@ -103,7 +121,7 @@ def state_bytes(setup: Setup) -> list[int]:
     return [_bytes(x) for x in jax.tree.leaves(jax.eval_shape(make))]
 
 
-def _row_bytes(c: DrafterConfig) -> int:
+def _row_bytes(c: DrafterConfig | EagleConfig) -> int:
     """Of keys and values of one token."""
     return 2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(DTYPE).itemsize
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
-from jaxspec.drafters.block import BlockParams
+from jaxspec.drafters.head import Vocabulary
 from jaxspec.planning.floors import draft_floor, target_floor
 from jaxspec.planning.programs import device_mesh, program_memory
 from jaxspec.planning.setup import Setup, abstract_arguments
@@ -96,9 +96,9 @@ def plan(setup: Setup, programs: tuple[str, ...] = PLANNED) -> Plan:
         "drafter state": _size(state.drafter),
         "other state": _size((rest, requests.sampling)) + 4,  # and the number of rounds
     }
-    is_block = lambda x: isinstance(x, BlockParams)  # noqa: E731
-    blocks = filter(is_block, jax.tree.leaves(params.drafter, is_leaf=is_block))
-    repeated = sum(_size(block.vocabulary) for block in blocks)
+    shared = lambda x: isinstance(x, Vocabulary)  # noqa: E731
+    found = filter(shared, jax.tree.leaves(params.drafter, is_leaf=shared))
+    repeated = sum(_size(vocabulary) for vocabulary in found)
     known = Plan(setup, parts, repeated, {}, floors(setup))
     if not known.fits:
         return known

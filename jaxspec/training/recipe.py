@@ -196,7 +196,9 @@ def drafter_config(
 
 
 def eagle_config(target: TargetConfig, **changes: Any) -> EagleConfig:
-    """An EAGLE-3 drafter, its layer shaped like the target's, unrolled for 7 steps.
+    """An EAGLE-3 drafter, its layer of the target's sizes, unrolled for 7 steps.
+
+    As all its formats can have it: a Llama layer, and no norms beside the published ones.
 
     Args:
       changes: fields of `EagleConfig`.
@@ -217,7 +219,6 @@ def eagle_config(target: TargetConfig, **changes: Any) -> EagleConfig:
         target_layers=layers,
         taps=tuple(tap for tap in taps if tap < layers - 1),
         steps=7,
-        qk_norm=target.qk_norm,
         rope_theta=target.rope_theta,
         rope_scaling=target.rope_scaling,
         rms_norm_eps=target.rms_norm_eps,

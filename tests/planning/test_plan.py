@@ -8,11 +8,13 @@ import pytest
 from jaxspec.cli import main
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.block import BlockDrafter
+from jaxspec.drafters.eagle import EagleDrafter
 from jaxspec.drafters.joined import beside_lookup
 from jaxspec.drafters.plain import Plain
 from jaxspec.models.presets import PRESETS
 from jaxspec.planning.plan import plan
 from jaxspec.planning.setup import Setup, published_drafter
+from jaxspec.training.recipe import eagle_config
 from pallas_kernels.h100.target import BYTES_PER_SECOND, MEMORY_BYTES
 
 
@@ -57,6 +59,20 @@ def test_the_vocabulary_that_a_drafter_shares_is_counted_once():
     assert with_drafter.repeated == 2 * 2 * 151_936 * 4096
     added = head + with_drafter.parts["drafter state"]
     assert with_drafter.state - alone.state == pytest.approx(added, abs=100)
+
+
+def test_eagle_reads_its_layer_and_the_head_once_per_step():
+    target = PRESETS["qwen3-8b"]
+    drafter = EagleDrafter(eagle_config(target), TreeConfig("chain", 8))
+    found = plan(Setup(target, drafter, context=4096), ())
+    wide, inner, vocabulary = 4096, 12_288, 151_936 * 4096
+    layer = 2 * wide * (4096 + 2 * 1024) + 4096 * wide + 3 * wide * inner
+    weights = 2 * (3 * wide * wide + layer + 4 * wide)
+    assert found.parts["drafter weights"] - found.repeated == weights
+    kept = 2 * 4096 * (2 * 8 * 128 + wide)  # keys, values and features
+    assert found.parts["drafter state"] == kept
+    read = 7 * (weights + 2 * vocabulary + 2 * 4096 * 2 * 8 * 128)
+    assert found.floors["draft"] == pytest.approx(1e3 * read / BYTES_PER_SECOND)
 
 
 def test_prompt_lookup_joined_with_a_drafter_adds_no_weights():

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from jaxspec import checkpoints
-from jaxspec.checkpoints.drafters import destinations, load_drafter
+from jaxspec.checkpoints.block_tensors import destinations
+from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.head import bind
 from jaxspec.drafters.teacher_forced import run_blocks

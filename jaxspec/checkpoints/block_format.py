@@ -1,0 +1,263 @@
+"""What the formats of block drafters share, and what each of them says for itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxspec.checkpoints import dflash2, visibility
+from jaxspec.checkpoints.drafter_files import DrafterTensors
+from jaxspec.checkpoints.json_config import JsonConfig
+from jaxspec.checkpoints.known_keys import HARMLESS
+from jaxspec.checkpoints.rope import read_rope
+from jaxspec.config import DrafterConfig
+from jaxspec.drafters.head import Vocabulary
+from jaxspec.models.params import TargetParams
+
+TEMPERATURES = "sts_temperatures"  # key of config.json; one per slot
+DRAFT_TOKENS = "draft_token_ids"  # a tensor, int32 [V']
+LEGACY_PREFIX = "logit_head."
+# Beside those of any model: training, the target's own vocabulary, growth of trees by default.
+DRAFTER_HARMLESS = HARMLESS | {
+    *("num_anchors", "candidate_tokens", "eos_token_id", "tie_word_embeddings"),
+    TEMPERATURES,
+}
+PREDICT_NEXT = ("sample_from_anchor", "query_zero_predicts_next")
+HEAD_TYPES = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}  # theirs to ours
+
+
+class BlockFormat:
+    """One published format. A draft vocabulary is a tensor of ids, unless it says otherwise;
+    a program that ignores it drafts from the whole one.
+
+    Attributes:
+      name: as users give it.
+      prefix: of the names of the backbone's tensors.
+      extra: names of tensors that may stand beside the head's.
+    """
+
+    name: str
+    prefix = ""
+    extra: frozenset[str] = frozenset({DRAFT_TOKENS})
+
+    def recognises(self, raw: dict[str, Any]) -> bool:
+        """Whether a `config.json` is of this format."""
+        raise NotImplementedError
+
+    def from_json(self, whole: JsonConfig) -> DrafterConfig:
+        """The drafter that a `config.json` describes; see `drafter_config.from_json`."""
+        raise NotImplementedError
+
+    def to_json(
+        self, c: DrafterConfig, dtype: str, *, kept: int | None, verifier: str | None
+    ) -> dict[str, Any]:
+        """`config.json` of a drafter that the format can express."""
+        raise NotImplementedError
+
+    def missing(self, c: DrafterConfig, kept: int | None) -> Mapping[str, Any]:
+        """What the format has no key for, and whether the drafter needs it."""
+        raise NotImplementedError
+
+    def repeated(self, tables: TargetParams | Vocabulary) -> Mapping[str, jax.Array]:
+        """The target's tables that a file repeats."""
+        return {}
+
+    def read_vocabulary(
+        self, tensors: DrafterTensors, c: DrafterConfig, target: TargetParams, dtype
+    ) -> dict[str, Any]:
+        """Arguments `kept` and `unembed` of `block_params`; errors as `load_drafter`."""
+        return {"kept": draft_tokens(tensors, c.vocab_size)}
+
+    def vocabulary_tensors(
+        self, vocabulary: Vocabulary, c: DrafterConfig, dtype
+    ) -> dict[str, np.ndarray]:
+        """The tensors of a draft vocabulary.
+
+        Raises:
+          ValueError: the format has none for it.
+        """
+        if vocabulary.judge is not None:
+            raise ValueError(
+                "the drafter has an LM head of its own, for which format "
+                f"{self.name!r} has no tensor; save it as 'speculators'"
+            )
+        return {DRAFT_TOKENS: np.asarray(vocabulary.kept)}
+
+    def check_expressible(self, c: DrafterConfig, kept: int | None) -> None:
+        """Raises ValueError if the format cannot express the configuration."""
+        for what, wanted in self.missing(c, kept).items():
+            if wanted:
+                raise ValueError(
+                    f"format {self.name!r} has no key for {what}, so that other programs would "
+                    "run the drafter differently; choose another format"
+                )
+
+
+def layers_from_json(raw: JsonConfig, window: tuple[int | None, ...]) -> dict[str, Any]:
+    """What the drafter's layers are, from the keys of a Qwen3."""
+    raw.one_of("model_type", ("qwen3",), "qwen3")
+    raw.one_of("hidden_act", ("silu",), "silu")
+    raw.one_of("attention_bias", (False,), False)
+    heads = raw.integer("num_attention_heads")
+    return dict(
+        vocab_size=raw.integer("vocab_size"),
+        hidden_size=raw.integer("hidden_size"),
+        intermediate_size=raw.integer("intermediate_size"),
+        num_layers=raw.integer("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=raw.integer("num_key_value_heads", heads),
+        head_dim=raw.integer("head_dim"),
+        **rope_of(raw, window),
+        rms_norm_eps=raw.number("rms_norm_eps", 1e-6),
+        max_positions=raw.integer("max_position_embeddings", 40_960),
+    )
+
+
+def rope_of(whole: JsonConfig, window: tuple[int | None, ...]) -> dict[str, Any]:
+    """Their rotary positions: one rule for all of them."""
+    kinds = {"full_attention" if w is None else "sliding_attention" for w in window}
+    found = {read_rope(whole, kind, full_rotary=True) for kind in kinds}
+    if len(found) > 1:
+        raise whole.refusal("rope_parameters", "one rule for all layers of a drafter")
+    ((theta, scaling),) = found
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def layers_to_json(c: DrafterConfig, dtype: str) -> dict[str, Any]:
+    """The keys of a Qwen3 for the drafter's layers, without rotary positions."""
+    raw = {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "block_size": c.block_size,
+        "dtype": dtype,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": c.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": c.intermediate_size,
+        "max_position_embeddings": c.max_positions,
+        "max_window_layers": c.num_layers,
+        "model_type": "qwen3",
+        "num_attention_heads": c.num_heads,
+        "num_hidden_layers": c.num_layers,
+        "num_key_value_heads": c.num_kv_heads,
+        "num_target_layers": c.target_layers,
+        "rms_norm_eps": c.rms_norm_eps,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": c.vocab_size,
+    } | visibility.to_json(c)
+    causal = visibility.switch(c)
+    if c.causal != visibility.causality(None, c.window):
+        raw["is_causal"] = causal
+    return raw
+
+
+NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+def block_size(whole: JsonConfig, own: JsonConfig) -> int:
+    """Some formats give it at the top, some inside; without either z-lab's programs take 16."""
+    places = [section for section in (own, whole) if section.has("block_size")]
+    sizes = sorted({section.integer("block_size") for section in places})
+    if not sizes and own is not whole:
+        return 16
+    if len(sizes) != 1:
+        raise ValueError(
+            f"{whole.origin}: the drafter's configuration gives "
+            f"{'two values of' if sizes else 'no'} 'block_size': {sizes}"
+        )
+    return sizes[0]
+
+
+def agreed(whole: JsonConfig, own: JsonConfig, keys: tuple[str, ...], default: bool) -> bool:
+    """One switch under the names that programs give it, at the top or inside."""
+    found = {
+        f"'{key}' of {section.origin}": section.flag(key)
+        for section in (whole, own)
+        for key in keys
+        if section.has(key)
+    }
+    if len(set(found.values())) > 1:
+        said = " but ".join(f"{name} is {value}" for name, value in found.items())
+        raise ValueError(
+            f"{whole.origin}: {said}; they name one switch: keep the one that training used"
+        )
+    return next(iter(found.values()), default)
+
+
+def heads_from_json(own: JsonConfig, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of DSpark's heads, beside those of a selector (`dflash2.from_json`) if any."""
+    rank = own.integer("markov_rank", 0, least=0)
+    head = own.one_of("markov_head_type", tuple(HEAD_TYPES), "vanilla")
+    confidence = None
+    if own.flag("enable_confidence_head"):
+        with_previous = own.flag("confidence_head_with_markov", rank > 0)
+        confidence = "hidden_and_previous" if with_previous else "hidden"
+    if "candidates" not in fields:
+        fields |= {"sequential": HEAD_TYPES[head] if rank else None, "rank": rank}
+    elif rank or confidence:
+        raise ValueError(
+            f"{own.origin}: 'selector_rank' asks for DFlash2's selector, and "
+            f"{'markov_rank' if rank else 'enable_confidence_head'!r} for a head of DSpark's; "
+            "no drafter has both"
+        )
+    return fields | {"confidence": confidence}
+
+
+def heads_to_json(c: DrafterConfig) -> dict[str, Any]:
+    """The keys of DSpark's heads."""
+    own: dict[str, Any] = {
+        "markov_rank": c.rank,
+        "enable_confidence_head": c.confidence is not None,
+    }
+    if c.sequential:
+        theirs = {ours: theirs for theirs, ours in HEAD_TYPES.items()}
+        own["markov_head_type"] = theirs[c.sequential]
+    if c.confidence:
+        own["confidence_head_with_markov"] = c.confidence == "hidden_and_previous"
+    return own
+
+
+def newer_needs(c: DrafterConfig) -> dict[str, bool]:
+    """What formats before DFlash2 have no key for, and whether the drafter needs it."""
+    return {
+        "convolutions": c.conv_taps > 0,
+        "scaled logits": c.logit_scale != 1 or c.logit_softcap is not None,
+        "scaled embeddings": c.embedding_scale != 1,
+    }
+
+
+def draft_tokens(tensors: DrafterTensors, vocab: int) -> np.ndarray | None:
+    """The draft vocabulary, ascending ids [V'], if there is one."""
+    if DRAFT_TOKENS not in tensors.shapes:
+        return None
+    shape = tensors.shapes[DRAFT_TOKENS]
+
+    def refuse(found: str) -> ValueError:
+        return ValueError(
+            f"{tensors.origin}: tensor '{DRAFT_TOKENS}' {found}; expected 2 … {vocab} token "
+            f"ids, all different, 0 … {vocab - 1}, in ascending order"
+        )
+
+    if len(shape) != 1 or not 2 <= shape[0] <= vocab:
+        raise refuse(f"has shape {shape}")
+    ids = tensors.read(DRAFT_TOKENS)
+    outside = ids[(ids < 0) | (ids >= vocab)]
+    if outside.size:
+        raise refuse(f"names token {outside[0]}")
+    for before, token in itertools.pairwise(ids.tolist()):
+        if token == before:
+            raise refuse(f"names token {token} twice")
+        if token < before:
+            raise refuse(f"has {before} before {token}")
+    return ids
+
+
+def todays_name(name: str) -> str:
+    """A tensor's, of a file of any age."""
+    return dflash2.renamed(name.removeprefix(LEGACY_PREFIX))

@@ -1,0 +1,75 @@
+"""DeepSpec's format of DSpark and, with rank 0, DFlash: all keys at the top.
+
+Slots predict the next position. The file repeats the target's embedding and LM head.
+"""
+
+from __future__ import annotations
+
+from jaxspec.checkpoints import zlab
+from jaxspec.checkpoints.block_format import (
+    DRAFTER_HARMLESS,
+    NO_IDS,
+    BlockFormat,
+    heads_from_json,
+    heads_to_json,
+    layers_to_json,
+    newer_needs,
+)
+from jaxspec.checkpoints.known_keys import NEUTRAL
+from jaxspec.checkpoints.rope import rope_to_json
+from jaxspec.config import DrafterConfig
+
+
+class DeepSpec(BlockFormat):
+    """See the module."""
+
+    name = "deepspec"
+
+    def recognises(self, raw):
+        return "markov_rank" in raw and "target_layer_ids" in raw
+
+    def from_json(self, whole):
+        fields = zlab.section_fields(whole, whole, predict_next=True)
+        config = whole.make(DrafterConfig, **fields, **heads_from_json(whole, {}))
+        if config.target_layers - 1 in config.taps:
+            raise ValueError(
+                f"{whole.origin}: 'target_layer_ids' names the last layer, {config.taps[-1]}, "
+                "which this format means before the target's final norm; expected layers "
+                "before it"
+            )
+        whole.finish(DRAFTER_HARMLESS, NEUTRAL)
+        return config
+
+    def to_json(self, c, dtype, *, kept, verifier):
+        return (
+            layers_to_json(c, dtype)
+            | NO_IDS
+            | heads_to_json(c)
+            | {
+                "rope_parameters": rope_to_json(c.rope_theta, c.rope_scaling),
+                "mask_token_id": c.mask_token_id,
+                "target_layer_ids": list(c.taps),
+                "architectures": ["Qwen3DSparkModel"],
+                # It matters to training alone; 512 is what every published drafter has.
+                "num_anchors": 512,
+            }
+        )
+
+    def missing(self, c, kept):
+        return {
+            "causal blocks": any(c.causal),
+            **newer_needs(c),
+            "a selector": c.sequential == "bilinear",
+            "predict_own": not c.predict_next,
+            "sequential 'mlp'": c.sequential == "mlp",
+            "a tap of the last layer": c.target_layers - 1 in c.taps,
+        }
+
+    def repeated(self, tables):
+        return {"embed_tokens.weight": tables.embed, "lm_head.weight": tables.unembed}
+
+    def vocabulary_tensors(self, vocabulary, c, dtype):
+        raise ValueError(
+            "format 'deepspec' repeats the target's LM head, of which a drafter with a draft "
+            "vocabulary has some rows; choose another format"
+        )
