@@ -126,7 +126,7 @@ def main() -> None:
     target = jaxspec.load_target(TARGET)
     half = jaxspec.load_target(TARGET, dtype=HALF)
     plain, blocks = untrained(target, half), block_drafters(target, args.drafter)
-    torch = torch_run(checkpoints.locate(TARGET), args.max_new_tokens)
+    torch = torch_run(checkpoints.target_path(TARGET), args.max_new_tokens)
     texts = {name: read_prompts(args.folder / f"{name}.jsonl") for name in SETS}
     sets = {
         name: as_token_ids(target, spread(rows, args.prompts), raw=False, thinking=None)

@@ -106,12 +106,12 @@ def named_target(spec: str) -> str | None:
     name, colon, _ = alone.partition(":")
     if {alone, name + colon} & {*registry.NAMES, SHIPPED}:
         return None
-    folder = drafters.locate(alone)
+    folder = drafters.drafter_folder(alone)
     found = speculators.verifier(read_json(folder / "config.json"), folder)
     if found is None:
         return None
     try:
-        checkpoints.locate(found)
+        checkpoints.target_path(found)
     except ValueError as error:
         raise ValueError(
             f"drafter {spec!r} names its target, {found!r}, which cannot be found ({error}); "

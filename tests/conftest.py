@@ -100,7 +100,7 @@ def unavailable():
 def smollm2_path(unavailable) -> Path:
     """The GGUF file of the real small target."""
     try:
-        return checkpoints.locate("smollm2-135m")
+        return checkpoints.target_path("smollm2-135m")
     except ValueError as error:
         unavailable(str(error))
 

@@ -30,7 +30,7 @@ def load(name_or_path: str | Path, dtype="float32", devices: int = 1) -> Target:
     """
     from jaxspec.models.target import Target
 
-    path = locate(name_or_path)
+    path = target_path(name_or_path)
     reader = _format(path)
     config = reader.read_config(path)
     tokenizer = reader.load_tokenizer(path)
@@ -47,22 +47,22 @@ def load(name_or_path: str | Path, dtype="float32", devices: int = 1) -> Target:
 
 def read_config(name_or_path: str | Path) -> TargetConfig:
     """The configuration alone; arguments and errors as `load`."""
-    path = locate(name_or_path)
+    path = target_path(name_or_path)
     return _format(path).read_config(path)
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
     """The tokenizer alone, without reading weights; arguments and errors as `load`."""
-    path = locate(name_or_path)
+    path = target_path(name_or_path)
     return _format(path).load_tokenizer(path)
 
 
-def locate(name_or_path: str | Path) -> Path:
+def target_path(name_or_path: str | Path) -> Path:
     """The local file or folder behind a name, downloaded if need be; errors as `load`."""
     from jaxspec.checkpoints import catalog, huggingface
 
     if name_or_path in catalog.names() and not Path(name_or_path).exists():
-        name_or_path = catalog.locate(name_or_path)
+        name_or_path = catalog.find(name_or_path)
     return huggingface.resolve(name_or_path)
 
 

@@ -11,7 +11,7 @@ from jaxspec.checkpoints.fuse import Part
 from jaxspec.config import DrafterConfig
 
 
-def destinations(config: DrafterConfig, format: str) -> dict[tuple, tuple[Part, ...]]:
+def block_parts(config: DrafterConfig, format: str) -> dict[tuple, tuple[Part, ...]]:
     """For every weight, by its path in the head, the tensors it is made of."""
     c = config
     width, dim = c.hidden_size, c.head_dim

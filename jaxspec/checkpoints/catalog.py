@@ -51,11 +51,11 @@ MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db5
 
 
 def names() -> tuple[str, ...]:
-    """The names `locate` knows."""
+    """The names `find` knows."""
     return (DEFAULT, *HUB)
 
 
-def locate(name: str) -> str | Path:
+def find(name: str) -> str | Path:
     """The hub name, or the path of the local file, behind a name of the catalog.
 
     Raises:

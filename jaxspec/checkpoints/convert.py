@@ -20,8 +20,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from jaxspec.checkpoints import huggingface, locate
-from jaxspec.checkpoints.fuse import Part, destinations
+from jaxspec.checkpoints import huggingface, target_path
+from jaxspec.checkpoints.fuse import Part, target_parts
 from jaxspec.checkpoints.quantised import KEYS, MODELOPT, quantisation_of
 from jaxspec.checkpoints.store import load_weights, save_weights
 from jaxspec.checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder, read_json
@@ -70,7 +70,7 @@ def convert(
         raise ValueError(f"{output} exists; give --output a new folder")
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of {FORMATS}")
-    folder = locate(source)
+    folder = target_path(source)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected a Hugging Face checkpoint's folder")
     config = huggingface.read_config(folder)
@@ -175,7 +175,7 @@ def _stored_tensors(output: Path, config, params) -> Iterator[tuple[str, Any, An
 def _parts(config, params: TargetParams) -> Iterator[tuple[list[Part], jax.Array]]:
     """Every tensor that makes up the weights, one expert each: its parts in the order of its
     rows, and the array they are in."""
-    table = destinations(config, {})
+    table = target_parts(config, {})
     parts = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, tuple) and _all_parts(x))
     for group, array in zip(parts, jax.tree.leaves(params), strict=True):
         for _, parts in itertools.groupby(group, key=lambda part: part.name):

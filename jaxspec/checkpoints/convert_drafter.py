@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxspec.checkpoints import drafter_config, eagle3_config, load, speculators
 from jaxspec.checkpoints.block_format import DRAFT_TOKENS, TEMPERATURES
-from jaxspec.checkpoints.drafters import load_drafter, locate, save_drafter
+from jaxspec.checkpoints.drafters import drafter_folder, load_drafter, save_drafter
 from jaxspec.checkpoints.quantised import quantisation_of
 from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import TreeConfig
@@ -68,7 +68,7 @@ def convert_drafter(
         raise ValueError(f"{output} exists; give --output a new folder")
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of {FORMATS}")
-    folder = locate(drafter)
+    folder = drafter_folder(drafter)
     raw = read_json(folder / "config.json")
     source = eagle3_config.recognise(raw) or drafter_config.recognise(raw, folder)
     named = speculators.verifier(raw, folder)

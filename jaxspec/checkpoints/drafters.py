@@ -18,7 +18,7 @@ from flax import nnx
 
 from jaxspec.checkpoints import eagle3, eagle3_config, speculators
 from jaxspec.checkpoints.block_format import DRAFT_TOKENS, TEMPERATURES, todays_name
-from jaxspec.checkpoints.block_tensors import destinations
+from jaxspec.checkpoints.block_tensors import block_parts
 from jaxspec.checkpoints.drafter_config import format_named, from_json, recognise, to_json
 from jaxspec.checkpoints.drafter_files import (
     DrafterTensors,
@@ -62,7 +62,7 @@ def load_drafter(
       ValueError: it is not a drafter of a known format, is damaged, or was made for another
         target.
     """
-    dtype, folder = check_dtype(dtype), locate(name_or_path)
+    dtype, folder = check_dtype(dtype), drafter_folder(name_or_path)
     raw = read_json(folder / "config.json")
     if eagle3_config.recognise(raw):
         return eagle3.load(folder, raw, target_config, target_params, tree, dtype)
@@ -80,7 +80,7 @@ def read_drafter_config(
     name_or_path: str | Path, target: TargetConfig
 ) -> DrafterConfig | EagleConfig:
     """The configuration alone of a published drafter for a target; errors as `load_drafter`."""
-    folder = locate(name_or_path)
+    folder = drafter_folder(name_or_path)
     raw = read_json(folder / "config.json")
     if eagle3_config.recognise(raw):
         return eagle3_config.from_json(raw, folder, target)
@@ -123,7 +123,7 @@ def save_drafter(
     if np.any(np.asarray(params.temperatures) != 1):
         values = np.broadcast_to(params.temperatures, config.depth)
         raw[TEMPERATURES] = [float(x) for x in values]
-    tensors = written_tensors(whole_weights(params), destinations(config, format))
+    tensors = written_tensors(whole_weights(params), block_parts(config, format))
     for name, array in beside.items():
         tensors[name] = array if name in INTEGERS else array.astype(dtype)
     write_folder(folder, raw, tensors, INTEGERS)
@@ -160,7 +160,7 @@ def _temperatures(found: Any, config: DrafterConfig, origin: Any) -> Any:
     return found
 
 
-def locate(name_or_path: str | Path) -> Path:
+def drafter_folder(name_or_path: str | Path) -> Path:
     """The folder of a drafter: `shipped`, `path`, `hub/name`, or one with `::subfolder`.
 
     Raises:
@@ -223,7 +223,7 @@ def check_target(config: DrafterConfig, target: TargetConfig, origin: Any) -> No
 def _load(
     tensors: DrafterTensors, config: DrafterConfig, format: str, target: TargetParams, dtype
 ) -> nnx.State:
-    table, codec = destinations(config, format), format_named(format)
+    table, codec = block_parts(config, format), format_named(format)
     repeated = codec.repeated(target)
     expected = expected_shapes(table) | {name: x.shape for name, x in repeated.items()}
     check_names(tensors, expected, codec.extra)

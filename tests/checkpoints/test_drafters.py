@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxspec.checkpoints import huggingface
 from jaxspec.checkpoints.drafter_config import from_json, recognise, to_json
-from jaxspec.checkpoints.drafters import load_drafter, locate, save_drafter
+from jaxspec.checkpoints.drafters import drafter_folder, load_drafter, save_drafter
 from jaxspec.config import DrafterConfig, RopeScaling, TreeConfig
 from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.drafters.head import random_weights
@@ -180,9 +180,9 @@ def test_a_subfolder_of_a_repository(tmp_path):
     assert load(f"{tmp_path / 'repo'}::sweep/one")[0] == drafter
     for inner in ("../repo", "/etc", "", "sweep/../../.."):
         with pytest.raises(ValueError, match="expected one inside"):
-            locate(f"{tmp_path / 'repo'}::{inner}")
+            drafter_folder(f"{tmp_path / 'repo'}::{inner}")
     with pytest.raises(ValueError, match="there is no folder .*missing"):
-        locate(f"{tmp_path / 'repo'}::missing")
+        drafter_folder(f"{tmp_path / 'repo'}::missing")
 
 
 KEPT = [0, 2, 3, 7, 10]

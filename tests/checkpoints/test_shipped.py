@@ -6,7 +6,7 @@ import pytest
 
 from jaxspec import checkpoints
 from jaxspec.api import generate
-from jaxspec.checkpoints.drafters import SHIPPED, locate
+from jaxspec.checkpoints.drafters import SHIPPED, drafter_folder
 from jaxspec.config import TreeConfig
 from jaxspec.evaluation.results import RunSettings, read_rows
 from jaxspec.loading import load_drafter
@@ -16,7 +16,7 @@ RESULTS = Path(checkpoints.__file__).parents[2] / "docs/results.md"
 
 
 def test_it_is_small_and_described():
-    folder = locate(SHIPPED)
+    folder = drafter_folder(SHIPPED)
     assert (folder / "model.safetensors").stat().st_size < 40e6
     assert "recipe" in (folder / "README.md").read_text()
     setups = [
@@ -32,7 +32,10 @@ def test_the_results_show_its_evaluation():
     from jaxspec.evaluation.view import View
 
     text = RESULTS.read_text(encoding="utf-8")
-    assert into(text, summary(View(read_rows(locate(SHIPPED) / "evaluation.jsonl")))) == text
+    assert (
+        into(text, summary(View(read_rows(drafter_folder(SHIPPED) / "evaluation.jsonl"))))
+        == text
+    )
 
 
 @pytest.mark.real

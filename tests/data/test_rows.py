@@ -9,7 +9,7 @@ import pytest
 
 from jaxspec.data.conversations import Example
 from jaxspec.data.identity import fingerprint
-from jaxspec.data.rows import from_json, read_examples, to_json
+from jaxspec.data.rows import read_examples, read_sequences, stored_sequences
 from jaxspec.models.target import Target
 from tests.data.test_conversations import PLAIN, TALK, shown, tokenizer
 from tests.training import tiny
@@ -35,9 +35,9 @@ def read(path, target, **options):
 
 def test_tokens_and_ranges_come_back():
     example = Example(np.array([5, 6, 7, 8, 9], np.int32), np.array([0, 1, 1, 0, 1], bool))
-    raw = json.loads(json.dumps(to_json([example])))
+    raw = json.loads(json.dumps(stored_sequences([example])))
     assert raw == [{"token_ids": [5, 6, 7, 8, 9], "answers": [[1, 3], [4, 5]]}]
-    (found,) = from_json(raw, 10)
+    (found,) = read_sequences(raw, 10)
     np.testing.assert_array_equal(found.tokens, example.tokens)
     np.testing.assert_array_equal(found.supervised, example.supervised)
 
@@ -59,7 +59,7 @@ def test_tokens_and_ranges_come_back():
 )
 def test_damaged_sequences_are_named(sequence, error):
     with pytest.raises(ValueError, match=error):
-        from_json([sequence], 24)
+        read_sequences([sequence], 24)
 
 
 def test_stored_tokens_are_trained_on_whatever_the_text(target, tmp_path):

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxspec import checkpoints
 from jaxspec.api import generate
 from jaxspec.checkpoints.drafters import load_drafter
-from jaxspec.checkpoints.eagle3 import destinations
+from jaxspec.checkpoints.eagle3 import eagle_parts
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.eagle import EagleDrafter
@@ -77,7 +77,7 @@ def test_a_training_step_of_speculators(case, variant):
     np.testing.assert_allclose(loss, expected["loss"], **CLOSE)
     assert counted.tolist() == [expected["metrics"][f"full_acc_{j}_total"] for j in range(3)]
     slopes, norms = dict(nnx.to_flat_state(slopes)), {}
-    for path, parts in destinations(config).items():
+    for path, parts in eagle_parts(config).items():
         for part in parts:
             norms[part.name] = jnp.linalg.norm(slopes[path][...][part.index].ravel())
     assert norms.keys() == expected["gradients"].keys()
