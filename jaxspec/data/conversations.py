@@ -1,7 +1,7 @@
 """Conversations as token ids, with the tokens that the target itself wrote marked.
 
-Text says what was written, not in which tokens, and a chat template may render it otherwise
-than it was written. So what is rendered here is read back and compared with the answers.
+Stored text does not say which tokens were sampled, and a chat template may change it. Every
+rendering is therefore decoded again and compared with the original answers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def encode(
     finished: bool = True,
     stop_ids: Collection[int] = (),
 ) -> list[Example]:
-    """A conversation as the target saw it when it wrote each answer.
+    """Tokenizes a conversation as the target saw it when it wrote each answer.
 
     Which tokens are an answer follows from the chat template: from its `{% generation %}`
     marks or, without them, from what the rendering of a conversation that ends with the answer
@@ -49,8 +49,9 @@ def encode(
     Args:
       messages: {'role': …, 'content': …} each; those with the role 'assistant' are answers.
       thinking: as the answers were written.
-      finished: the last answer ended by itself; otherwise its end is not supervised.
-      stop_ids: end an answer, as the tokenizer's do.
+      finished: whether the last answer ended with a stop id; otherwise its end is not
+        supervised.
+      stop_ids: token ids that end an answer, besides the tokenizer's.
 
     Raises:
       ValueError: there is no answer, the template does not put it after its prompt, or its
@@ -74,7 +75,7 @@ def encode(
 
 
 def extend(examples: list[Example], prompt: Sequence[int], answer: Sequence[int]) -> None:
-    """Adds an answer, to the last sequence where its prompt goes on from that."""
+    """Appends an answer: to the last sequence if the prompt continues it, else as a new one."""
     before = examples[-1] if examples else None
     supervised = np.zeros(len(prompt), bool)
     if before and list(prompt[: len(before)]) == before.tokens.tolist():
@@ -91,7 +92,7 @@ class _Rendering:
     stop_ids: Collection[int]
 
     def answer(self, messages: Messages, finished: bool) -> tuple[list[int], list[int]]:
-        """The prompt of the last message, and its tokens."""
+        """Token ids of the last message's prompt, and of that message."""
         prompt, answer = self._split(messages, finished)
         content = messages[-1]["content"]
         if self._text(answer) != content:
@@ -100,7 +101,7 @@ class _Rendering:
         return prompt, answer
 
     def marked(self, messages: Messages, finished: bool) -> Example:
-        """By the template's own marks."""
+        """Tokenizes with the answer marks of the chat template."""
         ids, marks = self.tokenizer.render_marked(messages, thinking=self.thinking)
         tokens, supervised = np.array(ids, np.int32), np.array(marks, bool)
         runs = list(_runs(supervised))
@@ -129,7 +130,7 @@ class _Rendering:
         return prompt, self._until_stop(whole[len(prompt) :], finished)
 
     def _until_stop(self, answer: list[int], finished: bool) -> list[int]:
-        """Without what the template writes after the stop id, which the target never does."""
+        """Drops what the template adds after the stop id: the target never writes it."""
         stop = next((i for i, x in enumerate(answer) if x in self.stop_ids), None)
         return answer if stop is None else answer[: stop + finished]
 

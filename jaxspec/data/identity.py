@@ -1,4 +1,4 @@
-"""What tells two models apart, whatever they are called."""
+"""Fingerprints that identify a model independently of its name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxspec.models.target import Target
 
-SAMPLED = 16  # values of each array
+SAMPLED = 16  # values hashed per array
 
 
 def fingerprint(target: Target) -> str:
     """A hash of the first values of every weight, the same in float32 and bfloat16.
 
-    A model under another name or in another folder has the same one, a fine-tuned model
-    another. Every array must be whole in this process.
+    Renaming or moving a model does not change it; fine-tuning does. Every array must be fully
+    addressable in this process.
     """
     digest = hashlib.sha256()
     for path, x in jax.tree.leaves_with_path(target.params):

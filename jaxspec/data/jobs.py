@@ -15,33 +15,33 @@ from jaxspec.data.sources import Source, open_source
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """A question the target goes on with in its own words.
+    """The beginning of a question that the target completes.
 
     Attributes:
-      text: how it begins; nothing leaves it all to the target.
-      ending: put after what the target wrote.
+      text: its first words; empty if the target writes the whole question.
+      ending: text appended to the target's completion.
     """
 
     text: str = ""
     ending: str = ""
 
     def fits(self, question: str) -> bool:
-        """Whether a question may have come from it."""
+        """Whether a question could be a completion of this opening."""
         return question.startswith(self.text.lstrip()) and question.endswith(self.ending)
 
 
 @dataclasses.dataclass
 class Job:
-    """A conversation on its way.
+    """A conversation that the target is answering.
 
     Attributes:
-      number: its place in the input, from which its random numbers follow.
-      messages: said so far.
-      turns: the user's, not yet asked; an `Opening` is one the target writes itself.
-      error: why it cannot be asked at all; empty if it can.
+      number: its place in the input; its random keys are derived from it.
+      messages: the conversation so far.
+      turns: user turns still to be asked; the target itself completes an `Opening`.
+      error: why it cannot be asked; empty if it can.
       prompt: token ids of the last request.
-      sequences: the tokens of all answers and their prompts.
-      finished: the last answer ended by itself.
+      sequences: token ids of all answers with their prompts.
+      finished: whether the last answer ended with a stop id.
     """
 
     id: Any
@@ -55,7 +55,7 @@ class Job:
     new_tokens: int = 0
 
     def asked(self, conversation: list[dict[str, str]]) -> bool:
-        """Whether a finished conversation is this one's; only before its first turn."""
+        """Whether a finished conversation answers this job; valid before its first turn."""
         given = [x for x in conversation if x["role"] != "assistant"]
         turns = [x["content"] for x in given[len(self.messages) :] if x["role"] == USER]
         return (

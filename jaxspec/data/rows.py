@@ -1,4 +1,4 @@
-"""Training data in files: rows that hold a conversation, with its tokens where these are known.
+"""Training data: rows that hold a conversation, with its token ids where they are stored.
 
 A row of `regenerate` has, beside the text for people,
 
@@ -33,7 +33,7 @@ SHOWN = 3  # of the rows that were skipped
 
 
 def stored_sequences(examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """What a row says of its sequences."""
+    """Sequences as a row stores them."""
     return [
         {"token_ids": example.tokens.tolist(), "answers": answer_ranges(example)}
         for example in examples
@@ -44,7 +44,7 @@ def read_sequences(sequences: Any, vocab: int) -> list[Example]:
     """The sequences of a row.
 
     Args:
-      vocab: how many ids there are.
+      vocab: size of the target's vocabulary.
 
     Raises:
       ValueError: they are not what `stored_sequences` writes.
@@ -86,9 +86,9 @@ def row_examples(
     """The sequences of a row: as they are stored or, of text alone, as it renders.
 
     Args:
-      vocab: how many token ids there are.
-      stop_ids: end an answer, as the tokenizer's do.
-      known: the tokenizer's own target wrote the row; another's tokens are not taken.
+      vocab: size of the target's vocabulary.
+      stop_ids: token ids that end an answer, besides the tokenizer's.
+      known: whether this target wrote the row; stored ids of another target are not used.
 
     Raises:
       ValueError: the row is not a conversation, or its rendering is not what was written.
@@ -126,7 +126,7 @@ def read_examples(
     cannot be used is skipped; how many were, and the first of them, is said on standard error.
 
     Args:
-      any_target: take rows that another model wrote, too; their text is rendered.
+      any_target: also use rows that another model wrote; their text is rendered.
 
     Raises:
       ValueError: a source cannot be read, a row names another target, or nothing is left.

@@ -285,7 +285,7 @@ def branch_gaps(
     *,
     stride: int = 16,
 ) -> list[float]:
-    """By how many nats the drafter overrates its own likeliest branch.
+    """How many nats the drafter overestimates the log-probability of its likeliest branch.
 
     At every `stride`-th anchor the drafter's greedy chain of full depth is run through the
     target; the gap is the drafter's log-probability of the chain minus the target's. JetSpec

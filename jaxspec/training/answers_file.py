@@ -19,7 +19,7 @@ Fields = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What tells a row from one of another run."""
+    """The fields of a row that identify its run."""
 
     line: int
     conversation: list[dict[str, str]]
@@ -103,14 +103,14 @@ class AnswersFile:
             _append(stream, row)
 
     def close(self) -> None:
-        """Lets others have it; a file without rows goes away."""
+        """Releases the lock; removes the file if it has no rows."""
         if not self.path.stat().st_size:
             self.path.unlink()
         self._stream.close()
 
 
 def _differences(found: Fields, expected: Fields) -> list[str]:
-    """What two rows say otherwise; what only one of them says was added later."""
+    """Fields whose values differ; a field that only one row has is ignored."""
     if "fingerprint" in found or same_name(str(found.get("target")), expected["target"]):
         found = found | {"target": expected["target"]}  # a model may be moved
     return [

@@ -1,4 +1,4 @@
-"""Which sequences make a batch; deterministic for each epoch.
+"""Assigns sequences to batches, deterministically for each epoch.
 
 Sequences of similar length go together, padded to a bucket's length, so that few shapes are
 compiled and little padding is computed. Packed, rows are of one length and hold as many
@@ -14,9 +14,9 @@ import numpy as np
 
 from jaxspec.data.conversations import Example
 
-UNIT = 128  # bucket lengths are multiples, and what the target runs on at a time
+UNIT = 128  # bucket lengths are multiples of it; tokens per chunk of the target's forward
 PACKED_UNIT = 64  # the same for packed rows: a larger one wastes more of a row
-OPEN_ROWS = 64  # that a sequence may join; more would fill rows little better
+OPEN_ROWS = 64  # rows tried for each sequence; more would barely improve packing
 
 
 @dataclasses.dataclass(frozen=True)

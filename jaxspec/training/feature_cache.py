@@ -7,63 +7,44 @@ sequences, shortest first, one after another. Each shard appears whole or not at
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from safetensors.numpy import save_file
-from tqdm import tqdm
 
-from jaxspec.checkpoints.tensors import DTYPES, read_json
-from jaxspec.config import TargetConfig
+from jaxspec.checkpoints.tensors import read_json
 from jaxspec.data.conversations import Example
-from jaxspec.models.params import TargetParams
 from jaxspec.models.target import Target
-from jaxspec.sharding import DATA, mesh_of
-from jaxspec.training.batches import UNIT, BatchRows, Place, bucket, collate, places
-from jaxspec.training.features import Features, target_features
+from jaxspec.training.batches import Place
+from jaxspec.training.feature_build import build_shards
+from jaxspec.training.feature_shards import (
+    Layout,
+    ShardFormat,
+    open_shard,
+    plan_shards,
+    shard_path,
+    stored_dtype,
+)
+from jaxspec.training.features import Features
 
 INDEX = "index.json"
 SHARD_BYTES = 256 * 10**6
-BATCH_TOKENS = 8192  # of one forward of the target
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Which shard holds which rows; follows from lengths alone.
-
-    Attributes:
-      shards: indices of the sequences in each.
-      starts: first row of every sequence in its shard.
-      rows: of each shard.
-    """
-
-    shards: tuple[tuple[int, ...], ...]
-    starts: tuple[int, ...]
-    rows: tuple[int, ...]
-
-    @functools.cached_property
-    def shard_of(self) -> dict[int, int]:
-        """Sequence to shard."""
-        return {row: i for i, rows in enumerate(self.shards) for row in rows}
 
 
 class FeatureCache:
-    """Features that were computed before, read by memory map."""
+    """Precomputed features, memory-mapped."""
 
-    def __init__(self, folder: Path, layout: Layout, lengths: Sequence[int], stored: _Format):
+    def __init__(
+        self, folder: Path, layout: Layout, lengths: Sequence[int], stored: ShardFormat
+    ):
         self._folder, self._layout = folder, layout
         self._lengths, self._format = lengths, stored
         self._maps: dict[int, Features] = {}
@@ -92,25 +73,12 @@ class FeatureCache:
 
     def _shard(self, number: int) -> Features:
         if number not in self._maps:
-            path = _path(self._folder, number)
-            found = _open(path, self._layout.rows[number], self._format)
+            path = shard_path(self._folder, number)
+            found = open_shard(path, self._layout.rows[number], self._format)
             if found is None:
                 raise ValueError(f"{path} was changed or removed; start again to rebuild it")
             self._maps[number] = found
         return self._maps[number]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Format:
-    """Widths of the two arrays, and the dtype of both."""
-
-    hidden: int
-    taps: int
-    dtype: np.dtype
-
-    @property
-    def row_bytes(self) -> int:
-        return (self.hidden + self.taps) * self.dtype.itemsize
 
 
 def open_features(
@@ -147,32 +115,17 @@ def open_features(
         "digest": _digest(examples),
     }
     index = _index(folder, settings, dtype, {"dtype": computed, "shard_bytes": shard_bytes})
-    stored = _Format(width, len(taps) * width, jnp.dtype(index["dtype"]))
+    stored = ShardFormat(width, len(taps) * width, jnp.dtype(index["dtype"]))
     layout = plan_shards(lengths, max(1, index["shard_bytes"] // stored.row_bytes))
     missing = [
-        i for i, rows in enumerate(layout.rows) if _open(_path(folder, i), rows, stored) is None
+        i
+        for i, rows in enumerate(layout.rows)
+        if open_shard(shard_path(folder, i), rows, stored) is None
     ]
     if missing:
         _check_room(folder, layout, missing, stored)
-        _build(folder, target, examples, taps, layout, missing, stored)
+        build_shards(folder, target, examples, taps, layout, missing, stored)
     return FeatureCache(folder, layout, lengths, stored)
-
-
-def plan_shards(lengths: Sequence[int], shard_rows: int) -> Layout:
-    """Sequences by length, as many to a shard as fit its rows, at least one.
-
-    >>> plan_shards([5, 2, 3, 4], 6)
-    Layout(shards=((1, 2), (3,), (0,)), starts=(0, 0, 2, 0), rows=(5, 4, 5))
-    """
-    shards, rows, starts = [], [], [0] * len(lengths)
-    for i in np.argsort(lengths, kind="stable").tolist():
-        if not shards or rows[-1] + lengths[i] > shard_rows:
-            shards.append([])
-            rows.append(0)
-        starts[i] = rows[-1]
-        shards[-1].append(i)
-        rows[-1] += lengths[i]
-    return Layout(tuple(map(tuple, shards)), tuple(starts), tuple(rows))
 
 
 def _index(
@@ -183,7 +136,7 @@ def _index(
     asked = settings if dtype is None else settings | {"dtype": dtype}
     if not path.exists():
         index = defaults | asked
-        _kind_of(index["dtype"])
+        stored_dtype(index["dtype"])
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(index, indent=2) + "\n")
@@ -203,15 +156,9 @@ def _index(
     return index
 
 
-def _kind_of(dtype: str) -> str:
-    """A dtype's name in safetensors."""
-    kinds = {str(np.dtype(x)): kind for kind, x in DTYPES.items()}
-    if dtype not in kinds:
-        raise ValueError(f"features cannot be stored in {dtype!r}; expected one of {[*kinds]}")
-    return kinds[dtype]
-
-
-def _check_room(folder: Path, layout: Layout, missing: Sequence[int], stored: _Format) -> None:
+def _check_room(
+    folder: Path, layout: Layout, missing: Sequence[int], stored: ShardFormat
+) -> None:
     """Prints the size of the shards to build; raises ValueError if the disk is too small."""
     if jax.process_count() > 1:
         raise ValueError(
@@ -231,123 +178,6 @@ def _check_room(folder: Path, layout: Layout, missing: Sequence[int], stored: _F
             f"{folder} needs {needed / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB; "
             "train without --features, on fewer conversations, or store bfloat16"
         )
-
-
-def _build(
-    folder: Path,
-    target: Target,
-    examples: Sequence[Example],
-    taps: tuple[int, ...],
-    layout: Layout,
-    missing: Sequence[int],
-    stored: _Format,
-) -> None:
-    total = sum(layout.rows)
-    todo = sum(layout.rows[i] for i in missing)
-    with tqdm(
-        total=total,
-        initial=total - todo,
-        desc="features",
-        unit="token",
-        unit_scale=True,
-        file=sys.stderr,
-    ) as progress:
-        for number in missing:
-            rows = layout.rows[number]
-            hidden = np.empty((rows, stored.hidden), stored.dtype)
-            tapped = np.empty((rows, stored.taps), stored.dtype)
-            for row, features in _computed(target, examples, taps, layout.shards[number]):
-                start, count = layout.starts[row], len(examples[row])
-                hidden[start : start + count] = features.hidden[:count]
-                tapped[start : start + count] = features.taps[:count]
-                progress.update(count)
-            _write(_path(folder, number), {"hidden": hidden, "taps": tapped})
-
-
-def _computed(
-    target: Target, examples: Sequence[Example], taps: tuple[int, ...], rows: Sequence[int]
-) -> Iterator[tuple[int, Features]]:
-    """Every sequence's features, padded, in the order of `rows`, which is by length.
-
-    A batch is computed while the one before is copied and written.
-    """
-    lengths, before = [len(example) for example in examples], None
-    with mesh_of(target.params) as mesh:
-        for batch in _batches(lengths, rows, mesh):
-            shape, found = places(batch, lengths, micro_batch=len(batch.rows))
-            tokens = collate(examples, batch.length, shape, found)[0][0]
-            if mesh is not None:
-                tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec(DATA)))
-            features = _features(target.params, target.config, tokens, taps)
-            if before is not None:
-                yield from _split(*before)
-            before = batch, features
-    yield from _split(*before)
-
-
-def _batches(lengths: Sequence[int], rows: Sequence[int], mesh) -> Iterator[BatchRows]:
-    """Powers of two of sequences of a bucket, so that few shapes are compiled."""
-    divide = 1 if mesh is None else mesh.shape[DATA]
-    for length, group in itertools.groupby(rows, key=lambda row: bucket(lengths[row])):
-        waiting = [(row,) for row in group]
-        most = max(1, BATCH_TOKENS // length)
-        while waiting:
-            size = 1 << (min(most, len(waiting)).bit_length() - 1)
-            taken, waiting = waiting[:size], waiting[size:]
-            padding = [()] * (-size % divide)
-            yield BatchRows((*taken, *padding), length)
-
-
-def _split(batch: BatchRows, features: Features) -> Iterator[tuple[int, Features]]:
-    features = jax.device_get(features)
-    for i, row in enumerate(batch.rows):
-        for sequence in row:
-            yield sequence, Features(features.hidden[i], features.taps[i])
-
-
-@functools.partial(jax.jit, static_argnames=("config", "taps"))
-def _features(
-    params: TargetParams, config: TargetConfig, tokens: jax.Array, taps: tuple[int, ...]
-) -> Features:
-    return target_features(params, config, tokens, taps=taps, chunk=UNIT)
-
-
-def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Whole or not at all, also when the machine goes down."""
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    with partial.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
-
-
-def _open(path: Path, rows: int, stored: _Format) -> Features | None:
-    """Memory maps of a shard, or None if it is not there or not whole."""
-    if not path.exists():
-        return None
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        header = int.from_bytes(stream.read(8), "little")
-        if header + 8 > size:
-            return None
-        try:
-            entries = json.loads(stream.read(header))
-        except ValueError:
-            return None
-    maps = {}
-    for name, width in (("hidden", stored.hidden), ("taps", stored.taps)):
-        begin, end = entries[name]["data_offsets"]
-        as_expected = {"dtype": _kind_of(str(stored.dtype)), "shape": [rows, width]}
-        if entries[name] != as_expected | {"data_offsets": [begin, end]}:
-            return None
-        if 8 + header + end > size:
-            return None
-        maps[name] = np.memmap(path, stored.dtype, "r", 8 + header + begin, (rows, width))
-    return Features(**maps)
-
-
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"features-{number:05}.safetensors"
 
 
 def _digest(examples: Sequence[Example]) -> str:

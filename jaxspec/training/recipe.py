@@ -72,12 +72,12 @@ class TrainConfig:
       batch_size: rows per update.
       micro_batch: rows per forward; the gradients of a batch are summed in float32.
       anchors: blocks per row; EAGLE-3 is trained at every position.
-      packed: length of rows that several sequences share; 0 gives each a row of its own.
+      packed: length of rows that hold several sequences; 0 puts one sequence in each row.
       draft_vocab: tokens drafted, the most frequent of the examples; 0 drafts all, or what the
         drafter to go on from does.
       initial: "target" copies the target's last layers, "random" draws them; anything else is
         the folder or hub name of a drafter to go on from, of the configuration `drafter`.
-      validate_every, checkpoint_every: in steps; 0 does so at the end alone.
+      validate_every, checkpoint_every: interval in steps; 0 means only at the end.
       keep: newest checkpoints kept, beside the best.
     """
 

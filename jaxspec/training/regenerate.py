@@ -1,7 +1,7 @@
-"""Training data from the target itself: its own answers, to given questions or to its own.
+"""Creates training data: the target's answers to given questions, or to questions it writes.
 
-A drafter learns what the target would say; other people's answers to the same prompts make a
-much worse one (JetSpec's ablation: acceptance length 3.65 against 8.62 on GSM8K).
+A drafter learns what the target would say; training on other answers to the same prompts gives
+a much worse one (JetSpec's ablation: acceptance length 3.65 against 8.62 on GSM8K).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from jaxspec.tokenizer import Tokenizer
 from jaxspec.training.answers_file import AnswersFile
 
 GREEDY = Sampling()
-ROUNDS = 8  # between two looks at which rows are done
+ROUNDS = 8  # decode rounds between checks for finished rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ class _Conversations:
     """Conversations that the target answers together.
 
     Attributes:
-      answered, failed: conversations that are complete, or never will be.
+      answered, failed: numbers of completed and of failed conversations.
     """
 
     def __init__(self, config, target, drafter, file: AnswersFile, made_by, progress: tqdm):
@@ -193,14 +193,14 @@ class _Conversations:
 
 
 def user_header(tokenizer: Tokenizer) -> list[int]:
-    """What a chat template writes before a user's first word."""
+    """Token ids that the chat template puts before a user's text."""
     first, second = (tokenizer.chat(text) for text in ("a", "b"))
     same = next(i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y)
     return first[:same]
 
 
 def _request(config: RegenerateConfig, target: Target, job: Job) -> Request:
-    """The next thing to ask for: a question of the target's own, or an answer.
+    """The next request of a job: for a question of the target's own, or for an answer.
 
     Raises:
       ValueError: the job has an error, or the template refuses it.
@@ -222,10 +222,10 @@ def _request(config: RegenerateConfig, target: Target, job: Job) -> Request:
 
 
 def _hear(target: Target, job: Job, answer: list[int]) -> bool:
-    """Takes an answer, token ids, into the conversation; whether it is complete.
+    """Adds an answer's token ids to the conversation; returns whether it is complete.
 
     Raises:
-      ValueError: the target had nothing to ask.
+      ValueError: the target wrote an empty question.
     """
     text = target.tokenizer.decode(answer)
     turn = job.turns.pop(0)

@@ -1,4 +1,4 @@
-"""The folder of a training run: what it was begun with, and when it may go on."""
+"""The folder of a training run: its settings, and the checks before it is resumed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FREE = ("validate_every", "checkpoint_every", "keep")  # change nothing that is 
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """The folder, made if need be, for this process alone.
+    """Creates the folder if needed, and locks it for this process.
 
     Raises:
       ValueError: another process trains in it.
@@ -50,9 +50,9 @@ def enter(
 ) -> bool:
     """Writes the settings of a new run, or checks those of an old one against them.
 
-    A run goes on with other `FREE` settings; with more steps; and, where the checkpoint to go
-    on from is given, with another optimizer. The drafter of a run that goes on after its end is
-    kept as `drafter-STEPS`.
+    A run may be resumed with other `FREE` settings, with more steps, and, where the checkpoint
+    to resume from is given, with another optimizer. If a finished run is resumed, its drafter
+    is kept as `drafter-STEPS`.
 
     Returns:
       Whether the run is finished: there is nothing to train.
@@ -103,7 +103,7 @@ def data_hash(examples: Sequence[Example]) -> str:
 
 
 def _check_identity(folder: Path, old: dict[str, Any], now: dict[str, Any]) -> None:
-    """What an old file does not say is not checked."""
+    """Fields that an older file lacks are not checked."""
     known = "fingerprint" if "fingerprint" in old else "target"  # a model may be moved
     if old.get(known, now[known]) != now[known]:
         raise ValueError(
@@ -126,7 +126,7 @@ def _check_settings(
     config: TrainConfig,
     resume_step: int | None,
 ) -> None:
-    """A setting that an old file lacks was added later, and had its default."""
+    """A setting that an older file lacks is taken to have its default."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     different = [
         name

@@ -11,9 +11,10 @@ import pytest
 
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.data.conversations import Example
-from jaxspec.training import feature_cache
+from jaxspec.training import feature_build
 from jaxspec.training.batches import BatchRows, Position, places
-from jaxspec.training.feature_cache import open_features, plan_shards
+from jaxspec.training.feature_cache import open_features
+from jaxspec.training.feature_shards import plan_shards
 from jaxspec.training.features import target_features
 from jaxspec.training.loading import Loader
 from jaxspec.training.step import init_state, train_step
@@ -112,11 +113,11 @@ def test_a_killed_build_goes_on_and_ends_the_same(tmp_path, monkeypatch, capsys)
         written.append(path.name)
         original(path, tensors)
 
-    original = feature_cache._write
-    monkeypatch.setattr(feature_cache, "_write", write)
+    original = feature_build.write_shard
+    monkeypatch.setattr(feature_build, "write_shard", write)
     with pytest.raises(Killed):
         build(killed)
-    monkeypatch.setattr(feature_cache, "_write", original)
+    monkeypatch.setattr(feature_build, "write_shard", original)
     stamps = {name: (killed / name).stat().st_mtime_ns for name in written}
     capsys.readouterr()
     build(killed)

@@ -1,0 +1,112 @@
+"""Files of features: how the rows of a data set are divided among shards, and one shard."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxspec.checkpoints.tensors import DTYPES
+from jaxspec.training.features import Features
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which shard holds which rows; follows from lengths alone.
+
+    Attributes:
+      shards: indices of the sequences in each.
+      starts: first row of every sequence in its shard.
+      rows: of each shard.
+    """
+
+    shards: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    @functools.cached_property
+    def shard_of(self) -> dict[int, int]:
+        """Sequence to shard."""
+        return {row: i for i, rows in enumerate(self.shards) for row in rows}
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardFormat:
+    """Widths of the two arrays, and the dtype of both."""
+
+    hidden: int
+    taps: int
+    dtype: np.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return (self.hidden + self.taps) * self.dtype.itemsize
+
+
+def plan_shards(lengths: Sequence[int], shard_rows: int) -> Layout:
+    """Sequences by length, as many to a shard as fit its rows, at least one.
+
+    >>> plan_shards([5, 2, 3, 4], 6)
+    Layout(shards=((1, 2), (3,), (0,)), starts=(0, 0, 2, 0), rows=(5, 4, 5))
+    """
+    shards, rows, starts = [], [], [0] * len(lengths)
+    for i in np.argsort(lengths, kind="stable").tolist():
+        if not shards or rows[-1] + lengths[i] > shard_rows:
+            shards.append([])
+            rows.append(0)
+        starts[i] = rows[-1]
+        shards[-1].append(i)
+        rows[-1] += lengths[i]
+    return Layout(tuple(map(tuple, shards)), tuple(starts), tuple(rows))
+
+
+def stored_dtype(dtype: str) -> str:
+    """A dtype's name in safetensors."""
+    kinds = {str(np.dtype(x)): kind for kind, x in DTYPES.items()}
+    if dtype not in kinds:
+        raise ValueError(f"features cannot be stored in {dtype!r}; expected one of {[*kinds]}")
+    return kinds[dtype]
+
+
+def write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Whole or not at all, also when the machine goes down."""
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial)
+    with partial.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+def open_shard(path: Path, rows: int, stored: ShardFormat) -> Features | None:
+    """Memory maps of a shard, or None if it is not there or not whole."""
+    if not path.exists():
+        return None
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+        if header + 8 > size:
+            return None
+        try:
+            entries = json.loads(stream.read(header))
+        except ValueError:
+            return None
+    maps = {}
+    for name, width in (("hidden", stored.hidden), ("taps", stored.taps)):
+        begin, end = entries[name]["data_offsets"]
+        as_expected = {"dtype": stored_dtype(str(stored.dtype)), "shape": [rows, width]}
+        if entries[name] != as_expected | {"data_offsets": [begin, end]}:
+            return None
+        if 8 + header + end > size:
+            return None
+        maps[name] = np.memmap(path, stored.dtype, "r", 8 + header + begin, (rows, width))
+    return Features(**maps)
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"features-{number:05}.safetensors"
