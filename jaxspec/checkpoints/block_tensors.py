@@ -13,11 +13,8 @@ from jaxspec.config import DrafterConfig
 
 def block_parts(config: DrafterConfig, format: str) -> dict[tuple, tuple[Part, ...]]:
     """For every weight, by its path in the head, the tensors it is made of."""
-    c = config
-    width, dim = c.hidden_size, c.head_dim
-    queries, keys = c.num_heads * dim, c.num_kv_heads * dim
+    c, width = config, config.hidden_size
     backbone = format_named(format).prefix
-
     table = {
         ("fc",): linear(f"{backbone}fc.weight", width, len(c.taps) * width),
         ("hidden_norm",): same(f"{backbone}hidden_norm.weight", width),
@@ -25,62 +22,70 @@ def block_parts(config: DrafterConfig, format: str) -> dict[tuple, tuple[Part, .
     }
     for i in range(c.num_layers):
         layer = f"{backbone}layers.{i}."
-        a, inner = f"{layer}self_attn.", (c.intermediate_size, width)
-        weights = {
-            "norm": same(f"{layer}input_layernorm.weight", width),
-            # [M, K, G, D]
-            "q": (Part(f"{a}q_proj.weight", (queries, width), np.s_[...], (1, 2, 3, 0)),),
-            "kv": (  # [M, K, 2, D]
-                Part(f"{a}k_proj.weight", (keys, width), np.s_[:, :, 0], (1, 2, 0)),
-                Part(f"{a}v_proj.weight", (keys, width), np.s_[:, :, 1], (1, 2, 0)),
-            ),
-            "q_norm": same(f"{a}q_norm.weight", dim),
-            "k_norm": same(f"{a}k_norm.weight", dim),
-            # [K, G, D, M]
-            "out": (Part(f"{a}o_proj.weight", (width, queries), np.s_[...], (3, 0, 1, 2)),),
-            "mlp_norm": same(f"{layer}post_attention_layernorm.weight", width),
-            "gate_up": (  # [M, 2, F]
-                Part(f"{layer}mlp.gate_proj.weight", inner, np.s_[:, 0], (1, 0)),
-                Part(f"{layer}mlp.up_proj.weight", inner, np.s_[:, 1], (1, 0)),
-            ),
-            "down": linear(f"{layer}mlp.down_proj.weight", *reversed(inner)),
-        }
+        weights = _layer_parts(c, layer)
         table |= {("layers", i, name): parts for name, parts in weights.items()}
         convolutions = dflash2.convolutions(c, layer)
         table |= {("layers", i, *path): parts for path, parts in convolutions.items()}
-
-    if c.sequential == "mlp":
-        both = 2 * c.intermediate_size
-        weights = {
-            "norm": same("ar_approximation.norm.weight", width),
-            # [2 M, 2, F] and [2, F]
-            "up_gate": (
-                Part("ar_approximation.ug.weight", (both, 2 * width), np.s_[...], (1, 2, 0)),
-            ),
-            "bias": (Part("ar_approximation.ug.bias", (both,), np.s_[...], (0, 1)),),
-            "down": linear("ar_approximation.d.weight", width, c.intermediate_size),
-        }
-    elif c.sequential == "bilinear":
-        weights = dflash2.selector(c)
-    elif c.sequential:
-        weights = {
-            "previous": same("markov_head.markov_w1.weight", c.vocab_size, c.rank),
-            "output": same("markov_head.markov_w2.weight", c.vocab_size, c.rank),
-        }
-        if c.sequential == "gated":
-            weights["gate"] = linear("markov_head.gate_proj.weight", c.rank, width + c.rank)
-            weights["bias"] = same("markov_head.gate_proj.bias", c.rank)
-        if c.sequential == "rnn":
-            joint = (3 * c.rank, 2 * c.rank + width)
-            weights["joint"] = linear("markov_head.joint_proj.weight", *joint)
-            weights["bias"] = same("markov_head.joint_proj.bias", 3 * c.rank)
-    else:
-        weights = {}
-    table |= {("sequential", name): parts for name, parts in weights.items()}
-
+    table |= {("sequential", name): parts for name, parts in _sequential_parts(c).items()}
     if c.confidence:
         inputs = width + (c.rank if c.confidence == "hidden_and_previous" else 0)
         kernel = Part("confidence_head.proj.weight", (1, inputs), np.s_[None], (0, 1))
         table["confidence", "kernel"] = (kernel,)
         table["confidence", "bias"] = same("confidence_head.proj.bias", 1)
     return table
+
+
+def _layer_parts(c: DrafterConfig, layer: str) -> dict[str, tuple[Part, ...]]:
+    """The weights of a layer whose tensors' names begin with `layer`."""
+    width, dim = c.hidden_size, c.head_dim
+    queries, keys = c.num_heads * dim, c.num_kv_heads * dim
+    a, inner = f"{layer}self_attn.", (c.intermediate_size, width)
+    return {
+        "norm": same(f"{layer}input_layernorm.weight", width),
+        # [M, K, G, D]
+        "q": (Part(f"{a}q_proj.weight", (queries, width), np.s_[...], (1, 2, 3, 0)),),
+        "kv": (  # [M, K, 2, D]
+            Part(f"{a}k_proj.weight", (keys, width), np.s_[:, :, 0], (1, 2, 0)),
+            Part(f"{a}v_proj.weight", (keys, width), np.s_[:, :, 1], (1, 2, 0)),
+        ),
+        "q_norm": same(f"{a}q_norm.weight", dim),
+        "k_norm": same(f"{a}k_norm.weight", dim),
+        # [K, G, D, M]
+        "out": (Part(f"{a}o_proj.weight", (width, queries), np.s_[...], (3, 0, 1, 2)),),
+        "mlp_norm": same(f"{layer}post_attention_layernorm.weight", width),
+        "gate_up": (  # [M, 2, F]
+            Part(f"{layer}mlp.gate_proj.weight", inner, np.s_[:, 0], (1, 0)),
+            Part(f"{layer}mlp.up_proj.weight", inner, np.s_[:, 1], (1, 0)),
+        ),
+        "down": linear(f"{layer}mlp.down_proj.weight", *reversed(inner)),
+    }
+
+
+def _sequential_parts(c: DrafterConfig) -> dict[str, tuple[Part, ...]]:
+    """The weights of the sequential head; none without one."""
+    width = c.hidden_size
+    if c.sequential is None:
+        return {}
+    if c.sequential == "bilinear":
+        return dflash2.selector(c)
+    if c.sequential == "mlp":
+        up_gate = (2 * c.intermediate_size, 2 * width)
+        return {
+            "norm": same("ar_approximation.norm.weight", width),
+            # [2 M, 2, F] and [2, F]
+            "up_gate": (Part("ar_approximation.ug.weight", up_gate, np.s_[...], (1, 2, 0)),),
+            "bias": (Part("ar_approximation.ug.bias", up_gate[:1], np.s_[...], (0, 1)),),
+            "down": linear("ar_approximation.d.weight", width, c.intermediate_size),
+        }
+    weights = {
+        "previous": same("markov_head.markov_w1.weight", c.vocab_size, c.rank),
+        "output": same("markov_head.markov_w2.weight", c.vocab_size, c.rank),
+    }
+    if c.sequential == "gated":
+        weights["gate"] = linear("markov_head.gate_proj.weight", c.rank, width + c.rank)
+        weights["bias"] = same("markov_head.gate_proj.bias", c.rank)
+    if c.sequential == "rnn":
+        joint = (3 * c.rank, 2 * c.rank + width)
+        weights["joint"] = linear("markov_head.joint_proj.weight", *joint)
+        weights["bias"] = same("markov_head.joint_proj.bias", 3 * c.rank)
+    return weights
