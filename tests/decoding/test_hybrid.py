@@ -42,11 +42,14 @@ def plain():
     return outputs()
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize(
+    "name", ["random trees", "gated", pytest.param("lookup", marks=pytest.mark.gate)]
+)
 def test_speculative_equals_plain(plain, name):
     assert outputs(DRAFTERS[name]) == plain
 
 
+@pytest.mark.gate
 def test_a_mixture_with_a_shared_expert():
     target = tiny.target(tiny.HYBRID_MOE)
     options = dict(target=target, prompts=PROMPTS[:1], sampling=SAMPLINGS[:1])
