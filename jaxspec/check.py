@@ -164,8 +164,8 @@ def _check(
     config, params = drafter.drafter.head_config, drafter.params
     if config is None:
         raise ValueError(
-            f"{type(drafter.drafter).__name__} cannot be checked; expected a trained drafter, "
-            "without +ngram"
+            f"{type(drafter.drafter).__name__} cannot be checked; expected a trained block "
+            "drafter, without +ngram"
         )
     for text in texts:
         if len(text.tokens) < text.start + config.depth + 1:
