@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxspec.answer_text import AnswerText
+from jaxspec.answer_text import AnswerText, CutAnswer
 
 
 class Letters:
@@ -38,3 +38,16 @@ def test_text_ends_before_the_first_stop(stops, expected, size):
         assert expected.startswith(given)
     assert given + answer.finish() == expected
     assert answer.stopped == (expected != text)
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "expected", "taken"),
+    [(0, "a", 2), (1, "a", 2), (2, "aba", 4), (9, "ababa", 5)],
+)
+def test_stop_texts_are_looked_for_after_the_least_tokens(min_tokens, expected, taken):
+    answer = AnswerText(Letters(), ("b",), min_tokens=min_tokens)
+    text = answer.add([ord(character) for character in "ababa"])
+    assert (text, answer.taken) == (expected, taken)
+    cut = CutAnswer(Letters(), ("b",), 0, min_tokens)
+    cut.ended([ord(character) for character in "ababa"])
+    assert (cut.text, cut.seen) == (expected, taken)
