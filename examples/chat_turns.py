@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
+from collections.abc import Iterator
 
 import openai
 import tyro
@@ -80,13 +81,13 @@ def ask(client: openai.OpenAI, options: Chat, messages: list[dict], salt: str) -
     return Turn(usage.prompt_tokens, cached or 0, first or total, total, "".join(pieces))
 
 
-def main(options: Chat) -> str:
-    """Holds both chats turn by turn; a table in Markdown."""
-    lines = [
+def main(options: Chat) -> Iterator[str]:
+    """Holds both chats turn by turn; the rows of a table in Markdown."""
+    yield (
         "| turn | prompt tokens | of them kept | first token, s | run whole, s | answer, s "
-        "| run whole, s |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        "| run whole, s |"
+    )
+    yield "|---|---|---|---|---|---|---|"
     messages = [{"role": "system", "content": RULES * options.rules}]
     shared, sums = uuid.uuid4().hex, [0.0] * 4
     with openai.OpenAI(base_url=options.url, api_key=options.key, timeout=600) as client:
@@ -100,10 +101,10 @@ def main(options: Chat) -> str:
             times = [kept.first, whole.first, kept.total, whole.total]
             sums = [x + y for x, y in zip(sums, times, strict=True)]
             seconds = " | ".join(f"{x:.2f}" for x in times)
-            lines.append(f"| {number} | {kept.prompt} | {kept.cached} | {seconds} |")
-    lines.append("| all | | | " + " | ".join(f"{x:.2f}" for x in sums) + " |")
-    return "\n".join(lines)
+            yield f"| {number} | {kept.prompt} | {kept.cached} | {seconds} |"
+    yield "| all | | | " + " | ".join(f"{x:.2f}" for x in sums) + " |"
 
 
 if __name__ == "__main__":
-    print(main(tyro.cli(Chat)))
+    for row in main(tyro.cli(Chat)):
+        print(row, flush=True)
