@@ -23,6 +23,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxspec.trees.tree import DraftTree
 
@@ -47,7 +48,7 @@ class StepTimes:
     seconds: jax.Array
 
 
-def survival(tree: DraftTree) -> jax.Array:
+def survival(tree: DraftTree) -> Float[Array, "B drafted"]:
     """Survival probabilities [B, N - 1] of the drafted nodes, from their scores.
 
     Scores that are not sorted along the nodes (`best_first`) count as their running minimum.
@@ -56,7 +57,9 @@ def survival(tree: DraftTree) -> jax.Array:
     return jnp.exp(jax.lax.cummin(jnp.minimum(scores, 0.0), axis=1))
 
 
-def admit(survival: jax.Array, nodes: jax.Array, per_row: jax.Array) -> jax.Array:
+def admit(
+    survival: Float[Array, "R J"], nodes: Int[Array, ""], per_row: Int[Array, ""]
+) -> Int[Array, " R"]:
     """The `nodes` most likely drafted nodes of the batch: how many of each row.
 
     Args:
@@ -72,7 +75,9 @@ def admit(survival: jax.Array, nodes: jax.Array, per_row: jax.Array) -> jax.Arra
     return taken.sum(axis=1, dtype=jnp.int32)
 
 
-def best_size(survival: jax.Array, rows: jax.Array, times: StepTimes) -> jax.Array:
+def best_size(
+    survival: Float[Array, "R J"], rows: Int[Array, ""], times: StepTimes
+) -> Int[Array, ""]:
     """The size with the most expected tokens per second: an index into `times`.
 
     Every row commits its accepted nodes and one token more, so a size of T nodes is worth

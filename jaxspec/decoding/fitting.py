@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 from jaxspec.decoding.penalties import Written
 from jaxspec.decoding.sampling import SamplingRows, choose
@@ -57,7 +58,9 @@ def doubling_sizes(rows: int, per_row: int, max_nodes: int) -> tuple[VerifySize,
     return tuple(sizes)
 
 
-def smallest(sizes: tuple[VerifySize, ...], tree: DraftTree, done: jax.Array) -> jax.Array:
+def smallest(
+    sizes: tuple[VerifySize, ...], tree: DraftTree, done: Bool[Array, " B"]
+) -> Int[Array, ""]:
     """Index, scalar int32, of the first size with room for the trees of all running rows."""
     running = tree.valid & ~done[:, None]
     longest = jnp.max(jnp.where(running, jnp.arange(1, tree.size + 1), 1))
@@ -70,7 +73,7 @@ def fitted(
     step: Callable[[Draft, Packing | None], Verdict],
     drafter: Drafter,
     draft: Draft,
-    done: jax.Array,
+    done: Bool[Array, " B"],
     sizes: tuple[VerifySize, ...],
     size: jax.Array | int,
 ) -> Verdict:
@@ -100,11 +103,11 @@ def fitted(
 def choose_in(
     tree: DraftTree,
     verified: Verified,
-    positions: jax.Array,
+    positions: Int[Array, " B"],
     sampling: SamplingRows,
     max_depth: int,
     written: Written,
-) -> jax.Array:
+) -> Int[Array, "B N"]:
     """`choose` after every node of a tree, packed or not: [B, N] int32.
 
     Args:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxspec.decoding.penalties import Written
 from jaxspec.decoding.sampling import SamplingRows, log_law
@@ -39,7 +40,7 @@ def propose(
 def accept(
     drawn: Any,
     verified: Verified,
-    position: jax.Array,
+    position: Int[Array, " B"],
     sampling: SamplingRows,
     written: Written,
 ) -> Acceptance:
@@ -78,11 +79,11 @@ def round_keys(keys: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def acceptance_probability(
-    target_log_probs: jax.Array,
-    log_q: jax.Array,
-    drafted: jax.Array,
-    support: jax.Array | None = None,
-) -> jax.Array:
+    target_log_probs: Float[Array, "*L V"],
+    log_q: Float[Array, "*L C"],
+    drafted: Int[Array, "*L"],
+    support: Int[Array, ...] | None = None,
+) -> Float[Array, "*L"]:
     """min(1, p(x) / q(x)) of drafted tokens x [...]: float32 [...].
 
     Args:
@@ -99,13 +100,17 @@ def acceptance_probability(
     return jnp.exp(jnp.minimum(log_p - own, 0.0))
 
 
-def scatter_law(log_q: jax.Array, support: jax.Array, vocab: int) -> jax.Array:
+def scatter_law(
+    log_q: Float[Array, "B C"], support: Int[Array, "B C"], vocab: int
+) -> Float[Array, "B {vocab}"]:
     """Log-laws over some tokens as laws over all: [B, C] -> [B, V], both arguments."""
     never = jnp.full((log_q.shape[0], vocab), -jnp.inf, log_q.dtype)
     return never.at[jnp.arange(log_q.shape[0])[:, None], support].set(log_q)
 
 
-def residual(target_log_probs: jax.Array, log_q: jax.Array) -> jax.Array:
+def residual(
+    target_log_probs: Float[Array, "*L V"], log_q: Float[Array, "*L V"]
+) -> Float[Array, "*L V"]:
     """max(p - q, 0), unnormalised, of log-laws [..., V]; p itself where that leaves nothing.
 
     What must be emitted in place of a rejected draft, for the sum over both to be p.
@@ -117,14 +122,14 @@ def residual(target_log_probs: jax.Array, log_q: jax.Array) -> jax.Array:
 
 
 def accept_by_rejection(
-    target_log_probs: jax.Array,
-    drafted: jax.Array,
-    log_q: jax.Array,
-    lengths: jax.Array,
+    target_log_probs: Float[Array, "B _ V"],
+    drafted: Int[Array, "B P"],
+    log_q: Float[Array, "B P C"],
+    lengths: Int[Array, " B"],
     keys: jax.Array,
     *,
     support: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """Accepts a prefix of a sampled chain and draws the token after it.
 
     Args:
@@ -166,9 +171,9 @@ def accept_by_rejection(
 
 def accept_chain(
     target_log_probs: jax.Array,
-    drafted: jax.Array,
-    log_q: jax.Array,
-    lengths: jax.Array,
+    drafted: Int[Array, "B P"],
+    log_q: Float[Array, "B P C"],
+    lengths: Int[Array, " B"],
     keys: jax.Array,
     *,
     support: jax.Array | None = None,

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jaxtyping import Array, Int
 
 from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.models.params import TargetParams
@@ -74,7 +75,12 @@ class Drafter:
         raise NotImplementedError
 
     def draft(
-        self, params: Any, state: Any, anchor: jax.Array, position: jax.Array, budget: jax.Array
+        self,
+        params: Any,
+        state: Any,
+        anchor: Int[Array, " B"],
+        position: Int[Array, " B"],
+        budget: Int[Array, " B"],
     ) -> tuple[DraftTree, Any]:
         """Proposes continuations of the anchor, the token decided but not yet observed.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from jaxspec.config import DrafterConfig
 from jaxspec.drafters.sequential import join, weight, zeros
@@ -31,7 +32,7 @@ class Confidence(nnx.Module):
         return logits + self.bias[...].astype(jnp.float32)[0]
 
 
-def confident_prefix(confidence: jax.Array, threshold: jax.Array) -> jax.Array:
+def confident_prefix(confidence: Float[Array, "B P"], threshold: jax.Array) -> Int[Array, " B"]:
     """Slots before the first one below the threshold.
 
     Args:
@@ -45,8 +46,8 @@ def confident_prefix(confidence: jax.Array, threshold: jax.Array) -> jax.Array:
 
 
 def surviving_prefix(
-    confidence: jax.Array, threshold: jax.Array, budget: jax.Array
-) -> jax.Array:
+    confidence: Float[Array, "B P"], threshold: jax.Array, budget: Int[Array, " B"]
+) -> Int[Array, " B"]:
     """The longest prefix, within the budget, whose survival probability reaches the threshold.
 
     Survival of slot j is the product of the confidences up to j; it never rises.

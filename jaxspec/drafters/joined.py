@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, Drafter, LoadedDrafter
@@ -75,7 +75,12 @@ class Joined(Together):
         return Joined(tuple(part.with_tree(tree) for part in self.drafters), tree.size)
 
     def draft(
-        self, params, state, anchor: jax.Array, position: jax.Array, budget: jax.Array
+        self,
+        params,
+        state,
+        anchor: Int[Array, " B"],
+        position: Int[Array, " B"],
+        budget: Int[Array, " B"],
     ) -> tuple[DraftTree, tuple]:
         whole = jnp.full_like(budget, self.size)
         parts = zip(self.drafters, params, state, strict=True)

@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, Drafter
@@ -58,21 +59,23 @@ class PromptLookup(Drafter):
                 f"{self.min_match} probabilities"
             )
 
-    def init(self, params, batch: int, capacity: int) -> jax.Array:
+    def init(self, params, batch: int, capacity: int) -> Int[Array, "B S"]:
         """The tokens seen so far: [B, S] int32."""
         return jnp.zeros((batch, capacity), jnp.int32)
 
-    def observe(self, params, state: jax.Array, committed: Committed) -> jax.Array:
+    def observe(
+        self, params, state: Int[Array, "B S"], committed: Committed
+    ) -> Int[Array, "B S"]:
         # Rows past `count` are padding that the next call overwrites, as in a KV cache.
         return _write(state, committed.tokens, committed.position)
 
     def draft(
         self,
         params,
-        state: jax.Array,
-        anchor: jax.Array,
-        position: jax.Array,
-        budget: jax.Array,
+        state: Int[Array, "B S"],
+        anchor: Int[Array, " B"],
+        position: Int[Array, " B"],
+        budget: Int[Array, " B"],
     ) -> tuple[DraftTree, jax.Array]:
         history = _write(state, anchor[:, None], position)
         continuations, scores = jax.vmap(self._look_up)(history, position)

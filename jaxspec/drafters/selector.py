@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.head import DraftHead, Vocabulary
@@ -40,7 +41,7 @@ class Candidates:
     log_mass: jax.Array
 
 
-def top_candidates(base: jax.Array, k: int) -> Candidates:
+def top_candidates(base: Float[Array, "*L V"], k: int) -> Candidates:
     """The k likeliest of base logits [..., V']; all of them where V' is smaller."""
     index, logits, log_total = top_logits(base, min(k, base.shape[-1]))
     return Candidates(index, logits, jax.nn.logsumexp(logits, axis=-1) - log_total)
@@ -66,9 +67,9 @@ class Lattice:
 def lattice(
     head: DraftHead,
     vocabulary: Vocabulary,
-    stream: jax.Array,
-    base: jax.Array,
-    anchor: jax.Array,
+    stream: Float[Array, "B P M"],
+    base: Float[Array, "B P V"],
+    anchor: Int[Array, " B"],
 ) -> Lattice:
     """S(a, b) = U(b) + sum_i A[a, i] (H h)_i B[b, i] for all pairs of candidates.
 
@@ -88,9 +89,9 @@ def lattice(
 
 
 def walk(
-    scores: jax.Array,
+    scores: Float[Array, "B P k k"],
     choose: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Int[Array, "B P"], Float[Array, "B P k"]]:
     """Chooses slot by slot, each given the choice before it.
 
     Args:
@@ -113,7 +114,7 @@ def walk(
     return chosen.swapaxes(0, 1), laws.swapaxes(0, 1)
 
 
-def pick(tokens: jax.Array, chosen: jax.Array) -> jax.Array:
+def pick(tokens: Int[Array, "B P k"], chosen: Int[Array, "B P"]) -> Int[Array, "B P"]:
     """The tokens [B, P] of chosen candidates [B, P] among [B, P, k]."""
     return jnp.take_along_axis(tokens, chosen[..., None], axis=-1)[..., 0]
 
@@ -121,8 +122,8 @@ def pick(tokens: jax.Array, chosen: jax.Array) -> jax.Array:
 def lattice_tree(
     tree: TreeConfig,
     table: Lattice,
-    anchor: jax.Array,
-    budget: jax.Array,
+    anchor: Int[Array, " B"],
+    budget: Int[Array, " B"],
     *,
     count_mass: bool = False,
 ) -> DraftTree:

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from jaxspec.config import TargetConfig, TreeConfig
 from jaxspec.drafters.base import Committed, Drafter
@@ -59,9 +60,9 @@ class SmallModel(Drafter):
         self,
         params: TargetParams,
         state: LayerStates,
-        anchor: jax.Array,
-        position: jax.Array,
-        budget: jax.Array,
+        anchor: Int[Array, " B"],
+        position: Int[Array, " B"],
+        budget: Int[Array, " B"],
     ) -> tuple[DraftTree, LayerStates]:
         one = jnp.ones_like(position)
 

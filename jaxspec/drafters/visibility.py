@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from jaxspec.config import DrafterConfig
 
 
-def block_visibility(config: DrafterConfig, layer: int) -> jax.Array:
+def block_visibility(config: DrafterConfig, layer: int) -> Bool[Array, "b b"]:
     """bool [b, b]; row i: the slots that slot i sees, itself among them.
 
     A window bounds the distance both ways. Causal, window 2, and bidirectional, window 2:

@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 WEIGHT_AXES = ("model", "rest")  # of a mesh; key/value heads are cut over the first alone
 
@@ -82,7 +83,7 @@ def cut_axes() -> tuple[str, ...]:
     return tuple(name for name in WEIGHT_AXES if dict(mesh.shape).get(name, 1) > 1)
 
 
-def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
+def lookup(table: Float[Array, "V M"], index: Int[Array, "*L"]) -> Float[Array, "*L M"]:
     """Rows of a table [V, M] in float32: index [...] -> [..., M].
 
     Under a mesh that cuts weights, rows are: each device gives those it has, zeros for the
@@ -104,20 +105,24 @@ def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
     )(table, index)
 
 
-def lookup_whole(table: jax.Array, index: jax.Array) -> jax.Array:
+def lookup_whole(table: Float[Array, "V M"], index: Int[Array, "*L"]) -> Float[Array, "*L M"]:
     """`lookup` in a table that every device has whole: nothing is joined."""
     rows = lambda index, table: table[index].astype(jnp.float32)  # noqa: E731
     return _where_it_stands(rows, index, table)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+def rms_norm(
+    x: Float[Array, "*L M"], weight: Float[Array, " M"], eps: float
+) -> Float[Array, "*L M"]:
     """x / sqrt(mean(x²) + eps) · weight over the last axis, in float32."""
     x = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
     return x * scale * weight.astype(jnp.float32)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(
+    x: Float[Array, "*L heads D"], cos: Float[Array, "*L pairs"], sin: Float[Array, "*L pairs"]
+) -> Float[Array, "*L heads D"]:
     """Rotary embedding, half-split convention: pairs are (i, i + D / 2).
 
     Args:
@@ -129,7 +134,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
 
-def swiglu(gate_up: jax.Array) -> jax.Array:
+def swiglu(gate_up: Float[Array, "*L 2 F"]) -> Float[Array, "*L F"]:
     """silu(gate) · up for [..., 2, F] -> [..., F]."""
     gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
     return jax.nn.silu(gate) * up

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from jaxspec.config import TargetConfig
 from jaxspec.models.layers import cut_axes, project, swiglu
@@ -14,7 +15,9 @@ from jaxspec.models.params import MoeParams, SharedExpertParams
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
-def mixture_of_experts(params: MoeParams, config: TargetConfig, x: jax.Array) -> jax.Array:
+def mixture_of_experts(
+    params: MoeParams, config: TargetConfig, x: Float[Array, "T M"]
+) -> Float[Array, "T M"]:
     """The top k experts of every token, weighed by the router: normed [T, M] -> [T, M].
 
     A shared expert, if there is one, adds its own, times a gate.
@@ -64,7 +67,9 @@ def _routed(params: MoeParams, config: TargetConfig, x: jax.Array) -> jax.Array:
     )(x, params.gate_up, params.down, expert, weight)
 
 
-def route(params: MoeParams, config: TargetConfig, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def route(
+    params: MoeParams, config: TargetConfig, x: Float[Array, "T M"]
+) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
     """Softmax over all experts, then the top k: weights and experts, both [T, k]."""
     probability = jax.nn.softmax(project("tm,me->te", x, params.router), axis=-1)
     weight, expert = jax.lax.top_k(probability, config.experts_per_token)

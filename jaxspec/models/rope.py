@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from jaxspec.config import RopeScaling, TargetConfig
 
@@ -18,7 +19,7 @@ Angles = tuple[jax.Array, jax.Array]  # cosines and sines, [..., D / 2] each
 
 
 def rotary_angles(
-    positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
+    positions: Int[Array, "*L"], head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> Angles:
     """Float32 cosines and sines [..., D / 2] at positions [...], times the attention factor.
 
@@ -31,7 +32,7 @@ def rotary_angles(
     return (cos, sin) if factor == 1 else (factor * cos, factor * sin)
 
 
-def layer_angles(config: TargetConfig, positions: jax.Array) -> tuple[Angles, ...]:
+def layer_angles(config: TargetConfig, positions: Int[Array, "*L"]) -> tuple[Angles, ...]:
     """Every layer's; layers with one rule share theirs."""
     turning = config.rotary_dim or config.head_dim
     whole = rotary_angles(positions, turning, config.rope_theta, config.rope_scaling)

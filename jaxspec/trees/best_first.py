@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 from jaxspec.trees.candidates import top_log_probs
 from jaxspec.trees.tree import NO_PARENT, DraftTree, known
@@ -15,11 +16,11 @@ UNROLLED = 16  # steps of a GPU's loop at a time: a step alone is a dozen kernel
 
 
 def best_first(
-    logits: jax.Array,
-    root: jax.Array,
+    logits: Float[Array, "B P V"],
+    root: Int[Array, " B"],
     *,
     width: int,
-    budget: jax.Array,
+    budget: Int[Array, " B"],
     size: int,
 ) -> DraftTree:
     """JetSpec's `accum_logp`: expand the best node by its `width` likeliest children, repeat.
@@ -43,11 +44,11 @@ def best_first(
 
 
 def best_first_from_top(
-    tokens: jax.Array,
-    log_probs: jax.Array,
-    root: jax.Array,
+    tokens: Int[Array, "B P W"],
+    log_probs: Float[Array, "B P W"],
+    root: Int[Array, " B"],
     *,
-    budget: jax.Array,
+    budget: Int[Array, " B"],
     size: int,
 ) -> DraftTree:
     """`best_first` over the top W tokens of each depth, both [B, P, W], likeliest first."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxspec.config import TreeConfig
 from jaxspec.trees.best_first import best_first_from_top
@@ -16,7 +17,12 @@ from jaxspec.trees.top_budget import top_budget_from_top
 from jaxspec.trees.tree import DraftTree, chain
 
 
-def build(tree: TreeConfig, logits: jax.Array, root: jax.Array, budget: jax.Array) -> DraftTree:
+def build(
+    tree: TreeConfig,
+    logits: Float[Array, "B P V"],
+    root: Int[Array, " B"],
+    budget: Int[Array, " B"],
+) -> DraftTree:
     """Grows the configured tree over scores that depend on the depth alone.
 
     Args:
@@ -32,10 +38,10 @@ def build(tree: TreeConfig, logits: jax.Array, root: jax.Array, budget: jax.Arra
 
 def build_from_top(
     tree: TreeConfig,
-    tokens: jax.Array,
-    log_probs: jax.Array,
-    root: jax.Array,
-    budget: jax.Array,
+    tokens: Int[Array, "B P K"],
+    log_probs: Float[Array, "B P K"],
+    root: Int[Array, " B"],
+    budget: Int[Array, " B"],
 ) -> DraftTree:
     """`build` over the likeliest tokens of each depth, both [B, P, K], likeliest first."""
     width = _width(tree, tokens.shape[-1])
@@ -64,7 +70,11 @@ def _width(tree: TreeConfig, most: int) -> int:
 
 
 def greedy_chain(
-    logits: jax.Array, root: jax.Array, budget: jax.Array, *, size: int
+    logits: Float[Array, "B P V"],
+    root: Int[Array, " B"],
+    budget: Int[Array, " B"],
+    *,
+    size: int,
 ) -> DraftTree:
     """The most probable token at every depth: logits [B, P, V] -> a tree of N = size nodes."""
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -7,11 +7,14 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.log_sum_exp import log_sum_exp
 
 
-def top_log_probs(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def top_log_probs(
+    logits: Float[Array, "*L V"], k: int
+) -> tuple[Int[Array, "*L {k}"], Float[Array, "*L {k}"]]:
     """Tokens and log-probabilities of the k likeliest tokens, over the full vocabulary.
 
     Args:
@@ -29,7 +32,9 @@ def top_log_probs(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return tokens, top - log_total[..., None]
 
 
-def top_logits(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def top_logits(
+    logits: Float[Array, "*L V"], k: int
+) -> tuple[Int[Array, "*L {k}"], Float[Array, "*L {k}"], Float[Array, "*L"]]:
     """`top_log_probs` before it normalises: tokens, their logits, log-sum-exp of all logits.
 
     Each of the k largest logits lies in one of the k chunks whose maxima are largest, so one

@@ -108,11 +108,11 @@ def as_figure(
     for node in height:
         x, y, chosen = depths[node], height[node], node in accepted
         if node:
-            gain = np.exp(scores[node] - scores[parents[node]])
+            gain = float(np.exp(scores[node] - scores[parents[node]]))
             _draw_edge(axes, x, y, height[parents[node]], gain, chosen)
             if probabilities:
                 _draw_gain(axes, x, y, gain, chosen)
-        shade = np.exp(scores[node] / 2) if probabilities else None
+        shade = float(np.exp(scores[node] / 2)) if probabilities else None
         _draw_node(axes, x, y, label(int(tokens[node])), shade, chosen)
     legend = "green: accepted by the target"
     if probabilities:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 from jaxspec.trees.tree import NO_PARENT, DraftTree, known, root_only
 
@@ -24,7 +25,13 @@ Expand = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Callable]]
 
 
 def grow_by_level(
-    expand: Expand, state: Any, root: jax.Array, *, depth: int, size: int, budget: jax.Array
+    expand: Expand,
+    state: Any,
+    root: Int[Array, " B"],
+    *,
+    depth: int,
+    size: int,
+    budget: Int[Array, " B"],
 ) -> DraftTree:
     """The `budget` best nodes of the tree that `expand` spans, without a heap.
 
@@ -59,13 +66,13 @@ def grow_by_level(
 
 
 def best_of_levels(
-    root: jax.Array,
-    tokens: jax.Array,
-    parents: jax.Array,
-    scores: jax.Array,
+    root: Int[Array, " B"],
+    tokens: Int[Array, "B P F"],
+    parents: Int[Array, "B P F"],
+    scores: Float[Array, "B P F"],
     *,
     size: int,
-    budget: jax.Array,
+    budget: Int[Array, " B"],
 ) -> DraftTree:
     """`best_nodes` of levels [B, P, F], where a parent is a place in the level above."""
     batch, depth, frontier = scores.shape
@@ -77,14 +84,14 @@ def best_of_levels(
 
 
 def best_nodes(
-    root: jax.Array,
-    tokens: jax.Array,
-    parents: jax.Array,
-    depths: jax.Array,
-    scores: jax.Array,
+    root: Int[Array, " B"],
+    tokens: Int[Array, "B M"],
+    parents: Int[Array, "B M"],
+    depths: Int[Array, "B M"],
+    scores: Float[Array, "B M"],
     *,
     size: int,
-    budget: jax.Array,
+    budget: Int[Array, " B"],
 ) -> DraftTree:
     """The tree of the best among M nodes, best first.
 

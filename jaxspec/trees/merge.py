@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxspec.trees.levels import ROOT, best_nodes
 from jaxspec.trees.tree import DraftTree, known
 
 
 def merge(
-    anchor: jax.Array,
-    continuations: jax.Array,
-    scores: jax.Array,
+    anchor: Int[Array, " B"],
+    continuations: Int[Array, "B C P"],
+    scores: Float[Array, "B C P"],
     *,
     size: int,
-    budget: jax.Array,
+    budget: Int[Array, " B"],
 ) -> DraftTree:
     """The best nodes of the trie of C continuations.
 
@@ -55,7 +56,7 @@ def merge(
 
 
 def union(
-    first: DraftTree, second: DraftTree, *, size: int, depth: int, budget: jax.Array
+    first: DraftTree, second: DraftTree, *, size: int, depth: int, budget: Int[Array, " B"]
 ) -> DraftTree:
     """The best nodes of two scored trees over the same anchors, best first.
 

@@ -15,6 +15,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Shaped
 
 
 @jax.tree_util.register_dataclass
@@ -33,20 +34,20 @@ class Packing:
     place: jax.Array
 
     @property
-    def rows(self) -> jax.Array:
+    def rows(self) -> Int[Array, " T"]:
         """[T] int32, whose node it is."""
         return self.index // self.place.shape[1]
 
-    def gather(self, x: jax.Array) -> jax.Array:
+    def gather(self, x: Shaped[Array, "B N ..."]) -> Shaped[Array, "1 T ..."]:
         """[B, N, ...] -> [1, T, ...]."""
         return x.reshape(-1, *x.shape[2:])[self.index][None]
 
-    def spread(self, x: jax.Array) -> jax.Array:
+    def spread(self, x: Shaped[Array, "1 T ..."]) -> Shaped[Array, "B N ..."]:
         """[1, T, ...] -> [B, N, ...]."""
         return x[0][self.place]
 
 
-def pack_nodes(present: jax.Array, total: int) -> Packing:
+def pack_nodes(present: Bool[Array, "B N"], total: int) -> Packing:
     """Packs the nodes `present` [B, N], row by row; at most `total`, T, of them."""
     flat = present.ravel()
     place = jnp.where(flat, jnp.cumsum(flat) - 1, 0)

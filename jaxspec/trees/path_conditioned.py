@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int
 
 from jaxspec.trees.candidates import top_logits
 from jaxspec.trees.levels import best_of_levels, grow_by_level
@@ -61,13 +62,13 @@ class LowRank:
 
 
 def path_conditioned(
-    root: jax.Array,
+    root: Int[Array, " B"],
     step: Step,
     state: Any,
     *,
     depth: int,
     parents: int,
-    budget: jax.Array,
+    budget: Int[Array, " B"],
     size: int,
     confidence: Confidence | None = None,
 ) -> DraftTree:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from jaxspec.trees.candidates import top_log_probs
 from jaxspec.trees.levels import grow_by_level
@@ -12,10 +12,10 @@ from jaxspec.trees.tree import DraftTree
 
 
 def top_budget(
-    logits: jax.Array,
-    root: jax.Array,
+    logits: Float[Array, "B P V"],
+    root: Int[Array, " B"],
     *,
-    budget: jax.Array,
+    budget: Int[Array, " B"],
     size: int,
     width: int | None = None,
 ) -> DraftTree:
@@ -41,7 +41,12 @@ def top_budget(
 
 
 def top_budget_from_top(
-    tokens: jax.Array, log_probs: jax.Array, root: jax.Array, *, budget: jax.Array, size: int
+    tokens: Int[Array, "B P K"],
+    log_probs: Float[Array, "B P K"],
+    root: Int[Array, " B"],
+    *,
+    budget: Int[Array, " B"],
+    size: int,
 ) -> DraftTree:
     """`top_budget` over the top K tokens of each depth, both [B, P, K], likeliest first."""
     frontier, width = size - 1, tokens.shape[-1]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxspec.trees.levels import grow_by_level
 from jaxspec.trees.tree import DraftTree
 
 
 def from_transitions(
-    tokens: jax.Array,
-    log_probs: jax.Array,
-    next_parent: jax.Array,
-    root: jax.Array,
+    tokens: Int[Array, "B P M K"],
+    log_probs: Float[Array, "B P M K"],
+    next_parent: Int[Array, "B P M K"],
+    root: Int[Array, " B"],
     *,
-    budget: jax.Array,
+    budget: Int[Array, " B"],
     size: int,
 ) -> DraftTree:
     """TreeFlash's tree: the best paths through tables of likely parents and their children.

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 NO_PARENT = -1
 WORD_BITS = 32
@@ -42,12 +43,12 @@ class DraftTree:
         return self.tokens.shape[-1]
 
 
-def known(scores: jax.Array) -> jax.Array:
+def known(scores: Float[Array, "*S"]) -> Float[Array, "*S"]:
     """Scores with -inf, no node, for NaN: ordered, and with NaN above a node none below it."""
     return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
 
 
-def ancestors(tree: DraftTree) -> jax.Array:
+def ancestors(tree: DraftTree) -> UInt32[Array, "B N W"]:
     """Ancestor-or-self sets as bits, by pointer doubling: ceil(log2 N) steps of gathers.
 
     Returns:
@@ -76,7 +77,7 @@ def num_words(n: int) -> int:
     return -(-n // WORD_BITS)
 
 
-def pack_bits(mask: jax.Array) -> jax.Array:
+def pack_bits(mask: Bool[Array, "*L N"]) -> UInt32[Array, "*L W"]:
     """bool [..., N] -> uint32 [..., ceil(N / 32)]; bit j of word w is element 32 w + j."""
     n = mask.shape[-1]
     padded = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, num_words(n) * WORD_BITS - n)])
@@ -84,13 +85,13 @@ def pack_bits(mask: jax.Array) -> jax.Array:
     return jnp.sum(words << jnp.arange(WORD_BITS, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
 
 
-def unpack_bits(words: jax.Array, n: int) -> jax.Array:
+def unpack_bits(words: UInt32[Array, "*L W"], n: int) -> Bool[Array, "*L {n}"]:
     """uint32 [..., W] -> bool [..., n], the inverse of `pack_bits`."""
     bits = (words[..., None] >> jnp.arange(WORD_BITS, dtype=jnp.uint32)) & 1
     return bits.reshape(*words.shape[:-1], -1)[..., :n].astype(bool)
 
 
-def root_only(anchor: jax.Array, *, size: int = 1) -> DraftTree:
+def root_only(anchor: Int[Array, " B"], *, size: int = 1) -> DraftTree:
     """The tree of plain decoding: the anchor ([B]) and padding up to `size` nodes."""
     node = jnp.arange(size)
     shape = (anchor.shape[0], size)
@@ -104,10 +105,10 @@ def root_only(anchor: jax.Array, *, size: int = 1) -> DraftTree:
 
 
 def chain(
-    anchor: jax.Array,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    log_probs: jax.Array | None = None,
+    anchor: Int[Array, " B"],
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    log_probs: Float[Array, "B P"] | None = None,
     *,
     size: int | None = None,
 ) -> DraftTree:
@@ -142,6 +143,6 @@ def chain(
     )
 
 
-def causal_bits(n: int) -> jax.Array:
+def causal_bits(n: int) -> UInt32[Array, "{n} W"]:
     """Ancestors in a chain of n tokens, as in a prompt chunk: uint32 [n, ceil(n / 32)]."""
     return pack_bits(jnp.tril(jnp.ones((n, n), bool)))

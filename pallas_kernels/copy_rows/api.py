@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels.copy_rows.reference import take_rows_reference, write_rows_reference
 
 ELEMENTS = 8192  # of one array, sequence and head: a program holds them in registers
 
 
-def take_rows(arrays: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax.Array, ...]:
+def take_rows(
+    arrays: tuple[Shaped[Array, "B N K D"], ...], index: Int[Array, "B C"]
+) -> tuple[Shaped[Array, "B C K D"], ...]:
     """See `take_rows_reference` for shapes and meaning.
 
     One kernel where the program is compiled for an NVIDIA GPU, the arrays are bfloat16, and the
@@ -27,8 +30,10 @@ def take_rows(arrays: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax.Arra
 
 
 def write_rows(
-    caches: tuple[jax.Array, ...], news: tuple[jax.Array, ...], starts: jax.Array
-) -> tuple[jax.Array, ...]:
+    caches: tuple[Shaped[Array, "B K S D"], ...],
+    news: tuple[Shaped[Array, "B C K D"], ...],
+    starts: Int[Array, " B"],
+) -> tuple[Shaped[Array, "B K S D"], ...]:
     """See `write_rows_reference` for shapes and meaning; one kernel as in `take_rows`."""
     if not _one_kernel(caches, news[0].shape[1]):
         return write_rows_reference(caches, news, starts)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
 
 
 def take_rows_reference(
-    arrays: tuple[jax.Array, ...], index: jax.Array
-) -> tuple[jax.Array, ...]:
+    arrays: tuple[Shaped[Array, "B N K D"], ...], index: Int[Array, "B C"]
+) -> tuple[Shaped[Array, "B C K D"], ...]:
     """The rows of chosen nodes, of every array.
 
     Args:
@@ -23,8 +24,10 @@ def take_rows_reference(
 
 
 def write_rows_reference(
-    caches: tuple[jax.Array, ...], news: tuple[jax.Array, ...], starts: jax.Array
-) -> tuple[jax.Array, ...]:
+    caches: tuple[Shaped[Array, "B K S D"], ...],
+    news: tuple[Shaped[Array, "B C K D"], ...],
+    starts: Int[Array, " B"],
+) -> tuple[Shaped[Array, "B K S D"], ...]:
     """Every cache with C rows overwritten, each sequence at a start of its own.
 
     Args:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 
 import jax
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.slopes import with_slope_of
 
 
 def grouped_matmul(
-    rows: jax.Array,
-    weights: jax.Array,
-    group_sizes: jax.Array,
+    rows: Float[Array, "R A"],
+    weights: Float[Array, "E A F"],
+    group_sizes: Int[Array, " E"],
     *,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "R F"]:
     """See `grouped_matmul_reference` for shapes and meaning, and for its derivative.
 
     Args:

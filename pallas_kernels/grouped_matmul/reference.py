@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
 def grouped_matmul_reference(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array
-) -> jax.Array:
+    rows: Float[Array, "R A"], weights: Float[Array, "E A F"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "R F"]:
     """Each group's rows times its own matrix, accumulated in float32.
 
     Args:

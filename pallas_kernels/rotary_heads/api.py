@@ -5,23 +5,24 @@ from __future__ import annotations
 import functools
 
 import jax
+from jaxtyping import Array, Float
 
 from pallas_kernels.rotary_heads.reference import rotary_heads_reference
 from pallas_kernels.slopes import with_slope_of
 
 
 def rotary_heads(
-    qkv: jax.Array,
-    bias: jax.Array | None,
-    q_gain: jax.Array | None,
-    k_gain: jax.Array | None,
-    cos: jax.Array,
-    sin: jax.Array,
+    qkv: Float[Array, "rows K columns D"],
+    bias: Float[Array, "K columns D"] | None,
+    q_gain: Float[Array, " D"] | None,
+    k_gain: Float[Array, " D"] | None,
+    cos: Float[Array, "R pairs"],
+    sin: Float[Array, "R pairs"],
     *,
     eps: float,
     dtype,
     implementation: str = "xla",
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Float[Array, "R H D"], Float[Array, "R K D"], Float[Array, "R K D"]]:
     """See `rotary_heads_reference` for shapes and meaning, and for its derivative.
 
     Args:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 
 def rotary_heads_reference(
-    qkv: jax.Array,
-    bias: jax.Array | None,
-    q_gain: jax.Array | None,
-    k_gain: jax.Array | None,
-    cos: jax.Array,
-    sin: jax.Array,
+    qkv: Float[Array, "rows K columns D"],
+    bias: Float[Array, "K columns D"] | None,
+    q_gain: Float[Array, " D"] | None,
+    k_gain: Float[Array, " D"] | None,
+    cos: Float[Array, "R pairs"],
+    sin: Float[Array, "R pairs"],
     *,
     eps: float,
     dtype,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Float[Array, "R H D"], Float[Array, "R K D"], Float[Array, "R K D"]]:
     """Adds the bias, norms every query and key head, rotates, rounds.
 
     Rotation pairs element i with i + D / 2. Angles of fewer than D / 2 pairs rotate the first

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.slopes import with_slope_of
 from pallas_kernels.tree_attention.config import Shape, TileConfig, choose, unsupported
@@ -17,21 +18,21 @@ HEADS_AXIS = "model"  # of the mesh set by `jax.set_mesh`, if any
 
 
 def tree_attention(
-    q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
-    lengths: jax.Array,
-    k_new: jax.Array,
-    v_new: jax.Array,
-    ancestors: jax.Array,
+    q: Float[Array, "B N H D"],
+    k_cache: Float[Array, "B K S D"],
+    v_cache: Float[Array, "B K S D"],
+    lengths: Int[Array, " B"],
+    k_new: Float[Array, "B N K D"],
+    v_new: Float[Array, "B N K D"],
+    ancestors: UInt32[Array, "B N W"],
     *,
     scale: float,
-    depths: jax.Array | None = None,
+    depths: Int[Array, "B N"] | None = None,
     window: int | None = None,
     implementation: str | None = None,
     tile: TileConfig | None = None,
     rows: int | None = None,
-) -> jax.Array:
+) -> Float[Array, "*nodes H D"]:
     """See `tree_attention_reference` for shapes and meaning.
 
     Under a mesh with an axis "model" (`jax.set_mesh`), key/value heads are cut over it.

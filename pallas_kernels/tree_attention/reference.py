@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
 
 WORD_BITS = 32
 
 
 def tree_attention_reference(
-    q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
-    lengths: jax.Array,
-    k_new: jax.Array,
-    v_new: jax.Array,
-    ancestors: jax.Array,
+    q: Float[Array, "B N H D"],
+    k_cache: Float[Array, "B K S D"],
+    v_cache: Float[Array, "B K S D"],
+    lengths: Int[Array, " B"],
+    k_new: Float[Array, "B N K D"],
+    v_new: Float[Array, "B N K D"],
+    ancestors: UInt32[Array, "B N W"],
     *,
     scale: float,
-    depths: jax.Array | None = None,
+    depths: Int[Array, "B N"] | None = None,
     window: int | None = None,
-) -> jax.Array:
+) -> Float[Array, "B N H D"]:
     """Attention of N tree nodes over a committed prefix and over their ancestors.
 
     The softmax runs over both parts at once: their scores are computed apart and merged by

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.tree_level.reference import Levels
 from pallas_kernels.tree_level.xla import grow_level_xla
@@ -10,10 +11,10 @@ from pallas_kernels.tree_level.xla import grow_level_xla
 
 def grow_level(
     levels: Levels,
-    slot: jax.Array,
-    base: jax.Array,
-    latent: jax.Array,
-    output: jax.Array,
+    slot: Int[Array, ""],
+    base: Float[Array, "B P V"],
+    latent: Float[Array, "B M R"],
+    output: Float[Array, "V R"],
     *,
     implementation: str | None = None,
 ) -> Levels:

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +42,11 @@ def empty_levels(root: jax.Array, *, depth: int, width: int) -> Levels:
 
 
 def grow_level_reference(
-    levels: Levels, slot: jax.Array, base: jax.Array, latent: jax.Array, output: jax.Array
+    levels: Levels,
+    slot: Int[Array, ""],
+    base: Float[Array, "B P V"],
+    latent: Float[Array, "B M R"],
+    output: Float[Array, "V R"],
 ) -> Levels:
     """Fills row slot + 1 with the F best children of the first M nodes of row slot.
 

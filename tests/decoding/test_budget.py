@@ -164,9 +164,11 @@ def conditional(s):
 
 RULES = {
     "fixed": lambda system: np.full((64, 2), 2),
-    "threshold per slot": per_row(lambda s: confident_prefix(conditional(s), 0.45)),
+    "threshold per slot": per_row(
+        lambda s: confident_prefix(conditional(s), jnp.float32(0.45))
+    ),
     "longest prefix": per_row(
-        lambda s: surviving_prefix(conditional(s), 0.2, jnp.array([2, 3]))
+        lambda s: surviving_prefix(conditional(s), jnp.float32(0.2), jnp.array([2, 3]))
     ),
     "ranked under a budget": lambda system: by_budget(system.survivals(), 3, 3),
     "budget of older survivals": lambda system: by_older_best(

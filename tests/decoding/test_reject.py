@@ -45,9 +45,9 @@ def emitted(p, q, lengths, draft_law=None):
         verified, passed = lengths(draft), 1.0
         for i in range(verified + 1):
             prefix = draft[:i]
-            log_p = np.log(p[prefix], dtype=np.float32)
+            log_p = jnp.log(jnp.float32(p[prefix]))
             if i < verified:
-                log_q = np.log(np.maximum(q[prefix], 1e-30), dtype=np.float32)
+                log_q = jnp.log(jnp.maximum(jnp.float32(q[prefix]), 1e-30))
                 token = jnp.array(draft[i])
                 accept = float(acceptance_probability(log_p, log_q, token))
                 rest = np.asarray(residual(log_p, log_q))

@@ -18,7 +18,7 @@ from tests.trees.oracles import (
 
 BATCH, DEPTH, VOCAB, RANK, SIZE = 3, 5, 23, 4, 24
 BUDGET = np.array([24, 17, 1], np.int32)
-ROOT = np.array([4, 5, 6], np.int32)
+ROOT = jnp.array([4, 5, 6])
 
 
 def normal(seed, *shape):
