@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.rotary_heads.reference import rotary_heads_reference
