@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
 
 ROPE_KINDS = ("linear", "yarn", "llama3")
 
@@ -237,7 +238,8 @@ class TargetConfig:
         return self.num_heads // self.num_kv_heads
 
 
-TREE_KINDS = ("chain", "best_first", "top_budget", "path_conditioned", "transitions")
+TreeKind = Literal["chain", "best_first", "top_budget", "path_conditioned", "transitions"]
+TREE_KINDS = get_args(TreeKind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +255,7 @@ class TreeConfig:
         (`path_conditioned`, `transitions`).
     """
 
-    kind: str = "chain"
+    kind: TreeKind = "chain"
     size: int = 16
     width: int = 4
     candidates: int = 16

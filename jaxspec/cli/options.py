@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from typing import Literal
 
-TreeKind = Literal["chain", "best_first", "top_budget", "path_conditioned", "transitions"]
+from jaxspec.config import TreeConfig, TreeKind
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -71,7 +71,6 @@ class DrafterOptions:
     def load(self, target, *, chain: bool = False):
         """The drafter; `chain` where its kind of tree is left open: no branches."""
         from jaxspec.checkpoints.catalog import DEFAULT
-        from jaxspec.config import TreeConfig
         from jaxspec.loading import load_drafter
 
         name = self.drafter

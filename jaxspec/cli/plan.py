@@ -7,9 +7,9 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Literal
 
 from jaxspec.cli import exits
+from jaxspec.config import TreeKind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +32,7 @@ class Plan:
     drafter: str = "published"
     """published (DFlash's and JetSpec's proportions) | none | ngram | folder of a trained
     drafter. The first and the last may be joined with prompt lookup: published+ngram."""
-    tree: Literal["chain", "best_first", "top_budget", "path_conditioned", "transitions"] = (
-        "best_first"
-    )
+    tree: TreeKind = "best_first"
     width: int = 4
     """Children per expanded node (best_first) or per tabulated parent (transitions)."""
     candidates: int = 16

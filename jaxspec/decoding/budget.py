@@ -58,7 +58,7 @@ def survival(tree: DraftTree) -> Float[Array, "B drafted"]:
 
 
 def admit(
-    survival: Float[Array, "R J"], nodes: Int[Array, ""], per_row: Int[Array, ""]
+    survival: Float[Array, "R J"], nodes: Int[Array, ""] | int, per_row: Int[Array, ""] | int
 ) -> Int[Array, " R"]:
     """The `nodes` most likely drafted nodes of the batch: how many of each row.
 
@@ -76,7 +76,7 @@ def admit(
 
 
 def best_size(
-    survival: Float[Array, "R J"], rows: Int[Array, ""], times: StepTimes
+    survival: Float[Array, "R J"], rows: Int[Array, ""] | int, times: StepTimes
 ) -> Int[Array, ""]:
     """The size with the most expected tokens per second: an index into `times`.
 

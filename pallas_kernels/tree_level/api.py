@@ -11,7 +11,7 @@ from pallas_kernels.tree_level.xla import grow_level_xla
 
 def grow_level(
     levels: Levels,
-    slot: Int[Array, ""],
+    slot: Int[Array, ""] | int,
     base: Float[Array, "B P V"],
     latent: Float[Array, "B M R"],
     output: Float[Array, "V R"],

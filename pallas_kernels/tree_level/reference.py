@@ -43,7 +43,7 @@ def empty_levels(root: jax.Array, *, depth: int, width: int) -> Levels:
 
 def grow_level_reference(
     levels: Levels,
-    slot: Int[Array, ""],
+    slot: Int[Array, ""] | int,
     base: Float[Array, "B P V"],
     latent: Float[Array, "B M R"],
     output: Float[Array, "V R"],
