@@ -113,7 +113,9 @@ def test_laws_of_rejection_sampling(golden, load, name):
             logits[None], jnp.zeros(1, int), sampling, nothing_written(logits[None])
         )[0]
         np.testing.assert_allclose(np.exp(log_p), recorded["target_probs"], **LAWS)
-        log_q = scatter_law(jnp.log(found["q"]), jnp.asarray(recorded["candidates"]), log_p.shape[-1])
+        log_q = scatter_law(
+            jnp.log(found["q"]), jnp.asarray(recorded["candidates"]), log_p.shape[-1]
+        )
         rest = residual(log_p[:-1], log_q)
         rest = rest / rest.sum(axis=-1, keepdims=True)
         np.testing.assert_allclose(rest, recorded["residual"][:-1], **LAWS)

@@ -146,7 +146,7 @@ def test_what_a_write_waits_for_does_not_move_it(start, value):
 
 
 def test_rotary_positions_are_relative():
-    q, k = jax.random.normal(jax.random.key(0), (2, 1, 16))
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 16))
 
     def score(i, j):
         left = rotate(q, *rotary_angles(jnp.array([i]), 16, 1e4)[0:2])
@@ -169,7 +169,9 @@ def test_experts_equal_a_loop_over_tokens_and_choices():
     )
     x = np.asarray(jax.random.normal(keys[3], (7, m)))
     for norm in (True, False):
-        found = mixture_of_experts(params, dataclasses.replace(config, norm_topk_prob=norm), x)
+        found = mixture_of_experts(
+            params, dataclasses.replace(config, norm_topk_prob=norm), jnp.asarray(x)
+        )
         for token in range(7):
             p = np.asarray(jax.nn.softmax(x[token] @ params.router))
             best = np.argsort(-p)[: config.experts_per_token]
