@@ -77,7 +77,7 @@ def devices() -> Finding:
         return Finding(
             "devices",
             f"{found}; the machine has an NVIDIA GPU that JAX does not see",
-            "pip install 'jaxspec[cuda]', and leave JAX_PLATFORMS unset",
+            "pip install 'jax[cuda13]', and leave JAX_PLATFORMS unset",
         )
     return Finding("devices", found)
 
@@ -151,7 +151,7 @@ def extras() -> Iterator[Finding]:
     for name in EXTRAS:
         lacking = [str(r.name) for r in map(_lacking, _requirements(name)) if r]
         if lacking:
-            advice = f"pip install 'jaxspec[{name}]' if you need it"
+            advice = f"pip install {' '.join(lacking)} if you need it"
             yield Finding(f"extra {name}", f"not installed: {', '.join(lacking)}", advice)
         else:
             yield Finding(f"extra {name}", "installed")

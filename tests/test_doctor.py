@@ -44,7 +44,7 @@ def test_a_gpu_that_jax_does_not_see(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     found = doctor.devices()
     assert found.found.endswith("the machine has an NVIDIA GPU that JAX does not see")
-    assert found.advice.startswith("pip install 'jaxspec[cuda]'")
+    assert found.advice.startswith("pip install 'jax[cuda13]'")
 
 
 @pytest.mark.parametrize(

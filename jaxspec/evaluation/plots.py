@@ -27,9 +27,7 @@ def save_all(view: View, folder: Path) -> list[Path]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError(
-            "pictures need matplotlib; install the extra: pip install 'jaxspec[plots]'"
-        ) from error
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from error
     written = []
 
     def save(name: str, figure: Figure | None):
