@@ -85,7 +85,8 @@ class Serve:
             from jaxspec.serving.server import check_servable, listen, server
         except ModuleNotFoundError as error:
             raise ValueError(
-                f"{error.name} is not installed; pip install starlette uvicorn prometheus-client"
+                f"{error.name} is not installed: pip install starlette uvicorn "
+                "prometheus-client"
             ) from error
         import jaxspec
         from jaxspec.decoding.curve import Curve
