@@ -112,7 +112,7 @@ def lookup_whole(table: Float[Array, "V M"], index: Int[Array, "*L"]) -> Float[A
 
 
 def rms_norm(
-    x: Float[Array, "*L M"], weight: Float[Array, " M"], eps: float
+    x: Float[Array, "*L M"], weight: Float[Array, "... M"], eps: float
 ) -> Float[Array, "*L M"]:
     """x / sqrt(mean(x²) + eps) · weight over the last axis, in float32."""
     x = x.astype(jnp.float32)

@@ -265,7 +265,7 @@ def _sampling(config: RegenerateConfig, job: Job | None) -> dict[str, Any]:
         return {}
     sampling = dataclasses.asdict(config.sampling_of(job))
     del sampling["stop_ids"]
-    return sampling
+    return sampling | {"logit_bias": [list(bias) for bias in sampling["logit_bias"]]}  # as JSON
 
 
 def _row(job: Job, fields: dict[str, Any]) -> dict[str, Any]:

@@ -71,9 +71,9 @@ def test_a_state_that_takes_in_rejected_nodes_is_not_lossless(plain, monkeypatch
 
 def test_packed_verification_equals_the_rectangle():
     draw = jax.vmap(lambda key, n: tiny.random_tree(8, 4, 11, key, jnp.int32(1), n))
-    tree = draw(jax.random.split(jax.random.key(0), 2), np.array([3, 7]))
+    tree = draw(jax.random.split(jax.random.key(0), 2), jnp.array([3, 7]))
     states = init_states(TARGET.config, 2, 16, "float32")
-    lengths = np.array([4, 2])
+    lengths = jnp.array([4, 2])
     arrays = (tree.tokens, tree.depths, ancestors(tree), states, lengths)
     packing = pack_nodes(tree.valid, 10)
     whole = forward(TARGET.params, TARGET.config, *arrays)

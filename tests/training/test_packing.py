@@ -5,6 +5,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,7 +26,7 @@ LENGTHS = [len(example) for example in EXAMPLES]
 def rows(batch, *, packed):
     shape, found = places(batch, LENGTHS, micro_batch=len(batch.rows))
     tokens, supervised, starts = (x[0] for x in collate(EXAMPLES, batch.length, shape, found))
-    return Rows(tokens, supervised, starts if packed else None)
+    return jax.tree.map(jnp.asarray, Rows(tokens, supervised, starts if packed else None))
 
 
 PACKED = rows(BatchRows(((3, 0), (4, 2, 1)), 384), packed=True)
@@ -57,9 +58,9 @@ def test_a_hybrids_states_begin_anew_with_every_sequence():
     features = functools.partial(
         target_features, target.params, target.config, taps=(0, 2), chunk=chunk
     )
-    found = features(row, starts)
+    found = features(jnp.asarray(row), jnp.asarray(starts))
     for sequence, start in ((first, 0), (second, 8)):
-        alone = features(np.pad(sequence, (0, -len(sequence) % chunk))[None])
+        alone = features(jnp.pad(sequence, (0, -len(sequence) % chunk))[None])
         for got, expected in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
             kept = slice(start, start + len(sequence))
             np.testing.assert_allclose(got[0, kept], expected[0, : len(sequence)], atol=5e-5)
