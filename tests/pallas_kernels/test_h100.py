@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxspec.models.cache import init_cache
 from jaxspec.models.decoder import forward
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import abstract_params
 from jaxspec.models.presets import PRESETS
+from jaxspec.models.state import init_states
 from jaxspec.sharding import shardings
 from jaxspec.trees.tree import causal_bits
 from pallas_kernels.h100.compile import compile_for_h100
@@ -128,16 +128,15 @@ def test_a_mixture_moves_the_experts_its_nodes_choose_and_no_others(tokens, devi
 
 def test_a_forward_with_every_kernel_has_a_derivative():
     narrow = jnp.dtype("bfloat16")
-    config = dataclasses.replace(PRESETS["qwen3-0.6b"], num_layers=1)
-    c, n = config, 64
+    config, n = dataclasses.replace(PRESETS["qwen3-0.6b"], num_layers=1), 64
     shape = jax.eval_shape
-    cache = shape(lambda: init_cache(1, 1, c.num_kv_heads, 128, c.head_dim, narrow))
+    states = shape(lambda: init_states(config, 1, 128, narrow))
 
-    def loss(params, tokens, cache):
+    def loss(params, tokens, states):
         depths, bits = jnp.arange(n)[None], causal_bits(n)[None]
         start = jnp.zeros(1, jnp.int32)
         return forward(
-            params, config, tokens, depths, bits, cache, start, implementation="triton"
+            params, config, tokens, depths, bits, states, start, implementation="triton"
         ).hidden.sum()
 
     def placed(tree):
@@ -146,6 +145,6 @@ def test_a_forward_with_every_kernel_has_a_derivative():
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree
         )
 
-    arguments = abstract_params(config, narrow), shape(lambda: jnp.zeros((1, n), int)), cache
+    arguments = abstract_params(config, narrow), shape(lambda: jnp.zeros((1, n), int)), states
     compiled = compile_for_h100(jax.jit(jax.grad(loss)), *map(placed, arguments))
     assert {"tree_attention", "rotary_heads"} <= {kernel.name for kernel in compiled.kernels}

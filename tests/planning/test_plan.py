@@ -180,7 +180,7 @@ def test_figures_are_those_of_the_compiled_program(name, devices):
     compiled = found.programs["round"]
     assert 0 <= sum(found.parts.values()) - compiled.arguments <= UNREAD
     state = sum(size for part, size in found.parts.items() if not part.endswith("weights"))
-    assert 0 <= state - compiled.aliased <= 1000  # updated in place, all but the options
+    assert 0 <= state - compiled.aliased <= 3000  # updated in place, all but the options
     assert found.peak == compiled.peak - found.repeated
     assert compiled.temporaries < 10**9 and found.fits
 
