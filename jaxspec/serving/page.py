@@ -89,8 +89,8 @@ def read_watch(body) -> dict:
             raise BadRequest(f"{name} is {value!r}; expected {expected}", name)
     if "prompt" not in body:
         raise BadRequest("there is no prompt", "prompt")
-    count = body.get("max_tokens", 128)
-    if not 1 <= count <= MOST_TOKENS:
+    count = body.get("max_tokens")
+    if count is not None and not 1 <= count <= MOST_TOKENS:
         raise BadRequest(f"max_tokens is {count}; expected 1 … {MOST_TOKENS}", "max_tokens")
     return {
         "prompt": body["prompt"],

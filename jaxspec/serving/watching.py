@@ -39,6 +39,7 @@ from jaxspec.trees.tree import NO_PARENT, DraftTree
 
 TARGET, DRAFTER, LOOKUP = "target", "drafter", "lookup"
 PLAIN_EVERY = 2  # rounds: a machine that is busy for a while then slows both alike
+USUAL = 128  # new tokens of an answer
 Path = tuple[int, ...]
 
 
@@ -64,7 +65,12 @@ class Watcher:
         self._free.release()
 
     def events(
-        self, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling, seed: int = 0
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling,
+        seed: int = 0,
     ) -> Iterator[dict[str, Any]]:
         """The answer as JSON values: "start", a "round" each, "end".
 
@@ -72,9 +78,14 @@ class Watcher:
         milliseconds, and now and then those of a round of plain decoding beside it
         (`plain_ms`, else None); an "end" the counts.
 
+        Args:
+          max_new_tokens: `USUAL`, or what there is room for, by default.
+
         Raises:
           ValueError: the prompt and its answer have no room.
         """
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(USUAL, self.room - len(prompt)))
         check_positions(self.target.config, len(prompt), max_new_tokens)
         if len(prompt) + max_new_tokens > self.room:
             raise ValueError(

@@ -22,6 +22,7 @@ def test_a_tree_grows(scheme, width):
         browser = run.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         size, looks = {"width": width, "height": 800}, {"color_scheme": scheme}
         page = browser.new_page(viewport=size, reduced_motion="reduce", **looks)
+        page.set_default_timeout(180_000)  # ms; the first answer compiles
         faults = []
         page.on("console", lambda message: faults.append(message.text))
         page.on("pageerror", lambda error: faults.append(str(error)))
