@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.panel import Panel
 
 import jaxspec
-from jaxspec.drafters.joined import with_survival
 from jaxspec.dtypes import fastest
 
 TURNS = 2  # of each, one after the other; the least time counts
@@ -24,10 +23,8 @@ def both(args, dtype):
     """Plain and drafted answers in a dtype."""
     target = jaxspec.load_target(args.target, dtype=dtype)
     drafter = jaxspec.load_drafter(args.drafter, target, nodes=args.nodes)
-    runs = {"plain": dict(drafter="none"), args.drafter: dict(drafter=with_survival(drafter))}
+    runs = {"plain": dict(drafter="none"), args.drafter: dict(drafter=drafter)}
     shared = dict(batch_size=1, **args.length)
-    pace = jaxspec.measure_pace(target, args.prompt, **shared, **runs[args.drafter])
-    runs[args.drafter]["budget"] = pace
     for options in runs.values():
         jaxspec.warm_up(target, args.prompt, **shared, **options)
     done = {}

@@ -53,9 +53,10 @@ class Generate:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
-    schedule: Literal["adaptive", "fixed"] = "adaptive"
-    """adaptive: every round verifies what is worth its time, by times measured at the start and
-    kept, down to plain decoding; fixed, and over several devices: the whole budget."""
+    schedule: Literal["adaptive", "fixed"] = "fixed"
+    """fixed: every round verifies the whole budget. adaptive: what is worth its time, by times
+    measured at the start and kept, down to plain decoding; the first call measures and compiles
+    for minutes. Over several devices always fixed."""
     rejection: bool = False
     """Draw chains from a trained drafter and verify them by rejection sampling."""
     batch_size: int = 1
