@@ -46,7 +46,9 @@ def main() -> int:
         default="shipped+ngram",
         help="ngram | shipped | small:NAME | a trained drafter; +ngram adds lookup",
     )
-    parser.add_argument("--nodes", type=int, default=8, help="at most, root included")
+    parser.add_argument(
+        "--nodes", type=int, default=8, help="verified per round, root included"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=200)
     args = parser.parse_args()
     args.length = {"max_new_tokens": args.max_new_tokens}

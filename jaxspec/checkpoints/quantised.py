@@ -212,6 +212,23 @@ class _Finder:
             )
         return name
 
+    def matrix(self, name: str) -> tuple[int, int]:
+        """The shape of a tensor that must be there and have two axes."""
+        shape = self.folder.shapes[self.part(name)]
+        if len(shape) != 2:
+            raise ValueError(
+                f"{self.folder.origin}: tensor '{name}' has shape {shape}; expected two axes"
+            )
+        return shape
+
+    def even_groups(self, name: str, count: int, columns: int) -> None:
+        """Raises ValueError unless so many scales share the inputs evenly."""
+        if not 1 <= count <= columns or columns % count:
+            raise ValueError(
+                f"{self.folder.origin}: tensor '{name}' has {count} scales a row; expected a "
+                f"divisor of {columns}, its inputs"
+            )
+
     def scale(self, name: str, values: np.ndarray) -> np.ndarray:
         """Scales, which must be positive numbers."""
         values = values.astype(np.float32)
@@ -242,6 +259,8 @@ def _find_scaled(form: Scaled, folder: SafetensorsFolder) -> dict[str, _Weight]:
         if dtype not in (FP8, INT8):
             continue
         shape = folder.shapes[name]
+        if len(shape) < 2:
+            find.matrix(name)  # refuses it
         inverse = f"{name}_scale_inv"
         scale = inverse if inverse in folder.shapes else f"{name}_scale"
         find.part(scale, *form.scale_shapes(shape))
@@ -262,14 +281,10 @@ def _find_packed(form: Packed, folder: SafetensorsFolder) -> dict[str, _Weight]:
         stored = folder.read(find.part(f"{base}.weight_shape", (2,)))
         rows, columns = shape = tuple(int(n) for n in stored)
         find.part(name, (rows, -(-columns // per_word)))
-        scale = find.part(f"{base}.weight_scale")
-        count = folder.shapes[scale][-1]
+        scale = f"{base}.weight_scale"
+        count = find.matrix(scale)[1]
         find.part(scale, (rows, count))
-        if not 1 <= count <= columns or columns % count:
-            raise ValueError(
-                f"{folder.origin}: tensor '{scale}' has {count} scales a row; expected a "
-                f"divisor of {columns}, its inputs"
-            )
+        find.even_groups(scale, count, columns)
         zero, groups = f"{base}.weight_zero_point", f"{base}.weight_g_idx"
         optional = [part for part in (zero, groups) if part in folder.shapes]
         for part in optional:
@@ -294,10 +309,10 @@ def _find_gptq(form: Gptq, folder: SafetensorsFolder) -> dict[str, _Weight]:
         base, _, kind = name.rpartition(".")
         if kind != "qweight":
             continue
-        words, rows = folder.shapes[name]
+        words, rows = find.matrix(name)
         columns = words * per_word
-        scales = find.part(f"{base}.scales")
-        count = folder.shapes[scales][0]
+        scales = f"{base}.scales"
+        count = find.matrix(scales)[0]
         find.part(scales, (count, rows))
         zeros = find.part(f"{base}.qzeros", (count, -(-rows // per_word)))
         groups = find.part(f"{base}.g_idx", (columns,))
@@ -319,16 +334,12 @@ def _find_awq(form: Awq, folder: SafetensorsFolder) -> dict[str, _Weight]:
         base, _, kind = name.rpartition(".")
         if kind != "qweight":
             continue
-        columns, words = folder.shapes[name]
+        columns, words = find.matrix(name)
         rows = words * 8
-        scales = find.part(f"{base}.scales")
-        count = folder.shapes[scales][0]
+        scales = f"{base}.scales"
+        count = find.matrix(scales)[0]
         find.part(scales, (count, rows))
-        if not 1 <= count <= columns or columns % count:
-            raise ValueError(
-                f"{folder.origin}: tensor '{scales}' has {count} scales a row; expected a "
-                f"divisor of {columns}, its inputs"
-            )
+        find.even_groups(scales, count, columns)
         zeros = find.part(f"{base}.qzeros", (count, words))
 
         def values(arrays, scales=scales):
