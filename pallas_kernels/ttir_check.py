@@ -175,6 +175,7 @@ _DTYPES = {
     "i64": np.int64,
     "f32": np.float32,
     "bf16": ml_dtypes.bfloat16,
+    "f8E4M3FN": ml_dtypes.float8_e4m3fn,
 }
 
 
@@ -216,7 +217,14 @@ _ELEMENTWISE = {
     "arith.select": np.where,
 }
 _COMPARE = [np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal]
-_CASTS = ("arith.extui", "arith.extsi", "arith.extf", "arith.truncf", "arith.sitofp")
+_CASTS = (
+    "arith.extui",
+    "arith.extsi",
+    "arith.extf",
+    "arith.truncf",
+    "arith.sitofp",
+    "tt.fp_to_fp",
+)
 _EXTERN = {
     "__nv_exp2f": np.exp2,
     "__nv_logf": np.log,

@@ -16,6 +16,8 @@ from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_matmul.triton import tile_rows
 from pallas_kernels.h100.compile import Kernel, compile_for_h100
 from pallas_kernels.h100.target import mesh
+from pallas_kernels.scaled_matmul import config as scaled_config
+from pallas_kernels.scaled_matmul.api import scaled_matmul
 from pallas_kernels.tree_attention.api import tree_attention
 from pallas_kernels.tree_attention.config import TILES, Shape, TileConfig, choose
 from pallas_kernels.tree_level import Levels, grow_level
@@ -31,6 +33,7 @@ _attention = jax.jit(
 )
 _level = jax.jit(grow_level, static_argnames="implementation")
 _grouped = jax.jit(grouped_matmul, static_argnames="implementation")
+_scaled = jax.jit(scaled_matmul, static_argnames="implementation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,39 @@ class GroupedCase:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScaledCase:
+    """One product with 8-bit values, scaled in blocks, or by output where `block` is None."""
+
+    rows: int
+    depth: int
+    columns: int
+    block: int | None = 128
+
+    def __str__(self) -> str:
+        return f"scaled_matmul R={self.rows} {self.depth}x{self.columns} block={self.block}"
+
+    @property
+    def scales(self) -> tuple[int, int]:
+        if self.block is None:
+            return self.columns, 1
+        return self.columns // self.block, self.depth // self.block
+
+    def compile(self, cache: pathlib.Path | None = None) -> tuple[Kernel, ...]:
+        return compile_for_h100(
+            _scaled,
+            _array(self.rows, self.depth, dtype=jnp.bfloat16),
+            _array(self.columns, self.depth, dtype=jnp.float8_e4m3fn),
+            _array(*self.scales),
+            implementation="triton",
+            cache=cache,
+        ).kernels
+
+    def faults(self, kernels: tuple[Kernel, ...]) -> list[str]:
+        tile = scaled_config.choose(self.rows, self.columns, self.depth, self.scales[1])
+        return _faults(kernels, "scaled_matmul", tile.rows)
+
+
+@dataclasses.dataclass(frozen=True)
 class LevelCase:
     """One level of a tree: children of 16 parents, at Qwen3's vocabulary and rank 256."""
 
@@ -150,7 +186,9 @@ def _named(kernels: tuple[Kernel, ...], name: str) -> Kernel:
     return next(kernel for kernel in kernels if kernel.name == name)
 
 
-def cases(quick: bool = False) -> list[AttentionCase | GroupedCase | LevelCase]:
+def cases(
+    quick: bool = False,
+) -> list[AttentionCase | GroupedCase | ScaledCase | LevelCase]:
     """Every kind of kernel that the library asks for.
 
     The gate has every tile of the table with and without a window, with and without splits,
@@ -167,6 +205,12 @@ def cases(quick: bool = False) -> list[AttentionCase | GroupedCase | LevelCase]:
         (8, 512, 4096, 16_384), ((2048, 1536), (768, 2048))
     ):
         found.append(GroupedCase(rows, 128, depth, columns))
+    # Qwen3-8B's products, for one token, trees and a prompt chunk; scales by block and output.
+    for rows, (depth, columns) in itertools.product(
+        (8, 32, 64, 256, 512), ((4096, 6144), (4096, 24_576), (12_288, 4096))
+    ):
+        found.append(ScaledCase(rows, depth, columns))
+    found += [ScaledCase(rows, 4096, 4096, block) for rows in (8, 64) for block in (64, None)]
     found += [LevelCase(15), LevelCase(63), LevelCase(255), LevelCase(63, batch=8)]
     if quick:
         return list(dict.fromkeys(found))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.scaled_matmul import scaled_matmul
 from pallas_kernels.tree_attention import tree_attention
 from pallas_kernels.tree_attention.config import Shape, choose
 from pallas_kernels.tree_attention.triton import tree_attention_triton
@@ -15,6 +16,7 @@ from pallas_kernels.tree_level import empty_levels
 from pallas_kernels.tree_level.reference import grow_level_reference
 from pallas_kernels.tree_level.triton import grow_level_triton
 from tests.pallas_kernels import test_grouped_matmul as grouped
+from tests.pallas_kernels import test_scaled_matmul as scaled
 from tests.pallas_kernels.attention_cases import CASES, Case, make_inputs, oracle, tolerance
 
 pytestmark = pytest.mark.gpu
@@ -59,6 +61,15 @@ def test_grouped_matmul_computes_the_definition(group_sizes):
     found = jax.jit(lambda *x: grouped_matmul(*x, implementation="triton"))(*arrays)
     expected = grouped.oracle(*arrays[:2], group_sizes)
     assert np.abs(np.asarray(found) - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 8, 17, 64, 100, 256, 512])
+@pytest.mark.parametrize("block", [(128, 128), (64, 64), (1, 1024)])
+def test_scaled_matmul_computes_the_definition(count, block):
+    arrays = scaled.make_inputs(count, 256, 1024, block)
+    found = jax.jit(lambda *x: scaled_matmul(*x, implementation="triton"))(*arrays)
+    expected = scaled.oracle(*arrays)
+    assert np.abs(np.asarray(found) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("batch, children", [(1, 63), (2, 255)])

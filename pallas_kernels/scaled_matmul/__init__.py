@@ -1,0 +1,1 @@
+from pallas_kernels.scaled_matmul.api import scaled_matmul as scaled_matmul

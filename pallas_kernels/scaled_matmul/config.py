@@ -1,0 +1,72 @@
+"""Shapes that the Triton kernel takes, and its tiles.
+
+The tiles were chosen from compiled code (registers, shared memory, instructions) and from how
+many programs fill 132 multiprocessors; no GPU has timed them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+PROGRAMS = 128  # that a product should have at least, to use every multiprocessor
+LEAST_STEPS = 4  # of one part of a split product
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """The work of one program.
+
+    Attributes:
+      rows, columns: of the output.
+      depth: contracted elements per step; one scale covers them.
+      splits: parts of the contracted axis, each summed by a program of its own.
+      warps, stages: of Triton.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def unsupported(rows: jax.Array, values: jax.Array, scale: jax.Array) -> str | None:
+    """Why the kernel does not take these shapes, or None if it does."""
+    columns, depth = values.shape
+    if rows.dtype != jnp.bfloat16 or values.dtype != jnp.float8_e4m3fn:
+        return (
+            f"rows are {rows.dtype} and values {values.dtype}; expected bfloat16 and "
+            "float8_e4m3fn"
+        )
+    if columns % 32 or depth % 64 or (depth // scale.shape[1]) % 64:
+        return (
+            f"values are {columns} x {depth} with scales of {depth // scale.shape[1]} inputs; "
+            "expected multiples of 32 outputs, and of 64 inputs that share a scale"
+        )
+    return None
+
+
+def choose(rows: int, columns: int, depth: int, scales: int) -> Tile:
+    """The tile for [rows, depth] times [columns, depth], of so many scales along the depth."""
+    step = 128 if (depth // scales) % 128 == 0 else 64
+    height = min(128, max(16, 1 << (rows - 1).bit_length()))
+    widths = {16: (64, 32), 32: (64, 32), 64: (128, 64, 32), 128: (128, 64, 32)}[height]
+    fitting = [width for width in widths if columns % width == 0]
+    tall = -(-rows // height)
+    width = fitting[0]
+    if height <= 32:  # few rows are cheap to read again: narrow tiles, rather than splits
+        filling = [w for w in fitting if columns // w * tall >= PROGRAMS]
+        width = filling[0] if filling else fitting[-1]
+    splits, steps = 1, depth // step
+    while (
+        2 * splits * (columns // width) * tall <= PROGRAMS
+        and steps % (2 * splits) == 0
+        and steps // (2 * splits) >= LEAST_STEPS
+    ):
+        splits *= 2
+    warps, stages = {16: (4, 6), 32: (4, 5), 64: (8, 4), 128: (8, 3)}[height]
+    return Tile(height, width, step, splits, warps, stages)

@@ -1,0 +1,38 @@
+"""Product with 8-bit values and their scales in plain XLA: the contract the kernel meets."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def scaled_matmul_reference(
+    rows: Float[Array, "R I"], values: Float[Array, "O I"], scale: Float[Array, "A C"]
+) -> Float[Array, "R O"]:
+    """rows times (values times their scales), transposed.
+
+    Nothing but the float32 sums is rounded: rows and values are exact in float32.
+
+    Args:
+      rows: [R, I], bfloat16 or float32.
+      values: [O, I] float8_e4m3fn, outputs first, as checkpoints store them.
+      scale: [A, C] float32, of blocks of O / A outputs and I / C inputs, whole numbers.
+
+    Returns:
+      [R, O] float32.
+    """
+    return jnp.einsum(
+        "ri,oi->ro",
+        rows.astype(jnp.float32),
+        scaled(values, scale),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def scaled(values: Float[Array, "*L"], scale: Float[Array, "*L2"]) -> Float[Array, "*L"]:
+    """values times their scales, float32; every axis of `scale` divides that of `values`."""
+    for axis, (n, blocks) in enumerate(zip(values.shape, scale.shape, strict=True)):
+        scale = jnp.repeat(scale, n // blocks, axis=axis)
+    return values.astype(jnp.float32) * scale

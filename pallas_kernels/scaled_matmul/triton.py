@@ -1,0 +1,75 @@
+"""Product with 8-bit values and their scales as a Triton kernel, written in Pallas.
+
+A program multiplies one tile of rows by one tile of the matrix's outputs. Each step reads 8-bit
+values, converts them to bfloat16, which is exact, multiplies into float32 sums of its own, and
+adds these times the scale. Outputs come first in the matrix: a step's values of one output are
+one line of memory, and in the order in which matrix instructions want them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.scaled_matmul.config import Tile, choose
+
+
+@functools.partial(jax.jit, static_argnames=("tile", "interpret"))
+def scaled_matmul_triton(
+    rows: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
+    *,
+    tile: Tile | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `scaled_matmul_reference`; `interpret` runs it on the CPU, to check numbers."""
+    (count, depth), columns = rows.shape, values.shape[0]
+    tile = tile or choose(count, columns, depth, scale.shape[1])
+    parts = pl.pallas_call(
+        functools.partial(multiply, tile=tile),
+        out_shape=jax.ShapeDtypeStruct((tile.splits, count, columns), jnp.float32),
+        grid=(columns // tile.columns, pl.cdiv(count, tile.rows), tile.splits),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name="scaled_matmul",
+    )(rows, values, scale)
+    return parts.sum(0) if tile.splits > 1 else parts[0]
+
+
+def multiply(rows_ref, values_ref, scale_ref, out_ref, *, tile: Tile):
+    """One tile of rows times one tile of outputs, over one part of the inputs."""
+    count, depth = rows_ref.shape
+    first, part = pl.program_id(0) * tile.columns, pl.program_id(2)
+    row = pl.program_id(1) * tile.rows + jnp.arange(tile.rows)
+    column = first + jnp.arange(tile.columns)
+    outputs, inputs = (n // m for n, m in zip(values_ref.shape, scale_ref.shape, strict=True))
+    block = column // outputs  # of scales
+    steps = depth // tile.depth // tile.splits
+
+    def mask(width):
+        """Rows that exist; None where all do."""
+        if count % tile.rows == 0:
+            return None
+        return jnp.broadcast_to((row < count)[:, None], (tile.rows, width))
+
+    def step(i, total):
+        start = (part * steps + i) * tile.depth
+        lane = start + jnp.arange(tile.depth)
+        real = mask(tile.depth)
+        x = plgpu.load(
+            rows_ref.at[row[:, None], lane[None, :]],
+            mask=real,
+            other=None if real is None else 0.0,
+        )
+        w = values_ref[pl.ds(first, tile.columns), pl.ds(start, tile.depth)]
+        factor = plgpu.load(scale_ref.at[block, start // inputs])
+        return total + plgpu.dot(x, w.astype(x.dtype).T) * factor[None, :]
+
+    total = lax.fori_loop(0, steps, step, jnp.zeros((tile.rows, tile.columns), jnp.float32))
+    plgpu.store(out_ref.at[part, row[:, None], column[None, :]], total, mask=mask(tile.columns))
