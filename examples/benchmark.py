@@ -22,9 +22,9 @@ from jaxspec.data.prompts import read_prompts, spread
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, block_params
-from jaxspec.drafters.head import random_weights
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel
+from jaxspec.drafters.weights import random_weights
 from jaxspec.evaluation import measure
 from jaxspec.evaluation.contenders import Contender, Entry
 from jaxspec.evaluation.report import markdown

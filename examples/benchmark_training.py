@@ -20,8 +20,9 @@ import numpy as np
 import optax
 
 import jaxspec
-from jaxspec.drafters.head import Vocabulary, bind
+from jaxspec.drafters.head import Vocabulary
 from jaxspec.drafters.teacher_forced import run_blocks
+from jaxspec.drafters.weights import bind
 from jaxspec.models.decoder import unembed
 from jaxspec.training.blocks import before_labels, sample_anchors, supervised_slots
 from jaxspec.training.features import target_features

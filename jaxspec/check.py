@@ -22,9 +22,9 @@ from jaxspec.api import generate
 from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, BlockParams
-from jaxspec.drafters.head import bind
 from jaxspec.drafters.rollout import greedy, rollout
 from jaxspec.drafters.teacher_forced import run_blocks
+from jaxspec.drafters.weights import bind
 from jaxspec.evaluation.walk import rounds_along
 from jaxspec.models.decoder import forward
 from jaxspec.models.params import TargetParams

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from jaxspec.drafters.head import abstract_weights
+from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.cache import init_cache
 from jaxspec.models.params import abstract_params
 from jaxspec.models.presets import PRESETS

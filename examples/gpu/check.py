@@ -35,10 +35,10 @@ from jaxspec.config import TREE_KINDS, DrafterConfig, TargetConfig, TreeConfig
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, block_params
-from jaxspec.drafters.head import random_weights
 from jaxspec.drafters.joined import with_lookup
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel
+from jaxspec.drafters.weights import random_weights
 from jaxspec.models.params import random_params
 from jaxspec.models.target import Target
 from jaxspec.trees.candidates import top_logits

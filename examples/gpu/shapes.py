@@ -21,7 +21,7 @@ from jaxspec.decoding.sampling import greedy_rows
 from jaxspec.decoding.state import Params, Requests
 from jaxspec.drafters.base import Drafter
 from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params
-from jaxspec.drafters.head import abstract_weights
+from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.params import TargetParams, abstract_params
 from jaxspec.models.presets import PRESETS
 from jaxspec.planning.setup import published_drafter

@@ -35,8 +35,8 @@ from shapes import MODELS, Given, Weights, block_drafter, case_parts, dtype_here
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.state import Decoder
-from jaxspec.drafters.head import bind
 from jaxspec.drafters.plain import Plain
+from jaxspec.drafters.weights import bind
 from jaxspec.planning.floors import Floor, draft_floor, program_floor, target_floor
 from jaxspec.planning.setup import Setup
 from jaxspec.trees.tree import root_only

@@ -37,7 +37,7 @@ from jaxspec.config import DrafterConfig, TargetConfig, TreeConfig
 from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params, whole_weights
 from jaxspec.drafters.eagle import EagleDrafter, EagleParams
 from jaxspec.drafters.eagle_head import EagleConfig
-from jaxspec.drafters.head import abstract_weights
+from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.params import TargetParams
 
 INTEGERS = (DRAFT_TOKENS, speculators.OFFSETS, speculators.MEMBERS)

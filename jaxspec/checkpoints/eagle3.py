@@ -31,7 +31,8 @@ from jaxspec.checkpoints.eagle3_config import from_json, to_json
 from jaxspec.checkpoints.fuse import Part, check_weights
 from jaxspec.config import TargetConfig, TreeConfig
 from jaxspec.drafters.eagle import EagleDrafter, EagleParams, eagle_params
-from jaxspec.drafters.eagle_head import EagleConfig, abstract_weights
+from jaxspec.drafters.eagle_head import EagleConfig
+from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.params import TargetParams
 
 EMBEDDING, HEAD = "embed_tokens.weight", speculators.HEAD

@@ -17,17 +17,11 @@ from jax.typing import ArrayLike
 from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.drafters.base import Committed, Drafter
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
-from jaxspec.drafters.head import (
-    OUTPUT,
-    DraftHead,
-    Vocabulary,
-    abstract_weights,
-    bind,
-    restrict,
-)
+from jaxspec.drafters.head import OUTPUT, DraftHead, Vocabulary, restrict
 from jaxspec.drafters.rollout import SampledChain, draw, greedy, rollout, tempered
 from jaxspec.drafters.selector import lattice, lattice_tree, pick, walk
 from jaxspec.drafters.visibility import block_visibility
+from jaxspec.drafters.weights import abstract_weights, bind
 from jaxspec.models.cache import KVCache, init_cache
 from jaxspec.models.layers import cut_axes
 from jaxspec.models.params import TargetParams
@@ -45,8 +39,8 @@ class BlockParams:
     """What a block drafter reads.
 
     Attributes:
-      head: its own weights (`head.abstract_weights`); with a draft vocabulary W2 has its rows
-        alone.
+      head: its own weights (`weights.abstract_weights`); with a draft vocabulary W2 has
+        its rows alone.
       vocabulary: the target's embedding and LM head, and which tokens are drafted.
       threshold: scalar float32; a chain ends before the first slot less confident than this.
       survival: scalar float32; a chain ends before its survival falls below this. 0 turns

@@ -16,9 +16,10 @@ from jax.typing import ArrayLike
 
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, Drafter
-from jaxspec.drafters.eagle_head import EagleConfig, abstract_weights, bind
+from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.drafters.head import Vocabulary
 from jaxspec.drafters.rollout import Choose, SampledChain, draw, greedy, tempered
+from jaxspec.drafters.weights import abstract_weights, bind
 from jaxspec.models.cache import KVCache, KVRows, init_cache
 from jaxspec.models.params import TargetParams
 from jaxspec.trees.candidates import top_log_probs
@@ -33,7 +34,7 @@ class EagleParams:
     """What an EAGLE-3 drafter reads.
 
     Attributes:
-      head: its own weights (`eagle_head.abstract_weights`).
+      head: its own weights (`weights.abstract_weights`).
       vocabulary: embedding and LM head, the target's or its own, and which tokens are drafted.
     """
 

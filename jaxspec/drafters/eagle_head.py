@@ -2,7 +2,7 @@
 
 A row is a pair: a feature and the token that follows it. Features of committed tokens come from
 the target, through `fuse`; a drafted token's is the output of the row before, so that drafting
-needs no target. Weights cross jit boundaries as those of `drafters.head` do.
+needs no target.
 
 Sources: EAGLE-3 (arXiv 2503.01840); vLLM's `speculators` for the flags.
 """
@@ -220,26 +220,3 @@ class EagleHead(nnx.Module):
 
     def _normed(self, output: jax.Array) -> jax.Array:
         return rms_norm(output, self.norm[...], self.config.rms_norm_eps)
-
-
-def bind(config: EagleConfig, weights: nnx.State) -> EagleHead:
-    """The head with the given weights; also inside jit."""
-    return nnx.merge(_split(config)[0], weights)
-
-
-def abstract_weights(config: EagleConfig, dtype=jnp.float32) -> nnx.State:
-    """The shape of every weight as a `ShapeDtypeStruct`, nothing allocated."""
-    return _split(config, dtype)[1]
-
-
-def random_weights(config: EagleConfig, key: jax.Array, dtype=jnp.float32) -> nnx.State:
-    """Weights of an untrained head. Consumes `key`."""
-    return nnx.state(EagleHead(config, rngs=nnx.Rngs(params=key), dtype=dtype))
-
-
-@functools.lru_cache
-def _split(config: EagleConfig, dtype=jnp.float32):
-    def make():
-        return EagleHead(config, rngs=nnx.Rngs(0), dtype=dtype)
-
-    return nnx.split(nnx.eval_shape(make))

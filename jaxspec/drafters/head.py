@@ -1,10 +1,6 @@
 """The network of a block drafter: tap fusion, layers, sequential and confidence head.
 
-It is a Flax NNX module in the tree-safe subset (no shared references, no state changed in a
-call), which owns construction and initialisation. Every jit boundary is crossed as
-`graphdef, weights = nnx.split(head)`: `weights` is an ordinary pytree for jit, optax and orbax,
-the graph definition follows from the config, and `bind` joins them at trace time, so a decoding
-step contains nothing of the framework.
+Its weights are a pytree: `drafters.weights`.
 
 Sources: DFlash (arXiv 2602.06036), JetSpec (arXiv 2606.18394), DSpark (arXiv 2607.05147),
 DFlash2 ("Keep Drafting Parallel", Inco AI, August 2026).
@@ -267,11 +263,6 @@ class DraftHead(nnx.Module):
         return rotary_angles(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
 
-def bind(config: DrafterConfig, weights: nnx.State) -> DraftHead:
-    """The head with the given weights; also inside jit."""
-    return nnx.merge(_split(config)[0], weights)
-
-
 def restrict(
     weights: nnx.State, vocabulary: Vocabulary, kept: jax.Array | None
 ) -> tuple[nnx.State, Vocabulary]:
@@ -291,21 +282,3 @@ def restrict(
         flat[OUTPUT] = flat[OUTPUT].replace(flat[OUTPUT][...][kept])
     vocabulary = Vocabulary(vocabulary.embed, vocabulary.unembed[kept], kept)
     return nnx.from_flat_state(list(flat.items())), vocabulary
-
-
-def abstract_weights(config: DrafterConfig, dtype=jnp.float32) -> nnx.State:
-    """The shape of every weight as a `ShapeDtypeStruct`, nothing allocated."""
-    return _split(config, dtype)[1]
-
-
-def random_weights(config: DrafterConfig, key: jax.Array, dtype=jnp.float32) -> nnx.State:
-    """Weights of an untrained head. Consumes `key`."""
-    return nnx.state(DraftHead(config, rngs=nnx.Rngs(params=key), dtype=dtype))
-
-
-@functools.lru_cache
-def _split(config: DrafterConfig, dtype=jnp.float32):
-    def make():
-        return DraftHead(config, rngs=nnx.Rngs(0), dtype=dtype)
-
-    return nnx.split(nnx.eval_shape(make))

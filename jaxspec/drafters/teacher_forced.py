@@ -7,11 +7,13 @@ positions before the anchor and, in the heads, the true tokens before it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from jaxspec.config import DrafterConfig
+from jaxspec.drafters.chunks import map_chunks
 from jaxspec.drafters.head import DraftHead, Vocabulary
 from jaxspec.drafters.visibility import block_visibility
 from jaxspec.models.layers import product
@@ -122,29 +124,12 @@ def block_attention(
     Returns:
       [B, A, b, H, D] float32.
     """
-    batch, count = anchors.shape
-    size = min(chunk, count)
-    parts = -(-count // size)
-
-    def split(x):
-        pad = [(0, 0)] * x.ndim
-        pad[1] = (0, parts * size - count)
-        return jnp.moveaxis(jnp.pad(x, pad).reshape(batch, parts, size, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def some(q, k, v, anchors, first):
-        return _attend(config, layer, q, k, v, context_keys, context_values, anchors, first)
-
-    blocks = (q, k, v, anchors, first)
-    if parts == 1:
-        return some(*blocks)
-    out = jax.lax.map(lambda part: some(*part), jax.tree.map(split, blocks))
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(batch, parts * size, *out.shape[3:])[:, :count]
+    attend = functools.partial(_attend, config, layer, context_keys, context_values)
+    return map_chunks(attend, q, k, v, anchors, first, size=chunk)
 
 
 def _attend(
-    config: DrafterConfig, layer: int, q, k, v, context_keys, context_values, anchors, first
+    config: DrafterConfig, layer: int, context_keys, context_values, q, k, v, anchors, first
 ):
     block, length = q.shape[2], context_keys.shape[1]
     q = q.reshape(*q.shape[:3], config.num_kv_heads, config.group_size, -1)

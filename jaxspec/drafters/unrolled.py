@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxspec.drafters.chunks import map_chunks
 from jaxspec.drafters.eagle_head import EagleConfig, EagleHead
 from jaxspec.drafters.head import Vocabulary
 from jaxspec.models.layers import product
@@ -93,23 +94,9 @@ def _attention(
       rows: of each step from 1 on, keys and values [B, T, K, D].
       first: [B, T] int32, the first index that a row sees.
     """
-    batch, length = q.shape[:2]
-    size = min(chunk, length)
-    parts = -(-length // size)
-
-    def split(x):
-        pad = [(0, 0)] * x.ndim
-        pad[1] = (0, parts * size - length)
-        return jnp.moveaxis(jnp.pad(x, pad).reshape(batch, parts, size, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def some(part):
-        return _attend(config, layer, keys, values, *part)
-
-    index = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    out = jax.lax.map(some, jax.tree.map(split, (q, rows, index, first)))
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(batch, parts * size, *out.shape[3:])[:, :length]
+    attend = functools.partial(_attend, config, layer, keys, values)
+    index = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+    return map_chunks(attend, q, rows, index, first, size=chunk)
 
 
 def _attend(config: EagleConfig, layer: int, keys, values, q, rows, index, first):

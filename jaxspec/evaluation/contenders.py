@@ -9,9 +9,9 @@ from flax import nnx
 
 from jaxspec.config import TREE_KINDS, TreeConfig
 from jaxspec.drafters.base import LoadedDrafter
-from jaxspec.drafters.head import abstract_weights
 from jaxspec.drafters.joined import change_drafter
 from jaxspec.drafters.ngram import PromptLookup
+from jaxspec.drafters.weights import abstract_weights
 from jaxspec.loading import load_drafter, load_target
 from jaxspec.models.target import Target
 

@@ -18,7 +18,7 @@ from jaxspec.decoding.requests import capacity_for, decoder_for, pack, request_k
 from jaxspec.decoding.round import commit, judge, propose
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
-from jaxspec.drafters.head import bind
+from jaxspec.drafters.weights import bind
 from jaxspec.models.decoder import forward, unembed
 from jaxspec.models.state import init_states
 from jaxspec.models.target import Target

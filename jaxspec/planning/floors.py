@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.config import DrafterConfig
-from jaxspec.drafters import eagle_head
 from jaxspec.drafters.eagle import EagleDrafter
 from jaxspec.drafters.eagle_head import EagleConfig
-from jaxspec.drafters.head import abstract_weights
+from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.params import DeltaNetParams, MoeParams, abstract_params
 from jaxspec.models.state import init_states
 from jaxspec.planning.setup import DTYPE, Setup
@@ -95,7 +94,7 @@ def draft_floor(setup: Setup) -> Floor:
 def _eagle_floor(setup: Setup, drafter: EagleDrafter) -> Floor:
     """Every level reads the layer, the LM head and the cache once more."""
     c = drafter.config
-    weights = eagle_head.abstract_weights(c, DTYPE)
+    weights = abstract_weights(c, DTYPE)
     head = c.vocab_size * c.hidden_size
     size = _bytes(weights) + head * jnp.dtype(DTYPE).itemsize
     size += setup.batch * _row_bytes(c) * setup.context

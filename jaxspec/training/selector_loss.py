@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxspec.drafters.chunks import map_chunks
 from jaxspec.drafters.head import DraftHead, Vocabulary
 from jaxspec.models.layers import product
 
@@ -66,13 +67,8 @@ def choices(
         candidates stay as they are.
       chunk: positions whose rows of the LM head are gathered at a time.
     """
-    batch, positions = truth.shape
-    size = min(positions, max(1, chunk // batch))
-    count = -(-positions // size)
 
-    @jax.checkpoint
-    def some(part):
-        hidden, latent, candidates, truth = part
+    def some(hidden, latent, candidates, truth):
         here = candidates == truth[..., None]
         present, place = here.any(-1), jnp.argmax(here, axis=-1)
         if missing == "inject":
@@ -84,17 +80,8 @@ def choices(
         scores = head.select(head.scaled(logits), candidates, latent)
         return Choices(scores, place.astype(jnp.int32), present)
 
-    def split(x):
-        pad = [(0, 0)] * x.ndim
-        pad[1] = (0, count * size - positions)
-        return jnp.moveaxis(jnp.pad(x, pad).reshape(batch, count, size, *x.shape[2:]), 1, 0)
-
-    def join(x):
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(batch, count * size, *x.shape[3:])[:, :positions]
-
-    parts = jax.tree.map(split, (hidden, latent, candidates, truth))
-    return jax.tree.map(join, jax.lax.map(some, parts))
+    size = max(1, chunk // len(truth))
+    return map_chunks(some, hidden, latent, candidates, truth, size=size)
 
 
 def leading_run(good: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxspec.drafters.chunks import join, split
 from jaxspec.models.layers import project
 from jaxspec.trees.candidates import top_logits
 
@@ -185,23 +186,13 @@ def _scan(
 
     batch, positions = weights.shape
     size = min(positions, max(1, mixture.chunk // batch))
-    count = -(-positions // size)
-
-    def split(x):  # [B, R, ...] -> [count, B, size, ...]; the padding has weight 0
-        pad = [(0, 0)] * x.ndim
-        pad[1] = (0, count * size - positions)
-        return jnp.moveaxis(jnp.pad(x, pad).reshape(batch, count, size, *x.shape[2:]), 1, 0)
-
-    def join(x):
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(batch, count * size, *x.shape[3:])[:, :positions]
-
     d_table = None
     if gradient and table is not None:
         d_table = jnp.zeros(table.shape, jnp.float32)
-    chunks = jax.tree.map(split, (drafter.hidden, drafter.latent, target, labels, weights))
+    # What fills the last chunk up has weight 0.
+    chunks = split((drafter.hidden, drafter.latent, target, labels, weights), size)
     (total, d_table), stacked = jax.lax.scan(step, (jnp.float32(0), d_table), chunks)
-    losses, d_hidden, d_latent = jax.tree.map(join, stacked)
+    losses, d_hidden, d_latent = join(stacked, positions)
     slopes = dict(hidden=d_hidden, latent=d_latent, output=d_table)
     return (total, losses), dataclasses.replace(drafter, **slopes)
 

@@ -15,8 +15,7 @@ from jaxspec.cli.options import target_name
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.drafters.eagle import EagleDrafter, eagle_params
-from jaxspec.drafters.eagle_head import random_weights as random_eagle
-from jaxspec.drafters.head import random_weights
+from jaxspec.drafters.weights import random_weights
 from jaxspec.loading import load_target, named_target
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
 from tests.drafters import cases, eagle_cases
@@ -45,7 +44,7 @@ def fitted(config, target):
 def save(folder, config, target, format, verifier=None, **own):
     config = fitted(config, target)
     if isinstance(config, eagle_cases.EagleConfig):
-        weights = random_eagle(config, jax.random.key(0))
+        weights = random_weights(config, jax.random.key(0))
         pair = EagleDrafter(config, TREE), eagle_params(weights, target.params, **own)
     else:
         weights = random_weights(config, jax.random.key(0))

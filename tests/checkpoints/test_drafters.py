@@ -16,7 +16,7 @@ from jaxspec.checkpoints.drafter_config import from_json, recognise, to_json
 from jaxspec.checkpoints.drafters import drafter_folder, load_drafter, save_drafter
 from jaxspec.config import DrafterConfig, RopeScaling, TreeConfig
 from jaxspec.drafters.block import BlockDrafter, block_params
-from jaxspec.drafters.head import random_weights
+from jaxspec.drafters.weights import random_weights
 from tests import tiny
 from tests.drafters import cases
 

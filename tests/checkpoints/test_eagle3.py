@@ -15,7 +15,7 @@ from jaxspec.checkpoints.drafters import load_drafter, save_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.eagle import EagleDrafter, eagle_params
-from jaxspec.drafters.eagle_head import random_weights
+from jaxspec.drafters.weights import random_weights
 from tests import tiny
 from tests.drafters import eagle_cases as cases
 

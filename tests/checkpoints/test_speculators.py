@@ -15,7 +15,7 @@ from jaxspec.checkpoints.drafters import load_drafter, save_drafter
 from jaxspec.checkpoints.speculators import verifier
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.block import BlockDrafter, block_params
-from jaxspec.drafters.head import random_weights
+from jaxspec.drafters.weights import random_weights
 from tests import tiny
 from tests.drafters import cases
 

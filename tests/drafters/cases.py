@@ -11,7 +11,8 @@ import numpy as np
 from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params
-from jaxspec.drafters.head import Vocabulary, random_weights
+from jaxspec.drafters.head import Vocabulary
+from jaxspec.drafters.weights import random_weights
 from jaxspec.models.cache import KVCache
 from tests import tiny
 

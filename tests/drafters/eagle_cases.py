@@ -12,7 +12,8 @@ import numpy as np
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.eagle import EagleDrafter, EagleParams, eagle_params
-from jaxspec.drafters.eagle_head import EagleConfig, random_weights
+from jaxspec.drafters.eagle_head import EagleConfig
+from jaxspec.drafters.weights import random_weights
 from tests import tiny
 
 PLAIN = EagleConfig(

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed
 from jaxspec.drafters.block import BlockDrafter
-from jaxspec.drafters.head import bind
 from jaxspec.drafters.rollout import draw, rollout
 from jaxspec.drafters.teacher_forced import run_blocks
+from jaxspec.drafters.weights import bind
 from tests.drafters import cases
 from tests.drafters.oracle import Oracle
 

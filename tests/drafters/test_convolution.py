@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 
 from jaxspec.drafters.convolution import Convolution
-from jaxspec.drafters.head import DraftHead, bind, random_weights
+from jaxspec.drafters.head import DraftHead
+from jaxspec.drafters.weights import bind, random_weights
 from tests.drafters import cases
 
 CONFIG = dataclasses.replace(

@@ -11,8 +11,9 @@ from jaxspec.decoding.rejection import acceptance_probability, residual, scatter
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, block_params
-from jaxspec.drafters.head import DraftHead, bind
+from jaxspec.drafters.head import DraftHead
 from jaxspec.drafters.rollout import rollout, tempered
+from jaxspec.drafters.weights import bind
 from tests import tiny
 from tests.drafters import cases
 

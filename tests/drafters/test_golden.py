@@ -13,9 +13,9 @@ from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.block import transition_table
-from jaxspec.drafters.head import bind
 from jaxspec.drafters.rollout import rollout
 from jaxspec.drafters.teacher_forced import run_blocks
+from jaxspec.drafters.weights import bind
 from jaxspec.models.decoder import forward
 from jaxspec.models.state import init_states
 from jaxspec.models.target import Target

@@ -14,9 +14,9 @@ from jaxspec.config import TreeConfig
 from jaxspec.decoding.rejection import residual, scatter_law
 from jaxspec.decoding.sampling import log_law
 from jaxspec.drafters.base import Committed, LoadedDrafter
-from jaxspec.drafters.head import bind
 from jaxspec.drafters.rollout import tempered
 from jaxspec.drafters.selector import lattice, pick, top_candidates, walk
+from jaxspec.drafters.weights import bind
 from jaxspec.models.target import Target
 from tests import tiny
 from tests.decoding.test_sampling import nothing_written, rows

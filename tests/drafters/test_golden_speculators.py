@@ -11,8 +11,8 @@ from jaxspec.checkpoints.block_tensors import block_parts
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed
-from jaxspec.drafters.head import bind
 from jaxspec.drafters.teacher_forced import run_blocks
+from jaxspec.drafters.weights import bind
 from jaxspec.models.layers import rms_norm
 from jaxspec.training.blocks import before_labels
 from jaxspec.training.features import target_features

@@ -9,9 +9,9 @@ import pytest
 
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.block import BlockDrafter
-from jaxspec.drafters.head import bind
 from jaxspec.drafters.rollout import greedy, rollout
 from jaxspec.drafters.selector import Lattice, lattice, lattice_tree, pick, top_candidates, walk
+from jaxspec.drafters.weights import bind
 from tests.drafters import cases
 from tests.drafters.test_trees import best_paths, draft
 

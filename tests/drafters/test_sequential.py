@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec.drafters.head import bind
+from jaxspec.drafters.weights import bind
 from tests.drafters import cases
 
 heads = pytest.mark.parametrize("kind", ["dspark", "gated", "rnn", "treeflash"])

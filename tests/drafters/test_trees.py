@@ -8,7 +8,7 @@ import pytest
 
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.block import BlockDrafter, transition_table
-from jaxspec.drafters.head import bind
+from jaxspec.drafters.weights import bind
 from tests import tiny
 from tests.drafters import cases
 from tests.drafters.oracle import Oracle

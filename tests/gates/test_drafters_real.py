@@ -9,7 +9,7 @@ from jaxspec.api import generate
 from jaxspec.data.prompts import read_prompts
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, block_params
-from jaxspec.drafters.head import random_weights
+from jaxspec.drafters.weights import random_weights
 from jaxspec.models.target import Target
 from tests.drafters import cases
 from tests.drafters.test_lossless import TREES

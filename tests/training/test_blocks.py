@@ -10,8 +10,9 @@ from jaxspec import checkpoints
 from jaxspec.checkpoints.block_tensors import block_parts
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import DrafterConfig, TreeConfig
-from jaxspec.drafters.head import Vocabulary, bind, random_weights
+from jaxspec.drafters.head import Vocabulary
 from jaxspec.drafters.teacher_forced import run_blocks
+from jaxspec.drafters.weights import bind, random_weights
 from jaxspec.training.blocks import before_labels, sample_anchors, supervised_slots
 from jaxspec.training.features import target_features
 from jaxspec.training.losses import LossConfig, drafter_loss

@@ -17,8 +17,9 @@ from jaxspec.config import TreeConfig
 from jaxspec.data.conversations import Example
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import whole_weights
-from jaxspec.drafters.head import Vocabulary, bind, random_weights, restrict
+from jaxspec.drafters.head import Vocabulary, restrict
 from jaxspec.drafters.teacher_forced import BlockOutput
+from jaxspec.drafters.weights import bind, random_weights
 from jaxspec.models.target import Target
 from jaxspec.training.draft_vocabulary import coverage, most_frequent
 from jaxspec.training.losses import LossConfig, drafter_loss, position_weights

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec.drafters.head import bind
 from jaxspec.drafters.teacher_forced import run_blocks
+from jaxspec.drafters.weights import bind
 from jaxspec.training.losses import LossConfig, drafter_loss
 from jaxspec.training.selector_loss import choices, leading_run
 from jaxspec.training.vocabulary_loss import Mixture

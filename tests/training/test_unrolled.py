@@ -16,8 +16,8 @@ from jaxspec.checkpoints.eagle3 import eagle_parts
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.eagle import EagleDrafter
-from jaxspec.drafters.eagle_head import bind
 from jaxspec.drafters.unrolled import unroll
+from jaxspec.drafters.weights import bind
 from jaxspec.models.layers import rms_norm
 from jaxspec.training.features import target_features
 from jaxspec.training.losses import LossConfig
