@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from jaxspec.api import generate
-from jaxspec.checkpoints.convert_drafter import FORMATS
+from jaxspec.checkpoints.drafter_config import NAMES as FORMATS
 from jaxspec.checkpoints.drafters import load_drafter, save_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.eagle_head import EagleConfig
-from jaxspec.training.networks import network_of, trained_drafter
+from jaxspec.drafters.weights import random_weights
+from jaxspec.training.networks import trained_drafter
 from jaxspec.training.recipe import FAMILIES, Preset, drafter_config, eagle_config, loss_config
 from jaxspec.training.trainer import train
 from tests import tiny
@@ -74,7 +75,7 @@ def variants(family, target):
 
 
 def made(config, target):
-    weights = network_of(config).random_weights(config, jax.random.key(0))
+    weights = random_weights(config, jax.random.key(0))
     return trained_drafter(config, weights, target, TreeConfig("chain", 4))
 
 
@@ -186,7 +187,7 @@ def test_training(family, tmp_path):
     folder = train(config, target, examples, tmp_path / "run")
     drafter, params = load_drafter(folder, target.config, target.params, TreeConfig("chain", 4))
     assert drafter.config == config.drafter
-    again = trained_drafter(config.drafter, network_of(drafter.config).weights(params), target)
+    again = trained_drafter(config.drafter, params.whole_head, target)
     assert outputs(target, drafter=again) == outputs(target)
 
 

@@ -1,22 +1,20 @@
-"""What the formats of block drafters share, and what each of them says for itself."""
+"""What the formats of block drafters share."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxspec.checkpoints import dflash2, visibility
 from jaxspec.checkpoints.drafter_files import DrafterTensors
+from jaxspec.checkpoints.drafter_format import DrafterFormat
+from jaxspec.checkpoints.head_tensors import block_parts
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS
 from jaxspec.checkpoints.rope import read_rope
 from jaxspec.config import DrafterConfig
-from jaxspec.drafters.head import Vocabulary
-from jaxspec.models.params import TargetParams
 
 TEMPERATURES = "sts_temperatures"  # key of config.json; one per slot
 DRAFT_TOKENS = "draft_token_ids"  # a tensor, int32 [V']
@@ -30,71 +28,36 @@ PREDICT_NEXT = ("sample_from_anchor", "query_zero_predicts_next")
 HEAD_TYPES = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}  # theirs to ours
 
 
-class BlockFormat:
-    """One published format. A draft vocabulary is a tensor of ids, unless it says otherwise;
-    a program that ignores it drafts from the whole one.
+class BlockFormat(DrafterFormat):
+    """A format of block drafters. A draft vocabulary is a tensor of ids, unless it says
+    otherwise; a program that ignores it drafts from the whole one.
 
     Attributes:
-      name: as users give it.
       prefix: of the names of the backbone's tensors.
-      extra: names of tensors that may stand beside the head's.
     """
 
-    name: str
+    kind = DrafterConfig
     prefix = ""
-    extra: frozenset[str] = frozenset({DRAFT_TOKENS})
+    extra = frozenset({DRAFT_TOKENS})
 
-    def recognises(self, raw: dict[str, Any]) -> bool:
-        """Whether a `config.json` is of this format."""
-        raise NotImplementedError
+    def parts(self, c):
+        return block_parts(c, self.prefix)
 
-    def from_json(self, whole: JsonConfig) -> DrafterConfig:
-        """The drafter that a `config.json` describes; see `drafter_config.from_json`."""
-        raise NotImplementedError
+    def todays_name(self, name):
+        return dflash2.renamed(name.removeprefix(LEGACY_PREFIX))
 
-    def to_json(
-        self, c: DrafterConfig, dtype: str, *, kept: int | None, verifier: str | None
-    ) -> dict[str, Any]:
-        """`config.json` of a drafter that the format can express."""
-        raise NotImplementedError
-
-    def missing(self, c: DrafterConfig, kept: int | None) -> Mapping[str, Any]:
-        """What the format has no key for, and whether the drafter needs it."""
-        raise NotImplementedError
-
-    def repeated(self, tables: TargetParams | Vocabulary) -> Mapping[str, jax.Array]:
-        """The target's tables that a file repeats."""
-        return {}
-
-    def read_vocabulary(
-        self, tensors: DrafterTensors, c: DrafterConfig, target: TargetParams, dtype
-    ) -> dict[str, Any]:
-        """Arguments `kept` and `unembed` of `block_params`; errors as `load_drafter`."""
+    def read_vocabulary(self, tensors, raw, c, target, dtype):
         return {"kept": draft_tokens(tensors, c.vocab_size)}
 
-    def vocabulary_tensors(
-        self, vocabulary: Vocabulary, c: DrafterConfig, dtype
-    ) -> dict[str, np.ndarray]:
-        """The tensors of a draft vocabulary.
-
-        Raises:
-          ValueError: the format has none for it.
-        """
+    def vocabulary_tensors(self, vocabulary, c, dtype):
+        if vocabulary.kept is None:
+            return {}
         if vocabulary.judge is not None:
             raise ValueError(
                 "the drafter has an LM head of its own, for which format "
                 f"{self.name!r} has no tensor; save it as 'speculators'"
             )
         return {DRAFT_TOKENS: np.asarray(vocabulary.kept)}
-
-    def check_expressible(self, c: DrafterConfig, kept: int | None) -> None:
-        """Raises ValueError if the format cannot express the configuration."""
-        for what, wanted in self.missing(c, kept).items():
-            if wanted:
-                raise ValueError(
-                    f"format {self.name!r} has no key for {what}, so that other programs would "
-                    "run the drafter differently; choose another format"
-                )
 
 
 def layers_from_json(raw: JsonConfig, window: tuple[int | None, ...]) -> dict[str, Any]:
@@ -256,8 +219,3 @@ def draft_tokens(tensors: DrafterTensors, vocab: int) -> np.ndarray | None:
         if token < before:
             raise refuse(f"has {before} before {token}")
     return ids
-
-
-def todays_name(name: str) -> str:
-    """A tensor's, of a file of any age."""
-    return dflash2.renamed(name.removeprefix(LEGACY_PREFIX))

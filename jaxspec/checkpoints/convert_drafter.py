@@ -12,15 +12,14 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxspec.checkpoints import drafter_config, eagle3_config, load, speculators
+from jaxspec.checkpoints import load, speculators
 from jaxspec.checkpoints.block_format import DRAFT_TOKENS, TEMPERATURES
-from jaxspec.checkpoints.drafters import drafter_folder, load_drafter, save_drafter
+from jaxspec.checkpoints.drafter_config import NAMES, recognise
+from jaxspec.checkpoints.drafters import INTEGERS, drafter_folder, load_drafter, save_drafter
 from jaxspec.checkpoints.quantised import quantisation_of
 from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import TreeConfig
 
-FORMATS = tuple(dict.fromkeys((*drafter_config.FORMATS, *eagle3_config.FORMATS)))
-INTEGERS = (DRAFT_TOKENS, speculators.OFFSETS, speculators.MEMBERS)
 # What files of some formats do not say, although nothing computed depends on it.
 SILENT = {
     "steps": "how many tokens to draft: readers take their own default",
@@ -55,7 +54,7 @@ def convert_drafter(
     Args:
       drafter: folder or hub name ("repo::subfolder" too).
       output: a new folder.
-      format: one of `FORMATS`.
+      format: one of `drafter_config.NAMES`.
       target: that it drafts for, whose tables some formats repeat; by default the one that the
         files name.
 
@@ -66,11 +65,11 @@ def convert_drafter(
     output = Path(output).absolute()
     if output.exists():
         raise ValueError(f"{output} exists; give --output a new folder")
-    if format not in FORMATS:
-        raise ValueError(f"format is {format!r}; expected one of {FORMATS}")
+    if format not in NAMES:
+        raise ValueError(f"format is {format!r}; expected one of {NAMES}")
     folder = drafter_folder(drafter)
     raw = read_json(folder / "config.json")
-    source = eagle3_config.recognise(raw) or drafter_config.recognise(raw, folder)
+    source = recognise(raw, folder).name
     named = speculators.verifier(raw, folder)
     if target is None and named is None:
         raise ValueError(f"{folder} does not name the target; say with --target what it is")

@@ -28,15 +28,9 @@ class DeepSpec(BlockFormat):
     def recognises(self, raw):
         return "markov_rank" in raw and "target_layer_ids" in raw
 
-    def from_json(self, whole):
+    def from_json(self, whole, target):
         fields = zlab.section_fields(whole, whole, predict_next=True)
         config = whole.make(DrafterConfig, **fields, **heads_from_json(whole, {}))
-        if config.target_layers - 1 in config.taps:
-            raise ValueError(
-                f"{whole.origin}: 'target_layer_ids' names the last layer, {config.taps[-1]}, "
-                "which this format means before the target's final norm; expected layers "
-                "before it"
-            )
         whole.finish(DRAFTER_HARMLESS, NEUTRAL)
         return config
 
@@ -62,13 +56,14 @@ class DeepSpec(BlockFormat):
             "a selector": c.sequential == "bilinear",
             "predict_own": not c.predict_next,
             "sequential 'mlp'": c.sequential == "mlp",
-            "a tap of the last layer": c.target_layers - 1 in c.taps,
         }
 
     def repeated(self, tables):
         return {"embed_tokens.weight": tables.embed, "lm_head.weight": tables.unembed}
 
     def vocabulary_tensors(self, vocabulary, c, dtype):
+        if vocabulary.kept is None:
+            return {}
         raise ValueError(
             "format 'deepspec' repeats the target's LM head, of which a drafter with a draft "
             "vocabulary has some rows; choose another format"

@@ -1,53 +1,84 @@
-"""`config.json` of published block drafters, to `DrafterConfig` and back: the formats by name.
+"""`config.json` of published drafters, to their configurations and back: the table of formats.
 
-The formats are told apart by their configuration, never by the name of the architecture, which
-several of them share.
+A format is recognised by the keys that only it has: the names of architectures are shared by
+several of them.
 
-===========  ========================  ===========================
-format       recognised by             module
-===========  ========================  ===========================
-speculators  `speculators_model_type`  `checkpoints.speculators`
-treeflash    `treeflash_config`        `checkpoints.treeflash`
-dflash       `dflash_config`           `checkpoints.zlab`
-deepspec     `markov_rank`             `checkpoints.deepspec`
-===========  ========================  ===========================
+===========  ============  ========================================  ====================
+format       drafters      recognised by                             module
+===========  ============  ========================================  ====================
+speculators  EAGLE-3       `speculators_model_type` "eagle3"         `eagle3_formats`
+speculators  block         `speculators_model_type`                  `speculators`
+treeflash    block         `treeflash_config`                        `treeflash`
+dflash       block         `dflash_config`                           `zlab`
+deepspec     block         `markov_rank` with `target_layer_ids`     `deepspec`
+deepspec     EAGLE-3       `ttt_length` with `target_layer_ids`      `eagle3_formats`
+eagle3       EAGLE-3       `eagle_config`, "Eagle3" in               `eagle3_formats`
+                           `architectures`, or `draft_vocab_size`
+                           with one layer
+===========  ============  ========================================  ====================
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
-from jaxspec.checkpoints.block_format import BlockFormat
 from jaxspec.checkpoints.deepspec import DeepSpec
+from jaxspec.checkpoints.drafter_format import Config, DrafterFormat
+from jaxspec.checkpoints.eagle3_formats import (
+    EagleDeepSpec,
+    EagleOriginal,
+    EagleSpeculators,
+)
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.checkpoints.quantised import read_quantisation
 from jaxspec.checkpoints.speculators import Speculators
 from jaxspec.checkpoints.treeflash import TreeFlash
 from jaxspec.checkpoints.zlab import ZLab
-from jaxspec.config import DrafterConfig
+from jaxspec.config import DrafterConfig, TargetConfig
 
 # The first that recognises a configuration reads it.
-FORMATS: dict[str, BlockFormat] = {
-    format.name: format for format in (Speculators(), TreeFlash(), ZLab(), DeepSpec())
-}
+FORMATS: tuple[DrafterFormat, ...] = (
+    EagleSpeculators(),
+    Speculators(),
+    TreeFlash(),
+    ZLab(),
+    DeepSpec(),
+    EagleDeepSpec(),
+    EagleOriginal(),
+)
+NAMES = tuple(dict.fromkeys(format.name for format in FORMATS))
 
 
-def format_named(name: str) -> BlockFormat:
-    """Raises ValueError if there is none of the name."""
-    if name not in FORMATS:
-        raise ValueError(f"format is {name!r}; expected one of {tuple(FORMATS)}")
-    return FORMATS[name]
+def format_of(config: Config, name: str) -> DrafterFormat:
+    """The format of a name, for a drafter.
+
+    Raises:
+      ValueError: there is none for such drafters.
+    """
+    own = {format.name: format for format in FORMATS if format.kind is type(config)}
+    if name not in own:
+        raise ValueError(f"format is {name!r}; expected one of {tuple(own)} for this drafter")
+    return own[name]
 
 
-def recognise(raw: dict[str, Any], origin: Any) -> str:
-    """The format, one of `FORMATS`, by the keys that only it has.
+def default_format(config: Config) -> str:
+    """The name of the format that a drafter is written in unless another is asked for."""
+    if not isinstance(config, DrafterConfig):
+        return "speculators"
+    return "treeflash" if config.sequential == "mlp" else "dflash"
+
+
+def recognise(raw: dict[str, Any], origin: Any) -> DrafterFormat:
+    """The format of a `config.json`.
 
     Raises:
       ValueError: no known drafter has such a configuration.
     """
-    for name, format in FORMATS.items():
+    for format in FORMATS:
         if format.recognises(raw):
-            return name
+            return format
     found = raw.get("architectures") or raw.get("model_type")
     raise ValueError(
         f"{origin}: the configuration, of {found}, is not a drafter's; expected "
@@ -56,24 +87,39 @@ def recognise(raw: dict[str, Any], origin: Any) -> str:
     )
 
 
-def from_json(raw: dict[str, Any], origin: Any) -> DrafterConfig:
+def from_json(raw: dict[str, Any], origin: Any, target: TargetConfig | None = None) -> Config:
     """The drafter a `config.json` describes; accepts the keys of transformers 4 and 5.
 
     Warns of keys that are not known (`JsonConfig.finish`).
 
+    Args:
+      target: that it drafts for, whose depth not every file says; None leaves it open.
+
     Raises:
-      ValueError: a key is missing, asks for something that is not implemented, or contradicts
-        another.
+      ValueError: a key is missing, asks for something that is not implemented, contradicts
+        another, or is of a target of another shape.
     """
-    format = FORMATS[recognise(raw, origin)]
+    format = recognise(raw, origin)
     whole = JsonConfig(raw, origin, "a drafter")
     read_quantisation(whole)
-    return format.from_json(whole)
+    config = format.from_json(whole, target)
+    if config.target_layers is None and target is not None:
+        change = functools.partial(dataclasses.replace, config)
+        config = whole.make(change, target_layers=target.num_layers)
+    last = (config.target_layers or 0) - 1
+    if last in config.taps and last >= 0 and not format.normed_last:
+        raise ValueError(
+            f"{origin}: the drafter reads the last layer, {last}, which this format means "
+            "before the target's final norm; expected layers before it"
+        )
+    if target is not None:
+        _check_target(config, target, origin)
+    return config
 
 
 def to_json(
-    config: DrafterConfig,
-    format: str,
+    config: Config,
+    name: str,
     dtype: str,
     *,
     kept: int | None = None,
@@ -82,12 +128,28 @@ def to_json(
     """`config.json` of a drafter in a published format.
 
     Args:
-      kept: tokens of the draft vocabulary, None for all; of speculators' format alone.
-      verifier: the target's hub name or path, likewise.
+      name: of the format, one of `NAMES`.
+      kept: tokens of the draft vocabulary, None for all.
+      verifier: the target's hub name or path, which speculators' format names.
 
     Raises:
       ValueError: the format cannot express the configuration.
     """
-    codec = format_named(format)
-    codec.check_expressible(config, kept)
-    return codec.to_json(config, dtype, kept=kept, verifier=verifier)
+    format = format_of(config, name)
+    format.check_expressible(config, kept)
+    return format.to_json(config, dtype, kept=kept, verifier=verifier)
+
+
+def _check_target(config: Config, target: TargetConfig, origin: Any) -> None:
+    """Raises ValueError when a drafter was made for a target of another shape."""
+    width = getattr(config, "target_hidden_size", config.hidden_size)
+    for name, ours, theirs in (
+        ("hidden size", width, target.hidden_size),
+        ("vocabulary", config.vocab_size, target.vocab_size),
+        ("number of target layers", config.target_layers, target.num_layers),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"{origin}: the drafter's {name} is {ours}, the target's is {theirs}; "
+                "use the target that it was trained for"
+            )

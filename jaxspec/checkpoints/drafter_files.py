@@ -127,6 +127,16 @@ def equal_as_stored(stored: np.ndarray, array: jax.Array) -> bool:
     return bool(jnp.array_equal(jnp.asarray(stored).astype(narrow), array.astype(narrow)))
 
 
+def check_repeated(tensors: DrafterTensors, tables: Mapping[str, jax.Array]) -> None:
+    """Raises ValueError unless tables that a file repeats are the target's."""
+    for name, array in tables.items():
+        if not equal_as_stored(tensors.read(name), array):
+            raise ValueError(
+                f"{tensors.origin}: tensor '{name}' is not the target's; the drafter was "
+                "trained for other weights than those loaded"
+            )
+
+
 def check_unused(folder: Path) -> None:
     """Raises ValueError if a folder holds a checkpoint."""
     if any((folder / name).exists() for name in (CONFIG, TENSORS)):

@@ -1,12 +1,10 @@
 """Published drafters, both ways; what an import reads an export writes.
 
-`drafter_config` lists the formats of block drafters, `eagle3_config` those of EAGLE-3; each has
-a module of its own.
+`drafter_config` lists the formats; each has a module of its own.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -14,33 +12,39 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from jaxspec.checkpoints import eagle3, eagle3_config, speculators
-from jaxspec.checkpoints.block_format import DRAFT_TOKENS, TEMPERATURES, todays_name
-from jaxspec.checkpoints.block_tensors import block_parts
-from jaxspec.checkpoints.drafter_config import format_named, from_json, recognise, to_json
+from jaxspec.checkpoints.block_format import DRAFT_TOKENS, TEMPERATURES
+from jaxspec.checkpoints.draft_vocabulary import MEMBERS, OFFSETS
+from jaxspec.checkpoints.drafter_config import (
+    default_format,
+    format_of,
+    from_json,
+    recognise,
+    to_json,
+)
 from jaxspec.checkpoints.drafter_files import (
     DrafterTensors,
     check_names,
+    check_repeated,
     check_unused,
-    equal_as_stored,
     expected_shapes,
     read_weights,
     write_folder,
     written_tensors,
 )
+from jaxspec.checkpoints.drafter_format import Config
 from jaxspec.checkpoints.fuse import check_dtype
 from jaxspec.checkpoints.huggingface import resolve
 from jaxspec.checkpoints.tensors import read_json
-from jaxspec.config import DrafterConfig, TargetConfig, TreeConfig
-from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params, whole_weights
+from jaxspec.config import TargetConfig, TreeConfig
+from jaxspec.drafters.base import Drafter
+from jaxspec.drafters.block import BlockDrafter, BlockParams
 from jaxspec.drafters.eagle import EagleDrafter, EagleParams
-from jaxspec.drafters.eagle_head import EagleConfig
+from jaxspec.drafters.registry import trained
 from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.params import TargetParams
 
-INTEGERS = (DRAFT_TOKENS, speculators.OFFSETS, speculators.MEMBERS)
+INTEGERS = (DRAFT_TOKENS, OFFSETS, MEMBERS)  # tensors that are no weights
 SHIPPED = "shipped"  # name of the drafter in this package, for the catalog's default target
 
 
@@ -50,7 +54,7 @@ def load_drafter(
     target_params: TargetParams,
     tree: TreeConfig,
     dtype=jnp.float32,
-) -> tuple[BlockDrafter, BlockParams] | tuple[EagleDrafter, EagleParams]:
+) -> tuple[Drafter, BlockParams | EagleParams]:
     """A published drafter for a target.
 
     Args:
@@ -64,27 +68,25 @@ def load_drafter(
     """
     dtype, folder = check_dtype(dtype), drafter_folder(name_or_path)
     raw = read_json(folder / "config.json")
-    if eagle3_config.recognise(raw):
-        return eagle3.load(folder, raw, target_config, target_params, tree, dtype)
-    config = for_target(from_json(raw, folder), target_config, folder)
-    format = recognise(raw, folder)
-    tensors = DrafterTensors(folder, INTEGERS, todays_name)
-    own = format_named(format).read_vocabulary(tensors, config, target_params, dtype)
-    weights = _load(tensors, config, format, target_params, dtype)
-    temperatures = _temperatures(raw.get(TEMPERATURES), config, folder)
-    params = block_params(weights, target_params, temperatures=temperatures, **own)
-    return BlockDrafter(config, tree), params
+    format, config = recognise(raw, folder), from_json(raw, folder, target_config)
+    tensors = DrafterTensors(folder, INTEGERS, format.todays_name)
+    format.check_tensors(tensors, config)
+    table, repeated = format.parts(config), format.repeated(target_params)
+    shapes = {name: x.shape for name, x in repeated.items()}
+    check_names(tensors, expected_shapes(table) | shapes, format.extra)
+    check_repeated(tensors, repeated)
+    own = format.read_vocabulary(tensors, raw, config, target_params, dtype)
+    weights = read_weights(tensors, table, abstract_weights(config, dtype))
+    if raw.get(TEMPERATURES) is not None:
+        own["temperatures"] = _temperatures(raw[TEMPERATURES], config, folder)
+    loaded = trained(config, weights, target_params, tree, **own)
+    return loaded.drafter, loaded.params
 
 
-def read_drafter_config(
-    name_or_path: str | Path, target: TargetConfig
-) -> DrafterConfig | EagleConfig:
+def read_drafter_config(name_or_path: str | Path, target: TargetConfig) -> Config:
     """The configuration alone of a published drafter for a target; errors as `load_drafter`."""
     folder = drafter_folder(name_or_path)
-    raw = read_json(folder / "config.json")
-    if eagle3_config.recognise(raw):
-        return eagle3_config.from_json(raw, folder, target)
-    return for_target(from_json(raw, folder), target, folder)
+    return from_json(read_json(folder / "config.json"), folder, target)
 
 
 def save_drafter(
@@ -99,33 +101,30 @@ def save_drafter(
     Args:
       folder: must not hold a checkpoint yet.
       params: the weights' dtype is the file's.
-      format: one of `drafter_config.FORMATS`, or for EAGLE-3 of `eagle3_config.FORMATS`; None
-        takes the one that can express the configuration, without the target's vocabulary where
-        the format leaves it out.
+      format: one of `drafter_config.NAMES`; None takes the one that can express the
+        configuration, without the target's vocabulary where the format leaves it out.
       verifier: the target's hub name or path from the folder, which speculators' format names.
 
     Raises:
       ValueError: the format cannot express the configuration, the folder is in use, or a weight
         is no finite number or absurdly large.
     """
-    folder, config = Path(folder), drafter.config
-    if format is None:
-        format = "treeflash" if config.sequential == "mlp" else "dflash"
+    folder, config, vocabulary = Path(folder), drafter.config, params.vocabulary
+    name = format or default_format(config)
     check_unused(folder)
-    if isinstance(drafter, EagleDrafter):
-        return eagle3.save(folder, drafter, params, format, verifier)
-    kept, dtype = params.vocabulary.kept, np.dtype(params.head.fc.dtype)
-    codec, size = format_named(format), None if kept is None else len(kept)
-    beside = {name: np.asarray(x) for name, x in codec.repeated(params.vocabulary).items()}
-    if kept is not None:
-        beside |= codec.vocabulary_tensors(params.vocabulary, config, dtype)
-    raw = to_json(config, format, str(dtype), kept=size, verifier=verifier)
-    if np.any(np.asarray(params.temperatures) != 1):
-        values = np.broadcast_to(params.temperatures, config.depth)
+    codec, dtype = format_of(config, name), np.dtype(params.head.fc.dtype)
+    own = codec.vocabulary_tensors(vocabulary, config, dtype)
+    own |= {name: np.asarray(x) for name, x in codec.repeated(vocabulary).items()}
+    size = None if vocabulary.kept is None else len(vocabulary.kept)
+    raw = to_json(config, name, str(dtype), kept=size, verifier=verifier)
+    temperatures = getattr(params, "temperatures", 1.0)
+    if np.any(np.asarray(temperatures) != 1):
+        values = np.broadcast_to(temperatures, config.depth)
         raw[TEMPERATURES] = [float(x) for x in values]
-    tensors = written_tensors(whole_weights(params), block_parts(config, format))
-    for name, array in beside.items():
+    tensors = written_tensors(params.whole_head, codec.parts(config))
+    for name, array in own.items():
         tensors[name] = array if name in INTEGERS else array.astype(dtype)
+    tensors = {codec.written_name(name): array for name, array in tensors.items()}
     write_folder(folder, raw, tensors, INTEGERS)
 
 
@@ -144,15 +143,13 @@ def save_temperatures(folder: str | Path, temperatures: Sequence[float]) -> None
     fresh.replace(path)
 
 
-def _temperatures(found: Any, config: DrafterConfig, origin: Any) -> Any:
-    if found is None:
-        return 1.0
+def _temperatures(found: Any, config: Config, origin: Any) -> list[float]:
     good = (
         isinstance(found, list)
         and len(found) == config.depth
         and all(isinstance(x, (int, float)) and 0 < x < float("inf") for x in found)
     )
-    if not good or config.confidence is None:
+    if not good or getattr(config, "confidence", None) is None:
         raise ValueError(
             f"{origin}: '{TEMPERATURES}' is {found!r}; expected {config.depth} positive "
             "numbers and a drafter with a confidence head"
@@ -184,53 +181,3 @@ def drafter_folder(name_or_path: str | Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; expected a drafter's checkpoint")
     return folder
-
-
-def for_target(config: DrafterConfig, target: TargetConfig, origin: Any) -> DrafterConfig:
-    """The configuration, which may not name the target's depth, with this target's.
-
-    Raises:
-      ValueError: it was made for a target of another shape.
-    """
-    if config.target_layers is None:
-        try:
-            config = dataclasses.replace(config, target_layers=target.num_layers)
-        except ValueError as error:
-            raise ValueError(f"{origin}: {error}") from None
-        if target.num_layers - 1 in config.taps:
-            raise ValueError(
-                f"{origin}: 'aux_hidden_state_layer_ids' names {target.num_layers}, the last "
-                "layer's output before the target's final norm; expected layers before it"
-            )
-    check_target(config, target, origin)
-    return config
-
-
-def check_target(config: DrafterConfig, target: TargetConfig, origin: Any) -> None:
-    """Raises ValueError when a drafter was made for a target of another shape."""
-    for name, ours, theirs in (
-        ("hidden size", config.hidden_size, target.hidden_size),
-        ("vocabulary", config.vocab_size, target.vocab_size),
-        ("number of target layers", config.target_layers, target.num_layers),
-    ):
-        if ours != theirs:
-            raise ValueError(
-                f"{origin}: the drafter's {name} is {ours}, the target's is {theirs}; "
-                "use the target that it was trained for"
-            )
-
-
-def _load(
-    tensors: DrafterTensors, config: DrafterConfig, format: str, target: TargetParams, dtype
-) -> nnx.State:
-    table, codec = block_parts(config, format), format_named(format)
-    repeated = codec.repeated(target)
-    expected = expected_shapes(table) | {name: x.shape for name, x in repeated.items()}
-    check_names(tensors, expected, codec.extra)
-    for name, array in repeated.items():
-        if not equal_as_stored(tensors.read(name), array):
-            raise ValueError(
-                f"{tensors.origin}: tensor '{name}' is not the target's; the drafter was "
-                "trained for other weights than those loaded"
-            )
-    return read_weights(tensors, table, abstract_weights(config, dtype))

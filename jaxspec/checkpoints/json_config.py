@@ -41,6 +41,8 @@ class JsonConfig:
 
     def integer(self, key: str, default: Any = REQUIRED, *, least: int = 1) -> int:
         value = self.get(key, default)
+        if value is None:  # the default
+            return None
         if type(value) is not int or value < least:
             bound = "a positive integer" if least == 1 else f"an integer, at least {least}"
             raise self.refusal(key, bound)

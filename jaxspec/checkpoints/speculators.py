@@ -5,8 +5,7 @@ by flat keys. What differs from z-lab's files:
 
 - layer ids count streams that *enter* a layer, so that they are one more than ours;
 - the number of the target's layers is nowhere, its name is in `speculators_config`;
-- with a reduced vocabulary the file has its own LM head; `d2t` holds offsets (target id = draft
-  id + offset) and `t2d` which target ids have a draft id.
+- with a reduced vocabulary the file has its own LM head (`draft_vocabulary`).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxspec.checkpoints import dflash2, visibility
+from jaxspec.checkpoints import dflash2, draft_vocabulary, visibility
 from jaxspec.checkpoints.block_format import (
     NO_IDS,
     BlockFormat,
@@ -25,7 +24,7 @@ from jaxspec.checkpoints.block_format import (
     layers_from_json,
     layers_to_json,
 )
-from jaxspec.checkpoints.drafter_files import equal_as_stored
+from jaxspec.checkpoints.draft_vocabulary import EMBEDDING, HEAD, MEMBERS, OFFSETS
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
 from jaxspec.checkpoints.rope import rope_to_json
@@ -35,9 +34,8 @@ KEY = "speculators_model_type"
 TYPES = ("dflash", "dflash2", "dspark")
 CLASSES = {"dflash": "DFlash", "dflash2": "DFlash2", "dspark": "DSpark"}
 VERSION = "0.9.0"
-HEAD, OFFSETS, MEMBERS = "lm_head.weight", "d2t", "t2d"
 # Copies of the target's arrays that older versions wrote; so is a head of a full vocabulary.
-COPIES = ("embed_tokens.weight", "verifier_lm_head.weight", "verifier_norm.weight")
+COPIES = (EMBEDDING, "verifier_lm_head.weight", "verifier_norm.weight")
 DEFAULTS = {
     "conv_kernel_size": 2,
     "conv_group_size": 16,
@@ -135,57 +133,8 @@ def verifier(raw: dict[str, Any], folder: Path) -> str | None:
     return str(beside.resolve()) if beside.exists() else name
 
 
-def draft_tokens(tensors, vocab: int) -> np.ndarray | None:
-    """The draft vocabulary, ascending ids [V'], of a file with `d2t`; None for the whole one.
-
-    Raises:
-      ValueError: `d2t` and `t2d` disagree, or name tokens that the target lacks.
-    """
-    if OFFSETS not in tensors.shapes:
-        return None
-    offsets = tensors.read(OFFSETS)
-    ids = np.arange(len(offsets)) + offsets
-    good = np.all(np.diff(ids) > 0) and 0 <= ids[0] and ids[-1] < vocab
-    if not good:
-        raise ValueError(
-            f"{tensors.origin}: tensor 'd2t' does not lead to different token ids, 0 … "
-            f"{vocab - 1}, in ascending order; expected offsets, target id - draft id"
-        )
-    if MEMBERS in tensors.shapes:
-        members = np.flatnonzero(tensors.read(MEMBERS))
-        if not np.array_equal(members, ids):
-            raise ValueError(
-                f"{tensors.origin}: tensors 'd2t' and 't2d' name {len(ids)} and "
-                f"{len(members)} tokens, not the same; the file is of two conversions"
-            )
-    return ids.astype(np.int32)
-
-
-def vocabulary_tensors(kept: np.ndarray, head: np.ndarray, vocab: int) -> dict[str, np.ndarray]:
-    """What a file with a reduced vocabulary holds of it."""
-    members = np.zeros(vocab, bool)
-    members[kept] = True
-    return {OFFSETS: kept.astype(np.int64) - np.arange(len(kept)), MEMBERS: members, HEAD: head}
-
-
 def _kind(c: DrafterConfig) -> str:
     return "dflash2" if c.sequential == "bilinear" else "dspark" if c.sequential else "dflash"
-
-
-def head(tensors, kept: np.ndarray, width: int, dtype) -> np.ndarray:
-    """The file's own LM head, [V', M].
-
-    Raises:
-      ValueError: it is missing, or of another shape.
-    """
-    found = tensors.shapes.get(HEAD)
-    if found != (len(kept), width):
-        raise ValueError(
-            f"{tensors.origin}: tensor '{HEAD}' "
-            + (f"has shape {found}" if found else "is missing")
-            + f"; a draft vocabulary of {len(kept)} tokens asks for {(len(kept), width)}"
-        )
-    return tensors.read(HEAD).astype(dtype)
 
 
 class Speculators(BlockFormat):
@@ -197,7 +146,7 @@ class Speculators(BlockFormat):
     def recognises(self, raw):
         return KEY in raw
 
-    def from_json(self, whole):
+    def from_json(self, whole, target):
         layer = whole.section("transformer_layer_config")
         fields = _fields(whole, layer)
         heads = heads_from_json(whole, {}) if "sequential" not in fields else {}
@@ -229,11 +178,10 @@ class Speculators(BlockFormat):
             "a selector without convolutions": kind == "dflash2" and not c.conv_taps,
             "a confidence head without a sequential one": c.confidence and kind != "dspark",
             "a selector with a draft vocabulary": kind == "dflash2" and kept is not None,
-            "a tap of the last layer after the final norm": c.target_layers - 1 in c.taps,
         }
 
-    def read_vocabulary(self, tensors, c, target, dtype):
-        kept = draft_tokens(tensors, c.vocab_size)
+    def read_vocabulary(self, tensors, raw, c, target, dtype):
+        kept = draft_vocabulary.draft_tokens(tensors, raw, c.vocab_size)
         if kept is None:
             return {}
         if c.sequential:
@@ -241,11 +189,16 @@ class Speculators(BlockFormat):
                 f"{tensors.origin}: a sequential head with a reduced vocabulary in "
                 "speculators' format is not supported; expected the target's vocabulary"
             )
-        rows = head(tensors, kept, c.hidden_size, dtype)
-        if equal_as_stored(rows, target.unembed[kept]):
-            return {"kept": kept}
-        return {"kept": kept, "unembed": rows}
+        draft_vocabulary.required(tensors, HEAD, len(kept))
+        shape, theirs = (len(kept), c.hidden_size), target.unembed[kept]
+        return {
+            "kept": kept,
+            "unembed": draft_vocabulary.own_table(tensors, HEAD, shape, theirs, dtype),
+        }
 
     def vocabulary_tensors(self, vocabulary, c, dtype):
-        rows = np.asarray(vocabulary.unembed).astype(dtype)
-        return vocabulary_tensors(np.asarray(vocabulary.kept), rows, c.vocab_size)
+        if vocabulary.kept is None:
+            return {}
+        kept = np.asarray(vocabulary.kept)
+        own = draft_vocabulary.vocabulary_tensors(kept, c.vocab_size)
+        return own | {HEAD: np.asarray(vocabulary.unembed).astype(dtype)}

@@ -24,12 +24,13 @@ class TreeFlash(BlockFormat):
     """See the module."""
 
     name = "treeflash"
+    normed_last = True
     prefix = "model."
 
     def recognises(self, raw):
         return SECTION in raw
 
-    def from_json(self, whole):
+    def from_json(self, whole, target):
         fields = zlab.section_fields(whole, whole.section(zlab.SECTION), predict_next=False)
         own = whole.section(SECTION)
         corrects = own.one_of("ar_approximation", ("swiglu", None), None)

@@ -36,7 +36,7 @@ def section_fields(whole: JsonConfig, own: JsonConfig, predict_next: bool) -> di
     window, hidden = visibility.windows(whole), whole.integer("hidden_size")
     own.one_of("target_hidden_size", (hidden,), hidden)
     return layers_from_json(whole, window) | dict(
-        target_layers=whole.integer("num_target_layers"),
+        target_layers=whole.integer("num_target_layers", None),
         taps=own.items("target_layer_ids", int),
         block_size=block_size(whole, own),
         mask_token_id=own.integer("mask_token_id", least=0),
@@ -50,11 +50,12 @@ class ZLab(BlockFormat):
     """See the module."""
 
     name = "dflash"
+    normed_last = True
 
     def recognises(self, raw):
         return SECTION in raw
 
-    def from_json(self, whole):
+    def from_json(self, whole, target):
         own = whole.section(SECTION)
         fields = section_fields(whole, own, predict_next=False)
         heads = heads_from_json(own, dflash2.from_json(whole, own))

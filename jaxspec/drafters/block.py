@@ -48,7 +48,7 @@ class BlockParams:
       temperatures: scalar or [P] float32, divide the confidence logits of each slot
         (`evaluation.calibration`).
       whole_output: [V, R], W2 as a checkpoint holds it, where the head's has fewer rows; read
-        by `whole_weights` alone.
+        by `whole_head` alone.
     """
 
     head: nnx.State
@@ -57,6 +57,15 @@ class BlockParams:
     survival: jax.Array
     temperatures: jax.Array
     whole_output: jax.Array | None = None
+
+    @property
+    def whole_head(self) -> nnx.State:
+        """The head's weights as `block_params` got them, and as a checkpoint holds them."""
+        if self.whole_output is None:
+            return self.head
+        flat = dict(nnx.to_flat_state(self.head))
+        flat[OUTPUT] = flat[OUTPUT].replace(self.whole_output)
+        return nnx.from_flat_state(list(flat.items()))
 
 
 def block_params(
@@ -85,15 +94,6 @@ def block_params(
         vocabulary = dataclasses.replace(vocabulary, unembed=own, judge=judge)
     rules = (jnp.asarray(x, jnp.float32) for x in (threshold, survival, temperatures))
     return BlockParams(head, vocabulary, *rules, None if whole is None else whole[...])
-
-
-def whole_weights(params: BlockParams) -> nnx.State:
-    """The head's weights as `block_params` got them, and as a checkpoint holds them."""
-    if params.whole_output is None:
-        return params.head
-    flat = dict(nnx.to_flat_state(params.head))
-    flat[OUTPUT] = flat[OUTPUT].replace(params.whole_output)
-    return nnx.from_flat_state(list(flat.items()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,6 +41,11 @@ class EagleParams:
     head: nnx.State
     vocabulary: Vocabulary
 
+    @property
+    def whole_head(self) -> nnx.State:
+        """The head's weights as a checkpoint holds them."""
+        return self.head
+
 
 def eagle_params(
     head: nnx.State,
@@ -67,6 +72,7 @@ def eagle_params(
             unembed=jnp.asarray(unembed) if own else judge,
             kept=kept,
             judge=judge if own else None,
+            own_embed=embed is not None,
         ),
     )
 

@@ -52,12 +52,14 @@ class Vocabulary:
       unembed: [V', M], rows of the LM head.
       kept: [V'] int32, the tokens these rows stand for, ascending; None for all of them.
       judge: [V', M], the target's rows where `unembed` is the drafter's own; None elsewhere.
+      own_embed: `embed` is the drafter's own (static).
     """
 
     embed: jax.Array
     unembed: jax.Array
     kept: jax.Array | None = None
     judge: jax.Array | None = None
+    own_embed: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     def ids(self, index: jax.Array) -> jax.Array:
         """Tokens [...] of indices [...]."""

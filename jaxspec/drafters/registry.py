@@ -8,16 +8,19 @@ after a spec joins prompt lookup.
 from __future__ import annotations
 
 import importlib
-from typing import Protocol
+from typing import Any, Protocol
+
+from flax import nnx
 
 from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.drafters.base import Drafter, LoadedDrafter
-from jaxspec.drafters.block import BlockDrafter
-from jaxspec.drafters.eagle import EagleDrafter
+from jaxspec.drafters.block import BlockDrafter, block_params
+from jaxspec.drafters.eagle import EagleDrafter, eagle_params
 from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.drafters.joined import with_lookup
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.plain import PLAIN
+from jaxspec.models.params import TargetParams
 from jaxspec.models.target import Target
 
 LOOKUP_TOO = "+ngram"
@@ -65,13 +68,33 @@ def python(argument, target, *, tree, dtype):
     return factory("", target, tree=tree, dtype=dtype)
 
 
-TRAINED = {DrafterConfig: BlockDrafter, EagleConfig: EagleDrafter}
+# By the type of its configuration, a trained drafter and what joins its weights with a target.
+TRAINED = {
+    DrafterConfig: (BlockDrafter, block_params),
+    EagleConfig: (EagleDrafter, eagle_params),
+}
 NAMES: dict[str, Factory] = {"none": none, "ngram": ngram, "python:": python}
 
 
 def of_config(config: DrafterConfig | EagleConfig, tree: TreeConfig) -> Drafter:
     """The drafter that a trained one's configuration describes."""
-    return TRAINED[type(config)](config, tree)
+    return TRAINED[type(config)][0](config, tree)
+
+
+def trained(
+    config: DrafterConfig | EagleConfig,
+    weights: nnx.State,
+    target: TargetParams,
+    tree: TreeConfig,
+    **own: Any,
+) -> LoadedDrafter:
+    """A trained drafter's weights, joined with the tables of its target.
+
+    Args:
+      own: what the drafter has itself (`block_params`, `eagle_params`).
+    """
+    _, join = TRAINED[type(config)]
+    return LoadedDrafter(of_config(config, tree), join(weights, target, **own))
 
 
 def register(name: str, factory: Factory) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from jaxspec.checkpoints.drafters import save_drafter
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.training.model_card import model_card
-from jaxspec.training.networks import network_of
 from jaxspec.training.recipe import TrainConfig
 from jaxspec.training.run_folder import DRAFTER
 
@@ -36,7 +35,6 @@ def export(
             partial,
             drafter.drafter,
             drafter.params,
-            checkpoint_format(config),
             verifier=target,
         )
     except ValueError as error:
@@ -45,8 +43,3 @@ def export(
         ) from error
     (partial / "README.md").write_text(model_card(run, config, step=step), encoding="utf-8")
     os.rename(partial, folder)
-
-
-def checkpoint_format(config: TrainConfig) -> str:
-    """The format of the exported drafter."""
-    return network_of(config.drafter).format(config.drafter)

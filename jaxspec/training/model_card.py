@@ -14,8 +14,8 @@ from huggingface_hub.repocard import metadata_load
 
 from jaxspec import __version__
 from jaxspec.checkpoints import catalog
+from jaxspec.checkpoints.drafter_config import default_format
 from jaxspec.checkpoints.tensors import read_json
-from jaxspec.training.networks import network_of
 from jaxspec.training.recipe import TrainConfig
 from jaxspec.training.run_folder import CONFIG, FLAGS, METRICS
 
@@ -55,7 +55,7 @@ def model_card(run: Path, config: TrainConfig, *, step: int) -> str:
     """
     identity, flags = read_json(run / CONFIG), _flags(run)
     target = identity["target"]
-    known, kind = target_metadata(target), network_of(config.drafter).format(config.drafter)
+    known, kind = target_metadata(target), default_format(config.drafter)
     data = [str(name) for name in flags.get("data", ())]
     metadata = ModelCardData(
         library_name="jaxspec",

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from jaxspec.checkpoints import drafter_config, eagle3_config
 from jaxspec.config import DrafterConfig, TreeConfig
-from jaxspec.drafters import eagle_head, head
+from jaxspec.drafters import registry
 from jaxspec.drafters.base import LoadedDrafter
-from jaxspec.drafters.block import BlockDrafter, block_params, whole_weights
-from jaxspec.drafters.eagle import EagleDrafter, eagle_params
+from jaxspec.drafters.eagle import eagle_params
 from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.drafters.head import Vocabulary, restrict
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.unrolled import unroll
+from jaxspec.drafters.weights import bind
 from jaxspec.models.params import DeltaNetParams, MoeParams, TargetParams
 from jaxspec.training.blocks import before_labels, sample_anchors, supervised_slots
 from jaxspec.training.features import Features
@@ -35,22 +33,12 @@ class Network:
     """A kind of drafter, as training sees it.
 
     Attributes:
-      random_weights: (config, key) -> weights, float32.
       of_target: (config, weights, target) -> the weights that its last layers give, by path.
       loss: (TrainConfig, weights, target, rows, features, key, kept) -> sums.
-      loaded: (config, weights, target, tree, kept) -> the drafter for `jaxspec.generate`.
-      weights: (params) -> the weights of a loaded drafter, as a checkpoint holds them.
-      format: (config) -> of an exported drafter.
-      to_json: (config, format, dtype) -> its `config.json`; ValueError if it cannot be.
     """
 
-    random_weights: Callable[..., nnx.State]
     of_target: Callable[..., dict[tuple, jax.Array]]
     loss: Callable[..., LossSums]
-    loaded: Callable[..., LoadedDrafter]
-    weights: Callable[[Any], nnx.State]
-    format: Callable[[Any], str]
-    to_json: Callable[..., dict[str, Any]]
 
 
 def network_of(config: DrafterConfig | EagleConfig) -> Network:
@@ -100,7 +88,7 @@ def trained_drafter(
     """
     if tree is None:
         tree = TreeConfig("chain", size=1 << config.depth.bit_length())
-    return network_of(config).loaded(config, weights, target.params, tree, kept)
+    return registry.trained(config, weights, target.params, tree, kept=kept)
 
 
 def _target_layers(
@@ -152,7 +140,7 @@ def _block_loss(
     depth = config.drafter.depth
     anchors, real = sample_anchors(key, rows.supervised, config.anchors)
     weights, vocabulary = restrict(weights, Vocabulary(target.embed, target.unembed), kept)
-    bound = head.bind(config.drafter, weights)
+    bound = bind(config.drafter, weights)
     blocks = run_blocks(bound, vocabulary, rows.tokens, features.taps, anchors, rows.starts)
     return drafter_loss(
         config.loss,
@@ -168,7 +156,7 @@ def _eagle_loss(
     config: TrainConfig, weights, target, rows: Rows, features: Features, key, kept
 ) -> LossSums:
     params = eagle_params(weights, target, kept=kept)
-    bound = eagle_head.bind(config.drafter, params.head)
+    bound = bind(config.drafter, params.head)
     steps, starts = config.drafter.steps, rows.starts
     outputs = unroll(bound, params.vocabulary, rows.tokens, features.taps, starts, steps=steps)
     # A token counts if the target wrote it and the next: the last one's law is never drafted.
@@ -178,33 +166,7 @@ def _eagle_loss(
     return unrolled_loss(config.loss, bound, params.vocabulary, *arguments)
 
 
-def _loaded_block(config, weights, target, tree, kept):
-    params = block_params(weights, target, kept=kept)
-    return LoadedDrafter(BlockDrafter(config, tree), params)
-
-
-def _loaded_eagle(config, weights, target, tree, kept):
-    params = eagle_params(weights, target, kept=kept)
-    return LoadedDrafter(EagleDrafter(config, tree), params)
-
-
 NETWORKS = {
-    DrafterConfig: Network(
-        random_weights=head.random_weights,
-        of_target=_block_layers,
-        loss=_block_loss,
-        loaded=_loaded_block,
-        weights=whole_weights,
-        format=lambda config: "treeflash" if config.sequential == "mlp" else "dflash",
-        to_json=drafter_config.to_json,
-    ),
-    EagleConfig: Network(
-        random_weights=eagle_head.random_weights,
-        of_target=_eagle_layers,
-        loss=_eagle_loss,
-        loaded=_loaded_eagle,
-        weights=lambda params: params.head,
-        format=lambda config: "speculators",
-        to_json=eagle3_config.to_json,
-    ),
+    DrafterConfig: Network(of_target=_block_layers, loss=_block_loss),
+    EagleConfig: Network(of_target=_eagle_layers, loss=_eagle_loss),
 }

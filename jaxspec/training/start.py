@@ -17,7 +17,6 @@ from jaxspec.config import TreeConfig
 from jaxspec.data.conversations import Example
 from jaxspec.models.target import Target
 from jaxspec.training import draft_vocabulary
-from jaxspec.training.networks import network_of
 from jaxspec.training.recipe import TrainConfig
 
 DRAFT_VOCABULARY = "draft_vocabulary.json"
@@ -38,18 +37,22 @@ def initial_drafter(config: TrainConfig, target: Target) -> tuple[nnx.State, np.
             f"the drafter in {config.initial} is not the one to train ({'; '.join(other)})"
         )
     kept = params.vocabulary.kept
-    if params.vocabulary.judge is not None:
-        raise ValueError(
-            f"the drafter in {config.initial} has an LM head of its own; training is with the "
-            "target's, which is shared: start from another"
-        )
+    own = {
+        "an LM head": params.vocabulary.judge is not None,
+        "an embedding": params.vocabulary.own_embed,
+    }
+    for what, given in own.items():
+        if given:
+            raise ValueError(
+                f"the drafter in {config.initial} has {what} of its own; training is with the "
+                "target's, which is shared: start from another"
+            )
     if kept is not None and config.draft_vocab:
         raise ValueError(
             f"draft_vocab is {config.draft_vocab}, but the drafter in {config.initial} has a "
             f"draft vocabulary, of {len(kept)} tokens, and keeps it; leave draft_vocab 0"
         )
-    weights = network_of(config.drafter).weights(params)
-    return weights, None if kept is None else np.asarray(kept)
+    return params.whole_head, None if kept is None else np.asarray(kept)
 
 
 def drafted_tokens(

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.drafters.eagle_head import EagleConfig
+from jaxspec.drafters.weights import random_weights
 from jaxspec.models.params import TargetParams
 from jaxspec.training.batches import PACKED_UNIT, UNIT
 from jaxspec.training.features import target_features
@@ -72,9 +73,7 @@ def init_state(
       weights: to start from, in place of random ones or the target's layers.
     """
     if weights is None:
-        weights = network_of(config.drafter).random_weights(
-            config.drafter, jax.random.key(config.seed)
-        )
+        weights = random_weights(config.drafter, jax.random.key(config.seed))
         weights.norm = weights.norm.replace(jnp.array(target.final_norm, jnp.float32))
         if config.initial == "target":
             weights = copy_layers(config.drafter, weights, target)

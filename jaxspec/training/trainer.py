@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from jaxspec.checkpoints.drafter_config import default_format, to_json
 from jaxspec.checkpoints.store import Store
 from jaxspec.data.conversations import Example
 from jaxspec.drafters.base import LoadedDrafter
@@ -28,11 +29,11 @@ from jaxspec.settings import own_settings
 from jaxspec.sharding import DATA, mesh_of, place
 from jaxspec.training.batches import Position
 from jaxspec.training.draft_vocabulary import load_tokens
-from jaxspec.training.export import checkpoint_format, export
+from jaxspec.training.export import export
 from jaxspec.training.feature_cache import open_features
 from jaxspec.training.loading import Loader
 from jaxspec.training.metrics import MetricsLog, check_writers, peak_memory
-from jaxspec.training.networks import network_of, trained_drafter
+from jaxspec.training.networks import trained_drafter
 from jaxspec.training.recipe import TrainConfig
 from jaxspec.training.run_folder import DRAFTER, METRICS, claimed, enter, write_flags
 from jaxspec.training.sharding import any_process, gather, state_shardings
@@ -176,7 +177,7 @@ def _check(config: TrainConfig, prompts: Sequence[Prompt], mesh: Mesh | None) ->
             f"{mesh.shape[DATA]} devices of the mesh's axis '{DATA}'"
         )
     # Fail now if no checkpoint format can hold the trained drafter.
-    network_of(config.drafter).to_json(config.drafter, checkpoint_format(config), "float32")
+    to_json(config.drafter, default_format(config.drafter), "float32")
 
 
 @dataclasses.dataclass(frozen=True)

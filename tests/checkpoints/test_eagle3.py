@@ -99,6 +99,17 @@ def test_a_draft_vocabulary(tmp_path, format):
     np.testing.assert_array_equal(loaded.vocabulary.judge, params.vocabulary.unembed)
 
 
+@pytest.mark.parametrize("format", ["speculators", "eagle3"])
+def test_an_embedding_of_its_own(tmp_path, format):
+    own = np.random.default_rng(0).standard_normal((11, 32)).astype(np.float32)
+    weights = random_weights(cases.PLAIN, jax.random.key(3))
+    params = eagle_params(weights, tiny.target().params, embed=own)
+    save_drafter(tmp_path / "a", EagleDrafter(cases.PLAIN, TREE), params, format)
+    _, loaded = load(tmp_path / "a")
+    np.testing.assert_array_equal(loaded.vocabulary.embed, own)
+    assert loaded.vocabulary.own_embed and loaded.vocabulary.judge is None
+
+
 @pytest.mark.parametrize("name", ["eagle3_a", "eagle3_speculators_a"])
 def test_a_published_folder_is_written_back_as_it_was(golden, tmp_path, name):
     folder, _ = golden(name)
@@ -178,10 +189,13 @@ def test_layers_it_reads(tmp_path, changes, taps):
             r"at the top means outputs of layers \[1, 2, 2\], in 'eagle_config' \[-1, 0, 1\]",
         ),
         (dict(parallel_drafting=True), "'parallel_drafting' is True"),
-        (dict(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}), "reads layer 2"),
-        (dict(target_hidden_size=48), "'target_hidden_size' is 48, the target's is 32"),
-        (dict(draft_vocab_size=9), "'draft_vocab_size' is 9, the tensors hold no 'd2t'"),
-        (dict(vocab_size=40), "'vocab_size' is 40, the target's is 11"),
+        (
+            dict(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}),
+            "reads the last layer, 2",
+        ),
+        (dict(target_hidden_size=48), "hidden size is 48, the target's is 32"),
+        (dict(draft_vocab_size=9), "'draft_vocab_size' is 9, tensor 'd2t' is missing"),
+        (dict(vocab_size=40), "vocabulary is 40, the target's is 11"),
         (dict(intermediate_size=25), "'midlayer|layers.0.mlp.*has shape"),
     ],
 )
@@ -255,7 +269,7 @@ def test_norm_output_means_two_things(tmp_path):
 
 
 def test_block_drafters_are_told_apart(tmp_path):
-    from tests.checkpoints.test_drafters import save as save_block
+    from tests.checkpoints.drafter_folders import save as save_block
 
     save_block(tmp_path / "a", "dspark")
     assert isinstance(load(tmp_path / "a")[0], BlockDrafter)

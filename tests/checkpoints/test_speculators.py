@@ -73,7 +73,7 @@ def test_export_then_import(tmp_path, kind):
         assert path == again
         np.testing.assert_array_equal(x[...], y[...])
     raw = json.loads((tmp_path / "a" / "config.json").read_text())
-    assert recognise(raw, "") == "speculators"
+    assert recognise(raw, "").name == "speculators"
     assert raw["aux_hidden_state_layer_ids"] == [tap + 1 for tap in KINDS[kind].taps]
     assert "num_target_layers" not in json.dumps(raw)
 
@@ -114,7 +114,7 @@ def test_vocabularies_that_contradict_themselves(tmp_path, change, message):
     ("changes", "message"),
     [
         ({"speculators_model_type": "xpress"}, "'speculators_model_type' is 'xpress'"),
-        ({"aux_hidden_state_layer_ids": [1, 3]}, "names 3, the last layer's output"),
+        ({"aux_hidden_state_layer_ids": [1, 3]}, "reads the last layer, 2"),
         ({"aux_hidden_state_layer_ids": [1, 9]}, "expected different layers of the target"),
         ({"draft_vocab_size": 6}, "'draft_vocab_size' is 6.*selectors have no other"),
         ({"target_hidden_size": 48}, "'target_hidden_size' is 48"),

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from jaxspec import checkpoints
-from jaxspec.checkpoints.block_tensors import block_parts
 from jaxspec.checkpoints.drafters import load_drafter
+from jaxspec.checkpoints.head_tensors import block_parts
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed
 from jaxspec.drafters.teacher_forced import run_blocks
@@ -95,7 +95,7 @@ def test_a_training_step(case, variant):
     np.testing.assert_allclose(logits[0], arrays["draft_logits"][:, 1:], atol=2e-4)
     np.testing.assert_allclose(loss, expected["loss"], **CLOSE)
     slopes, norms = dict(nnx.to_flat_state(slopes)), {}
-    for path, parts in block_parts(config, "speculators").items():
+    for path, parts in block_parts(config).items():
         for part in parts:
             norms[part.name] = jnp.linalg.norm(slopes[path][...][part.index].ravel())
     for name in set(expected["gradients"]) & set(norms):

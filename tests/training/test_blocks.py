@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from jaxspec import checkpoints
-from jaxspec.checkpoints.block_tensors import block_parts
 from jaxspec.checkpoints.drafters import load_drafter
+from jaxspec.checkpoints.head_tensors import block_parts
 from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.drafters.head import Vocabulary
 from jaxspec.drafters.teacher_forced import run_blocks
@@ -133,7 +133,7 @@ def test_training_step_of_the_original(golden, name):
 
     norms = {}
     slopes = dict(nnx.to_flat_state(slopes))
-    for path, parts in block_parts(config, "deepspec").items():
+    for path, parts in block_parts(config).items():
         for part in parts:
             norms[part.name] = jnp.linalg.norm(slopes[path][...][part.index].ravel())
     assert norms.keys() == expected["grad_norms"].keys()

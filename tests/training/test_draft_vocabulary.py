@@ -16,7 +16,6 @@ from jaxspec.cli.train import Train
 from jaxspec.config import TreeConfig
 from jaxspec.data.conversations import Example
 from jaxspec.drafters.base import LoadedDrafter
-from jaxspec.drafters.block import whole_weights
 from jaxspec.drafters.head import Vocabulary, restrict
 from jaxspec.drafters.teacher_forced import BlockOutput
 from jaxspec.drafters.weights import bind, random_weights
@@ -201,7 +200,7 @@ def test_training_that_goes_on_from_a_drafter_keeps_its_tokens(run, tmp_path):
     config = dataclasses.replace(CONFIG, initial=str(first), draft_vocab=0)
     folder, other = tmp_path / "again", tiny.examples(8)
     weights, kept = initial_drafter(config, target())
-    jax.tree.map(np.testing.assert_array_equal, weights, whole_weights(load(run).params))
+    jax.tree.map(np.testing.assert_array_equal, weights, load(run).params.whole_head)
     assert kept.tolist() == ids_of(run)
     train(config, target(), other, folder)
     shutil.rmtree(first)  # no longer needed

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from jaxspec import checkpoints
-from jaxspec.checkpoints.block_tensors import block_parts
 from jaxspec.checkpoints.drafters import load_drafter
+from jaxspec.checkpoints.head_tensors import block_parts
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.weights import bind
@@ -97,7 +97,7 @@ def test_a_training_step(golden, trainer):
         assert float(sums.blocks + sums.selected) == metrics["eal_sum"]
 
     slopes, norms = dict(nnx.to_flat_state(slopes)), {}
-    for path, parts in block_parts(config, "dflash").items():
+    for path, parts in block_parts(config).items():
         for part in parts:
             norms[part.name] = jnp.linalg.norm(slopes[path][...][part.index].ravel())
     assert norms.keys() == expected["gradients"].keys()

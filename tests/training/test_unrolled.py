@@ -12,7 +12,7 @@ from flax import nnx
 from jaxspec import checkpoints
 from jaxspec.api import generate
 from jaxspec.checkpoints.drafters import load_drafter
-from jaxspec.checkpoints.eagle3 import eagle_parts
+from jaxspec.checkpoints.head_tensors import eagle_parts
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.eagle import EagleDrafter

@@ -1,28 +1,31 @@
-"""The tensors of block drafters, and where each goes."""
+"""The tensors of draft heads, and where each goes."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from jaxspec.checkpoints import dflash2
-from jaxspec.checkpoints.drafter_config import format_named
-from jaxspec.checkpoints.drafter_files import linear, same
+from jaxspec.checkpoints.drafter_files import Table, linear, same
 from jaxspec.checkpoints.fuse import Part
 from jaxspec.config import DrafterConfig
+from jaxspec.drafters.eagle_head import EagleConfig
 
 
-def block_parts(config: DrafterConfig, format: str) -> dict[tuple, tuple[Part, ...]]:
-    """For every weight, by its path in the head, the tensors it is made of."""
-    c, width = config, config.hidden_size
-    backbone = format_named(format).prefix
+def block_parts(c: DrafterConfig, prefix: str = "") -> Table:
+    """For every weight of a block drafter's head, by its path, the tensors it is made of.
+
+    Args:
+      prefix: of the names of the backbone's tensors.
+    """
+    width = c.hidden_size
     table = {
-        ("fc",): linear(f"{backbone}fc.weight", width, len(c.taps) * width),
-        ("hidden_norm",): same(f"{backbone}hidden_norm.weight", width),
-        ("norm",): same(f"{backbone}norm.weight", width),
+        ("fc",): linear(f"{prefix}fc.weight", width, len(c.taps) * width),
+        ("hidden_norm",): same(f"{prefix}hidden_norm.weight", width),
+        ("norm",): same(f"{prefix}norm.weight", width),
     }
     for i in range(c.num_layers):
-        layer = f"{backbone}layers.{i}."
-        weights = _layer_parts(c, layer)
+        layer = f"{prefix}layers.{i}."
+        weights = _layer_parts(c, layer, inputs=width, qk_norm=True)
         table |= {("layers", i, name): parts for name, parts in weights.items()}
         convolutions = dflash2.convolutions(c, layer)
         table |= {("layers", i, *path): parts for path, parts in convolutions.items()}
@@ -35,21 +38,48 @@ def block_parts(config: DrafterConfig, format: str) -> dict[tuple, tuple[Part, .
     return table
 
 
-def _layer_parts(c: DrafterConfig, layer: str) -> dict[str, tuple[Part, ...]]:
-    """The weights of a layer whose tensors' names begin with `layer`."""
+def eagle_parts(c: EagleConfig) -> Table:
+    """Those of an EAGLE-3 drafter's head."""
+    width, each, tapped = c.hidden_size, c.target_hidden_size, len(c.taps)
+    table = {
+        ("fc",): linear("fc.weight", width, tapped * each),
+        ("norm",): same("norm.weight", width),
+    }
+    if c.tap_norm == "joined":
+        table["tap_norm",] = same("input_norm.weight", tapped * each)
+    elif c.tap_norm == "each":
+        table["tap_norm",] = tuple(
+            Part(f"fc_norm.{i}.weight", (each,), np.s_[i * each : (i + 1) * each], (0,))
+            for i in range(tapped)
+        )
+    for i in range(c.num_layers):
+        layer, inputs = f"layers.{i}.", width if i else 2 * width
+        weights = _layer_parts(c, layer, inputs=inputs, qk_norm=c.qk_norm)
+        if i == 0:
+            weights["hidden_norm"] = same(f"{layer}hidden_norm.weight", width)
+        table |= {("layers", i, name): parts for name, parts in weights.items()}
+    return table
+
+
+def _layer_parts(
+    c: DrafterConfig | EagleConfig, layer: str, *, inputs: int, qk_norm: bool
+) -> dict[str, tuple[Part, ...]]:
+    """The weights of a layer whose tensors' names begin with `layer`.
+
+    Args:
+      inputs: width of what its attention reads.
+    """
     width, dim = c.hidden_size, c.head_dim
     queries, keys = c.num_heads * dim, c.num_kv_heads * dim
     a, inner = f"{layer}self_attn.", (c.intermediate_size, width)
-    return {
+    weights = {
         "norm": same(f"{layer}input_layernorm.weight", width),
-        # [M, K, G, D]
-        "q": (Part(f"{a}q_proj.weight", (queries, width), np.s_[...], (1, 2, 3, 0)),),
-        "kv": (  # [M, K, 2, D]
-            Part(f"{a}k_proj.weight", (keys, width), np.s_[:, :, 0], (1, 2, 0)),
-            Part(f"{a}v_proj.weight", (keys, width), np.s_[:, :, 1], (1, 2, 0)),
+        # [inputs, K, G, D]
+        "q": (Part(f"{a}q_proj.weight", (queries, inputs), np.s_[...], (1, 2, 3, 0)),),
+        "kv": (  # [inputs, K, 2, D]
+            Part(f"{a}k_proj.weight", (keys, inputs), np.s_[:, :, 0], (1, 2, 0)),
+            Part(f"{a}v_proj.weight", (keys, inputs), np.s_[:, :, 1], (1, 2, 0)),
         ),
-        "q_norm": same(f"{a}q_norm.weight", dim),
-        "k_norm": same(f"{a}k_norm.weight", dim),
         # [K, G, D, M]
         "out": (Part(f"{a}o_proj.weight", (width, queries), np.s_[...], (3, 0, 1, 2)),),
         "mlp_norm": same(f"{layer}post_attention_layernorm.weight", width),
@@ -59,6 +89,10 @@ def _layer_parts(c: DrafterConfig, layer: str) -> dict[str, tuple[Part, ...]]:
         ),
         "down": linear(f"{layer}mlp.down_proj.weight", *reversed(inner)),
     }
+    if qk_norm:
+        weights["q_norm"] = same(f"{a}q_norm.weight", dim)
+        weights["k_norm"] = same(f"{a}k_norm.weight", dim)
+    return weights
 
 
 def _sequential_parts(c: DrafterConfig) -> dict[str, tuple[Part, ...]]:

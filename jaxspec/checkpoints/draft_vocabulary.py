@@ -1,0 +1,112 @@
+"""A drafter's own vocabulary and tables, as speculators' and EAGLE-3's files have them.
+
+`d2t` holds offsets (target id = draft id + offset), `t2d` which target ids have a draft id, and
+`lm_head` has a row per draft id.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxspec.checkpoints.drafter_files import DrafterTensors, equal_as_stored
+from jaxspec.checkpoints.fuse import check_weights
+
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+OFFSETS, MEMBERS = "d2t", "t2d"
+
+
+def draft_tokens(tensors: DrafterTensors, raw: dict[str, Any], vocab: int) -> np.ndarray | None:
+    """The draft vocabulary, ascending ids [V']; None for the whole one.
+
+    Args:
+      raw: the file's `config.json`, whose `draft_vocab_size` is V'; without it V.
+
+    Raises:
+      ValueError: `d2t`, `t2d` and `draft_vocab_size` disagree, or name tokens that the target
+        lacks.
+    """
+    kept, wanted = _named_tokens(tensors, vocab), raw.get("draft_vocab_size") or vocab
+    found = vocab if kept is None else len(kept)
+    if found != wanted:
+        holds = f"names {found} tokens" if kept is not None else "is missing"
+        raise ValueError(
+            f"{tensors.origin}: 'draft_vocab_size' is {wanted}, tensor '{OFFSETS}' {holds}; "
+            "expected as many"
+        )
+    if kept is None or found == vocab:
+        return None
+    if kept[-1] == found - 1:
+        warnings.warn(
+            f"{tensors.origin}: tensor '{OFFSETS}' is all zeros, so that the first {found} "
+            "tokens alone are drafted; SpecForge writes that where no vocabulary was given",
+            stacklevel=2,
+        )
+    return kept
+
+
+def _named_tokens(tensors: DrafterTensors, vocab: int) -> np.ndarray | None:
+    if OFFSETS not in tensors.shapes:
+        return None
+    offsets = tensors.read(OFFSETS)
+    ids = np.arange(len(offsets)) + offsets
+    if not (np.all(np.diff(ids) > 0) and 0 <= ids[0] and ids[-1] < vocab):
+        raise ValueError(
+            f"{tensors.origin}: tensor '{OFFSETS}' does not lead to different token ids, 0 … "
+            f"{vocab - 1}, in ascending order; expected offsets, target id - draft id"
+        )
+    if MEMBERS in tensors.shapes:
+        members = np.flatnonzero(tensors.read(MEMBERS))
+        if not np.array_equal(members, ids):
+            raise ValueError(
+                f"{tensors.origin}: tensors '{OFFSETS}' and '{MEMBERS}' name {len(ids)} and "
+                f"{len(members)} tokens, not the same; the file is of two conversions"
+            )
+    return ids.astype(np.int32)
+
+
+def vocabulary_tensors(kept: np.ndarray, vocab: int) -> dict[str, np.ndarray]:
+    """`d2t` and `t2d` of a draft vocabulary."""
+    members = np.zeros(vocab, bool)
+    members[kept] = True
+    return {OFFSETS: kept.astype(np.int64) - np.arange(len(kept)), MEMBERS: members}
+
+
+def own_table(
+    tensors: DrafterTensors, name: str, shape: tuple[int, int], theirs: jax.Array, dtype
+) -> np.ndarray | None:
+    """A table of the file; None where it is the target's, which is not copied.
+
+    Args:
+      theirs: what the target has in its place.
+
+    Raises:
+      ValueError: it is damaged, of another shape, or missing where the target's has another.
+    """
+    found = tensors.shapes.get(name)
+    if found is None and theirs.shape == shape:
+        return None
+    if found != shape:
+        holds = f"has shape {found}" if found else "is missing, and the target's has another"
+        raise ValueError(
+            f"{tensors.origin}: tensor '{name}' {holds}; its configuration asks for {shape}"
+        )
+    stored = tensors.read(name)
+    if equal_as_stored(stored, theirs):
+        return None
+    with np.errstate(over="ignore"):  # found below, with the tensor's name
+        stored = stored.astype(dtype)
+    check_weights(stored, name, tensors.origin)
+    return stored
+
+
+def required(tensors: DrafterTensors, name: str, rows: int) -> None:
+    """Raises ValueError if a file with a draft vocabulary of `rows` tokens lacks a table."""
+    if name not in tensors.shapes:
+        raise ValueError(
+            f"{tensors.origin}: tensor '{name}' is missing; a draft vocabulary of {rows} "
+            "tokens has rows of its own"
+        )

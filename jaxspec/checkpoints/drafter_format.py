@@ -1,0 +1,112 @@
+"""What a published format of drafters says for itself; one object per format and kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxspec.checkpoints.drafter_files import DrafterTensors, Table
+from jaxspec.checkpoints.json_config import JsonConfig
+from jaxspec.config import DrafterConfig, TargetConfig
+from jaxspec.drafters.eagle_head import EagleConfig
+from jaxspec.drafters.head import Vocabulary
+from jaxspec.models.params import TargetParams
+
+Config = DrafterConfig | EagleConfig
+
+
+class DrafterFormat:
+    """One published format of one kind of drafters.
+
+    Attributes:
+      name: as users give it; formats of different kinds may share one.
+      kind: type of the configurations that it describes.
+      normed_last: a tap of the target's last layer is its output after the final norm, as in
+        this package; otherwise the output before it, which no drafter here reads.
+      extra: names of tensors that may stand beside the head's.
+    """
+
+    name: str
+    kind: type
+    normed_last = False
+    extra: frozenset[str] = frozenset()
+
+    def recognises(self, raw: dict[str, Any]) -> bool:
+        """Whether a `config.json` is of this format; formats before it in the table say no."""
+        raise NotImplementedError
+
+    def from_json(self, whole: JsonConfig, target: TargetConfig | None) -> Config:
+        """The drafter that a `config.json` describes; see `drafter_config.from_json`."""
+        raise NotImplementedError
+
+    def to_json(
+        self, c: Config, dtype: str, *, kept: int | None, verifier: str | None
+    ) -> dict[str, Any]:
+        """`config.json` of a drafter that the format can express."""
+        raise NotImplementedError
+
+    def missing(self, c: Config, kept: int | None) -> Mapping[str, Any]:
+        """What the format has no key for, and whether the drafter needs it."""
+        raise NotImplementedError
+
+    def parts(self, c: Config) -> Table:
+        """The head's tensors, by their names of today."""
+        raise NotImplementedError
+
+    def todays_name(self, name: str) -> str:
+        """A tensor's, of a file of any age and program."""
+        return name
+
+    def written_name(self, name: str) -> str:
+        """What a tensor is called in a file."""
+        return name
+
+    def repeated(self, tables: TargetParams | Vocabulary) -> Mapping[str, jax.Array]:
+        """The target's tables that a file repeats, and that must be those of the target."""
+        return {}
+
+    def check_tensors(self, tensors: DrafterTensors, c: Config) -> None:
+        """Raises ValueError for files of another kind of drafters with the same keys."""
+
+    def read_vocabulary(
+        self,
+        tensors: DrafterTensors,
+        raw: dict[str, Any],
+        c: Config,
+        target: TargetParams,
+        dtype,
+    ) -> dict[str, Any]:
+        """The file's own tables, as arguments of `registry.trained`.
+
+        Raises:
+          ValueError: one is damaged or of another shape than `raw`, the file's `config.json`,
+            says.
+        """
+        raise NotImplementedError
+
+    def vocabulary_tensors(
+        self, vocabulary: Vocabulary, c: Config, dtype
+    ) -> dict[str, np.ndarray]:
+        """The tensors of a vocabulary, besides those of `repeated`.
+
+        Raises:
+          ValueError: the format has none for it.
+        """
+        raise NotImplementedError
+
+    def check_expressible(self, c: Config, kept: int | None) -> None:
+        """Raises ValueError if the format cannot express the configuration."""
+        tapped = not self.normed_last and c.target_layers is not None
+        missing = self.missing(c, kept) | {
+            "a tap of the last layer, after the final norm": tapped
+            and c.target_layers - 1 in c.taps
+        }
+        for what, wanted in missing.items():
+            if wanted:
+                raise ValueError(
+                    f"format {self.name!r} has no key for {what}, so that other programs would "
+                    "run the drafter differently; choose another format"
+                )

@@ -1,0 +1,224 @@
+"""What the formats of EAGLE-3 drafters share.
+
+The embedding and the LM head of a file are used where they are not the target's own. Tensors
+are read under speculators' names: a layer is `layers.0`, prefixes are taken off.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from jaxspec.checkpoints import draft_vocabulary, visibility
+from jaxspec.checkpoints.draft_vocabulary import EMBEDDING, HEAD, MEMBERS, OFFSETS
+from jaxspec.checkpoints.drafter_format import DrafterFormat
+from jaxspec.checkpoints.head_tensors import eagle_parts
+from jaxspec.checkpoints.json_config import JsonConfig
+from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
+from jaxspec.checkpoints.rope import read_rope, rope_to_json
+from jaxspec.config import TargetConfig
+from jaxspec.drafters.eagle_head import EagleConfig
+
+TAPS, OWN = "eagle_aux_hidden_state_layer_ids", "eagle_config"
+# Training, the target's own vocabulary, and what a drafter of one layer cannot look at.
+EAGLE_HARMLESS = HARMLESS | {
+    *("eos_token_id", "embed_requires_grad", "step_loss_decay", "draft_num_hidden_layers"),
+    *("speculators_model_type", "speculators_config", "speculators_version"),
+    "tie_word_embeddings",
+}
+EAGLE_NEUTRAL = NEUTRAL | {"parallel_drafting": (False,), "mask_token_id": (), "num_depths": ()}
+OLD_NAMES = {
+    r"^(draft_model\.|model\.)": "",
+    r"^midlayer\.": "layers.0.",
+    r"^aux_norm_low\.": "fc_norm.0.",
+    r"^aux_norm_mid\.": "fc_norm.1.",
+    r"^aux_norm_high\.": "fc_norm.2.",
+}
+
+
+class EagleFormat(DrafterFormat):
+    """A format of EAGLE-3 drafters.
+
+    Attributes:
+      repeats_embedding: files hold the embedding even where it is the target's.
+    """
+
+    kind = EagleConfig
+    repeats_embedding = True
+    extra = frozenset({EMBEDDING, HEAD, OFFSETS, MEMBERS})
+
+    def parts(self, c):
+        return eagle_parts(c)
+
+    def todays_name(self, name):
+        for old, new in OLD_NAMES.items():
+            name = re.sub(old, new, name)
+        return name
+
+    def read_vocabulary(self, tensors, raw, c, target, dtype):
+        kept, width = draft_vocabulary.draft_tokens(tensors, raw, c.vocab_size), c.hidden_size
+        rows = c.vocab_size if kept is None else len(kept)
+        whole = (c.vocab_size, width)
+        embed = draft_vocabulary.own_table(tensors, EMBEDDING, whole, target.embed, dtype)
+        found = {"kept": kept, "embed": embed}
+        if raw.get("tie_word_embeddings") and HEAD not in tensors.shapes:
+            table = target.embed if embed is None else embed
+            return found | {"unembed": table if kept is None else table[kept]}
+        judge = target.unembed
+        if kept is not None:
+            draft_vocabulary.required(tensors, HEAD, rows)
+            judge = judge[kept]
+        own = draft_vocabulary.own_table(tensors, HEAD, (rows, width), judge, dtype)
+        return found | {"unembed": own}
+
+    def vocabulary_tensors(self, vocabulary, c, dtype):
+        tensors = {HEAD: np.asarray(vocabulary.unembed).astype(dtype)}
+        if self.repeats_embedding or vocabulary.own_embed:
+            tensors[EMBEDDING] = np.asarray(vocabulary.embed).astype(dtype)
+        if vocabulary.kept is not None:
+            kept = np.asarray(vocabulary.kept)
+            tensors |= draft_vocabulary.vocabulary_tensors(kept, c.vocab_size)
+        return tensors
+
+    def check_tensors(self, tensors, c):
+        one = (c.hidden_size, 2 * c.hidden_size)
+        if len(c.taps) != 2 and tensors.shapes.get("fc.weight") == one:
+            raise ValueError(
+                f"{tensors.origin}: tensor 'fc.weight' joins one feature and an embedding, as "
+                "EAGLE-1 and EAGLE-2 do; expected an EAGLE-3 drafter"
+            )
+
+
+def layers_from_json(layer: JsonConfig) -> dict[str, Any]:
+    """What the drafter's layers are, from the keys of a Llama or a Qwen3."""
+    kind = layer.one_of("model_type", ("llama", "qwen3"), "llama")
+    layer.one_of("hidden_act", ("silu",), "silu")
+    layer.one_of("attention_bias", (False,), False)
+    layer.one_of("mlp_bias", (False,), False)
+    width, heads = layer.integer("hidden_size"), layer.integer("num_attention_heads")
+    layers = layer.integer("num_hidden_layers", 1)
+    window = (None,) * layers
+    if layer.has("layer_types") or kind == "qwen3":
+        window = visibility.windows(layer, layers, switched=kind == "qwen3")
+    else:
+        layer.one_of("sliding_window", (None,), None)
+    theta, scaling = read_rope(layer, full_rotary=True)
+    return dict(
+        vocab_size=layer.integer("vocab_size"),
+        hidden_size=width,
+        intermediate_size=layer.integer("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=layer.integer("num_key_value_heads", heads),
+        head_dim=layer.integer("head_dim", width // heads),
+        qk_norm=kind == "qwen3",
+        window=window,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rms_norm_eps=layer.number("rms_norm_eps", 1e-6),
+        max_positions=layer.integer("max_position_embeddings", 40_960),
+    )
+
+
+def layers_to_json(c: EagleConfig) -> dict[str, Any]:
+    """The inverse."""
+    raw = {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": c.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": c.intermediate_size,
+        "max_position_embeddings": c.max_positions,
+        "model_type": "qwen3" if c.qk_norm else "llama",
+        "num_attention_heads": c.num_heads,
+        "num_hidden_layers": c.num_layers,
+        "num_key_value_heads": c.num_kv_heads,
+        "pad_token_id": None,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_parameters": rope_to_json(c.rope_theta, c.rope_scaling),
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": c.vocab_size,
+    }
+    windows = visibility.to_json(c)
+    if c.qk_norm:
+        return raw | windows | {"max_window_layers": c.num_layers}
+    raw |= {"mlp_bias": False, "pretraining_tp": 1}
+    if any(c.window):
+        raw |= {key: windows[key] for key in ("layer_types", "sliding_window")}
+    return raw
+
+
+def norms_from_json(whole: JsonConfig) -> dict[str, Any]:
+    """Fields of the norms but what `norm_output` means, by the keys at the top and inside."""
+    places = [whole]
+    if whole.has(OWN):
+        places.append(whole.section(OWN))
+        places[1].one_of("use_aux_hidden_state", (True,), True)
+    joined = any([place.flag("norm_before_fc") for place in places])
+    each = any([place.flag(key) for place in places for key in ("fc_norm", "use_aux_norm")])
+    if joined and each:
+        raise whole.refusal("fc_norm", "one of 'fc_norm' and 'norm_before_fc' alone")
+    return dict(
+        tap_norm="joined" if joined else "each" if each else None,
+        residual_after_norm=whole.flag("norm_before_residual"),
+    )
+
+
+def norms_to_json(c: EagleConfig) -> dict[str, Any]:
+    """The keys of the taps' norms."""
+    return {"fc_norm": c.tap_norm == "each", "norm_before_fc": c.tap_norm == "joined"}
+
+
+def taps_from_json(whole: JsonConfig, target: TargetConfig | None) -> tuple[int, ...]:
+    """Outputs of target layers, 0-based; without a key, those of EAGLE's own programs."""
+    found = {}
+    if whole.has(TAPS):
+        found["at the top"] = tuple(i - 1 for i in whole.items(TAPS, int))
+    if whole.has(OWN) and whole.section(OWN).has(TAPS):
+        found[f"in '{OWN}'"] = whole.section(OWN).items(TAPS, int)
+    if len(set(found.values())) > 1:
+        raise ValueError(
+            f"{whole.origin}: '{TAPS}' at the top means outputs of layers "
+            f"{list(found['at the top'])}, in '{OWN}' {list(found[f'in {OWN!r}'])}; expected "
+            "the same, the one at the top higher by one"
+        )
+    if found:
+        return next(iter(found.values()))
+    if target is None:
+        raise ValueError(
+            f"{whole.origin}: without '{TAPS}' the layers that the drafter reads follow from "
+            "its target's depth, which is not given here"
+        )
+    return (1, target.num_layers // 2 - 1, target.num_layers - 4)
+
+
+def make(
+    whole: JsonConfig, layer: JsonConfig, taps: tuple[int, ...], **fields: Any
+) -> EagleConfig:
+    """The configuration, once every key is accounted for.
+
+    Args:
+      layer: where the keys of the layers are.
+    """
+    shape = layers_from_json(layer)
+    config = whole.make(
+        EagleConfig,
+        target_hidden_size=whole.integer("target_hidden_size", shape["hidden_size"]),
+        target_layers=whole.integer("num_target_layers", None),
+        taps=taps,
+        **shape,
+        **norms_from_json(whole),
+        **fields,
+    )
+    # `draft_vocabulary` compares both with the tensors.
+    whole.integer("draft_vocab_size", config.vocab_size)
+    whole.flag("tie_word_embeddings")
+    whole.finish(EAGLE_HARMLESS, EAGLE_NEUTRAL)
+    return config

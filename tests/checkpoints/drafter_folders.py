@@ -1,0 +1,55 @@
+"""Block drafters of the tiny target in files, for tests."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.checkpoints.drafters import load_drafter, save_drafter
+from jaxspec.config import TreeConfig
+from jaxspec.drafters.block import BlockDrafter, block_params
+from jaxspec.drafters.weights import random_weights
+from tests import tiny
+from tests.drafters import cases
+
+TREE = TreeConfig()
+FORMATS = {
+    "dflash": "dflash",
+    "jetspec": "dflash",
+    "treeflash": "treeflash",
+    "dspark": "deepspec",
+    "gated": "deepspec",
+    "rnn": "dflash",  # a causal one: DeepSpec has no key for that
+    "window": "dflash",
+    "dflash2": "dflash",
+}
+
+
+def save(folder, kind, dtype=jnp.float32, format=None):
+    """A drafter of the tiny target on disk; what was saved."""
+    config = cases.KINDS[kind]
+    if kind == "treeflash":  # has no confidence head
+        config = dataclasses.replace(config, confidence=None)
+    weights = random_weights(config, jax.random.key(3), dtype)
+    params = block_params(weights, tiny.target().params)
+    drafter = BlockDrafter(config, TREE)
+    save_drafter(folder, drafter, params, FORMATS[kind] if format is None else format)
+    return drafter, params
+
+
+def load(folder, dtype=jnp.float32):
+    target = tiny.target()
+    return load_drafter(folder, target.config, target.params, TREE, dtype)
+
+
+def edit(folder, change):
+    """Applies `change` to the parsed config.json."""
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+def own(raw):
+    return raw.get("dflash_config", raw)

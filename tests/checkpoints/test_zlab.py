@@ -1,0 +1,126 @@
+"""z-lab's format of DFlash, DFlash2, JetSpec and DSpark."""
+
+import pytest
+
+from jaxspec.checkpoints.drafter_config import from_json, to_json
+from tests.checkpoints.drafter_folders import edit, load, own, save
+from tests.drafters import cases
+
+
+def test_a_block_of_z_labs_default(tmp_path):
+    save(tmp_path / "a", "dflash")
+    edit(tmp_path / "a", lambda raw: raw.pop("block_size"))
+    assert load(tmp_path / "a")[0].config.block_size == 16
+
+
+def test_the_depth_of_the_target_need_not_be_named(tmp_path):
+    drafter, _ = save(tmp_path / "a", "dflash")
+    edit(tmp_path / "a", lambda raw: raw.pop("num_target_layers"))
+    assert load(tmp_path / "a")[0] == drafter
+
+
+def test_older_and_newer_keys_are_the_same_drafter():
+    raw = to_json(cases.KINDS["jetspec"], "dflash", "float32")
+    expected = from_json(raw, "")
+    newer = raw | {"rope_parameters": {"rope_theta": raw["rope_theta"], "rope_type": "default"}}
+    del newer["rope_theta"]
+    assert from_json(newer, "") == expected
+    inside = {k: v for k, v in raw.items() if k != "block_size"}
+    inside["dflash_config"] = raw["dflash_config"] | {"block_size": raw["block_size"]}
+    assert from_json(inside, "") == expected
+    raw.pop("is_causal")
+    for key in ("causal", "causal_head"):
+        own = {k: v for k, v in raw["dflash_config"].items() if not k.startswith("causal")}
+        assert from_json(raw | {"dflash_config": own | {key: True}}, "") == expected
+        assert not any(from_json(raw | {"dflash_config": own}, "").causal)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("dflash", lambda c: c.update(hidden_size=64), "hidden size is 64, the target's is 32"),
+        ("dflash", lambda c: c.update(vocab_size=12), "vocabulary is 12, the target's is 11"),
+        ("dflash", lambda c: c.update(num_target_layers=9), "target layers is 9, the target's"),
+        (
+            "dflash",
+            lambda c: own(c).update(target_layer_ids=[0, 3]),
+            "layers of the target, -1",
+        ),
+        ("dflash", lambda c: own(c).update(mask_token_id=11), "a row of the embedding, 0 … 10"),
+        ("dflash", lambda c: own(c).pop("mask_token_id"), "has no 'mask_token_id'"),
+        (
+            "dflash",
+            lambda c: own(c).update(block_size=7),
+            r"two values of 'block_size': \[5, 7\]",
+        ),
+        ("dflash", lambda c: c.pop("dflash_config"), "is not a drafter's"),
+        ("dflash", lambda c: c.update(attention_bias=True), "'attention_bias' is True"),
+        (
+            "dflash",
+            lambda c: c.update(model_type="gemma4_text"),
+            "'model_type' is 'gemma4_text'",
+        ),
+        ("dflash", lambda c: own(c).update(projector_type="domino"), "expected 'dspark'"),
+        ("dflash", lambda c: own(c).update(draft_shift=True), "'draft_shift' is True"),
+        (
+            "dflash",
+            lambda c: own(c).update(target_hidden_size=48),
+            "'target_hidden_size' is 48",
+        ),
+        (
+            "dflash",
+            lambda c: c.update(layer_types=["full_attention", "sliding_attention"]),
+            "no 'sliding_window'",
+        ),
+        (
+            "dflash",
+            lambda c: c.update(layer_types=["full_attention", "linear_attention"]),
+            "'layer_types' is .*linear_attention",
+        ),
+        (
+            "dflash",
+            lambda c: c.update(rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+            "'rope_scaling' is .*dynamic.*expected 'rope_type': 'default'",
+        ),
+        (
+            "dflash",
+            lambda c: c.update(hidden_size="32"),
+            "'hidden_size' is '32'.*a positive integer",
+        ),
+        ("dflash", lambda c: own(c).update(target_layer_ids=3), "is 3.* a list of integers"),
+        ("dflash", lambda c: c.update(num_key_value_heads=0), "'num_key_value_heads' is 0"),
+        ("dflash", lambda c: own(c).update(causal_head="no"), "'causal_head' is 'no'"),
+        (
+            "window",
+            lambda c: c.update(use_sliding_window=False),
+            "'use_sliding_window' is False.*true beside sliding layers",
+        ),
+        ("dflash2", lambda c: own(c).pop("selector_rank"), "no 'selector_rank'"),
+        ("dflash2", lambda c: own(c).pop("conv_group_size"), "no 'conv_group_size'"),
+        (
+            "dflash2",
+            lambda c: own(c).update(conv_group_size=5),
+            "conv_group is 5; expected a divisor of hidden_size = 32",
+        ),
+        (
+            "dflash2",
+            lambda c: own(c).update(output_multiplier=0),
+            "'output_multiplier' is 0.*a positive number",
+        ),
+        (
+            "dflash2",
+            lambda c: own(c).update(markov_rank=4),
+            "'selector_rank' asks for DFlash2's selector, and 'markov_rank'",
+        ),
+        (
+            "dflash2",
+            lambda c: [own(c).pop(k) for k in ("selector_rank", "selector_top_k")],
+            "'candidate_selector.hidden_projection.weight' has no place",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, kind, change, message):
+    save(tmp_path / "a", kind)
+    edit(tmp_path / "a", change)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "a")
