@@ -4,6 +4,7 @@ prompt chunk is a chain."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from jaxspec.trees.packing import Packing
 from pallas_kernels.rotary_heads import rotary_heads
 from pallas_kernels.tree_attention import tree_attention
 
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 MIN_ROWS = 8  # of a product of narrow operands, for cuBLAS: XLA pads each that has fewer
 
 
@@ -104,7 +106,7 @@ def forward(
             mixed, kept = _attend(layer.attention, config, x, nodes, angles[i], cache, window)
             kv.append(kept)
         x = x + mixed
-        x = x + _mlp(layer.mlp, config, x, count)
+        x = x + mlp(layer.mlp, config, x, count)
         outputs[i] = x
     hidden = rms_norm(x, params.final_norm, config.rms_norm_eps)
     outputs[config.num_layers - 1] = hidden
@@ -164,32 +166,54 @@ def _attend(
     window: int | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """What attention adds to x, and the nodes' keys and values."""
-    dtype = cache[0].dtype
-    fused, packing = nodes.rows is not None, nodes.packing
-    q, k, v, gate = _qkv(params, config, x, angles, dtype if fused else None)
-    # Rounded here and kept: XLA would rather keep every layer's whole projection until the
-    # rows are committed, and take them from it then.
-    k, v = jax.lax.optimization_barrier((k.astype(dtype), v.astype(dtype)))
-    q, k, v = (nodes.rectangle(x) for x in (q, k, v))
-    attended = tree_attention(
-        q,
-        *cache,
-        nodes.lengths,
-        k,
-        v,
-        nodes.ancestors,
-        scale=config.head_dim**-0.5,
-        depths=nodes.depths,
-        window=window,
-        implementation=nodes.implementation,
-        rows=None if packing is not None else nodes.rows,
-    )
-    if packing is not None:
-        attended = nodes.activations(attended)
-    attended = attended.reshape(*x.shape[:2], -1)
+    dtype, kept = cache[0].dtype, []
+
+    def attend(q, k, v):
+        # Rounded here and kept: XLA would rather keep every layer's whole projection until the
+        # rows are committed, and take them from it then.
+        k, v = jax.lax.optimization_barrier((k.astype(dtype), v.astype(dtype)))
+        q, k, v = (nodes.rectangle(x) for x in (q, k, v))
+        kept.extend((k, v))
+        attended = tree_attention(
+            q,
+            *cache,
+            nodes.lengths,
+            k,
+            v,
+            nodes.ancestors,
+            scale=config.head_dim**-0.5,
+            depths=nodes.depths,
+            window=window,
+            implementation=nodes.implementation,
+            rows=None if nodes.packing is not None else nodes.rows,
+        )
+        return attended if nodes.packing is None else nodes.activations(attended)
+
+    fused = nodes.rows is not None
+    out = attention(params, config, x, angles, attend, dtype if fused else None)
+    return out, tuple(kept)
+
+
+def attention(
+    params: AttentionParams,
+    config: TargetConfig,
+    x: jax.Array,
+    angles: Angles,
+    attend: Attend,
+    dtype=None,
+) -> jax.Array:
+    """What attention adds to rows x [B, N, M].
+
+    Args:
+      attend: who sees whom: queries [B, N, H, D], keys and values [B, N, K, D], all but values
+        rotated -> [B, N, H, D].
+      dtype: with one, a kernel for NVIDIA GPUs norms, rotates and rounds to it (`fuses`).
+    """
+    q, k, v, gate = _qkv(params, config, x, angles, dtype)
+    attended = attend(q, k, v).reshape(*x.shape[:2], -1)
     if gate is not None:
         attended = attended * jax.nn.sigmoid(gate)
-    return _project_out(params, attended), (k, v)
+    return _project_out(params, attended)
 
 
 def _delta_layer(
@@ -213,14 +237,13 @@ def _delta_layer(
 def fuses(params: TargetParams, config: TargetConfig, implementation: str | None) -> bool:
     """Whether a forward runs the kernels for NVIDIA GPUs around its products.
 
-    It does with bfloat16 weights on one device, heads whose size is a power of two and that
-    rotate whole. Float32 is for exactness: there everything but the attention is XLA's.
+    It does with bfloat16 weights on one device and heads whose size is a power of two. Float32
+    is for exactness: there everything but the attention is XLA's.
     """
     if implementation is None:
         implementation = "triton" if jax.default_backend() == "gpu" else "xla"
     narrow = params.embed.dtype == jnp.bfloat16
-    dim = config.head_dim
-    tiles = dim & (dim - 1) == 0 and config.rotary_dim in (None, dim)
+    tiles = config.head_dim & (config.head_dim - 1) == 0
     return implementation == "triton" and narrow and tiles and not cut_axes()
 
 
@@ -246,10 +269,8 @@ def _qkv(params: AttentionParams, config: TargetConfig, x: jax.Array, angles, dt
     With `dtype` one kernel does what follows the product, and rounds to it.
     """
     normed = rms_norm(x, params.norm, config.rms_norm_eps)
-    qkv, gate = project("bnm,mkgd->bnkgd", normed, params.qkv), None
-    if config.attention_gate:
-        qkv, gate = _without_gates(qkv)
-    options = dict(eps=config.rms_norm_eps, dtype=dtype or qkv.dtype)
+    qkv = project("bnm,mkgd->bnkgd", normed, params.qkv)
+    options = dict(eps=config.rms_norm_eps, dtype=dtype or qkv.dtype, gated=params.gated)
     gains = (params.qkv_bias, params.q_norm, params.k_norm)
     angles = (x.reshape(-1, x.shape[-1]) for x in angles)
     q, k, v = rotary_heads(
@@ -260,15 +281,17 @@ def _qkv(params: AttentionParams, config: TargetConfig, x: jax.Array, angles, dt
         implementation="triton" if dtype else "xla",
     )
     shape = x.shape[:2] if dtype is None else (1, q.shape[0])
-    return *(x.reshape(*shape, *x.shape[1:]) for x in (q, k, v)), gate
+    return *(x.reshape(*shape, *x.shape[1:]) for x in (q, k, v)), _gates(params, qkv)
 
 
-def _without_gates(qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[B, N, K, 2 G + 2, D] -> [B, N, K, G + 2, D] and the gates [B, N, H D]."""
-    queries = qkv[..., :-2, :]
-    pairs = queries.reshape(*queries.shape[:-2], -1, 2, queries.shape[-1])
-    ungated = jnp.concatenate([pairs[..., 0, :], qkv[..., -2:, :]], axis=-2)
-    return ungated, pairs[..., 1, :].reshape(*qkv.shape[:2], -1)
+def _gates(params: AttentionParams, qkv: jax.Array) -> jax.Array | None:
+    """The columns [B, N, H D] of a projection that follow its queries; None without gates."""
+    if not params.gated:
+        return None
+    gates = qkv[..., 1:-2:2, :]
+    if params.qkv_bias is not None:
+        gates = gates + params.qkv_bias[:, 1:-2:2]
+    return gates.reshape(*qkv.shape[:2], -1)
 
 
 def _project_out(params: AttentionParams, attended: jax.Array) -> jax.Array:
@@ -277,14 +300,14 @@ def _project_out(params: AttentionParams, attended: jax.Array) -> jax.Array:
     return project("bnh,hm->bnm", attended, weight)
 
 
-def _mlp(
-    params: MlpParams | MoeParams, config: TargetConfig, x: jax.Array, count: int
+def mlp(
+    params: MlpParams | MoeParams, config: TargetConfig, x: jax.Array, count: int | None = None
 ) -> jax.Array:
-    """What it adds to x, whose first `count` rows are real."""
+    """What it adds to x [B, N, M], whose first `count` rows are real; all if left out."""
     normed = rms_norm(x, params.norm, config.rms_norm_eps)
     if isinstance(params, MoeParams):
         flat = normed.reshape(-1, config.hidden_size)
         out = mixture_of_experts(params, config, flat[:count])  # padding would read experts
-        return jnp.pad(out, ((0, len(flat) - count), (0, 0))).reshape(x.shape)
+        return jnp.pad(out, ((0, len(flat) - len(out)), (0, 0))).reshape(x.shape)
     hidden = swiglu(project("bnm,mcf->bncf", normed, params.gate_up))
     return project("bnf,fm->bnm", hidden, params.down)

@@ -37,6 +37,7 @@ from jaxspec.models.params import DeltaNetParams
 from jaxspec.trees.tree import NO_PARENT, unpack_bits
 
 LARGEST_DECAY = 128.0  # exp of less is 0 in float32
+FEW_ROWS = 32  # of an accepted path; a prompt's chunk has more
 NORM_EPS = 1e-6  # under the root of the length of queries and keys
 
 
@@ -67,15 +68,27 @@ class DeltaState:
         after = jnp.cumsum(below[:, ::-1], axis=1)[:, ::-1]  # G_l - G_j as a sum of its own
         weighed = only(rows.updates) * jnp.exp(after)[..., None]
         weighed = weighed.reshape(*weighed.shape[:3], -1)  # [B, C', J, R dv]
-        added = jnp.einsum("bnjd,bnje->bjde", only(rows.keys), weighed, precision="highest")
         kept = jnp.where(goes_on[:, None, None], jnp.exp(decays.sum(axis=1)), 0.0)
         kept = jnp.repeat(kept, rows.updates.shape[-1], axis=-1)  # [B, J, R dv]
-        memory = kept[:, :, None] * self.memory + added
+        memory = _absorb(kept[:, :, None] * self.memory, only(rows.keys), weighed)
 
         window = jnp.where(goes_on[:, None, None, None], self.window, 0.0)
         line = jnp.concatenate([window, rows.inputs], axis=1)
         last = counts[:, None] + jnp.arange(window.shape[1])
         return DeltaState(memory, jnp.take_along_axis(line, last[..., None, None], axis=1))
+
+
+def _absorb(memory: jax.Array, keys: jax.Array, updates: jax.Array) -> jax.Array:
+    """memory [B, J, dk, R dv] + the sum over n of keys [B, n, J, dk] times updates.
+
+    A few rows are added one by one, in the pass that lets the memory decay: a matrix product
+    would read and write it once more.
+    """
+    if keys.shape[1] > FEW_ROWS:
+        return memory + jnp.einsum("bnjd,bnje->bjde", keys, updates, precision="highest")
+    for i in range(keys.shape[1]):
+        memory = memory + keys[:, i, :, :, None] * updates[:, i, :, None]
+    return memory
 
 
 @jax.tree_util.register_dataclass

@@ -26,6 +26,7 @@ REGISTERS = 65_536  # of a multiprocessor
 SHARED_MEMORY = 233_472
 THREADS = 2_048
 MAX_NODES = 512  # of a tree
+HEAD_DIMS = (64, 128, 256)
 WARPGROUP_ROWS = 64  # the smallest tile of a Hopper matrix product
 
 _attention = jax.jit(
@@ -214,14 +215,15 @@ def cases(
     found += [LevelCase(15), LevelCase(63), LevelCase(255), LevelCase(63, batch=8)]
     if quick:
         return list(dict.fromkeys(found))
-    for dtype, dim in itertools.product(("bfloat16", "float32"), (64, 128)):
+    for dtype, dim in itertools.product(("bfloat16", "float32"), HEAD_DIMS):
         shape = Shape(1, 1, 32, 8, dim, 4096, jnp.dtype(dtype))
         change = functools.partial(dataclasses.replace, shape)
         for n in (1, 2, 4, 8, 16, 32, 60, 64, 128, 256, 512):
             found.append(AttentionCase(change(nodes=n)))
         for n in (1, 8, 64):
-            # Groups of one, SmolLM2's three, Qwen3-14B's five, Qwen3-32B's eight.
-            heads = [8 * group for group in (1, 3, 5, 8)]
+            # Groups of one, SmolLM2's three, Qwen3-14B's five, Qwen3.5-27B's six, Qwen3-32B's
+            # eight and Qwen3.5-122B-A10B's sixteen.
+            heads = [8 * group for group in (1, 3, 5, 6, 8, 16)]
             found += [AttentionCase(change(nodes=n, heads=h)) for h in heads]
             found.append(AttentionCase(change(nodes=n), window=1024))
             found.append(AttentionCase(change(nodes=n, capacity=32_768)))
@@ -241,7 +243,7 @@ def resident(kernel: Kernel) -> int:
 def sweep(cache: pathlib.Path | None = None) -> Iterator[dict]:
     """Tiles for every class of shapes, those that fail included, as rows of a table."""
     rows_of = {"bfloat16": (16, 32, 64, 128), "float32": (16, 32, 64)}
-    for dtype, dim in itertools.product(rows_of, (64, 128)):
+    for dtype, dim in itertools.product(rows_of, HEAD_DIMS):
         for rows, keys in itertools.product(rows_of[dtype], (32, 64, 128)):
             nodes = max(1, rows // 4)  # a group of four
             shape = Shape(1, nodes, 32, 8, dim, 4096, jnp.dtype(dtype))

@@ -20,19 +20,21 @@ def rotary_heads(
     *,
     eps: float,
     dtype,
+    gated: bool = False,
     implementation: str = "xla",
 ) -> tuple[Float[Array, "R H D"], Float[Array, "R K D"], Float[Array, "R K D"]]:
     """See `rotary_heads_reference` for shapes and meaning, and for its derivative.
 
     Args:
-      implementation: "xla" (the reference, any platform), or "triton" (NVIDIA GPUs; angles of
-        all pairs of heads whose size is a power of two).
+      implementation: "xla" (the reference, any platform), or "triton" (NVIDIA GPUs; heads whose
+        size is a power of two).
 
     Raises:
       ValueError: "triton" was asked for and does not take this shape.
     """
     arrays = (qkv, bias, q_gain, k_gain, cos, sin)
-    reference = functools.partial(rotary_heads_reference, eps=eps, dtype=dtype)
+    options = dict(eps=eps, dtype=dtype, gated=gated)
+    reference = functools.partial(rotary_heads_reference, **options)
     if implementation == "xla":
         return reference(*arrays)
     if implementation != "triton":
@@ -40,7 +42,7 @@ def rotary_heads(
     # Pallas takes a fifth of a second to import: only where it is used.
     from pallas_kernels.rotary_heads.triton import rotary_heads_triton, unsupported
 
-    if reason := unsupported(qkv, cos):
+    if reason := unsupported(qkv):
         raise ValueError(f"implementation 'triton' does not take this: {reason}; use 'xla'")
-    kernel = functools.partial(rotary_heads_triton, eps=eps, dtype=dtype)
+    kernel = functools.partial(rotary_heads_triton, **options)
     return with_slope_of(reference, kernel)(*arrays)

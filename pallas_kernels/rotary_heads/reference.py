@@ -17,6 +17,7 @@ def rotary_heads_reference(
     *,
     eps: float,
     dtype,
+    gated: bool = False,
 ) -> tuple[Float[Array, "R H D"], Float[Array, "R K D"], Float[Array, "R K D"]]:
     """Adds the bias, norms every query and key head, rotates, rounds.
 
@@ -30,6 +31,8 @@ def rotary_heads_reference(
       q_gain, k_gain: [D], of the RMS norm over a head, or None without one.
       cos, sin: [R, D'], D' <= D / 2.
       dtype: of the results.
+      gated: qkv and bias are [., K, 2 G + 2, D]: every query is followed by its gate, which is
+        not read.
 
     Returns:
       (queries [R, K * G, D], keys [R, K, D], values [R, K, D]).
@@ -37,7 +40,7 @@ def rotary_heads_reference(
     x = qkv[: cos.shape[0]]
     if bias is not None:
         x = x + bias
-    q, k, v = x[..., :-2, :], x[..., -2, :], x[..., -1, :]
+    q, k, v = x[..., : -2 : 2 if gated else 1, :], x[..., -2, :], x[..., -1, :]
     q = q.reshape(q.shape[0], -1, q.shape[-1])
     if q_gain is not None:
         q, k = _norm(q, q_gain, eps), _norm(k, k_gain, eps)

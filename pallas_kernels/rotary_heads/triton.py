@@ -1,7 +1,7 @@
 """Head norm, rotation and rounding of a fused projection as one Triton kernel, in Pallas.
 
 A program has the heads of one row and one key/value head. Both halves of a head are loaded
-apart, as the rotation pairs them.
+apart, as the rotation pairs them; what does not rotate is shared between them.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 
-def unsupported(qkv: jax.Array, cos: jax.Array) -> str | None:
+def unsupported(qkv: jax.Array) -> str | None:
     """Why the kernel does not take these shapes, or None if it does."""
-    dim, pairs = qkv.shape[-1], cos.shape[-1]
-    if 2 * pairs != dim or dim & (dim - 1):
-        return f"heads of {dim} rotate {2 * pairs} elements; expected all, a power of two"
-    return None
+    dim = qkv.shape[-1]
+    return f"heads have {dim} elements; expected a power of two" if dim & (dim - 1) else None
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "dtype", "interpret"))
+@functools.partial(jax.jit, static_argnames=("eps", "dtype", "gated", "interpret"))
 def rotary_heads_triton(
     qkv: jax.Array,
     bias: jax.Array | None,
@@ -34,16 +32,18 @@ def rotary_heads_triton(
     *,
     eps: float,
     dtype,
+    gated: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `rotary_heads_reference`; `interpret` runs it on the CPU, to check numbers."""
-    rows, (kv_heads, heads, dim) = cos.shape[0], qkv.shape[1:]
-    group = heads - 2
+    rows, (kv_heads, columns, dim) = cos.shape[0], qkv.shape[1:]
+    group = (columns - 2) // 2 if gated else columns - 2
     optional = [array for array in (bias, q_gain, k_gain) if array is not None]
     kernel = functools.partial(
         split_heads,
         kv_heads=kv_heads,
         group=group,
+        gated=gated,
         biased=bias is not None,
         normed=q_gain is not None,
         eps=eps,
@@ -60,7 +60,16 @@ def rotary_heads_triton(
 
 
 def split_heads(
-    qkv_ref, cos_ref, sin_ref, *refs, kv_heads: int, group: int, biased: bool, normed: bool, eps
+    qkv_ref,
+    cos_ref,
+    sin_ref,
+    *refs,
+    kv_heads: int,
+    group: int,
+    gated: bool,
+    biased: bool,
+    normed: bool,
+    eps,
 ):
     """The G queries, the key and the value of one row and one key/value head."""
     refs = list(refs)
@@ -68,40 +77,49 @@ def split_heads(
     q_gain_ref, k_gain_ref = (refs.pop(0), refs.pop(0)) if normed else (None, None)
     q_ref, k_ref, v_ref = refs
     row, kv_head = pl.program_id(0), pl.program_id(1)
-    half = qkv_ref.shape[-1] // 2
+    half, pairs = qkv_ref.shape[-1] // 2, cos_ref.shape[-1]
     count = pl.next_power_of_2(group + 2)
     head, lane = jnp.arange(count), jnp.arange(half)
     is_key, is_value = head == group, head == group + 1
+    # A query's gate is the column after it.
+    column = jnp.where(head < group, 2 * head, head + group) if gated else head
+    # Lane i of the halves: the pair (i, i + pairs), past the last pair elements that stay.
+    turns = lane < pairs
+    low_at = lane if pairs == half else jnp.where(turns, lane, lane + pairs)
+    high_at = lane + half if pairs == half else jnp.where(turns, lane + pairs, lane + half)
 
     def mask(which):
         return jnp.broadcast_to(which[:, None], (count, half))
 
-    def load(first):
-        place = (kv_head, head[:, None], (first + lane)[None, :])
+    def load(at):
+        place = (kv_head, column[:, None], at[None, :])
         exists = mask(head < group + 2)
         x = plgpu.load(qkv_ref.at[(row, *place)], mask=exists, other=0.0)
         if biased:
             x = x + plgpu.load(bias_ref.at[place], mask=exists, other=0.0).astype(jnp.float32)
         return x
 
-    def gain(first):
+    def gain(at):
         q, k = (
-            ref[pl.ds(first, half)].astype(jnp.float32)[None, :]
+            plgpu.load(ref.at[at]).astype(jnp.float32)[None, :]
             for ref in (q_gain_ref, k_gain_ref)
         )
         return jnp.where(mask(is_key), k, q)
 
-    low, high = load(0), load(half)
+    def angle(ref, still):
+        return plgpu.load(ref.at[row, lane], mask=turns, other=still)[None, :]
+
+    low, high = load(low_at), load(high_at)
     values = low, high
     if normed:
         scale = lax.rsqrt(((low * low).sum(1) + (high * high).sum(1)) / (2 * half) + eps)[
             :, None
         ]
-        low, high = low * scale * gain(0), high * scale * gain(half)
-    cos, sin = cos_ref[row, :][None, :], sin_ref[row, :][None, :]
+        low, high = low * scale * gain(low_at), high * scale * gain(high_at)
+    cos, sin = angle(cos_ref, 1.0), angle(sin_ref, 0.0)
     rotated = low * cos - high * sin, high * cos + low * sin
-    for first, x, v in zip((0, half), rotated, values, strict=True):
-        queries, at = kv_head * group + head, first + lane
+    for at, x, v in zip((low_at, high_at), rotated, values, strict=True):
+        queries = kv_head * group + head
         plgpu.store(
             q_ref.at[row, queries[:, None], at[None, :]],
             x.astype(q_ref.dtype),

@@ -20,7 +20,7 @@ from jaxspec.trees.tree import ancestors, causal_bits
 from pallas_kernels.rotary_heads import rotary_heads
 from tests import tiny
 
-CONFIGS = {"qwen3": tiny.QWEN3, "llama": tiny.LLAMA, "moe": tiny.MOE}
+CONFIGS = {"qwen3": tiny.QWEN3, "llama": tiny.LLAMA, "moe": tiny.MOE, "hybrid": tiny.HYBRID}
 PREFIX = tiny.prompts(13)[0]
 
 
@@ -46,10 +46,10 @@ def run_chain(target, tokens, cache, start, taps=()):
 def test_every_node_equals_the_sequence_of_its_path(name):
     target = tiny.target(CONFIGS[name])
     out = run_chain(target, PREFIX, empty_cache(target.config), 0)
-    count = jnp.array([len(PREFIX)])
+    # The last prefix token is the anchor: the cache holds the others.
+    count = jnp.array([len(PREFIX) - 1])
     cache = empty_cache(target.config).write(out.rows, jnp.int32(0), count)
     root = jnp.int32(PREFIX[-1])
-    # The last prefix token is the anchor: the cache holds the others.
     tree = tiny.random_tree(12, 4, 11, jax.random.key(3), root, jnp.int32(10))
     tree = jax.tree.map(lambda x: x[None], tree)
     length = jnp.array([len(PREFIX) - 1])
@@ -190,11 +190,11 @@ def test_the_gpu_layout_computes_the_same(name, packed, monkeypatch):
     """Nodes side by side, padded to 8, one call for what follows a projection; here by XLA."""
     target, n = tiny.target(CONFIGS[name]), 3
     cache = run_chain(target, PREFIX, empty_cache(target.config), 0).rows
-    cache = empty_cache(target.config).write(cache, jnp.int32(0), jnp.array([len(PREFIX)]))
+    length = jnp.array([len(PREFIX) - 1])
+    cache = empty_cache(target.config).write(cache, jnp.int32(0), length)
     tree = tiny.random_tree(n, 4, 2, jax.random.key(1), jnp.int32(5), jnp.int32(n))
     tree = jax.tree.map(lambda x: x[None], tree)
     packing = pack_nodes(tree.valid, 4) if packed else None
-    length = jnp.array([len(PREFIX) - 1])
     arrays = (tree.tokens, tree.depths, ancestors(tree), cache, length)
 
     def run():
@@ -212,7 +212,7 @@ def test_the_gpu_layout_computes_the_same(name, packed, monkeypatch):
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("head_dim, expected", [(64, True), (128, True), (80, False)])
+@pytest.mark.parametrize("head_dim, expected", [(64, True), (256, True), (80, False)])
 def test_kernels_around_the_products_take_heads_of_a_power_of_two(head_dim, expected):
     config = dataclasses.replace(tiny.QWEN3, head_dim=head_dim)
     narrow = abstract_params(config, jnp.bfloat16)

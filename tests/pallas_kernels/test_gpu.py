@@ -38,7 +38,7 @@ def test_tree_attention_computes_the_definition(name, fill):
 
 
 SHAPES = list(
-    itertools.product((1, 16, 64, 200), (64, 128), ("bfloat16", "float32"), (None, 90))
+    itertools.product((1, 16, 64, 200), (64, 128, 256), ("bfloat16", "float32"), (None, 90))
 )
 
 

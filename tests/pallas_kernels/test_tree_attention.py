@@ -120,7 +120,7 @@ def attention(implementation=None, **arrays):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("nodes", [1, 8, 60, 512])
 def test_supported_shapes_lower_to_triton_where_a_gpu_is_the_target(nodes, dim, dtype):
     arguments = abstract(Shape(1, nodes, 12, 4, dim, 4096, jnp.dtype(dtype)))
@@ -139,7 +139,7 @@ def test_an_unsupported_shape_falls_back_unless_the_kernel_was_asked_for():
     with lowering_for_h100():
         lowered = attention.trace(**arguments).lower(lowering_platforms=("cuda",))
     assert "triton" not in lowered.as_text()
-    with pytest.raises(ValueError, match="head dim is 80; expected one of .64, 128."):
+    with pytest.raises(ValueError, match="head dim is 80; expected one of .64, 128, 256."):
         attention.trace(**arguments, implementation="triton")
 
 
@@ -161,6 +161,10 @@ def qwen3_8b(nodes, capacity, batch=1):
     return Shape(batch, nodes, 32, 8, 128, capacity, jnp.dtype("bfloat16"))
 
 
+def qwen3_5_9b(nodes, capacity):
+    return Shape(1, nodes, 16, 4, 256, capacity, jnp.dtype("bfloat16"))
+
+
 @pytest.mark.parametrize(
     "shape, tile",
     [
@@ -173,6 +177,9 @@ def qwen3_8b(nodes, capacity, batch=1):
         (qwen3_8b(64, 4096), TileConfig(128, 64, 64, 8, 8, 3)),
         (qwen3_8b(256, 4096), TileConfig(128, 64, 64, 2, 8, 3)),
         (qwen3_8b(512, 4096), TileConfig(128, 64, 64, 1, 8, 3)),
+        # Heads of 256 take twice the registers and the shared memory: steps of half the keys.
+        (qwen3_5_9b(1, 4096), TileConfig(16, 32, 16, 32, 4, 3)),
+        (qwen3_5_9b(64, 4096), TileConfig(128, 32, 32, 16, 8, 3)),
     ],
 )
 def test_the_tile_of_a_shape_that_was_not_measured(shape, tile):
@@ -187,7 +194,7 @@ def test_the_tile_of_a_shape_that_was_not_measured(shape, tile):
         nodes=st.integers(1, 512),
         heads=st.sampled_from([8, 24, 40]),
         kv_heads=st.sampled_from([1, 2, 4, 8]),
-        head_dim=st.sampled_from([64, 128]),
+        head_dim=st.sampled_from([64, 128, 256]),
         capacity=st.integers(1, 40_960),
         dtype=st.sampled_from([jnp.dtype("bfloat16"), jnp.dtype("float32")]),
     )
