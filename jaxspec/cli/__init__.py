@@ -21,6 +21,7 @@ from typing import Annotated, Union
 import tyro
 
 from jaxspec.cli import exits
+from jaxspec.cli.bench import Bench
 from jaxspec.cli.calibrate import Calibrate
 from jaxspec.cli.check import Check
 from jaxspec.cli.convert import Convert
@@ -41,6 +42,7 @@ COMMANDS = {
     "check": Check,
     "regenerate": Regenerate,
     "train": Train,
+    "bench": Bench,
     "evaluate": Evaluate,
     "report": Report,
     "calibrate": Calibrate,

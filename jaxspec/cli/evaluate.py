@@ -10,8 +10,7 @@ from typing import Literal
 
 from jaxspec.cli import exits
 from jaxspec.cli.options import target_name
-from jaxspec.data.prompts import read_prompts, spread
-from jaxspec.data.sources import open_source
+from jaxspec.cli.prompt_sets import chosen, encoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +77,18 @@ class Evaluate:
         contenders = [Contender.parse(text) for text in self.decoders]
         self._check(contenders)
         unread: list[str] = []
-        texts = self._chosen(unread)
+        texts = chosen(self.prompts, self.count, unread)
         jaxspec.enable_compilation_cache()
         target = target_name(self.target, *(contender.drafter for contender in contenders))
         setup = RunSettings(self._setup(texts, target))
         done = held(self.output, setup)
         entries = load_entries(target, contenders)
-        sets, refused = self._encoded(entries[0].target, texts)
+        sets, refused = encoded(
+            entries[0].target,
+            texts,
+            thinking=self.thinking,
+            max_new_tokens=self.max_new_tokens,
+        )
         code = exits.left_out(unread + refused)
         cut_torn(self.output)
         if key(setup) not in done:
@@ -124,33 +128,6 @@ class Evaluate:
 
         for temperature in self.temperatures:
             Sampling(temperature=temperature)  # refuses what cannot be
-
-    def _chosen(self, unread: list[str]) -> dict[str, list[str]]:
-        """Prompts of each set; a line for each row that cannot be read goes into `unread`."""
-        sources = [open_source(name) for name in self.prompts]
-        names = [source.label for source in sources]
-        if len(set(names)) < len(names):
-            raise ValueError(f"--prompts: two sets are called alike ({', '.join(names)})")
-        return {x.label: spread(read_prompts(x, unread), self.count) for x in sources}
-
-    def _encoded(
-        self, target, texts: dict[str, list[str]]
-    ) -> tuple[dict[str, list[list[int]]], list[str]]:
-        """Prompts of each set as token ids, and why others cannot be used."""
-        from jaxspec.prompts import usable_prompts
-
-        sets, refused = {}, []
-        for name, prompts in texts.items():
-            rows, bad = usable_prompts(
-                target,
-                prompts,
-                raw=False,
-                thinking=self.thinking,
-                max_new_tokens=self.max_new_tokens,
-            )
-            sets[name] = list(rows.values())
-            refused += [f"{name}: {reason}" for reason in bad.values()]
-        return sets, refused
 
     def _setup(self, texts: dict[str, list[str]], target: str) -> dict:
         """Settings that all results of one file share. Temperatures and timing may be added

@@ -1,0 +1,99 @@
+"""`bench`, from a shell."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from jaxspec.cli import exits
+from jaxspec.cli.options import Dtype, chosen_dtype, target_name
+from jaxspec.cli.prompt_sets import chosen, encoded
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Choose a drafter: tokens per round, milliseconds by phase, and speed against plain.
+
+    All drafters answer the same prompts, taking turns with plain decoding; one table shows
+    them. A drafter is what `generate --drafter` takes, with options of its own after commas:
+    DRAFTER[,tree=KIND][,head=none][,width=W][,candidates=C]. `evaluate` compares further, on
+    more prompts, and can be resumed.
+
+    Examples:
+      python -m jaxspec bench --drafters ngram shipped shipped+ngram --prompts prompts.jsonl
+      python -m jaxspec bench --target Qwen/Qwen3-8B --budgets 8 64 --prompts gsm8k.jsonl \\
+          --drafters RedHatAI/Qwen3-8B-speculator.eagle3 z-lab/Qwen3-8B-DFlash,tree=top_budget
+    """
+
+    drafters: tuple[str, ...]
+    """ngram, shipped, small:NAME, folders or hub names of trained drafters, each also joined
+    with prompt lookup (DRAFTER+ngram)."""
+    prompts: tuple[str, ...]
+    """Prompt sets, each a source of any format of docs/training.md; the first turn of every row
+    is used."""
+    target: str | None = None
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
+    drafters' files name (speculators' format), else smollm2-135m."""
+    dtype: Dtype = "auto"
+    """Of weights and caches; see `generate`."""
+    budgets: tuple[int, ...] = (8,)
+    """Nodes verified per round, root included; every drafter is measured with each."""
+    count: int = 4
+    """Prompts per set, evenly apart; 0 takes all."""
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 is greedy."""
+    thinking: bool | None = None
+    """Turn a Qwen3 chat template's thinking on or off."""
+    output: Path | None = None
+    """Keep what was measured in a new file of JSON lines, which `report` draws."""
+    json: bool = False
+    """One JSON object per row of the table on standard output, and nothing else there."""
+
+    def run(self) -> int:
+        import jaxspec
+        from jaxspec.evaluation.bench import bench, bench_entries, bench_rows, bench_table
+        from jaxspec.evaluation.comparison import Evaluation, machine
+        from jaxspec.evaluation.results import RunSettings
+        from jaxspec.evaluation.view import View
+
+        self._check()
+        unread: list[str] = []
+        texts = chosen(self.prompts, self.count, unread)
+        jaxspec.enable_compilation_cache()
+        name = target_name(self.target, *(text.partition(",")[0] for text in self.drafters))
+        dtype = chosen_dtype(self.dtype)
+        entries = bench_entries(name, self.drafters, self.budgets, dtype=dtype)
+        options = dict(max_new_tokens=self.max_new_tokens)
+        sets, refused = encoded(entries[0].target, texts, thinking=self.thinking, **options)
+        code = exits.left_out(unread + refused)
+        counts = {label: len(prompts) for label, prompts in sets.items()}
+        setup = {"target": name, "dtype": dtype, "prompts": counts, **options, **machine()}
+        measured = bench(entries, sets, temperature=self.temperature, **options)
+        rows = (RunSettings(setup), *measured)
+        if self.output is not None:
+            Evaluation(rows).save(self.output)
+        found = bench_rows(View(rows))
+        print("\n".join(map(json.dumps, found)) if self.json else bench_table(found))
+        return code
+
+    def _check(self) -> None:
+        from jaxspec.decoding.sampling import Sampling
+
+        if not self.drafters or not self.prompts:
+            raise ValueError("nothing to compare: give --drafters and --prompts, one or more")
+        if not self.budgets or min(self.budgets) < 2:
+            raise ValueError(
+                f"--budgets is {self.budgets}; expected at least 2 each (1, the root alone, is "
+                "plain decoding, which is measured too)"
+            )
+        for name, low in (("count", 0), ("max_new_tokens", 2)):
+            if getattr(self, name) < low:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least "
+                    f"{low}"
+                )
+        if self.output is not None and self.output.exists():
+            raise ValueError(f"{self.output} exists already; choose another name or delete it")
+        Sampling(temperature=self.temperature)  # refuses what cannot be

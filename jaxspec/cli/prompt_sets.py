@@ -1,0 +1,38 @@
+"""Prompt sets of the commands that measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxspec.data.prompts import read_prompts, spread
+from jaxspec.data.sources import open_source
+
+
+def chosen(names: Sequence[str], count: int, unread: list[str]) -> dict[str, list[str]]:
+    """Prompts of each source, `count` evenly apart or all if 0; a line for each row that cannot
+    be read goes into `unread`.
+
+    Raises:
+      ValueError: two sources have one label.
+    """
+    sources = [open_source(name) for name in names]
+    labels = [source.label for source in sources]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"--prompts: two sets are called alike ({', '.join(labels)})")
+    return {x.label: spread(read_prompts(x, unread), count) for x in sources}
+
+
+def encoded(
+    target, texts: dict[str, list[str]], *, thinking: bool | None, max_new_tokens: int
+) -> tuple[dict[str, list[list[int]]], list[str]]:
+    """Prompts of each set as token ids, and why others cannot be used."""
+    from jaxspec.prompts import usable_prompts
+
+    sets, refused = {}, []
+    for name, prompts in texts.items():
+        rows, bad = usable_prompts(
+            target, prompts, raw=False, thinking=thinking, max_new_tokens=max_new_tokens
+        )
+        sets[name] = list(rows.values())
+        refused += [f"{name}: {reason}" for reason in bad.values()]
+    return sets, refused

@@ -1,0 +1,126 @@
+"""Drafters of one target beside each other, for people who choose one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jaxspec.evaluation import measure
+from jaxspec.evaluation import metrics as m
+from jaxspec.evaluation.contenders import Contender, Entry, load_entries
+from jaxspec.evaluation.report import table
+from jaxspec.evaluation.results import Row
+from jaxspec.evaluation.view import ALL, View, best_plain, is_plain, total
+
+PHASES = ("draft", "grow", "verify", "commit")
+
+
+def bench_entries(
+    target: str, drafters: Sequence[str], budgets: Sequence[int], *, dtype: str
+) -> list[Entry]:
+    """Every drafter with every budget.
+
+    Args:
+      drafters: each DRAFTER[,tree=KIND][,head=none][,width=W][,candidates=C]; without a tree it
+        drafts as `jaxspec.load_drafter` has it by default.
+      budgets: nodes verified per round, root included.
+
+    Raises:
+      ValueError: a drafter cannot be loaded, does not fit, or is there twice.
+    """
+    contenders = []
+    for text in drafters:
+        if "budget=" in text or "dtype=" in text:
+            raise ValueError(
+                f"drafter {text!r} has an option of all drafters; give --budgets and --dtype"
+            )
+        one = Contender.parse(f"drafter={text}", dtype=dtype)
+        for budget in budgets:
+            name = f"{text}, {budget} nodes"
+            contenders.append(dataclasses.replace(one, name=name, budget=budget))
+    entries = load_entries(target, contenders)
+    named = [",tree=" in text for text in drafters for _ in budgets]
+    return [e if tree else _suited(e) for e, tree in zip(entries, named, strict=True)]
+
+
+def _suited(entry: Entry) -> Entry:
+    """With a tree in place of the chain, where the drafter is best served by one."""
+    parts = entry.drafter.drafter.parts
+    if entry.contender.head == "none" or not any(part.path_conditioned for part in parts):
+        return entry
+    best = dataclasses.replace(entry.contender, tree="path_conditioned")
+    return dataclasses.replace(entry, contender=best)
+
+
+def bench(
+    entries: Sequence[Entry],
+    sets: measure.Sets,
+    *,
+    temperature: float = 0.0,
+    max_new_tokens: int = 128,
+) -> Iterator[Row]:
+    """Decodes every prompt with every drafter and plainly, by turns, and times the phases."""
+    yield from measure.speed(
+        entries, sets, temperature=temperature, max_new_tokens=max_new_tokens
+    )
+    # How verifying scales with other numbers of nodes says nothing of a drafter.
+    forwards = {("verify", entry.contender.dtype) for entry in entries}
+    yield from measure.costs(entries, done=forwards)
+
+
+def bench_rows(view: View) -> list[dict[str, Any]]:
+    """A row per drafter and budget, after one of the fastest plain decoding.
+
+    Each has the drafter, its tree and nodes; `tau` by set and over all prompts; the
+    milliseconds of each phase of a round at batch 1 (null where a drafter has not the phase or
+    it cannot be told from the one before); `tokens_per_second`, `speedup` over the plain row
+    with its 95 % interval over prompts; and how many answers are plain decoding's.
+    """
+    (temperature,) = view.temperatures
+    lines = view.select("decode", temperature)
+    best, rows = best_plain(lines), []
+    for line in [best, *(line for line in lines if not is_plain(line))]:
+        cost = view.cost(line)
+        if line is best:
+            cost = next(c for c in view.costs if c.decoder == measure.PLAIN)
+        speedup = m.estimate(line.rate / best.rate)
+        rows.append(
+            {
+                "drafter": line.label.drafter,
+                "tree": line.label.tree,
+                "nodes": line.label.budget,
+                "tau": {name: float(line.of(name).tau[0]) for name in (*view.sets, ALL)},
+                "ms": {phase: cost.phases[phase] for phase in PHASES} | {"round": total(cost)},
+                "tokens_per_second": float(line.rate[0]),
+                "speedup": speedup.value,
+                "speedup_95": [speedup.low, speedup.high],
+                "same_output": line.equal,
+            }
+        )
+    return rows
+
+
+def bench_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of `bench_rows` as Markdown."""
+    cells = []
+    for row in rows:
+        speedup = m.Estimate(row["speedup"], *row["speedup_95"])
+        cells.append(
+            [
+                row["drafter"],
+                row["tree"] or "",
+                str(row["nodes"]),
+                *(f"{tau:.2f}" for tau in row["tau"].values()),
+                *("" if ms is None else f"{ms:.1f}" for ms in row["ms"].values()),
+                f"{row['tokens_per_second']:.1f}",
+                f"{speedup:.2f}",
+                row["same_output"],
+            ]
+        )
+    head = ["drafter", "tree", "nodes", *(f"tau, {name}" for name in rows[0]["tau"])]
+    head += [*(f"ms, {phase}" for phase in rows[0]["ms"])]
+    return table([*head, "tokens/s", "speedup [95%]", "same output"], cells, left=2) + (
+        "\n\ntau: tokens committed per round; ms: medians at batch 1; speedup: prompt "
+        "included, over the first row, the fastest plain decoding of the run."
+    )
