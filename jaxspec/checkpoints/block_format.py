@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from jaxspec.config import DrafterConfig
 
 TEMPERATURES = "sts_temperatures"  # key of config.json; one per slot
 DRAFT_TOKENS = "draft_token_ids"  # a tensor, int32 [V']
-LEGACY_PREFIX = "logit_head."
+PREFIXES = r"^(draft_model\.|model\.|logit_head\.)"  # of some programs' tensors
 # Beside those of any model: training, the target's own vocabulary, growth of trees by default.
 DRAFTER_HARMLESS = HARMLESS | {
     *("num_anchors", "candidate_tokens", "eos_token_id", "tie_word_embeddings"),
@@ -31,20 +32,16 @@ HEAD_TYPES = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}  # theirs to 
 class BlockFormat(DrafterFormat):
     """A format of block drafters. A draft vocabulary is a tensor of ids, unless it says
     otherwise; a program that ignores it drafts from the whole one.
-
-    Attributes:
-      prefix: of the names of the backbone's tensors.
     """
 
     kind = DrafterConfig
-    prefix = ""
     extra = frozenset({DRAFT_TOKENS})
 
     def parts(self, c):
-        return block_parts(c, self.prefix)
+        return block_parts(c)
 
     def todays_name(self, name):
-        return dflash2.renamed(name.removeprefix(LEGACY_PREFIX))
+        return dflash2.renamed(re.sub(PREFIXES, "", name))
 
     def read_vocabulary(self, tensors, raw, c, target, dtype):
         return {"kept": draft_tokens(tensors, c.vocab_size)}

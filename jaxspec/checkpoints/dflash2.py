@@ -31,8 +31,7 @@ def from_json(whole: JsonConfig, own: JsonConfig) -> dict[str, Any]:
     """
 
     def place(key: str) -> JsonConfig:
-        inside, top = own.has(key), whole.has(key)
-        return own if inside or not top else whole
+        return whole.within(own, key)
 
     fields: dict[str, Any] = {}
     for name, key in SCALES.items():

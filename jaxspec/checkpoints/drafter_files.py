@@ -22,8 +22,18 @@ CONFIG, TENSORS = "config.json", "model.safetensors"
 Table = Mapping[tuple, tuple[Part, ...]]
 
 
+# A tensor that holds the rows of several, one after another.
+FUSED = {
+    "qkv_proj.weight": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+    "gate_up_proj.weight": ("gate_proj.weight", "up_proj.weight"),
+}
+
+
 class DrafterTensors:
     """A folder's tensors under their names of today.
+
+    Attributes:
+      shapes: of every tensor, by name.
 
     Args:
       integers: tensors that are integers or booleans.
@@ -48,9 +58,46 @@ class DrafterTensors:
                 )
             self.names[name] = old
         self.shapes = {name: self.tensors.shapes[old] for name, old in self.names.items()}
+        self.rows: dict[str, slice] = {}
+
+    def split_fused(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Puts the tensors that a fused one holds in its place (`FUSED`).
+
+        Args:
+          expected: shapes of the tensors that are looked for.
+
+        Raises:
+          ValueError: one of them is there beside the fused tensor, or their rows are not all of
+            its own.
+        """
+        for fused in [name for name in self.shapes if name.endswith(tuple(FUSED))]:
+            suffix = next(x for x in FUSED if fused.endswith(x))
+            parts = [fused.removesuffix(suffix) + part for part in FUSED[suffix]]
+            if not set(parts) <= set(expected):
+                continue
+            twice = [part for part in parts if part in self.shapes]
+            if twice:
+                raise ValueError(
+                    f"{self.origin}: tensors '{fused}' and '{twice[0]}' hold the same weights; "
+                    "the file is of two conversions, keep one"
+                )
+            rows = [expected[part][0] for part in parts]
+            shape = (sum(rows), *expected[parts[0]][1:])
+            if self.shapes[fused] != shape:
+                raise ValueError(
+                    f"{self.origin}: tensor '{fused}' has shape {self.shapes[fused]}; its "
+                    f"configuration asks for {shape}"
+                )
+            old, first = self.names.pop(fused), 0
+            del self.shapes[fused]
+            for part, count in zip(parts, rows, strict=True):
+                self.names[part], self.shapes[part] = old, expected[part]
+                self.rows[part] = slice(first, first + count)
+                first += count
 
     def read(self, name: str) -> np.ndarray:
-        return self.tensors.read(self.names[name])
+        """Values; each tensor's rows alone of one that was fused."""
+        return self.tensors.read(self.names[name])[self.rows.get(name, slice(None))]
 
 
 def same(name: str, *shape: int) -> tuple[Part, ...]:

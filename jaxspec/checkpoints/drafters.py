@@ -45,6 +45,7 @@ from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.params import TargetParams
 
 INTEGERS = (DRAFT_TOKENS, OFFSETS, MEMBERS)  # tensors that are no weights
+MASK = "mask_embedding.pt"  # of MiMo's drafters: the mask's embedding is not the target's
 SHIPPED = "shipped"  # name of the drafter in this package, for the catalog's default target
 
 
@@ -68,10 +69,16 @@ def load_drafter(
     """
     dtype, folder = check_dtype(dtype), drafter_folder(name_or_path)
     raw = read_json(folder / "config.json")
+    if (folder / MASK).exists():
+        raise ValueError(
+            f"{folder} holds '{MASK}', an embedding of the mask beside the target's, which is "
+            "not supported; expected a drafter whose mask is a token of the target"
+        )
     format, config = recognise(raw, folder), from_json(raw, folder, target_config)
     tensors = DrafterTensors(folder, INTEGERS, format.todays_name)
-    format.check_tensors(tensors, config)
     table, repeated = format.parts(config), format.repeated(target_params)
+    tensors.split_fused(expected_shapes(table))
+    format.check_tensors(tensors, config)
     shapes = {name: x.shape for name, x in repeated.items()}
     check_names(tensors, expected_shapes(table) | shapes, format.extra)
     check_repeated(tensors, repeated)

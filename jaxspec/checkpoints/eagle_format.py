@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxspec.checkpoints import draft_vocabulary, visibility
+from jaxspec.checkpoints import draft_vocabulary, speculators, visibility
 from jaxspec.checkpoints.draft_vocabulary import EMBEDDING, HEAD, MEMBERS, OFFSETS
 from jaxspec.checkpoints.drafter_format import DrafterFormat
 from jaxspec.checkpoints.head_tensors import eagle_parts
@@ -191,12 +191,7 @@ def taps_from_json(whole: JsonConfig, target: TargetConfig | None) -> tuple[int,
         )
     if found:
         return next(iter(found.values()))
-    if target is None:
-        raise ValueError(
-            f"{whole.origin}: without '{TAPS}' the layers that the drafter reads follow from "
-            "its target's depth, which is not given here"
-        )
-    return (1, target.num_layers // 2 - 1, target.num_layers - 4)
+    return speculators.taps_from_json(whole, TAPS, target)
 
 
 def make(

@@ -11,20 +11,16 @@ from jaxspec.config import DrafterConfig
 from jaxspec.drafters.eagle_head import EagleConfig
 
 
-def block_parts(c: DrafterConfig, prefix: str = "") -> Table:
-    """For every weight of a block drafter's head, by its path, the tensors it is made of.
-
-    Args:
-      prefix: of the names of the backbone's tensors.
-    """
+def block_parts(c: DrafterConfig) -> Table:
+    """For every weight of a block drafter's head, by its path, the tensors it is made of."""
     width = c.hidden_size
     table = {
-        ("fc",): linear(f"{prefix}fc.weight", width, len(c.taps) * width),
-        ("hidden_norm",): same(f"{prefix}hidden_norm.weight", width),
-        ("norm",): same(f"{prefix}norm.weight", width),
+        ("fc",): linear("fc.weight", width, len(c.taps) * width),
+        ("hidden_norm",): same("hidden_norm.weight", width),
+        ("norm",): same("norm.weight", width),
     }
     for i in range(c.num_layers):
-        layer = f"{prefix}layers.{i}."
+        layer = f"layers.{i}."
         weights = _layer_parts(c, layer, inputs=width, qk_norm=True)
         table |= {("layers", i, name): parts for name, parts in weights.items()}
         convolutions = dflash2.convolutions(c, layer)

@@ -73,6 +73,11 @@ class JsonConfig:
             raise self.refusal(key, f"a list of {'integers' if kind is int else 'texts'}")
         return tuple(value)
 
+    def within(self, own: JsonConfig, key: str) -> JsonConfig:
+        """Where a key stands that programs look for in a section first, then at the top."""
+        inside, top = own.has(key), self.has(key)
+        return own if inside or not top else self
+
     def section(self, key: str, default: Any = REQUIRED) -> JsonConfig:
         """An object inside the object."""
         value = self.get(key, default)

@@ -73,6 +73,8 @@ def read_rope(
             rope.one_of(name, NEUTRAL[name], None)
     if full_rotary and plain:
         raw.has(PARTIAL)
+    if not plain and not rope.has("rope_theta") and not raw.has("rope_theta"):
+        raise raw.refusal(key, "'rope_theta' in it, or beside it")
     theta = rope.number("rope_theta", raw.number("rope_theta", DEFAULT_THETA))
     return theta, None if plain else _scaling(raw, rope, kind)
 

@@ -28,7 +28,7 @@ from jaxspec.checkpoints.draft_vocabulary import EMBEDDING, HEAD, MEMBERS, OFFSE
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
 from jaxspec.checkpoints.rope import rope_to_json
-from jaxspec.config import DrafterConfig
+from jaxspec.config import DrafterConfig, TargetConfig
 
 KEY = "speculators_model_type"
 TYPES = ("dflash", "dflash2", "dspark")
@@ -47,13 +47,28 @@ OWN_HARMLESS = HARMLESS | {
 }
 
 
-def _fields(whole: JsonConfig, layer: JsonConfig) -> dict[str, Any]:
+def taps_from_json(whole: JsonConfig, key: str, target: TargetConfig | None) -> tuple[int, ...]:
+    """Outputs of target layers, of a key that names the streams that enter one; without it,
+    those that programs take by default, which follow from the target's depth."""
+    if whole.has(key):
+        return tuple(i - 1 for i in whole.items(key, int))
+    if target is None:
+        raise ValueError(
+            f"{whole.origin}: without '{key}' the layers that the drafter reads follow from "
+            "its target's depth, which is not given here"
+        )
+    return (1, target.num_layers // 2 - 1, target.num_layers - 4)
+
+
+def _fields(
+    whole: JsonConfig, layer: JsonConfig, target: TargetConfig | None
+) -> dict[str, Any]:
     """Fields of `DrafterConfig` beyond the layers' shape; the target's depth is not known.
 
     Raises:
       ValueError: another kind of drafter, or a key asks for what is not implemented.
     """
-    kind = whole.one_of(KEY, TYPES, REQUIRED)
+    kind = whole.one_of(KEY, (*TYPES, "eagle3"), REQUIRED)  # the last is read elsewhere
     window = visibility.windows(layer)
     both_ways = whole.flag("sliding_window_non_causal", kind == "dflash2")
     hidden, vocab = layer.integer("hidden_size"), layer.integer("vocab_size")
@@ -64,7 +79,7 @@ def _fields(whole: JsonConfig, layer: JsonConfig) -> dict[str, Any]:
             "draft_vocab_size", f"the target's {vocab}: selectors have no other"
         )
     found = {
-        "taps": tuple(i - 1 for i in whole.items("aux_hidden_state_layer_ids", int)),
+        "taps": taps_from_json(whole, "aux_hidden_state_layer_ids", target),
         "block_size": whole.integer("block_size", 8),
         "mask_token_id": whole.integer("mask_token_id", least=0),
         "predict_next": whole.flag("sample_from_anchor", kind == "dspark"),
@@ -148,7 +163,7 @@ class Speculators(BlockFormat):
 
     def from_json(self, whole, target):
         layer = whole.section("transformer_layer_config")
-        fields = _fields(whole, layer)
+        fields = _fields(whole, layer, target)
         heads = heads_from_json(whole, {}) if "sequential" not in fields else {}
         shape = layers_from_json(layer, fields["window"])
         config = whole.make(DrafterConfig, target_layers=None, **shape, **fields, **heads)

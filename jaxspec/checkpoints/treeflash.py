@@ -25,7 +25,6 @@ class TreeFlash(BlockFormat):
 
     name = "treeflash"
     normed_last = True
-    prefix = "model."
 
     def recognises(self, raw):
         return SECTION in raw
@@ -54,6 +53,10 @@ class TreeFlash(BlockFormat):
                 SECTION: {"ar_approximation": correction, "candidate_tokens": 16},
             }
         )
+
+    def written_name(self, name):
+        backbone = name.startswith(("fc.", "hidden_norm.", "norm.", "layers."))
+        return f"model.{name}" if backbone else name
 
     def missing(self, c, kept):
         return {

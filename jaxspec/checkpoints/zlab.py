@@ -37,9 +37,9 @@ def section_fields(whole: JsonConfig, own: JsonConfig, predict_next: bool) -> di
     own.one_of("target_hidden_size", (hidden,), hidden)
     return layers_from_json(whole, window) | dict(
         target_layers=whole.integer("num_target_layers", None),
-        taps=own.items("target_layer_ids", int),
+        taps=whole.within(own, "target_layer_ids").items("target_layer_ids", int),
         block_size=block_size(whole, own),
-        mask_token_id=own.integer("mask_token_id", least=0),
+        mask_token_id=whole.within(own, "mask_token_id").integer("mask_token_id", least=0),
         causal=visibility.causality(agreed(whole, own, visibility.CAUSAL, None), window),
         predict_next=agreed(whole, own, PREDICT_NEXT, predict_next),
         window=window,

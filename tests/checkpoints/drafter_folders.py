@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+from safetensors.numpy import load_file, save_file
 
 from jaxspec.checkpoints.drafters import load_drafter, save_drafter
 from jaxspec.config import TreeConfig
@@ -49,6 +50,14 @@ def edit(folder, change):
     raw = json.loads(path.read_text())
     change(raw)
     path.write_text(json.dumps(raw))
+
+
+def change_tensors(folder, change):
+    """Applies `change` to the tensors, by name."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: x.astype(x.dtype, order="C") for name, x in tensors.items()}, path)
 
 
 def own(raw):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from jaxspec import checkpoints
 from jaxspec.checkpoints.drafters import load_drafter, save_drafter
@@ -17,6 +17,7 @@ from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.eagle import EagleDrafter, eagle_params
 from jaxspec.drafters.weights import random_weights
 from tests import tiny
+from tests.checkpoints.drafter_folders import change_tensors
 from tests.drafters import eagle_cases as cases
 
 TREE = TreeConfig()
@@ -52,13 +53,6 @@ def edit(folder, **changes):
     path = folder / "config.json"
     raw = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in raw.items() if v != "absent"}))
-
-
-def change_tensors(folder, change):
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
 
 
 def equal(before, after):
@@ -152,6 +146,18 @@ def test_names_of_other_programs(tmp_path):
             tensors[prefix + new] = tensors.pop(name)
 
     change_tensors(tmp_path / "a", rename)
+    equal(params, load(tmp_path / "a")[1])
+
+
+def test_fused_tensors_are_split(tmp_path):
+    _, params = save(tmp_path / "a", format="eagle3")
+
+    def fuse(tensors):
+        names = [f"midlayer.self_attn.{x}_proj.weight" for x in "qkv"]
+        parts = [tensors.pop(name) for name in names]
+        tensors["midlayer.self_attn.qkv_proj.weight"] = np.concatenate(parts)
+
+    change_tensors(tmp_path / "a", fuse)
     equal(params, load(tmp_path / "a")[1])
 
 

@@ -109,6 +109,7 @@ def test_sliding_layers_may_rotate_at_their_own_base(tmp_path):
     found = config_of(tmp_path, DENSE | WINDOWED | kinds | {"rope_parameters": rope})
     assert found.rope_scaling == RopeScaling("yarn", 4.0, 64)
     assert (found.rope_theta, found.sliding_rope_theta) == (5e5, 7.0)
+    yarn["rope_theta"] = 5e5
     both = {"full_attention": yarn, "sliding_attention": yarn}
     found = config_of(tmp_path, DENSE | WINDOWED | kinds | {"rope_parameters": both})
     assert found.sliding_rope_theta is None
@@ -178,7 +179,11 @@ def test_ids_that_end_a_text(tmp_path, eos, generation, ids):
         ),
         ({"quantization_config": {"quant_method": "hqq"}}, r"asks for 'hqq'.*fp8, modelopt"),
         ({"quantization": {"bits": 4, "group_size": 64}}, r"'quantization' asks for .*'bits'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, r"'rope_parameters' has no 'factor'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 7.0}},
+            r"'rope_parameters' has no 'factor'",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, r"is .*'rope_theta' in it"),
         ({"rope_scaling": {"type": "dynamic"}}, r"'rope_scaling' is .*dynamic"),
         ({"rope_parameters": {"rope_type": "longrope"}}, r"'rope_parameters' is .*longrope"),
         (

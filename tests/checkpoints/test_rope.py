@@ -40,6 +40,7 @@ def test_theta(raw, expected):
         ({"rope_scaling": {"type": "dynamic", "factor": 2.5}}, "'rope_scaling' is .*'dynamic'"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, "'rope_scaling' is"),
         ({"rope_parameters": {}}, "'rope_parameters' is {}.*'rope_theta' in it"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "is .*'rope_theta' in it"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "proportional"}}},
             "'rope_parameters' is .*'proportional'",
@@ -85,6 +86,7 @@ LLAMA3 = {
 
 
 def scaling(raw, layer_type="full_attention"):
+    raw = {"rope_theta": 7.0} | raw
     return read_rope(JsonConfig(raw, "config.json", "a target"), layer_type)[1]
 
 
@@ -148,7 +150,10 @@ def test_settings_round_trip(theta, scale):
 
 def test_each_type_of_layer_has_its_own():
     raw = {
-        "rope_parameters": {"full_attention": LLAMA3, "sliding_attention": {"rope_theta": 9}}
+        "rope_parameters": {
+            "full_attention": LLAMA3 | {"rope_theta": 1e4},
+            "sliding_attention": {"rope_theta": 9},
+        }
     }
     config = JsonConfig(raw, "config.json", "a target")
     assert read_rope(config, "sliding_attention") == (9.0, None)

@@ -113,7 +113,6 @@ def test_vocabularies_that_contradict_themselves(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"speculators_model_type": "xpress"}, "'speculators_model_type' is 'xpress'"),
         ({"aux_hidden_state_layer_ids": [1, 3]}, "reads the last layer, 2"),
         ({"aux_hidden_state_layer_ids": [1, 9]}, "expected different layers of the target"),
         ({"draft_vocab_size": 6}, "'draft_vocab_size' is 6.*selectors have no other"),
@@ -128,6 +127,21 @@ def test_what_is_refused(tmp_path, changes, message):
         load(tmp_path / "a")
 
 
+@pytest.mark.parametrize("kind", ["peagle", "mtp", "xpress"])
+def test_kinds_that_are_not_supported(tmp_path, kind):
+    save(tmp_path / "a", KINDS["dflash"])
+    edit(tmp_path / "a", speculators_model_type=kind)
+    with pytest.raises(ValueError, match=f"'speculators_model_type' is '{kind}'.*'eagle3'"):
+        load(tmp_path / "a")
+
+
+def test_a_vocabulary_is_as_large_as_the_configuration_says(tmp_path):
+    save(tmp_path / "a", KINDS["dflash"])
+    edit(tmp_path / "a", draft_vocab_size=6)
+    with pytest.raises(ValueError, match="'draft_vocab_size' is 6, tensor 'd2t' is missing"):
+        load(tmp_path / "a")
+
+
 def test_defaults_of_absent_keys(tmp_path):
     save(tmp_path / "a", KINDS["dflash2"])
     raw = json.loads((tmp_path / "a" / "config.json").read_text())
@@ -138,6 +152,12 @@ def test_defaults_of_absent_keys(tmp_path):
     found = from_json(raw, "")
     assert (found.block_size, found.conv_taps, found.rank) == (8, 2, 256)
     assert not any(found.causal)
+    raw.pop("aux_hidden_state_layer_ids")
+    deep = dataclasses.replace(tiny.QWEN3, num_layers=9, hidden_size=64, vocab_size=40)
+    assert from_json(raw, "", deep).taps == (1, 3, 5)  # streams that enter 2, n / 2 and n - 3
+    with pytest.raises(ValueError, match="without 'aux_hidden_state_layer_ids' the layers"):
+        from_json(raw, "")
+    raw["aux_hidden_state_layer_ids"] = [1, 2]
     raw |= {"speculators_model_type": "dflash", "sample_from_anchor": True}
     with pytest.warns(UserWarning, match="'conv_group_size', 'selector_top_k'"):
         found = from_json(raw, "")

@@ -1,9 +1,11 @@
 """z-lab's format of DFlash, DFlash2, JetSpec and DSpark."""
 
+import jax
+import numpy as np
 import pytest
 
 from jaxspec.checkpoints.drafter_config import from_json, to_json
-from tests.checkpoints.drafter_folders import edit, load, own, save
+from tests.checkpoints.drafter_folders import change_tensors, edit, load, own, save
 from tests.drafters import cases
 
 
@@ -11,6 +13,79 @@ def test_a_block_of_z_labs_default(tmp_path):
     save(tmp_path / "a", "dflash")
     edit(tmp_path / "a", lambda raw: raw.pop("block_size"))
     assert load(tmp_path / "a")[0].config.block_size == 16
+
+
+def ones(*shape):
+    return np.ones(shape, np.float32)
+
+
+def fuse(tensors, layer="layers.1."):
+    """A layer's query, key and value as one tensor, gate and up as another."""
+    a, mlp = f"{layer}self_attn.", f"{layer}mlp."
+    for fused, parts in (
+        (f"{a}qkv_proj.weight", [f"{a}{x}_proj.weight" for x in "qkv"]),
+        (f"{mlp}gate_up_proj.weight", [f"{mlp}{x}_proj.weight" for x in ("gate", "up")]),
+    ):
+        tensors[fused] = np.concatenate([tensors.pop(part) for part in parts])
+
+
+def test_fused_tensors_are_split(tmp_path):
+    _, params = save(tmp_path / "a", "dflash")
+    change_tensors(tmp_path / "a", fuse)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "a")[1], params)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.update(
+                {"layers.1.self_attn.k_proj.weight": np.ones((16, 32), np.float32)}
+            ),
+            "'layers.1.self_attn.qkv_proj.weight' and 'layers.1.self_attn.k_proj.weight' hold",
+        ),
+        (
+            lambda t: t.update(
+                {"layers.1.mlp.gate_up_proj.weight": np.ones((46, 32), np.float32)}
+            ),
+            r"gate_up_proj.weight' has shape \(46, 32\).* asks for \(48, 32\)",
+        ),
+        (
+            lambda t: t.update({"layers.1.self_attn.qkv_proj.bias": ones(64)}),
+            "'layers.1.self_attn.qkv_proj.bias' has no place",
+        ),
+    ],
+)
+def test_fused_tensors_that_do_not_fit(tmp_path, change, message):
+    save(tmp_path / "a", "dflash")
+    change_tensors(tmp_path / "a", lambda tensors: [fuse(tensors), change(tensors)])
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "draft_model."])
+def test_prefixes_of_other_programs(tmp_path, prefix):
+    _, params = save(tmp_path / "a", "dflash2")
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    change_tensors(tmp_path / "a", rename)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "a")[1], params)
+
+
+def test_keys_of_the_section_may_stand_at_the_top(tmp_path):
+    drafter, _ = save(tmp_path / "a", "dflash2")
+    edit(tmp_path / "a", lambda raw: raw.update(raw["dflash_config"], dflash_config={}))
+    assert load(tmp_path / "a")[0] == drafter
+
+
+def test_a_mask_outside_of_the_vocabulary(tmp_path):
+    save(tmp_path / "a", "dflash")
+    (tmp_path / "a" / "mask_embedding.pt").touch()
+    with pytest.raises(ValueError, match="holds 'mask_embedding.pt'"):
+        load(tmp_path / "a")
 
 
 def test_the_depth_of_the_target_need_not_be_named(tmp_path):
@@ -61,6 +136,14 @@ def test_older_and_newer_keys_are_the_same_drafter():
             "'model_type' is 'gemma4_text'",
         ),
         ("dflash", lambda c: own(c).update(projector_type="domino"), "expected 'dspark'"),
+        ("dflash", lambda c: own(c).update(attention_value_scale=0.7), "value_scale' is 0.7"),
+        ("dflash", lambda c: c.update(use_gemma_norm=True), "'use_gemma_norm' is True"),
+        ("dflash", lambda c: c.update(hidden_act="gelu"), "'hidden_act' is 'gelu'"),
+        (
+            "dflash",
+            lambda c: (c.pop("rope_theta"), c.update(rope_scaling={"type": "linear"})),
+            "'rope_scaling' is .*'rope_theta' in it, or beside it",
+        ),
         ("dflash", lambda c: own(c).update(draft_shift=True), "'draft_shift' is True"),
         (
             "dflash",
