@@ -113,7 +113,7 @@ def test_sliding_layers_may_rotate_at_their_own_base(tmp_path):
     both = {"full_attention": yarn, "sliding_attention": yarn}
     found = config_of(tmp_path, DENSE | WINDOWED | kinds | {"rope_parameters": both})
     assert found.sliding_rope_theta is None
-    rope["sliding_attention"] = yarn
+    rope["sliding_attention"] = yarn | {"rope_theta": 7.0}
     with pytest.raises(ValueError, match="sliding layers that rotate unscaled"):
         config_of(tmp_path, DENSE | WINDOWED | kinds | {"rope_parameters": rope})
 
