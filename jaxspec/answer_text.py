@@ -49,7 +49,7 @@ class AnswerText:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        keep = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -83,10 +83,10 @@ class CutAnswer:
         return self._answer.stopped
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of the text that begins the stop text.
 
-    >>> _overlap("abc <", "</end>"), _overlap("abc", "</end>")
+    >>> overlap("abc <", "</end>"), overlap("abc", "</end>")
     (1, 0)
     """
     return next(n for n in range(min(len(text), len(stop)), -1, -1) if text.endswith(stop[:n]))

@@ -109,19 +109,29 @@ class Tokenizer:
                 raise
             raise ValueError(f"the tokenizer cannot decode the ids {ids} ({error})") from error
 
-    def chat(self, messages: str | Messages, *, thinking: bool | None = None) -> list[int]:
+    def chat(
+        self,
+        messages: str | Messages,
+        *,
+        thinking: bool | None = None,
+        tools: Sequence[dict] = (),
+    ) -> list[int]:
         """Token ids of a conversation, up to where the assistant answers.
 
         Args:
           messages: {'role': …, 'content': …} each; a string is one turn of the user.
           thinking: whether the model may think first (Qwen3); None leaves it to the template.
+          tools: that the model may call, in OpenAI's form, for a template that `takes_tools`.
 
         Raises:
           ValueError: there is no chat template, or none with a switch for thinking.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return self._render(messages, thinking, add_generation_prompt=True, return_dict=False)
+        options = {"tools": list(tools)} if tools else {}
+        return self._render(
+            messages, thinking, add_generation_prompt=True, return_dict=False, **options
+        )
 
     def render(self, messages: Messages, *, thinking: bool | None = None) -> list[int]:
         """Token ids of a whole conversation, answers included; arguments as for `chat`."""
@@ -142,6 +152,11 @@ class Tokenizer:
     def switches_thinking(self) -> bool:
         """Whether the chat template has a switch for thinking."""
         return "enable_thinking" in (self.chat_template or "")
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template tells the model of tools."""
+        return "tools" in (self.chat_template or "")
 
     def render_marked(
         self, messages: Messages, *, thinking: bool | None = None
@@ -194,7 +209,7 @@ class Tokenizer:
         Those of an id that the tokenizer does not have are b"".
         """
         name = self._fast.id_to_token(token)
-        if name is None or token in self._fast.get_added_tokens_decoder():
+        if name is None or token in self._added:
             return (name or "").encode()
         kinds = self._decoder_kinds
         if "ByteLevel" in kinds:
@@ -209,9 +224,12 @@ class Tokenizer:
         return {step["type"] for step in decoder_steps(self._fast)}
 
     @functools.cached_property
+    def _added(self) -> dict:
+        return self._fast.get_added_tokens_decoder()
+
+    @functools.cached_property
     def _special(self) -> set[str]:
-        added = self._fast.get_added_tokens_decoder().values()
-        return {token.content for token in added if token.special}
+        return {token.content for token in self._added.values() if token.special}
 
     @property
     def _fast(self):

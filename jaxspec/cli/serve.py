@@ -86,7 +86,7 @@ class Serve:
         except ModuleNotFoundError as error:
             raise ValueError(
                 f"{error.name} is not installed: pip install starlette uvicorn "
-                "prometheus-client"
+                "prometheus-client llguidance"
             ) from error
         import jaxspec
         from jaxspec.decoding.curve import Curve

@@ -88,11 +88,13 @@ def fitted(
 
     def branch(size: VerifySize):
         def run(draft):
-            tree = jax.tree.map(lambda x: x[:, : size.per_row], draft.tree)
+            first = lambda x: x[:, : size.per_row]  # noqa: E731
+            tree, allowed = jax.tree.map(first, (draft.tree, draft.allowed))
             packing = None
             if size.total < tree.tokens.size:
                 packing = pack_nodes(tree.valid & ~done[:, None], size.total)
-            return _padded(step(dataclasses.replace(draft, tree=tree), packing), width)
+            own = dataclasses.replace(draft, tree=tree, allowed=allowed)
+            return _padded(step(own, packing), width)
 
         return run
 

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxspec.decoding.allowed import masked
 from jaxspec.decoding.logprobs import empty_logprobs, of_path, of_prompts
 from jaxspec.decoding.penalties import Written
 from jaxspec.decoding.precision import exact_in_float32
@@ -95,15 +96,24 @@ def prefill_chunk(
 
 
 @exact_in_float32
-def end_prefill(params: Params, requests: Requests, prefilling: Prefilling) -> DecodeState:
-    """Decides the first new token of prompts whose chunks have all run."""
+def end_prefill(
+    params: Params,
+    requests: Requests,
+    prefilling: Prefilling,
+    allowed: jax.Array | None = None,
+) -> DecodeState:
+    """Decides the first new token of prompts whose chunks have all run.
+
+    Args: allowed: [B, 1, ceil(V / 32)] uint32, bits of the tokens it may be; None if all may.
+    """
     batch, capacity = requests.tokens.shape
     logits = unembed(params.target, prefilling.final)[:, None]  # [B, 1, V]
     root = jnp.zeros((batch, 1), jnp.int32)
     tree = root_only(root[:, 0])
     text = requests.tokens, requests.length, requests.length
     written = Written.before(*text, tree, ancestors(tree))
-    first = choose(logits, root, requests.length, requests.sampling, 0, written)
+    may = logits if allowed is None else masked(logits, allowed)
+    first = choose(may, root, requests.length, requests.sampling, 0, written)
     length = requests.length + 1
     stopped = jnp.any(first == requests.sampling.stop_ids, axis=1)
     kept = prefilling.logprobs

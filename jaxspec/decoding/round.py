@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.decoding import logprobs, rejection
+from jaxspec.decoding.allowed import only_allowed
 from jaxspec.decoding.fitting import VerifySize, choose_in, fitted, own_sizes, smallest
 from jaxspec.decoding.penalties import Written
 from jaxspec.decoding.precision import exact_in_float32
@@ -127,6 +128,7 @@ def accept(
     verified: Verified,
 ) -> Acceptance:
     """The path that the target takes through the draft, and the token after it."""
+    verified = only_allowed(verified, draft.allowed)
     tree, depth = draft.tree, min(decoder.drafter.depth, draft.tree.size - 1)
     text = state.tokens, state.start, state.length
     written = Written.before(*text, tree, verified.ancestors)

@@ -163,24 +163,32 @@ def fixed_round(decoder, params, batch, habit, times, schedule, sizes):
     draft, state = propose(decoder, params, batch.state, batch.sampling)
     size = smallest(sizes, draft.tree, state.done)
     batch = dataclasses.replace(batch, state=state)
-    return _finish(decoder, params, batch, habit, draft, sizes, size)
+    return finish_round(decoder, params, batch, habit, draft, sizes, size)
 
 
 def adaptive_round(decoder, params, batch, habit, times, schedule, sizes):
     """One budget for all rows."""
+    size, pays = size_of_round(batch, habit, times, schedule)
+
+    def plain(carry):
+        return plain_round(decoder, params, *carry)
+
+    def drafted(carry):
+        batch, habit = carry
+        draft, state = propose(decoder, params, batch.state, batch.sampling)
+        batch = dataclasses.replace(batch, state=state)
+        return judged_round(decoder, params, batch, habit, draft, times, sizes, size, pays)
+
+    carry = run_if(size == 0, plain, (batch, habit))
+    return run_if(size > 0, drafted, carry)
+
+
+def size_of_round(batch, habit, times, schedule) -> tuple[jax.Array, jax.Array]:
+    """The size of a round, and whether its draft is expected to pay."""
     kind = kind_of(batch)
     young = batch.state.rounds <= schedule.probe
     pays = choose_size(batch.survivals[:, -1], habit, kind, times)
-    size = jnp.where(pays == 0, probe(habit, schedule, kind, young), pays)
-
-    def plain(carry):
-        return _plain_round(decoder, params, *carry)
-
-    def drafted(carry):
-        return _drafted_round(decoder, params, *carry, times, sizes, size, pays > 0)
-
-    carry = _if(size == 0, plain, (batch, habit))
-    return _if(size > 0, drafted, carry)
+    return jnp.where(pays == 0, probe(habit, schedule, kind, young), pays), pays > 0
 
 
 def kind_of(batch: Batch) -> jax.Array:
@@ -189,35 +197,38 @@ def kind_of(batch: Batch) -> jax.Array:
     return jnp.where(batch.state.done, KINDS, hotter.sum(axis=1, dtype=jnp.int32))
 
 
-def _if(condition: jax.Array, step, carry):
+def run_if(condition: jax.Array, step, carry):
     """step(carry) if the condition holds, in place; a `cond` would copy what is carried."""
     once = lambda carry: (jnp.bool(False), step(carry[1]))  # noqa: E731
     return jax.lax.while_loop(lambda carry: carry[0], once, (condition, carry))[1]
 
 
-def _plain_round(decoder, params, batch, habit):
+def plain_round(decoder, params, batch, habit, allowed=None):
     """Without a draft: plain decoding, whose choices have noise of their own (`round_keys`).
 
     What is committed has room for one token.
+
+    Args: allowed: of the roots, as `Draft.allowed`.
     """
     kind = kind_of(batch)
-    draft = Draft(root_only(batch.state.anchor))
+    draft = Draft(root_only(batch.state.anchor), allowed=allowed)
     sizes = (VerifySize(draft.tree.tokens.size, 1),)
-    batch, habit = _finish(decoder, params, batch, habit, draft, sizes, 0)
+    batch, habit = finish_round(decoder, params, batch, habit, draft, sizes, 0)
     unknown = jnp.full_like(batch.survivals[:, 0], UNKNOWN)
     batch = dataclasses.replace(batch, survivals=push(batch.survivals, unknown))
     took_part = jnp.any(kind[:, None] == jnp.arange(KINDS), axis=0)
     return batch, dataclasses.replace(habit, idle=habit.idle + took_part)
 
 
-def _drafted_round(decoder, params, batch, habit, times, sizes, size, chosen):
-    """Args: size, chosen: index into `sizes`, and whether the draft was expected to pay."""
+def judged_round(decoder, params, batch, habit, draft, times, sizes, size, chosen):
+    """A round whose trees are drafted.
+
+    Args: size, chosen: index into `sizes`, and whether the draft was expected to pay.
+    """
     kind, before = kind_of(batch), batch.state.length
-    draft, state = propose(decoder, params, batch.state, batch.sampling)
     fresh = foresee(draft.tree, habit, kind)
     draft = cut(draft, keep(fresh, kind < KINDS, size, times))
-    batch = dataclasses.replace(batch, state=state)
-    batch, habit = _finish(decoder, params, batch, habit, draft, sizes, size)
+    batch, habit = finish_round(decoder, params, batch, habit, draft, sizes, size)
     accepted = batch.state.length - before - 1
     old = batch.survivals[:, -1]
     habit = learn(habit, draft.tree, fresh, old, accepted, kind, chosen)
@@ -324,7 +335,7 @@ def learn(
     )
 
 
-def _finish(decoder, params, batch, habit, draft, sizes, size):
+def finish_round(decoder, params, batch, habit, draft, sizes, size):
     verdict = judge(decoder, params, batch.state, batch.sampling, draft, sizes, size)
     state = commit(decoder, params, batch.state, batch.sampling, verdict)
     rounds = habit.rounds.at[size].add(1)
@@ -340,4 +351,4 @@ def cut(draft: Draft, kept: jax.Array) -> Draft:
     )
     if drawn is not None:
         drawn = dataclasses.replace(drawn, lengths=jnp.minimum(drawn.lengths, kept))
-    return Draft(tree, drawn)
+    return dataclasses.replace(draft, tree=tree, drawn=drawn)

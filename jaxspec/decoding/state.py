@@ -151,10 +151,13 @@ class Draft:
       tree: N nodes per row.
       drawn: with rejection sampling, the chain the tree holds and the laws it was drawn from
         (`SampledChain`).
+      allowed: [B, N, ceil(V / 32)] uint32, bits of the tokens that may follow each node; None
+        if all may.
     """
 
     tree: DraftTree
     drawn: Any = None
+    allowed: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -15,7 +15,8 @@ from jaxspec.serving.logprobs import LogProbShape, joined
 from jaxspec.serving.metrics import Watch
 from jaxspec.serving.protocol import Asked
 from jaxspec.serving.runner import EngineFailed, Ticket
-from jaxspec.serving.shapes import Shape, error_body, usage
+from jaxspec.serving.shapes import Answer, Shape, error_body, usage
+from jaxspec.serving.tools import CallReader, joined_calls
 from jaxspec.tokenizer import Tokenizer
 
 log = logging.getLogger("uvicorn.error")
@@ -37,6 +38,7 @@ class Piece:
       tokens: of the answer so far.
       cached: tokens of the prompt that were not run again.
       logprobs: of the tokens that it grew by, in the answer's shape, where they are asked for.
+      calls: of tools, what they grew by (`CallReader`).
     """
 
     choice: int
@@ -46,6 +48,11 @@ class Piece:
     stats: DecodeStats | None = None
     cached: int = 0
     logprobs: dict | None = None
+    calls: Sequence[dict] = ()
+
+
+class Stuck(Exception):
+    """An answer cannot go on: nothing that its grammar allows comes next."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +77,14 @@ class Answering:
         answers = []
         for own in found:
             parts = [piece.logprobs for piece in own if piece.logprobs is not None]
-            text = "".join(piece.text for piece in own)
-            answers.append((text, own[-1].finish, joined(parts) if parts else None))
+            answers.append(
+                Answer(
+                    "".join(piece.text for piece in own),
+                    own[-1].finish,
+                    joined(parts) if parts else None,
+                    joined_calls([call for piece in own for call in piece.calls]),
+                )
+            )
         last = {choice: own[-1] for choice, own in enumerate(found)}
         return self.shape.whole(answers, self._usage(last))
 
@@ -83,19 +96,20 @@ class Answering:
                 async for piece in pieces:
                     first = piece.choice not in last
                     last[piece.choice] = piece
-                    if first or piece.text or piece.finish or piece.logprobs:
+                    if first or piece.text or piece.finish or piece.logprobs or piece.calls:
                         told = self._usage(last) if self.asked.usage_in_every_chunk else None
                         yield self.shape.chunk(
                             piece.text,
                             piece.finish,
                             piece.choice,
                             first=first,
+                            calls=piece.calls,
                             logprobs=piece.logprobs,
                             usage=told,
                         )
             if self.asked.include_usage:
                 yield self.shape.last(self._usage(last))
-        except EngineFailed as error:
+        except (EngineFailed, Stuck) as error:
             yield error_body(str(error), "server_error")
         except Exception as error:
             log.exception("an answer could not be given")
@@ -148,6 +162,7 @@ class Answering:
         answer = AnswerText(self.tokenizer, asked.stops, min_tokens=least)
         cut, finish, cached = None, None, 0
         shape = LogProbShape(self.tokenizer, chat=self.shape.chat)
+        reader = CallReader() if asked.tools else None
         text = asked.echo[choice // asked.choices]
         try:
             async for update in ticket:
@@ -165,10 +180,17 @@ class Answering:
                 finish = update.finish and (cut or update.finish)
                 if asked.silent and finish == "stop":  # at a token that is not given
                     finish = "length"
+                if finish == "stuck":
+                    raise Stuck(f"the answer cannot go on as it must look: {update.failure}")
+                calls: Sequence[dict] = ()
+                if reader is not None:
+                    text, calls = reader.add(text, last=bool(finish))
+                    finish = "tool_calls" if finish == "stop" and reader.count else finish
                 told = None if request.logprobs is None or not laws else shape.of(laws)
-                yield Piece(choice, text, answer.taken, finish, update.stats, cached, told)
+                counts = answer.taken, finish, update.stats, cached
+                yield Piece(choice, text, *counts, told, calls)
                 text = ""
-        except EngineFailed:
+        except (EngineFailed, Stuck):
             finish = "failed"
             raise
         except Exception:

@@ -27,6 +27,7 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
+from jaxspec.serving.grammars import Matcher
 from jaxspec.serving.prefix_cache import Page
 from jaxspec.serving.programs import Programs
 from jaxspec.serving.requests import QueueFull, Request, TokenLogProb, Update, read_logprobs
@@ -37,12 +38,27 @@ SHRINK_AFTER = 8  # rounds with too many rows
 
 @dataclasses.dataclass
 class _Running:
-    """A request that has a row, or waits for one, as the host sees it."""
+    """A request that has a row, or waits for one, as the host sees it.
+
+    Attributes:
+      submitted: time.perf_counter().
+      length: tokens decided and given out, prompt included.
+      matcher: where the answer is in its grammar, if it has one.
+    """
 
     id: int
     request: Request
-    submitted: float  # time.perf_counter()
-    length: int  # tokens decided and given out, prompt included
+    submitted: float
+    length: int
+    matcher: Matcher | None = None
+
+    def advance(self, tokens: Sequence[int]) -> str | None:
+        """After these tokens; why the answer cannot go on, if so."""
+        self.length += len(tokens)
+        if self.matcher is None:
+            return None
+        self.matcher.advance(tokens)
+        return self.matcher.failure
 
 
 @dataclasses.dataclass
@@ -125,6 +141,10 @@ class Engine:
           QueueFull: too many are waiting.
         """
         request.check(self.target.config, self.config.room, self.config.top_logprobs)
+        grammar = request.grammar
+        if grammar is not None and self.config.rejection:
+            raise ValueError("with rejection sampling answers cannot keep to a grammar")
+        matcher = None if grammar is None else grammar.matcher()
         with self._lock:
             if len(self._waiting) >= self.config.queue:
                 raise QueueFull(
@@ -132,7 +152,7 @@ class Engine:
                 )
             number = next(self._numbers)
             now, length = time.perf_counter(), len(request.prompt)
-            self._waiting.append(_Running(number, request, now, length))
+            self._waiting.append(_Running(number, request, now, length, matcher))
         return number
 
     def cancel(self, id: int) -> None:
@@ -220,12 +240,9 @@ class Engine:
         stopped = [
             i for i, row in enumerate(self._rows) if row is not None and row.id in cancelled
         ]
-        if stopped:
-            last = [Update(self._rows[i].id, (), "cancelled") for i in stopped]
-            updates += self._release(stopped, last)
-            mask = np.zeros(len(self._rows), bool)
-            mask[stopped] = True
-            self._batch = stop_rows(self._batch, mask)
+        last = [Update(self._rows[i].id, (), "cancelled") for i in stopped]
+        updates += self._release(stopped, last)
+        self._stop(stopped)
         return updates
 
     def _advance_prompts(self) -> list[Update]:
@@ -291,8 +308,10 @@ class Engine:
             prompt.pages = None
 
     def _first_token(self, prompt: _Prompt) -> list[Update]:
-        prompt.batch = self._programs.end_prompt(prompt.requests, prompt.prefilling)
-        prompt.prefilling, running = None, prompt.running
+        running = prompt.running
+        allowed = None if running.matcher is None else running.matcher.allowed
+        held = prompt.requests, prompt.prefilling
+        prompt.batch, prompt.prefilling = self._programs.end_prompt(*held, allowed), None
         state, request = prompt.batch.state, running.request
         laws = None if request.logprobs is None else state.logprobs
         tokens, done, laws = jax.device_get((state.tokens, state.done, laws))
@@ -306,10 +325,12 @@ class Engine:
             logprobs = read_logprobs(laws, 0, range(1, first), row, request.logprobs)
             logprobs = TokenLogProb(row[0], None, ()), *logprobs
             update = dataclasses.replace(update, prompt_logprobs=logprobs)
-        running.length += 1
-        if not done[0]:
+        failure = running.advance((token,))
+        if not done[0] and failure is None:
             return [update]
         self._prompt = None
+        if failure is not None:
+            return [dataclasses.replace(update, finish="stuck", failure=failure)]
         stopped = token in stop_ids_of(request.sampling, self.target.config)
         finish = "stop" if stopped else "length"
         return [dataclasses.replace(update, finish=finish, stats=DecodeStats((), 0))]
@@ -320,9 +341,12 @@ class Engine:
         began = time.perf_counter()
         rows = len(self._rows)
         start = np.array([row.length if row else 0 for row in self._rows], np.int32)
-        self._batch, self._habit = self._programs.decode(
-            self._batch, self._habit, self._times[rows], self.config.rounds
-        )
+        matchers = [None if row is None else row.matcher for row in self._rows]
+        given = self._batch, self._habit, self._times[rows]
+        if any(matchers):
+            self._batch, self._habit = self._programs.restricted_round(*given, matchers)
+        else:
+            self._batch, self._habit = self._programs.decode(*given, self.config.rounds)
         width, state = self._programs.width, self._batch.state
         recent, laws = recent_tokens(self._batch, start, width=width), None
         if any(row is not None and row.request.logprobs is not None for row in self._rows):
@@ -332,20 +356,32 @@ class Engine:
         )
         self.rounds_by_size = by_size.tolist()
         self.burst_seconds = time.perf_counter() - began
-        updates, ended = [], {}
+        updates, ended, stuck = [], {}, []
         for i, running in enumerate(self._rows):
             if running is None:
                 continue
             update = _progress(running, recent[i, : length[i] - running.length], laws, i)
-            running.length = int(length[i])
-            if done[i]:
+            failure = running.advance(update.tokens)
+            if failure is not None:
+                stuck.append(i)
+                ended[i] = dataclasses.replace(update, finish="stuck", failure=failure)
+            elif done[i]:
                 stops = stop_ids_of(running.request.sampling, self.target.config)
                 stopped = update.tokens and update.tokens[-1] in stops
                 finish = "stop" if stopped else "length"
                 ended[i] = dataclasses.replace(update, finish=finish)
             elif update.tokens:
                 updates.append(update)
-        return updates + self._release(list(ended), list(ended.values()))
+        updates += self._release(list(ended), list(ended.values()))
+        self._stop(stuck)
+        return updates
+
+    def _stop(self, rows: Sequence[int]) -> None:
+        """Ends rows on the device."""
+        if rows:
+            mask = np.zeros(len(self._rows), bool)
+            mask[list(rows)] = True
+            self._batch = stop_rows(self._batch, mask)
 
     def _release(self, rows: Sequence[int], last: Sequence[Update]) -> list[Update]:
         """Frees rows; their last updates, with counts."""

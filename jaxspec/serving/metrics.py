@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -10,6 +11,8 @@ from jaxspec.serving.requests import Update
 from jaxspec.serving.runner import Runner
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+SECONDS_PER_STEP = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+WINDOW_SECONDS = 10
 SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
@@ -30,6 +33,19 @@ class ServerMetrics:
             "Time of the last burst of rounds",
             lambda: runner.engine.burst_seconds,
         )
+        self._recent: deque[tuple[float, int]] = deque()
+        gauge(
+            "jaxspec_tokens_per_second",
+            f"Tokens decided in the last {WINDOW_SECONDS} seconds, per second",
+            self._tokens_per_second,
+        )
+        self.step_seconds = Histogram(
+            "jaxspec_step_seconds",
+            "Of one turn of the engine: prompt chunks and a burst of rounds",
+            buckets=SECONDS_PER_STEP,
+            registry=registry,
+        )
+        runner.on_step = self.step
         self.requests = Counter(
             "jaxspec_requests", "Requests by how they ended", ["finish"], registry=registry
         )
@@ -74,6 +90,17 @@ class ServerMetrics:
             buckets=SECONDS_PER_TOKEN,
             registry=registry,
         )
+
+    def step(self, seconds: float, tokens: int) -> None:
+        """Counts one turn of the engine, and the tokens it decided; by the engine's thread."""
+        self.step_seconds.observe(seconds)
+        self._recent.append((time.perf_counter(), tokens))
+        while self._recent[0][0] < time.perf_counter() - WINDOW_SECONDS:
+            self._recent.popleft()
+
+    def _tokens_per_second(self) -> float:
+        since = time.perf_counter() - WINDOW_SECONDS
+        return sum(tokens for at, tokens in list(self._recent) if at >= since) / WINDOW_SECONDS
 
     def refused(self, why: str) -> None:
         """Counts a request that never reached the engine."""

@@ -18,7 +18,8 @@ from starlette.routing import Route
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.prompts import token_ids
 from jaxspec.serving.events import EventStream
-from jaxspec.serving.protocol import BadRequest, parse_body
+from jaxspec.serving.fields import BadRequest
+from jaxspec.serving.protocol import parse_body
 from jaxspec.serving.shapes import error_body
 from jaxspec.serving.watching import Watcher
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,12 +13,14 @@ import numpy as np
 from jaxspec.decoding.budget import StepTimes
 from jaxspec.decoding.curve import measure, only, setup_of, take_turn
 from jaxspec.decoding.fitting import doubling_sizes
+from jaxspec.decoding.halves import draft_rows, judge_rows
 from jaxspec.decoding.requests import capacity_for, decoder_for, pack
 from jaxspec.decoding.schedule import Adaptive, Batch, Habit, decode_rows, init_habit
 from jaxspec.decoding.state import Prefilling, Requests
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
+from jaxspec.serving.grammars import Matcher, allowed_tokens
 from jaxspec.serving.prefix_cache import PrefixCache
 from jaxspec.serving.requests import Request
 from jaxspec.serving.rows import (
@@ -89,11 +92,15 @@ class Programs:
     def run_chunk(self, requests: Requests, i: int, prefilling: Prefilling) -> Prefilling:
         return run_chunk(self._decoder, self._params, requests, np.int32(i), prefilling)
 
-    def end_prompt(self, requests: Requests, prefilling: Prefilling) -> Batch:
+    def end_prompt(
+        self, requests: Requests, prefilling: Prefilling, allowed: np.ndarray | None = None
+    ) -> Batch:
+        """Args: allowed: [ceil(V / 32)] uint32, bits of the tokens that may come first."""
         held = prefilling.cache, prefilling.drafter, prefilling.logprobs
         age = self._config.schedule.age
+        allowed = None if allowed is None else allowed[None, None]
         return end_prompt(
-            self._decoder, self._params, requests, prefilling.final, held, age=age
+            self._decoder, self._params, requests, prefilling.final, held, allowed, age=age
         )
 
     def prefix_cache(self) -> PrefixCache | None:
@@ -133,6 +140,23 @@ class Programs:
             schedule=self._config.schedule,
             sizes=self.sizes[batch.state.length.shape[0]],
         )
+
+    def restricted_round(
+        self,
+        batch: Batch,
+        habit: Habit,
+        times: StepTimes,
+        matchers: Sequence[Matcher | None],
+    ) -> tuple[Batch, Habit]:
+        """A round whose rows with a matcher keep to their grammars."""
+        schedule, sizes = self._config.schedule, self.sizes[len(matchers)]
+        decoder, params = self._decoder, self._params
+        batch, drafted = draft_rows(decoder, params, batch, habit, times, schedule=schedule)
+        tree = drafted.draft.tree
+        tree = jax.device_get((tree.tokens, tree.parents, tree.valid))
+        allowed = allowed_tokens(matchers, *tree, decoder.config.vocab_size)
+        given = batch, habit, drafted, allowed, times
+        return judge_rows(decoder, params, *given, schedule=schedule, sizes=sizes)
 
     def compile(self) -> None:
         """Runs every program once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -14,64 +14,21 @@ from jaxspec.decoding.requests import check_tokens
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
+from jaxspec.serving.fields import BadRequest, Fields, is_number
+from jaxspec.serving.formats import FORMATS, read_format
+from jaxspec.serving.grammars import Grammar, Grammars
+from jaxspec.serving.messages import read_messages
 from jaxspec.serving.requests import Request
+from jaxspec.serving.tools import TOOLS, Tools, read_tools
 
-# Fields that change nothing here, and values at which unsupported ones change nothing.
-IGNORED = {
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "request_id", "priority",
-}  # fmt: skip
-NEUTRAL: dict[str, tuple] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "top_logprobs": (0,),
-    "length_penalty": (1,),
-    "typical_p": (1,),
-    "bad_words": ([],),
-    "use_beam_search": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-}
-NEUTRAL_IN_MESSAGES: dict[str, tuple] = {
-    "tool_calls": ([],),
-    "annotations": ([],),
-    "refusal": ("",),
-    "reasoning_content": ("",),
-}
 SAMPLED = {"temperature", "top_p", "top_k", "min_p", "seed"}
 PENALTIES = {"presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"}
 STOPS = {"stop", "stop_token_ids", "ignore_eos", "min_tokens"}
 LENGTHS = {"max_tokens", "max_completion_tokens"}
 COMMON = {"model", "n", "stream", "stream_options", "logprobs", "cache_salt"}
-COMMON |= SAMPLED | PENALTIES | STOPS | LENGTHS
+COMMON |= SAMPLED | PENALTIES | STOPS | LENGTHS | FORMATS
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_CHOICES = 4, 256, 128
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-
-
-class BadRequest(Exception):
-    """The request body is refused.
-
-    Attributes:
-      param: the field at fault, if one is.
-      status: HTTP status.
-    """
-
-    def __init__(self, message: str, param: str | None = None, status: int = 400):
-        super().__init__(message)
-        self.param, self.status = param, status
+CHAT = COMMON | TOOLS | {"messages", "chat_template_kwargs", "top_logprobs"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +40,7 @@ class Asked:
       prompt_tokens: of all prompts.
       echo: text that precedes the answer to every prompt.
       silent: nothing of the answers is given, only what precedes them.
+      tools: the answers may call some.
     """
 
     requests: tuple[Request, ...]
@@ -93,6 +51,7 @@ class Asked:
     usage_in_every_chunk: bool = False
     echo: tuple[str, ...] = ()
     silent: bool = False
+    tools: bool = False
 
     @property
     def choices(self) -> int:
@@ -110,10 +69,12 @@ def parse_body(data: bytes) -> Any:
     return value
 
 
-def read_completion(body: Any, target: Target, config: EngineConfig) -> Asked:
+def read_completion(
+    body: Any, target: Target, config: EngineConfig, grammars: Grammars
+) -> Asked:
     """`POST /v1/completions`: a prompt, which is a text or a list of token ids, or a list of
     them."""
-    fields = _Fields(body, COMMON | {"prompt", "echo"})
+    fields = Fields(body, COMMON | {"prompt", "echo"})
     prompts = fields.get("prompt", None)
     if not isinstance(prompts, list) or not any(isinstance(p, (str, list)) for p in prompts):
         prompts = [prompts]
@@ -123,10 +84,28 @@ def read_completion(body: Any, target: Target, config: EngineConfig) -> Asked:
     if fields.flag("echo"):
         decode = target.tokenizer.decode
         echo = [p if isinstance(p, str) else decode(p) for p in prompts]
-    return _asked(fields, ids, target, config, default=16, top=top, echo=echo)
+    grammar = _grammar(fields, read_format(fields), grammars)
+    own = dict(default=16, top=top, echo=echo, grammar=grammar)
+    return _asked(fields, ids, target, config, **own)
 
 
-def _top_logprobs(fields: _Fields, name: str, config: EngineConfig) -> int:
+def _grammar(
+    fields: Fields, asked: tuple[str, str] | None, grammars: Grammars
+) -> Grammar | None:
+    """Args: asked: the field that asks for it, and its text."""
+    if asked is None:
+        return None
+    field, text = asked
+    for name, value in (("ignore_eos", True), ("min_tokens", 1)):
+        if fields.get(name, False) and fields.get(name, value) >= value:
+            raise BadRequest(f"{name} excludes {field}, which says where the answer ends", name)
+    try:
+        return grammars.of(text)
+    except ValueError as error:
+        raise BadRequest(f"{field} cannot be kept to: {error}", field) from error
+
+
+def _top_logprobs(fields: Fields, name: str, config: EngineConfig) -> int:
     top = fields.integer(name, 0)
     if not 0 <= top <= config.top_logprobs:
         raise BadRequest(f"{name} is {top}; expected 0 … {config.top_logprobs}", name)
@@ -143,116 +122,68 @@ def _ids(prompt: Any, target: Target) -> list[int]:
     return prompt
 
 
-def read_chat(body: Any, target: Target, config: EngineConfig) -> Asked:
-    """`POST /v1/chat/completions`: text messages."""
-    fields = _Fields(body, COMMON | {"messages", "chat_template_kwargs", "top_logprobs"})
-    messages = fields.get("messages", None)
-    if not isinstance(messages, list) or not messages:
-        raise BadRequest("messages must be a list of at least one message", "messages")
-    options = fields.part("chat_template_kwargs", {"enable_thinking"})
-    thinking = options.flag("enable_thinking", None)
-    try:
-        prompt = target.tokenizer.chat(
-            [_message(i, message) for i, message in enumerate(messages)],
-            thinking=thinking,
-        )
-    except (ValueError, TemplateError) as error:  # templates refuse orders of roles
-        raise BadRequest(str(error), "messages") from error
+def read_chat(body: Any, target: Target, config: EngineConfig, grammars: Grammars) -> Asked:
+    """`POST /v1/chat/completions`: text messages, and tools."""
+    fields = Fields(body, CHAT)
+    messages = read_messages(fields.get("messages", None))
+    tools, asked = read_tools(fields), read_format(fields)
+    if tools is not None and asked is not None:
+        raise BadRequest(f"tools exclude {asked[0]}; give one", asked[0])
+    if tools is not None:
+        asked = "tools", tools.grammar
+    prompt = _chat(fields, messages, tools, target, strict=asked and not (tools and tools.free))
     top = _top_logprobs(fields, "top_logprobs", config)
     if not fields.flag("logprobs"):
         if top:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
         top = None
-    return _asked(fields, [prompt], target, config, default=None, top=top)
+    grammar = _grammar(fields, asked, grammars)
+    own = dict(default=None, top=top, grammar=grammar, tools=tools is not None)
+    return _asked(fields, [prompt], target, config, **own)
 
 
-class _Fields:
-    """A JSON object; unknown fields are refused unless their value has no effect."""
+def _chat(
+    fields: Fields,
+    messages: list[dict[str, Any]],
+    tools: Tools | None,
+    target: Target,
+    *,
+    strict: bool,
+) -> list[int]:
+    """Token ids of a chat.
 
-    def __init__(
-        self,
-        body: Any,
-        known: set[str],
-        neutral: Mapping[str, tuple] = NEUTRAL,
-        *,
-        within: str = "",
-    ):
-        """Args: within: the path to it, "" for the body itself."""
-        if not isinstance(body, dict):
-            raise BadRequest(f"{within or 'the body'} must be a JSON object", within or None)
-        self._body, self._prefix = body, within and f"{within}."
-        for name, value in body.items():
-            if name in known or value is None or (not within and name in IGNORED):
-                continue
-            path = self._prefix + name
-            if name not in neutral:
-                raise BadRequest(f"unknown field {path!r}", path)
-            if not any(_same(value, one) for one in neutral[name]):
-                raise BadRequest(f"{path} = {value!r} is not supported; leave it out", path)
-
-    def part(self, name: str, known: set[str]) -> _Fields:
-        """An object within, {} if it is left out."""
-        return _Fields(self.get(name, {}), known, {}, within=self._prefix + name)
-
-    def get(self, name: str, default: Any) -> Any:
-        value = self._body.get(name)
-        return default if value is None else value
-
-    def number(self, name: str, default: float) -> float:
-        value = self.get(name, default)
-        if not _is_number(value):
-            raise BadRequest(f"{name} must be a number, not {value!r}", name)
-        try:
-            return float(value)
-        except OverflowError as error:
-            raise BadRequest(f"{name} is too large", name) from error
-
-    def integer(self, name: str, default: int) -> int:
-        value = self.get(name, default)
-        if type(value) is not int:
-            raise BadRequest(f"{name} must be an integer, not {value!r}", name)
-        return value
-
-    def text(self, name: str) -> str:
-        value = self.get(name, "")
-        if not isinstance(value, str):
-            raise BadRequest(f"{name} must be a text, not {value!r}", name)
-        return value
-
-    def flag(self, name: str, default: bool | None = False) -> bool | None:
-        value = self.get(name, default)
-        if value is not default and not isinstance(value, bool):
-            path = self._prefix + name
-            raise BadRequest(f"{path} must be true or false, not {value!r}", path)
-        return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _same(value: Any, other: Any) -> bool:
-    """Equal as JSON: 1 and 1.0 are, 1 and true are not.
-
-    >>> _same(1, 1.0), _same(0, False), _same({"a": [1]}, {"a": [True]})
-    (True, False, False)
+    Args: strict: the answer has no room for thoughts.
     """
-    if _is_number(value) and _is_number(other):
-        return value == other
-    return type(value) is type(other) and (
-        json.dumps(value, sort_keys=True) == json.dumps(other, sort_keys=True)
-    )
+    options = fields.part("chat_template_kwargs", {"enable_thinking"})
+    thinking, tokenizer = options.flag("enable_thinking", None), target.tokenizer
+    if strict and thinking:
+        raise BadRequest(
+            "an answer in a given form has no room for thoughts; leave out enable_thinking",
+            "chat_template_kwargs.enable_thinking",
+        )
+    if strict and tokenizer.switches_thinking:
+        thinking = False
+    calls = any("tool_calls" in m or m["role"] == "tool" for m in messages)
+    if (calls or tools) and not tokenizer.takes_tools:
+        raise BadRequest("the chat template of this model has no tools", "tools")
+    try:
+        offered = tools.offered if tools else ()
+        return tokenizer.chat(messages, thinking=thinking, tools=offered)
+    except (ValueError, TemplateError) as error:  # templates refuse orders of roles
+        raise BadRequest(str(error), "messages") from error
 
 
 def _asked(
-    fields: _Fields,
+    fields: Fields,
     prompts: list[list[int]],
     target: Target,
     config: EngineConfig,
     *,
     default: int | None,
     top: int | None,
+    grammar: Grammar | None,
     echo: Sequence[str] | None = None,
+    tools: bool = False,
 ) -> Asked:
     longest, room = max(map(len, prompts)), config.room
     left = room - longest
@@ -283,6 +214,7 @@ def _asked(
         cache_salt=fields.text("cache_salt"),
         logprobs=top,
         prompt_logprobs=echo is not None and top is not None,
+        grammar=grammar,
     )
     return Asked(
         requests=tuple(
@@ -298,10 +230,11 @@ def _asked(
         usage_in_every_chunk=usage.flag("continuous_usage_stats"),
         echo=tuple(echo or [""] * len(prompts)),
         silent=not new_tokens,
+        tools=tools,
     )
 
 
-def _longest(fields: _Fields, left: int, default: int | None, least: int) -> int:
+def _longest(fields: Fields, left: int, default: int | None, least: int) -> int:
     """New tokens, at most; -1 asks for all that there is room for."""
     default = left if default is None else min(default, left)
     longest = default
@@ -318,7 +251,7 @@ def _longest(fields: _Fields, left: int, default: int | None, least: int) -> int
     return longest
 
 
-def _sampling(fields: _Fields, target: Target) -> Sampling:
+def _sampling(fields: Fields, target: Target) -> Sampling:
     options = {
         "temperature": fields.number("temperature", 1.0),
         "top_k": max(fields.integer("top_k", 0), 0),  # -1 keeps all, as elsewhere
@@ -340,13 +273,13 @@ def _sampling(fields: _Fields, target: Target) -> Sampling:
     return Sampling(**options)
 
 
-def _logit_bias(fields: _Fields) -> dict[int, float]:
+def _logit_bias(fields: Fields) -> dict[int, float]:
     given = fields.get("logit_bias", {})
     if not isinstance(given, dict):
         raise BadRequest(f"logit_bias must be a JSON object, not {given!r}", "logit_bias")
     biases = {}
     for token, bias in given.items():
-        if not (token.isascii() and token.isdecimal() and _is_number(bias)):
+        if not (token.isascii() and token.isdecimal() and is_number(bias)):
             raise BadRequest(
                 f"logit_bias has {token!r}: {bias!r}; expected numbers by token id",
                 "logit_bias",
@@ -355,7 +288,7 @@ def _logit_bias(fields: _Fields) -> dict[int, float]:
     return biases
 
 
-def _stop_ids(fields: _Fields, target: Target) -> tuple[int, ...]:
+def _stop_ids(fields: Fields, target: Target) -> tuple[int, ...]:
     more = fields.get("stop_token_ids", [])
     if not isinstance(more, list) or not all(type(token) is int for token in more):
         raise BadRequest("stop_token_ids must be a list of token ids", "stop_token_ids")
@@ -363,7 +296,7 @@ def _stop_ids(fields: _Fields, target: Target) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*ends, *more)))
 
 
-def _stops(fields: _Fields) -> tuple[str, ...]:
+def _stops(fields: Fields) -> tuple[str, ...]:
     stops = fields.get("stop", [])
     stops = [stops] if isinstance(stops, str) else stops
     good = isinstance(stops, list) and all(isinstance(s, str) and s for s in stops)
@@ -373,25 +306,3 @@ def _stops(fields: _Fields) -> tuple[str, ...]:
             "stop",
         )
     return tuple(stops)
-
-
-def _message(index: int, message: Any) -> dict[str, str]:
-    where = f"messages[{index}]"
-    # Who speaks under which name is not told by chat templates, here or elsewhere.
-    _Fields(message, {"role", "content", "name"}, NEUTRAL_IN_MESSAGES, within=where)
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRequest(f"{where} must have a role, one of {tuple(ROLES)}", "messages")
-    if isinstance(content, list) and all(map(_is_text, content)):
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise BadRequest(f"{where} must have text as its content", "messages")
-    return {"role": ROLES[role], "content": content}
-
-
-def _is_text(part: Any) -> bool:
-    return (
-        isinstance(part, dict)
-        and part.get("type") == "text"
-        and isinstance(part.get("text"), str)
-    )

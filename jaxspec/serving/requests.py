@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jaxspec.config import TargetConfig
 from jaxspec.decoding import logprobs
 from jaxspec.decoding.logprobs import LogProbs
-from jaxspec.decoding.requests import check_tokens, request_keys
+from jaxspec.decoding.requests import check_tokens, request_keys, stop_ids_of
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats
+from jaxspec.serving.grammars import Grammar
 
-Finish = Literal["stop", "length", "cancelled"]
+Finish = Literal["stop", "length", "cancelled", "stuck"]
 
 
 class QueueFull(Exception):
@@ -35,6 +36,7 @@ class Request:
         for neither.
       prompt_logprobs: they come for the prompt's tokens too; all of the prompt is run for it.
       cache_salt: prefixes of prompts are shared by requests with the same one.
+      grammar: what the answer keeps to; it ends with one of the target's own stop ids.
     """
 
     prompt: Sequence[int]
@@ -44,6 +46,7 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     cache_salt: str = ""
+    grammar: Grammar | None = None
 
     @property
     def asked(self) -> int:
@@ -90,6 +93,8 @@ class Request:
             raise ValueError(
                 f"min_tokens is {least}; expected at most max_new_tokens, {self.max_new_tokens}"
             )
+        if self.grammar is not None:
+            _check_ends(self.sampling, config)
         if self.logprobs is None:
             if self.prompt_logprobs:
                 raise ValueError("prompt_logprobs needs logprobs, the number of alternatives")
@@ -97,6 +102,20 @@ class Request:
             raise ValueError("log-probabilities are not kept here: top_logprobs is 0")
         elif not 0 <= self.logprobs <= top_logprobs:
             raise ValueError(f"logprobs is {self.logprobs}; expected 0 … {top_logprobs} here")
+
+
+def _check_ends(sampling: Sampling, config: TargetConfig) -> None:
+    """An answer that is complete has no other token to go on with."""
+    if not set(config.eos_token_ids) <= set(stop_ids_of(sampling, config)):
+        raise ValueError(
+            "an answer that keeps to a grammar ends with the target's own stop ids; stop_ids "
+            "must have them"
+        )
+    if sampling.min_tokens:
+        raise ValueError(
+            f"min_tokens is {sampling.min_tokens}; a grammar decides where its answer ends. "
+            "Leave it out"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +170,7 @@ class Update:
       prompt_logprobs: of the prompt's tokens, with the first update.
       cached: tokens of the prompt that were not run again, with the first tokens.
       waited: seconds in the queue, with the first tokens.
+      failure: why a "stuck" one could not go on.
     """
 
     id: int
@@ -161,3 +181,4 @@ class Update:
     prompt_logprobs: tuple[TokenLogProb, ...] = ()
     cached: int = 0
     waited: float | None = None
+    failure: str | None = None

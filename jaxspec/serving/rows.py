@@ -68,6 +68,7 @@ def end_prompt(
     requests: Requests,
     final: jax.Array,
     held: tuple[LayerStates, Any, LogProbs | None],
+    allowed: jax.Array | None = None,
     *,
     age: int,
 ) -> Batch:
@@ -76,8 +77,9 @@ def end_prompt(
     Args:
       final: of `Prefilling`.
       held: its cache, its drafter's state and its log-probabilities.
+      allowed: as for `end_prefill`.
     """
-    state = end_prefill(params, requests, Prefilling(*held, final))
+    state = end_prefill(params, requests, Prefilling(*held, final), allowed)
     return Batch(state, requests.sampling, _unknown(decoder, 1, age))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from collections.abc import Callable
 
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.requests import Request, Update
@@ -62,10 +64,12 @@ class Runner:
 
     Attributes:
       engine: it may be asked for its counts; only this class steps it.
+      on_step: is called after every step with its seconds and the tokens it decided.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self.on_step: Callable[[float, int], object] = lambda seconds, tokens: None
         self._lock = threading.Lock()
         self._tickets: dict[int, Ticket] = {}
         self._wake = threading.Event()
@@ -128,7 +132,11 @@ class Runner:
                 if not self.engine.busy:
                     self._wake.wait()
                     continue
-                self._give_out(self.engine.step())
+                began = time.perf_counter()
+                updates = self.engine.step()
+                decided = sum(len(update.tokens) for update in updates)
+                self.on_step(time.perf_counter() - began, decided)
+                self._give_out(updates)
         except Exception as error:  # told to everyone who waits, and to /health
             self._failure = error
         finally:

@@ -35,18 +35,14 @@ from starlette.routing import Route
 
 from jaxspec.models.target import Target
 from jaxspec.serving.access import LOOPBACK, Access
-from jaxspec.serving.answering import Answering, Choice, fault_message
+from jaxspec.serving.answering import Answering, Choice, Stuck, fault_message
 from jaxspec.serving.connections import Limits, timed_protocol
 from jaxspec.serving.events import EventStream, unless_gone
+from jaxspec.serving.fields import BadRequest
+from jaxspec.serving.grammars import Grammars
 from jaxspec.serving.metrics import ServerMetrics
 from jaxspec.serving.page import page_routes
-from jaxspec.serving.protocol import (
-    Asked,
-    BadRequest,
-    parse_body,
-    read_chat,
-    read_completion,
-)
+from jaxspec.serving.protocol import Asked, parse_body, read_chat, read_completion
 from jaxspec.serving.requests import QueueFull
 from jaxspec.serving.runner import EngineFailed, Runner
 from jaxspec.serving.shapes import Shape, error_body
@@ -74,7 +70,9 @@ def application(
     """
     target = runner.engine.target
     check_servable(target)
-    service = _Service(runner, target, tuple(names), limits, ServerMetrics(runner))
+    grammars = Grammars(target.tokenizer, target.config)
+    metrics = ServerMetrics(runner)
+    service = _Service(runner, target, tuple(names), limits, metrics, grammars)
 
     @contextlib.asynccontextmanager
     async def lifespan(_):
@@ -188,6 +186,7 @@ class _Service:
     names: tuple[str, ...]
     limits: Limits
     metrics: ServerMetrics
+    grammars: Grammars
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, read_completion, chat=False)
@@ -283,6 +282,8 @@ class _Service:
                 body = await unless_gone(answering.whole(), request.receive)
         except EngineFailed as error:
             return JSONResponse(error_body(str(error), "server_error"), 503)
+        except Stuck as error:
+            return JSONResponse(error_body(str(error), "server_error"), 500)
         return Response(status_code=499) if body is None else JSONResponse(body)
 
     async def body(self, request: Request) -> bytes:
@@ -319,7 +320,7 @@ class _Service:
         if asked is not None:
             self._check_name(asked)
         config = self.runner.engine.config
-        understood = read(body, self.target, config)
+        understood = read(body, self.target, config, self.grammars)
         if len(understood.requests) > config.queue:
             raise BadRequest(
                 f"{len(understood.requests)} answers are asked for; this server takes up to "

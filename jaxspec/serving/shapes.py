@@ -9,6 +9,21 @@ from typing import Any
 from jaxspec.decoding.stats import DecodeStats
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One choice.
+
+    Attributes:
+      finish: why it ended.
+      logprobs: in OpenAI's shape, as `calls` are: the calls of tools.
+    """
+
+    text: str
+    finish: str | None
+    logprobs: dict | None = None
+    calls: Sequence[dict] = ()
+
+
 def _choice(index: int, body: dict, finish: str | None, logprobs: dict | None) -> dict:
     return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish}
 
@@ -48,15 +63,18 @@ class Shape:
     created: int
     model: str
 
-    def whole(
-        self, answers: Sequence[tuple[str, str | None, dict | None]], usage: dict
-    ) -> dict:
-        """Args: answers: text, reason and log-probabilities of every choice."""
+    def whole(self, answers: Sequence[Answer], usage: dict) -> dict:
+        """The object of all choices."""
         choices = []
-        for index, (text, finish, logprobs) in enumerate(answers):
-            message = {"message": {"role": "assistant", "content": text}}
-            body = message if self.chat else {"text": text}
-            choices.append(_choice(index, body, finish, logprobs))
+        for index, answer in enumerate(answers):
+            body: dict[str, Any] = {"text": answer.text}
+            if self.chat:
+                message = {"role": "assistant", "content": answer.text}
+                if answer.calls:
+                    calls = {"content": answer.text or None, "tool_calls": answer.calls}
+                    message |= calls
+                body = {"message": message}
+            choices.append(_choice(index, body, answer.finish, answer.logprobs))
         name = "chat.completion" if self.chat else "text_completion"
         return self._object(name, choices) | {"usage": usage}
 
@@ -67,15 +85,18 @@ class Shape:
         choice: int = 0,
         *,
         first: bool = False,
+        calls: Sequence[dict] = (),
         logprobs: dict | None = None,
         usage: dict | None = None,
     ) -> dict:
-        """Args: logprobs, usage: told in this chunk, if they are given."""
+        """Args: calls, logprobs, usage: told in this chunk, if they are given."""
         if self.chat:
-            delta = {"role": "assistant"} if first else {}
-            body: dict[str, Any] = {
-                "delta": delta | ({"content": text} if text or first else {})
-            }
+            delta: dict[str, Any] = {"role": "assistant"} if first else {}
+            if text or (first and not calls):
+                delta["content"] = text
+            if calls:
+                delta["tool_calls"] = list(calls)
+            body: dict[str, Any] = {"delta": delta}
         else:
             body = {"text": text}
         told = {} if usage is None else {"usage": usage}

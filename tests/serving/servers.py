@@ -36,10 +36,19 @@ def tokenizer() -> Tokenizer:
 
 
 @contextlib.contextmanager
-def serve(*, limits: Limits, access=OPEN, drain_seconds=5.0, tokenizer=tokenizer, **options):
+def serve(
+    *,
+    limits: Limits,
+    access=OPEN,
+    drain_seconds=5.0,
+    tokenizer=tokenizer,
+    target: Target | None = None,
+    **options,
+):
     """A server on a free port: (port, runner); it has ended after the block."""
-    model = tiny.target()
-    target = Target("tiny", model.config, model.params, tokenizer())
+    if target is None:
+        model = tiny.target()
+        target = Target("tiny", model.config, model.params, tokenizer())
     few = dict(slots=2, queue=6, schedule=Fixed(), budget=2, prefix_cache_mb=1.0)
     engine = Engine(target, engines.LOOKUP, EngineConfig(**(engines.CONFIG | few | options)))
     engine.warm_up()

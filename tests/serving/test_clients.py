@@ -9,8 +9,9 @@ import time
 import pytest
 
 from jaxspec.decoding.sampling import Sampling
-from jaxspec.serving import protocol
+from jaxspec.serving import fields, protocol
 from jaxspec.serving.connections import Limits
+from jaxspec.serving.formats import KINDS
 from jaxspec.serving.requests import Request
 from tests.serving import servers
 from tests.serving.engines import alone
@@ -228,5 +229,6 @@ def test_stop_texts_wait_for_the_least_length(port):
 def test_the_guide_names_every_field():
     guide = (pathlib.Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     named = {"model", *re.findall(r"`([a-z_]+)(?:\.[a-z_]+)?`", guide)}
-    fields = protocol.COMMON | protocol.IGNORED | {*protocol.NEUTRAL, "prompt", "messages"}
-    assert fields | {*protocol.NEUTRAL_IN_MESSAGES} <= named
+    taken = protocol.CHAT | {"prompt", "echo"} | KINDS
+    neutral = {*fields.IGNORED, *fields.NEUTRAL, *fields.NEUTRAL_IN_MESSAGES}
+    assert taken | neutral <= named

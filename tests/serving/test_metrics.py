@@ -12,7 +12,10 @@ from jaxspec.serving.requests import Update
 def test_counts():
     """Rounds of 1, 4, 2 and 1 tokens, the last of each not drafted; one that ends twice."""
     engine = SimpleNamespace(waiting=0, running=0, burst_seconds=0.25, prefix_pages=(3, 8))
-    metrics = ServerMetrics(SimpleNamespace(engine=engine, healthy=True))
+    runner = SimpleNamespace(engine=engine, healthy=True, on_step=None)
+    metrics = ServerMetrics(runner)
+    runner.on_step(0.02, 6)
+    runner.on_step(0.3, 4)
     stats = DecodeStats((1, 4, 2, 1), nodes=20)
     metrics.follow().see(Update(0, (1, 2), "length", stats, cached=32, waited=0.3))
     watch = metrics.follow()
@@ -29,6 +32,9 @@ def test_counts():
     assert found["jaxspec_rounds_total", None] == 4
     assert found["jaxspec_nodes_verified_total", None] == 20
     assert found["jaxspec_burst_seconds", None] == 0.25
+    assert found["jaxspec_tokens_per_second", None] == 1.0  # ten, of the last ten seconds
+    assert found["jaxspec_step_seconds_count", None] == 2
+    assert found["jaxspec_step_seconds_sum", None] == 0.32
     assert found["jaxspec_prompt_tokens_cached_total", None] == 32
     pages = [found[f"jaxspec_prefix_pages_{name}", None] for name in ("used", "room")]
     assert pages == [3, 8]

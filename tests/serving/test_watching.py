@@ -13,8 +13,8 @@ from jaxspec.drafters.joined import with_lookup
 from jaxspec.models.target import Target
 from jaxspec.serving.access import Access
 from jaxspec.serving.connections import Limits
+from jaxspec.serving.fields import BadRequest
 from jaxspec.serving.page import policy, read_watch
-from jaxspec.serving.protocol import BadRequest
 from jaxspec.serving.watching import Watcher, paths
 from jaxspec.trees.tree import DraftTree
 from tests import tiny

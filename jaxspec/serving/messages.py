@@ -1,0 +1,78 @@
+"""The messages of a chat: what clients send to what chat templates take."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from jaxspec.serving.fields import NEUTRAL_IN_MESSAGES, BadRequest, Fields
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+
+
+def read_messages(messages: Any) -> list[dict[str, Any]]:
+    """The messages; those of assistants with `tool_calls` have their arguments as objects."""
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages must be a list of at least one message", "messages")
+    return [_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
+
+
+def _message(where: str, message: Any) -> dict[str, Any]:
+    # Who speaks under which name is not told by chat templates, here or elsewhere.
+    known, neutral = {"role", "content", "name"}, dict(NEUTRAL_IN_MESSAGES)
+    role = message.get("role") if isinstance(message, dict) else None
+    if role == "assistant":
+        known.add("tool_calls")
+    if role == "tool":
+        known.add("tool_call_id")
+    fields = Fields(message, known, neutral, within=where)
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadRequest(f"{where} must have a role, one of {tuple(ROLES)}", "messages")
+    calls = fields.get("tool_calls", []) if role == "assistant" else []
+    content = message.get("content")
+    if content is None and calls:
+        content = ""
+    if isinstance(content, list) and all(map(_is_text, content)):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise BadRequest(f"{where} must have text as its content", "messages")
+    read = {"role": ROLES[role], "content": content}
+    if calls:
+        read["tool_calls"] = _calls(calls, f"{where}.tool_calls")
+    return read
+
+
+def _is_text(part: Any) -> bool:
+    return (
+        isinstance(part, dict)
+        and part.get("type") == "text"
+        and isinstance(part.get("text"), str)
+    )
+
+
+def _calls(calls: Any, where: str) -> list[dict]:
+    if not isinstance(calls, list):
+        raise BadRequest(f"{where} must be a list", "messages")
+    return [_call(call, f"{where}[{i}]") for i, call in enumerate(calls)]
+
+
+def _call(call: Any, where: str) -> dict:
+    fields = Fields(call, {"id", "type", "function", "index"}, {}, within=where)
+    function = fields.part("function", {"name", "arguments"})
+    name, arguments = function.get("name", None), function.get("arguments", "{}")
+    try:
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"{where}.function.arguments is not JSON", "messages") from error
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise BadRequest(
+            f"{where}.function must have a name, and arguments that are a JSON object",
+            "messages",
+        )
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}

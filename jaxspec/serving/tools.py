@@ -1,0 +1,196 @@
+"""Tools: what a request offers, the grammar of calls, and the calls read back from the text.
+
+A call has the form that Qwen3's chat template asks for::
+
+    <tool_call>
+    {"name": "weather", "arguments": {"city": "Rome"}}
+    </tool_call>
+
+Its arguments keep to the tool's schema, whoever decides whether there is a call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import uuid
+from typing import Any
+
+from jaxspec.answer_text import overlap
+from jaxspec.serving.fields import BadRequest, Fields
+from jaxspec.serving.formats import lark_json, lark_text
+
+TOOLS = {"tools", "tool_choice", "parallel_tool_calls"}
+OPEN, CLOSE = "<tool_call>", "}\n</tool_call>"
+HEAD = re.compile(r'\n\{"name": "([^"]*)", "arguments": ')
+NAME = re.compile("[A-Za-z0-9_-]{1,64}")
+MAX_TOOLS = 128
+ANYTHING = r"""
+lead[lazy]: /(.|\n)*<tool_call>/
+TEXT: /(.|\n)*/ & ~/(.|\n)*<tool_call>(.|\n)*/
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tools:
+    """What a request offers.
+
+    Attributes:
+      offered: for the chat template, as they were sent.
+      grammar: of answers, its text.
+      free: the answer may be without a call.
+    """
+
+    offered: tuple[dict, ...]
+    grammar: str
+    free: bool
+
+
+def read_tools(fields: Fields) -> Tools | None:
+    """`tools`, `tool_choice` and `parallel_tool_calls`; None if nothing may be called, and then
+    the model is not told of any."""
+    offered = fields.get("tools", [])
+    if not isinstance(offered, list) or len(offered) > MAX_TOOLS:
+        raise BadRequest(f"tools must be a list of up to {MAX_TOOLS} tools", "tools")
+    schemas = {}
+    for i, tool in enumerate(offered):
+        name, schema = _tool(tool, f"tools[{i}]")
+        if name in schemas:
+            raise BadRequest(f"tools has {name!r} twice", "tools")
+        schemas[name] = schema
+    several = fields.flag("parallel_tool_calls", True)
+    choice = fields.get("tool_choice", "auto")
+    named = _named(choice, schemas)
+    if choice == "none" or (choice == "auto" and not schemas):
+        return None
+    if not schemas:
+        raise BadRequest("tool_choice asks for a call, and there are no tools", "tool_choice")
+    callable_ = {named: schemas[named]} if named else schemas
+    free = choice == "auto"
+    grammar = calls_text(callable_, free=free, several=several and not named)
+    return Tools(tuple(offered), grammar, free)
+
+
+def _tool(tool: Any, where: str) -> tuple[str, dict]:
+    fields = Fields(tool, {"type", "function"}, {}, within=where)
+    if fields.get("type", None) != "function":
+        raise BadRequest(f"{where}.type must be 'function'", "tools")
+    own = fields.part("function", {"name", "description", "parameters", "strict"})
+    name, schema = own.get("name", None), own.get("parameters", {})
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise BadRequest(f"{where}.function.name must match {NAME.pattern}", "tools")
+    if not isinstance(schema, dict):
+        raise BadRequest(f"{where}.function.parameters must be a JSON schema", "tools")
+    own.flag("strict", None)  # arguments keep to the schema in any case
+    return name, {"type": "object"} | schema
+
+
+def _named(choice: Any, schemas: dict[str, dict]) -> str | None:
+    if choice in ("none", "auto", "required"):
+        return None
+    name = None
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        fields = Fields(choice, {"type", "function"}, {}, within="tool_choice")
+        name = fields.part("function", {"name"}).get("name", None)
+        if isinstance(name, str) and name in schemas:
+            return name
+        raise BadRequest(
+            f"tool_choice names {name!r}; tools have {list(schemas)}", "tool_choice"
+        )
+    raise BadRequest(
+        f"tool_choice is {choice!r}; expected none, auto, required or one of the tools",
+        "tool_choice",
+    )
+
+
+def calls_text(schemas: dict[str, dict], *, free: bool, several: bool) -> str:
+    """The text of a grammar.
+
+    Args:
+      schemas: of the arguments, by the tool's name.
+      free: any text may come before the calls, or instead of them.
+      several: more than one call may be made.
+    """
+    more = f"({lark_text(chr(10) + OPEN)} call)*" if several else ""
+    start = f"TEXT | lead call {more}" if free else f"{lark_text(OPEN)} call {more}"
+    rules = [f"start: {start}", ANYTHING if free else ""]
+    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(schemas))))
+    for i, (name, schema) in enumerate(schemas.items()):
+        head = lark_text(f'\n{{"name": "{name}", "arguments": ')
+        rules.append(f"call_{i}: {head} {lark_json(schema)} {lark_text(CLOSE)}")
+    return "\n".join(rules)
+
+
+class CallReader:
+    """Divides the text of an answer into what it says and the calls it makes, as it grows.
+
+    Attributes:
+      count: calls so far.
+    """
+
+    def __init__(self):
+        self._held, self._inside, self.count = "", False, 0
+
+    def add(self, text: str, *, last: bool = False) -> tuple[str, list[dict]]:
+        """What is said, and what is new of calls, in the shape of a stream's `tool_calls`.
+
+        Args: last: nothing comes after this text.
+        """
+        self._held += text
+        said, calls = "", []
+        while True:
+            if self._inside:
+                more = self._arguments(calls, last)
+            else:
+                found, more = self._said(last)
+                said += found
+                if more:
+                    more = self._head(calls)
+            if not more:
+                return said, calls
+
+    def _said(self, last: bool) -> tuple[str, bool]:
+        """Text up to a call, and whether one begins."""
+        if (at := self._held.find(OPEN)) >= 0:
+            said, self._held = self._held[:at], self._held[at:]
+            return said.removesuffix("\n"), True
+        keep = 0 if last else max(overlap(self._held, end) for end in (OPEN, "\n" + OPEN))
+        cut = len(self._held) - keep
+        said, self._held = self._held[:cut], self._held[cut:]
+        return said, False
+
+    def _head(self, calls: list[dict]) -> bool:
+        """A call's name, once it is there in full."""
+        found = HEAD.match(self._held, len(OPEN))
+        if found is None:
+            return False
+        function = {"name": found[1], "arguments": ""}
+        call = {"index": self.count, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
+        calls.append(call | {"function": function})
+        self._held, self._inside = self._held[found.end() :], True
+        self.count += 1
+        return True
+
+    def _arguments(self, calls: list[dict], last: bool) -> bool:
+        """More of a call's arguments; whether the call has ended."""
+        at = self._held.find(CLOSE)
+        keep = 0 if last else overlap(self._held, CLOSE)
+        cut = at if at >= 0 else len(self._held) - keep
+        if cut:
+            function = {"arguments": self._held[:cut]}
+            calls.append({"index": self.count - 1, "function": function})
+        self._held = self._held[cut + (len(CLOSE) if at >= 0 else 0) :]
+        self._inside = at < 0
+        return at >= 0
+
+
+def joined_calls(parts: list[dict]) -> list[dict]:
+    """Whole calls, from those of a stream."""
+    calls: list[dict] = []
+    for part in parts:
+        if part["index"] == len(calls):
+            calls.append({name: part[name] for name in ("id", "type")} | {"function": {}})
+        function = calls[part["index"]]["function"]
+        for name, text in part["function"].items():
+            function[name] = function.get(name, "") + text
+    return calls

@@ -1,0 +1,43 @@
+"""A tiny target whose tokens can write JSON, and grammars of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from jaxspec.models.target import Target
+from jaxspec.serving.grammars import Grammars
+from jaxspec.tokenizer import Tokenizer
+from tests import tiny
+
+PAIRS = ['{"', '":', '",', '"}', "to", "ol"]
+LETTERS = [chr(c) for c in range(33, 127)]
+VOCABULARY = ["<end>", "<start>", *LETTERS, "Ġ", "Ċ", *PAIRS, "tool", "Ã", "©"]
+MERGES = [f"{pair[0]} {pair[1]}" for pair in PAIRS] + ["to ol"]
+# Qwen3's, as far as tools go.
+TEMPLATE = (
+    "{% if enable_thinking is defined and not enable_thinking %}(no thoughts){% endif %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.tool_calls %}"
+    "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
+    "{% endfor %}{% endif %}\n{% endfor %}"
+)
+CONFIG = dataclasses.replace(
+    tiny.QWEN3, vocab_size=len(VOCABULARY), eos_token_ids=(0,), max_positions=1024
+)
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_bpe(VOCABULARY, MERGES, special=[0, 1], eos=0, chat_template=TEMPLATE)
+
+
+@functools.cache
+def target() -> Target:
+    model = tiny.target(CONFIG, seed=1)
+    return Target("tiny", model.config, model.params, tokenizer())
+
+
+@functools.cache
+def grammars() -> Grammars:
+    return Grammars(tokenizer(), CONFIG)

@@ -1,0 +1,174 @@
+"""Answers that keep to grammars: the tokens of constrained plain decoding, whatever drafts."""
+
+import functools
+import re
+
+import numpy as np
+import pytest
+
+from jaxspec.config import TreeConfig
+from jaxspec.decoding.sampling import Sampling
+from jaxspec.decoding.schedule import Fixed
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.ngram import PromptLookup
+from jaxspec.drafters.plain import PLAIN
+from jaxspec.drafters.small_model import SmallModel
+from jaxspec.serving.config import EngineConfig
+from jaxspec.serving.engine import Engine
+from jaxspec.serving.formats import json_text
+from jaxspec.serving.grammars import llguidance
+from jaxspec.serving.requests import Request
+from tests import tiny
+from tests.serving import engines
+from tests.serving.structured import CONFIG, grammars, target, tokenizer
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+REGEX = r"(ab|cd){2,4}=[0-9]+!"
+DRAFTERS = {
+    "plain": PLAIN,
+    "stranger": LoadedDrafter(
+        SmallModel(CONFIG, TreeConfig("top_budget", size=12), depth=4),
+        tiny.target(CONFIG, seed=2).params,
+    ),
+    "lookup": LoadedDrafter(PromptLookup(size=8, depth=5)),
+    "itself": LoadedDrafter(
+        SmallModel(CONFIG, TreeConfig("top_budget", size=12), depth=4), target().params
+    ),
+}
+
+
+def grammar(text):
+    return grammars().of(text)
+
+
+def regex(pattern):
+    return grammar(llguidance().LLMatcher.grammar_from_regex(pattern))
+
+
+def asked() -> list[Request]:
+    """Constrained answers beside free ones, greedy and sampled."""
+    prompt = tuple(tokenizer().encode('user: {"name": "tool", "age": 7}\n'))
+    json = grammar(json_text(SCHEMA, ""))
+    hot = Sampling(temperature=0.9)
+    return [
+        Request(prompt, 40, Sampling(), 1, grammar=json),
+        Request(prompt, 24, Sampling(), 2),
+        Request(prompt[:9], 40, hot, 3, grammar=json),
+        Request(prompt[:5], 24, hot, 4),
+        Request(prompt, 30, Sampling(), 5, grammar=regex(REGEX)),
+        Request(prompt, 30, Sampling(temperature=1.5, top_k=9), 6, grammar=regex(REGEX)),
+        Request(prompt[:7], 1, Sampling(), 7, grammar=json),
+    ]
+
+
+@functools.cache
+def engine(drafter: str, schedule: str = "fixed", slots: int = 4) -> Engine:
+    fixed = schedule == "fixed"
+    plan = Fixed() if fixed else engines.SCHEDULES["adaptive"]
+    limits = dict(slots=slots, room=96, chunk=16, max_nodes=24, throughput=True)
+    config = EngineConfig(schedule=plan, **limits)
+    made = Engine(target(), DRAFTERS[drafter], config)
+    if not fixed:
+        made = Engine(target(), DRAFTERS[drafter], config, curve=engines.staircase(made))
+    return made
+
+
+def answers(engine, requests):
+    ids = [engine.submit(request) for request in requests]
+    found = engines.drain(engine)
+    return [found[id] for id in ids]
+
+
+@functools.cache
+def expected() -> tuple[tuple[int, ...], ...]:
+    return tuple(map(engines.tokens, answers(engine("plain"), asked())))
+
+
+def by_definition(request: Request) -> tuple[int, ...]:
+    """Greedy decoding, one forward of the whole text and one mask a token."""
+    text, matcher = list(request.prompt), request.grammar.matcher()
+    while len(text) < len(request.prompt) + request.max_new_tokens:
+        padded = text + [0] * (96 - len(text))
+        logits = np.array(tiny.logits(target(), padded)[len(text) - 1])
+        words = np.array(matcher.allowed)
+        may = np.unpackbits(words.view(np.uint8), bitorder="little")[: len(logits)]
+        logits[may == 0] = -np.inf
+        text.append(int(logits.argmax()))
+        if text[-1] == 0:
+            break
+        matcher.advance(text[-1:])
+    return tuple(text[len(request.prompt) :])
+
+
+def test_plain_decoding_follows_the_definition():
+    for i in (0, 4):
+        assert expected()[i] == by_definition(asked()[i])
+
+
+def test_answers_keep_to_their_grammars():
+    texts = [tokenizer().decode(row) for row in expected()]
+    for i in (4, 5):
+        assert re.fullmatch(REGEX, texts[i]) or expected()[i][-1] != 0
+    for i in (0, 2, 6):
+        assert texts[i].startswith('{"name": "'[: len(texts[i])])
+    assert not texts[1].startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("drafter", "schedule"),
+    [("stranger", "fixed"), ("itself", "fixed"), ("lookup", "adaptive")],
+)
+def test_trees_give_constrained_plain_decodings_tokens(drafter, schedule):
+    found = answers(engine(drafter, schedule), asked())
+    assert tuple(map(engines.tokens, found)) == expected()
+    assert [updates[-1].finish for updates in found][6] == "length"
+    if drafter == "itself":
+        assert max(found[0][-1].stats.committed) > 2
+
+
+def test_a_tree_loses_what_may_not_be():
+    """root - a - b - ! and beside it  root - c - c,  for (ab|cd){2,4}=..."""
+    ids = {letter: tokenizer().encode(letter)[0] for letter in "abcd!"}
+    tokens = [1, *(ids[letter] for letter in "ab!cc")]
+    matcher = regex(REGEX).matcher()
+    kept, after = matcher.walk(tokens, [-1, 0, 1, 2, 0, 4], [True] * 6)
+    assert kept.tolist() == [True, True, True, False, True, False]
+
+    def letters(bits):
+        found = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
+        return "".join(sorted(tokenizer().decode([token]) for token in found))
+
+    assert [letters(after[node]) for node in (0, 1, 2, 4)] == ["ac", "b", "ac", "d"]
+    assert letters(matcher.allowed) == "ac"  # the walk leaves it where it was
+
+
+def test_a_dead_end_is_not_drafted_and_ends_its_answer_alone():
+    """No token of this vocabulary begins the letter after the a."""
+    stuck = regex("(aa|€)b|c€")
+    tokens = [1, *tokenizer().encode("c"), *tokenizer().encode("a")]
+    kept, _ = stuck.matcher().walk(tokens, [-1, 0, 0], [True] * 3)
+    assert kept.tolist() == [True, False, True]
+    bias = {tokenizer().encode("c")[0]: 100.0}
+    prompt = tuple(tokenizer().encode("user:"))
+    lost = Request(prompt, 9, Sampling(logit_bias=bias), grammar=stuck)
+    found = answers(engine("plain"), [lost, asked()[1], lost])
+    for updates in (found[0], found[2]):
+        assert updates[-1].finish == "stuck" and updates[-1].failure
+    assert engines.tokens(found[1]) == expected()[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(sampling=Sampling(stop_ids=())), "ends with the target's own stop ids"),
+        (dict(sampling=Sampling(min_tokens=2)), "a grammar decides where its answer ends"),
+    ],
+)
+def test_what_excludes_a_grammar_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        engine("plain").submit(Request((1,), 9, grammar=regex("a"), **options))

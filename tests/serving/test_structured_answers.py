@@ -1,0 +1,284 @@
+"""Structured answers and tools, with the `openai` client as people use it."""
+
+import json
+import re
+import time
+from typing import Literal
+
+import openai
+import pydantic
+import pytest
+
+from jaxspec.serving.connections import Limits
+from jaxspec.serving.tools import CallReader, calls_text, joined_calls
+from tests.serving import servers, structured
+
+TURN = [{"role": "user", "content": "hello"}]
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+PARAMETERS["properties"]["days"] |= {"minimum": 1, "maximum": 14}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
+CLOCK = {"type": "function", "function": {"name": "clock", "description": "Time now."}}
+TOOLS = [WEATHER, CLOCK]
+
+
+class Person(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=4)
+    age: int = pydantic.Field(ge=0, le=130)
+    role: Literal["cook", "pilot"]
+
+
+@pytest.fixture(scope="module")
+def port():
+    room = dict(room=900, chunk=32)
+    with servers.serve(limits=Limits(), target=structured.target(), **room) as (port, runner):
+        yield port
+        servers.await_idle(runner)
+
+
+@pytest.fixture(scope="module")
+def client(port):
+    url = f"http://127.0.0.1:{port}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as made:
+        yield made
+
+
+def chat(client, **options):
+    options = dict(model="tiny", messages=TURN, temperature=0.0, max_tokens=150) | options
+    return client.chat.completions.create(**options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_schema(client, temperature):
+    """By the client's own reading of a pydantic class."""
+    done = client.chat.completions.parse(
+        model="tiny", messages=TURN, response_format=Person, temperature=temperature, seed=3
+    )
+    found = done.choices[0]
+    assert found.finish_reason == "stop"
+    assert isinstance(found.message.parsed, Person)
+    assert found.message.content == json.dumps(json.loads(found.message.content))
+
+
+def test_a_schema_as_a_stream(client):
+    body = {"type": "json_schema", "json_schema": {"name": "p", "schema": PARAMETERS}}
+    parts = [c.choices[0] for c in chat(client, response_format=body, stream=True)]
+    text = "".join(part.delta.content or "" for part in parts)
+    assert parts[-1].finish_reason == "stop" and json.loads(text)["city"] in ("Rome", "Oslo")
+
+
+def test_any_object(client):
+    text = chat(client, response_format={"type": "json_object"}, max_tokens=9)
+    assert text.choices[0].message.content.startswith("{")
+    assert text.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (dict(response_format={"type": "regex", "pattern": "(ab|c){3}!"}), "(ab|c){3}!"),
+        (dict(structured_outputs={"regex": "[0-9]{4}/a"}), "[0-9]{4}/a"),
+        (dict(guided_regex="[xy]{2,3}"), "[xy]{2,3}"),
+        (dict(structured_outputs={"choice": ['say "a"', "b\\n"]}), r'say "a"|b\\n'),
+        (dict(guided_choice=["left", "right"]), "left|right"),
+        (dict(guided_json=json.dumps({"const": [1, "a"]})), r'\[1, "a"\]'),
+        (dict(structured_outputs={"json": {"type": "boolean"}}), "true|false"),
+    ],
+)
+def test_regular_expressions_and_choices(client, body, expected):
+    done = client.completions.create(
+        model="tiny", prompt="hello", max_tokens=30, seed=1, extra_body=body
+    )
+    assert re.fullmatch(expected, done.choices[0].text)
+    assert done.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
+)
+def test_a_call_that_must_be(client, choice):
+    done = chat(client, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False)
+    found = done.choices[0]
+    assert found.finish_reason == "tool_calls" and found.message.content is None
+    (call,) = found.message.tool_calls
+    assert call.id.startswith("call_") and call.type == "function"
+    if choice != "required":
+        assert call.function.name == "weather"
+    arguments = json.loads(call.function.arguments)
+    assert set(arguments) <= {"city", "days"} if call.function.name == "weather" else True
+
+
+def test_a_call_as_a_stream_equals_the_whole(client):
+    asked = dict(tools=[WEATHER], tool_choice="required", parallel_tool_calls=False)
+    whole = chat(client, **asked).choices[0].message.tool_calls[0].function
+    chunks = [c.choices[0] for c in chat(client, stream=True, **asked)]
+    deltas = [call for c in chunks for call in c.delta.tool_calls or []]
+    assert deltas[0].id and deltas[0].function.name == whole.name == "weather"
+    assert all(d.index == 0 and d.function.name is None for d in deltas[1:])
+    assert "".join(d.function.arguments or "" for d in deltas) == whole.arguments
+    assert len(deltas) > 2 and chunks[-1].finish_reason == "tool_calls"
+    assert not any(c.delta.content for c in chunks)
+
+
+def test_the_model_is_told_of_tools_and_calls(client):
+    """The chat goes on with a call and its result; its prompt has all of them."""
+    call = {"name": "weather", "arguments": '{"city": "Rome"}'}
+    told = [
+        *TURN,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "call_1", "type": "function", "function": call}],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]
+    done = chat(client, messages=told, tools=TOOLS, max_tokens=2)
+    expected = structured.tokenizer().chat(
+        [
+            TURN[0],
+            {"role": "assistant", "content": "", "tool_calls": [
+                {"type": "function", "function": call | {"arguments": {"city": "Rome"}}}
+            ]},
+            {"role": "tool", "content": "sunny"},
+        ],
+        tools=TOOLS,
+    )  # fmt: skip
+    assert done.usage.prompt_tokens == len(expected)
+    without = chat(client, messages=told, tools=TOOLS, tool_choice="none", max_tokens=2)
+    assert without.usage.prompt_tokens < len(expected) - 100
+
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ("no call", True),
+        ("a <tool is no call", True),
+        ("Let me see.\n" + CALL, True),
+        (CALL + "\n" + CALL.replace("Oslo", "Rome"), True),
+        (CALL + " so", False),
+        (CALL.replace("Oslo", "Bonn"), False),
+        (CALL.replace("weather", "other"), False),
+        ("a <tool_call> b", False),
+    ],
+)
+def test_calls_in_free_answers_keep_to_their_schemas(text, fits):
+    schemas = {"weather": PARAMETERS, "clock": {"type": "object"}}
+    matcher = structured.grammars().of(calls_text(schemas, free=True, several=True)).matcher()
+    for token in [*structured.tokenizer().encode(text), 0]:
+        if not matcher.allowed[token // 32] >> (token % 32) & 1:
+            assert not fits
+            return
+        matcher.advance([token])
+    assert fits
+
+
+@pytest.mark.parametrize("step", [1, 3, 7, 1000])
+def test_calls_are_read_from_any_pieces(step):
+    text = "Let me see.\n" + CALL + "\n" + CALL.replace("Oslo", "Rome")
+    reader, said, calls = CallReader(), "", []
+    for at in range(0, len(text), step):
+        more, found = reader.add(text[at : at + step], last=at + step >= len(text))
+        said, calls = said + more, calls + found
+    assert said == "Let me see." and reader.count == 2
+    found = [call["function"] for call in joined_calls(calls)]
+    assert found == [
+        {"name": "weather", "arguments": '{"city": "Oslo"}'},
+        {"name": "weather", "arguments": '{"city": "Rome"}'},
+    ]
+    assert len({call["id"] for call in joined_calls(calls)}) == 2
+
+
+@pytest.mark.parametrize("text", ["a < b", "ends with <tool_", "x\n"])
+def test_what_is_no_call_is_said(text):
+    assert CallReader().add(text, last=True) == (text, [])
+
+
+REGEX = {"type": "regex"}
+REFUSED = [
+    (dict(response_format={"type": "xml"}), "response_format.type is 'xml'"),
+    (dict(response_format={"type": "json_object", "schema": {}}), "response_format.schema"),
+    (dict(response_format=REGEX), "must be a regular expression, not None"),
+    (dict(response_format=REGEX | {"pattern": "(?=a)b"}), "look-around"),
+    (dict(response_format=REGEX | {"pattern": "("}), "unclosed group"),
+    (dict(guided_json={"uniqueItems": True, "type": "array"}), "uniqueItems"),
+    (dict(guided_json="{"), "guided_json is not JSON"),
+    (dict(guided_json={"type": "a"}), "guided_json cannot be kept to"),
+    (dict(guided_json={"$ref": "http://127.0.0.1:1/a"}), "guided_json cannot be kept to"),
+    (dict(structured_outputs={"regex": "a", "json": {}}), "must have one of"),
+    (dict(structured_outputs={"grammar": "a"}), "structured_outputs.grammar"),
+    (dict(guided_regex="a", guided_choice=["a"]), "exclude each other"),
+    (dict(guided_choice=[]), "list of 1 … 1000 texts"),
+    (dict(guided_regex="a", ignore_eos=True), "ignore_eos excludes guided_regex"),
+    (dict(guided_regex="a", min_tokens=1), "min_tokens excludes guided_regex"),
+    (dict(tools=TOOLS, guided_regex="a"), "tools exclude guided_regex"),
+    (dict(tools=[WEATHER, WEATHER]), "tools has 'weather' twice"),
+    (dict(tools=[{"type": "custom"}]), "tools[0].type must be 'function'"),
+    (dict(tools=TOOLS, tool_choice="any"), "tool_choice is 'any'"),
+    (dict(tool_choice="required"), "there are no tools"),
+    (
+        dict(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "a"}}),
+        "tool_choice names 'a'",
+    ),
+    (
+        dict(guided_regex="a", chat_template_kwargs={"enable_thinking": True}),
+        "no room for thoughts",
+    ),
+    (
+        dict(
+            messages=[
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"function": {"name": "a", "arguments": "["}}],
+                }
+            ]
+        ),
+        "arguments is not JSON",
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), REFUSED)
+def test_what_is_refused(port, body, message):
+    assert message in refused(port, body)
+
+
+def refused(port, body) -> str:
+    body = json.dumps(dict(messages=TURN) | body).encode()
+    status, text = servers.post(port, "/v1/chat/completions", body)
+    assert status == 400, text
+    return json.loads(text)["error"]["message"]
+
+
+def nested(depth):
+    return '{"properties":{"a":' * depth + "{}" + "}}" * depth
+
+
+ALLOF = {
+    "allOf": [
+        {"anyOf": [{"properties": {f"k{i}{j}": {}}, "required": [f"k{i}{j}"]} for j in "abcd"]}
+        for i in range(12)
+    ]
+}
+HOSTILE = {
+    "deep": dict(guided_json=nested(2000)),
+    "wide": dict(guided_json={"enum": [f"value {i}" for i in range(20000)]}),
+    "products": dict(guided_json=ALLOF),
+    "circle": dict(guided_json={"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}),
+    "repeats": dict(guided_regex="((a{1000}){1000}){1000}"),
+    "parentheses": dict(guided_regex="(" * 5000 + "a" + ")" * 5000),
+    "alternatives": dict(guided_regex="|".join(f"w{i}" for i in range(40000))),
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_formats_are_refused_in_time(port, body):
+    began = time.monotonic()
+    refused(port, body)
+    assert time.monotonic() - began < 10
