@@ -25,6 +25,7 @@ OPEN, CLOSE = "<tool_call>", "}\n</tool_call>"
 HEAD = re.compile(r'\n\{"name": "([^"]*)", "arguments": ')
 NAME = re.compile("[A-Za-z0-9_-]{1,64}")
 MAX_TOOLS = 128
+NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 ANYTHING = r"""
 lead[lazy]: /(.|\n)*<tool_call>/
 TEXT: /(.|\n)*/ & ~/(.|\n)*<tool_call>(.|\n)*/
@@ -76,7 +77,7 @@ def _tool(tool: Any, where: str) -> tuple[str, dict]:
     if fields.get("type", None) != "function":
         raise BadRequest(f"{where}.type must be 'function'", "tools")
     own = fields.part("function", {"name", "description", "parameters", "strict"})
-    name, schema = own.get("name", None), own.get("parameters", {})
+    name, schema = own.get("name", None), own.get("parameters", NOTHING)
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise BadRequest(f"{where}.function.name must match {NAME.pattern}", "tools")
     if not isinstance(schema, dict):

@@ -72,9 +72,11 @@ def test_a_schema_as_a_stream(client):
 
 
 def test_any_object(client):
-    text = chat(client, response_format={"type": "json_object"}, max_tokens=9)
-    assert text.choices[0].message.content.startswith("{")
-    assert text.choices[0].finish_reason == "length"
+    done = chat(client, response_format={"type": "json_object"}, max_tokens=9)
+    text = done.choices[0].message.content
+    assert text.startswith("{")
+    if done.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_a_call_that_must_be(client, choice):
     if choice != "required":
         assert call.function.name == "weather"
     arguments = json.loads(call.function.arguments)
-    assert set(arguments) <= {"city", "days"} if call.function.name == "weather" else True
+    assert arguments == {} if call.function.name == "clock" else arguments["city"]
 
 
 def test_a_call_as_a_stream_equals_the_whole(client):
