@@ -21,31 +21,15 @@ class ServerMetrics:
 
     def __init__(self, runner: Runner):
         self.registry = registry = CollectorRegistry()
-
-        def gauge(name: str, text: str, read):
-            Gauge(name, text, registry=registry).set_function(read)
-
-        gauge("jaxspec_waiting", "Requests in the queue", lambda: runner.engine.waiting)
-        gauge("jaxspec_running", "Requests being decoded", lambda: runner.engine.running)
-        gauge("jaxspec_healthy", "1 while requests are served", lambda: int(runner.healthy))
-        gauge(
-            "jaxspec_burst_seconds",
-            "Time of the last burst of rounds",
-            lambda: runner.engine.burst_seconds,
-        )
         self._recent: deque[tuple[float, int]] = deque()
-        gauge(
-            "jaxspec_tokens_per_second",
-            f"Tokens decided in the last {WINDOW_SECONDS} seconds, per second",
-            self._tokens_per_second,
-        )
+        self._read_from(runner)
+        runner.on_step = self.step
         self.step_seconds = Histogram(
             "jaxspec_step_seconds",
             "Of one turn of the engine: prompt chunks and a burst of rounds",
             buckets=SECONDS_PER_STEP,
             registry=registry,
         )
-        runner.on_step = self.step
         self.requests = Counter(
             "jaxspec_requests", "Requests by how they ended", ["finish"], registry=registry
         )
@@ -57,12 +41,6 @@ class ServerMetrics:
             "Tokens of prompts that were not run again",
             registry=registry,
         )
-        for i, state in enumerate(("used", "room")):
-            gauge(
-                f"jaxspec_prefix_pages_{state}",
-                "Pages of prompts' prefixes: in use, and that fit",
-                lambda i=i: runner.engine.prefix_pages[i],
-            )
         self.tokens = Counter("jaxspec_tokens", "Tokens generated", registry=registry)
         self.rounds = Counter("jaxspec_rounds", "Rounds, summed over rows", registry=registry)
         self.nodes = Counter("jaxspec_nodes_verified", "Nodes verified", registry=registry)
@@ -90,6 +68,32 @@ class ServerMetrics:
             buckets=SECONDS_PER_TOKEN,
             registry=registry,
         )
+
+    def _read_from(self, runner: Runner) -> None:
+        """What is read when somebody asks."""
+
+        def gauge(name: str, text: str, read):
+            Gauge(name, text, registry=self.registry).set_function(read)
+
+        gauge("jaxspec_waiting", "Requests in the queue", lambda: runner.engine.waiting)
+        gauge("jaxspec_running", "Requests being decoded", lambda: runner.engine.running)
+        gauge("jaxspec_healthy", "1 while requests are served", lambda: int(runner.healthy))
+        gauge(
+            "jaxspec_burst_seconds",
+            "Time of the last burst of rounds",
+            lambda: runner.engine.burst_seconds,
+        )
+        gauge(
+            "jaxspec_tokens_per_second",
+            f"Tokens decided in the last {WINDOW_SECONDS} seconds, per second",
+            self._tokens_per_second,
+        )
+        for i, state in enumerate(("used", "room")):
+            gauge(
+                f"jaxspec_prefix_pages_{state}",
+                "Pages of prompts' prefixes: in use, and that fit",
+                lambda i=i: runner.engine.prefix_pages[i],
+            )
 
     def step(self, seconds: float, tokens: int) -> None:
         """Counts one turn of the engine, and the tokens it decided; by the engine's thread."""
