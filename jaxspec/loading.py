@@ -61,14 +61,16 @@ def load_drafter(
     """A drafter for a target.
 
     Args:
-      spec: "none" (plain decoding), "ngram" (prompt lookup), "small:NAME" (a small model with
-        the same vocabulary, loaded as a target is), "python:MODULE:FUNCTION" (one's own,
+      spec: "none" (plain decoding), "ngram" (prompt lookup), "mtp" (the layer that predicts
+        several tokens in the target's own checkpoint), "small:NAME" (a small model with the
+        same vocabulary, loaded as a target is), "python:MODULE:FUNCTION" (one's own,
         `drafters.registry.Factory`), "shipped" (the trained one that comes with the package,
         for the default target), or the folder or hub name of a trained drafter
-        ("repo::subfolder" too). "+ngram" after one of the last four joins prompt lookup.
+        ("repo::subfolder" too). "+ngram" after one of the last five joins prompt lookup.
       tree: what it drafts; a chain by default.
       nodes: of its tree, root included, in place of `tree`: the kind is then what serves the
-        drafter best, path_conditioned for EAGLE-3 and with a sequential head, else a chain.
+        drafter best, path_conditioned for EAGLE-3, MTP and with a sequential head, else a
+        chain.
       dtype: of the drafter's weights; the target's by default.
       threshold: a chain ends before the first token that the drafter's confidence head gives
         less than this probability of being accepted after those before it; 0 keeps all.
@@ -163,13 +165,31 @@ def _small(name: str, target: Target, *, tree: TreeConfig | None, dtype: str) ->
     return LoadedDrafter(drafter, small.params)
 
 
+def _mtp(
+    argument: str, target: Target, *, tree: TreeConfig | None, dtype: str
+) -> LoadedDrafter:
+    """Factory of "mtp": the layer beside the target's own, in the files it was loaded from."""
+    from jaxspec.checkpoints import mtp
+
+    path = checkpoints.target_path(target.name)
+    return _placed(
+        mtp.load(path, target.config, target.params, tree or TreeConfig(), dtype), target
+    )
+
+
 def _trained(
     name: str, target: Target, *, tree: TreeConfig | None, dtype: str
 ) -> LoadedDrafter:
     """Factory of what is no other name: a trained drafter's folder or hub name."""
-    drafter, params = drafters.load_drafter(
+    loaded = drafters.load_drafter(
         name, target.config, target.params, tree or TreeConfig(), dtype
     )
+    return _placed(loaded, target)
+
+
+def _placed(loaded, target: Target) -> LoadedDrafter:
+    """A drafter and its weights, on the target's devices."""
+    drafter, params = loaded
     with mesh_of(target.params) as mesh:
         return LoadedDrafter(drafter, params if mesh is None else place(mesh, params))
 
@@ -213,3 +233,4 @@ def enable_compilation_cache(folder: str | Path | None = None) -> Path | None:
 
 
 registry.register("small:", _small)
+registry.register("mtp", _mtp)

@@ -40,6 +40,7 @@ from jaxspec.config import TargetConfig, TreeConfig
 from jaxspec.drafters.base import Drafter
 from jaxspec.drafters.block import BlockDrafter, BlockParams
 from jaxspec.drafters.eagle import EagleDrafter, EagleParams
+from jaxspec.drafters.mtp import MtpDrafter
 from jaxspec.drafters.registry import trained
 from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.params import TargetParams
@@ -113,10 +114,15 @@ def save_drafter(
       verifier: the target's hub name or path from the folder, which speculators' format names.
 
     Raises:
-      ValueError: the format cannot express the configuration, the folder is in use, or a weight
+      ValueError: the format cannot express the drafter, the folder is in use, or a weight
         is no finite number or absurdly large.
     """
     folder, config, vocabulary = Path(folder), drafter.config, params.vocabulary
+    if isinstance(drafter, MtpDrafter):
+        raise ValueError(
+            f"{folder} is not written: an MTP layer is part of its target's checkpoint, and no "
+            "drafter's format has a place for it"
+        )
     name = format or default_format(config)
     check_unused(folder)
     codec, dtype = format_of(config, name), np.dtype(params.head.fc.dtype)
@@ -178,7 +184,7 @@ def drafter_folder(name_or_path: str | Path) -> Path:
         raise ValueError(
             f"there is no drafter {name!r}; expected {SHIPPED}, the folder or hub name of a "
             "trained drafter (name::subfolder too), or one that needs no checkpoint: none, "
-            "ngram, small:NAME, python:MODULE:FUNCTION"
+            "ngram, mtp, small:NAME, python:MODULE:FUNCTION"
         )
     if separator and (path.is_absolute() or ".." in path.parts or not path.parts):
         raise ValueError(

@@ -138,11 +138,23 @@ def load(
             f"{config.num_layers} layers: the checkpoint is incomplete or damaged"
         )
     table = target_parts(config, tensors.shapes)
-    parts = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Part))
-    _check(config, tensors, parts)
+    check_tensors(tensors, table, redundant=(LM_HEAD,) if config.tie_embeddings else ())
     if config.tie_embeddings and LM_HEAD in tensors.shapes:
         _check_tied(tensors)
-    specs = abstract_params(config, dtype)
+    return build(tensors, table, abstract_params(config, dtype), mesh)
+
+
+def build(tensors: Tensors, table: Any, specs: Any, mesh: Mesh | None = None) -> Any:
+    """The arrays of a pytree.
+
+    Args:
+      table: in place of every array the `Part`s that make it; checked (`check_tensors`).
+      specs: their shapes and dtypes.
+      mesh: see `load`.
+
+    Raises:
+      ValueError: a tensor holds a value that no weight can have.
+    """
     boxes = (
         jax.tree.map(lambda spec: _boxes(spec, None), specs)
         if mesh is None
@@ -162,7 +174,7 @@ def load(
         total=total, desc="weights", unit="B", unit_scale=True, disable=hidden
     ) as progress:
 
-        def build(spec, local, parts):
+        def array(spec, local, parts):
             shards = {
                 box: _aligned_empty([stop - start for start, stop in box], spec.dtype)
                 for box in local.devices
@@ -172,7 +184,7 @@ def load(
                     progress.update(count * spec.dtype.itemsize)
             return local.join(spec.shape, shards)
 
-        return jax.tree.map(build, specs, boxes, table)
+        return jax.tree.map(array, specs, boxes, table)
 
 
 def check_dtype(dtype) -> np.dtype:
@@ -247,18 +259,18 @@ def target_parts(config: TargetConfig, names: Mapping[str, Any]) -> TargetParams
     return TargetParams(
         embed=(_same(EMBEDDING, c.vocab_size, c.hidden_size),),
         layers=tuple(
-            LayerParams(
-                _delta_net(c, f"model.layers.{i}.")
-                if i in c.delta_layers
-                else _attention(c, f"model.layers.{i}."),
-                _moe(c, f"model.layers.{i}.", names)
-                if i in c.sparse_layers
-                else _mlp(c, f"model.layers.{i}."),
-            )
-            for i in range(c.num_layers)
+            layer_parts(c, i, f"model.layers.{i}.", names) for i in range(c.num_layers)
         ),
-        final_norm=_norm(c, "model.norm.weight", c.hidden_size),
+        final_norm=norm_parts(c, "model.norm.weight", c.hidden_size),
         lm_head=(None if c.tie_embeddings else (_same(LM_HEAD, c.vocab_size, c.hidden_size),)),
+    )
+
+
+def layer_parts(c: TargetConfig, i: int, prefix: str, names: Mapping[str, Any]) -> LayerParams:
+    """Of layer i, whose tensors' names begin with the prefix; `names` as `target_parts`."""
+    return LayerParams(
+        _delta_net(c, prefix) if i in c.delta_layers else _attention(c, prefix),
+        _moe(c, prefix, names) if i in c.sparse_layers else _mlp(c, prefix),
     )
 
 
@@ -269,7 +281,7 @@ def _attention(c: TargetConfig, layer: str) -> AttentionParams:
     queries = c.num_kv_heads * group * c.head_dim
     a = f"{layer}self_attn."
     return AttentionParams(
-        norm=_norm(c, f"{layer}input_layernorm.weight", width),
+        norm=norm_parts(c, f"{layer}input_layernorm.weight", width),
         qkv=(  # [M, K, G + 2, D]
             Part(f"{a}q_proj.weight", (queries, width), np.s_[:, :, :group], (1, 2, 3, 0)),
             Part(f"{a}k_proj.weight", (keys, width), np.s_[:, :, group], (1, 2, 0)),
@@ -284,8 +296,8 @@ def _attention(c: TargetConfig, layer: str) -> AttentionParams:
             if c.attention_bias
             else None
         ),
-        q_norm=_norm(c, f"{a}q_norm.weight", c.head_dim) if c.qk_norm else None,
-        k_norm=_norm(c, f"{a}k_norm.weight", c.head_dim) if c.qk_norm else None,
+        q_norm=norm_parts(c, f"{a}q_norm.weight", c.head_dim) if c.qk_norm else None,
+        k_norm=norm_parts(c, f"{a}k_norm.weight", c.head_dim) if c.qk_norm else None,
         out=(  # [K, G, D, M]
             Part(
                 f"{a}o_proj.weight",
@@ -327,7 +339,7 @@ def _delta_net(c: TargetConfig, layer: str) -> DeltaNetParams:
         )
     taps = f"{a}conv1d.weight", (channels, 1, d.taps)
     return DeltaNetParams(
-        norm=_norm(c, f"{layer}input_layernorm.weight", width),
+        norm=norm_parts(c, f"{layer}input_layernorm.weight", width),
         inputs=inputs,
         convolution=(  # [J, C, taps]
             Part(*taps, np.s_[:, :k], (0, 1, 2), rows=(0, keys)),
@@ -344,7 +356,7 @@ def _delta_net(c: TargetConfig, layer: str) -> DeltaNetParams:
 
 def _mlp(c: TargetConfig, layer: str) -> MlpParams:
     return MlpParams(
-        norm=_norm(c, f"{layer}post_attention_layernorm.weight", c.hidden_size),
+        norm=norm_parts(c, f"{layer}post_attention_layernorm.weight", c.hidden_size),
         **_swiglu(f"{layer}mlp.", c.hidden_size, c.intermediate_size),
     )
 
@@ -382,7 +394,7 @@ def _moe(c: TargetConfig, layer: str, names: Mapping[str, Any]) -> MoeParams:
         parts = _swiglu(f"{layer}mlp.shared_expert.", width, c.shared_expert_size)
         shared = SharedExpertParams(gate=(gate,), **parts)
     return MoeParams(
-        norm=_norm(c, f"{layer}post_attention_layernorm.weight", width),
+        norm=norm_parts(c, f"{layer}post_attention_layernorm.weight", width),
         router=(Part(f"{layer}mlp.gate.weight", (experts, width), np.s_[...], (1, 0)),),
         gate_up=gate_up,
         down=down,
@@ -390,7 +402,7 @@ def _moe(c: TargetConfig, layer: str, names: Mapping[str, Any]) -> MoeParams:
     )
 
 
-def _norm(c: TargetConfig, name: str, size: int) -> tuple[Part]:
+def norm_parts(c: TargetConfig, name: str, size: int) -> tuple[Part]:
     """A norm's weights, which some models store less one."""
     return (dataclasses.replace(_same(name, size), offset=float(c.zero_centered_norms)),)
 
@@ -400,7 +412,14 @@ def _same(name: str, *shape: int) -> Part:
     return Part(name, shape, np.s_[...], tuple(range(len(shape))))
 
 
-def _check(config: TargetConfig, tensors: Tensors, parts: list[Part]) -> None:
+def check_tensors(tensors: Tensors, table: Any, redundant: Sequence[str] = ()) -> None:
+    """Raises ValueError unless a checkpoint has the tensors of a table, and no others.
+
+    Args:
+      redundant: others that it may have: they repeat what is known. Precomputed rotary
+        frequencies do too.
+    """
+    parts = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Part))
     expected = {part.name: part.shape for part in parts}
     missing = [name for name in expected if name not in tensors.shapes]
     if missing:
@@ -414,8 +433,9 @@ def _check(config: TargetConfig, tensors: Tensors, parts: list[Part]) -> None:
                 f"{tensors.origin}: tensor '{name}' has shape {tensors.shapes[name]}; its "
                 f"configuration says {shape}"
             )
-    unknown = [name for name in tensors.shapes if name not in expected]
-    unknown = [name for name in unknown if not _redundant(config, name)]
+    known = {*expected, *redundant}
+    unknown = [name for name in tensors.shapes if name not in known]
+    unknown = [name for name in unknown if not name.endswith("rotary_emb.inv_freq")]
     if unknown:
         raise ValueError(
             f"{tensors.origin}: tensor '{unknown[0]}'{_more(unknown)} has no place in the "
@@ -455,12 +475,6 @@ def _check_tied(tensors: Tensors) -> None:
             f"'{EMBEDDING}'; set the key to false if the head was trained apart, or remove "
             "the tensor"
         )
-
-
-def _redundant(config: TargetConfig, name: str) -> bool:
-    """Tensors that repeat what is known: a tied head, precomputed rotary frequencies."""
-    tied = config.tie_embeddings and name == LM_HEAD
-    return tied or name.endswith("rotary_emb.inv_freq")
 
 
 def _more(names: list[str]) -> str:

@@ -140,7 +140,7 @@ def load_params(
     if not (folder / WEIGHTS).exists():
         tensors = open_weights(folder)
         if config.delta_net is not None:
-            tensors = hybrid.TextTensors(tensors)
+            tensors = hybrid.text_tensors(tensors)
         return fuse.load(config, tensors, dtype, mesh)
     from jaxspec.checkpoints.store import load_weights  # Orbax takes seconds to import
 

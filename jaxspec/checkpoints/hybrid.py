@@ -1,12 +1,12 @@
 """Hybrid targets as Hugging Face packs them: Qwen3.5 and its successors, Qwen3-Next.
 
-Qwen3.5's files hold a multimodal model, and a head that predicts several tokens. Of these only
-the text model is read.
+Qwen3.5's files hold a multimodal model, of which the text model is read, and a layer that
+predicts several tokens, which is a drafter (`checkpoints.mtp`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxspec.checkpoints.fuse import Box, Tensors
@@ -19,7 +19,7 @@ SPARSE = ("qwen3_5_moe", "qwen3_5_moe_text")
 NEXT = "qwen3_next"
 MODEL_TYPES = (*DENSE, *SPARSE, NEXT)
 NESTED, PLAIN = "model.language_model.", "model."
-OTHERS = ("mtp.", "model.mtp.", "model.visual.")  # prediction heads and the vision tower
+PREDICTORS, VISION = ("mtp.", "model.mtp."), "model.visual."
 
 # Beside the text model's configuration: ids of images and videos, and what reads them.
 MULTIMODAL = (
@@ -112,23 +112,39 @@ def _rotary_dim(text: JsonConfig) -> int:
     return int(size)
 
 
-class TextTensors:
-    """The text model's tensors among a multimodal model's, by their plain names.
+class NamedTensors:
+    """Some of a checkpoint's tensors, by names of our own.
 
     Attributes:
       origin, shapes: as in `Tensors`.
     """
 
-    def __init__(self, tensors: Tensors):
-        self.origin, self._tensors = tensors.origin, tensors
-        self._names = {
-            name.replace(NESTED, PLAIN, 1) if name.startswith(NESTED) else name: name
-            for name in tensors.shapes
-            if not name.startswith(OTHERS)
-        }
-        self.shapes = {name: tensors.shapes[own] for name, own in self._names.items()}
+    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
+        self.origin, self._tensors, self._names = tensors.origin, tensors, names
+        self.shapes = {name: tensors.shapes[own] for name, own in names.items()}
 
     def pieces(
         self, name: str, shape: tuple[int, ...], box: Box, skip: int = 0
     ) -> Iterator[tuple[Box, Any]]:
         return self._tensors.pieces(self._names[name], shape, box, skip)
+
+
+def text_tensors(tensors: Tensors) -> NamedTensors:
+    """The text model's tensors among a multimodal model's, by their plain names."""
+    names = {
+        name.replace(NESTED, PLAIN, 1) if name.startswith(NESTED) else name: name
+        for name in tensors.shapes
+        if not name.startswith((*PREDICTORS, VISION))
+    }
+    return NamedTensors(tensors, names)
+
+
+def predictor_tensors(tensors: Tensors) -> NamedTensors:
+    """Tensors of the prediction layers, by names that begin with "mtp."."""
+    names = {
+        PREDICTORS[0] + name.removeprefix(prefix): name
+        for prefix in PREDICTORS
+        for name in tensors.shapes
+        if name.startswith(prefix)
+    }
+    return NamedTensors(tensors, names)

@@ -50,10 +50,10 @@ class DrafterOptions:
     """The drafter, which proposes tokens, and the shape of its trees."""
 
     drafter: str | None = None
-    """none (plain decoding) | ngram (prompt lookup) | small:NAME (a small model with the same
-    vocabulary) | shipped | folder or hub name of a trained drafter (repo::subfolder too). The
-    last three may be joined with prompt lookup: shipped+ngram, which is the default for the
-    default target; for others it is ngram."""
+    """none (plain decoding) | ngram (prompt lookup) | mtp (the layer for it in the target's own
+    checkpoint) | small:NAME (a small model with the same vocabulary) | shipped | folder or hub
+    name of a trained drafter (repo::subfolder too). The last four may be joined with prompt
+    lookup: shipped+ngram, the default for the default target; for others it is ngram."""
     tree: TreeKind | None = None
     """How a tree is grown from the drafter's scores; by default path_conditioned for drafters
     with a sequential head, and chain for others."""

@@ -30,8 +30,9 @@ class Plan:
     target: str
     """Qwen3's hub name or preset, smollm2-135m, a folder with a config.json, or a GGUF file."""
     drafter: str = "published"
-    """published (DFlash's and JetSpec's proportions) | none | ngram | folder of a trained
-    drafter. The first and the last may be joined with prompt lookup: published+ngram."""
+    """published (DFlash's and JetSpec's proportions) | none | ngram | mtp (the layer for it in
+    checkpoints of hybrids) | folder of a trained drafter. All but none and ngram may be joined
+    with prompt lookup: published+ngram."""
     tree: TreeKind = "best_first"
     width: int = 4
     """Children per expanded node (best_first) or per tabulated parent (transitions)."""
@@ -76,6 +77,7 @@ class Plan:
     def _drafter(self, target):
         from jaxspec.config import TreeConfig
         from jaxspec.drafters.joined import beside_lookup
+        from jaxspec.drafters.mtp import mtp_config
         from jaxspec.drafters.ngram import PromptLookup
         from jaxspec.drafters.plain import Plain
         from jaxspec.drafters.registry import LOOKUP_TOO, of_config
@@ -89,6 +91,8 @@ class Plan:
         name = self.drafter.removesuffix(LOOKUP_TOO)
         if name == "published":
             config = published_drafter(target)
+        elif name == "mtp":
+            config = mtp_config(target)
         else:
             from jaxspec.checkpoints.drafters import read_drafter_config
 

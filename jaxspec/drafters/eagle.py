@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, Drafter
-from jaxspec.drafters.eagle_head import EagleConfig
+from jaxspec.drafters.eagle_head import EagleConfig, EagleHead
 from jaxspec.drafters.head import Vocabulary
 from jaxspec.drafters.rollout import Choose, SampledChain, draw, greedy, tempered
 from jaxspec.drafters.weights import abstract_weights, bind
@@ -31,10 +31,10 @@ from pallas_kernels.tree_attention import tree_attention
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EagleParams:
-    """What an EAGLE-3 drafter reads.
+    """What an EAGLE-3 drafter reads, or an MTP layer.
 
     Attributes:
-      head: its own weights (`weights.abstract_weights`).
+      head: its own weights (`weights.abstract_weights`, `mtp.abstract_mtp`).
       vocabulary: embedding and LM head, the target's or its own, and which tokens are drafted.
     """
 
@@ -154,6 +154,10 @@ class EagleDrafter(Drafter):
     def with_tree(self, tree: TreeConfig) -> EagleDrafter:
         return dataclasses.replace(self, tree=tree)
 
+    def head(self, params: EagleParams) -> EagleHead:
+        """The network with its weights."""
+        return bind(self.config, params.head)
+
     def abstract_params(self, target: TargetParams) -> EagleParams:
         weights = abstract_weights(self.config, target.embed.dtype)
         return jax.eval_shape(eagle_params, weights, target)
@@ -178,7 +182,7 @@ class EagleDrafter(Drafter):
         self, params: EagleParams, state: EagleState, committed: Committed
     ) -> EagleState:
         """Runs the pairs whose tokens are committed: those before `position + count - 1`."""
-        head, position = bind(self.config, params.head), committed.position
+        head, position = self.head(params), committed.position
         batch, count = committed.tokens.shape
         own = head.fuse(committed.features)
         # C features have C - 1 tokens after them here; the pair before them is complete now,
@@ -325,7 +329,7 @@ class EagleDrafter(Drafter):
         self, params: EagleParams, state: EagleState, position, level: _Level, slot: jax.Array
     ) -> tuple[jax.Array, jax.Array, _Level]:
         """Runs a level's rows: logits [B, F, V'], next features [B, F, M], and their rows."""
-        head = bind(self.config, params.head)
+        head = self.head(params)
         batch, frontier = level.tokens.shape
         count = self.depth * frontier
         first, last = slot * frontier, jnp.maximum(position - 1, 0)

@@ -18,6 +18,7 @@ from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.drafters.eagle import EagleDrafter, eagle_params
 from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.drafters.joined import with_lookup
+from jaxspec.drafters.mtp import MtpConfig, MtpDrafter
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.models.params import TargetParams
@@ -72,11 +73,12 @@ def python(argument, target, *, tree, dtype):
 TRAINED = {
     DrafterConfig: (BlockDrafter, block_params),
     EagleConfig: (EagleDrafter, eagle_params),
+    MtpConfig: (MtpDrafter, eagle_params),
 }
 NAMES: dict[str, Factory] = {"none": none, "ngram": ngram, "python:": python}
 
 
-def of_config(config: DrafterConfig | EagleConfig, tree: TreeConfig) -> Drafter:
+def of_config(config: DrafterConfig | EagleConfig | MtpConfig, tree: TreeConfig) -> Drafter:
     """The drafter that a trained one's configuration describes."""
     return TRAINED[type(config)][0](config, tree)
 

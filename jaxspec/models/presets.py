@@ -121,6 +121,9 @@ PRESETS |= {
     "qwen3.5-9b": _hybrid(4096, 12_288, 32, 16, 4, 32),
     "qwen3.5-27b": _HYBRID_27B,
     "qwen3.5-35b-a3b": _HYBRID_35B,
+    "qwen3.5-122b-a10b": _hybrid_sparse(
+        3072, 48, 32, 2, 64, experts=256, per_token=8, expert_width=1024
+    ),
     "qwen3.5-397b-a17b": _hybrid_sparse(
         4096, 60, 32, 2, 64, experts=512, per_token=10, expert_width=1024
     ),

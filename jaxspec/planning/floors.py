@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxspec.config import DrafterConfig
+from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.drafters.eagle import EagleDrafter
 from jaxspec.drafters.eagle_head import EagleConfig
+from jaxspec.drafters.mtp import MtpConfig
 from jaxspec.drafters.weights import abstract_weights
-from jaxspec.models.params import DeltaNetParams, MoeParams, abstract_params
+from jaxspec.models.params import DeltaNetParams, LayerParams, MoeParams, abstract_params
 from jaxspec.models.state import init_states
 from jaxspec.planning.setup import DTYPE, Setup
 from pallas_kernels.h100.target import BYTES_PER_SECOND, FLOPS_PER_SECOND
@@ -49,21 +50,8 @@ def target_floor(setup: Setup, tokens: int, *, predicted: int | None = None) -> 
     vocabulary = math.prod(params.unembed.shape)
     size, values = _bytes(params.unembed), 0.0
     for layer in params.layers:
-        size += _bytes(layer.attention)
-        if isinstance(layer.attention, DeltaNetParams):
-            values += _values((layer.attention.inputs, layer.attention.output))
-        else:
-            values += _values((layer.attention.qkv, layer.attention.out))
-        if isinstance(layer.mlp, MoeParams):
-            experts = (layer.mlp.gate_up, layer.mlp.down)
-            reached = min(1.0, tokens * c.experts_per_token / c.num_experts)
-            always = (layer.mlp.router, layer.mlp.shared)
-            size += _bytes((layer.mlp.norm, always)) + reached * _bytes(experts)
-            values += _values(always)
-            values += _values(experts) * c.experts_per_token / c.num_experts
-        else:
-            size += _bytes(layer.mlp)
-            values += _values((layer.mlp.gate_up, layer.mlp.down))
+        read, multiplied = _layer_work(c, layer, tokens)
+        size, values = size + read, values + multiplied
     size += sum(state_bytes(setup))
     layers = len(c.attention_layers)
     attention = 4 * tokens * c.num_heads * c.head_dim * setup.context * layers
@@ -72,6 +60,23 @@ def target_floor(setup: Setup, tokens: int, *, predicted: int | None = None) -> 
         attention += 4 * tokens * len(d.layers) * d.value_heads * d.key_dim * d.value_dim
     products = 2 * (tokens * values + (predicted or tokens) * vocabulary)
     return Floor(size / setup.devices, (products + attention) / setup.devices)
+
+
+def _layer_work(c: TargetConfig, layer: LayerParams, tokens: int) -> tuple[float, float]:
+    """Bytes of a layer's weights that so many tokens read, and values that each multiplies."""
+    attention, mlp = layer.attention, layer.mlp
+    size = _bytes(attention)
+    if isinstance(attention, DeltaNetParams):
+        values = _values((attention.inputs, attention.output))
+    else:
+        values = _values((attention.qkv, attention.out))
+    if not isinstance(mlp, MoeParams):
+        return size + _bytes(mlp), values + _values((mlp.gate_up, mlp.down))
+    experts, always = (mlp.gate_up, mlp.down), (mlp.router, mlp.shared)
+    reached = min(1.0, tokens * c.experts_per_token / c.num_experts)
+    size += _bytes((mlp.norm, always)) + reached * _bytes(experts)
+    values += _values(always) + _values(experts) * c.experts_per_token / c.num_experts
+    return size, values
 
 
 def draft_floor(setup: Setup) -> Floor:
@@ -94,12 +99,17 @@ def draft_floor(setup: Setup) -> Floor:
 def _eagle_floor(setup: Setup, drafter: EagleDrafter) -> Floor:
     """Every level reads the layer, the LM head and the cache once more."""
     c = drafter.config
-    weights = abstract_weights(c, DTYPE)
+    weights = drafter.abstract_params(abstract_params(setup.target, DTYPE)).head
+    rows = setup.batch * (1 if drafter.tree.kind == "chain" else drafter.tree.candidates)
+    if isinstance(c, MtpConfig):
+        read, multiplied = _layer_work(c.layer, weights.layer, rows)
+        read, multiplied = read + _bytes(weights.fc), multiplied + _values(weights.fc)
+    else:
+        read, multiplied = _bytes(weights), _values(weights)
     head = c.vocab_size * c.hidden_size
-    size = _bytes(weights) + head * jnp.dtype(DTYPE).itemsize
+    size = read + head * jnp.dtype(DTYPE).itemsize
     size += setup.batch * _row_bytes(c) * setup.context
-    rows = 1 if drafter.tree.kind == "chain" else drafter.tree.candidates
-    flops = 2 * setup.batch * rows * (_values(weights) + head)
+    flops = 2 * rows * (multiplied + head)
     return Floor(drafter.depth * size / setup.devices, drafter.depth * flops / setup.devices)
 
 
@@ -120,7 +130,7 @@ def state_bytes(setup: Setup) -> list[int]:
     return [_bytes(x) for x in jax.tree.leaves(jax.eval_shape(make))]
 
 
-def _row_bytes(c: DrafterConfig | EagleConfig) -> int:
+def _row_bytes(c: DrafterConfig | EagleConfig | MtpConfig) -> int:
     """Of keys and values of one token."""
     return 2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(DTYPE).itemsize
 

@@ -1,5 +1,7 @@
 """Hybrids in float32 against PyTorch's transformers, through checkpoints it saved."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,10 @@ import pytest
 
 from jaxspec import checkpoints
 from jaxspec.api import generate
+from jaxspec.config import TreeConfig
+from jaxspec.drafters.base import Committed
+from jaxspec.drafters.rollout import greedy
+from jaxspec.loading import load_drafter, load_target
 from jaxspec.models import delta_net as ours
 from jaxspec.trees.tree import causal_bits
 from tests import tiny
@@ -168,3 +174,55 @@ def test_the_state_after_4000_tokens_is_as_exact_as_theirs():
         return np.abs(np.asarray(memory) - exact).max() / np.abs(exact).max()
 
     assert error(found.memory[0]) < max(1.5 * error(theirs), 1e-6)
+
+
+def test_an_mtp_layer_is_their_layer_after_norms_and_a_product(tmp_path):
+    """Checkpoints hold it and transformers leaves it out: it is made of their modules here."""
+    import torch
+    from safetensors.numpy import load_file, save_file
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as theirs
+
+    model = random_case("qwen3.5")
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers, config.layer_types = 1, ["full_attention"]
+    width, eps = config.hidden_size, config.rms_norm_eps
+    parts = torch.nn.ModuleDict(
+        dict(
+            trunk=theirs.Qwen3_5TextModel(config),
+            fc=torch.nn.Linear(2 * width, width, bias=False),
+            pre_fc_norm_embedding=theirs.Qwen3_5RMSNorm(width, eps),
+            pre_fc_norm_hidden=theirs.Qwen3_5RMSNorm(width, eps),
+        )
+    )
+    with_random_weights(parts, center_of_norms=0.0)
+    model.save_pretrained(tmp_path)
+    own = {
+        f"mtp.{name.removeprefix('trunk.')}": x.numpy()
+        for name, x in parts.state_dict().items()
+        if "embed_tokens" not in name
+    }
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | own, file, metadata={"format": "pt"})
+    target = load_target(tmp_path)
+    loaded = load_drafter("mtp", target, tree=TreeConfig("chain", 4))
+
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 12).tolist()
+    with torch.no_grad():
+        features = model.model(torch.tensor([tokens[:-1]])).last_hidden_state
+        taps = jnp.asarray(features.numpy())
+        committed = Committed(jnp.array([tokens[:-1]]), taps, *jnp.array([[0], [11]]))
+        state = loaded.drafter.init(loaded.params, 1, 16)
+        state = loaded.drafter.observe(loaded.params, state, committed)
+        anchor, position = jnp.array([tokens[-1]]), jnp.array([11])
+        chosen, laws = loaded.drafter.rollout(loaded.params, state, anchor, position, greedy)
+        following = tokens[1:]
+        for step in range(3):
+            embedded = model.model.embed_tokens(torch.tensor([following]))
+            pair = parts.pre_fc_norm_embedding(embedded), parts.pre_fc_norm_hidden(features)
+            joined = parts.fc(torch.cat(pair, dim=-1))
+            hidden = parts.trunk(inputs_embeds=joined).last_hidden_state
+            expected = model.lm_head(hidden[0, -1]).numpy()
+            np.testing.assert_allclose(laws[0, step], expected, atol=TOLERANCE, rtol=0)
+            following = [*following, int(expected.argmax())]
+            features = torch.cat([features, hidden[:, -1:]], dim=1)
+    assert chosen[0].tolist() == following[-3:]

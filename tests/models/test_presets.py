@@ -15,7 +15,9 @@ The hub could not be reached where this was written. Sources, all read in Novemb
   audit     an inventory of the config.json of Qwen3.5-35B-A3B and Qwen3.6-35B-A3B
   fixture   config.json of Qwen3.8-27B in another engine's tests
   slime     THUDM/slime, scripts/models/qwen3.5-*.sh; value heads of 397B are of its card
-For Qwen3.5-122B-A10B no config was found, so it has no preset.
+  shapes    a table of config.json values of the released hybrids, and a check of them that
+            names the revision of Qwen3.5-122B-A10B's; its value heads follow from the 122.1
+            billion parameters that a third table counts (32 in place of 64 would make 120.8)
 For Qwen3-4B-2507 a yml of maxtext says rope_theta 1e6; slime and the page say 5e6.
 """
 
@@ -144,6 +146,7 @@ PUBLISHED |= {
     "qwen3.5-9b": hybrid(4096, 32, 16, 4, 32, intermediate_size=12288),  # t
     "qwen3.5-27b": hybrid(5120, 64, 24, 4, 48, intermediate_size=17408),  # slime
     "qwen3.5-35b-a3b": hybrid(2048, 40, 16, 2, 32, **experts(256, 8, 512)),  # slime, audit
+    "qwen3.5-122b-a10b": hybrid(3072, 48, 32, 2, 64, **experts(256, 8, 1024)),  # shapes
     "qwen3.5-397b-a17b": hybrid(4096, 60, 32, 2, 64, **experts(512, 10, 1024)),  # slime
     "qwen3.6-27b": hybrid(5120, 64, 24, 4, 48, intermediate_size=17408, **SWISH),  # config
     "qwen3.6-35b-a3b": hybrid(2048, 40, 16, 2, 32, **experts(256, 8, 512)),  # audit
@@ -196,6 +199,7 @@ def is_about(value: int, text: str) -> bool:
         ("qwen3.5-9b", 8.8, 9.2),  # llama.cpp, which reads the text model alone: 8.95
         ("qwen3.5-27b", 26.5, 27.4),
         ("qwen3.5-35b-a3b", 34.0, 35.5),
+        ("qwen3.5-122b-a10b", 122.05, 122.15),
         ("qwen3.5-397b-a17b", 394, 398),
     ],
 )

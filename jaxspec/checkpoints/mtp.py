@@ -1,0 +1,71 @@
+"""Multi-token prediction layers, read from their target's own checkpoint as its drafter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxspec.checkpoints.fuse import Part, build, check_dtype, check_tensors, layer_parts
+from jaxspec.checkpoints.fuse import norm_parts as norm
+from jaxspec.checkpoints.huggingface import WEIGHTS
+from jaxspec.checkpoints.hybrid import predictor_tensors
+from jaxspec.checkpoints.quantised import open_weights
+from jaxspec.config import TargetConfig, TreeConfig
+from jaxspec.drafters.eagle import EagleParams, eagle_params
+from jaxspec.drafters.mtp import MtpConfig, MtpDrafter, MtpWeights, abstract_mtp, mtp_config
+from jaxspec.models.params import TargetParams
+
+LAYER = "mtp.layers.0."
+REMEDY = (
+    "draft with 'mtp' where the target is a published checkpoint of Qwen3.5, 3.6, 3.8 or "
+    "Qwen3-Next, or with another drafter"
+)
+
+
+def load(
+    path: Path, target: TargetConfig, params: TargetParams, tree: TreeConfig, dtype
+) -> tuple[MtpDrafter, EagleParams]:
+    """The drafter inside a target's checkpoint.
+
+    Args:
+      path: of the target's folder, as published.
+      tree: what it shall draft.
+      dtype: of its weights in memory.
+
+    Raises:
+      ValueError: the checkpoint has no MTP layer, or several, or is damaged.
+    """
+    dtype = check_dtype(dtype)
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file, which holds no MTP layer; {REMEDY}")
+    if (path / WEIGHTS).exists():
+        raise ValueError(f"{path} was converted, which leaves MTP layers out; {REMEDY}")
+    tensors = predictor_tensors(open_weights(path))
+    if not tensors.shapes:
+        raise ValueError(f"{path} has no tensor 'mtp.…', so no MTP layer; {REMEDY}")
+    further = next((name for name in tensors.shapes if name.startswith("mtp.layers.1.")), None)
+    if further is not None:
+        raise ValueError(
+            f"{path}: tensor '{further}' is of a second MTP layer; expected one, which is run "
+            "again for every token"
+        )
+    config = mtp_config(target)
+    table = mtp_parts(config, tensors.shapes)
+    check_tensors(tensors, table)
+    weights = build(tensors, table, abstract_mtp(config, dtype))
+    return MtpDrafter(config, tree), eagle_params(weights, params)
+
+
+def mtp_parts(config: MtpConfig, names) -> MtpWeights:
+    """`MtpWeights` with, in place of every array, the `Part`s that make it.
+
+    Args:
+      names: see `fuse.target_parts`.
+    """
+    c, width = config.layer, config.hidden_size
+    return MtpWeights(
+        token_norm=norm(c, "mtp.pre_fc_norm_embedding.weight", width),
+        feature_norm=norm(c, "mtp.pre_fc_norm_hidden.weight", width),
+        fc=(Part("mtp.fc.weight", (width, 2 * width), ..., (1, 0)),),
+        layer=layer_parts(c, 0, LAYER, names),
+        norm=norm(c, "mtp.norm.weight", width),
+    )
