@@ -32,6 +32,7 @@ ARROWS = {
     "answer_text": "tokenizer",
     "data": "models tokenizer",
     "dtypes": "checkpoints",
+    "kept_curves": "decoding dtypes",
     "loading": "checkpoints config drafters dtypes models settings sharding",
     "pace": "decoding drafters dtypes models prompts settings",
     "prompts": "data decoding models",
@@ -48,7 +49,7 @@ ARROWS = {
     " prompts serving settings sharding tokenizer trees",
     "check": "api config decoding drafters evaluation models prompts training trees",
     "cli": "jaxspec api check checkpoints config data decoding doctor drafters dtypes"
-    " evaluation interrupts loading"
+    " evaluation interrupts kept_curves loading"
     " models planning prompts results serving sharding training pallas_kernels.h100",
     "doctor": "checkpoints dtypes settings",
     "jaxspec": "",  # its names are imported on first use

@@ -17,8 +17,9 @@ from jaxspec.cli.options import DrafterOptions, Dtype, chosen_dtype, target_name
 class Serve:
     """Serve a model over an OpenAI-compatible HTTP API, with speculative decoding.
 
-    Needs the extra 'serve'. At start every program is compiled and, for the adaptive schedule,
-    the time of a round of every size is measured (or read from --curve).
+    Needs the extra 'serve'. It answers as soon as one request at a time can be; the programs of
+    larger batches are compiled beside it, and for the adaptive schedule the time of a round of
+    every size is measured while there are no requests, once for a setup.
 
     Examples:
       python -m jaxspec serve
@@ -64,7 +65,8 @@ class Serve:
     rejection: bool = False
     """Draw chains from a trained drafter and verify them by rejection sampling."""
     curve: Path | None = None
-    """Step times: read if the file is there, measured and written if not."""
+    """File of step times: read if it is there, written once they are measured. By default they
+    are kept in the cache."""
     api_key: str | None = None
     """What requests must bring, as Authorization: Bearer KEY; by default the environment's
     JAXSPEC_API_KEY, else none. /health and /ready need none."""
@@ -90,6 +92,7 @@ class Serve:
             ) from error
         import jaxspec
         from jaxspec.decoding.curve import Curve
+        from jaxspec.kept_curves import keep_curve, kept_curve
         from jaxspec.serving.runner import Runner
 
         self._check()
@@ -110,14 +113,14 @@ class Serve:
         target = jaxspec.load_target(target_path, dtype=chosen_dtype(self.dtype))
         check_servable(target)
         engine = self._engine(target, curve)
-        print("compiling and measuring …", flush=True)
-        engine.warm_up()
-        if engine.curve is not None and not stored and self.curve is not None:
-            engine.curve.save(self.curve)
+        if self.curve is None and (kept := kept_curve(engine.setup())) is not None:
+            engine.use(kept)
+        print("compiling …", flush=True)
+        engine.open()
         host, port = bound.getsockname()[:2]
         names = self._names(target_path)
         http = server(
-            Runner(engine),
+            Runner(engine, keep_curve if self.curve is None else self._save),
             names=names,
             host=self.host,
             port=port,
@@ -130,6 +133,9 @@ class Serve:
             print(f"watch its trees on http://{host}:{port}/", flush=True)
         http.run([bound])
         return 0
+
+    def _save(self, curve) -> None:
+        curve.save(self.curve)
 
     def _check(self) -> None:
         if not 0 <= self.port < 2**16:

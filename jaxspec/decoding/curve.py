@@ -21,6 +21,7 @@ from jaxspec.models.target import Target
 # A staircase whose slowest size takes less than this times its fastest has no step. One number
 # of rows may have such a one, where weights take longer to read than nodes to multiply.
 FLAT = 1.02
+NODES_AS_ROUND = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +151,20 @@ def measure(
     Takes each step's minimum over interleaved repeats: interference only adds time, and a
     machine that is slow for a while then affects all curves alike.
     """
-    found = [{name: turn() for name, turn in turns.items()} for _ in range(repeats)]
-    return {name: np.min([own[name] for own in found], axis=0).tolist() for name in turns}
+    return least([{name: turn() for name, turn in turns.items()} for _ in range(repeats)])
+
+
+def least(found: Sequence[Mapping[int, Sequence[float]]]) -> dict[int, list[float]]:
+    """The least seconds of every step of several repeats of `measure`."""
+    return {name: np.min([own[name] for own in found], axis=0).tolist() for name in found[0]}
+
+
+def guessed(sizes: tuple[VerifySize, ...]) -> StepTimes:
+    """Step times until some are measured: all that does not grow with the nodes of a round
+    takes as long as `NODES_AS_ROUND` of them."""
+    totals, per_row = ([getattr(s, n) for s in sizes] for n in ("total", "per_row"))
+    seconds = 1 + np.array(totals, np.float32) / NODES_AS_ROUND
+    return StepTimes(np.array(totals, np.int32), np.array(per_row, np.int32), seconds)
 
 
 def only(sizes: tuple[VerifySize, ...], chosen: int) -> StepTimes:

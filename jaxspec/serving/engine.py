@@ -16,8 +16,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxspec.decoding.budget import StepTimes
-from jaxspec.decoding.curve import Curve, only
+from jaxspec.decoding.curve import Curve, guessed, least
 from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.requests import stop_ids_of
 from jaxspec.decoding.schedule import MAX_SIZES, Batch
@@ -28,12 +27,14 @@ from jaxspec.drafters.plain import PLAIN
 from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.grammars import Matcher
+from jaxspec.serving.memory import trim_memory
 from jaxspec.serving.prefix_cache import Page
 from jaxspec.serving.programs import Programs
 from jaxspec.serving.requests import QueueFull, Request, TokenLogProb, Update, read_logprobs
 from jaxspec.serving.rows import move_rows, place_row, recent_logprobs, recent_tokens, stop_rows
 
 SHRINK_AFTER = 8  # rounds with too many rows
+REPEATS = 10  # of every size, when step times are measured
 
 
 @dataclasses.dataclass
@@ -92,7 +93,8 @@ class Engine:
 
     Attributes:
       config, target, drafter: as given.
-      curve: step times, measured or given; None until `warm_up`, and with a fixed schedule.
+      curve: step times, measured or given; None until they are, and with a fixed schedule.
+        Without them the schedule guesses.
       burst_seconds: of the last burst of rounds.
       rounds_by_size: rounds so far with the first, second, … verify size of their batch.
     """
@@ -109,14 +111,12 @@ class Engine:
         self.target, self.drafter = target, drafter
         self.config = config.resolved(target.config, drafter.drafter.size)
         self._programs = Programs(target, drafter, self.config)
-        self.curve = curve
-        self._times: dict[int, StepTimes] | None = None
+        self.curve: Curve | None = None
+        self._times = {rows: guessed(own) for rows, own in self._programs.sizes.items()}
+        self._known = not self._programs.adaptive
+        self._turns: list[dict[int, list[float]]] = []  # of `measure`
         if curve is not None:
-            curve.check(self.setup())
-            self._times = self._staircases(curve)
-        elif not self._programs.adaptive:  # which does not look at them
-            sizes = self._programs.sizes.items()
-            self._times = {rows: only(own, 0) for rows, own in sizes}
+            self.use(curve)
 
         self._prefixes = self._programs.prefix_cache()
         self._lock = threading.Lock()
@@ -126,6 +126,7 @@ class Engine:
         self._prompt: _Prompt | None = None
         self._rows: list[_Running | None] = [None] * self._programs.buckets[0]
         self._batch: Batch | None = None
+        self._compiled = 0  # of the batches' sizes, from the smallest
         self._habit = self._programs.habit()
         self._idle_rounds = 0
         self.burst_seconds = 0.0
@@ -177,19 +178,57 @@ class Engine:
         same."""
         return self._programs.setup()
 
-    def warm_up(self, *, repeats: int = 10) -> None:
+    def open(self) -> None:
+        """Compiles what one request at a time needs; `prepare` adds the rest."""
+        self._programs.compile_prompts()
+        self._programs.compile_rows(self._programs.buckets[0])
+        if self._prefixes is not None:
+            self._prefixes.compile(self._programs.begin_prompt())
+        self._compiled = 1
+        self._batch = self._programs.empty(len(self._rows))
+        trim_memory()
+
+    def prepare(self) -> bool:
+        """Compiles the programs of the next larger batch; False if all are.
+
+        Any thread may call it while another calls `step`; before, requests that would need the
+        larger batch wait.
+        """
+        if self._batch is None or self._compiled == len(self._programs.buckets):
+            return False
+        self._programs.compile_rows(self._programs.buckets[self._compiled])
+        self._compiled += 1
+        trim_memory()
+        return True
+
+    def measure(self, *, repeats: int = REPEATS) -> bool:
+        """Measures rounds of every size once; False once that was done `repeats` times, or if
+        the step times are known. All programs must be compiled."""
+        if self._known or self._compiled < len(self._programs.buckets):
+            return False
+        self._turns.append(self._programs.turn())
+        if len(self._turns) == repeats:
+            self._known = True  # also if the curve is of no use
+            self.use(Curve(self.setup(), least(self._turns)))
+            trim_memory()
+        return True
+
+    def use(self, curve: Curve) -> None:
+        """Chooses by these step times. Raises ValueError: see `Curve.check`."""
+        curve.check(self.setup())
+        self.curve, self._known = curve, True
+        self._times = {rows: curve.times(rows) for rows in self._programs.buckets}
+
+    def warm_up(self, *, repeats: int = REPEATS) -> None:
         """Compiles every program and, for an adaptive schedule without one, measures the curve.
 
         Nothing is compiled after it.
         """
-        self._programs.compile()
-        if self._times is None:
-            self.curve = Curve(self.setup(), self._programs.measure(repeats))
-            self.curve.check(self.setup())
-            self._times = self._staircases(self.curve)
-        if self._prefixes is not None:
-            self._prefixes.compile(self._programs.begin_prompt())
-        self._batch = self._programs.empty(len(self._rows))
+        self.open()
+        while self.prepare():
+            pass
+        while self.measure(repeats=repeats):
+            pass
 
     def step(self) -> list[Update]:
         """One turn: cancellations, prompt chunks (as long as a burst takes), a burst of rounds.
@@ -400,7 +439,7 @@ class Engine:
         """A free row, of a larger batch if need be; None when all slots are taken."""
         if all(self._rows):
             bucket = self._programs.buckets.index(len(self._rows)) + 1
-            if bucket == len(self._programs.buckets):
+            if bucket >= self._compiled:
                 return None
             self._resize(self._programs.buckets[bucket])
         return self._rows.index(None)
@@ -423,9 +462,6 @@ class Engine:
         source[: len(taken)] = taken
         self._batch = move_rows(self._batch, source)
         self._rows = [self._rows[i] for i in taken] + [None] * (rows - len(taken))
-
-    def _staircases(self, curve: Curve) -> dict[int, StepTimes]:
-        return {rows: curve.times(rows) for rows in self._programs.buckets}
 
 
 def _progress(running: _Running, tokens: np.ndarray, laws: LogProbs | None, row: int) -> Update:

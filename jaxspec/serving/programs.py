@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.decoding.budget import StepTimes
-from jaxspec.decoding.curve import measure, only, setup_of, take_turn
+from jaxspec.decoding.curve import only, setup_of, take_turn
 from jaxspec.decoding.fitting import doubling_sizes
 from jaxspec.decoding.halves import draft_rows, judge_rows
 from jaxspec.decoding.requests import capacity_for, decoder_for, pack
@@ -158,23 +158,25 @@ class Programs:
         given = batch, habit, drafted, allowed, times
         return judge_rows(decoder, params, *given, schedule=schedule, sizes=sizes)
 
-    def compile(self) -> None:
-        """Runs every program once."""
-        for rows in self.sizes:
-            (batch, _), _ = self._turn(rows)
-            for recent in (recent_tokens, recent_logprobs):
-                recent(batch, np.zeros(rows, np.int32), width=self.width)
-            batch = place_row(stop_rows(batch, np.ones(rows, bool)), self.empty(1), np.int32(0))
-            bucket = self.buckets.index(rows)
-            for other in self.buckets[max(bucket - 1, 0) : bucket + 2]:
-                move_rows(batch, np.zeros(other, np.int32))
+    def compile_prompts(self) -> None:
+        """Runs every program of prompts once."""
         requests = self.pack(Request((0,), 1))
         self.end_prompt(requests, self.run_chunk(requests, 0, self.begin_prompt()))
 
-    def measure(self, repeats: int) -> dict[int, list[float]]:
-        """Seconds of a round by number of rows and size (`curve.measure`), once compiled."""
-        turns = {rows: lambda rows=rows: self._turn(rows)[1] for rows in self.sizes}
-        return measure(turns, repeats)
+    def compile_rows(self, rows: int) -> None:
+        """Runs every program of batches of so many rows once, and from and to those before."""
+        (batch, _), _ = self._turn(rows)
+        for recent in (recent_tokens, recent_logprobs):
+            recent(batch, np.zeros(rows, np.int32), width=self.width)
+        batch = place_row(stop_rows(batch, np.ones(rows, bool)), self.empty(1), np.int32(0))
+        move_rows(batch, np.zeros(rows, np.int32))
+        for fewer in self.buckets[: self.buckets.index(rows)][-1:]:
+            move_rows(self.empty(fewer), np.zeros(rows, np.int32))
+            move_rows(batch, np.zeros(fewer, np.int32))
+
+    def turn(self) -> dict[int, list[float]]:
+        """Seconds of a round by number of rows and size, once; for `curve.least`."""
+        return {rows: self._turn(rows)[1] for rows in self.sizes}
 
     def _turn(self, rows: int):
         """`take_turn`: one round of every size that the schedule may choose."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
 
+from jaxspec.decoding.curve import Curve
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.requests import Request, Update
+
+log = logging.getLogger("uvicorn.error")
 
 
 class EngineFailed(Exception):
@@ -67,16 +71,23 @@ class Runner:
       on_step: is called after every step with its seconds and the tokens it decided.
     """
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, on_curve: Callable[[Curve], object] | None = None):
+        """Args:
+        engine: warm, or `open`; the rest is then compiled beside its requests, and step times
+          are measured while there are none.
+        on_curve: is called with step times that were measured.
+        """
+        self.engine, self._on_curve = engine, on_curve
         self.on_step: Callable[[float, int], object] = lambda seconds, tokens: None
         self._lock = threading.Lock()
         self._tickets: dict[int, Ticket] = {}
         self._wake = threading.Event()
         self._closing = False
         self._failure: Exception | None = None
+        self._prepared = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._prepare, name="compiler", daemon=True).start()
 
     @property
     def healthy(self) -> bool:
@@ -130,7 +141,8 @@ class Runner:
             while not self._closing:
                 self._wake.clear()
                 if not self.engine.busy:
-                    self._wake.wait()
+                    if not self._measured():
+                        self._wake.wait()
                     continue
                 began = time.perf_counter()
                 updates = self.engine.step()
@@ -146,6 +158,28 @@ class Runner:
                 waiting, self._tickets = list(self._tickets.values()), {}
             for ticket in waiting:
                 _tell(ticket, lost)
+
+    def _prepare(self) -> None:
+        try:
+            while not self._closing and self.engine.prepare():
+                self._wake.set()  # somebody may wait for room
+            self._prepared = True
+        except Exception as error:
+            self._failure = error
+            self._closing = True
+        self._wake.set()
+
+    def _measured(self) -> bool:
+        """Measures for a moment, if there is something to measure."""
+        try:
+            if not self._prepared or not self.engine.measure():
+                return False
+        except ValueError as error:
+            log.warning("the schedule goes on with guessed step times: %s", error)
+            return False
+        if self._on_curve is not None and self.engine.curve is not None:
+            self._on_curve(self.engine.curve)
+        return True
 
     def _give_out(self, updates: list[Update]) -> None:
         for update in updates:
