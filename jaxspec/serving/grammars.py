@@ -33,9 +33,11 @@ class Grammar:
       text: in llguidance's format; equal grammars have equal texts.
     """
 
-    def __init__(self, text: str, start: Any, ends: Sequence[int]):
-        """Args: start: an `llguidance.LLMatcher` that has seen nothing; ends: stop ids."""
-        self.text, self._start, self._ends = text, start, frozenset(ends)
+    def __init__(self, text: str, start: Any, first: np.ndarray, ends: Sequence[int]):
+        """Args: start: an `llguidance.LLMatcher` that has seen nothing; first: bits of what may
+        come first; ends: stop ids."""
+        self.text, self._start, self._first = text, start, first
+        self._ends = frozenset(ends)
 
     def __eq__(self, other) -> bool:
         return isinstance(other, Grammar) and self.text == other.text
@@ -45,7 +47,7 @@ class Grammar:
 
     def matcher(self) -> Matcher:
         """One at the start of an answer."""
-        return Matcher(self._start, self._ends)
+        return Matcher(self._start, self._first, self._ends)
 
 
 class Matcher:
@@ -57,12 +59,12 @@ class Matcher:
       failure: why no token may come next, if the answer is stuck; else None.
     """
 
-    def __init__(self, start: Any, ends: frozenset[int]):
+    def __init__(self, start: Any, first: np.ndarray, ends: frozenset[int]):
         self._start, self._ends = start, ends
         self._tokens: list[int] = []
         self._now = start.deep_copy()
         self.failure: str | None = None
-        self.allowed = self._mask()
+        self.allowed = first
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Goes on by the answer's next tokens, which were allowed."""
@@ -157,8 +159,11 @@ class Grammars:
         """The grammar of a text in llguidance's format.
 
         Raises:
-          ValueError: it is none, it is too large, or it takes too long.
+          ValueError: it is none, it is too large, or it takes too long; or the target has no
+            stop ids.
         """
+        if not self._config.eos_token_ids:
+            raise ValueError("the target has no stop ids to end with")
         if len(text) > MAX_CHARACTERS:
             raise ValueError(
                 f"the grammar has {len(text)} characters; expected up to {MAX_CHARACTERS}"
@@ -180,7 +185,7 @@ class Grammars:
             raise ValueError(
                 f"it takes {seconds:.1f} s of computing to begin; expected up to {CPU_SECONDS}"
             )
-        return Grammar(text, start, self._config.eos_token_ids)
+        return Grammar(text, start, mask, self._config.eos_token_ids)
 
     @functools.cached_property
     def _tokens(self):

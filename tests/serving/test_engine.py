@@ -1,6 +1,7 @@
 """Continuous batching: every request gets what it gets alone, and nothing is left behind."""
 
 import dataclasses
+import queue
 from types import SimpleNamespace
 
 import jax
@@ -16,6 +17,7 @@ from jaxspec.serving import programs, rows
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.requests import QueueFull, Request
+from jaxspec.serving.runner import Runner
 from tests import tiny
 from tests.serving import engines
 from tests.serving.engines import alone, drain, requests, tokens
@@ -280,12 +282,8 @@ def test_sampled_requests_do_not_spoil_greedy_ones():
 
 
 def test_a_missing_curve_is_measured_and_can_be_given_again(tmp_path, monkeypatch):
-    def measured(turns, repeats):
-        assert list(turns) == [1] and repeats == 2
-        assert len(turns[1]()) == 2
-        return {1: [0.01, 0.03]}
-
-    monkeypatch.setattr(programs, "measure", measured)
+    found = iter([{1: [0.02, 0.03]}, {1: [0.01, 0.04]}])
+    monkeypatch.setattr(programs.Programs, "turn", lambda self: next(found))
     config = EngineConfig(slots=1, room=60, chunk=16, max_nodes=2, schedule=Adaptive())
     engine = Engine(tiny.target(), engines.LOOKUP, config)
     engine.warm_up(repeats=2)
@@ -298,3 +296,44 @@ def test_a_missing_curve_is_measured_and_can_be_given_again(tmp_path, monkeypatc
     other = dataclasses.replace(config, room=100, slots=2)
     with pytest.raises(ValueError, match="measure it again"):
         Engine(tiny.target(), engines.LOOKUP, other, curve=engine.curve)
+
+
+def test_it_answers_before_all_is_compiled():
+    """One at a time at first; a larger batch is used once it is there."""
+    config = EngineConfig(**engines.CONFIG | dict(schedule=Fixed(), slots=2))
+    engine = Engine(tiny.target(), engines.LOOKUP, config)
+    engine.open()
+    asked = requests(3)
+    ids = [engine.submit(request) for request in asked]
+    updates = {}
+    for _ in range(4):
+        for update in engine.step():
+            updates.setdefault(update.id, []).append(update)
+    assert len(engine._rows) == 1 and engine.waiting
+    assert engine.prepare() and not engine.prepare()
+    drain(engine, updates)
+    assert [tokens(updates[i]) for i in ids] == [alone(r) for r in asked]
+
+
+def test_step_times_are_measured_while_nobody_asks(monkeypatch):
+    monkeypatch.setattr(programs.Programs, "turn", lambda self: {1: [0.01, 0.03]})
+    config = EngineConfig(slots=1, room=60, chunk=16, max_nodes=2, schedule=Adaptive())
+    engine = Engine(tiny.target(), engines.LOOKUP, config)
+    engine.open()
+    kept = queue.Queue()
+    runner = Runner(engine, kept.put)
+    try:
+        assert kept.get(timeout=60) == engine.curve
+        assert runner.healthy and engine.curve.seconds == {1: [0.01, 0.03]}
+    finally:
+        runner.close()
+
+
+def test_step_times_of_no_use_are_not_used(monkeypatch):
+    """They say that nodes cost nothing."""
+    monkeypatch.setattr(programs.Programs, "turn", lambda self: {1: [0.01, 0.01]})
+    config = EngineConfig(slots=1, room=60, chunk=16, max_nodes=2, schedule=Adaptive())
+    engine = Engine(tiny.target(), engines.LOOKUP, config)
+    with pytest.raises(ValueError, match="curve is flat"):
+        engine.warm_up()
+    assert engine.curve is None and not engine.measure()
