@@ -303,13 +303,13 @@ def test_it_answers_before_all_is_compiled():
     config = EngineConfig(**engines.CONFIG | dict(schedule=Fixed(), slots=2))
     engine = Engine(tiny.target(), engines.LOOKUP, config)
     engine.open()
-    asked = requests(3)
+    asked = [Request((i, 2), 45, Sampling(stop_ids=())) for i in range(3)]
     ids = [engine.submit(request) for request in asked]
     updates = {}
-    for _ in range(4):
+    for _ in range(3):
         for update in engine.step():
             updates.setdefault(update.id, []).append(update)
-    assert len(engine._rows) == 1 and engine.waiting
+    assert (len(engine._rows), engine.running, engine.waiting) == (1, 2, 1)
     assert engine.prepare() and not engine.prepare()
     drain(engine, updates)
     assert [tokens(updates[i]) for i in ids] == [alone(r) for r in asked]
