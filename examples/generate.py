@@ -19,14 +19,17 @@ from jaxspec.dtypes import fastest
 TURNS = 2  # of each, one after the other; the least time counts
 
 
-def both(args, dtype):
-    """Plain and drafted answers in a dtype."""
+def both(args, dtype, say):
+    """Plain and drafted answers in a dtype; `say` shows what is going on."""
+    say(f"{dtype}: weights")
     target = jaxspec.load_target(args.target, dtype=dtype)
     drafter = jaxspec.load_drafter(args.drafter, target, nodes=args.nodes)
     runs = {"plain": dict(drafter="none"), args.drafter: dict(drafter=drafter)}
     shared = dict(batch_size=1, **args.length)
-    for options in runs.values():
+    for name, options in runs.items():
+        say(f"{dtype}: compiling {name} decoding, kept for the next time")
         jaxspec.warm_up(target, args.prompt, **shared, **options)
+    say(f"{dtype}: decoding")
     done = {}
     for _ in range(TURNS):
         for name, options in runs.items():
@@ -58,7 +61,8 @@ def main() -> int:
     console.print(Panel(args.prompt, title="prompt"))
     equal = True
     for dtype in dict.fromkeys((chosen.dtype, "float32")):
-        done = both(args, dtype)
+        with console.status("") as status:
+            done = both(args, dtype, status.update)
         plain, drafted = done.values()
         speed = plain.seconds / len(plain.token_ids) * len(drafted.token_ids) / drafted.seconds
         if dtype == chosen.dtype:

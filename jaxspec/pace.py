@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.decoding.curve import Curve, measure, only, setup_of, take_turn
-from jaxspec.decoding.fitting import doubling_sizes
+from jaxspec.decoding.fitting import VerifySize, doubling_sizes
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import (
     check_budget,
@@ -26,6 +27,7 @@ from jaxspec.decoding.schedule import (
     UNKNOWN,
     Adaptive,
     Batch,
+    Habit,
     decode_rows,
     init_habit,
 )
@@ -37,6 +39,7 @@ from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.settings import own_settings
 
 REPEATS = 5  # of every size; the least time counts
+FEWEST = 4  # nodes of a row that are worth a program of their own
 KEPT = 64  # curves in the cache
 
 
@@ -62,7 +65,7 @@ class Pace:
         self.rounds = np.zeros(len(self.sizes), int)
         self.tokens = 0
         self._times = curve.times(rows)
-        self._habit = init_habit(decoder.drafter.size, decoder.drafter.depth)
+        self._habit: Habit | None = None
 
     def check(self, decoder: Decoder, params: Params) -> None:
         """Raises ValueError unless it was measured for these."""
@@ -81,7 +84,9 @@ class Pace:
         Args:
           state: of the batch, whose prompts have run; each step gives the next one's.
         """
-        batch = _begin(self.decoder, state, sampling)
+        survivals, unlearned = _unlearned(self.decoder, state.length)
+        batch = Batch(state, sampling, survivals)
+        self._habit = self._habit or unlearned
 
         def step(state: DecodeState, rounds: int) -> DecodeState:
             nonlocal batch
@@ -101,6 +106,7 @@ class Pace:
 
     def count(self, longest: int) -> None:
         """Takes note of a batch, whose longest answer has so many tokens."""
+        assert self._habit is not None
         self.rounds = np.array(self._habit.rounds)[: len(self.sizes)]
         self.tokens += longest - 1  # the prompt's forward gives the first
 
@@ -169,15 +175,27 @@ def measure_pace(
     return Pace(decoder, batch, capacity, budget, curve)
 
 
-def sizes_of(decoder: Decoder, rows: int):
-    """Verify sizes of a batch, up to the whole trees of all rows."""
+def sizes_of(decoder: Decoder, rows: int) -> tuple[VerifySize, ...]:
+    """Verify sizes of a batch: its roots, and the whole trees of all rows, with a quarter of
+    that, a sixteenth … down to `FEWEST` between them.
+
+    Each is a forward to compile before the first token.
+    """
     size = decoder.drafter.size
-    return doubling_sizes(rows, size, rows * size)
+    roots, *drafted = doubling_sizes(rows, size, rows * size)
+    return roots, *(own for own in drafted[::-2][::-1] if own.total >= min(FEWEST, size) * rows)
 
 
-def _begin(decoder: Decoder, state: DecodeState, sampling: SamplingRows) -> Batch:
-    rows, nodes = state.length.shape[0], decoder.drafter.size
-    return Batch(state, sampling, jnp.full((rows, SCHEDULE.age, nodes - 1), UNKNOWN))
+@functools.partial(jax.jit, static_argnames="decoder")
+def _unlearned(decoder: Decoder, length: jax.Array) -> tuple[jax.Array, Habit]:
+    """Survivals and habit before the first round.
+
+    A compiled call's results are bound to a device if what it was given is; made of `length`,
+    these are so too from the first round on, and all rounds run one compiled program.
+    """
+    shape = length.shape[0], SCHEDULE.age, decoder.drafter.size - 1
+    unknown = jnp.full(shape, UNKNOWN, jnp.float32)
+    return unknown, init_habit(decoder.drafter.size, decoder.drafter.depth)
 
 
 def _kept(setup: dict) -> Curve | None:
@@ -212,9 +230,7 @@ def _measured(decoder, params, rows: int, capacity: int, setup: dict) -> Curve:
     steps = [step(i) for i in range(len(sizes))]
 
     def turn():
-        batch = _half_full(decoder, params, rows, capacity)
-        habit = init_habit(decoder.drafter.size, decoder.drafter.depth)
-        return take_turn((batch, habit), steps)[1]
+        return take_turn(_half_full(decoder, params, rows, capacity), steps)[1]
 
     turn()  # compiles
     curve = Curve(setup, measure({rows: turn}, REPEATS))
@@ -224,7 +240,9 @@ def _measured(decoder, params, rows: int, capacity: int, setup: dict) -> Curve:
     return curve
 
 
-def _half_full(decoder: Decoder, params: Params, rows: int, capacity: int) -> Batch:
+def _half_full(
+    decoder: Decoder, params: Params, rows: int, capacity: int
+) -> tuple[Batch, Habit]:
     requests = pack(
         decoder,
         [[0]] * rows,
@@ -236,8 +254,10 @@ def _half_full(decoder: Decoder, params: Params, rows: int, capacity: int) -> Ba
         keys=request_keys(0, rows),
     )
     state = prefill(decoder, params, requests)
-    length = jax.device_put(np.full(rows, capacity // 2, np.int32), state.length.sharding)
-    return _begin(decoder, dataclasses.replace(state, length=length), requests.sampling)
+    length = jnp.full_like(state.length, capacity // 2)
+    survivals, habit = _unlearned(decoder, length)
+    state = dataclasses.replace(state, length=length)
+    return Batch(state, requests.sampling, survivals), habit
 
 
 def _name(setup: dict) -> str:

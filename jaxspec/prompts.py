@@ -116,7 +116,7 @@ def _tokenizer(target: Target, name: str, kind: str):
 
 def usable_prompts(
     target: Target,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | ValueError],
     *,
     raw: bool,
     thinking: bool | None,
@@ -124,12 +124,18 @@ def usable_prompts(
 ) -> tuple[dict[int, list[int]], dict[int, str]]:
     """Prompts as token ids by their places in a list of many, and why others cannot be used.
 
+    Args:
+      prompts: or, in the place of one, why it could not be read.
+
     Raises:
       ValueError: none of them can be used.
     """
     rows, refused = {}, {}
     for place, prompt in enumerate(prompts):
         name = "the prompt" if len(prompts) == 1 else f"prompt {place}"
+        if isinstance(prompt, ValueError):
+            refused[place] = str(prompt)
+            continue
         try:
             ids = token_ids(target, prompt, raw=raw, thinking=thinking, name=name)
             check_positions(target.config, len(ids), max_new_tokens)

@@ -11,13 +11,14 @@ import pytest
 from jaxspec.checkpoints.drafters import save_drafter
 from jaxspec.cli import main
 from jaxspec.cli.exits import BAD_INPUT, FAULT
+from jaxspec.cli.generate import Generate
 from jaxspec.cli.options import DrafterOptions
 from jaxspec.config import TreeConfig
 from jaxspec.data.jobs import read_jobs
-from jaxspec.data.prompts import read_prompts
+from jaxspec.data.prompts import read_prompts, read_rows
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.loading import load_drafter, load_target
-from jaxspec.prompts import as_token_ids
+from jaxspec.prompts import as_token_ids, usable_prompts
 from jaxspec.tokenizer import Tokenizer
 from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
@@ -86,6 +87,23 @@ def test_a_prompt_that_cannot_be_used_is_named_and_the_others_are_answered(
     ids.write_text("[[99], [98]]")
     code, out, err = run(capsys, *common)
     assert code == BAD_INPUT and "none of the 2 prompts can be used; prompt 0 has token" in err
+
+
+def test_a_row_that_cannot_be_read_keeps_its_place(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"turns": ["a"]}\n{"turn": 1}\n{not json\n{"prompt": "b"}\n')
+    tokenizer = Tokenizer.from_bpe(VOCABULARY, [], special=[0], eos=0, chat_template=None)
+    target = dataclasses.replace(tiny.target(), tokenizer=tokenizer)
+    options = dict(raw=True, thinking=None, max_new_tokens=4)
+    rows, refused = usable_prompts(target, list(read_rows(path)), **options)
+    assert rows == {0: tokenizer.encode("a"), 3: tokenizer.encode("b")}
+    assert "line 2: expected" in refused[1] and "line 3: not JSON" in refused[2]
+    path.write_text('{"turn": 1}\n')
+    with pytest.raises(ValueError, match="line 1: expected"):
+        Generate(prompts=path)._prompts()
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="prompts.jsonl holds no prompts"):
+        Generate(prompts=path)._prompts()
 
 
 @pytest.mark.parametrize("spec", ["nonsense", "nonsense::inner", "nonsense+ngram"])

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxspec.checkpoints import fuse
-from jaxspec.checkpoints.gguf_file import GgufFile
+from jaxspec.checkpoints.gguf_file import GgufFile, open_gguf
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams
@@ -61,7 +61,7 @@ def read_config(path: str | Path) -> TargetConfig:
     Raises:
       ValueError: the file is damaged, or describes a model this decoder does not implement.
     """
-    file = GgufFile(path)
+    file = open_gguf(path)
     _expect(file, "general.architecture", "llama")
     raw = JsonConfig(
         {k: x for k, x in file.metadata.items() if k.startswith("llama.") or k in ENDS},
@@ -97,7 +97,7 @@ def load_params(
     path: str | Path, config: TargetConfig, dtype=jnp.float32, mesh: Mesh | None = None
 ) -> TargetParams:
     """The weights, dequantised one tensor at a time, in the fused layout; see `fuse.load`."""
-    return fuse.load(config, _LlamaTensors(GgufFile(path), config), dtype, mesh)
+    return fuse.load(config, _LlamaTensors(open_gguf(path), config), dtype, mesh)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer | None:
@@ -106,7 +106,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
     Raises:
       ValueError: it is of another kind.
     """
-    file = GgufFile(path)
+    file = open_gguf(path)
     if "tokenizer.ggml.model" not in file.metadata:
         return None
     _expect(file, "tokenizer.ggml.model", "gpt2")

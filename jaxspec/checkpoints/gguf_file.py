@@ -7,8 +7,11 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +29,23 @@ class _Entry:
     kind: gguf.GGMLQuantizationType
     offset: int  # bytes from the start of the file
     size: int  # bytes
+
+
+def open_gguf(path: str | Path) -> GgufFile:
+    """The file, whose directory is parsed once as long as it stays the same; errors as there.
+
+    Configuration, tokenizer and weights are asked for one after another, and a vocabulary
+    takes most of a second to parse.
+    """
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return _opened(Path(path), found.st_ino, found.st_size, found.st_mtime_ns)
+    return GgufFile(path)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(path: Path, inode: int, size: int, modified: int) -> GgufFile:
+    return GgufFile(path)
 
 
 class GgufFile:

@@ -12,7 +12,7 @@ import tyro
 
 from jaxspec.cli import exits
 from jaxspec.cli.options import DrafterOptions, Dtype, chosen_dtype, target_name
-from jaxspec.data.prompts import read_prompt_ids, read_prompts
+from jaxspec.data.prompts import read_prompt_ids, read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Generate:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
-    schedule: Literal["adaptive", "fixed"] = "fixed"
-    """fixed: every round verifies the whole budget. adaptive: what is worth its time, by times
-    measured at the start and kept, down to plain decoding; the first call measures and compiles
-    for minutes. Over several devices always fixed."""
+    schedule: Literal["adaptive", "fixed"] = "adaptive"
+    """adaptive: every round verifies what is worth its time, down to plain decoding, by times
+    of a few rounds that are measured at the start and kept. fixed: every round verifies the
+    whole budget; one program less to compile. Over several devices always fixed."""
     rejection: bool = False
     """Draw chains from a trained drafter and verify them by rejection sampling."""
     batch_size: int = 1
@@ -164,11 +164,12 @@ class Generate:
             if not self.prompt.strip():
                 raise ValueError("--prompt is empty; expected some text")
             return [self.prompt]
-        return (
-            read_prompt_ids(self.prompt_ids)
-            if self.prompts is None
-            else read_prompts(self.prompts)
-        )
+        if self.prompts is None:
+            return read_prompt_ids(self.prompt_ids)
+        rows = list(read_rows(self.prompts))
+        if not any(isinstance(row, str) for row in rows):
+            raise rows[0] if rows else ValueError(f"{self.prompts} holds no prompts")
+        return rows
 
     def _print_refused(self, refused: dict[int, str], *, before: int) -> None:
         """An object for each, so that line i answers prompt i; takes them out of `refused`."""

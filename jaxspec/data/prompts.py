@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,31 @@ def read_prompts(source: str | Path | Source, refused: list[str] | None = None) 
     """
     source = open_source(source)
     prompts, bad = [], []
-    for row in source:
+    for found in read_rows(source):
+        if isinstance(found, ValueError):
+            if refused is None:
+                raise found
+            bad.append(str(found))
+        else:
+            prompts.append(found)
+    if not prompts:
+        reason = bad[0] if bad else "expected one JSON object per line"
+        raise ValueError(f"{source.name} holds no prompts; {reason}")
+    if refused is not None:
+        refused += bad
+    return prompts
+
+
+def read_rows(source: str | Path | Source) -> Iterator[str | ValueError]:
+    """For every row its first turn, or what is wrong with it; see `read_prompts`."""
+    for row in open_source(source):
         try:
             system, turns = row_turns(row.fields)
             if system:
                 raise ValueError("there is a system message; a prompt is a user's turn alone")
+            yield turns[0]
         except ValueError as error:
-            bad.append(f"{row.where}: {error}")
-            if refused is None:
-                raise ValueError(bad[0]) from error
-            continue
-        prompts.append(turns[0])
-    if not prompts:
-        found = bad[0] if bad else "expected one JSON object per line"
-        raise ValueError(f"{source.name} holds no prompts; {found}")
-    if refused is not None:
-        refused += bad
-    return prompts
+            yield ValueError(f"{row.where}: {error}")
 
 
 def row_turns(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:

@@ -21,6 +21,7 @@ from jaxspec.decoding.schedule import (
     Fixed,
     Habit,
     Schedule,
+    counted,
     finish_round,
     judged_round,
     plain_round,
@@ -93,7 +94,8 @@ def judge_rows(
     draft = restricted(drafted.draft, allowed)
     if isinstance(schedule, Fixed):
         size = smallest(sizes, draft.tree, batch.state.done)
-        return finish_round(decoder, params, batch, habit, draft, sizes, size)
+        batch = finish_round(decoder, params, batch, draft, sizes, size)
+        return batch, counted(habit, size)
     size, pays = drafted.size, drafted.pays
 
     def plain(carry):
@@ -102,5 +104,5 @@ def judge_rows(
     def judged(carry):
         return judged_round(decoder, params, *carry, draft, times, sizes, size, pays)
 
-    carry = run_if(size == 0, plain, (batch, habit))
-    return run_if(size > 0, judged, carry)
+    carry = run_if(size == 0, plain, (batch, counted(habit, size)))
+    return run_if(size > 0, judged, carry) if len(sizes) > 1 else carry

@@ -163,7 +163,7 @@ def fixed_round(decoder, params, batch, habit, times, schedule, sizes):
     draft, state = propose(decoder, params, batch.state, batch.sampling)
     size = smallest(sizes, draft.tree, state.done)
     batch = dataclasses.replace(batch, state=state)
-    return finish_round(decoder, params, batch, habit, draft, sizes, size)
+    return finish_round(decoder, params, batch, draft, sizes, size), counted(habit, size)
 
 
 def adaptive_round(decoder, params, batch, habit, times, schedule, sizes):
@@ -179,8 +179,8 @@ def adaptive_round(decoder, params, batch, habit, times, schedule, sizes):
         batch = dataclasses.replace(batch, state=state)
         return judged_round(decoder, params, batch, habit, draft, times, sizes, size, pays)
 
-    carry = run_if(size == 0, plain, (batch, habit))
-    return run_if(size > 0, drafted, carry)
+    carry = run_if(size == 0, plain, (batch, counted(habit, size)))
+    return run_if(size > 0, drafted, carry) if len(sizes) > 1 else carry
 
 
 def size_of_round(batch, habit, times, schedule) -> tuple[jax.Array, jax.Array]:
@@ -213,7 +213,7 @@ def plain_round(decoder, params, batch, habit, allowed=None):
     kind = kind_of(batch)
     draft = Draft(root_only(batch.state.anchor), allowed=allowed)
     sizes = (VerifySize(draft.tree.tokens.size, 1),)
-    batch, habit = finish_round(decoder, params, batch, habit, draft, sizes, 0)
+    batch = finish_round(decoder, params, batch, draft, sizes, 0)
     unknown = jnp.full_like(batch.survivals[:, 0], UNKNOWN)
     batch = dataclasses.replace(batch, survivals=push(batch.survivals, unknown))
     took_part = jnp.any(kind[:, None] == jnp.arange(KINDS), axis=0)
@@ -223,12 +223,13 @@ def plain_round(decoder, params, batch, habit, allowed=None):
 def judged_round(decoder, params, batch, habit, draft, times, sizes, size, chosen):
     """A round whose trees are drafted.
 
-    Args: size, chosen: index into `sizes`, and whether the draft was expected to pay.
+    Args: size, chosen: index into `sizes`, at least 1, and whether the draft was expected to
+      pay.
     """
     kind, before = kind_of(batch), batch.state.length
     fresh = foresee(draft.tree, habit, kind)
     draft = cut(draft, keep(fresh, kind < KINDS, size, times))
-    batch, habit = finish_round(decoder, params, batch, habit, draft, sizes, size)
+    batch = finish_round(decoder, params, batch, draft, sizes[1:], size - 1)
     accepted = batch.state.length - before - 1
     old = batch.survivals[:, -1]
     habit = learn(habit, draft.tree, fresh, old, accepted, kind, chosen)
@@ -335,11 +336,15 @@ def learn(
     )
 
 
-def finish_round(decoder, params, batch, habit, draft, sizes, size):
+def counted(habit: Habit, size: jax.Array) -> Habit:
+    """With one more round of this size."""
+    return dataclasses.replace(habit, rounds=habit.rounds.at[size].add(1))
+
+
+def finish_round(decoder, params, batch, draft, sizes, size):
     verdict = judge(decoder, params, batch.state, batch.sampling, draft, sizes, size)
     state = commit(decoder, params, batch.state, batch.sampling, verdict)
-    rounds = habit.rounds.at[size].add(1)
-    return dataclasses.replace(batch, state=state), dataclasses.replace(habit, rounds=rounds)
+    return dataclasses.replace(batch, state=state)
 
 
 def cut(draft: Draft, kept: jax.Array) -> Draft:

@@ -72,15 +72,7 @@ def test_ones_own_drafter_from_the_command_line(tmp_path, monkeypatch, capsys):
     outputs = {}
     for drafter in ("none", "python:examples.own_drafter:followers"):
         options = ("--drafter", drafter, "--max-new-tokens", 24, "--json", "--dtype", "float32")
-        arguments = (
-            "--target",
-            folder,
-            "--prompt-ids",
-            ids,
-            "--schedule",
-            "adaptive",
-            *options,
-        )
+        arguments = ("--target", folder, "--prompt-ids", ids, *options)
         assert main(["generate", *map(str, arguments)]) == 0
         out, err = capsys.readouterr()
         assert ("speculation " in err) == (drafter != "none")
