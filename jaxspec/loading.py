@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxspec import checkpoints
-from jaxspec.checkpoints import catalog, drafters, speculators
+from jaxspec.checkpoints import Weights, catalog, drafters, speculators
 from jaxspec.checkpoints.drafters import SHIPPED
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.config import TreeConfig
@@ -28,7 +28,11 @@ from jaxspec.sharding import mesh_of, place
 
 @own_settings()
 def load_target(
-    name_or_path: str | Path = "smollm2-135m", *, dtype: str = "float32", devices: int = 1
+    name_or_path: str | Path = "smollm2-135m",
+    *,
+    dtype: str = "float32",
+    devices: int = 1,
+    weights: Weights = "dequantised",
 ) -> Target:
     """Loads a target model.
 
@@ -39,12 +43,15 @@ def load_target(
         (`dtypes.fastest`); products accumulate in float32.
       devices: cuts the weights over so many, those of all processes counted
         (`jaxspec.sharding`); compute with them inside `sharding.mesh_of(target.params)`.
+      weights: of a checkpoint in fp8: "dequantised" to `dtype`, or "stored", in 8 bits with
+        their scales: half the memory and, on a GPU, half the bytes that a step reads.
 
     Raises:
-      ValueError: it cannot be found, is damaged, or is a model the decoder does not implement.
+      ValueError: it cannot be found, is damaged, or is a model the decoder does not implement;
+        or weights are to stay as stored in a checkpoint that is not in fp8.
     """
     dtype = fastest().dtype if dtype == "auto" else dtype
-    return checkpoints.load(name_or_path, dtype, devices)
+    return checkpoints.load(name_or_path, dtype, devices, weights)
 
 
 @own_settings()

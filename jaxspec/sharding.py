@@ -33,6 +33,11 @@ RULES: tuple[tuple[str, tuple], ...] = (
     (r"gate_up", (WIDE, None, None, None)),  # [E, M, 2, F]
     (r"down", (WIDE, None, None)),  # [E, F, M]
     (r"(keys|values)/\d+", (None, MODEL, None, None)),  # caches [B, K, S, D]
+    # the same matrices in 8 bits, outputs first, and their scales
+    (r"qkv/(values|scale)", (MODEL, None, None, None)),  # [K, G + 2, D, M]
+    (r"out/(values|scale)", (None, MODEL, None, None)),  # [M, K, G, D]
+    (r"gate_up/(values|scale)", (None, WIDE, None)),  # [2, F, M]
+    (r"down/(values|scale)", (None, WIDE)),  # [M, F]
     # gated delta nets, by key head and the value heads it serves
     (r"inputs", (None, WIDE, None)),  # [M, J, .]
     (r"convolution", (WIDE, None, None)),  # [J, C, taps]

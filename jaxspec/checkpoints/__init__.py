@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from jaxspec.config import TargetConfig
     from jaxspec.models.target import Target
     from jaxspec.tokenizer import Tokenizer
 
+Weights = Literal["dequantised", "stored"]
 
-def load(name_or_path: str | Path, dtype="float32", devices: int = 1) -> Target:
+
+def load(
+    name_or_path: str | Path,
+    dtype="float32",
+    devices: int = 1,
+    weights: Weights = "dequantised",
+) -> Target:
     """Loads a target.
 
     Args:
@@ -23,12 +30,17 @@ def load(name_or_path: str | Path, dtype="float32", devices: int = 1) -> Target:
         name on the hub.
       dtype: of the weights.
       devices: cuts the weights over so many, of all processes (`jaxspec.sharding`).
+      weights: "dequantised", or "stored": those of 8 bits stay so, with their scales.
 
     Raises:
       ValueError: it cannot be found or read, or is a model the decoder does not implement; or
-        there are fewer devices.
+        there are fewer devices;
+        or weights are to stay in 8 bits that are not stored so.
     """
     from jaxspec.models.target import Target
+
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights is {weights!r}; expected one of {get_args(Weights)}")
 
     path = target_path(name_or_path)
     reader = _format(path)
@@ -41,7 +53,8 @@ def load(name_or_path: str | Path, dtype="float32", devices: int = 1) -> Target:
         from jaxspec.sharding import decoding_mesh
 
         mesh = decoding_mesh(devices, config.num_kv_heads)
-    params = reader.load_params(path, config, dtype, mesh)
+    stored = weights == "stored"
+    params = reader.load_params(path, config, dtype, mesh, stored=stored)
     return Target(str(name_or_path), config, params, tokenizer)
 
 

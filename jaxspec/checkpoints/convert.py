@@ -1,4 +1,4 @@
-"""Checkpoints of a target from one kind of weights to the other: safetensors and Orbax.
+"""Checkpoints of a target from one kind of weights to the other: safetensors, Orbax, fp8.
 
 A converted folder is the same Hugging Face folder with other weights in it, so that whatever
 loads the one loads the other.
@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from jaxspec.checkpoints import huggingface, target_path
+from jaxspec.checkpoints.fp8 import Fp8Tensors
 from jaxspec.checkpoints.fuse import Part, target_parts
 from jaxspec.checkpoints.quantised import KEYS, MODELOPT, quantisation_of
 from jaxspec.checkpoints.store import load_weights, save_weights
@@ -40,26 +41,34 @@ class Converted:
     Attributes:
       bytes: of weights.
       arrays: compared, bit for bit.
+      errors: of fp8, by layer (`Fp8Tensors`).
     """
 
     folder: Path
     dtype: str
     bytes: int
     arrays: int
+    errors: dict[str, float] | None = None
 
 
 def convert(
-    source: str | Path, output: str | Path, *, format: str = "orbax", dtype: str | None = None
+    source: str | Path,
+    output: str | Path,
+    *,
+    format: str | None = None,
+    dtype: str | None = None,
 ) -> Converted:
     """Writes a checkpoint again with its weights as an Orbax store, or as safetensors.
 
-    The weights are held in the host's memory once. The output appears whole or not at all.
+    The weights are held in the host's memory once, or a file of them at a time for fp8. The
+    output appears whole or not at all.
 
     Args:
       source: a Hugging Face folder or hub name, or a folder that was converted before.
       output: a new folder.
-      format: one of `FORMATS`.
-      dtype: of the weights written; as stored by default.
+      format: one of `FORMATS`; by default orbax, and safetensors for fp8.
+      dtype: of the weights written; as stored by default. "fp8": linear maps in 8 bits with
+        a scale for each block of 128 x 128, all else as stored.
 
     Raises:
       ValueError: the source cannot be read, the output exists, or what was written reads back
@@ -68,36 +77,74 @@ def convert(
     output = Path(output).absolute()
     if output.exists():
         raise ValueError(f"{output} exists; give --output a new folder")
+    format = format or ("safetensors" if dtype == "fp8" else "orbax")
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of {FORMATS}")
     folder = target_path(source)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected a Hugging Face checkpoint's folder")
     config = huggingface.read_config(folder)
+    if dtype == "fp8":
+        return _convert_to_fp8(folder, output, format)
     dtype = dtype or _stored_dtype(folder)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         params = huggingface.load_params(folder, config, dtype)
-        partial = output.with_name(output.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _copy_side_files(folder, partial, dtype)
+        partial = _empty_beside(output)
+        _copy_side_files(folder, partial, {"dtype": dtype})
         if format == "orbax":
             save_weights(partial / huggingface.WEIGHTS, params)
             written = _stored_arrays(partial / huggingface.WEIGHTS, params)
         else:
-            _save_safetensors(partial, config, params)
+            save_safetensors(partial, config, params)
             written = _stored_tensors(partial, config, params)
-        count = 0
         arrays = len(jax.tree.leaves(params))
-        for name, expected, found in tqdm(written, desc="compare", unit="array", total=arrays):
-            if not np.array_equal(_bits(expected), _bits(found)):
-                raise ValueError(
-                    f"'{name}' in {partial} is not what was written; is the disk sound?"
-                )
-            count += 1
+        count, size = _compare(tqdm(written, "compare", unit="array", total=arrays), partial)
     partial.rename(output)
-    size = sum(x.nbytes for x in jax.tree.leaves(params))
     return Converted(output, str(np.dtype(DTYPES[dtype])), size, count)
+
+
+def _convert_to_fp8(folder: Path, output: Path, format: str) -> Converted:
+    stored = quantisation_of(folder)
+    if stored is not None or (folder / huggingface.WEIGHTS).exists():
+        how = stored.name if stored else "an Orbax store"
+        raise ValueError(
+            f"{folder} is stored as {how}; fp8 is made of the unquantised checkpoint, in "
+            "safetensors (--dtype bfloat16 --to safetensors writes one)"
+        )
+    if format != "safetensors":
+        raise ValueError(f"format is {format!r}; fp8 is written as safetensors")
+    source, partial = Fp8Tensors(folder), _empty_beside(output)
+    _copy_side_files(folder, partial, {"quantization_config": source.section})
+    _save_shards(partial, source.tensors("write"))
+    found = SafetensorsFolder(partial, quantised=True)
+    written = ((name, x, found.read(name)) for name, x in source.tensors("compare"))
+    count, size = _compare(written, partial)
+    partial.rename(output)
+    return Converted(output, "fp8", size, count, source.errors)
+
+
+def _empty_beside(output: Path) -> Path:
+    """A folder to write in, renamed to `output` when it is whole."""
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _compare(written: Iterable[tuple[str, Any, Any]], folder: Path) -> tuple[int, int]:
+    """Arrays and bytes that equal what was to be written, bit for bit.
+
+    Raises:
+      ValueError: one does not.
+    """
+    count = size = 0
+    for name, expected, found in written:
+        if not np.array_equal(_bits(expected), _bits(found)):
+            raise ValueError(
+                f"'{name}' in {folder} is not what was written; is the disk sound?"
+            )
+        count, size = count + 1, size + found.nbytes
+    return count, size
 
 
 def _stored_dtype(folder: Path) -> str:
@@ -117,15 +164,16 @@ def _stored_dtype(folder: Path) -> str:
     return dtypes[0]
 
 
-def _copy_side_files(folder: Path, output: Path, dtype: str) -> None:
+def _copy_side_files(folder: Path, output: Path, change: dict[str, Any]) -> None:
     for pattern in huggingface.FILES:
         for path in folder.glob(pattern):
             if path.suffix != ".safetensors" and path.name not in (INDEX, MODELOPT):
                 shutil.copyfile(path, output / path.name)
     raw = read_json(folder / "config.json")
-    for key in ("torch_dtype", *KEYS):  # what is written is neither
+    replaced = ("torch_dtype", *KEYS) if "dtype" in change else KEYS
+    for key in replaced:
         raw.pop(key, None)
-    text = json.dumps(raw | {"dtype": dtype}, indent=2)
+    text = json.dumps(raw | change, indent=2)
     (output / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -144,22 +192,36 @@ def _stored_arrays(store: Path, params: TargetParams) -> Iterator[tuple[str, Any
             yield jax.tree_util.keystr(path), array, other
 
 
-def _save_safetensors(output: Path, config, params: TargetParams) -> None:
-    shards: list[list[tuple[list[Part], jax.Array]]] = [[]]
+def save_safetensors(output: Path, config, params: TargetParams) -> None:
+    """Weights by value as the tensors of a Hugging Face folder, in files of `SHARD_BYTES`."""
+    named = ((parts[0].name, _tensor(parts, array)) for parts, array in _parts(config, params))
+    _save_shards(output, named)
+
+
+def _save_shards(output: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Files of at most `SHARD_BYTES`, or one tensor each, written as the tensors come."""
+    shard: dict[str, np.ndarray] = {}
+    shards: list[list[str]] = []
     size = total = 0
-    for parts, array in _parts(config, params):
-        count = sum(part.size for part in parts) * array.dtype.itemsize
-        if size and size + count > SHARD_BYTES:
-            shards.append([])
+
+    def flush():
+        save_file(shard, output / f"{len(shards)}.partial", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            flush()
             size = 0
-        shards[-1].append((parts, array))
-        size, total = size + count, total + count
+        shard[name] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
     weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        name = SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        tensors = {parts[0].name: _tensor(parts, array) for parts, array in shard}
-        save_file(tensors, output / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        file = SINGLE if len(shards) == 1 else file
+        (output / f"{i}.partial").rename(output / file)
+        weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (output / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -30,7 +30,7 @@ from jaxspec.models.params import (
     TargetParams,
     abstract_params,
 )
-from jaxspec.sharding import shardings
+from jaxspec.sharding import WIDE, shardings
 
 Box = tuple[tuple[int, int], ...]  # first and one past the last, per axis
 
@@ -115,7 +115,12 @@ class Part:
 
 
 def load(
-    config: TargetConfig, tensors: Tensors, dtype, mesh: Mesh | None = None
+    config: TargetConfig,
+    tensors: Tensors,
+    dtype,
+    mesh: Mesh | None = None,
+    *,
+    keep: Callable | None = None,
 ) -> TargetParams:
     """Builds the weights of a target.
 
@@ -126,6 +131,8 @@ def load(
     Args:
       mesh: devices to cut the arrays over (`jaxspec.sharding`), of all processes if there are
         several; each reads what its own devices hold. None is the default device.
+      keep: changes shapes, parts and tensors, given these and over how many devices channels
+        are cut, to load some weights otherwise (`kept.keep`).
 
     Raises:
       ValueError: a tensor is missing, is not part of the model, has another shape than
@@ -141,7 +148,11 @@ def load(
     check_tensors(tensors, table, redundant=(LM_HEAD,) if config.tie_embeddings else ())
     if config.tie_embeddings and LM_HEAD in tensors.shapes:
         _check_tied(tensors)
-    return build(tensors, table, abstract_params(config, dtype), mesh)
+    specs = abstract_params(config, dtype)
+    if keep is not None:
+        devices = 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in WIDE)
+        specs, table, tensors = keep(specs, table, tensors, devices)
+    return build(tensors, table, specs, mesh)
 
 
 def build(tensors: Tensors, table: Any, specs: Any, mesh: Mesh | None = None) -> Any:

@@ -94,9 +94,18 @@ def read_config(path: str | Path) -> TargetConfig:
 
 
 def load_params(
-    path: str | Path, config: TargetConfig, dtype=jnp.float32, mesh: Mesh | None = None
+    path: str | Path,
+    config: TargetConfig,
+    dtype=jnp.float32,
+    mesh: Mesh | None = None,
+    *,
+    stored: bool = False,
 ) -> TargetParams:
     """The weights, dequantised one tensor at a time, in the fused layout; see `fuse.load`."""
+    if stored:
+        raise ValueError(
+            f"{path} is a GGUF file; weights 'stored' keeps fp8 alone: leave it out"
+        )
     return fuse.load(config, _LlamaTensors(open_gguf(path), config), dtype, mesh)
 
 

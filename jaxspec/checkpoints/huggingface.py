@@ -11,8 +11,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxspec.checkpoints import catalog, fuse, hybrid
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
+from jaxspec.checkpoints.kept import keep
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
-from jaxspec.checkpoints.quantised import open_weights, read_quantisation
+from jaxspec.checkpoints.quantised import (
+    open_weights,
+    quantisation_of,
+    read_quantisation,
+)
 from jaxspec.checkpoints.rope import read_rope
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.checkpoints.visibility import windows
@@ -130,18 +135,31 @@ def _mixture(raw: JsonConfig, layers: int, model_type: str) -> dict[str, Any]:
 
 
 def load_params(
-    folder: str | Path, config: TargetConfig, dtype=jnp.float32, mesh: Mesh | None = None
+    folder: str | Path,
+    config: TargetConfig,
+    dtype=jnp.float32,
+    mesh: Mesh | None = None,
+    *,
+    stored: bool = False,
 ) -> TargetParams:
     """The weights of a folder in the fused layout, from safetensors or a converted store.
 
     See `fuse.load` for memory, errors and `mesh`.
+
+    Args:
+      stored: those of 8 bits stay so (`kept.keep`).
+
+    Raises:
+      ValueError: there are none to stay.
     """
     folder = Path(folder)
+    if stored:
+        _check_fp8(folder)
     if not (folder / WEIGHTS).exists():
-        tensors = open_weights(folder)
+        tensors = open_weights(folder, dequantise=not stored)
         if config.delta_net is not None:
             tensors = hybrid.text_tensors(tensors)
-        return fuse.load(config, tensors, dtype, mesh)
+        return fuse.load(config, tensors, dtype, mesh, keep=keep if stored else None)
     from jaxspec.checkpoints.store import load_weights  # Orbax takes seconds to import
 
     specs = abstract_params(config, fuse.check_dtype(dtype))
@@ -156,6 +174,16 @@ def load_params(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), specs, places
         ),
     )
+
+
+def _check_fp8(folder: Path) -> None:
+    quantisation = quantisation_of(folder)
+    if quantisation is None or not quantisation.fp8:
+        by = "by value" if quantisation is None else f"as {quantisation.name}"
+        raise ValueError(
+            f"{folder} is stored {by}; weights 'stored' keeps fp8: leave it out, or make such "
+            "a checkpoint (python -m jaxspec convert --dtype fp8 --to safetensors)"
+        )
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer | None:

@@ -12,6 +12,7 @@ from typing import Any
 from jaxspec.checkpoints.fuse import Box, Tensors
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.checkpoints.quantised import KEYS as QUANTISATION
+from jaxspec.checkpoints.quantised import Stored
 from jaxspec.config import DeltaNetConfig
 
 DENSE = ("qwen3_5", "qwen3_5_text")
@@ -127,6 +128,9 @@ class NamedTensors:
         self, name: str, shape: tuple[int, ...], box: Box, skip: int = 0
     ) -> Iterator[tuple[Box, Any]]:
         return self._tensors.pieces(self._names[name], shape, box, skip)
+
+    def stored(self, name: str) -> Stored | None:
+        return self._tensors.stored(self._names[name])
 
 
 def text_tensors(tensors: Tensors) -> NamedTensors:

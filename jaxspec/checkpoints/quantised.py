@@ -79,6 +79,10 @@ class Quantisation:
     name: str
     form: Form
 
+    @property
+    def fp8(self) -> bool:
+        return self.name.startswith("fp8")
+
 
 def read_quantisation(raw: JsonConfig, folder: Path | None = None) -> Quantisation | None:
     """The quantisation that a configuration tells; None where weights are stored by value.
@@ -116,18 +120,19 @@ def quantisation_of(folder: Path) -> Quantisation | None:
 
 
 def open_weights(
-    folder: Path, *, integers: Collection[str] = ()
+    folder: Path, *, integers: Collection[str] = (), dequantise: bool = True
 ) -> SafetensorsFolder | QuantisedFolder:
     """The tensors of a folder, by value: as stored, or dequantised as its config.json says.
 
-    A warning tells what is dequantised.
-
     Args:
       integers: tensors that are integers or booleans.
+      dequantise: all of them, with a warning; else the caller keeps some as they are stored.
     """
     quantisation = quantisation_of(folder)
     if quantisation is None:
         return SafetensorsFolder(folder, integers=tuple(integers))
+    if not dequantise:
+        return QuantisedFolder(folder, quantisation.form, integers=integers)
     warnings.warn(
         f"{folder} is stored as {quantisation.name}; its weights are dequantised while they "
         "load, and take as much memory as those of the unquantised model",
@@ -149,6 +154,7 @@ class QuantisedFolder:
 
     def __init__(self, folder: Path, form: Form, *, integers: Collection[str] = ()):
         self._folder = SafetensorsFolder(folder, integers=tuple(integers), quantised=True)
+        self._form = form
         self.origin = self._folder.origin
         self._weights = FINDERS[type(form)](form, self._folder)
         used = {part for weight in self._weights.values() for part in weight.parts}
@@ -180,6 +186,36 @@ class QuantisedFolder:
             return
         seen = self.read(name).reshape(-1)[skip : skip + math.prod(shape)].reshape(shape)
         yield box, seen[tuple(slice(*ends) for ends in box)]
+
+    def stored(self, name: str) -> Stored | None:
+        """A weight as it is stored, where that is float8_e4m3fn [O, I] with scales."""
+        weight = self._weights.get(name)
+        form, shape = self._form, self.shapes[name]
+        if weight is None or len(shape) != 2 or self._folder.dtypes.get(name) != FP8:
+            return None
+        scale = weight.parts[1]
+        values = _Finder(self._folder).scale(scale, self._folder.read(scale))
+        values = values.reshape((-1, 1) if form.block is None else values.shape)
+        block = form.block or (shape[0] // len(values), shape[1])
+        return Stored(name, scale, block, values, self._folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A weight [O, I] in 8 bits, and its scales.
+
+    Attributes:
+      name, scale_name: of the tensors of values and of scales.
+      block: outputs and inputs that share a scale, the last ones perhaps fewer.
+      scale: float32 [ceil(O / block[0]), ceil(I / block[1])].
+      folder: gives the values.
+    """
+
+    name: str
+    scale_name: str
+    block: tuple[int, int]
+    scale: np.ndarray
+    folder: SafetensorsFolder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Write weights as an Orbax store, which reloads quickly on any mesh, or as safetensors.
+    """Write weights as an Orbax store, which reloads quickly on any mesh, safetensors, or fp8.
 
     The output is a folder that any command takes as its --target. Every bit written is read
     back and compared.
@@ -18,15 +18,18 @@ class Convert:
     Examples:
       python -m jaxspec convert --target Qwen/Qwen3-8B --output qwen3-8b
       python -m jaxspec convert --target qwen3-8b --output back --to safetensors
+      python -m jaxspec convert --target Qwen/Qwen3-8B --output qwen3-8b-fp8 --dtype fp8
     """
 
     target: str
     """Hugging Face folder or hub name, or a folder that was converted before."""
     output: Path
     """A new folder."""
-    to: Literal["orbax", "safetensors"] = "orbax"
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of the written weights; that of the input by default."""
+    to: Literal["orbax", "safetensors"] | None = None
+    """Orbax by default; fp8 is always safetensors."""
+    dtype: Literal["float32", "bfloat16", "float16", "fp8"] | None = None
+    """Dtype of the written weights; that of the input by default. fp8 writes linear maps in 8
+    bits, in blocks of 128 x 128 with a scale each, as Qwen3-*-FP8 (docs/quantised.md)."""
     json: bool = False
     """Print a summary as one JSON object on standard output."""
 
@@ -37,6 +40,8 @@ class Convert:
         if self.json:
             print(json.dumps(dataclasses.asdict(done) | {"folder": str(done.folder)}))
         else:
+            for layer, error in (done.errors or {}).items():
+                print(f"{layer}: rounding changed {error:.2%} of its weights' size")
             print(
                 f"{done.folder}: {done.bytes / 1e9:.2f} GB of {done.dtype}, {done.arrays} "
                 "arrays read back and equal bit for bit"

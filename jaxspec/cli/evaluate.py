@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from jaxspec.checkpoints import Weights
 from jaxspec.cli import exits
 from jaxspec.cli.options import target_name
 from jaxspec.cli.prompt_sets import chosen, encoded
@@ -42,6 +43,9 @@ class Evaluate:
     target: str | None = None
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
     drafter's files name (speculators' format), else smollm2-135m."""
+    weights: Weights = "dequantised"
+    """Of a target in fp8: dequantised to the decoders' dtypes, or stored, in 8 bits with their
+    scales."""
     count: int = 16
     """Prompts per set, evenly apart; 0 takes all."""
     max_new_tokens: int = 256
@@ -82,7 +86,7 @@ class Evaluate:
         target = target_name(self.target, *(contender.drafter for contender in contenders))
         setup = RunSettings(self._setup(texts, target))
         done = held(self.output, setup)
-        entries = load_entries(target, contenders)
+        entries = load_entries(target, contenders, weights=self.weights)
         sets, refused = encoded(
             entries[0].target,
             texts,
@@ -103,6 +107,7 @@ class Evaluate:
             batch_size=self.batch_size,
             timed=0 if self.tau_only else self.timed or None,
             plain_dtypes=self.plain_dtypes,
+            weights=self.weights,
             done=done,
         )
         for row in rows:
@@ -145,5 +150,6 @@ class Evaluate:
             "budgets": self.budgets,
             "batch_size": self.batch_size,
             "plain_dtypes": self.plain_dtypes,
+            **({"weights": self.weights} if self.weights != "dequantised" else {}),
             **machine(),
         }

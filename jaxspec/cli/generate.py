@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jaxspec.checkpoints import Weights
 from jaxspec.cli import exits
 from jaxspec.cli.options import DrafterOptions, Dtype, chosen_dtype, target_name
 from jaxspec.data.prompts import read_prompt_ids, read_rows
@@ -34,6 +35,9 @@ class Generate:
     """Dtype of weights and cache. float32 reproduces plain decoding token for token, on GPUs
     too (products do not use TF32); bfloat16 may flip near-ties. auto is the fastest here, by a
     measurement that is kept, and says which that is."""
+    weights: Weights = "dequantised"
+    """Of a target in fp8: dequantised to --dtype, or stored, in 8 bits with their scales, which
+    halves memory and, on a GPU, what a step reads."""
     prompt: str | None = None
     """One prompt, a user's turn."""
     prompts: Path | None = None
@@ -82,7 +86,9 @@ class Generate:
         jaxspec.enable_compilation_cache()
         dtype = chosen_dtype(self.dtype)
         name = target_name(self.target, self.drafter.drafter)
-        target = jaxspec.load_target(name, dtype=dtype, devices=self.devices)
+        target = jaxspec.load_target(
+            name, dtype=dtype, devices=self.devices, weights=self.weights
+        )
         options = dict(
             drafter=self.drafter.load(target, chain=self.rejection),
             max_new_tokens=self.max_new_tokens,

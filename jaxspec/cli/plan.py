@@ -45,6 +45,9 @@ class Plan:
     batch: int = 1
     devices: tuple[int, ...] = (1,)
     """Numbers of H100s to plan for."""
+    fp8: bool = False
+    """The target's attention and dense feed-forward layers stay in fp8, with blocks of 128 x
+    128."""
     tau: tuple[float, ...] = (2.0, 4.0, 6.0)
     """Acceptance lengths (tokens per round) to report speedups for."""
     compile: bool = True
@@ -64,7 +67,8 @@ class Plan:
         target = _target_config(self.target)
         drafter = self._drafter(target)
         setups = [
-            Setup(target, drafter, self.context, self.batch, count) for count in self.devices
+            Setup(target, drafter, self.context, self.batch, count, fp8=self.fp8)
+            for count in self.devices
         ]
         fits = True
         programs = PLANNED if self.compile else ()
@@ -111,6 +115,7 @@ class Plan:
             batch=self.batch,
             nodes=plan.setup.drafter.size,
             devices=plan.setup.devices,
+            fp8=plan.setup.fp8,
             parts=plan.parts,
             repeated=plan.repeated,
             programs={n: dataclasses.asdict(p) for n, p in plan.programs.items()},
@@ -125,8 +130,9 @@ class Plan:
     def _text(self, plan) -> str:
         row = self._row(plan)
         gib = lambda size: f"{size / 2**30:9.2f} GiB"  # noqa: E731
+        dtype = "fp8 and bfloat16" if self.fp8 else "bfloat16"
         lines = [
-            f"{self.target}, bfloat16, on {row['devices']} H100: {row['batch']} rows of "
+            f"{self.target}, {dtype}, on {row['devices']} H100: {row['batch']} rows of "
             f"{row['context']} tokens, {row['nodes']} nodes a round; per device",
             *(f"  {name:<34}{gib(size)}" for name, size in plan.parts.items() if size),
         ]

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jaxspec.checkpoints import Weights
 from jaxspec.cli.options import DrafterOptions, Dtype, chosen_dtype, target_name
 
 
@@ -34,6 +35,9 @@ class Serve:
     drafter's files name (speculators' format), else smollm2-135m."""
     dtype: Dtype = "auto"
     """Dtype of weights and cache; auto is the fastest here, and says which that is."""
+    weights: Weights = "dequantised"
+    """Of a target in fp8: dequantised to --dtype, or stored, in 8 bits with their scales, which
+    halves memory and, on a GPU, what a step reads."""
     served_model_name: tuple[str, ...] = ()
     """Model names that requests may use; responses carry the first. By default --target and its
     last part."""
@@ -110,7 +114,9 @@ class Serve:
         curve = Curve.load(self.curve) if stored else None
         jaxspec.enable_compilation_cache()
         target_path = target_name(self.target, self.drafter.drafter)
-        target = jaxspec.load_target(target_path, dtype=chosen_dtype(self.dtype))
+        target = jaxspec.load_target(
+            target_path, dtype=chosen_dtype(self.dtype), weights=self.weights
+        )
         check_servable(target)
         engine = self._engine(target, curve)
         if self.curve is None and (kept := kept_curve(engine.setup())) is not None:

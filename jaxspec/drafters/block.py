@@ -23,7 +23,7 @@ from jaxspec.drafters.selector import lattice, lattice_tree, pick, walk
 from jaxspec.drafters.visibility import block_visibility
 from jaxspec.drafters.weights import abstract_weights, bind
 from jaxspec.models.cache import KVCache, init_cache
-from jaxspec.models.layers import cut_axes
+from jaxspec.models.mesh import cut_axes
 from jaxspec.models.params import TargetParams
 from jaxspec.trees.build import build
 from jaxspec.trees.candidates import top_log_probs

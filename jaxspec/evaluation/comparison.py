@@ -34,6 +34,7 @@ def measurements(
     batch_size: int = 8,
     timed: int | None = None,
     plain_dtypes: Sequence[str] = (),
+    weights: str = "dequantised",
     done: Done = (),
 ) -> Iterator[Row]:
     """The rows of an evaluation, tau first.
@@ -43,6 +44,7 @@ def measurements(
       timed: prompts per set that are decoded with a clock; all if None, none if 0.
       plain_dtypes: of targets that decode plainly besides the contenders' own; they are loaded
         by the name of the first.
+      weights: theirs, of a target in fp8; see `load_target`.
       done: keys of rows that are known (`results.key`), and left out.
     """
     for temperature in temperatures:
@@ -60,7 +62,7 @@ def measurements(
     chosen = {name: spread(rows, timed or 0) for name, rows in sets.items()}
     known = {entry.contender.dtype for entry in entries}
     plain = {
-        dtype: load_target(entries[0].target.name, dtype=dtype)
+        dtype: load_target(entries[0].target.name, dtype=dtype, weights=weights)
         for dtype in plain_dtypes
         if dtype not in known
     }

@@ -154,8 +154,13 @@ def entry_of(name: str, target: Target, loaded: LoadedDrafter) -> Entry:
     return entry
 
 
-def load_entries(target: Target | str, contenders: Iterable[Contender]) -> list[Entry]:
+def load_entries(
+    target: Target | str, contenders: Iterable[Contender], *, weights: str = "dequantised"
+) -> list[Entry]:
     """Loads each target and drafter once per dtype; a target that is loaded has one.
+
+    Args:
+      weights: of a target in fp8, see `load_target`.
 
     Raises:
       ValueError: two contenders have one name, a model cannot be loaded or does not fit, or a
@@ -175,7 +180,7 @@ def load_entries(target: Target | str, contenders: Iterable[Contender]) -> list[
                 f"{', '.join(targets)}; leave dtype out, or give the target's name"
             )
         if c.dtype not in targets:
-            targets[c.dtype] = load_target(target, dtype=c.dtype)
+            targets[c.dtype] = load_target(target, dtype=c.dtype, weights=weights)
         key = c.drafter, c.dtype
         if key not in drafters:
             drafters[key] = load_drafter(c.drafter, targets[c.dtype], dtype=c.dtype)

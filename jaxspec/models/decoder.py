@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxspec.config import TargetConfig
 from jaxspec.models.cache import KVRows
 from jaxspec.models.delta_net import DeltaRows, DeltaState, Kinship, delta_net, kinship
-from jaxspec.models.layers import cut_axes, lookup, project, rms_norm, swiglu
+from jaxspec.models.layers import lookup, project, project_swiglu, rms_norm
+from jaxspec.models.mesh import cut_axes
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import (
     AttentionParams,
@@ -22,6 +23,7 @@ from jaxspec.models.params import (
     TargetParams,
 )
 from jaxspec.models.rope import Angles, layer_angles
+from jaxspec.models.scaled import is_scaled
 from jaxspec.models.state import LayerRows, LayerStates
 from jaxspec.trees.packing import Packing
 from pallas_kernels.rotary_heads import rotary_heads
@@ -90,7 +92,7 @@ def forward(
     count, rows = tokens.size, None
     if fused:
         # Nodes side by side, padded with zeros: products of fewer rows would each pad theirs.
-        rows = max(count, MIN_ROWS)
+        rows = max(count, MIN_ROWS if _by_value(params) else 2)  # of one row XLA makes scalars
         x = jnp.pad(x.reshape(1, count, -1), ((0, 0), (0, rows - count), (0, 0)))
     nodes = _Nodes((batch, n), rows, lengths, depths, ancestors, packing, implementation)
     kin = kinship(ancestors, lengths) if config.delta_layers else None
@@ -117,6 +119,14 @@ def forward(
         hidden=outputs[config.num_layers - 1],
         taps=jnp.concatenate(tapped, axis=-1) if tapped else hidden[:, :count, :0],
         rows=LayerRows(KVRows(*map(tuple, zip(*kv, strict=True))), tuple(delta)),
+    )
+
+
+def _by_value(params: TargetParams) -> bool:
+    """Whether a layer has matrices that are not in 8 bits."""
+    return not all(
+        is_scaled(layer.mlp.down) and is_scaled(getattr(layer.attention, "qkv", None))
+        for layer in params.layers
     )
 
 
@@ -296,7 +306,10 @@ def _gates(params: AttentionParams, qkv: jax.Array) -> jax.Array | None:
 
 def _project_out(params: AttentionParams, attended: jax.Array) -> jax.Array:
     """[B, N, H * D] -> [B, N, M]: of three contracted axes XLA would transpose the weight."""
-    weight = params.out.reshape(-1, params.out.shape[-1])
+    if is_scaled(params.out):
+        weight = params.out.merge_inputs()
+    else:
+        weight = params.out.reshape(-1, params.out.shape[-1])
     return project("bnh,hm->bnm", attended, weight)
 
 
@@ -309,5 +322,5 @@ def mlp(
         flat = normed.reshape(-1, config.hidden_size)
         out = mixture_of_experts(params, config, flat[:count])  # padding would read experts
         return jnp.pad(out, ((0, len(flat) - len(out)), (0, 0))).reshape(x.shape)
-    hidden = swiglu(project("bnm,mcf->bncf", normed, params.gate_up))
+    hidden = project_swiglu(normed, params.gate_up)
     return project("bnf,fm->bnm", hidden, params.down)

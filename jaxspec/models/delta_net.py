@@ -32,7 +32,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxspec.config import TargetConfig
-from jaxspec.models.layers import cut_axes, rms_norm
+from jaxspec.models.layers import rms_norm
+from jaxspec.models.mesh import cut_axes
 from jaxspec.models.params import DeltaNetParams
 from jaxspec.trees.tree import NO_PARENT, unpack_bits
 

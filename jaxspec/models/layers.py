@@ -11,15 +11,21 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-WEIGHT_AXES = ("model", "rest")  # of a mesh; key/value heads are cut over the first alone
+from jaxspec.models.mesh import cut_axes
+from jaxspec.models.scaled import ScaledWeight, scaled_product
+from pallas_kernels.scaled_matmul import scaled_swiglu
 
 
-def project(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+def project(spec: str, x: jax.Array, weight: jax.Array | ScaledWeight) -> jax.Array:
     """einsum of activations and a weight: operands in the weight's dtype, float32 result.
+
+    A weight in 8 bits has the letters that it has by value.
 
     A single row of narrow operands is multiplied twice: XLA has kernels for matrices of them,
     and for a vector widens or rearranges the whole weight, on CPUs and GPUs alike.
     """
+    if isinstance(weight, ScaledWeight):
+        return _where_it_stands(functools.partial(scaled_product, spec), x, weight)
     x = x.astype(weight.dtype)
     letters, others = spec.split("->")[0].split(",")
     single = math.prod(x.shape[:-1]) == 1 and letters[-2:-1] not in others
@@ -31,6 +37,17 @@ def project(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     einsum = functools.partial(product, spec)
     out = _where_it_stands(einsum, x, weight) if turned else einsum(x, weight)
     return jax.lax.slice_in_dim(out, 0, 1, axis=x.ndim - 2) if single else out
+
+
+def project_swiglu(x: jax.Array, gate_up: jax.Array | ScaledWeight) -> jax.Array:
+    """silu(gate) · up of activations [..., M] and a weight [M, 2, F]: [..., F].
+
+    Float32, but of a weight in 8 bits rounded to its dtype already: one kernel does both.
+    """
+    if isinstance(gate_up, ScaledWeight):
+        both = functools.partial(scaled_product, "...m,mcf->...f", function=scaled_swiglu)
+        return _where_it_stands(both, x, gate_up)
+    return swiglu(project("...m,mcf->...cf", x, gate_up))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -59,7 +76,7 @@ def _product_backward(spec, operands, slope):
 product.defvjp(_product_forward, _product_backward)
 
 
-def _where_it_stands(function, x: jax.Array, weight: jax.Array) -> jax.Array:
+def _where_it_stands(function, x: jax.Array, weight: jax.Array | ScaledWeight) -> jax.Array:
     """function(x, weight), whose work on a narrow weight stays where it is used.
 
     Before a loop XLA:CPU would turn or widen the whole weight for the loop to use, in every
@@ -72,15 +89,10 @@ def _where_it_stands(function, x: jax.Array, weight: jax.Array) -> jax.Array:
         never = lambda *_: jnp.zeros(shape.shape, shape.dtype)  # noqa: E731
         return jax.lax.cond(x.ravel()[0] == jnp.inf, never, function, x, weight)
 
-    if weight.dtype == jnp.float32 or not x.size:
+    narrow = isinstance(weight, ScaledWeight) or weight.dtype != jnp.float32
+    if not narrow or not x.size:
         return function(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=branch, default=function)
-
-
-def cut_axes() -> tuple[str, ...]:
-    """Axes that weights are cut over, of the mesh set by `jax.set_mesh` if there is one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(name for name in WEIGHT_AXES if dict(mesh.shape).get(name, 1) > 1)
 
 
 def lookup(table: Float[Array, "V M"], index: Int[Array, "*L"]) -> Float[Array, "*L M"]:

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxspec.config import TargetConfig
-from jaxspec.models.layers import cut_axes, project, swiglu
+from jaxspec.models.layers import project, project_swiglu, swiglu
+from jaxspec.models.mesh import cut_axes
 from jaxspec.models.params import MoeParams, SharedExpertParams
 from pallas_kernels.grouped_matmul import grouped_matmul
 
@@ -35,7 +36,7 @@ def mixture_of_experts(
 
 def _shared(params: SharedExpertParams, x: jax.Array) -> jax.Array:
     gate = jax.nn.sigmoid(project("tm,mg->tg", x, params.gate[:, None]))
-    hidden = swiglu(project("tm,mcf->tcf", x, params.gate_up))
+    hidden = project_swiglu(x, params.gate_up)
     return gate * project("tf,fm->tm", hidden, params.down)
 
 

@@ -7,30 +7,42 @@ separate, so that tensor parallelism shards one axis of one array.
 Letters: M model width, K key/value heads, G query heads per key/value head, D head dim,
 F feed-forward width, E experts, V vocabulary. Of gated delta nets: J key heads, R value heads
 per key head, dk and dv dimensions of a key and a value, C = 2 dk + R dv.
+
+Matrices of attention and of dense feed-forward layers may be a `ScaledWeight` each, which keeps
+8 bits a value (`scaled_spec`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig
+from jaxspec.models.scaled import ScaledWeight
+
+Matrix = jax.Array | ScaledWeight
+# Matrices that may stay in 8 bits, by name and number of axes: letters of inputs and outputs.
+SCALABLE = {
+    ("qkv", 4): ("m", "kgd"),
+    ("out", 4): ("kgd", "m"),
+    ("gate_up", 3): ("m", "cf"),
+    ("down", 2): ("f", "m"),
+}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionParams:
     norm: jax.Array  # [M]
-    qkv: (
-        jax.Array
-    )  # [M, K, G + 2, D]: for each key/value head its G queries, its key, its value;
+    qkv: Matrix  # [M, K, G + 2, D]: for each key/value head its G queries, its key, its value;
     # with gates [M, K, 2 G + 2, D], every query followed by its gate
     qkv_bias: jax.Array | None  # [K, G + 2, D]
     q_norm: jax.Array | None  # [D]
     k_norm: jax.Array | None  # [D]
-    out: jax.Array  # [K, G, D, M]
+    out: Matrix  # [K, G, D, M]
 
     @property
     def gated(self) -> bool:
@@ -57,16 +69,16 @@ class DeltaNetParams:
 @dataclasses.dataclass(frozen=True)
 class MlpParams:
     norm: jax.Array  # [M]
-    gate_up: jax.Array  # [M, 2, F]
-    down: jax.Array  # [F, M]
+    gate_up: Matrix  # [M, 2, F]
+    down: Matrix  # [F, M]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SharedExpertParams:
     gate: jax.Array  # [M]
-    gate_up: jax.Array  # [M, 2, F]
-    down: jax.Array  # [F, M]
+    gate_up: Matrix  # [M, 2, F]
+    down: Matrix  # [F, M]
 
 
 @jax.tree_util.register_dataclass
@@ -100,8 +112,16 @@ class TargetParams:
         return self.embed if self.lm_head is None else self.lm_head
 
 
-def abstract_params(config: TargetConfig, dtype=jnp.float32) -> TargetParams:
+def abstract_params(
+    config: TargetConfig,
+    dtype=jnp.float32,
+    *,
+    block: tuple[int, int] | None = None,
+    devices: int = 1,
+) -> TargetParams:
     """The shape of every weight as a `ShapeDtypeStruct`, nothing allocated.
+
+    With a block, matrices that may stay in 8 bits do (`scaled_spec`).
 
     What stays float32 whatever the dtype: norms that are stored less one, which bfloat16 would
     round once one is added, and the rates of decay.
@@ -124,11 +144,48 @@ def abstract_params(config: TargetConfig, dtype=jnp.float32) -> TargetParams:
             return _abstract_delta_net(c, weight, norm)
         return _abstract_attention(c, weight, norm)
 
-    return TargetParams(
+    params = TargetParams(
         embed=weight(c.vocab_size, c.hidden_size),
         layers=tuple(LayerParams(attention(i), mlp(i)) for i in range(c.num_layers)),
         final_norm=norm(c.hidden_size),
         lm_head=None if c.tie_embeddings else weight(c.vocab_size, c.hidden_size),
+    )
+    if block is None:
+        return params
+
+    return jax.tree.map_with_path(
+        lambda path, spec: scaled_spec(path, spec, block, devices) or spec, params
+    )
+
+
+def scaled_spec(
+    path, spec: jax.ShapeDtypeStruct, block: tuple[int, int], devices: int = 1
+) -> ScaledWeight | None:
+    """The shapes of a weight in 8 bits; None for one that stays by value.
+
+    A block is cut to what divides the last axis of outputs and the last of inputs evenly, of
+    feed-forward channels those of one device.
+
+    Args:
+      path, spec: of the weight by value in `TargetParams`.
+      block: outputs and inputs that share a scale.
+      devices: over which feed-forward channels are cut.
+    """
+    known = SCALABLE.get((path[-1].name, len(spec.shape)))
+    if known is None:
+        return None
+    inputs, outputs = known
+    sizes = dict(zip(inputs + outputs, spec.shape, strict=True))
+    scales = dict(sizes)
+    for letter, size in zip((outputs[-1], inputs[-1]), block, strict=True):
+        cut = letter == "f" and sizes[letter] % devices == 0
+        scales[letter] //= math.gcd(size, sizes[letter] // (devices if cut else 1))
+    shape, scale = (tuple(x[letter] for letter in outputs + inputs) for x in (sizes, scales))
+    return ScaledWeight(
+        values=jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn),
+        scale=jax.ShapeDtypeStruct(scale, jnp.float32),
+        inputs=len(inputs),
+        dtype=jnp.dtype(spec.dtype),
     )
 
 

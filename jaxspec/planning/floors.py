@@ -15,7 +15,8 @@ from jaxspec.drafters.eagle import EagleDrafter
 from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.drafters.mtp import MtpConfig
 from jaxspec.drafters.weights import abstract_weights
-from jaxspec.models.params import DeltaNetParams, LayerParams, MoeParams, abstract_params
+from jaxspec.models.params import DeltaNetParams, LayerParams, MoeParams
+from jaxspec.models.scaled import is_scaled
 from jaxspec.models.state import init_states
 from jaxspec.planning.setup import DTYPE, Setup
 from pallas_kernels.h100.target import BYTES_PER_SECOND, FLOPS_PER_SECOND
@@ -46,7 +47,7 @@ def target_floor(setup: Setup, tokens: int, *, predicted: int | None = None) -> 
       tokens: of all rows.
       predicted: those of them that are unembedded; all if left out.
     """
-    c, params = setup.target, abstract_params(setup.target, DTYPE)
+    c, params = setup.target, setup.target_params
     vocabulary = math.prod(params.unembed.shape)
     size, values = _bytes(params.unembed), 0.0
     for layer in params.layers:
@@ -136,7 +137,8 @@ def _row_bytes(c: DrafterConfig | EagleConfig | MtpConfig) -> int:
 
 
 def _values(tree: Any) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+    """Of matrices; the scales of 8 bits are none."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree, is_leaf=is_scaled))
 
 
 def _bytes(tree: Any) -> int:

@@ -16,11 +16,12 @@ from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.sampling import greedy_rows
 from jaxspec.decoding.state import Decoder, DecodeState, Params, Requests
 from jaxspec.drafters.base import Drafter
-from jaxspec.models.params import abstract_params
+from jaxspec.models.params import TargetParams, abstract_params
 from jaxspec.sharding import shardings
 from pallas_kernels.tree_attention.config import Shape, unsupported
 
 DTYPE = jnp.bfloat16
+FP8_BLOCK = (128, 128)  # outputs and inputs that share a scale, as in Qwen3-*-FP8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Setup:
       batch: B, sequences decoded together.
       devices: the model is sharded over them.
       chunk: prompt tokens per forward.
+      fp8: matrices of the target that may stay in 8 bits do (`models.params.SCALABLE`).
     """
 
     target: TargetConfig
@@ -41,6 +43,7 @@ class Setup:
     batch: int = 1
     devices: int = 1
     chunk: int = Decoder.chunk
+    fp8: bool = False
 
     def __post_init__(self):
         for name in ("context", "batch", "devices", "chunk"):
@@ -66,6 +69,12 @@ class Setup:
                     f"{count} {name} cannot be cut evenly over {self.devices} devices; "
                     "expected a number that divides them"
                 )
+
+    @property
+    def target_params(self) -> TargetParams:
+        """Shapes of the target's weights, in bfloat16 or 8 bits."""
+        block = FP8_BLOCK if self.fp8 else None
+        return abstract_params(self.target, DTYPE, block=block, devices=self.devices)
 
     @property
     def decoder(self) -> Decoder:
@@ -108,9 +117,9 @@ def published_drafter(target: TargetConfig) -> DrafterConfig:
 def abstract_arguments(
     setup: Setup, mesh: Mesh | AbstractMesh
 ) -> tuple[Params, Requests, DecodeState]:
-    """What `prefill` and `decode` take, as shapes placed on a mesh, in bfloat16."""
+    """What `prefill` and `decode` take, as shapes placed on a mesh."""
     decoder = setup.decoder
-    target = abstract_params(setup.target, DTYPE)
+    target = setup.target_params
     params = Params(target, decoder.drafter.abstract_params(target))
     requests = _abstract_requests(setup)
     state = jax.eval_shape(functools.partial(prefill, decoder), params, requests)

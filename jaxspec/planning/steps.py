@@ -16,12 +16,12 @@ from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Drafter
 from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.plain import Plain
-from jaxspec.models.params import abstract_params
 from jaxspec.models.presets import PRESETS
+from jaxspec.models.scaled import is_scaled
 from jaxspec.planning.floors import program_floor, state_bytes
 from jaxspec.planning.plan import most_rows, plan
 from jaxspec.planning.programs import compile_program
-from jaxspec.planning.setup import DTYPE, Setup, published_drafter
+from jaxspec.planning.setup import Setup, published_drafter
 from jaxspec.trees.tree import DraftTree, root_only
 from pallas_kernels.h100.compile import Program
 from pallas_kernels.h100.target import MEMORY_BYTES
@@ -32,6 +32,7 @@ OURS = (
     "take_rows",
     "write_rows",
     "grouped_matmul",
+    "scaled_matmul",
     "tree_level",
 )
 PREFILL_CHUNK = 512
@@ -58,7 +59,7 @@ class Step:
         "prefill" (one chunk of a prompt), "draft" (the drafter's pass and its tree) or "round"
         (the two together); all but "draft" inside their loops, as they run.
       nodes: N of the tree.
-      context, batch, devices: as in `Setup`.
+      context, batch, devices, fp8: as in `Setup`.
     """
 
     model: str
@@ -67,11 +68,12 @@ class Step:
     context: int = 4096
     batch: int = 1
     devices: int = 1
+    fp8: bool = False
 
     def __str__(self) -> str:
         return (
             f"{self.model} {self.kind} N={self.nodes} S={self.context} B={self.batch} "
-            f"on {self.devices}"
+            f"on {self.devices}{' fp8' * self.fp8}"
         )
 
     @property
@@ -83,6 +85,7 @@ class Step:
             self.batch,
             self.devices,
             chunk=PREFILL_CHUNK,
+            fp8=self.fp8,
         )
 
     @property
@@ -119,6 +122,8 @@ def steps(quick: bool = False) -> list[Step]:
         Step("qwen3-8b", "round", 64),
         Step("qwen3-8b", "round", 64, context=32_768, batch=4),
         Step("qwen3.5-9b", "verify", 64),
+        Step("qwen3-8b", "decode", fp8=True),
+        Step("qwen3-8b", "verify", 64, fp8=True),
     ]
     if quick:
         return gated
@@ -225,8 +230,9 @@ def _smallest_state(setup: Setup) -> int:
 
     Of gated delta nets that is the memory: their windows and convolutions are small.
     """
-    params = abstract_params(setup.target, DTYPE)
-    matrices = [x for x in jax.tree.leaves(params) if x.ndim > 1 and min(x.shape) > 4]
+    leaves = jax.tree.leaves(setup.target_params, is_leaf=is_scaled)
+    arrays = [x.values if is_scaled(x) else x for x in leaves]
+    matrices = [x for x in arrays if x.ndim > 1 and min(x.shape) > 4]
     smallest = min(math.prod(x.shape) * x.dtype.itemsize for x in matrices)
     states = [size for size in state_bytes(setup) if size > 2**20 or not setup.target.delta_net]
     return min(smallest, *states) // setup.devices

@@ -20,6 +20,7 @@ from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.unrolled import unroll
 from jaxspec.drafters.weights import bind
 from jaxspec.models.params import DeltaNetParams, MoeParams, TargetParams
+from jaxspec.models.scaled import is_scaled
 from jaxspec.training.blocks import before_labels, sample_anchors, supervised_slots
 from jaxspec.training.features import Features
 from jaxspec.training.loading import Rows
@@ -58,6 +59,11 @@ def copy_layers(
         raise ValueError(
             "the target's last layers are mixtures of experts, which a drafter cannot "
             "start from; set initial to 'random'"
+        )
+    if any(map(is_scaled, jax.tree.leaves(target, is_leaf=is_scaled))):
+        raise ValueError(
+            "the target's weights are in 8 bits, which a drafter cannot start from; load it "
+            "with weights 'dequantised', or set initial to 'random'"
         )
     flat = dict(nnx.to_flat_state(weights))
     for path, x in network_of(config).of_target(config, weights, target).items():

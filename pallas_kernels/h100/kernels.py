@@ -17,7 +17,7 @@ from pallas_kernels.grouped_matmul.triton import tile_rows
 from pallas_kernels.h100.compile import Kernel, compile_for_h100
 from pallas_kernels.h100.target import mesh
 from pallas_kernels.scaled_matmul import config as scaled_config
-from pallas_kernels.scaled_matmul.api import scaled_matmul
+from pallas_kernels.scaled_matmul.api import scaled_matmul, scaled_swiglu
 from pallas_kernels.tree_attention.api import tree_attention
 from pallas_kernels.tree_attention.config import TILES, Shape, TileConfig, choose
 from pallas_kernels.tree_level import Levels, grow_level
@@ -35,6 +35,7 @@ _attention = jax.jit(
 _level = jax.jit(grow_level, static_argnames="implementation")
 _grouped = jax.jit(grouped_matmul, static_argnames="implementation")
 _scaled = jax.jit(scaled_matmul, static_argnames="implementation")
+_scaled_swiglu = jax.jit(scaled_swiglu, static_argnames="implementation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,15 +111,23 @@ class GroupedCase:
 
 @dataclasses.dataclass(frozen=True)
 class ScaledCase:
-    """One product with 8-bit values, scaled in blocks, or by output where `block` is None."""
+    """One product with 8-bit values, scaled in blocks, or by output where `block` is None.
+
+    Attributes:
+      halves: 2 where the columns are gates and ups, of which one kernel makes SwiGLU.
+    """
 
     rows: int
     depth: int
     columns: int
     block: int | None = 128
+    halves: int = 1
 
     def __str__(self) -> str:
-        return f"scaled_matmul R={self.rows} {self.depth}x{self.columns} block={self.block}"
+        return (
+            f"scaled_matmul R={self.rows} {self.depth}x{self.columns} block={self.block} "
+            f"halves={self.halves}"
+        )
 
     @property
     def scales(self) -> tuple[int, int]:
@@ -128,7 +137,7 @@ class ScaledCase:
 
     def compile(self, cache: pathlib.Path | None = None) -> tuple[Kernel, ...]:
         return compile_for_h100(
-            _scaled,
+            _scaled if self.halves == 1 else _scaled_swiglu,
             _array(self.rows, self.depth, dtype=jnp.bfloat16),
             _array(self.columns, self.depth, dtype=jnp.float8_e4m3fn),
             _array(*self.scales),
@@ -137,7 +146,8 @@ class ScaledCase:
         ).kernels
 
     def faults(self, kernels: tuple[Kernel, ...]) -> list[str]:
-        tile = scaled_config.choose(self.rows, self.columns, self.depth, self.scales[1])
+        shape = self.rows, self.columns, self.depth, self.scales[1]
+        tile = scaled_config.choose(*shape, halves=self.halves)
         return _faults(kernels, "scaled_matmul", tile.rows)
 
 
@@ -207,11 +217,11 @@ def cases(
     ):
         found.append(GroupedCase(rows, 128, depth, columns))
     # Qwen3-8B's products, for one token, trees and a prompt chunk; scales by block and output.
-    for rows, (depth, columns) in itertools.product(
-        (8, 32, 64, 256, 512), ((4096, 6144), (4096, 24_576), (12_288, 4096))
+    for rows, (depth, columns, halves) in itertools.product(
+        (1, 32, 64, 256, 512), ((4096, 6144, 1), (4096, 24_576, 2), (12_288, 4096, 1))
     ):
-        found.append(ScaledCase(rows, depth, columns))
-    found += [ScaledCase(rows, 4096, 4096, block) for rows in (8, 64) for block in (64, None)]
+        found.append(ScaledCase(rows, depth, columns, halves=halves))
+    found += [ScaledCase(rows, 4096, 4096, block) for rows in (1, 64) for block in (64, None)]
     found += [LevelCase(15), LevelCase(63), LevelCase(255), LevelCase(63, batch=8)]
     if quick:
         return list(dict.fromkeys(found))

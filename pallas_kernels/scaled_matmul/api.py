@@ -7,7 +7,10 @@ import functools
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.scaled_matmul.reference import scaled_matmul_reference
+from pallas_kernels.scaled_matmul.reference import (
+    scaled_matmul_reference,
+    scaled_swiglu_reference,
+)
 from pallas_kernels.slopes import with_slope_of
 
 
@@ -28,25 +31,40 @@ def scaled_matmul(
     Raises:
       ValueError: "triton" was asked for and does not take this shape.
     """
+    kernels = scaled_matmul_reference, "scaled_matmul_triton"
+    return _call(*kernels, rows, values, scale, implementation)
+
+
+def scaled_swiglu(
+    rows: Float[Array, "R I"],
+    values: Float[Array, "O I"],
+    scale: Float[Array, "A C"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "R F"]:
+    """See `scaled_swiglu_reference` for shapes and meaning; else as `scaled_matmul`."""
+    kernels = scaled_swiglu_reference, "scaled_swiglu_triton"
+    return _call(*kernels, rows, values, scale, implementation)
+
+
+def _call(reference, kernel: str, rows, values, scale, implementation: str | None) -> jax.Array:
     if implementation not in (None, "xla", "triton"):
         raise ValueError(
             f"implementation is {implementation!r}; expected 'xla', 'triton' or None"
         )
     arrays = (rows, values, scale)
     if implementation == "xla":
-        return scaled_matmul_reference(*arrays)
+        return reference(*arrays)
     # Pallas takes a fifth of a second to import: only where it is used.
+    from pallas_kernels.scaled_matmul import triton
     from pallas_kernels.scaled_matmul.config import unsupported
-    from pallas_kernels.scaled_matmul.triton import scaled_matmul_triton
 
     reason = unsupported(*arrays)
     if implementation == "triton" and reason:
         raise ValueError(f"implementation 'triton' does not take this: {reason}; use 'xla'")
     if reason:
-        return scaled_matmul_reference(*arrays)
-    kernel = scaled_matmul_triton
+        return reference(*arrays)
+    chosen = getattr(triton, kernel)
     if implementation is None:
-        kernel = functools.partial(
-            jax.lax.platform_dependent, cuda=kernel, default=scaled_matmul_reference
-        )
-    return with_slope_of(scaled_matmul_reference, kernel)(*arrays)
+        chosen = functools.partial(jax.lax.platform_dependent, cuda=chosen, default=reference)
+    return with_slope_of(reference, chosen)(*arrays)

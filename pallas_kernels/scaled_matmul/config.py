@@ -50,20 +50,25 @@ def unsupported(rows: jax.Array, values: jax.Array, scale: jax.Array) -> str | N
     return None
 
 
-def choose(rows: int, columns: int, depth: int, scales: int) -> Tile:
-    """The tile for [rows, depth] times [columns, depth], of so many scales along the depth."""
+def choose(rows: int, columns: int, depth: int, scales: int, *, halves: int = 1) -> Tile:
+    """The tile for [rows, depth] times [columns, depth], of so many scales along the depth.
+
+    Args:
+      halves: 2 where a program has columns of both halves of the matrix, whole.
+    """
     step = 128 if (depth // scales) % 128 == 0 else 64
     height = min(128, max(16, 1 << (rows - 1).bit_length()))
-    widths = {16: (64, 32), 32: (64, 32), 64: (128, 64, 32), 128: (128, 64, 32)}[height]
-    fitting = [width for width in widths if columns % width == 0]
+    widths = [width // halves for width in ((64, 32) if height <= 32 else (128, 64, 32))]
+    fitting = [width for width in widths if columns // halves % width == 0]
     tall = -(-rows // height)
     width = fitting[0]
     if height <= 32:  # few rows are cheap to read again: narrow tiles, rather than splits
-        filling = [w for w in fitting if columns // w * tall >= PROGRAMS]
+        filling = [w for w in fitting if columns // halves // w * tall >= PROGRAMS]
         width = filling[0] if filling else fitting[-1]
     splits, steps = 1, depth // step
     while (
-        2 * splits * (columns // width) * tall <= PROGRAMS
+        halves == 1
+        and 2 * splits * (columns // width) * tall <= PROGRAMS
         and steps % (2 * splits) == 0
         and steps // (2 * splits) >= LEAST_STEPS
     ):

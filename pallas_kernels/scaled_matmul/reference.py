@@ -31,6 +31,20 @@ def scaled_matmul_reference(
     )
 
 
+def scaled_swiglu_reference(
+    rows: Float[Array, "R I"], values: Float[Array, "O I"], scale: Float[Array, "A C"]
+) -> Float[Array, "R F"]:
+    """silu(gate) · up of a product whose outputs are all gates, then as many ups: O = 2 F.
+
+    Args: as `scaled_matmul_reference`; no scale is shared by gates and ups.
+
+    Returns:
+      [R, F], in the dtype of the rows, rounded once.
+    """
+    gate, up = jnp.split(scaled_matmul_reference(rows, values, scale), 2, axis=-1)
+    return (jax.nn.silu(gate) * up).astype(rows.dtype)
+
+
 def scaled(values: Float[Array, "*L"], scale: Float[Array, "*L2"]) -> Float[Array, "*L"]:
     """values times their scales, float32; every axis of `scale` divides that of `values`."""
     for axis, (n, blocks) in enumerate(zip(values.shape, scale.shape, strict=True)):

@@ -18,6 +18,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.scaled_matmul.config import Tile, choose
 
+LOG2_E = 1.4426950408889634
+
 
 @functools.partial(jax.jit, static_argnames=("tile", "interpret"))
 def scaled_matmul_triton(
@@ -31,25 +33,52 @@ def scaled_matmul_triton(
     """See `scaled_matmul_reference`; `interpret` runs it on the CPU, to check numbers."""
     (count, depth), columns = rows.shape, values.shape[0]
     tile = tile or choose(count, columns, depth, scale.shape[1])
-    parts = pl.pallas_call(
+    shape = (tile.splits, count, columns), jnp.float32
+    parts = _call(rows, values, scale, shape, tile, interpret)
+    return parts.sum(0) if tile.splits > 1 else parts[0]
+
+
+@functools.partial(jax.jit, static_argnames=("tile", "interpret"))
+def scaled_swiglu_triton(
+    rows: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
+    *,
+    tile: Tile | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `scaled_swiglu_reference`; a program has the same columns of gates and ups."""
+    (count, depth), columns = rows.shape, values.shape[0]
+    tile = tile or choose(count, columns, depth, scale.shape[1], halves=2)
+    shape = (1, count, columns // 2), rows.dtype
+    return _call(rows, values, scale, shape, tile, interpret)[0]
+
+
+def _call(rows, values, scale, shape, tile: Tile, interpret: bool) -> jax.Array:
+    out = jax.ShapeDtypeStruct(*shape)
+    _, count, columns = out.shape
+    return pl.pallas_call(
         functools.partial(multiply, tile=tile),
-        out_shape=jax.ShapeDtypeStruct((tile.splits, count, columns), jnp.float32),
+        out_shape=out,
         grid=(columns // tile.columns, pl.cdiv(count, tile.rows), tile.splits),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="scaled_matmul",
     )(rows, values, scale)
-    return parts.sum(0) if tile.splits > 1 else parts[0]
 
 
 def multiply(rows_ref, values_ref, scale_ref, out_ref, *, tile: Tile):
-    """One tile of rows times one tile of outputs, over one part of the inputs."""
+    """One tile of rows times one tile of outputs, over one part of the inputs.
+
+    Of a matrix with twice as many outputs as there are columns, gates and ups.
+    """
     count, depth = rows_ref.shape
-    first, part = pl.program_id(0) * tile.columns, pl.program_id(2)
+    start_column, part = pl.program_id(0) * tile.columns, pl.program_id(2)
     row = pl.program_id(1) * tile.rows + jnp.arange(tile.rows)
-    column = first + jnp.arange(tile.columns)
+    column = start_column + jnp.arange(tile.columns)
+    columns = out_ref.shape[2]
+    halves = range(values_ref.shape[0] // columns)
     outputs, inputs = (n // m for n, m in zip(values_ref.shape, scale_ref.shape, strict=True))
-    block = column // outputs  # of scales
     steps = depth // tile.depth // tile.splits
 
     def mask(width):
@@ -58,7 +87,7 @@ def multiply(rows_ref, values_ref, scale_ref, out_ref, *, tile: Tile):
             return None
         return jnp.broadcast_to((row < count)[:, None], (tile.rows, width))
 
-    def step(i, total):
+    def step(i, totals):
         start = (part * steps + i) * tile.depth
         lane = start + jnp.arange(tile.depth)
         real = mask(tile.depth)
@@ -67,9 +96,23 @@ def multiply(rows_ref, values_ref, scale_ref, out_ref, *, tile: Tile):
             mask=real,
             other=None if real is None else 0.0,
         )
-        w = values_ref[pl.ds(first, tile.columns), pl.ds(start, tile.depth)]
-        factor = plgpu.load(scale_ref.at[block, start // inputs])
-        return total + plgpu.dot(x, w.astype(x.dtype).T) * factor[None, :]
 
-    total = lax.fori_loop(0, steps, step, jnp.zeros((tile.rows, tile.columns), jnp.float32))
-    plgpu.store(out_ref.at[part, row[:, None], column[None, :]], total, mask=mask(tile.columns))
+        def add(half, total):
+            first = half * columns + start_column
+            w = values_ref[pl.ds(first, tile.columns), pl.ds(start, tile.depth)]
+            block = (half * columns + column) // outputs
+            factor = plgpu.load(scale_ref.at[block, start // inputs])
+            return total + plgpu.dot(x, w.astype(x.dtype).T) * factor[None, :]
+
+        return tuple(map(add, halves, totals))
+
+    zeros = jnp.zeros((tile.rows, tile.columns), jnp.float32)
+    totals = lax.fori_loop(0, steps, step, tuple(zeros for _ in halves))
+    out = totals[0] if len(halves) == 1 else swiglu(*totals)
+    place = out_ref.at[part, row[:, None], column[None, :]]
+    plgpu.store(place, out.astype(out_ref.dtype), mask=mask(tile.columns))
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) · up, float32."""
+    return gate / (1 + jnp.exp2(gate * -LOG2_E)) * up

@@ -1,14 +1,19 @@
-"""Conversion to an Orbax store and back, bit for bit."""
+"""Conversion to an Orbax store and back, bit for bit; and to fp8."""
+
+import json
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from jaxspec import checkpoints
 from jaxspec.checkpoints.convert import convert
+from jaxspec.checkpoints.fp8 import quantise
 from jaxspec.checkpoints.huggingface import WEIGHTS
 from jaxspec.checkpoints.tensors import SafetensorsFolder
+from jaxspec.cli import main
 from tests.checkpoints.writing import (
     DENSE,
     LLAMA,
@@ -95,3 +100,54 @@ def test_a_store_of_another_model(tmp_path):
         ValueError, match=r"'embed' is of shape \(11, 12\), expected \(12, 12\)"
     ):
         checkpoints.load(tmp_path / "store")
+
+
+FP8 = {"hidden_size": 160, "head_dim": 40, "num_attention_heads": 4, "intermediate_size": 200}
+
+
+def test_fp8_in_blocks(tmp_path, capsys):
+    tensors = random_tensors(DENSE | FP8)
+    tensors = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
+    write_folder(tmp_path / "source", DENSE | FP8, tensors)
+    assert main(["convert", "--target", str(tmp_path / "source"), "--dtype", "fp8",
+                 "--output", str(tmp_path / "fp8")]) == 0  # fmt: skip
+    out = capsys.readouterr().out
+    assert "layers.1: rounding changed 2." in out and "fp8, 39 arrays read back" in out
+
+    found = SafetensorsFolder(tmp_path / "fp8", quantised=True)
+    assert len(found.shapes) == 39  # 25, and the scales of 14
+    for name, weight in tensors.items():
+        if "_proj" not in name:
+            assert found.read(name).tobytes() == weight.tobytes()
+            continue
+        scale = found.read(f"{name}_scale_inv")
+        rows, columns = (-(-n // 128) for n in weight.shape)
+        assert scale.shape == (rows, columns) and scale.dtype == np.float32
+        for i, j in np.ndindex(scale.shape):
+            block = np.s_[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)]
+            own = weight[block].astype(np.float32)
+            assert scale[i, j] == np.abs(own).max() / np.float32(448)
+            expected = (own / scale[i, j]).astype(ml_dtypes.float8_e4m3fn)
+            assert found.read(name)[block].tobytes() == expected.tobytes()
+
+    section = json.loads((tmp_path / "fp8/config.json").read_text())["quantization_config"]
+    assert section["quant_method"] == "fp8" and section["weight_block_size"] == [128, 128]
+    assert "lm_head" in section["modules_to_not_convert"]
+    loaded = checkpoints.load(tmp_path / "fp8", weights="stored").params.layers[1].mlp.down
+    raw = found.read("model.layers.1.mlp.down_proj.weight")
+    assert np.asarray(loaded.values).tobytes() == raw.tobytes()
+    with pytest.raises(ValueError, match=r"stored as fp8 in blocks of 128 x 128; fp8 is made"):
+        convert(tmp_path / "fp8", tmp_path / "again", dtype="fp8")
+    with pytest.raises(ValueError, match=r"format is 'orbax'; fp8 is written as safetensors"):
+        convert(tmp_path / "source", tmp_path / "again", dtype="fp8", format="orbax")
+
+
+def test_blocks_of_zeros_and_what_no_weight_can_be(tmp_path):
+    values, scale = quantise(np.zeros((3, 130), np.float32))
+    assert (values == 0).all() and scale.tolist() == [[1, 1]]
+    tensors = random_tensors(DENSE)
+    tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = np.inf
+    write_folder(tmp_path / "source", DENSE, tensors)
+    with pytest.raises(ValueError, match=r"1\.self_attn\.k_proj\.weight' holds NaN or infin"):
+        convert(tmp_path / "source", tmp_path / "fp8", dtype="fp8")
+    assert not (tmp_path / "fp8").exists()

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.scaled_matmul import scaled_matmul
+from pallas_kernels.scaled_matmul import scaled_matmul, scaled_swiglu
 from pallas_kernels.scaled_matmul.config import Tile, choose, unsupported
-from pallas_kernels.scaled_matmul.triton import scaled_matmul_triton
+from pallas_kernels.scaled_matmul.triton import scaled_matmul_triton, scaled_swiglu_triton
 from pallas_kernels.ttir_check import execute
 
 BLOCKS, ROWS = (128, 128), (1, 256)  # outputs and inputs that share a scale
@@ -45,6 +45,23 @@ def test_both_implementations_compute_the_definition(count, block):
     assert_close(scaled_matmul_triton(*arrays, interpret=True), expected)
 
 
+def swiglu(product):
+    gate, up = np.split(product, 2, axis=1)
+    return gate / (1 + np.exp(-gate)) * up
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_swiglu_of_the_product_is_rounded_once(count):
+    arrays = make_inputs(count, 256)
+    expected = swiglu(oracle(*arrays))
+    reference = scaled_swiglu(*arrays, implementation="xla")
+    for found in (reference, scaled_swiglu_triton(*arrays, interpret=True)):
+        assert found.shape == (count, 128) and found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(float), expected, rtol=2**-8, atol=1e-4)
+    rows, *rest = arrays
+    assert_close(scaled_swiglu(rows.astype(jnp.float32), *rest), expected)
+
+
 @pytest.mark.parametrize("splits", [1, 2])
 def test_the_lowered_kernel_stays_in_bounds_and_writes_every_row_once(splits):
     arrays = make_inputs(20, 64, 512, (64, 128))
@@ -53,10 +70,18 @@ def test_the_lowered_kernel_stays_in_bounds_and_writes_every_row_once(splits):
     assert_close(found, oracle(*arrays))
 
 
+def test_the_lowered_kernel_with_swiglu():
+    arrays = make_inputs(20, 128, 256, (64, 128))
+    (found,) = execute(scaled_swiglu_triton, *arrays)
+    expected = swiglu(oracle(*arrays))
+    np.testing.assert_allclose(found.astype(float), expected, rtol=2**-8, atol=1e-4)
+
+
 def test_few_rows_take_narrow_tiles_and_more_split_the_inputs():
     qkv, down = (6144, 4096, 32), (4096, 12_288, 96)
     assert choose(1, *qkv) == Tile(16, 32, 128, 1, 4, 6)
-    assert choose(1, 24_576, 4096, 32) == Tile(16, 64, 128, 1, 4, 6)
+    assert choose(1, 24_576, 4096, 32, halves=2) == Tile(16, 32, 128, 1, 4, 6)
+    assert choose(64, 24_576, 4096, 32, halves=2) == Tile(64, 64, 128, 1, 8, 4)
     assert choose(64, *down) == Tile(64, 128, 128, 4, 8, 4)
     assert choose(512, *down) == Tile(128, 128, 128, 1, 8, 3)
     assert choose(8, 576, 576, 9) == Tile(16, 32, 64, 1, 4, 6)

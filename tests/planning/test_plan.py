@@ -32,6 +32,16 @@ def test_parts_of_qwen3_8b_on_one_device():
     assert parts["other state"] < 10**6
 
 
+def test_fp8_halves_all_but_vocabulary_and_norms():
+    whole, fp8 = (plan(setup("qwen3-8b", fp8=kept), ()) for kept in (False, True))
+    matrices = 36 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 12_288)
+    scales = 4 * matrices // 128**2
+    saved = whole.parts["target weights"] - fp8.parts["target weights"]
+    assert saved == matrices - scales
+    assert fp8.floors["plain"] / whole.floors["plain"] == pytest.approx(0.559, abs=1e-3)
+    assert fp8.parts["target cache"] == whole.parts["target cache"]
+
+
 def test_a_hybrid_keeps_keys_and_values_of_every_fourth_layer_and_a_state_of_the_others():
     found = plan(Setup(PRESETS["qwen3.5-9b"], Plain(), context=4096, batch=2), ())
     kv = 2 * 8 * 4 * 4096 * 256 * 2

@@ -1,0 +1,108 @@
+"""Linear maps in fp8, in blocks of 128 x 128 as Qwen3-*-FP8 has them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from jaxspec.checkpoints.dequantise import Scaled
+from jaxspec.checkpoints.quantised import FP8
+from jaxspec.checkpoints.tensors import SafetensorsFolder
+
+BLOCK = (128, 128)  # outputs and inputs that share a scale
+LARGEST = float(ml_dtypes.finfo(FP8).max)  # 448
+SMALLEST = float(np.finfo(np.float32).tiny)  # of a scale
+LINEAR = re.compile(r"(?:.*\.)?(layers\.\d+)\..*\b(?:q|k|v|o|gate|up|down)_proj\.weight")
+
+
+class Fp8Tensors:
+    """The tensors of an unquantised folder with its linear maps in fp8.
+
+    Those of attention and feed-forward layers, experts included. Embedding, norms, router, LM
+    head and gated delta nets stay as they are stored.
+
+    Attributes:
+      errors: by layer, of the tensors given last: the root mean square of what rounding
+        changed over that of the weights.
+      section: `quantization_config` of what is given.
+    """
+
+    def __init__(self, folder: Path):
+        self._tensors = SafetensorsFolder(folder)
+        shapes = self._tensors.shapes
+        linear = {name: LINEAR.fullmatch(name) for name in shapes}
+        self._layers = {n: found[1] for n, found in linear.items() if found}
+        if not self._layers:
+            raise ValueError(f"{folder} has no linear maps named as Hugging Face names them")
+        self._squares: dict[str, np.ndarray] = {}
+        kept = [name.removesuffix(".weight") for name in shapes if name not in self._layers]
+        self.section = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": list(BLOCK),
+            "modules_to_not_convert": sorted(kept),
+        }
+
+    @property
+    def errors(self) -> dict[str, float]:
+        return {
+            layer: math.sqrt(change / max(whole, SMALLEST))
+            for layer, (change, whole) in self._squares.items()
+        }
+
+    def tensors(self, desc: str) -> Iterator[tuple[str, np.ndarray]]:
+        """Every tensor by name, a linear map followed by its scales.
+
+        Raises:
+          ValueError: a linear map holds what no weight can be.
+        """
+        self._squares = defaultdict(lambda: np.zeros(2))
+        for name in tqdm(self._tensors.shapes, desc=desc, unit="tensor"):
+            weight = self._tensors.read(name)
+            if name not in self._layers:
+                yield name, weight
+                continue
+            weight = weight.astype(np.float32)
+            if not np.isfinite(weight).all():
+                raise ValueError(
+                    f"{self._tensors.origin}: tensor '{name}' holds NaN or infinity; the "
+                    "checkpoint is damaged, download it again"
+                )
+            values, scale = quantise(weight)
+            change = dequantised(values, scale) - weight
+            squares = [np.square(x, dtype=np.float64).sum() for x in (change, weight)]
+            self._squares[self._layers[name]] += squares
+            yield name, values
+            yield f"{name}_scale_inv", scale
+
+
+def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float8_e4m3fn values, and float32 scales of blocks, of a weight [O, I] float32.
+
+    The largest value of a block becomes the largest of the format.
+    """
+    edges = (range(0, n, size) for n, size in zip(weight.shape, BLOCK, strict=True))
+    rows, columns = map(list, edges)
+    largest = np.maximum.reduceat(np.abs(weight), rows, axis=0)
+    scale = np.maximum.reduceat(largest, columns, axis=1) / np.float32(LARGEST)
+    scale = np.where(scale < SMALLEST, np.float32(1), scale)
+    return (weight / _spread(scale, weight.shape)).astype(FP8), scale
+
+
+def dequantised(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The weight [O, I] float32 that values and scales stand for."""
+    return Scaled(BLOCK).weight(values, scale)
+
+
+def _spread(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The scale of every value."""
+    rows, columns = (np.arange(n) // size for n, size in zip(shape, BLOCK, strict=True))
+    return scale[rows][:, columns]

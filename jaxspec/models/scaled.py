@@ -1,0 +1,113 @@
+"""Weights that stay in 8 bits: float8_e4m3fn values and the scales of their blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jaxspec.models.mesh import WEIGHT_AXES, cut_axes
+from pallas_kernels.scaled_matmul import scaled_matmul
+
+# What devices share of a weight, by the letter of its axis: key/value heads, these merged with
+# what each has (inputs of the output projection), and feed-forward channels.
+CUT = {"k": WEIGHT_AXES[:1], "h": WEIGHT_AXES[:1], "f": WEIGHT_AXES}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "scale"),
+    meta_fields=("inputs", "dtype"),
+)
+@dataclasses.dataclass(frozen=True)
+class ScaledWeight:
+    """A weight as values of 8 bits, and scales that blocks of them share.
+
+    It stands where `TargetParams` has an array by value; `layers.project` multiplies with both.
+
+    Attributes:
+      values: float8_e4m3fn [*outputs, *inputs]: outputs first, as checkpoints store them.
+      scale: float32, with as many axes. The last axis of outputs and the last of inputs are
+        those of the values divided by the size of a block; the others are equal.
+      inputs: how many axes are inputs.
+      dtype: of the activations it is multiplied with.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    inputs: int
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight by value: inputs first."""
+        shape = self.values.shape
+        return (*shape[-self.inputs :], *shape[: -self.inputs])
+
+    def merge_inputs(self) -> ScaledWeight:
+        """The same with its inputs as one axis."""
+        values, scale = (
+            x.reshape(*x.shape[: -self.inputs], -1) for x in (self.values, self.scale)
+        )
+        return dataclasses.replace(self, values=values, scale=scale, inputs=1)
+
+
+def is_scaled(x) -> bool:
+    """Whether a leaf of a pytree, which `jax.tree` takes this to tell, is in 8 bits."""
+    return isinstance(x, ScaledWeight)
+
+
+def scaled_product(
+    spec: str, x: jax.Array, weight: ScaledWeight, *, function: Callable = scaled_matmul
+) -> jax.Array:
+    """einsum of activations and a weight with one axis of inputs: float32 result.
+
+    Activations are rounded to the weight's dtype. Values of 8 bits are exact in it; sums and
+    scales are float32.
+
+    Args:
+      spec: contracts the last axis of x and the first of the weight, in whose letters CUT has
+        at most one.
+      function: computes it from rows, values and scales; `scaled_swiglu` takes an axis of the
+        weight's away, which the result of `spec` lacks too.
+    """
+    letters, out = spec.split(",")[1].split("->")
+    letters = letters[1:] + letters[0]  # as the values are stored
+    outputs = [letter for letter in letters[:-1] if letter in out]
+    multiply = functools.partial(_multiply, function, letters, outputs, weight.dtype)
+    if not cut_axes():
+        return multiply(x, weight.values, weight.scale)
+    letter = next((letter for letter in letters if letter in CUT), "")
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [name for name in CUT.get(letter, ()) if name in mesh.shape]
+    size = weight.scale.shape[letters.index(letter)] if letter else 1
+    while axes and size % math.prod(mesh.shape[name] for name in axes):
+        axes.pop()
+
+    def of_this_device(x, values, scale):
+        own = multiply(x, values, scale)
+        return jax.lax.psum(own, tuple(axes)) if axes and letter == letters[-1] else own
+
+    def cut(letters):
+        return [tuple(axes) if axis == letter else None for axis in letters]
+
+    rows, whole = [None] * (x.ndim - 1), PartitionSpec(*cut(letters))
+    return jax.shard_map(
+        of_this_device,
+        in_specs=(PartitionSpec(*rows, *cut(letters[-1])), whole, whole),
+        out_specs=PartitionSpec(*rows, *cut(outputs)),
+        check_vma=False,
+    )(x, weight.values, weight.scale)
+
+
+def _multiply(function, letters, outputs, dtype, x, values, scale) -> jax.Array:
+    sizes = dict(zip(letters, values.shape, strict=True))
+    depth = values.shape[-1]
+    rows = x.reshape(-1, depth).astype(dtype)
+    out = function(rows, values.reshape(-1, depth), scale.reshape(-1, scale.shape[-1]))
+    return out.reshape(*x.shape[:-1], *(sizes[letter] for letter in outputs))

@@ -1,0 +1,166 @@
+"""Weights of fp8 checkpoints that stay in 8 bits: the same values, in half the memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxspec
+from jaxspec.checkpoints import huggingface
+from jaxspec.models.scaled import ScaledWeight
+from pallas_kernels.scaled_matmul.reference import scaled
+from tests import tiny
+from tests.checkpoints.test_quantised import CONFIG, FORMATS, A, load, with_first, write
+from tests.checkpoints.writing import MIXTURE, random_tensors, write_folder
+from tests.processes import run_script
+
+FP8 = [name for name in FORMATS if name.startswith(("fp8", "modelopt"))]
+ONCE = pytest.mark.filterwarnings("ignore:.*is stored as")
+
+
+def kept(folder, dtype="float32"):
+    config = huggingface.read_config(folder)
+    return huggingface.load_params(folder, config, dtype, stored=True)
+
+
+def by_value(params):
+    """The same with every weight of 8 bits as float32 values, inputs first."""
+
+    def values(x):
+        if not isinstance(x, ScaledWeight):
+            return np.asarray(x)
+        outputs = x.values.ndim - x.inputs
+        axes = (*range(outputs, x.values.ndim), *range(outputs))
+        return np.asarray(scaled(x.values, x.scale)).transpose(axes)
+
+    return jax.tree.map(values, params, is_leaf=lambda x: isinstance(x, ScaledWeight))
+
+
+@ONCE
+@pytest.mark.parametrize("name", FP8)
+def test_values_are_those_of_the_dequantised_checkpoint(tmp_path, name):
+    write(tmp_path, CONFIG, name)
+    found = kept(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, by_value(found), load(tmp_path))
+    layer = found.layers[0]
+    for weight in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
+        assert weight.values.dtype == jnp.float8_e4m3fn and weight.scale.dtype == jnp.float32
+        assert weight.scale.size <= weight.values.size / 16
+    assert layer.attention.qkv.shape == (32, 2, 4, 16)  # [M, K, G + 2, D]
+    assert layer.attention.out.shape == (2, 2, 16, 32)
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """A target with weights of 8 bits, and the same dequantised."""
+    folder = tmp_path_factory.mktemp("fp8")
+    write(folder, CONFIG, "fp8 blocks")
+    return [jaxspec.load_target(folder, weights=kind) for kind in ("stored", "dequantised")]
+
+
+@ONCE
+def test_logits_are_those_of_the_dequantised_twin(twins):
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6]
+    found, expected = (tiny.logits(target, tokens) for target in twins)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@ONCE
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_trees_are_lossless(twins, temperature):
+    target, _ = twins
+    options = dict(
+        max_new_tokens=24, seed=3, sampling=jaxspec.Sampling(temperature=temperature)
+    )
+    prompts = tiny.prompts(2, 9)
+    plain, drafted = (
+        [x.token_ids for x in jaxspec.generate(target, prompts, drafter=drafter, **options)]
+        for drafter in ("none", tiny.RANDOM)
+    )
+    assert plain == drafted
+
+
+@pytest.mark.parametrize(
+    "tensor, change, message",
+    [
+        ("weight_scale_inv", lambda x: None, r"no tensor '.*q_proj.weight_scale'"),
+        ("weight_scale_inv", lambda x: x[:1], r"shape \(1, 2\); expected \(4, 2\)"),
+        ("weight_scale_inv", with_first(0), r"weight_scale_inv' holds 0.0; a scale is posi"),
+        ("weight_scale_inv", with_first(np.nan), r"weight_scale_inv' holds nan; a scale is po"),
+        ("weight", with_first(np.nan), r"'.*q_proj.weight' holds NaN or infinity"),
+    ],
+)
+def test_damage_is_named(tmp_path, tensor, change, message):
+    write(tmp_path, CONFIG, "fp8 blocks", f"{A}.{tensor}", change)
+    with pytest.raises(ValueError, match=message):
+        kept(tmp_path)
+
+
+def test_experts_of_a_mixture_are_dequantised_and_named(tmp_path):
+    raw = MIXTURE | {"hidden_size": 32, "moe_intermediate_size": 24}
+    write(tmp_path, raw, "fp8 blocks")
+    with pytest.warns(UserWarning, match=r"9 tensors of 8 bits are dequantised.*experts\.0\."):
+        found = kept(tmp_path)
+    sparse, dense = (layer.mlp.gate_up for layer in found.layers)
+    assert sparse.dtype == jnp.float32 and dense.values.dtype == jnp.float8_e4m3fn
+    with pytest.warns(UserWarning, match="is stored as"):
+        jax.tree.map(np.testing.assert_array_equal, by_value(found), load(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["int8 rows", "gptq", None])
+def test_what_is_not_fp8_is_refused(tmp_path, name):
+    if name is None:
+        write_folder(tmp_path, CONFIG, random_tensors(CONFIG))
+    else:
+        write(tmp_path, CONFIG, name)
+    with pytest.raises(ValueError, match="is stored (by value|as int.*); weights 'stored'"):
+        jaxspec.load_target(tmp_path, weights="stored")
+
+
+def test_a_kind_of_weights_that_is_not_known(tmp_path):
+    with pytest.raises(ValueError, match=r"weights is 'fp8'; expected one of \('dequantised'"):
+        jaxspec.load_target(write_folder(tmp_path, CONFIG, {}), weights="fp8")
+
+
+SCRIPT = """
+import json, re, sys
+import jax, jax.numpy as jnp, numpy as np
+from jaxspec.loading import load_target
+from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.state import init_states
+from jaxspec.sharding import mesh_of
+from jaxspec.trees.tree import causal_bits
+
+def logits(devices):
+    target = load_target(sys.argv[1], devices=devices, weights="stored")
+    step = jax.jit(lambda params: unembed(params, forward(
+        params, target.config, jnp.arange(5)[None], jnp.arange(5)[None], causal_bits(5)[None],
+        init_states(target.config, 1, 8, jnp.float32), jnp.zeros(1, int)).hidden))
+    with mesh_of(target.params):
+        text = step.lower(target.params).compile().as_text()
+        return np.asarray(step(target.params)), text, target.params.layers[0]
+
+whole, _, _ = logits(1)
+cut, text, layer = logits(8)
+np.testing.assert_allclose(cut, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+gathered = re.findall(r"\\[([\\d,]+)\\]\\S* all-gather\\(", text)
+report = dict(gathered=max(int(np.prod([int(n) for n in x.split(",")])) for x in gathered))
+for name, weight in dict(qkv=layer.attention.qkv, out=layer.attention.out,
+                         gate_up=layer.mlp.gate_up, down=layer.mlp.down).items():
+    report[name] = [weight.values.sharding.shard_shape(weight.values.shape),
+                    weight.scale.sharding.shard_shape(weight.scale.shape)]
+print(json.dumps(report))
+"""
+
+
+def test_weights_and_scales_are_cut_over_devices(tmp_path):
+    wide = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 384}
+    write(tmp_path, CONFIG | wide, "fp8 blocks")
+    (report,) = run_script(SCRIPT, tmp_path, 1)  # 4 x 2 devices
+    assert report == {
+        "gathered": 1920,  # channels of five nodes; a weight has 8192 values or more
+        "qkv": [[1, 4, 16, 32], [1, 4, 4, 4]],
+        "out": [[32, 1, 2, 16], [8, 1, 2, 2]],
+        "gate_up": [[2, 48, 32], [2, 12, 4]],
+        "down": [[32, 48], [8, 2]],
+    }
