@@ -61,10 +61,10 @@ def choose(rows: int, columns: int, depth: int, scales: int, *, halves: int = 1)
     widths = [width // halves for width in ((64, 32) if height <= 32 else (128, 64, 32))]
     fitting = [width for width in widths if columns // halves % width == 0]
     tall = -(-rows // height)
-    width = fitting[0]
-    if height <= 32:  # few rows are cheap to read again: narrow tiles, rather than splits
-        filling = [w for w in fitting if columns // halves // w * tall >= PROGRAMS]
-        width = filling[0] if filling else fitting[-1]
+    # Few rows are cheap to read again, for narrow tiles rather than splits.
+    least = PROGRAMS if height <= 32 else PROGRAMS // 2
+    filling = [width for width in fitting if columns // halves // width * tall >= least]
+    width = filling[0] if filling else fitting[-1]
     splits, steps = 1, depth // step
     while (
         halves == 1

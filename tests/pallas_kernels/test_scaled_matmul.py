@@ -82,7 +82,8 @@ def test_few_rows_take_narrow_tiles_and_more_split_the_inputs():
     assert choose(1, *qkv) == Tile(16, 32, 128, 1, 4, 6)
     assert choose(1, 24_576, 4096, 32, halves=2) == Tile(16, 32, 128, 1, 4, 6)
     assert choose(64, 24_576, 4096, 32, halves=2) == Tile(64, 64, 128, 1, 8, 4)
-    assert choose(64, *down) == Tile(64, 128, 128, 4, 8, 4)
+    assert choose(64, *qkv) == Tile(64, 64, 128, 1, 8, 4)
+    assert choose(64, *down) == Tile(64, 64, 128, 2, 8, 4)
     assert choose(512, *down) == Tile(128, 128, 128, 1, 8, 3)
     assert choose(8, 576, 576, 9) == Tile(16, 32, 64, 1, 4, 6)
 
