@@ -100,7 +100,7 @@ def draft_floor(setup: Setup) -> Floor:
 def _eagle_floor(setup: Setup, drafter: EagleDrafter) -> Floor:
     """Every level reads the layer, the LM head and the cache once more."""
     c = drafter.config
-    weights = drafter.abstract_params(abstract_params(setup.target, DTYPE)).head
+    weights = drafter.abstract_params(setup.target_params).head
     rows = setup.batch * (1 if drafter.tree.kind == "chain" else drafter.tree.candidates)
     if isinstance(c, MtpConfig):
         read, multiplied = _layer_work(c.layer, weights.layer, rows)
