@@ -11,7 +11,7 @@ GET  /ready             200 while one more request would be taken, else 503
 GET  /metrics           Prometheus
 ======================  =======================================================
 
-Beyond OpenAI's fields: `top_k`, `min_p`, `stop_token_ids`, `ignore_eos`,
+Beyond OpenAI's fields: `top_k`, `min_p`, `stop_token_ids`, `ignore_eos`, `structured_outputs`,
 `chat_template_kwargs.enable_thinking`, and in usage `speculation`.
 """
 
