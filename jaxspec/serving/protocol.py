@@ -165,7 +165,8 @@ def _chat(
         thinking = False
     calls = any("tool_calls" in m or m["role"] == "tool" for m in messages)
     if (calls or tools) and not tokenizer.takes_tools:
-        raise BadRequest("the chat template of this model has no tools", "tools")
+        field = "tools" if tools else "messages"
+        raise BadRequest("the chat template of this model has no tools", field)
     try:
         offered = tools.offered if tools else ()
         return tokenizer.chat(messages, thinking=thinking, tools=offered)
