@@ -110,6 +110,17 @@ def test_nodes_of_path():
         assert w.nodes_of_path(tree, np.array([path])).tolist() == [nodes]
 
 
+def test_a_hybrid_is_walked_and_has_no_gaps():
+    target, drafter = tiny.target(tiny.HYBRID), DRAFTERS["chain"]
+    answers = w.record(target, PROMPTS[:1], max_new_tokens=8, spare=16, batch_size=1)
+    observed = w.observe(target, [drafter], answers, batch=1)
+    (table,) = w.tabulate(observed, answers, drafter, observed.states[0])
+    done = generate(target, PROMPTS[:1], drafter=drafter, max_new_tokens=8, budget=5)
+    assert w.walk(answers[0], table, 5)[0] == done[0].stats
+    with pytest.raises(ValueError, match="gated delta nets.*leave the gaps out"):
+        w.branch_gaps(target, observed, answers, drafter, observed.states[0])
+
+
 def test_the_gap_of_a_branch_is_of_log_probabilities():
     """A drafter that is the target has none; the text is its own greedy answer."""
     target = tiny.target()

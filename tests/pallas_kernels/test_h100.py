@@ -27,6 +27,7 @@ from pallas_kernels.tree_attention.config import Shape, TileConfig
 pytestmark = pytest.mark.h100
 
 QWEN3_8B = Shape(1, 64, 32, 8, 128, 4096, jnp.dtype("bfloat16"))
+QWEN3_5_9B = Shape(1, 64, 16, 4, 256, 4096, jnp.dtype("bfloat16"))
 
 
 def array(*shape, spec=(), devices=1):
@@ -34,11 +35,12 @@ def array(*shape, spec=(), devices=1):
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
 
 
-def test_the_chosen_tile_of_a_verify_step_compiles_to_warpgroup_products():
-    case = AttentionCase(QWEN3_8B)
+@pytest.mark.parametrize("shape, grid", [(QWEN3_8B, (2, 8, 8)), (QWEN3_5_9B, (2, 4, 16))])
+def test_the_chosen_tile_of_a_verify_step_compiles_to_warpgroup_products(shape, grid):
+    case = AttentionCase(shape)
     kernels = case.compile()
     (main,) = [kernel for kernel in kernels if kernel.name == "tree_attention"]
-    assert main.grid == (2, 8, 8) and main.threads == 256
+    assert main.grid == grid and main.threads == 256
     assert main.wgmma > 0 and main.mma == 0 and main.async_copies > 0
     assert case.faults(kernels) == []
 

@@ -10,6 +10,7 @@ from jaxspec.config import TreeConfig
 from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.eagle import EagleDrafter
 from jaxspec.drafters.joined import beside_lookup
+from jaxspec.drafters.mtp import MtpDrafter, mtp_config
 from jaxspec.drafters.plain import Plain
 from jaxspec.models.presets import PRESETS
 from jaxspec.planning.plan import plan
@@ -83,6 +84,19 @@ def test_eagle_reads_its_layer_and_the_head_once_per_step():
     assert found.parts["drafter state"] == kept
     read = 7 * (weights + 2 * vocabulary + 2 * 4096 * 2 * 8 * 128)
     assert found.floors["draft"] == pytest.approx(1e3 * read / BYTES_PER_SECOND)
+
+
+def test_an_mtp_layer_reads_the_experts_that_a_token_chooses():
+    target = PRESETS["qwen3.5-35b-a3b"]
+    drafter = MtpDrafter(mtp_config(target), TreeConfig("chain", 8))
+    found = plan(Setup(target, drafter, context=4096), ())
+    wide, inner, vocabulary = 2048, 512, 248_320 * 2048
+    attention = wide * 2 * (2 * 8 + 2) * 256 + 16 * 256 * wide
+    experts, always = 8 * 3 * wide * inner, 3 * wide * inner + wide + 256 * wide
+    layer = 2 * (2 * wide * wide + attention + experts + always) + 4 * (2 * wide + 2 * 256)
+    read = 5 * (layer + 2 * vocabulary + 2 * 4096 * 2 * 2 * 256)
+    assert found.floors["draft"] == pytest.approx(1e3 * read / BYTES_PER_SECOND)
+    assert found.repeated == 2 * 2 * vocabulary
 
 
 def test_prompt_lookup_joined_with_a_drafter_adds_no_weights():

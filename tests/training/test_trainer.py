@@ -17,7 +17,9 @@ from flax import nnx
 
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.checkpoints.store import Store
-from jaxspec.config import TreeConfig
+from jaxspec.config import DeltaNetConfig, TreeConfig
+from jaxspec.models.params import random_params
+from jaxspec.models.target import Target
 from jaxspec.training.batches import Position
 from jaxspec.training.loading import Loader
 from jaxspec.training.networks import copy_layers
@@ -371,6 +373,19 @@ def test_every_head_is_trained_and_exported(tmp_path, head):
     before = nnx.to_pure_dict(init_state(config, target.params).weights)["sequential"]
     after = nnx.to_pure_dict(params.head)["sequential"]
     assert all((after[name] != before[name]).any() for name in before)
+
+
+def test_a_drafter_is_trained_for_a_hybrid_target(tmp_path):
+    net = DeltaNetConfig(layers=(0, 2), key_heads=2, value_heads=4, key_dim=4, value_dim=4)
+    config = dataclasses.replace(
+        tiny.TARGET_CONFIG, delta_net=net, rotary_dim=4, attention_gate=True
+    )
+    target = Target("hybrid", config, random_params(config, jax.random.key(0)))
+    run = dataclasses.replace(tiny.CONFIG, steps=4, batch_size=4)
+    folder = train(run, target, tiny.examples(4), tmp_path)
+    steps = steps_of(tmp_path)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert load_drafter(folder, config, target.params, TreeConfig())[0].config == tiny.DRAFTER
 
 
 def test_weights_and_sums_stay_float32_for_a_bfloat16_target():
