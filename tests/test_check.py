@@ -1,6 +1,7 @@
 """The check of a drafter: what it compares, and what it says of the usual mistakes."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from jaxspec.check import (
 )
 from jaxspec.checkpoints import huggingface
 from jaxspec.checkpoints.drafters import load_drafter
+from jaxspec.cli import main
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.plain import Plain
@@ -147,3 +149,20 @@ def favourable(target, drafter, params, prompt) -> Text:
         )
         tokens += [*np.asarray(chains)[len(tokens) - 1].tolist(), 0]
     return Text(tuple(tokens), len(prompt) - 1)
+
+
+def test_another_target_is_shown_beside(monkeypatch, capsys):
+    reports = {
+        "fp8": Report(40, 2.75, (), (), 1e-3, {}, ()),
+        "whole": Report(35, 3.0, (), (), 1e-3, {}, ()),
+    }
+    monkeypatch.setattr(
+        "jaxspec.cli.check.Check._report", lambda self, name, text: reports[name]
+    )
+    monkeypatch.setattr("jaxspec.enable_compilation_cache", lambda: None)
+    command = ["check", "--target", "fp8", "--beside", "whole", "--drafter", "x"]
+    assert main(command) == 0
+    assert "tau 3.00 over 35 rounds on whole: -0.25 here" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tau"] == 2.75 and found["beside"] == {"target": "whole", "tau": 3.0}

@@ -43,6 +43,8 @@ class Check:
     Examples:
       python -m jaxspec check --drafter run/drafter
       python -m jaxspec check --target Qwen/Qwen3-8B --drafter JetSpec/jetspec-qwen3-8b
+      python -m jaxspec check --target Qwen/Qwen3-8B-FP8 --beside Qwen/Qwen3-8B \\
+          --drafter JetSpec/jetspec-qwen3-8b
     """
 
     drafter: str
@@ -50,6 +52,9 @@ class Check:
     target: str | None = None
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
     drafter's files name (speculators' format), else smollm2-135m."""
+    beside: str | None = None
+    """Another target to walk on, whose tau is shown beside: of a target in fp8 the unquantised
+    one, to tell what the drafter loses by it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     text: Path | None = None
     """Text to walk over instead of the target's answers to a few questions."""
@@ -62,23 +67,40 @@ class Check:
 
     def run(self) -> int:
         import jaxspec
-        from jaxspec.check import Text, check, check_answers
-        from jaxspec.prompts import as_token_ids
 
         text = None if self.text is None else read_text(self.text)
         jaxspec.enable_compilation_cache()
-        target = jaxspec.load_target(target_name(self.target, self.drafter), dtype=self.dtype)
-        drafter = jaxspec.load_drafter(self.drafter, target)
-        if text is None:
-            report = check_answers(
-                target,
-                drafter,
-                CHECK_PROMPTS,
-                max_new_tokens=self.max_new_tokens,
-                thinking=self.thinking,
-            )
+        report = self._report(target_name(self.target, self.drafter), text)
+        other = None if self.beside is None else self._report(self.beside, text)
+        if self.json:
+            row = dataclasses.asdict(report)
+            if other is not None:
+                row["beside"] = {"target": self.beside, "tau": other.tau}
+            print(json.dumps(row))
         else:
-            (ids,) = as_token_ids(target, [text], raw=True, thinking=None)
-            report = check(target, drafter, [Text(tuple(ids))])
-        print(json.dumps(dataclasses.asdict(report)) if self.json else report)
+            print(report)
+            if other is not None:
+                print(
+                    f"tau {other.tau:.2f} over {other.rounds} rounds on {self.beside}: "
+                    f"{report.tau - other.tau:+.2f} here"
+                )
         return exits.FAULT if report.findings else exits.DONE
+
+    def _report(self, name: str, text: str | None):
+        """The `Report` on a target."""
+        import jaxspec
+        from jaxspec.check import Text, check, check_answers
+        from jaxspec.prompts import as_token_ids
+
+        target = jaxspec.load_target(name, dtype=self.dtype)
+        drafter = jaxspec.load_drafter(self.drafter, target)
+        if text is not None:
+            (ids,) = as_token_ids(target, [text], raw=True, thinking=None)
+            return check(target, drafter, [Text(tuple(ids))])
+        return check_answers(
+            target,
+            drafter,
+            CHECK_PROMPTS,
+            max_new_tokens=self.max_new_tokens,
+            thinking=self.thinking,
+        )

@@ -51,6 +51,7 @@ MOST_MOVED = {  # over the floor, of a verification by its nodes
     "qwen3.5-9b": {64: 1.155, 256: 1.6},
     "qwen3.8-27b": {64: 1.12, 256: 1.48},
 }
+MOST_MOVED_IN_FP8 = {"decode": 1.01, "verify": 1.16}  # over the floor, by kind
 DRAFT_BLOCK = 16
 
 
@@ -226,6 +227,8 @@ def faults(step: Step, program: Program) -> list[str]:
     most = MOST_LAUNCHES[step.model]
     if step.kind in ("decode", "verify") and measured["launches"] > most:
         found.append(f"starts {measured['launches']} kernels, above {most}")
+    if step.fp8:
+        return found + _faults_of_fp8(step, program, measured["moved_over_floor"])
     if step.kind != "verify":
         return found
     limit = MOST_TEMPORARIES[step.model].get(step.nodes)
@@ -233,6 +236,17 @@ def faults(step: Step, program: Program) -> list[str]:
         found.append(f"temporaries are {program.temporaries / 2**30:.3f} GiB, above {limit}")
     moved = measured["moved_over_floor"]
     most = MOST_MOVED.get(step.model, {}).get(step.nodes, moved)
+    if moved > most:
+        found.append(f"moves {moved} times its floor, above {most}")
+    return found
+
+
+def _faults_of_fp8(step: Step, program: Program, moved: float) -> list[str]:
+    """A weight that the step widens in memory, or too many bytes."""
+    leaves = jax.tree.leaves(step.setup.target_params, is_leaf=is_scaled)
+    smallest = min(math.prod(x.shape) for x in leaves if is_scaled(x)) // step.devices
+    found = [f"widens a weight: {op}" for op in program.module.large_floats(smallest)]
+    most = MOST_MOVED_IN_FP8.get(step.kind, moved)
     if moved > most:
         found.append(f"moves {moved} times its floor, above {most}")
     return found

@@ -16,6 +16,7 @@ _BITS = {"pred": 8, "token": 0} | {
 }
 _BITS["bf16"] = 16
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_FLOATS = re.compile(r"\b(?:bf16|f16|f32|f64)\[([\d,]+)\]")
 _HEADER = re.compile(r"^(ENTRY )?%([\w.-]+) \(.*\{$")
 _NAME = re.compile(r"%([\w.-]+)")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%([\w.-]+)")
@@ -158,6 +159,21 @@ class Module:
             if writes and self._rearranges(op) and self._reads_state(op, name, least):
                 found.append(f"{op.name}: {op.type.split('{')[0]} {op.code}")
         return found
+
+    def large_floats(self, least: int) -> list[str]:
+        """Instructions that write a floating array of `least` elements or more, wider than 8
+        bits: of that size a weight that was widened. Updates in place are not among them."""
+        return [
+            f"{op.name}: {op.type.split('{')[0]} {op.code}"
+            for op, _, times in self.walk()
+            if times
+            and any(
+                math.prod(map(int, dims.split(","))) >= least
+                for dims in _FLOATS.findall(op.type)
+            )
+            and op.code not in _UPDATES
+            and not (op.code == "fusion" and self._updates_in_place(op.called[0]))
+        ]
 
     def _rearranges(self, op: Op) -> bool:
         codes = {op.code}

@@ -1,5 +1,8 @@
 """Weights of fp8 checkpoints that stay in 8 bits: the same values, in half the memory."""
 
+import json
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,9 @@ import pytest
 
 import jaxspec
 from jaxspec.checkpoints import huggingface
+from jaxspec.cli import main
 from jaxspec.models.scaled import ScaledWeight
+from jaxspec.training.networks import copy_layers
 from pallas_kernels.scaled_matmul.reference import scaled
 from tests import tiny
 from tests.checkpoints.test_quantised import CONFIG, FORMATS, A, load, with_first, write
@@ -78,6 +83,26 @@ def test_trees_are_lossless(twins, temperature):
         for drafter in ("none", tiny.RANDOM)
     )
     assert plain == drafted
+
+
+@ONCE
+def test_the_command_keeps_them_too(twins, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jaxspec.enable_compilation_cache", lambda: tmp_path)
+    stored, _ = twins
+    (tmp_path / "ids.json").write_text("[[3, 1, 4]]")
+    found = []
+    for weights in ("stored", "dequantised"):
+        assert main(["generate", "--target", stored.name, "--weights", weights,
+                     "--prompt-ids", str(tmp_path / "ids.json"), "--max-new-tokens", "8",
+                     "--dtype", "float32", "--drafter", "none", "--json"]) == 0  # fmt: skip
+        found.append(json.loads(capsys.readouterr().out)["token_ids"])
+    assert found[0] == found[1]
+
+
+def test_a_drafter_does_not_start_from_them(twins):
+    config = SimpleNamespace(num_layers=1)
+    with pytest.raises(ValueError, match="weights are in 8 bits.*weights 'dequantised'"):
+        copy_layers(config, None, twins[0].params)
 
 
 @pytest.mark.parametrize(

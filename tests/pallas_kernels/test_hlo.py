@@ -55,6 +55,11 @@ def test_copies_and_concatenations_of_arguments_are_found_and_updates_in_place_a
     assert COPIES.aliases() == 2
 
 
+def test_a_widened_weight_is_found():
+    assert COPIES.large_floats(2 * 1024 * 1024) == ["joined: bf16[1024,2048] fusion"]
+    assert COPIES.large_floats(1024 * 1024)[1:] == ["copy.1: bf16[1024,1024] copy"]
+
+
 def test_traffic_counts_what_is_touched():
     joined, copied = 4 * WEIGHT, 2 * WEIGHT
     looked = 8 * 1024 * (2 + 4) + 8 * 4  # rows read, rows written, indices
