@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: generate test lint docs bench gates parity h100 gpu clean
+.PHONY: generate test slow lint docs bench gates parity h100 gpu clean
 
 generate: $(VENV)/base        ## real text from a real model, plain and speculative
 	$(BIN)/python examples/generate.py
 
 test: $(VENV)/test            ## the unit tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+slow: $(VENV)/test            ## the unit tests that compile much
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: $(VENV)/test            ## style and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

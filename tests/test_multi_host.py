@@ -36,6 +36,7 @@ def finish(process) -> list[list[int]]:
     return [json.loads(line)["token_ids"] for line in rows]
 
 
+@pytest.mark.slow
 def test_two_processes_print_what_one_device_does(tmp_path):
     write_folder(tmp_path, RAW, random_tensors(RAW), shards=2)
     (tmp_path / "ids.json").write_text("[[1, 2, 3], [5, 4, 3, 2, 5, 4]]")

@@ -38,6 +38,7 @@ def test_the_results_show_its_evaluation():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("name", [SHIPPED, f"{SHIPPED}+ngram"])
 def test_its_trees_change_no_token_and_save_forwards(smollm2, name):

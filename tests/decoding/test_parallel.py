@@ -66,7 +66,8 @@ print(json.dumps(dict(alone=alone, together=together, cache=[whole, *shards])))
 @pytest.mark.parametrize(
     "name, processes",
     [
-        ("expert", 2),  # its layers are mixtures, and one dense layer
+        # Its layers are mixtures, and one dense layer.
+        pytest.param("expert", 2, marks=pytest.mark.slow),
         pytest.param("expert", 1, marks=pytest.mark.gate),
         pytest.param("tensor", 1, marks=pytest.mark.gate),
         pytest.param("drafter", 1, marks=pytest.mark.gate),

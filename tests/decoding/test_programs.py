@@ -121,7 +121,7 @@ def test_no_copy_of_a_cache_in_a_loop(drafter, batch):
     assert not [line for part in bodies for line in re.findall(rf"= {cache}\S* copy\(", part)]
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(
     ("drafter", "served"),
     [

@@ -12,7 +12,7 @@ from jaxspec.evaluation import measure, results
 from jaxspec.evaluation.view import View, best_plain, pairs
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("models")
+pytestmark = [pytest.mark.usefixtures("models"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

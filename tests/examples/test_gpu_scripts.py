@@ -35,6 +35,7 @@ def run(script, tmp_path):
 STEPS = ("--model", "tiny", "--length", 20, "--cases")
 
 
+@pytest.mark.slow
 def test_steps_times_each_case_beside_its_floor_and_goes_on_where_it_stopped(run):
     status, rows = run("steps", *STEPS, "plain", "verify4", "pass", "--profile", "plain")
     assert status == 0
@@ -51,6 +52,7 @@ def test_steps_times_each_case_beside_its_floor_and_goes_on_where_it_stopped(run
     assert added["case"] == "prefill32" and added["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_steps_times_whole_rounds(run):
     status, rows = run("steps", *STEPS, "path_conditioned8", "draft-chain4")
     assert status == 0 and [row["case"] for row in rows] == [
@@ -82,6 +84,7 @@ def test_a_case_that_is_none_is_named(run):
         run("steps", *STEPS, "verify")
 
 
+@pytest.mark.slow
 def test_tune_writes_tiles_that_the_kernel_reads(run, tmp_path):
     from pallas_kernels.tree_attention.config import read_measured
 
@@ -104,6 +107,7 @@ def test_tune_writes_tiles_that_the_kernel_reads(run, tmp_path):
 REPLAY = ("--model", "tiny", "--length", 12, "--new-tokens", 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_replay_decodes_the_plain_continuation_at_the_acceptance_asked_for(run, dtype):
     options = (*REPLAY, "--dtype", dtype, "--nodes", 8, "--tau", 1, 2.5, 8)
@@ -117,6 +121,7 @@ def test_replay_decodes_the_plain_continuation_at_the_acceptance_asked_for(run, 
     assert 1.5 < rows[1]["tau"] < 4
 
 
+@pytest.mark.slow
 def test_replay_takes_a_survival_profile(run):
     status, (_, row) = run(
         "replay", *REPLAY, "--nodes", 4, "--survival", 1, 1, 0, "--draft", "none"
@@ -139,6 +144,7 @@ def test_the_geometric_profile_has_the_tau_asked_for(script):
         geometric(5, 3)
 
 
+@pytest.mark.slow
 def test_small_compares_each_tree_with_plain_decoding(run):
     options = ("--model", "tiny", "--count", 2, "--new-tokens", 12, "--dtype", "float32")
     status, (plain, chain) = run("small", *options, "--trees", "chain4")
@@ -146,6 +152,7 @@ def test_small_compares_each_tree_with_plain_decoding(run):
     assert chain["equal"] == "2 of 2" and chain["tau"] > plain["tau"] == 1
 
 
+@pytest.mark.slow
 def test_check_compares_every_drafter_with_plain_decoding(run):
     status, rows = run("check", "--model", "tiny")
     assert status == 0

@@ -94,6 +94,7 @@ def test_layers_that_slide_have_their_own_base():
     np.testing.assert_array_equal(local[1], rotary_angles(positions, config.head_dim, 50.0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda s: s.kind)
 def test_decoding_past_the_original_context_is_a_fresh_forward(scaling):
     """With windows in some layers; every token is the argmax of one pass without a cache."""

@@ -71,6 +71,7 @@ def test_every_implementation_computes_the_definition(name, data):
 
 @settings(max_examples=8, deadline=None)
 @given(case=chosen_cases(), data=st.data())
+@pytest.mark.slow
 def test_any_shape_cut_as_the_library_cuts_it(case, data):
     check(case, draw_inputs(case, data))
 

@@ -90,6 +90,7 @@ async def soak(runner: Runner, requests, dice: random.Random):
     return found
 
 
+@pytest.mark.slow
 def test_soak(engine):
     dice, count = random.Random(0), 520
     requests = asked(count, dice)
