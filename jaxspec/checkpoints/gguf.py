@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxspec.checkpoints import fuse
+from jaxspec.checkpoints import target_weights
+from jaxspec.checkpoints.fuse import Box
 from jaxspec.checkpoints.gguf_file import GgufFile, open_gguf
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.config import TargetConfig
@@ -101,12 +102,12 @@ def load_params(
     *,
     stored: bool = False,
 ) -> TargetParams:
-    """The weights, dequantised one tensor at a time, in the fused layout; see `fuse.load`."""
+    """The weights, dequantised one tensor at a time, see `target_weights.load`."""
     if stored:
         raise ValueError(
             f"{path} is a GGUF file; weights 'stored' keeps fp8 alone: leave it out"
         )
-    return fuse.load(config, _LlamaTensors(open_gguf(path), config), dtype, mesh)
+    return target_weights.load(config, _LlamaTensors(open_gguf(path), config), dtype, mesh)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer | None:
@@ -148,7 +149,7 @@ class _LlamaTensors:
         self._names = {_rename(name): name for name in file.shapes}
         self.shapes = {name: file.shapes[source] for name, source in self._names.items()}
 
-    def pieces(self, name: str, shape: tuple[int, ...], box: fuse.Box, skip: int = 0):
+    def pieces(self, name: str, shape: tuple[int, ...], box: Box, skip: int = 0):
         """The whole box at once: quantised blocks are not cut."""
         tensor = self._file.read(self._names[name])
         projection = re.search(r"self_attn\.([qk])_proj", name)

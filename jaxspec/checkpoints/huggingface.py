@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxspec.checkpoints import catalog, fuse, hybrid
+from jaxspec.checkpoints import catalog, hybrid, target_weights
+from jaxspec.checkpoints.fuse import check_dtype
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
 from jaxspec.checkpoints.kept import keep
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
@@ -144,7 +145,7 @@ def load_params(
 ) -> TargetParams:
     """The weights of a folder in the fused layout, from safetensors or a converted store.
 
-    See `fuse.load` for memory, errors and `mesh`.
+    See `target_weights.load` for memory, errors and `mesh`.
 
     Args:
       stored: those of 8 bits stay so (`kept.keep`).
@@ -159,10 +160,10 @@ def load_params(
         tensors = open_weights(folder, dequantise=not stored)
         if config.delta_net is not None:
             tensors = hybrid.text_tensors(tensors)
-        return fuse.load(config, tensors, dtype, mesh, keep=keep if stored else None)
+        return target_weights.load(config, tensors, dtype, mesh, keep=keep if stored else None)
     from jaxspec.checkpoints.store import load_weights  # Orbax takes seconds to import
 
-    specs = abstract_params(config, fuse.check_dtype(dtype))
+    specs = abstract_params(config, check_dtype(dtype))
     if mesh is None:
         device = SingleDeviceSharding(jax.devices()[0])
         places = jax.tree.map(lambda _: device, specs)

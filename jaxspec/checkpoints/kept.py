@@ -73,7 +73,7 @@ def keep(
     `models.params.SCALABLE`. A warning names what is dequantised all the same.
 
     Args:
-      specs, table: of the weights by value (`abstract_params`, `fuse.target_parts`).
+      specs, table: of the weights by value (`abstract_params`, `target_weights.target_parts`).
       tensors: `QuantisedFolder`, or a view of one.
       devices: see `scaled_spec`.
     """

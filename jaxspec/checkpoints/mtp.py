@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxspec.checkpoints.fuse import Part, build, check_dtype, check_tensors, layer_parts
-from jaxspec.checkpoints.fuse import norm_parts as norm
+from jaxspec.checkpoints.fuse import Part, build, check_dtype, check_tensors
 from jaxspec.checkpoints.huggingface import WEIGHTS
 from jaxspec.checkpoints.hybrid import predictor_tensors
 from jaxspec.checkpoints.quantised import open_weights
+from jaxspec.checkpoints.target_weights import layer_parts
+from jaxspec.checkpoints.target_weights import norm_parts as norm
 from jaxspec.config import TargetConfig, TreeConfig
 from jaxspec.drafters.eagle import EagleParams, eagle_params
 from jaxspec.drafters.mtp import MtpConfig, MtpDrafter, MtpWeights, abstract_mtp, mtp_config
@@ -59,7 +60,7 @@ def mtp_parts(config: MtpConfig, names) -> MtpWeights:
     """`MtpWeights` with, in place of every array, the `Part`s that make it.
 
     Args:
-      names: see `fuse.target_parts`.
+      names: see `target_weights.target_parts`.
     """
     c, width = config.layer, config.hidden_size
     return MtpWeights(

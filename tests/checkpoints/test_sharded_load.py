@@ -26,7 +26,7 @@ import jax, numpy as np
 from pathlib import Path
 if len(sys.argv) > 2:
     jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
-from jaxspec.checkpoints import fuse
+from jaxspec.checkpoints import target_weights
 from jaxspec.checkpoints.huggingface import load_params, read_config
 from jaxspec.checkpoints.tensors import SafetensorsFolder
 from jaxspec.sharding import decoding_mesh
@@ -36,7 +36,7 @@ config = read_config(folder)
 mesh = decoding_mesh(8, config.num_kv_heads)
 assert dict(mesh.shape) == dict(data=1, model=4, rest=2), mesh
 tensors = SafetensorsFolder(folder)
-params = fuse.load(config, tensors, "float32", mesh)
+params = target_weights.load(config, tensors, "float32", mesh)
 whole = load_params(folder, config)
 
 def check(cut, expected):
