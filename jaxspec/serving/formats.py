@@ -82,20 +82,26 @@ def _of_kind(kind: str, value: Any, path: str) -> str:
     if kind == "regex":
         if not isinstance(value, str) or not value:
             raise BadRequest(f"{path} must be a regular expression, not {value!r}", path)
-        return llguidance().LLMatcher.grammar_from_regex(value)
+        return regex_text(value)
     good = isinstance(value, list) and all(isinstance(one, str) and one for one in value)
     if not good or not 1 <= len(value) <= MAX_CHOICES:
         raise BadRequest(f"{path} must be a list of 1 … {MAX_CHOICES} texts", path)
-    return "start: " + " | ".join(map(lark_text, value))
+    return regex_text("|".join(map(_escaped, value)))
+
+
+def regex_text(pattern: str) -> str:
+    """The grammar of the texts that a regular expression (of Rust's `regex`) matches whole."""
+    return llguidance().LLMatcher.grammar_from_regex(pattern)
+
+
+def _escaped(text: str) -> str:
+    """The regular expression of one text."""
+    plain = lambda c: c.isascii() and c.isalnum()  # noqa: E731
+    return "".join(c if plain(c) else f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def json_text(schema: Any, path: str) -> str:
     """The grammar of the JSON values of a schema, an object or its text."""
-    checked = _schema(schema, path)
-    return f"start: {lark_json(checked)}"
-
-
-def _schema(schema: Any, path: str) -> dict | bool:
     if isinstance(schema, str):  # as vLLM takes it, too
         try:
             schema = json.loads(schema)
@@ -103,14 +109,17 @@ def _schema(schema: Any, path: str) -> dict | bool:
             raise BadRequest(f"{path} is not JSON ({error})", path) from error
     if not isinstance(schema, dict):
         raise BadRequest(f"{path} must be a JSON schema, an object", path)
-    return schema
+    return f"start: {lark_json(schema, path)}"
 
 
-def lark_json(schema: dict) -> str:
+def lark_json(schema: dict, path: str) -> str:
     """A schema in a grammar; what it says of itself about blanks does not count."""
-    return f"%json {json.dumps(schema | {'x-guidance': STYLE})}"
+    try:
+        return f"%json {json.dumps(schema | {'x-guidance': STYLE}, ensure_ascii=False)}"
+    except RecursionError as error:
+        raise BadRequest(f"{path} is nested too deeply", path) from error
 
 
 def lark_text(text: str) -> str:
-    """A text in a grammar."""
+    """A text of printable ASCII and line feeds in a grammar."""
     return json.dumps(text)

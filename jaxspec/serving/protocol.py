@@ -96,9 +96,12 @@ def _grammar(
     if asked is None:
         return None
     field, text = asked
-    for name, value in (("ignore_eos", True), ("min_tokens", 1)):
-        if fields.get(name, False) and fields.get(name, value) >= value:
-            raise BadRequest(f"{name} excludes {field}, which says where the answer ends", name)
+    longer = {
+        "ignore_eos": fields.flag("ignore_eos"),
+        "min_tokens": fields.integer("min_tokens", 0),
+    }
+    for name in filter(longer.get, longer):
+        raise BadRequest(f"{name} excludes {field}, which says where the answer ends", name)
     try:
         return grammars.of(text)
     except ValueError as error:
@@ -131,7 +134,8 @@ def read_chat(body: Any, target: Target, config: EngineConfig, grammars: Grammar
         raise BadRequest(f"tools exclude {asked[0]}; give one", asked[0])
     if tools is not None:
         asked = "tools", tools.grammar
-    prompt = _chat(fields, messages, tools, target, strict=asked and not (tools and tools.free))
+    strict = asked is not None and not (tools and tools.free)
+    prompt = _chat(fields, messages, tools, target, strict=strict)
     top = _top_logprobs(fields, "top_logprobs", config)
     if not fields.flag("logprobs"):
         if top:

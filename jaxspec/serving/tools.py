@@ -118,7 +118,7 @@ def calls_text(schemas: dict[str, dict], *, free: bool, several: bool) -> str:
     rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(schemas))))
     for i, (name, schema) in enumerate(schemas.items()):
         head = lark_text(f'\n{{"name": "{name}", "arguments": ')
-        rules.append(f"call_{i}: {head} {lark_json(schema)} {lark_text(CLOSE)}")
+        rules.append(f"call_{i}: {head} {lark_json(schema, 'tools')} {lark_text(CLOSE)}")
     return "\n".join(rules)
 
 

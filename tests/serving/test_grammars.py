@@ -15,8 +15,7 @@ from jaxspec.drafters.plain import PLAIN
 from jaxspec.drafters.small_model import SmallModel
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
-from jaxspec.serving.formats import json_text
-from jaxspec.serving.grammars import llguidance
+from jaxspec.serving.formats import json_text, regex_text
 from jaxspec.serving.requests import Request
 from tests import tiny
 from tests.serving import engines
@@ -47,7 +46,7 @@ def grammar(text):
 
 
 def regex(pattern):
-    return grammar(llguidance().LLMatcher.grammar_from_regex(pattern))
+    return grammar(regex_text(pattern))
 
 
 def asked() -> list[Request]:

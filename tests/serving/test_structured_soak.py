@@ -14,8 +14,7 @@ from jaxspec.drafters.plain import PLAIN
 from jaxspec.drafters.small_model import SmallModel
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
-from jaxspec.serving.formats import json_text
-from jaxspec.serving.grammars import llguidance
+from jaxspec.serving.formats import json_text, regex_text
 from jaxspec.serving.requests import Request
 from jaxspec.serving.runner import Runner
 from jaxspec.serving.tools import calls_text
@@ -36,11 +35,10 @@ def drafter() -> LoadedDrafter:
 
 def asked(dice: random.Random) -> list[Request]:
     """Chat turns behind one system prompt, and prompts of their own."""
-    of_regex = llguidance().LLMatcher.grammar_from_regex
     texts = [
         json_text(SCHEMA, ""),
         json_text({"type": "object"}, ""),
-        of_regex("(ab|cd){2,9}[0-9]*!"),
+        regex_text("(ab|cd){2,9}[0-9]*!"),
         calls_text({"see": SCHEMA, "go": SCHEMA}, free=False, several=True),
         calls_text({"see": SCHEMA}, free=True, several=False),
     ]
