@@ -135,7 +135,7 @@ class EagleDrafter(Drafter):
         if self.tree.kind not in ("chain", "path_conditioned"):
             raise ValueError(
                 f"tree kind {self.tree.kind!r} needs a drafter that scores each depth alone or "
-                "by the previous token; EAGLE-3 looks at the whole path: use chain or "
+                "by the previous token; this one looks at the whole path: use chain or "
                 "path_conditioned"
             )
 

@@ -18,7 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxspec.config import TargetConfig, TreeConfig
+from jaxspec.config import TargetConfig
 from jaxspec.drafters.eagle import EagleDrafter, EagleParams, eagle_params
 from jaxspec.drafters.eagle_head import Attend
 from jaxspec.drafters.head import Vocabulary
@@ -73,7 +73,16 @@ class MtpConfig:
 
 
 def mtp_config(target: TargetConfig) -> MtpConfig:
-    """The MTP layer that a hybrid target of this shape is published with."""
+    """The MTP layer that a hybrid target of this shape is published with.
+
+    Raises:
+      ValueError: the target is no hybrid.
+    """
+    if target.delta_net is None:
+        raise ValueError(
+            "the target has no gated delta nets, and no MTP layer is known for others; draft "
+            "with 'mtp' for Qwen3.5, 3.6, 3.8 or Qwen3-Next, or with another drafter"
+        )
     layer = dataclasses.replace(
         target,
         num_layers=1,
@@ -158,7 +167,6 @@ class MtpDrafter(EagleDrafter):
     """Drafts with an MTP layer: EAGLE's chain or its dynamic tree (`EagleDrafter`)."""
 
     config: MtpConfig
-    tree: TreeConfig
 
     def head(self, params: EagleParams) -> MtpHead:
         return MtpHead(self.config, params.head)

@@ -22,13 +22,14 @@ from jaxspec.api import generate
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.sharding import RULES, decoding_mesh, place
 from tests import tiny
-from tests.drafters import cases
+from tests.drafters import cases, test_mtp
 
 WIDE = dict(num_heads=8, num_kv_heads=4, vocab_size=16)
 random_trees = LoadedDrafter(tiny.RandomTrees(vocab=16))
 config, drafter = {
     "tensor": (dataclasses.replace(tiny.QWEN3, **WIDE), random_trees),
     "expert": (dataclasses.replace(tiny.MOE, **WIDE, num_experts=8), random_trees),
+    "hybrid": (tiny.HYBRID, test_mtp.loaded("dense", test_mtp.TREE)),
     "drafter": (tiny.QWEN3, cases.loaded("jetspec", TreeConfig("best_first", size=8, width=2))),
 }[name]
 target, prompts = tiny.target(config), tiny.prompts(5, 9, 3, 12)
@@ -40,8 +41,8 @@ def tokens(target, drafter):
 
 alone = tokens(target, drafter)
 cut = dataclasses.replace(target, params=place(mesh, target.params))
-for layer in cut.params.layers:
-    assert layer.attention.qkv.sharding.spec == P(None, "model")
+for i in config.attention_layers:
+    assert cut.params.layers[i].attention.qkv.sharding.spec == P(None, "model")
 rules = {"sharded": RULES, "replicated": ()} if name == "drafter" else {"": ()}
 with jax.set_mesh(mesh):
     together = {
@@ -56,7 +57,7 @@ with jax.set_mesh(mesh):
     params = Params(cut.params, place(mesh, drafter.params, ()))
     state = jax.eval_shape(prefill, decoder, params, requests)
     compiled = prefill.lower(decoder, params, requests).compile()
-    caches = jax.tree.leaves(compiled.output_shardings.cache)
+    caches = jax.tree.leaves(compiled.output_shardings.cache.kv)
     whole = state.cache.kv.keys[0].shape
     shards = {sharding.shard_shape(whole) for sharding in caches}
 print(json.dumps(dict(alone=alone, together=together, cache=[whole, *shards])))
@@ -70,6 +71,7 @@ print(json.dumps(dict(alone=alone, together=together, cache=[whole, *shards])))
         pytest.param("expert", 2, marks=pytest.mark.slow),
         pytest.param("expert", 1, marks=pytest.mark.gate),
         pytest.param("tensor", 1, marks=pytest.mark.gate),
+        pytest.param("hybrid", 1, marks=pytest.mark.gate),  # and its MTP layer
         pytest.param("drafter", 1, marks=pytest.mark.gate),
     ],
 )
@@ -79,5 +81,5 @@ def test_eight_devices_decode_as_one(name, processes):
         for how, tokens in report["together"].items():
             assert tokens == report["alone"], how
         whole, shard = report["cache"]
-        heads = {"tensor": 4, "expert": 4, "drafter": 2}[name]
+        heads = {"tensor": 4, "expert": 4, "hybrid": 2, "drafter": 2}[name]
         assert whole[1] == heads and shard == [whole[0], 1, *whole[2:]]
