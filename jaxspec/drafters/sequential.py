@@ -89,7 +89,9 @@ class Bilinear(Markov):
         self.hidden = weight(rngs, dtype, config.hidden_size, config.rank)  # H
 
     def advance(self, hidden, previous, state):
-        return self.embed(previous) * project("...m,mr->...r", hidden, self.hidden[...]), state
+        # XLA joins products that share an operand, and would copy the LM head beside H for it.
+        hidden, kernel = jax.lax.optimization_barrier((hidden, self.hidden[...]))
+        return self.embed(previous) * project("...m,mr->...r", hidden, kernel), state
 
 
 class Mlp(nnx.Module):
