@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Programs whose drafters are exchanged with ours; their requirements contradict ours.
+INTERCHANGE := $(VENV)-interchange
+
 .PHONY: generate test slow lint docs bench gates parity h100 gpu clean
 
 generate: $(VENV)/base        ## real text from a real model, plain and speculative
@@ -28,7 +31,7 @@ gates: $(VENV)/test           ## lossless on real prompts, training over several
 	$(BIN)/python -m pip install --quiet --editable '.[notebook,browser]'
 	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -m gate
 
-parity: $(VENV)/test          ## logits and generations against PyTorch's transformers
+parity: $(VENV)/test $(INTERCHANGE)/ready   ## against transformers, z-lab's dflash, speculators
 	$(BIN)/python -m pip install --quiet --editable '.[parity]'
 	$(BIN)/python -m pytest -m parity
 
@@ -52,6 +55,12 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/gpu)   ## checks and tim
 	PYTHONPATH=. $(GPU_PYTHON) examples/gpu/steps.py
 	PYTHONPATH=. $(GPU_PYTHON) examples/gpu/replay.py
 	PYTHONPATH=. $(GPU_PYTHON) examples/gpu/small.py
+
+$(INTERCHANGE)/ready: tests/interchange/requirements.txt tests/interchange/programs.txt
+	$(PYTHON) -m venv $(INTERCHANGE)
+	$(INTERCHANGE)/bin/python -m pip install --quiet -r tests/interchange/requirements.txt
+	$(INTERCHANGE)/bin/python -m pip install --quiet --no-deps -r tests/interchange/programs.txt
+	touch $@
 
 $(H100)/ready: pyproject.toml pallas_kernels/requirements-h100.txt
 	$(PYTHON) -m venv $(H100)

@@ -1,0 +1,193 @@
+"""Drafters trained and exported here, run by z-lab's `dflash` and vLLM's `speculators`.
+
+The packages contradict this project's, so they run in `.venv-interchange`, which `make parity`
+makes, or in the environment of the Python that $INTERCHANGE_PYTHON names.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspec.api import generate
+from jaxspec.checkpoints.drafters import load_drafter, save_drafter
+from jaxspec.config import TreeConfig
+from jaxspec.data.conversations import Example
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.registry import trained
+from jaxspec.drafters.teacher_forced import run_blocks
+from jaxspec.drafters.unrolled import unroll
+from jaxspec.drafters.weights import bind, random_weights
+from jaxspec.loading import load_target
+from jaxspec.training.recipe import (
+    OptimizerConfig,
+    Preset,
+    TrainConfig,
+    drafter_config,
+    eagle_config,
+    loss_config,
+)
+from jaxspec.training.trainer import train
+from tests.checkpoints.writing import DENSE, random_tensors, write_folder
+
+ROOT = Path(__file__).parents[2]
+PYTHON = Path(os.environ.get("INTERCHANGE_PYTHON", ROOT / ".venv-interchange/bin/python"))
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.gate,
+    pytest.mark.skipif(not PYTHON.exists(), reason=f"there is no {PYTHON}: run make parity"),
+]
+
+TARGET = DENSE | dict(
+    architectures=["Qwen3ForCausalLM"],
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    head_dim=8,
+    max_position_embeddings=512,
+)
+PRESET = Preset(mask_token_id=39, layers=2, taps=2, rank=8)
+CHAIN, BLOCK, NEW = TreeConfig("chain", 8), 6, 48
+SIZES = {"dflash": {}, "dflash2": dict(candidates=4, conv_group=8)}
+ANCHOR, LENGTH, STEPS = 20, 128, 3
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interchange")
+    tensors = random_tensors(TARGET)
+    small = {name: x if x.ndim == 1 else 0.3 * x for name, x in tensors.items()}
+    return load_target(str(write_folder(folder / "target", TARGET, small)))
+
+
+def prompts(count):
+    random = np.random.default_rng(1)
+    return [random.integers(0, 39, n).tolist() for n in random.integers(8, 24, count)]
+
+
+@pytest.fixture(scope="module")
+def drafters(target):
+    """Trained on the target's own answers until most of a block is accepted at times."""
+    rows, folder = prompts(64), Path(target.name).parent
+    answers = [x.token_ids for x in generate(target, rows, max_new_tokens=64, batch_size=32)]
+    examples = [
+        Example(np.array(row + answer, np.int32), np.arange(len(row) + 64) >= len(row))
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    found = {}
+    for family, sizes in SIZES.items():
+        config = TrainConfig(
+            drafter_config(family, target.config, PRESET, block_size=BLOCK, **sizes),
+            loss=loss_config(family),
+            optimizer=OptimizerConfig(learning_rate=3e-3),
+            steps=150,
+            batch_size=16,
+            micro_batch=16,
+            anchors=16,
+            checkpoint_every=150,
+            keep=1,
+        )
+        run = train(config, target, examples, folder / family)
+        found[family] = load_drafter(run, target.config, target.params, CHAIN)
+    config = eagle_config(target.config, steps=4)
+    weights = random_weights(config, jax.random.key(0))
+    eagle = trained(config, weights, target.params, CHAIN)
+    return found | {"eagle3": (eagle.drafter, eagle.params)}
+
+
+@pytest.fixture(scope="module")
+def features(drafters):
+    """Outputs of the tapped layers, of any target."""
+    random = np.random.default_rng(0)
+    return {
+        family: random.standard_normal((LENGTH, len(drafter.taps) * 32)).astype(np.float32)
+        for family, (drafter, _) in drafters.items()
+    }
+
+
+TOKENS = np.random.default_rng(2).integers(0, 39, LENGTH).tolist()
+
+
+@pytest.fixture(scope="module")
+def theirs(target, drafters, features):
+    """What the other programs make of the exported folders."""
+    folder = Path(target.name).parent
+    jobs = {}
+    for family, (drafter, params) in drafters.items():
+        draft = f"speculators-{family}"
+        save_drafter(folder / draft, drafter, params, "speculators", verifier="../target")
+        jobs[draft] = dict(program="speculators", draft=draft, anchor=ANCHOR, taps=family)
+        jobs[draft] |= dict(tokens=TOKENS, options={"max_anchors": 1})
+        if family == "eagle3":  # whose rows are pairs of a feature and the token after it
+            jobs[draft] |= dict(tokens=[*TOKENS[1:], 0], options={"ttt_steps": STEPS})
+            continue
+        for i, prompt in enumerate(prompts(2)):
+            jobs[f"{family} {i}"] = dict(
+                program="dflash",
+                kind=family,
+                draft=f"{family}/drafter",
+                prompt=prompt,
+                max_new_tokens=NEW,
+            )
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    np.savez(folder / "features.npz", **features)
+    script = Path(__file__).with_name("other_programs.py")
+    environment = {k: x for k, x in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([PYTHON, script, folder], check=True, env=environment)
+    answers = json.loads((folder / "answers.json").read_text())
+    return answers, dict(np.load(folder / "logits.npz"))
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_zlab_generates_with_our_drafters_as_we_do(target, drafters, theirs, family):
+    """The same tokens, and as many in every round.
+
+    z-lab shortens the last blocks to the tokens still wanted, which a bidirectional block
+    notices; rounds that begin before those are compared.
+    """
+    ours = generate(
+        target, prompts(2), drafter=LoadedDrafter(*drafters[family]), max_new_tokens=NEW
+    )
+    for i, completion in enumerate(ours):
+        found = theirs[0][f"{family} {i}"]
+        assert completion.token_ids == found["tokens"]
+        committed = completion.stats.committed
+        begins = np.cumsum([1, *committed[:-1]])
+        full = int(np.sum(begins <= NEW - BLOCK))
+        assert full > 5 and list(committed[:full]) == found["committed"][:full]
+    assert max(x.stats.tau for x in ours) > 2  # rounds of several tokens are among them
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_speculators_gives_our_logits_of_blocks(drafters, features, theirs, family):
+    drafter, params = drafters[family]
+    head = bind(drafter.config, params.head)
+    blocks = run_blocks(
+        head,
+        params.vocabulary,
+        jnp.array([TOKENS]),
+        jnp.asarray(features[family])[None],
+        jnp.array([[ANCHOR]]),
+    )
+    ours = head.logits(params.vocabulary, blocks.stream)[0, 0]
+    found = theirs[1][f"speculators-{family}/0"]  # the anchor's own slot first
+    np.testing.assert_allclose(found[1:], ours, atol=2e-4)
+
+
+def test_speculators_gives_our_logits_of_unrolled_steps(drafters, features, theirs):
+    drafter, params = drafters["eagle3"]
+    head = bind(drafter.config, params.head)
+    taps = jnp.asarray(features["eagle3"])[None]
+    outputs = unroll(head, params.vocabulary, jnp.array([TOKENS]), taps, steps=STEPS)
+    ours = head.logits(params.vocabulary, outputs)[0]
+    for step in range(STEPS):
+        inside = LENGTH - 1 - step
+        found = theirs[1][f"speculators-eagle3/{step}"]
+        np.testing.assert_allclose(found[:inside], ours[step, :inside], atol=2e-4)
