@@ -32,6 +32,12 @@ from jaxspec.config import DrafterConfig, TargetConfig
 
 KEY = "speculators_model_type"
 TYPES = ("dflash", "dflash2", "dspark")
+# Kinds that are not implemented, and why.
+MISSING = {
+    "peagle": "P-EAGLE drafts all depths in one pass, from a learned feature of the mask",
+    "xpress": "XPress refines what it drafts by a network of its own",
+    "mtp": "layers of the target's own checkpoint are drafter 'mtp'",
+}
 CLASSES = {"dflash": "DFlash", "dflash2": "DFlash2", "dspark": "DSpark"}
 VERSION = "0.9.0"
 # Copies of the target's arrays that older versions wrote; so is a head of a full vocabulary.
@@ -68,7 +74,10 @@ def _fields(
     Raises:
       ValueError: another kind of drafter, or a key asks for what is not implemented.
     """
-    kind = whole.one_of(KEY, (*TYPES, "eagle3"), REQUIRED)  # the last is read elsewhere
+    kind = whole.get(KEY)
+    if isinstance(kind, str) and kind in MISSING:
+        raise whole.refusal(KEY, f"another kind: {MISSING[kind]}")
+    whole.one_of(KEY, (*TYPES, "eagle3"), REQUIRED)  # the last is read elsewhere
     window = visibility.windows(layer)
     both_ways = whole.flag("sliding_window_non_causal", kind == "dflash2")
     hidden, vocab = layer.integer("hidden_size"), layer.integer("vocab_size")

@@ -61,9 +61,7 @@ def logits(folder: Path, job: dict, arrays: dict) -> list[np.ndarray]:
         input_ids=tokens,
         document_ids=torch.zeros_like(tokens),
         loss_mask=anchor,
-        verifier_last_hidden_states=taps[
-            ..., : model.config.transformer_layer_config.hidden_size
-        ],
+        verifier_last_hidden_states=taps[..., :width],
     )
     with torch.no_grad():
         options = job["options"] | {"loss_config": {"none": (no_loss, 1.0)}}
