@@ -1,8 +1,9 @@
 """What z-lab's `dflash` and vLLM's `speculators` compute from a folder of drafters.
 
 Runs in an environment of its own, whose packages contradict this project's, and imports nothing
-of it: `python other_programs.py FOLDER` reads `jobs.json` and writes `answers.json` and
-`logits.npz`.
+of it: `python other_programs.py FOLDER` reads `jobs.json` and `features.npz`, and writes
+`answers.json` and `logits.npz`. Those packages are imported inside functions, because pytest
+imports this file where they are missing.
 """
 
 import json
@@ -11,20 +12,19 @@ import sys
 import time
 from pathlib import Path
 
-import dflash.model
 import numpy as np
-import torch
-import transformers
-from speculators import SpeculatorModel
 
 
 def generate(folder: Path, job: dict) -> dict:
     """Greedy generation by z-lab's loop: tokens, and how many each round committed."""
-    classes = {
-        "dflash": dflash.model.DFlashDraftModel,
-        "dflash2": dflash.model.DFlash2DraftModel,
-    }
-    draft = classes[job["kind"]].from_pretrained(folder / job["draft"], dtype=torch.float32)
+    import dflash.model
+    import torch
+    import transformers
+
+    dflash.model._cuda_time = time.perf_counter  # there is no GPU
+    kind = {"dflash": "DFlashDraftModel", "dflash2": "DFlash2DraftModel"}[job["kind"]]
+    load = getattr(dflash.model, kind).from_pretrained
+    draft = load(folder / job["draft"], dtype=torch.float32)
     target = transformers.AutoModelForCausalLM.from_pretrained(
         folder / "target", dtype=torch.float32
     )
@@ -47,6 +47,9 @@ def no_loss(logits, targets):
 
 def logits(folder: Path, job: dict, arrays: dict) -> list[np.ndarray]:
     """Logits of every call of a speculator's LM head in its training forward."""
+    import torch
+    from speculators import SpeculatorModel
+
     os.chdir(folder / job["draft"])  # where the path of its verifier begins
     model = SpeculatorModel.from_pretrained(folder / job["draft"])
     seen = []
@@ -70,7 +73,8 @@ def logits(folder: Path, job: dict, arrays: dict) -> list[np.ndarray]:
 
 
 def main(folder: Path) -> None:
-    dflash.model._cuda_time = time.perf_counter
+    import torch
+
     torch.set_num_threads(1)
     jobs = json.loads((folder / "jobs.json").read_text())
     arrays = dict(np.load(folder / "features.npz"))
