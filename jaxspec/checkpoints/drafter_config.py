@@ -7,6 +7,7 @@ several of them.
 format       drafters      recognised by                             module
 ===========  ============  ========================================  ====================
 speculators  EAGLE-3       `speculators_model_type` "eagle3"         `eagle3_formats`
+speculators  P-EAGLE       `speculators_model_type` "peagle"         `eagle3_formats`
 speculators  block         `speculators_model_type`                  `speculators`
 treeflash    block         `treeflash_config`                        `treeflash`
 dflash       block         `dflash_config`                           `zlab`
@@ -30,6 +31,7 @@ from jaxspec.checkpoints.eagle3_formats import (
     EagleDeepSpec,
     EagleOriginal,
     EagleSpeculators,
+    ParallelEagleSpeculators,
 )
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.checkpoints.quantised import read_quantisation
@@ -41,6 +43,7 @@ from jaxspec.config import DrafterConfig, TargetConfig
 # The first that recognises a configuration reads it.
 FORMATS: tuple[DrafterFormat, ...] = (
     EagleSpeculators(),
+    ParallelEagleSpeculators(),
     Speculators(),
     TreeFlash(),
     ZLab(),

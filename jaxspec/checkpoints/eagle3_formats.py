@@ -18,6 +18,8 @@ SpecForge's files (`LlamaForCausalLMEagle3`), whether the LM head reads it after
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxspec.checkpoints import speculators
 from jaxspec.checkpoints.eagle_format import (
     OWN,
@@ -29,30 +31,39 @@ from jaxspec.checkpoints.eagle_format import (
     taps_from_json,
 )
 from jaxspec.checkpoints.json_config import JsonConfig
-from jaxspec.drafters.eagle_head import EagleConfig
+from jaxspec.drafters.eagle_head import EagleConfig, ParallelEagleConfig
 
 SPECFORGE = "LlamaForCausalLMEagle3"
 
 
 class EagleSpeculators(EagleFormat):
-    """vLLM's `speculators`."""
+    """vLLM's `speculators`.
+
+    Attributes:
+      type: its `speculators_model_type`.
+    """
 
     name = "speculators"
+    type = "eagle3"
+    architecture = "Eagle3DraftModel"
 
     def recognises(self, raw):
-        return raw.get(speculators.KEY) == "eagle3"
+        return raw.get(speculators.KEY) == self.type
 
     def from_json(self, whole, target):
-        layer, feedback = whole.section("transformer_layer_config"), whole.flag("norm_output")
-        taps, steps = taps_from_json(whole, target), _steps(whole)
-        return make(whole, layer, taps, steps=steps, feedback_after_norm=feedback)
+        layer, taps = whole.section("transformer_layer_config"), taps_from_json(whole, target)
+        return make(self.kind, whole, layer, taps, **self.own_fields(whole))
+
+    def own_fields(self, whole: JsonConfig) -> dict[str, Any]:
+        """Fields that other formats of the kind read otherwise."""
+        return {"steps": _steps(whole), "feedback_after_norm": whole.flag("norm_output")}
 
     def to_json(self, c, dtype, *, kept, verifier):
         return norms_to_json(c) | {
-            speculators.KEY: "eagle3",
+            speculators.KEY: self.type,
             "speculators_version": speculators.VERSION,
-            "speculators_config": speculators.proposal("eagle3", c.steps, verifier),
-            "architectures": ["Eagle3DraftModel"],
+            "speculators_config": speculators.proposal(self.type, c.steps, verifier),
+            "architectures": [self.architecture],
             "draft_vocab_size": c.vocab_size if kept is None else kept,
             "dtype": dtype,
             TAPS: [tap + 1 for tap in c.taps],
@@ -71,6 +82,22 @@ class EagleSpeculators(EagleFormat):
         }
 
 
+class ParallelEagleSpeculators(EagleSpeculators):
+    """P-EAGLE's, which adds a mask; the file's embedding was trained with it."""
+
+    kind = ParallelEagleConfig
+    type = "peagle"
+    architecture = "PEagleDraftModel"
+
+    def own_fields(self, whole):
+        mask = whole.integer("mask_token_id", least=0)
+        return super().own_fields(whole) | {"mask_token_id": mask}
+
+    def to_json(self, c, dtype, *, kept, verifier):
+        raw = super().to_json(c, dtype, kept=kept, verifier=verifier)
+        return raw | {"mask_token_id": c.mask_token_id, "embed_requires_grad": True}
+
+
 class EagleDeepSpec(EagleFormat):
     """DeepSpec's: layers of a Qwen3, no norms of features, all keys at the top."""
 
@@ -83,7 +110,8 @@ class EagleDeepSpec(EagleFormat):
         _check_one_layer(whole)
         taps, steps = whole.items("target_layer_ids", int), whole.integer("ttt_length")
         feedback = whole.flag("norm_output")
-        return make(whole, whole, taps, steps=steps, feedback_after_norm=feedback)
+        fields = dict(steps=steps, feedback_after_norm=feedback)
+        return make(self.kind, whole, whole, taps, **fields)
 
     def to_json(self, c, dtype, *, kept, verifier):
         return layers_to_json(c) | {
@@ -125,6 +153,7 @@ class EagleOriginal(EagleFormat):
         of_logits = SPECFORGE in whole.get("architectures", ())
         output = whole.flag("norm_output", of_logits)
         return make(
+            self.kind,
             whole,
             whole,
             taps_from_json(whole, target),

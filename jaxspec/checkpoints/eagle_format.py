@@ -195,16 +195,21 @@ def taps_from_json(whole: JsonConfig, target: TargetConfig | None) -> tuple[int,
 
 
 def make(
-    whole: JsonConfig, layer: JsonConfig, taps: tuple[int, ...], **fields: Any
+    kind: type[EagleConfig],
+    whole: JsonConfig,
+    layer: JsonConfig,
+    taps: tuple[int, ...],
+    **fields: Any,
 ) -> EagleConfig:
     """The configuration, once every key is accounted for.
 
     Args:
+      kind: its type.
       layer: where the keys of the layers are.
     """
     shape = layers_from_json(layer)
     config = whole.make(
-        EagleConfig,
+        kind,
         target_hidden_size=whole.integer("target_hidden_size", shape["hidden_size"]),
         target_layers=whole.integer("num_target_layers", None),
         taps=taps,

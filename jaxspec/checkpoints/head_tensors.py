@@ -8,7 +8,7 @@ from jaxspec.checkpoints import dflash2
 from jaxspec.checkpoints.drafter_files import Table, linear, same
 from jaxspec.checkpoints.fuse import Part
 from jaxspec.config import DrafterConfig
-from jaxspec.drafters.eagle_head import EagleConfig
+from jaxspec.drafters.eagle_head import EagleConfig, ParallelEagleConfig
 
 
 def block_parts(c: DrafterConfig) -> Table:
@@ -35,7 +35,7 @@ def block_parts(c: DrafterConfig) -> Table:
 
 
 def eagle_parts(c: EagleConfig) -> Table:
-    """Those of an EAGLE-3 drafter's head."""
+    """Those of an EAGLE-3 or P-EAGLE drafter's head."""
     width, each, tapped = c.hidden_size, c.target_hidden_size, len(c.taps)
     table = {
         ("fc",): linear("fc.weight", width, tapped * each),
@@ -48,6 +48,8 @@ def eagle_parts(c: EagleConfig) -> Table:
             Part(f"fc_norm.{i}.weight", (each,), np.s_[i * each : (i + 1) * each], (0,))
             for i in range(tapped)
         )
+    if isinstance(c, ParallelEagleConfig):
+        table["mask_hidden",] = (Part("mask_hidden", (1, 1, tapped * each), np.s_[...], (0,)),)
     for i in range(c.num_layers):
         layer, inputs = f"layers.{i}.", width if i else 2 * width
         weights = _layer_parts(c, layer, inputs=inputs, qk_norm=c.qk_norm)

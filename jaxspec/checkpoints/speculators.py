@@ -34,7 +34,6 @@ KEY = "speculators_model_type"
 TYPES = ("dflash", "dflash2", "dspark")
 # Kinds that are not implemented, and why.
 MISSING = {
-    "peagle": "P-EAGLE drafts all depths in one pass, from a learned feature of the mask",
     "xpress": "XPress refines what it drafts by a network of its own",
     "mtp": "layers of the target's own checkpoint are drafter 'mtp'",
 }
@@ -77,7 +76,7 @@ def _fields(
     kind = whole.get(KEY)
     if isinstance(kind, str) and kind in MISSING:
         raise whole.refusal(KEY, f"another kind: {MISSING[kind]}")
-    whole.one_of(KEY, (*TYPES, "eagle3"), REQUIRED)  # the last is read elsewhere
+    whole.one_of(KEY, (*TYPES, "eagle3", "peagle"), REQUIRED)  # the last two: elsewhere
     window = visibility.windows(layer)
     both_ways = whole.flag("sliding_window_non_causal", kind == "dflash2")
     hidden, vocab = layer.integer("hidden_size"), layer.integer("vocab_size")

@@ -223,7 +223,7 @@ class BlockDrafter(Drafter):
                 if self.survival_scores:
                     size, kept = self.tree.size, budget - 1
                     return chain(anchor, tokens, kept, log_confidence, size=size), state
-            tree = _with_ids(build(self.tree, logits, anchor, budget), vocabulary)
+            tree = vocabulary.of_tree(build(self.tree, logits, anchor, budget))
         return tree, state
 
     def draft_sampled(
@@ -326,15 +326,7 @@ class BlockDrafter(Drafter):
             size=self.tree.size,
             confidence=confidence if self.survival_scores else None,
         )
-        return _with_ids(tree, vocabulary)
-
-
-def _with_ids(tree: DraftTree, vocabulary: Vocabulary) -> DraftTree:
-    """A tree grown over indices of the vocabulary, its root a token, with tokens throughout."""
-    if vocabulary.kept is None:
-        return tree
-    tokens = jnp.where(tree.depths > 0, vocabulary.ids(tree.tokens), tree.tokens)
-    return dataclasses.replace(tree, tokens=tokens)
+        return vocabulary.of_tree(tree)
 
 
 def _log_confidence(head: DraftHead, params: BlockParams, stream, anchor, tokens) -> jax.Array:

@@ -187,7 +187,7 @@ class EagleDrafter(Drafter):
         own = head.fuse(committed.features)
         # C features have C - 1 tokens after them here; the pair before them is complete now,
         # unless they are the first. Rows past the committed ones are any, as are the caches'.
-        before = _feature_at(state, position - 1)
+        before = feature_at(state, position - 1)
         features = jnp.concatenate([before[:, None], own], axis=1)
         tokens = jnp.pad(committed.tokens, ((0, 0), (0, 1)))
         skipped = jnp.where(position > 0, 0, 1)
@@ -314,7 +314,7 @@ class EagleDrafter(Drafter):
         c, batch, first = self.config, anchor.shape[0], jnp.arange(frontier) == 0
         shape = (batch, self.depth * frontier, c.num_kv_heads, c.head_dim)
         empty = tuple(jnp.zeros(shape, keys.dtype) for keys in state.cache.keys)
-        feature = _feature_at(state, position - 1)
+        feature = feature_at(state, position - 1)
         seen = _own(jnp.int32(0), frontier, self.depth)
         return _Level(
             rows=KVRows(empty, empty),
@@ -370,7 +370,7 @@ class EagleDrafter(Drafter):
         )
 
 
-def _feature_at(state: EagleState, position: jax.Array) -> jax.Array:
+def feature_at(state: EagleState, position: jax.Array) -> jax.Array:
     """[B, M] at positions [B]; any where a position is negative."""
     features = state.features.keys[0][:, 0]
     index = jnp.maximum(position, 0)[:, None, None]

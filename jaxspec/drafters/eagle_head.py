@@ -220,3 +220,35 @@ class EagleHead(nnx.Module):
 
     def _normed(self, output: jax.Array) -> jax.Array:
         return rms_norm(output, self.norm[...], self.config.rms_norm_eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelEagleConfig(EagleConfig):
+    """A P-EAGLE drafter; `steps` tokens are drafted at once.
+
+    Attributes:
+      mask_token_id: what rows after the first read in place of a token.
+    """
+
+    mask_token_id: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"ParallelEagleConfig.mask_token_id is {self.mask_token_id}; expected a row of "
+                f"the embedding, 0 … {self.vocab_size - 1}"
+            )
+        if any(self.window):
+            raise ValueError(
+                f"ParallelEagleConfig.window is {self.window}; expected None: programs "
+                "disagree about windows of rows that are drafted at once"
+            )
+
+
+class ParallelEagleHead(EagleHead):
+    """`EagleHead`, and the outputs of the target that rows after the first read instead."""
+
+    def __init__(self, config: ParallelEagleConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        super().__init__(config, rngs=rngs, dtype=dtype)
+        self.mask_hidden = weight(rngs, dtype, len(config.taps) * config.target_hidden_size)

@@ -31,6 +31,7 @@ from jaxspec.models.layers import (
 )
 from jaxspec.models.rope import rotary_angles
 from jaxspec.trees.candidates import top_logits
+from jaxspec.trees.tree import DraftTree
 
 # attend(layer, q [..., b, H, D], k [..., b, K, D], v [..., b, K, D]) -> [..., b, H, D]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -64,6 +65,13 @@ class Vocabulary:
     def ids(self, index: jax.Array) -> jax.Array:
         """Tokens [...] of indices [...]."""
         return index if self.kept is None else self.kept[index]
+
+    def of_tree(self, tree: DraftTree) -> DraftTree:
+        """A tree grown over indices, its root a token, with tokens throughout."""
+        if self.kept is None:
+            return tree
+        tokens = jnp.where(tree.depths > 0, self.ids(tree.tokens), tree.tokens)
+        return dataclasses.replace(tree, tokens=tokens)
 
     def index(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Indices [...] of tokens [...], and which tokens have one; other indices are any."""

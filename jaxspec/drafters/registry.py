@@ -16,10 +16,11 @@ from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.drafters.base import Drafter, LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.drafters.eagle import EagleDrafter, eagle_params
-from jaxspec.drafters.eagle_head import EagleConfig
+from jaxspec.drafters.eagle_head import EagleConfig, ParallelEagleConfig
 from jaxspec.drafters.joined import with_lookup
 from jaxspec.drafters.mtp import MtpConfig, MtpDrafter
 from jaxspec.drafters.ngram import PromptLookup
+from jaxspec.drafters.parallel_eagle import ParallelEagleDrafter
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.models.params import TargetParams
 from jaxspec.models.target import Target
@@ -73,6 +74,7 @@ def python(argument, target, *, tree, dtype):
 TRAINED = {
     DrafterConfig: (BlockDrafter, block_params),
     EagleConfig: (EagleDrafter, eagle_params),
+    ParallelEagleConfig: (ParallelEagleDrafter, eagle_params),
     MtpConfig: (MtpDrafter, eagle_params),
 }
 NAMES: dict[str, Factory] = {"none": none, "ngram": ngram, "python:": python}

@@ -16,10 +16,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxspec.config import DrafterConfig
-from jaxspec.drafters.eagle_head import EagleConfig, EagleHead
+from jaxspec.drafters.eagle_head import (
+    EagleConfig,
+    EagleHead,
+    ParallelEagleConfig,
+    ParallelEagleHead,
+)
 from jaxspec.drafters.head import DraftHead
 
-HEADS = {DrafterConfig: DraftHead, EagleConfig: EagleHead}
+HEADS = {
+    DrafterConfig: DraftHead,
+    EagleConfig: EagleHead,
+    ParallelEagleConfig: ParallelEagleHead,
+}
 
 
 def bind(config: DrafterConfig | EagleConfig, weights: nnx.State) -> DraftHead | EagleHead:

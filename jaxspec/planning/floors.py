@@ -14,6 +14,7 @@ from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.drafters.eagle import EagleDrafter
 from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.drafters.mtp import MtpConfig
+from jaxspec.drafters.parallel_eagle import ParallelEagleDrafter
 from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.params import DeltaNetParams, LayerParams, MoeParams
 from jaxspec.models.scaled import is_scaled
@@ -98,10 +99,12 @@ def draft_floor(setup: Setup) -> Floor:
 
 
 def _eagle_floor(setup: Setup, drafter: EagleDrafter) -> Floor:
-    """Every level reads the layer, the LM head and the cache once more."""
-    c = drafter.config
+    """Every pass reads the layer, the LM head and the cache once more."""
+    c, passes = drafter.config, drafter.depth
     weights = drafter.abstract_params(setup.target_params).head
     rows = setup.batch * (1 if drafter.tree.kind == "chain" else drafter.tree.candidates)
+    if isinstance(drafter, ParallelEagleDrafter):
+        passes, rows = 1, setup.batch * drafter.depth
     if isinstance(c, MtpConfig):
         read, multiplied = _layer_work(c.layer, weights.layer, rows)
         read, multiplied = read + _bytes(weights.fc), multiplied + _values(weights.fc)
@@ -111,7 +114,7 @@ def _eagle_floor(setup: Setup, drafter: EagleDrafter) -> Floor:
     size = read + head * jnp.dtype(DTYPE).itemsize
     size += setup.batch * _row_bytes(c) * setup.context
     flops = 2 * rows * (multiplied + head)
-    return Floor(drafter.depth * size / setup.devices, drafter.depth * flops / setup.devices)
+    return Floor(passes * size / setup.devices, passes * flops / setup.devices)
 
 
 def program_floor(setup: Setup, program: str) -> Floor:

@@ -43,7 +43,16 @@ class Network:
 
 
 def network_of(config: DrafterConfig | EagleConfig) -> Network:
-    """The kind of a drafter, by its configuration."""
+    """The kind of a drafter, by its configuration.
+
+    Raises:
+      ValueError: such drafters are not trained here.
+    """
+    if type(config) not in NETWORKS:
+        kinds = ", ".join(kind.__name__ for kind in NETWORKS)
+        raise ValueError(
+            f"a drafter of {type(config).__name__} cannot be trained; expected one of {kinds}"
+        )
     return NETWORKS[type(config)]
 
 

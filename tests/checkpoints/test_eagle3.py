@@ -15,6 +15,8 @@ from jaxspec.checkpoints.drafters import load_drafter, save_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.eagle import EagleDrafter, eagle_params
+from jaxspec.drafters.eagle_head import ParallelEagleConfig
+from jaxspec.drafters.parallel_eagle import ParallelEagleDrafter
 from jaxspec.drafters.weights import random_weights
 from tests import tiny
 from tests.checkpoints.drafter_folders import change_tensors
@@ -272,6 +274,29 @@ def test_norm_output_means_two_things(tmp_path):
     edit(tmp_path / "a", norm_output=True, architectures=["LlamaEagle3DraftModel"])
     config = load(tmp_path / "a")[0].config
     assert (config.feedback_after_norm, config.logits_after_norm) == (True, True)
+
+
+def test_a_parallel_drafter(tmp_path):
+    """P-EAGLE: EAGLE-3's keys with a mask, and the feature of the mask."""
+    config = ParallelEagleConfig(**vars(cases.PLAIN) | dict(mask_token_id=9, steps=6))
+    weights = random_weights(config, jax.random.key(3))
+    drafter = ParallelEagleDrafter(config, TREE)
+    params = eagle_params(weights, tiny.target().params, kept=cases.KEPT)
+    save_drafter(tmp_path / "a", drafter, params, verifier="../target")
+    raw = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert (raw["speculators_model_type"], raw["mask_token_id"]) == ("peagle", 9)
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    assert tensors["mask_hidden"].shape == (1, 1, 3 * 32)
+    again, loaded = load(tmp_path / "a")
+    assert again == drafter
+    equal(params, loaded)
+    for changes, message in (
+        (dict(mask_token_id="absent"), "has no 'mask_token_id'"),
+        (dict(mask_token_id=11), "mask_token_id is 11; expected a row of the embedding"),
+    ):
+        edit(tmp_path / "a", **changes)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "a")
 
 
 def test_block_drafters_are_told_apart(tmp_path):

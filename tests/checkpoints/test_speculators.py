@@ -130,7 +130,6 @@ def test_what_is_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("peagle", "another kind: P-EAGLE drafts all depths in one pass, from a learned"),
         ("xpress", "another kind: XPress refines what it drafts by a network"),
         ("mtp", "another kind: layers of the target's own checkpoint are drafter 'mtp'"),
         ("medusa", "'dflash' or 'dflash2' or 'dspark' or 'eagle3'"),

@@ -55,15 +55,15 @@ def logits(folder: Path, job: dict, arrays: dict) -> list[np.ndarray]:
     seen = []
     model.lm_head.register_forward_hook(lambda m, inputs, out: seen.append(out.detach()))
     tokens = torch.tensor([job["tokens"]])
-    anchor = torch.zeros_like(tokens)
-    anchor[0, job["anchor"]] = 1
+    anchors = torch.zeros_like(tokens)
+    anchors[0, job["anchors"]] = 1
     taps = torch.tensor(arrays[job["taps"]])[None]
     width = model.config.transformer_layer_config.hidden_size
     inputs = dict(
         hidden_states=taps,
         input_ids=tokens,
         document_ids=torch.zeros_like(tokens),
-        loss_mask=anchor,
+        loss_mask=anchors,
         verifier_last_hidden_states=taps[..., :width],
     )
     with torch.no_grad():

@@ -18,7 +18,8 @@ from jaxspec.api import generate
 from jaxspec.checkpoints.drafters import load_drafter, save_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.data.conversations import Example
-from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.base import Committed, LoadedDrafter
+from jaxspec.drafters.eagle_head import ParallelEagleConfig
 from jaxspec.drafters.registry import trained
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.unrolled import unroll
@@ -57,6 +58,11 @@ PRESET = Preset(mask_token_id=39, layers=2, taps=2, rank=8)
 CHAIN, BLOCK, NEW = TreeConfig("chain", 8), 6, 48
 SIZES = {"dflash": {}, "dflash2": dict(candidates=4, conv_group=8)}
 ANCHOR, LENGTH, STEPS = 20, 128, 3
+OPTIONS = {
+    "eagle3": {"ttt_steps": STEPS},
+    # All depths of all anchors, none sampled.
+    "peagle": {"num_depths": 4, "down_sample_ratio": 1.0, "down_sample_ratio_min": 1.0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +102,14 @@ def drafters(target):
         )
         run = train(config, target, examples, folder / family)
         found[family] = load_drafter(run, target.config, target.params, CHAIN)
-    config = eagle_config(target.config, steps=4)
-    weights = random_weights(config, jax.random.key(0))
-    eagle = trained(config, weights, target.params, CHAIN)
-    return found | {"eagle3": (eagle.drafter, eagle.params)}
+    eagle = eagle_config(target.config, steps=4)
+    changes = dict(num_layers=2, window=None, tap_norm="joined", mask_token_id=39)
+    parallel = ParallelEagleConfig(**vars(eagle) | changes)
+    for name, config in (("eagle3", eagle), ("peagle", parallel)):
+        weights = random_weights(config, jax.random.key(0))
+        loaded = trained(config, weights, target.params, CHAIN)
+        found[name] = loaded.drafter, loaded.params
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +133,12 @@ def theirs(target, drafters, features):
     for family, (drafter, params) in drafters.items():
         draft = f"speculators-{family}"
         save_drafter(folder / draft, drafter, params, "speculators", verifier="../target")
-        jobs[draft] = dict(program="speculators", draft=draft, anchor=ANCHOR, taps=family)
-        jobs[draft] |= dict(tokens=TOKENS, options={"max_anchors": 1})
-        if family == "eagle3":  # whose rows are pairs of a feature and the token after it
-            jobs[draft] |= dict(tokens=[*TOKENS[1:], 0], options={"ttt_steps": STEPS})
+        jobs[draft] = dict(program="speculators", draft=draft, taps=family)
+        if family not in SIZES:  # rows are pairs of a feature and the token after it
+            jobs[draft] |= dict(tokens=[*TOKENS[1:], 0], anchors=list(range(LENGTH)))
+            jobs[draft]["options"] = OPTIONS[family]
             continue
+        jobs[draft] |= dict(tokens=TOKENS, anchors=[ANCHOR], options={"max_anchors": 1})
         for i, prompt in enumerate(prompts(2)):
             jobs[f"{family} {i}"] = dict(
                 program="dflash",
@@ -191,3 +202,21 @@ def test_speculators_gives_our_logits_of_unrolled_steps(drafters, features, thei
         inside = LENGTH - 1 - step
         found = theirs[1][f"speculators-eagle3/{step}"]
         np.testing.assert_allclose(found[:inside], ours[step, :inside], atol=2e-4)
+
+
+@pytest.mark.parametrize("pair", [6, 60, 100])
+def test_speculators_gives_our_logits_of_all_depths(drafters, features, theirs, pair):
+    """Their rows are in an order of their own: each of ours is among those of its depth."""
+    drafter, params = drafters["peagle"]
+    tokens, taps = jnp.array([TOKENS]), jnp.asarray(features["peagle"])[None]
+    count = jnp.array([pair + 1])
+    state = drafter.observe(
+        params, drafter.init(params, 1, LENGTH), Committed(tokens, taps, 0 * count, count)
+    )
+    ours = drafter.logits(params, state, tokens[:, pair + 1], count)[0]
+    found, start = theirs[1]["speculators-peagle/0"], 0
+    for depth in range(4):
+        rows = found[start : start + LENGTH - depth]
+        distances = np.sort(np.abs(rows - ours[depth]).max(axis=1))
+        assert distances[0] < 2e-4 < 1e-2 < distances[1]
+        start += len(rows)
