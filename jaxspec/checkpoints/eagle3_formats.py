@@ -41,6 +41,7 @@ class EagleSpeculators(EagleFormat):
 
     Attributes:
       type: its `speculators_model_type`.
+      architecture: the class that its files name.
     """
 
     name = "speculators"
