@@ -30,6 +30,7 @@ from jaxspec.tokenizer import Tokenizer
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "tokenizer.model")
 MODEL_TYPES = ("qwen3", "qwen3_moe", "llama", "qwen2", *hybrid.MODEL_TYPES)
+OLDER_GPUS = ("7.0", "7.2", "7.5", "8.0", "8.6", "8.7")  # of NVIDIA, without fp8
 WEIGHTS = "weights.orbax"  # folder of a converted checkpoint, in place of safetensors
 
 
@@ -178,12 +179,20 @@ def load_params(
 
 
 def _check_fp8(folder: Path) -> None:
+    """Raises ValueError unless a folder has weights in fp8, and its device converts them."""
     quantisation = quantisation_of(folder)
     if quantisation is None or not quantisation.fp8:
         by = "by value" if quantisation is None else f"as {quantisation.name}"
         raise ValueError(
             f"{folder} is stored {by}; weights 'stored' keeps fp8: leave it out, or make such "
-            "a checkpoint (python -m jaxspec convert --dtype fp8 --to safetensors)"
+            "a checkpoint (python -m jaxspec convert --dtype fp8)"
+        )
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "")
+    if device.platform == "gpu" and capability in OLDER_GPUS:
+        raise ValueError(
+            f"{device.device_kind} has compute capability {capability}; weights 'stored' needs "
+            "8.9 or newer (Ada, Hopper), which converts fp8: leave it out"
         )
 
 

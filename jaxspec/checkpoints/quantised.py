@@ -81,6 +81,7 @@ class Quantisation:
 
     @property
     def fp8(self) -> bool:
+        """Whether weights are float8_e4m3fn."""
         return self.name.startswith("fp8")
 
 

@@ -142,6 +142,14 @@ def test_what_is_not_fp8_is_refused(tmp_path, name):
         jaxspec.load_target(tmp_path, weights="stored")
 
 
+def test_a_gpu_without_fp8_is_named(tmp_path, monkeypatch):
+    write(tmp_path, CONFIG, "fp8 blocks")
+    old = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
+    monkeypatch.setattr(jax, "devices", lambda: [old])
+    with pytest.raises(ValueError, match="NVIDIA A100 has compute capability 8.0; weights 'st"):
+        kept(tmp_path)
+
+
 def test_a_kind_of_weights_that_is_not_known(tmp_path):
     with pytest.raises(ValueError, match=r"weights is 'fp8'; expected one of \('dequantised'"):
         jaxspec.load_target(write_folder(tmp_path, CONFIG, {}), weights="fp8")
