@@ -1,0 +1,100 @@
+"""A thousand mixed requests, with grammars, tools and all else that may be asked for: each gets
+what plain decoding gives it alone."""
+
+import asyncio
+import random
+
+import pytest
+
+from jaxspec.config import TreeConfig
+from jaxspec.decoding.sampling import Sampling
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.joined import with_lookup
+from jaxspec.drafters.plain import PLAIN
+from jaxspec.drafters.small_model import SmallModel
+from jaxspec.serving.config import EngineConfig
+from jaxspec.serving.engine import Engine
+from jaxspec.serving.formats import json_text, regex_text
+from jaxspec.serving.requests import Request
+from jaxspec.serving.runner import Runner
+from jaxspec.serving.tools import calls_text
+from tests.serving import engines
+from tests.serving.structured import CONFIG, grammars, target, tokenizer
+from tests.serving.test_soak import soak
+
+COUNT = 1000
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}}}
+LIMITS = dict(room=160, chunk=16, queue=64, top_logprobs=5)
+SYSTEM = "system: answer in JSON, call a tool where you need one, be brief\n"
+
+
+def drafter() -> LoadedDrafter:
+    own = SmallModel(CONFIG, TreeConfig("top_budget", size=12), depth=4)
+    return with_lookup(LoadedDrafter(own, target().params))
+
+
+def asked(dice: random.Random) -> list[Request]:
+    """Chat turns behind one system prompt, and prompts of their own."""
+    texts = [
+        json_text(SCHEMA, ""),
+        json_text({"type": "object"}, ""),
+        regex_text("(ab|cd){2,9}[0-9]*!"),
+        calls_text({"see": SCHEMA, "go": SCHEMA}, free=False, several=True),
+        calls_text({"see": SCHEMA}, free=True, several=False),
+    ]
+    made = []
+    for i in range(COUNT):
+        text = SYSTEM if dice.random() < 0.6 else ""
+        text += "".join(
+            f"user: {dice.randint(0, 99)} tools\n" for _ in range(dice.randint(1, 3))
+        )
+        penalised = dice.random() < 0.3
+        sampling = Sampling(
+            temperature=dice.choice([0.0, 0.0, 0.7, 1.3]),
+            top_p=dice.choice([1.0, 0.9]),
+            presence_penalty=0.7 if penalised else 0.0,
+            repetition_penalty=dice.choice([1.0, 1.3]) if penalised else 1.0,
+            logit_bias=dice.choice([(), ((40, 2.5),)]) if penalised else (),
+        )
+        logprobs = dice.choice([None, None, 0, 3])
+        grammar = grammars().of(dice.choice(texts)) if dice.random() < 0.5 else None
+        made.append(
+            Request(
+                tuple(tokenizer().encode(text)),
+                dice.randint(1, 40),
+                sampling,
+                seed=i,
+                logprobs=logprobs,
+                prompt_logprobs=logprobs is not None and dice.random() < 0.3,
+                grammar=grammar,
+            )
+        )
+    return made
+
+
+@pytest.mark.gate
+def test_a_thousand_mixed_requests():
+    dice = random.Random(1)
+    requests = asked(dice)
+    config = EngineConfig(slots=4, max_nodes=16, prefix_cache_mb=1.0, **LIMITS)
+    engine = Engine(target(), drafter(), config)
+    engine = Engine(target(), drafter(), config, curve=engines.staircase(engine))
+    engine.warm_up()
+    start, runner = engine.device_bytes(), Runner(engine)
+    try:
+        found = asyncio.run(soak(runner, requests, dice))
+        assert runner.healthy and runner.tickets == 0
+    finally:
+        runner.close()
+    assert sorted(found) == list(range(COUNT))
+    assert (engine.waiting, engine.running, engine.busy) == (0, 0, False)
+    assert engine.device_bytes() == start
+
+    plain = Engine(target(), PLAIN, EngineConfig(slots=1, **LIMITS))
+    for index, (tokens, finish, _) in found.items():
+        plain.submit(requests[index])
+        (alone,) = engines.drain(plain).values()
+        expected = engines.tokens(alone)
+        assert tokens == (expected if finish else expected[: len(tokens)]), index
+    ends = {finish for _, finish, _ in found.values()}
+    assert ends == {None, "stop", "length"}
