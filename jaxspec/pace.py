@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 
 import jax
@@ -33,14 +31,13 @@ from jaxspec.decoding.schedule import (
 )
 from jaxspec.decoding.state import Decoder, DecodeState, Params
 from jaxspec.drafters.base import LoadedDrafter
-from jaxspec.dtypes import cpu_id, keep_json, kept_json
+from jaxspec.kept_curves import keep_curve, kept_curve
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.settings import own_settings
 
 REPEATS = 5  # of every size; the least time counts
 FEWEST = 4  # nodes of a row that are worth a program of their own
-KEPT = 64  # curves in the cache
 
 
 class Pace:
@@ -171,7 +168,10 @@ def measure_pace(
     budget = check_budget(decoder, budget)
     batch = max(1, min(batch_size, len(rows)))
     setup = setup_of(target, decoder, params, {batch: sizes_of(decoder, batch)}, capacity)
-    curve = _kept(setup) or _measured(decoder, params, batch, capacity, setup)
+    curve = kept_curve(setup)
+    if curve is None:
+        curve = _measured(decoder, params, batch, capacity, setup)
+        keep_curve(curve)
     return Pace(decoder, batch, capacity, budget, curve)
 
 
@@ -198,19 +198,8 @@ def _unlearned(decoder: Decoder, length: jax.Array) -> tuple[jax.Array, Habit]:
     return unknown, init_habit(decoder.drafter.size, decoder.drafter.depth)
 
 
-def _kept(setup: dict) -> Curve | None:
-    """The curve of the cache for this setup."""
-    found = kept_json("curves").get(_name(setup))
-    try:
-        curve = Curve.parse(found)
-        curve.check(setup)
-    except ValueError:
-        return None
-    return curve
-
-
 def _measured(decoder, params, rows: int, capacity: int, setup: dict) -> Curve:
-    """Times rounds of every size on half-full rows, and keeps them."""
+    """Times rounds of every size on half-full rows."""
     sizes = sizes_of(decoder, rows)
 
     def step(size):
@@ -233,11 +222,7 @@ def _measured(decoder, params, rows: int, capacity: int, setup: dict) -> Curve:
         return take_turn(_half_full(decoder, params, rows, capacity), steps)[1]
 
     turn()  # compiles
-    curve = Curve(setup, measure({rows: turn}, REPEATS))
-    kept = kept_json("curves")
-    newest = dict(list(kept.items())[1 - KEPT :])
-    keep_json("curves", newest | {_name(setup): dataclasses.asdict(curve)})
-    return curve
+    return Curve(setup, measure({rows: turn}, REPEATS))
 
 
 def _half_full(
@@ -258,8 +243,3 @@ def _half_full(
     survivals, habit = _unlearned(decoder, length)
     state = dataclasses.replace(state, length=length)
     return Batch(state, requests.sampling, survivals), habit
-
-
-def _name(setup: dict) -> str:
-    text = json.dumps(setup | {"cpu": cpu_id()}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -34,7 +34,7 @@ ARROWS = {
     "dtypes": "checkpoints",
     "kept_curves": "decoding dtypes",
     "loading": "checkpoints config drafters dtypes models settings sharding",
-    "pace": "decoding drafters dtypes models prompts settings",
+    "pace": "decoding drafters kept_curves models prompts settings",
     "prompts": "data decoding models",
     "results": "decoding",
     "scoring": "config decoding drafters models prompts settings trees",
