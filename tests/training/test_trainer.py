@@ -381,7 +381,7 @@ def test_a_drafter_is_trained_for_a_hybrid_target(tmp_path):
         tiny.TARGET_CONFIG, delta_net=net, rotary_dim=4, attention_gate=True
     )
     target = Target("hybrid", config, random_params(config, jax.random.key(0)))
-    run = dataclasses.replace(tiny.CONFIG, steps=4, batch_size=4)
+    run = dataclasses.replace(tiny.CONFIG, steps=4, batch_size=4, initial="random")
     folder = train(run, target, tiny.examples(4), tmp_path)
     steps = steps_of(tmp_path)
     assert steps[-1]["loss"] < steps[0]["loss"]
