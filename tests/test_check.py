@@ -61,6 +61,7 @@ def test_it_must_be_a_block_drafter_and_a_long_text():
         )
 
 
+@pytest.mark.slow
 def test_a_wrong_configuration_is_named(golden):
     """JetSpec's golden drafter, on texts of its own choices, told to read other layers."""
     folder, trace = golden("jetspec_a")

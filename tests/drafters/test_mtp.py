@@ -62,6 +62,7 @@ def rows(name, features, tokens):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.slow
 def test_a_chain_is_rows_run_one_after_another(name):
     random = np.random.default_rng(1)
     features = list(random.standard_normal((LENGTH, CONFIGS[name].hidden_size), np.float32))

@@ -79,6 +79,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_one_command_measures_them_all(folder, capsys):
     output = folder / "rows.jsonl"
     assert main([*words(folder, output=str(output)), "--json"]) == 0

@@ -8,6 +8,7 @@ from tests import tiny
 from tests.serving.engines import LOOKUP, drain, requests, tokens
 
 
+@pytest.mark.slow
 def test_every_request_gets_what_it_would_get_alone():
     target, asked = tiny.target(tiny.HYBRID), requests(5)
     config = EngineConfig(slots=2, room=60, chunk=16, schedule=Fixed())

@@ -60,6 +60,7 @@ def test_a_missing_truth():
 
 
 @pytest.mark.parametrize(("missing", "matters"), [("inject", True), ("skip", False)])
+@pytest.mark.slow
 def test_a_slot_whose_truth_is_no_candidate(missing, matters):
     """Its row of the successors' codebook has a slope where the truth is put in, and only
     there; the selector alone is trained."""

@@ -159,6 +159,7 @@ EAGLE = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_a_run_resumes_and_its_drafter_decodes(tmp_path):
     """From a checkpoint on, the weights end the same, bit for bit."""
     config = dataclasses.replace(EAGLE, packed=128, draft_vocab=12)
