@@ -1,5 +1,7 @@
 """The engine serves hybrids: states are placed, moved and left alone as caches are."""
 
+import pytest
+
 from jaxspec.api import generate
 from jaxspec.decoding.schedule import Fixed
 from jaxspec.serving.config import EngineConfig
