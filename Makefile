@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Programs whose drafters are exchanged with ours; their requirements contradict ours.
 INTERCHANGE := $(VENV)-interchange
 
-.PHONY: generate test slow lint docs bench gates parity h100 gpu clean
+.PHONY: generate test slow lint docs bench gates parity h100 h100-tests h100-kernels h100-steps gpu clean
 
 generate: $(VENV)/base        ## real text from a real model, plain and speculative
 	$(BIN)/python examples/generate.py
@@ -39,10 +39,16 @@ parity: $(VENV)/test $(INTERCHANGE)/ready   ## against transformers, z-lab's dfl
 H100 := $(VENV)-h100
 H100_TESTS := tests
 
-h100: $(H100)/ready           ## kernels and whole steps, compiled for an H100 without one
+h100: h100-tests h100-kernels h100-steps   ## compiled for an H100 without one: tests, gates
+
+h100-tests: $(H100)/ready
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 \
 		$(H100)/bin/python -m pytest -m h100 -n 2 --dist worksteal $(H100_TESTS)
+
+h100-kernels: $(H100)/ready
 	$(H100)/bin/python -m pallas_kernels.h100 --quick
+
+h100-steps: $(H100)/ready
 	$(H100)/bin/python -m jaxspec.planning --quick
 
 # Checks and timings on this machine's GPU; examples/gpu/README.md says what each row is.
