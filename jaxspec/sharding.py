@@ -24,7 +24,7 @@ WIDE = (MODEL, REST)
 # The end of a path (regular expression), and what cuts each axis of the array. The first row
 # that matches and has as many axes counts; what no row matches is whole on every device.
 RULES: tuple[tuple[str, tuple], ...] = (
-    (r"embed|unembed|lm_head", (WIDE, None)),  # [V, M]
+    (r"(embed|unembed|lm_head)(/(values|scale))?", (WIDE, None)),  # [V, M]
     (r"qkv|q|kv", (None, MODEL, None, None)),  # [M, K, ., D]
     (r"qkv_bias", (MODEL, None, None)),  # [K, G + 2, D]
     (r"out", (MODEL, None, None, None)),  # [K, G, D, M]

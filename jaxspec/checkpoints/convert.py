@@ -58,6 +58,7 @@ def convert(
     *,
     format: str | None = None,
     dtype: str | None = None,
+    fp8_lm_head: bool = False,
 ) -> Converted:
     """Writes a checkpoint again with its weights as an Orbax store, or as safetensors.
 
@@ -70,6 +71,7 @@ def convert(
       format: one of `FORMATS`; by default orbax, and safetensors for fp8.
       dtype: of the weights written; as stored by default. "fp8": linear maps in 8 bits with
         a scale for each block of 128 x 128, all else as stored.
+      fp8_lm_head: the LM head in fp8 too, no longer tied to the embedding.
 
     Raises:
       ValueError: the source cannot be read, the output exists, or what was written reads back
@@ -81,12 +83,14 @@ def convert(
     format = format or ("safetensors" if dtype == "fp8" else "orbax")
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of {FORMATS}")
+    if fp8_lm_head and dtype != "fp8":
+        raise ValueError(f"an LM head in fp8 is for dtype 'fp8'; dtype is {dtype!r}")
     folder = target_path(source)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected a Hugging Face checkpoint's folder")
     config = huggingface.read_config(folder)
     if dtype == "fp8":
-        return _convert_to_fp8(folder, output, format)
+        return _convert_to_fp8(folder, output, format, fp8_lm_head)
     dtype = dtype or _stored_dtype(folder)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         params = huggingface.load_params(folder, config, dtype)
@@ -104,7 +108,7 @@ def convert(
     return Converted(output, str(np.dtype(DTYPES[dtype])), size, count)
 
 
-def _convert_to_fp8(folder: Path, output: Path, format: str) -> Converted:
+def _convert_to_fp8(folder: Path, output: Path, format: str, lm_head: bool) -> Converted:
     stored = quantisation_of(folder)
     if stored is not None or (folder / huggingface.WEIGHTS).exists():
         how = stored.name if stored else "an Orbax store"
@@ -114,14 +118,22 @@ def _convert_to_fp8(folder: Path, output: Path, format: str) -> Converted:
         )
     if format != "safetensors":
         raise ValueError(f"format is {format!r}; fp8 is written as safetensors")
-    source, partial = Fp8Tensors(folder), _empty_beside(output)
-    _copy_side_files(folder, partial, {"quantization_config": source.section})
+    source, partial = Fp8Tensors(folder, lm_head=lm_head), _empty_beside(output)
+    change = {"quantization_config": source.section}
+    _copy_side_files(folder, partial, change | (_untied(folder) if lm_head else {}))
     _save_shards(partial, source.tensors("write"))
     found = SafetensorsFolder(partial, quantised=True)
     written = ((name, x, found.read(name)) for name, x in source.tensors("compare"))
     count, size = _compare(written, partial)
     partial.rename(output)
     return Converted(output, "fp8", size, count, source.errors)
+
+
+def _untied(folder: Path) -> dict[str, Any]:
+    """What config.json says of an LM head that is no longer the embedding."""
+    own = {"tie_word_embeddings": False}
+    text = read_json(folder / "config.json").get("text_config")
+    return own if text is None else own | {"text_config": text | own}
 
 
 def _empty_beside(output: Path) -> Path:

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from jaxspec.checkpoints.fuse import Part, check_weights
 from jaxspec.checkpoints.quantised import open_weights
+from jaxspec.models.scaled import ScaledWeight, is_scaled
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 
@@ -166,10 +167,12 @@ def written_tensors(weights: nnx.State, table: Table) -> dict[str, np.ndarray]:
     }
 
 
-def equal_as_stored(stored: np.ndarray, array: jax.Array) -> bool:
+def equal_as_stored(stored: np.ndarray, array: jax.Array | ScaledWeight) -> bool:
     """Whether two tables are one: either may have been rounded, so in the narrower dtype."""
     if stored.shape != array.shape:
         return False
+    if is_scaled(array):
+        return array.rounds(stored)
     narrow = min(stored.dtype, array.dtype, key=lambda dtype: dtype.itemsize)
     return bool(jnp.array_equal(jnp.asarray(stored).astype(narrow), array.astype(narrow)))
 

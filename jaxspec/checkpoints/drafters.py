@@ -44,6 +44,7 @@ from jaxspec.drafters.mtp import MtpDrafter
 from jaxspec.drafters.registry import trained
 from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.params import TargetParams
+from jaxspec.models.scaled import by_value
 
 INTEGERS = (DRAFT_TOKENS, OFFSETS, MEMBERS)  # tensors that are no weights
 MASK = "mask_embedding.pt"  # of MiMo's drafters: the mask's embedding is not the target's
@@ -127,7 +128,7 @@ def save_drafter(
     check_unused(folder)
     codec, dtype = format_of(config, name), np.dtype(params.head.fc.dtype)
     own = codec.vocabulary_tensors(vocabulary, config, dtype)
-    own |= {name: np.asarray(x) for name, x in codec.repeated(vocabulary).items()}
+    own |= {name: np.asarray(by_value(x)) for name, x in codec.repeated(vocabulary).items()}
     size = None if vocabulary.kept is None else len(vocabulary.kept)
     raw = to_json(config, name, str(dtype), kept=size, verifier=verifier)
     temperatures = getattr(params, "temperatures", 1.0)

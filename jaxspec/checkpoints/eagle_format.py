@@ -20,6 +20,7 @@ from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
 from jaxspec.checkpoints.rope import read_rope, rope_to_json
 from jaxspec.config import TargetConfig
 from jaxspec.drafters.eagle_head import EagleConfig
+from jaxspec.models.scaled import by_value
 
 TAPS, OWN = "eagle_aux_hidden_state_layer_ids", "eagle_config"
 # Training, the target's own vocabulary, and what a drafter of one layer cannot look at.
@@ -74,7 +75,7 @@ class EagleFormat(DrafterFormat):
         return found | {"unembed": own}
 
     def vocabulary_tensors(self, vocabulary, c, dtype):
-        tensors = {HEAD: np.asarray(vocabulary.unembed).astype(dtype)}
+        tensors = {HEAD: np.asarray(by_value(vocabulary.unembed)).astype(dtype)}
         if self.repeats_embedding or vocabulary.own_embed:
             tensors[EMBEDDING] = np.asarray(vocabulary.embed).astype(dtype)
         if vocabulary.kept is not None:

@@ -14,19 +14,21 @@ from tqdm import tqdm
 
 from jaxspec.checkpoints.dequantise import Scaled
 from jaxspec.checkpoints.quantised import FP8
+from jaxspec.checkpoints.target_weights import LM_HEAD
 from jaxspec.checkpoints.tensors import SafetensorsFolder
 
 BLOCK = (128, 128)  # outputs and inputs that share a scale
 LARGEST = float(ml_dtypes.finfo(FP8).max)  # 448
 SMALLEST = float(np.finfo(np.float32).tiny)  # of a scale
 LINEAR = re.compile(r"(?:.*\.)?(layers\.\d+)\..*\b(?:q|k|v|o|gate|up|down)_proj\.weight")
+EMBEDDING = re.compile(r"model\.(?:language_model\.)?embed_tokens\.weight")
 
 
 class Fp8Tensors:
     """The tensors of an unquantised folder with its linear maps in fp8.
 
-    Those of attention and feed-forward layers, experts included. Embedding, norms, router, LM
-    head and gated delta nets stay as they are stored.
+    Those of attention and feed-forward layers, experts included. Embedding, norms, router and
+    gated delta nets stay as they are stored, and the LM head unless asked for.
 
     Attributes:
       errors: by layer, of the tensors given last: the root mean square of what rounding
@@ -34,13 +36,18 @@ class Fp8Tensors:
       section: `quantization_config` of what is given.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, lm_head: bool = False):
+        """Args: lm_head: in fp8 too; one tied to the embedding becomes a tensor of its own."""
         self._tensors = SafetensorsFolder(folder)
         shapes = self._tensors.shapes
         linear = {name: LINEAR.fullmatch(name) for name in shapes}
         self._layers = {n: found[1] for n, found in linear.items() if found}
         if not self._layers:
             raise ValueError(f"{folder} has no linear maps named as Hugging Face names them")
+        self._sources = dict(zip(shapes, shapes, strict=True))
+        if lm_head:
+            self._layers[LM_HEAD] = "LM head"
+            self._sources.setdefault(LM_HEAD, next(filter(EMBEDDING.fullmatch, shapes)))
         self._squares: dict[str, np.ndarray] = {}
         kept = [name.removesuffix(".weight") for name in shapes if name not in self._layers]
         self.section = {
@@ -65,15 +72,15 @@ class Fp8Tensors:
           ValueError: a linear map holds what no weight can be.
         """
         self._squares = defaultdict(lambda: np.zeros(2))
-        for name in tqdm(self._tensors.shapes, desc=desc, unit="tensor"):
-            weight = self._tensors.read(name)
+        for name, source in tqdm(self._sources.items(), desc=desc, unit="tensor"):
+            weight = self._tensors.read(source)
             if name not in self._layers:
                 yield name, weight
                 continue
             weight = weight.astype(np.float32)
             if not np.isfinite(weight).all():
                 raise ValueError(
-                    f"{self._tensors.origin}: tensor '{name}' holds NaN or infinity; the "
+                    f"{self._tensors.origin}: tensor '{source}' holds NaN or infinity; the "
                     "checkpoint is damaged, download it again"
                 )
             values, scale = quantise(weight)

@@ -29,6 +29,7 @@ from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
 from jaxspec.checkpoints.rope import rope_to_json
 from jaxspec.config import DrafterConfig, TargetConfig
+from jaxspec.models.scaled import by_value
 
 KEY = "speculators_model_type"
 TYPES = ("dflash", "dflash2", "dspark")
@@ -224,4 +225,4 @@ class Speculators(BlockFormat):
             return {}
         kept = np.asarray(vocabulary.kept)
         own = draft_vocabulary.vocabulary_tensors(kept, c.vocab_size)
-        return own | {HEAD: np.asarray(vocabulary.unembed).astype(dtype)}
+        return own | {HEAD: np.asarray(by_value(vocabulary.unembed)).astype(dtype)}

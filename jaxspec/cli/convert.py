@@ -30,13 +30,21 @@ class Convert:
     dtype: Literal["float32", "bfloat16", "float16", "fp8"] | None = None
     """Dtype of the written weights; that of the input by default. fp8 writes linear maps in 8
     bits, in blocks of 128 x 128 with a scale each, as Qwen3-*-FP8 (docs/quantised.md)."""
+    fp8_lm_head: bool = False
+    """With --dtype fp8: the LM head in fp8 too, no longer tied to the embedding."""
     json: bool = False
     """Print a summary as one JSON object on standard output."""
 
     def run(self) -> int:
         from jaxspec.checkpoints.convert import convert
 
-        done = convert(self.target, self.output, format=self.to, dtype=self.dtype)
+        done = convert(
+            self.target,
+            self.output,
+            format=self.to,
+            dtype=self.dtype,
+            fp8_lm_head=self.fp8_lm_head,
+        )
         if self.json:
             print(json.dumps(dataclasses.asdict(done) | {"folder": str(done.folder)}))
         else:

@@ -48,6 +48,8 @@ class Plan:
     fp8: bool = False
     """The target's attention and dense feed-forward layers stay in fp8, with blocks of 128 x
     128."""
+    fp8_lm_head: bool = False
+    """With --fp8: the LM head too."""
     tau: tuple[float, ...] = (2.0, 4.0, 6.0)
     """Acceptance lengths (tokens per round) to report speedups for."""
     compile: bool = True
@@ -67,7 +69,15 @@ class Plan:
         target = _target_config(self.target)
         drafter = self._drafter(target)
         setups = [
-            Setup(target, drafter, self.context, self.batch, count, fp8=self.fp8)
+            Setup(
+                target,
+                drafter,
+                self.context,
+                self.batch,
+                count,
+                fp8=self.fp8,
+                fp8_lm_head=self.fp8_lm_head,
+            )
             for count in self.devices
         ]
         fits = True
@@ -116,6 +126,7 @@ class Plan:
             nodes=plan.setup.drafter.size,
             devices=plan.setup.devices,
             fp8=plan.setup.fp8,
+            fp8_lm_head=plan.setup.fp8_lm_head,
             parts=plan.parts,
             repeated=plan.repeated,
             programs={n: dataclasses.asdict(p) for n, p in plan.programs.items()},

@@ -8,8 +8,8 @@ Letters: M model width, K key/value heads, G query heads per key/value head, D h
 F feed-forward width, E experts, V vocabulary. Of gated delta nets: J key heads, R value heads
 per key head, dk and dv dimensions of a key and a value, C = 2 dk + R dv.
 
-Matrices of attention and of dense feed-forward layers may be a `ScaledWeight` each, which keeps
-8 bits a value (`scaled_spec`).
+Matrices of attention and of dense feed-forward layers, and the LM head, may be a `ScaledWeight`
+each, which keeps 8 bits a value (`scaled_spec`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from jaxspec.config import TargetConfig
 from jaxspec.models.scaled import ScaledWeight
 
 Matrix = jax.Array | ScaledWeight
-# Matrices that may stay in 8 bits, by name and number of axes: letters of inputs and outputs.
+# Matrices that may stay in 8 bits, by name and number of axes: letters of all axes, of inputs.
 SCALABLE = {
-    ("qkv", 4): ("m", "kgd"),
-    ("out", 4): ("kgd", "m"),
-    ("gate_up", 3): ("m", "cf"),
-    ("down", 2): ("f", "m"),
+    ("qkv", 4): ("mkgd", "m"),
+    ("out", 4): ("kgdm", "kgd"),
+    ("gate_up", 3): ("mcf", "m"),
+    ("down", 2): ("fm", "f"),
+    ("lm_head", 2): ("vm", "m"),
 }
 
 
@@ -104,10 +105,10 @@ class TargetParams:
     embed: jax.Array  # [V, M]
     layers: tuple[LayerParams, ...]
     final_norm: jax.Array  # [M]
-    lm_head: jax.Array | None  # [V, M]; None when tied to `embed`
+    lm_head: Matrix | None  # [V, M]; None when tied to `embed`
 
     @property
-    def unembed(self) -> jax.Array:
+    def unembed(self) -> Matrix:
         """The LM head, [V, M]."""
         return self.embed if self.lm_head is None else self.lm_head
 
@@ -117,11 +118,12 @@ def abstract_params(
     dtype=jnp.float32,
     *,
     block: tuple[int, int] | None = None,
+    lm_head: bool = False,
     devices: int = 1,
 ) -> TargetParams:
     """The shape of every weight as a `ShapeDtypeStruct`, nothing allocated.
 
-    With a block, matrices that may stay in 8 bits do (`scaled_spec`).
+    With a block, matrices that may stay in 8 bits do (`scaled_spec`), the LM head if asked for.
 
     What stays float32 whatever the dtype: norms that are stored less one, which bfloat16 would
     round once one is added, and the rates of decay.
@@ -153,9 +155,10 @@ def abstract_params(
     if block is None:
         return params
 
-    return jax.tree.map_with_path(
+    scaled = jax.tree.map_with_path(
         lambda path, spec: scaled_spec(path, spec, block, devices) or spec, params
     )
+    return scaled if lm_head else dataclasses.replace(scaled, lm_head=params.lm_head)
 
 
 def scaled_spec(
@@ -164,21 +167,22 @@ def scaled_spec(
     """The shapes of a weight in 8 bits; None for one that stays by value.
 
     A block is cut to what divides the last axis of outputs and the last of inputs evenly, of
-    feed-forward channels those of one device.
+    feed-forward channels and of the vocabulary those of one device.
 
     Args:
       path, spec: of the weight by value in `TargetParams`.
       block: outputs and inputs that share a scale.
-      devices: over which feed-forward channels are cut.
+      devices: over which feed-forward channels and the vocabulary are cut.
     """
     known = SCALABLE.get((path[-1].name, len(spec.shape)))
     if known is None:
         return None
-    inputs, outputs = known
-    sizes = dict(zip(inputs + outputs, spec.shape, strict=True))
+    letters, inputs = known
+    outputs = "".join(letter for letter in letters if letter not in inputs)
+    sizes = dict(zip(letters, spec.shape, strict=True))
     scales = dict(sizes)
     for letter, size in zip((outputs[-1], inputs[-1]), block, strict=True):
-        cut = letter == "f" and sizes[letter] % devices == 0
+        cut = letter in "fv" and sizes[letter] % devices == 0
         scales[letter] //= math.gcd(size, sizes[letter] // (devices if cut else 1))
     shape, scale = (tuple(x[letter] for letter in outputs + inputs) for x in (sizes, scales))
     return ScaledWeight(
@@ -186,6 +190,7 @@ def scaled_spec(
         scale=jax.ShapeDtypeStruct(scale, jnp.float32),
         inputs=len(inputs),
         dtype=jnp.dtype(spec.dtype),
+        outputs_first=letters.endswith(inputs),
     )
 
 

@@ -8,21 +8,23 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxspec.models.mesh import WEIGHT_AXES, cut_axes
 from pallas_kernels.scaled_matmul import scaled_matmul
+from pallas_kernels.scaled_matmul.reference import scaled
 
 # What devices share of a weight, by the letter of its axis: key/value heads, these merged with
-# what each has (inputs of the output projection), and feed-forward channels.
-CUT = {"k": WEIGHT_AXES[:1], "h": WEIGHT_AXES[:1], "f": WEIGHT_AXES}
+# what each has (inputs of the output projection), feed-forward channels, and the vocabulary.
+CUT = {"k": WEIGHT_AXES[:1], "h": WEIGHT_AXES[:1], "f": WEIGHT_AXES, "v": WEIGHT_AXES}
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "scale"),
-    meta_fields=("inputs", "dtype"),
+    meta_fields=("inputs", "dtype", "outputs_first"),
 )
 @dataclasses.dataclass(frozen=True)
 class ScaledWeight:
@@ -36,18 +38,33 @@ class ScaledWeight:
         those of the values divided by the size of a block; the others are equal.
       inputs: how many axes are inputs.
       dtype: of the activations it is multiplied with.
+      outputs_first: whether they come first by value too, as an LM head's do.
     """
 
     values: jax.Array
     scale: jax.Array
     inputs: int
     dtype: np.dtype
+    outputs_first: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight by value: inputs first."""
+        """Of the weight by value."""
         shape = self.values.shape
+        if self.outputs_first:
+            return shape
         return (*shape[-self.inputs :], *shape[: -self.inputs])
+
+    def __getitem__(self, rows: jax.Array) -> ScaledWeight:
+        """Chosen outputs of an LM head [V, M], each with scales of its own."""
+        block = self.values.shape[0] // self.scale.shape[0]
+        values, scale = self.values[rows], self.scale[rows // block]
+        return dataclasses.replace(self, values=values, scale=scale)
+
+    def rounds(self, weight: jax.Array) -> bool:
+        """Whether a weight, outputs first, becomes these values with these scales."""
+        scale = scaled(jnp.ones(self.values.shape), self.scale)
+        return bool(jnp.array_equal((weight / scale).astype(self.values.dtype), self.values))
 
     def merge_inputs(self) -> ScaledWeight:
         """The same with its inputs as one axis."""
@@ -62,6 +79,17 @@ def is_scaled(x) -> bool:
     return isinstance(x, ScaledWeight)
 
 
+def by_value(weight: jax.Array | ScaledWeight) -> jax.Array:
+    """A weight as one array, in the dtype of the activations it is multiplied with."""
+    if not is_scaled(weight):
+        return weight
+    values = scaled(weight.values, weight.scale).astype(weight.dtype)
+    if weight.outputs_first:
+        return values
+    outputs = values.ndim - weight.inputs
+    return jnp.moveaxis(values, range(outputs), range(-outputs, 0))
+
+
 def scaled_product(
     spec: str, x: jax.Array, weight: ScaledWeight, *, function: Callable = scaled_matmul
 ) -> jax.Array:
@@ -71,13 +99,13 @@ def scaled_product(
     scales are float32.
 
     Args:
-      spec: contracts the last axis of x and the first of the weight, in whose letters CUT has
-        at most one.
+      spec: contracts the last axis of x and the only one of inputs, in the letters of the
+        weight by value, of which CUT has at most one.
       function: computes it from rows, values and scales; `scaled_swiglu` takes an axis of the
         weight's away, which the result of `spec` lacks too.
     """
-    letters, out = spec.split(",")[1].split("->")
-    letters = letters[1:] + letters[0]  # as the values are stored
+    rows, (letters, out) = spec.split(",")[0], spec.split(",")[1].split("->")
+    letters = letters.replace(rows[-1], "") + rows[-1]  # as the values are stored
     outputs = [letter for letter in letters[:-1] if letter in out]
     multiply = functools.partial(_multiply, function, letters, outputs, weight.dtype)
     if not cut_axes():

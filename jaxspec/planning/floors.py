@@ -92,7 +92,7 @@ def draft_floor(setup: Setup) -> Floor:
     weights = abstract_weights(block, DTYPE)
     vocabulary = block.vocab_size * block.hidden_size
     slots = setup.batch * block.block_size
-    size = _bytes(weights) + vocabulary * jnp.dtype(DTYPE).itemsize
+    size = _bytes(weights) + _bytes(setup.target_params.unembed)
     size += setup.batch * _row_bytes(block) * setup.context
     flops = 2 * slots * (_values(weights) + vocabulary)
     return Floor(size / setup.devices, flops / setup.devices)
@@ -111,7 +111,7 @@ def _eagle_floor(setup: Setup, drafter: EagleDrafter) -> Floor:
     else:
         read, multiplied = _bytes(weights), _values(weights)
     head = c.vocab_size * c.hidden_size
-    size = read + head * jnp.dtype(DTYPE).itemsize
+    size = read + _bytes(setup.target_params.unembed)
     size += setup.batch * _row_bytes(c) * setup.context
     flops = 2 * rows * (multiplied + head)
     return Floor(passes * size / setup.devices, passes * flops / setup.devices)

@@ -35,6 +35,7 @@ class Setup:
       devices: the model is sharded over them.
       chunk: prompt tokens per forward.
       fp8: matrices of the target that may stay in 8 bits do (`models.params.SCALABLE`).
+      fp8_lm_head: the LM head too, apart from the embedding.
     """
 
     target: TargetConfig
@@ -44,8 +45,11 @@ class Setup:
     devices: int = 1
     chunk: int = Decoder.chunk
     fp8: bool = False
+    fp8_lm_head: bool = False
 
     def __post_init__(self):
+        if self.fp8_lm_head and not self.fp8:
+            raise ValueError("an LM head in fp8 is for a target in fp8; set fp8 too")
         for name in ("context", "batch", "devices", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -73,8 +77,11 @@ class Setup:
     @property
     def target_params(self) -> TargetParams:
         """Shapes of the target's weights, in bfloat16 or 8 bits."""
+        target, head = self.target, self.fp8_lm_head
+        if head:
+            target = dataclasses.replace(target, tie_embeddings=False)
         block = FP8_BLOCK if self.fp8 else None
-        return abstract_params(self.target, DTYPE, block=block, devices=self.devices)
+        return abstract_params(target, DTYPE, block=block, lm_head=head, devices=self.devices)
 
     @property
     def decoder(self) -> Decoder:

@@ -65,7 +65,7 @@ class Step:
         "prefill" (one chunk of a prompt), "draft" (the drafter's pass and its tree) or "round"
         (the two together); all but "draft" inside their loops, as they run.
       nodes: N of the tree.
-      context, batch, devices, fp8: as in `Setup`.
+      context, batch, devices, fp8, fp8_lm_head: as in `Setup`.
     """
 
     model: str
@@ -75,11 +75,12 @@ class Step:
     batch: int = 1
     devices: int = 1
     fp8: bool = False
+    fp8_lm_head: bool = False
 
     def __str__(self) -> str:
         return (
             f"{self.model} {self.kind} N={self.nodes} S={self.context} B={self.batch} "
-            f"on {self.devices}{' fp8' * self.fp8}"
+            f"on {self.devices}{' fp8' * self.fp8}{' and LM head' * self.fp8_lm_head}"
         )
 
     @property
@@ -92,6 +93,7 @@ class Step:
             self.devices,
             chunk=PREFILL_CHUNK,
             fp8=self.fp8,
+            fp8_lm_head=self.fp8_lm_head,
         )
 
     @property
@@ -131,6 +133,8 @@ def steps(quick: bool = False) -> list[Step]:
         Step("qwen3.5-9b", "verify", 64),
         Step("qwen3-8b", "decode", fp8=True),
         Step("qwen3-8b", "verify", 64, fp8=True),
+        Step("qwen3-8b", "decode", fp8=True, fp8_lm_head=True),
+        Step("qwen3-8b", "verify", 64, fp8=True, fp8_lm_head=True),
     ]
     if quick:
         return gated

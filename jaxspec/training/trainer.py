@@ -23,6 +23,7 @@ from jaxspec.checkpoints.store import Store
 from jaxspec.data.conversations import Example
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.interrupts import postponed
+from jaxspec.models.scaled import is_scaled
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt
 from jaxspec.settings import own_settings
@@ -95,6 +96,11 @@ def train(
     """
     folder, leads = Path(folder), jax.process_index() == 0
     _check(config, prompts, mesh)
+    if is_scaled(target.params.unembed):
+        raise ValueError(
+            f"the LM head of {target.name} is in 8 bits, which training does not take; load it "
+            "with weights 'dequantised'"
+        )
     check_writers(tensorboard=tensorboard, wandb=wandb is not None)
     with contextlib.ExitStack() as held:
         finished = False

@@ -10,10 +10,11 @@ import pytest
 
 from jaxspec import checkpoints
 from jaxspec.checkpoints.convert import convert
-from jaxspec.checkpoints.fp8 import quantise
+from jaxspec.checkpoints.fp8 import dequantised, quantise
 from jaxspec.checkpoints.huggingface import WEIGHTS
 from jaxspec.checkpoints.tensors import SafetensorsFolder
 from jaxspec.cli import main
+from jaxspec.models.scaled import by_value
 from tests.checkpoints.writing import (
     DENSE,
     LLAMA,
@@ -140,6 +141,33 @@ def test_fp8_in_blocks(tmp_path, capsys):
         convert(tmp_path / "fp8", tmp_path / "again", dtype="fp8")
     with pytest.raises(ValueError, match=r"format is 'orbax'; fp8 is written as safetensors"):
         convert(tmp_path / "source", tmp_path / "again", dtype="fp8", format="orbax")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_lm_head_in_fp8(tmp_path, tied):
+    raw = DENSE | FP8 | {"tie_word_embeddings": tied}
+    tensors = random_tensors(raw)
+    write_folder(tmp_path / "source", raw, tensors)
+    done = convert(tmp_path / "source", tmp_path / "fp8", dtype="fp8", fp8_lm_head=True)
+    assert set(done.errors) == {"layers.0", "layers.1", "LM head"}
+
+    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    values, scale = quantise(tensors[name])
+    params = checkpoints.load(tmp_path / "fp8", weights="stored").params
+    assert np.asarray(params.lm_head.values).tobytes() == values.tobytes()
+    np.testing.assert_array_equal(by_value(params.lm_head), dequantised(values, scale))
+    np.testing.assert_array_equal(params.embed, tensors["model.embed_tokens.weight"])
+    written = json.loads((tmp_path / "fp8/config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+    assert "lm_head" not in written["quantization_config"]["modules_to_not_convert"]
+
+    # Of a configuration that still ties them the head is refused, not left out.
+    written["tie_word_embeddings"] = True
+    (tmp_path / "fp8/config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=r"ties the LM head to the embedding.*differs from"):
+        checkpoints.load(tmp_path / "fp8", weights="stored")
+    with pytest.raises(ValueError, match=r"LM head in fp8 is for dtype 'fp8'; dtype is None"):
+        convert(tmp_path / "source", tmp_path / "again", fp8_lm_head=True)
 
 
 def test_blocks_of_zeros_and_what_no_weight_can_be(tmp_path):

@@ -10,14 +10,17 @@ import pytest
 
 import jaxspec
 from jaxspec.checkpoints import huggingface
+from jaxspec.checkpoints.drafter_files import equal_as_stored
 from jaxspec.cli import main
-from jaxspec.models.scaled import ScaledWeight
+from jaxspec.models.layers import project
+from jaxspec.models.scaled import ScaledWeight, by_value
 from jaxspec.training.networks import copy_layers
-from pallas_kernels.scaled_matmul.reference import scaled
+from jaxspec.training.trainer import train
 from tests import tiny
 from tests.checkpoints.test_quantised import CONFIG, FORMATS, A, load, with_first, write
 from tests.checkpoints.writing import MIXTURE, random_tensors, write_folder
 from tests.processes import run_script
+from tests.training.tiny import CONFIG as TRAINING
 
 FP8 = [name for name in FORMATS if name.startswith(("fp8", "modelopt"))]
 ONCE = pytest.mark.filterwarnings("ignore:.*is stored as")
@@ -28,17 +31,11 @@ def kept(folder, dtype="float32"):
     return huggingface.load_params(folder, config, dtype, stored=True)
 
 
-def by_value(params):
-    """The same with every weight of 8 bits as float32 values, inputs first."""
-
-    def values(x):
-        if not isinstance(x, ScaledWeight):
-            return np.asarray(x)
-        outputs = x.values.ndim - x.inputs
-        axes = (*range(outputs, x.values.ndim), *range(outputs))
-        return np.asarray(scaled(x.values, x.scale)).transpose(axes)
-
-    return jax.tree.map(values, params, is_leaf=lambda x: isinstance(x, ScaledWeight))
+def all_by_value(params):
+    """The same with every weight of 8 bits as float32 values, in the axes it has by value."""
+    return jax.tree.map(
+        lambda x: np.asarray(by_value(x)), params, is_leaf=lambda x: isinstance(x, ScaledWeight)
+    )
 
 
 @ONCE
@@ -46,7 +43,7 @@ def by_value(params):
 def test_values_are_those_of_the_dequantised_checkpoint(tmp_path, name):
     write(tmp_path, CONFIG, name)
     found = kept(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, by_value(found), load(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, all_by_value(found), load(tmp_path))
     layer = found.layers[0]
     for weight in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
         assert weight.values.dtype == jnp.float8_e4m3fn and weight.scale.dtype == jnp.float32
@@ -57,9 +54,9 @@ def test_values_are_those_of_the_dequantised_checkpoint(tmp_path, name):
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory):
-    """A target with weights of 8 bits, and the same dequantised."""
+    """A target with weights of 8 bits, its LM head too, and the same dequantised."""
     folder = tmp_path_factory.mktemp("fp8")
-    write(folder, CONFIG, "fp8 blocks")
+    write(folder, CONFIG | {"vocab_size": 60}, "fp8 blocks", head=True)
     return [jaxspec.load_target(folder, weights=kind) for kind in ("stored", "dequantised")]
 
 
@@ -68,6 +65,27 @@ def test_logits_are_those_of_the_dequantised_twin(twins):
     tokens = [3, 1, 4, 1, 5, 9, 2, 6]
     found, expected = (tiny.logits(target, tokens) for target in twins)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@ONCE
+def test_rows_of_an_lm_head_stay_in_8_bits(twins):
+    head, whole = (target.params.unembed for target in twins)
+    assert head.values.dtype == jnp.float8_e4m3fn and head.shape == whole.shape == (60, 32)
+    kept = jnp.array([1, 2, 7, 40])
+    assert head[kept].values.dtype == jnp.float8_e4m3fn
+    np.testing.assert_array_equal(by_value(head), whole)
+    np.testing.assert_array_equal(by_value(head[kept]), whole[kept])
+    hidden = jax.random.normal(jax.random.key(0), (3, 32))
+    logits = project("nm,vm->nv", hidden, head[kept])
+    np.testing.assert_allclose(logits, hidden @ whole[kept].T, rtol=1e-5, atol=1e-5)
+
+
+@ONCE
+def test_a_drafter_that_repeats_the_lm_head_fits_its_fp8_form(twins):
+    head, whole = (target.params.unembed for target in twins)
+    assert equal_as_stored(np.asarray(whole), head)
+    assert equal_as_stored(np.asarray(whole) * 1.001, head)  # rounds to the same values
+    assert not equal_as_stored(np.asarray(whole) * 1.2, head)
 
 
 @ONCE
@@ -97,6 +115,11 @@ def test_the_command_keeps_them_too(twins, tmp_path, capsys, monkeypatch):
                      "--dtype", "float32", "--drafter", "none", "--json"]) == 0  # fmt: skip
         found.append(json.loads(capsys.readouterr().out)["token_ids"])
     assert found[0] == found[1]
+
+
+def test_training_needs_the_lm_head_by_value(twins, tmp_path):
+    with pytest.raises(ValueError, match="LM head of .* is in 8 bits.*weights 'dequantised'"):
+        train(TRAINING, twins[0], [], tmp_path / "run")
 
 
 def test_a_drafter_does_not_start_from_them(twins):
@@ -129,7 +152,7 @@ def test_experts_of_a_mixture_are_dequantised_and_named(tmp_path):
     sparse, dense = (layer.mlp.gate_up for layer in found.layers)
     assert sparse.dtype == jnp.float32 and dense.values.dtype == jnp.float8_e4m3fn
     with pytest.warns(UserWarning, match="is stored as"):
-        jax.tree.map(np.testing.assert_array_equal, by_value(found), load(tmp_path))
+        jax.tree.map(np.testing.assert_array_equal, all_by_value(found), load(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["int8 rows", "gptq", None])
@@ -171,15 +194,17 @@ def logits(devices):
         init_states(target.config, 1, 8, jnp.float32), jnp.zeros(1, int)).hidden))
     with mesh_of(target.params):
         text = step.lower(target.params).compile().as_text()
-        return np.asarray(step(target.params)), text, target.params.layers[0]
+        return np.asarray(step(target.params)), text, target.params
 
 whole, _, _ = logits(1)
-cut, text, layer = logits(8)
+cut, text, params = logits(8)
+layer = params.layers[0]
 np.testing.assert_allclose(cut, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
 gathered = re.findall(r"\\[([\\d,]+)\\]\\S* all-gather\\(", text)
 report = dict(gathered=max(int(np.prod([int(n) for n in x.split(",")])) for x in gathered))
 for name, weight in dict(qkv=layer.attention.qkv, out=layer.attention.out,
-                         gate_up=layer.mlp.gate_up, down=layer.mlp.down).items():
+                         gate_up=layer.mlp.gate_up, down=layer.mlp.down,
+                         lm_head=params.lm_head).items():
     report[name] = [weight.values.sharding.shard_shape(weight.values.shape),
                     weight.scale.sharding.shard_shape(weight.scale.shape)]
 print(json.dumps(report))
@@ -188,7 +213,7 @@ print(json.dumps(report))
 
 def test_weights_and_scales_are_cut_over_devices(tmp_path):
     wide = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 384}
-    write(tmp_path, CONFIG | wide, "fp8 blocks")
+    write(tmp_path, CONFIG | wide | {"vocab_size": 48}, "fp8 blocks", head=True)
     (report,) = run_script(SCRIPT, tmp_path, 1)  # 4 x 2 devices
     assert report == {
         "gathered": 1920,  # channels of five nodes; a weight has 8192 values or more
@@ -196,4 +221,5 @@ def test_weights_and_scales_are_cut_over_devices(tmp_path):
         "out": [[32, 1, 2, 16], [8, 1, 2, 2]],
         "gate_up": [[2, 48, 32], [2, 12, 4]],
         "down": [[32, 48], [8, 2]],
+        "lm_head": [[6, 32], [3, 4]],
     }

@@ -168,17 +168,18 @@ FORMATS = {
 }
 
 
-def write(folder, raw, name, spoilt="", change=None):
+def write(folder, raw, name, spoilt="", change=None, *, head=False):
     """A quantised checkpoint; returns the tensors that it stands for.
 
     Args:
       spoilt, change: a tensor and what to do to it; where that gives None it is left out.
+      head: the LM head is quantised too.
     """
     section, quantise = FORMATS[name]
     random = np.random.default_rng(0)
     stored, meant = {}, {}
     for tensor, value in random_tensors(raw).items():
-        if not LINEAR.fullmatch(tensor):
+        if not LINEAR.fullmatch(tensor) and not (head and tensor == "lm_head.weight"):
             stored[tensor] = meant[tensor] = value
             continue
         parts, values = quantise(value.shape, random)

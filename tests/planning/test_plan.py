@@ -41,6 +41,14 @@ def test_fp8_halves_all_but_vocabulary_and_norms():
     assert saved == matrices - scales
     assert fp8.floors["plain"] / whole.floors["plain"] == pytest.approx(0.559, abs=1e-3)
     assert fp8.parts["target cache"] == whole.parts["target cache"]
+    head = plan(setup("qwen3-8b", fp8=True, fp8_lm_head=True), ())
+    values, scales = 151_936 * 4096, 4 * 1187 * 32
+    assert fp8.parts["target weights"] - head.parts["target weights"] == values - scales
+    tied = plan(setup("qwen3-4b", fp8=True, fp8_lm_head=True), ()).parts["target weights"]
+    apart = plan(setup("qwen3-4b", fp8=True), ()).parts["target weights"]
+    assert tied - apart == 151_936 * 2560 + 4 * 1187 * 20  # beside the embedding
+    with pytest.raises(ValueError, match="an LM head in fp8 is for a target in fp8"):
+        setup("qwen3-8b", fp8_lm_head=True)
 
 
 def test_a_hybrid_keeps_keys_and_values_of_every_fourth_layer_and_a_state_of_the_others():
