@@ -10,14 +10,14 @@ import json
 import tempfile
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
 import jaxspec
 from jaxspec.checkpoints.convert import convert, save_safetensors
-from jaxspec.checkpoints.fp8 import dequantised, quantise
 from jaxspec.data.prompts import read_prompts, spread
 from jaxspec.data.sources import open_source
+from jaxspec.evaluation.metrics import estimate, ratio, resamplings
+from jaxspec.evaluation.results import Rounds
 
 
 def main():
@@ -33,30 +33,48 @@ def main():
 
     target = jaxspec.load_target(dtype="bfloat16")
     with tempfile.TemporaryDirectory() as folder:
-        fp8, errors = in_fp8(target, Path(folder))
-    targets = {"bf16": target, "fp8": fp8, "fp8, LM head too": with_fp8_head(fp8)}
-    print(f"rounding changed {min(errors):.2%} … {max(errors):.2%} of a layer's weights")
-    print("| weights | perplexity | " + " | ".join(f"tau {name}" for name in sets) + " |")
-    print("|---|" + "---|" * (1 + len(sets)))
+        source = by_value(target, Path(folder))
+        fp8 = in_fp8(target, source)
+        targets = {
+            "bf16": target,
+            "fp8": fp8,
+            "fp8, LM head too": in_fp8(target, source, head=True),
+        }
+    weights, plain = resamplings([len(rows) for rows in sets.values()]), None
+    print("| weights | perplexity | " + " | ".join(f"tau {name}" for name in sets), end=" | ")
+    print("tau, all | of bf16's, paired by prompt |\n|---|" + "---|" * (3 + len(sets)))
     for name, own in targets.items():
         scores = jaxspec.score(own, texts)
         loss = -sum(sum(x.log_probs) for x in scores) / sum(len(x.log_probs) for x in scores)
         found = jaxspec.evaluate(
             own, {"tree": options.decoder}, sets, max_new_tokens=options.tokens, timed=0
         )
-        taus = [f"{row['tau']:.2f}" for row in found.to_dicts()]
+        rows = [row for row in found.rows if isinstance(row, Rounds)]
+        taus = [f"{row.to_dict()['tau']:.2f}" for row in rows]
+        decided, rounds = ([x(row) for row in rows] for x in (Rounds.decided, Rounds.rounds))
+        whole = ratio(np.concatenate(decided), np.concatenate(rounds), weights)
+        plain = whole if plain is None else plain
+        taus += [f"{whole[0]:.3f}", f"{estimate(whole / plain):.3f}"]
         print(f"| {name} | {np.exp(loss):.3f} | " + " | ".join(taus) + " |", flush=True)
 
 
-def in_fp8(target, folder: Path):
-    """The target as its fp8 checkpoint loads, dequantised; and the error of every layer."""
+def by_value(target, folder: Path) -> Path:
+    """The target's weights as a Hugging Face folder."""
     source = folder / "bf16"
     source.mkdir()
     save_safetensors(source, target.config, target.params)
     (source / "config.json").write_text(json.dumps(hugging_face(target.config)))
-    errors = convert(source, folder / "fp8", dtype="fp8").errors
-    loaded = jaxspec.load_target(folder / "fp8", dtype="bfloat16")
-    return dataclasses.replace(target, params=loaded.params), errors.values()
+    return source
+
+
+def in_fp8(target, source: Path, *, head: bool = False):
+    """The target as its fp8 checkpoint loads, dequantised; prints the error of its layers."""
+    folder = source.with_name(f"fp8-{head}")
+    errors = convert(source, folder, dtype="fp8", fp8_lm_head=head).errors.values()
+    print(f"rounding changed {min(errors):.2%} … {max(errors):.2%} of a layer's weights")
+    loaded = jaxspec.load_target(folder, dtype="bfloat16")
+    config = dataclasses.replace(target.config, tie_embeddings=loaded.config.tie_embeddings)
+    return dataclasses.replace(target, config=config, params=loaded.params)
 
 
 def hugging_face(c) -> dict:
@@ -75,17 +93,6 @@ def hugging_face(c) -> dict:
         rope_theta=c.rope_theta,
         tie_word_embeddings=c.tie_embeddings,
         torch_dtype="bfloat16",
-    )
-
-
-def with_fp8_head(target):
-    """The same with its LM head rounded as if it were stored in fp8; the embedding stays."""
-    head = np.asarray(target.params.unembed, np.float32)
-    head = jnp.asarray(dequantised(*quantise(head)), target.params.embed.dtype)
-    return dataclasses.replace(
-        target,
-        config=dataclasses.replace(target.config, tie_embeddings=False),
-        params=dataclasses.replace(target.params, lm_head=head),
     )
 
 

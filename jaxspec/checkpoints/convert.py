@@ -23,7 +23,7 @@ from tqdm import tqdm
 from jaxspec.checkpoints import huggingface, target_path
 from jaxspec.checkpoints.fp8 import Fp8Tensors
 from jaxspec.checkpoints.fuse import Part
-from jaxspec.checkpoints.quantised import KEYS, MODELOPT, quantisation_of
+from jaxspec.checkpoints.quantisation import KEYS, MODELOPT, quantisation_of
 from jaxspec.checkpoints.store import load_weights, save_weights
 from jaxspec.checkpoints.target_weights import target_parts
 from jaxspec.checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder, read_json

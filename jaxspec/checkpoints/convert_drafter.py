@@ -16,7 +16,7 @@ from jaxspec.checkpoints import load, speculators
 from jaxspec.checkpoints.block_format import DRAFT_TOKENS, TEMPERATURES
 from jaxspec.checkpoints.drafter_config import NAMES, recognise
 from jaxspec.checkpoints.drafters import INTEGERS, drafter_folder, load_drafter, save_drafter
-from jaxspec.checkpoints.quantised import quantisation_of
+from jaxspec.checkpoints.quantisation import quantisation_of
 from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import TreeConfig
 

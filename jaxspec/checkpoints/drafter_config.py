@@ -34,7 +34,7 @@ from jaxspec.checkpoints.eagle3_formats import (
     ParallelEagleSpeculators,
 )
 from jaxspec.checkpoints.json_config import JsonConfig
-from jaxspec.checkpoints.quantised import read_quantisation
+from jaxspec.checkpoints.quantisation import read_quantisation
 from jaxspec.checkpoints.speculators import Speculators
 from jaxspec.checkpoints.treeflash import TreeFlash
 from jaxspec.checkpoints.zlab import ZLab

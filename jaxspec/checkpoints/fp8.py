@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxspec.checkpoints.dequantise import Scaled
-from jaxspec.checkpoints.quantised import FP8
+from jaxspec.checkpoints.quantised_tensors import FP8
 from jaxspec.checkpoints.target_weights import LM_HEAD
 from jaxspec.checkpoints.tensors import SafetensorsFolder
 

@@ -14,11 +14,8 @@ from jaxspec.checkpoints.fuse import check_dtype
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
 from jaxspec.checkpoints.kept import keep
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
-from jaxspec.checkpoints.quantised import (
-    open_weights,
-    quantisation_of,
-    read_quantisation,
-)
+from jaxspec.checkpoints.quantisation import quantisation_of, read_quantisation
+from jaxspec.checkpoints.quantised import open_weights
 from jaxspec.checkpoints.rope import read_rope
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.checkpoints.visibility import windows

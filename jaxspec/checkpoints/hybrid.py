@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxspec.checkpoints.fuse import Box, Tensors
 from jaxspec.checkpoints.json_config import JsonConfig
-from jaxspec.checkpoints.quantised import KEYS as QUANTISATION
+from jaxspec.checkpoints.quantisation import KEYS as QUANTISATION
 from jaxspec.checkpoints.quantised import Stored
 from jaxspec.config import DeltaNetConfig
 

@@ -31,11 +31,7 @@ def scaled_matmul_triton(
     interpret: bool = False,
 ) -> jax.Array:
     """See `scaled_matmul_reference`; `interpret` runs it on the CPU, to check numbers."""
-    (count, depth), columns = rows.shape, values.shape[0]
-    tile = tile or choose(count, columns, depth, scale.shape[1])
-    shape = (tile.splits, count, columns), jnp.float32
-    parts = _call(rows, values, scale, shape, tile, interpret)
-    return parts.sum(0) if tile.splits > 1 else parts[0]
+    return _call(rows, values, scale, tile, interpret, halves=1, dtype=jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "interpret"))
@@ -48,23 +44,23 @@ def scaled_swiglu_triton(
     interpret: bool = False,
 ) -> jax.Array:
     """See `scaled_swiglu_reference`; a program has the same columns of gates and ups."""
-    (count, depth), columns = rows.shape, values.shape[0]
-    tile = tile or choose(count, columns, depth, scale.shape[1], halves=2)
-    shape = (1, count, columns // 2), rows.dtype
-    return _call(rows, values, scale, shape, tile, interpret)[0]
+    return _call(rows, values, scale, tile, interpret, halves=2, dtype=rows.dtype)
 
 
-def _call(rows, values, scale, shape, tile: Tile, interpret: bool) -> jax.Array:
-    out = jax.ShapeDtypeStruct(*shape)
-    _, count, columns = out.shape
-    return pl.pallas_call(
+def _call(rows, values, scale, tile, interpret: bool, *, halves: int, dtype) -> jax.Array:
+    """[R, O / halves] in that dtype; the parts of a split product are added by XLA."""
+    (count, depth), outputs = rows.shape, values.shape[0]
+    tile = tile or choose(count, outputs, depth, scale.shape[1], halves=halves)
+    columns = outputs // halves
+    parts = pl.pallas_call(
         functools.partial(multiply, tile=tile),
-        out_shape=out,
+        out_shape=jax.ShapeDtypeStruct((tile.splits, count, columns), dtype),
         grid=(columns // tile.columns, pl.cdiv(count, tile.rows), tile.splits),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="scaled_matmul",
     )(rows, values, scale)
+    return parts.sum(0) if tile.splits > 1 else parts[0]
 
 
 def multiply(rows_ref, values_ref, scale_ref, out_ref, *, tile: Tile):

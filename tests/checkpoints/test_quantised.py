@@ -282,6 +282,10 @@ def with_first(value):
     return change
 
 
+def as_dtype(dtype):
+    return lambda array: array.astype(dtype)
+
+
 A = "model.layers.0.self_attn.q_proj"
 
 
@@ -314,6 +318,20 @@ A = "model.layers.0.self_attn.q_proj"
             r"holds nan; a scale is positive",
         ),
         ("fp8 blocks", "weight_scale_inv", with_first(-1), r"holds -1.0"),
+        (
+            "fp8 blocks",
+            "weight_scale_inv",
+            lambda x: x.T.copy(),
+            r"\(2, 4\); expected \(4, 2\)",
+        ),
+        ("fp8 blocks", "weight_scale_inv", as_dtype(np.int32), r"_inv' is stored as int32; sc"),
+        ("fp8 blocks", "weight_scale_inv", as_dtype(FP8), r"stored as float8_e4m3fn; scales"),
+        ("fp8 blocks", "weight", as_dtype(ml_dtypes.float8_e5m2), r"q_proj.weight' .*F8_E5M2"),
+        ("fp8 blocks", "weight", as_dtype(np.float32), r"q_proj.weight_scale_inv' has no plac"),
+        ("modelopt", "weight_scale", with_first(-2), r"weight_scale' holds -2.0"),
+        ("modelopt", "weight_scale", lambda x: None, r"no tensor '.*weight_scale'"),
+        ("int8 rows", "weight_scale", with_first(np.nan), r"weight_scale' holds nan"),
+        ("awq", "scales", with_first(-1), r"scales' holds -1.0"),
         ("fp8 rows", "weight_scale", with_first(np.inf), r"weight_scale' holds inf"),
         ("fp8 rows", "weight", with_first(np.nan), r"'.*q_proj.weight' holds NaN or infinity"),
         ("fp8 tensor", "weight_scale", lambda x: np.ones(3, np.float32), r"has shape \(3,\)"),
@@ -378,6 +396,26 @@ def test_what_is_not_read_is_refused_by_name(tmp_path, section, message):
     write_folder(tmp_path, CONFIG | {"quantization_config": section}, random_tensors(CONFIG))
     with pytest.raises(ValueError, match=message):
         huggingface.read_config(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*is stored as")
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"modules_to_not_convert": []},
+        {"modules_to_not_convert": [A, "lm_head"]},
+        {"ignored_layers": ["model.layers.0.mlp"]},
+        {"kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+    ],
+)
+def test_which_layers_are_quantised_follows_from_the_tensors(tmp_path, keys):
+    meant = write(tmp_path / "quantised", CONFIG, "fp8 blocks")
+    raw = json.loads((tmp_path / "quantised/config.json").read_text())
+    raw["quantization_config"] |= keys
+    (tmp_path / "quantised/config.json").write_text(json.dumps(raw))
+    write_folder(tmp_path / "plain", CONFIG, meant)
+    found = load(tmp_path / "quantised")
+    jax.tree.map(np.testing.assert_array_equal, found, load(tmp_path / "plain"))
 
 
 def test_a_key_that_nobody_knows_is_told(tmp_path):
