@@ -94,7 +94,7 @@ def _worst(values: np.ndarray) -> float:
 def _find_scaled(form: Scaled, folder: SafetensorsFolder) -> dict[str, QuantisedWeight]:
     find, found = Finder(folder), {}
     for name, dtype in folder.dtypes.items():
-        if dtype not in (FP8, INT8):
+        if dtype not in (FP8, INT8) or name.endswith(("_scale", "_scale_inv")):
             continue
         shape = folder.shapes[name]
         if len(shape) < 2:

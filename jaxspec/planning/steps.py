@@ -51,7 +51,7 @@ MOST_MOVED = {  # over the floor, of a verification by its nodes
     "qwen3.5-9b": {64: 1.155, 256: 1.6},
     "qwen3.8-27b": {64: 1.12, 256: 1.48},
 }
-# Over the floor, by kind. With the LM head in fp8 these are 0.52 and 0.56 of what bfloat16 moves.
+# Over the floor, by kind: with the LM head in fp8, 0.52 and 0.56 of what bfloat16 moves.
 MOST_MOVED_IN_FP8 = {"decode": 1.01, "verify": 1.17}
 DRAFT_BLOCK = 16
 
