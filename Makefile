@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 
 # Programs whose drafters are exchanged with ours; their requirements contradict ours.
 INTERCHANGE := $(VENV)-interchange
+# Programs that people use with a server.
+CLIENTS := $(VENV)-clients
 
 .PHONY: generate test slow lint docs bench gates parity parity-transformers h100 h100-tests h100-kernels h100-steps gpu clean
 
@@ -27,7 +29,7 @@ docs: $(VENV)/test            ## the documentation as a site, in build/site
 bench: $(VENV)/test           ## speed and acceptance, one run against plain decoding
 	$(BIN)/python examples/benchmark.py
 
-gates: $(VENV)/test           ## lossless on real prompts, training over several processes; long
+gates: $(VENV)/test $(CLIENTS)/ready   ## lossless on real prompts, training over several processes; long
 	$(BIN)/python -m pip install --quiet --editable '.[notebook,browser]'
 	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -m gate
 
@@ -69,6 +71,11 @@ $(INTERCHANGE)/ready: tests/interchange/requirements.txt tests/interchange/progr
 	$(PYTHON) -m venv $(INTERCHANGE)
 	$(INTERCHANGE)/bin/python -m pip install --quiet -r tests/interchange/requirements.txt
 	$(INTERCHANGE)/bin/python -m pip install --quiet --no-deps -r tests/interchange/programs.txt
+	touch $@
+
+$(CLIENTS)/ready: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet -r tests/clients/requirements.txt
 	touch $@
 
 $(H100)/ready: pyproject.toml pallas_kernels/requirements-h100.txt

@@ -106,7 +106,7 @@ def main(options: Benchmark) -> None:
         "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
         "options": {k: str(v) for k, v in dataclasses.asdict(options).items()},
         "seconds": time.perf_counter() - began,
-        "curve": dataclasses.asdict(runners[ADAPTIVE].engine.curve),
+        "curve": dataclasses.asdict(runners[ADAPTIVE].engine.ready.curve),
         "measured": rows,
         "ratios": ratios,
         "turns": turns,

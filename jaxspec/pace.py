@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -35,6 +34,7 @@ from jaxspec.kept_curves import keep_curve, kept_curve
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.settings import own_settings
+from jaxspec.sharding import beside
 
 REPEATS = 5  # of every size; the least time counts
 FEWEST = 4  # nodes of a row that are worth a program of their own
@@ -81,8 +81,7 @@ class Pace:
         Args:
           state: of the batch, whose prompts have run; each step gives the next one's.
         """
-        survivals, unlearned = _unlearned(self.decoder, state.length)
-        batch = Batch(state, sampling, survivals)
+        batch, unlearned = _unlearned(self.decoder, params, state, sampling)
         self._habit = self._habit or unlearned
 
         def step(state: DecodeState, rounds: int) -> DecodeState:
@@ -186,16 +185,13 @@ def sizes_of(decoder: Decoder, rows: int) -> tuple[VerifySize, ...]:
     return roots, *(own for own in drafted[::-2][::-1] if own.total >= min(FEWEST, size) * rows)
 
 
-@functools.partial(jax.jit, static_argnames="decoder")
-def _unlearned(decoder: Decoder, length: jax.Array) -> tuple[jax.Array, Habit]:
-    """Survivals and habit before the first round.
-
-    A compiled call's results are bound to a device if what it was given is; made of `length`,
-    these are so too from the first round on, and all rounds run one compiled program.
-    """
-    shape = length.shape[0], SCHEDULE.age, decoder.drafter.size - 1
-    unknown = jnp.full(shape, UNKNOWN, jnp.float32)
-    return unknown, init_habit(decoder.drafter.size, decoder.drafter.depth)
+def _unlearned(
+    decoder: Decoder, params: Params, state: DecodeState, sampling: SamplingRows
+) -> tuple[Batch, Habit]:
+    """A batch and the habit before the first round."""
+    size, depth = decoder.drafter.size, decoder.drafter.depth
+    unknown = jnp.full((state.length.shape[0], SCHEDULE.age, size - 1), UNKNOWN, jnp.float32)
+    return beside((Batch(state, sampling, unknown), init_habit(size, depth)), params)
 
 
 def _measured(decoder, params, rows: int, capacity: int, setup: dict) -> Curve:
@@ -240,6 +236,5 @@ def _half_full(
     )
     state = prefill(decoder, params, requests)
     length = jnp.full_like(state.length, capacity // 2)
-    survivals, habit = _unlearned(decoder, length)
     state = dataclasses.replace(state, length=length)
-    return Batch(state, requests.sampling, survivals), habit
+    return _unlearned(decoder, params, state, requests.sampling)

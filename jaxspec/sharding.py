@@ -136,6 +136,20 @@ def place(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, tuple]] = RULES) -> 
     return jax.device_put(tree, shardings(mesh, tree, rules))
 
 
+def beside(tree: Any, weights: Any) -> Any:
+    """A pytree as a compiled call on these weights gives it back: bound to their device, if
+    they are.
+
+    A loop whose first call is given arrays of the process, or such that are bound to no device,
+    and whose later ones its own results, would compile twice. Weights on a mesh, or bound to no
+    device, leave the tree as it is.
+    """
+    first = jax.tree.leaves(weights)[0]
+    bound = isinstance(first, jax.Array) and first.committed
+    on_mesh = not bound or isinstance(first.sharding, NamedSharding)
+    return tree if on_mesh else jax.device_put(tree, first.sharding)
+
+
 def _partition(mesh: Mesh, name: str, shape: tuple[int, ...], rules) -> PartitionSpec:
     for pattern, axes in rules:
         if len(axes) == len(shape) and re.search(rf"(^|/)({pattern})$", name):

@@ -34,7 +34,7 @@ ARROWS = {
     "dtypes": "checkpoints",
     "kept_curves": "decoding dtypes",
     "loading": "checkpoints config drafters dtypes models settings sharding",
-    "pace": "decoding drafters kept_curves models prompts settings",
+    "pace": "decoding drafters kept_curves models prompts settings sharding",
     "prompts": "data decoding models",
     "results": "decoding",
     "scoring": "config decoding drafters models prompts settings trees",
@@ -42,7 +42,7 @@ ARROWS = {
     " settings",
     "planning": "config decoding drafters models sharding trees pallas_kernels"
     " pallas_kernels.h100",
-    "serving": "answer_text config decoding drafters models prompts tokenizer trees",
+    "serving": "answer_text config decoding drafters models prompts sharding tokenizer trees",
     "evaluation": "jaxspec api config data decoding drafters loading models prompts results"
     " settings trees",
     "training": "jaxspec api checkpoints config data decoding drafters interrupts locks models"

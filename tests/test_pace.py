@@ -1,6 +1,7 @@
 """Generation that verifies what pays: the same tokens, whatever the measured times say."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -20,6 +21,13 @@ PROMPTS = tiny.prompts(9, 5, 7)
 OPTIONS = dict(max_new_tokens=60, sampling=jaxspec.Sampling(stop_ids=()))
 
 
+@functools.cache
+def target():
+    """Bound to a device, as weights that are read from files."""
+    params = jax.device_put(tiny.target().params, jax.devices()[0])
+    return dataclasses.replace(tiny.target(), params=params)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     compiled, ran = paces._measured, []
@@ -32,8 +40,8 @@ def measured(tmp_path_factory):
         patch.setenv("JAXSPEC_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(paces, "_measured", timed)
         options = dict(drafter=LOOKUP, max_new_tokens=60, batch_size=2)
-        found = jaxspec.measure_pace(tiny.target(), PROMPTS, **options)
-        again = jaxspec.measure_pace(tiny.target(), PROMPTS, **options)
+        found = jaxspec.measure_pace(target(), PROMPTS, **options)
+        again = jaxspec.measure_pace(target(), PROMPTS, **options)
     assert again.curve == found.curve and len(ran) == 1  # the second time it is kept
     assert all(seconds > 0 for seconds in ran[0].seconds[2])
     return found
@@ -50,7 +58,7 @@ def test_what_was_measured_is_what_runs(measured):
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
         pace = Pace(measured.decoder, 2, measured.capacity, 4, measured.curve)
-        jaxspec.generate(tiny.target(), PROMPTS, drafter=LOOKUP, budget=pace, **OPTIONS)
+        jaxspec.generate(target(), PROMPTS, drafter=LOOKUP, budget=pace, **OPTIONS)
         jax.jit(lambda x: x + 1)(1.0)
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
@@ -66,16 +74,16 @@ def with_seconds(measured: Pace, *seconds: float, budget: int = 4) -> Pace:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_tokens_are_plain_decodings(measured, temperature):
     options = OPTIONS | dict(sampling=jaxspec.Sampling(temperature=temperature, stop_ids=()))
-    plain = jaxspec.generate(tiny.target(), PROMPTS, **options)
+    plain = jaxspec.generate(target(), PROMPTS, **options)
     pace = with_seconds(measured, 1.0, 1.2)
-    found = jaxspec.generate(tiny.target(), PROMPTS, drafter=LOOKUP, budget=pace, **options)
+    found = jaxspec.generate(target(), PROMPTS, drafter=LOOKUP, budget=pace, **options)
     assert [x.token_ids for x in found] == [x.token_ids for x in plain]
     assert pace.tokens == 59 + 59  # two batches, of two rows and of one
     assert pace.rounds.sum() >= max(x.stats.rounds for x in found)
 
 
 def rounds_of(pace: Pace) -> np.ndarray:
-    jaxspec.generate(tiny.target(), PROMPTS[:2], drafter=LOOKUP, budget=pace, **OPTIONS)
+    jaxspec.generate(target(), PROMPTS[:2], drafter=LOOKUP, budget=pace, **OPTIONS)
     return pace.rounds
 
 
@@ -83,7 +91,7 @@ def test_rounds_verify_what_pays(measured):
     cheap = rounds_of(with_seconds(measured, 1.0, 1.001))
     assert cheap[0] < cheap[1:].sum()
     few = with_seconds(measured, 1.0, 1.001, budget=2)
-    found = jaxspec.generate(tiny.target(), PROMPTS, drafter=LOOKUP, budget=few, **OPTIONS)
+    found = jaxspec.generate(target(), PROMPTS, drafter=LOOKUP, budget=few, **OPTIONS)
     assert all(x.stats.nodes <= 2 * x.stats.rounds for x in found)
     dear = rounds_of(with_seconds(measured, 1.0, 100.0))
     assert dear[0] > 5 * dear[1:].sum()
@@ -108,10 +116,10 @@ def test_what_it_says(measured):
 def test_it_serves_what_it_was_measured_for(measured):
     other = LoadedDrafter(dataclasses.replace(LOOKUP.drafter, min_match=2))
     with pytest.raises(ValueError, match="measured for another target, dtype, drafter or way"):
-        jaxspec.generate(tiny.target(), [[1]], drafter=other, budget=measured)
+        jaxspec.generate(target(), [[1]], drafter=other, budget=measured)
     with pytest.raises(ValueError, match="capacity is 256; .* depth need 768"):
         jaxspec.generate(
-            tiny.target(), [[1] * 450], drafter=LOOKUP, budget=measured, max_new_tokens=60
+            target(), [[1] * 450], drafter=LOOKUP, budget=measured, max_new_tokens=60
         )
     with pytest.raises(ValueError, match="drafts nothing, so there is nothing to decide"):
-        jaxspec.measure_pace(tiny.target(), [[1]], drafter=PLAIN)
+        jaxspec.measure_pace(target(), [[1]], drafter=PLAIN)

@@ -120,7 +120,7 @@ class Serve:
         check_servable(target)
         engine = self._engine(target, curve)
         if self.curve is None and (kept := kept_curve(engine.setup())) is not None:
-            engine.use(kept)
+            engine.ready.use(kept)
         print("compiling …", flush=True)
         engine.open()
         host, port = bound.getsockname()[:2]

@@ -14,19 +14,17 @@ import jax.numpy as jnp
 
 from jaxspec.decoding.allowed import AllowedTokens, restricted
 from jaxspec.decoding.budget import StepTimes
-from jaxspec.decoding.fitting import VerifySize, smallest
-from jaxspec.decoding.round import propose
+from jaxspec.decoding.fitting import VerifySize
 from jaxspec.decoding.schedule import (
     Batch,
     Fixed,
     Habit,
     Schedule,
-    counted,
-    finish_round,
-    judged_round,
-    plain_round,
+    draft_of,
     run_if,
     size_of_round,
+    sized_round,
+    whole_round,
 )
 from jaxspec.decoding.state import Decoder, Draft, Params
 from jaxspec.trees.tree import root_only
@@ -60,9 +58,7 @@ def draft_rows(
     """The first half of a round whose tokens the host restricts: trees, not yet cut."""
 
     def drafted(carry):
-        batch, _ = carry
-        draft, state = propose(decoder, params, batch.state, batch.sampling)
-        return dataclasses.replace(batch, state=state), draft
+        return draft_of(decoder, params, carry[0])
 
     if isinstance(schedule, Fixed):
         size, pays = jnp.int32(1), jnp.bool(True)
@@ -93,16 +89,7 @@ def judge_rows(
     """The second half: verifies, accepts and commits what is allowed of the trees."""
     draft = restricted(drafted.draft, allowed)
     if isinstance(schedule, Fixed):
-        size = smallest(sizes, draft.tree, batch.state.done)
-        batch = finish_round(decoder, params, batch, draft, sizes, size)
-        return batch, counted(habit, size)
-    size, pays = drafted.size, drafted.pays
-
-    def plain(carry):
-        return plain_round(decoder, params, *carry, draft.allowed[:, :1])
-
-    def judged(carry):
-        return judged_round(decoder, params, *carry, draft, times, sizes, size, pays)
-
-    carry = run_if(size == 0, plain, (batch, counted(habit, size)))
-    return run_if(size > 0, judged, carry) if len(sizes) > 1 else carry
+        return whole_round(decoder, params, batch, habit, draft, sizes)
+    chosen = drafted.size, drafted.pays, draft.allowed[:, :1]
+    drafts = lambda batch: (batch, draft)  # noqa: E731
+    return sized_round(decoder, params, batch, habit, drafts, times, sizes, *chosen)

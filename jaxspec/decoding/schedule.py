@@ -25,6 +25,7 @@ UNKNOWN = -1.0
 MAX_SIZES = 16
 MEMORY = 0.98  # per drafting round, of how well survivals foretold acceptance
 PATIENCE = 4  # times that the wait for the next probe doubles
+PROBES = 0.01  # of the time, at most, beyond what plain rounds would take
 PRIOR = 8.0  # accepted nodes, as many as foretold
 # A request's kind is the number of these below its temperature: what sampled requests accept
 # says nothing of greedy ones.
@@ -47,7 +48,7 @@ class Adaptive:
       age: rounds that lie between a draft and the choice of size it informs, at least 1.
       probe: rounds without a draft after which one is drafted to see whether it pays again;
         after each that says no, twice as many, `PATIENCE` times at most, but for requests that
-        are no older than this many rounds.
+        are no older than this many rounds. More where drafts are dear (`PROBES`).
     """
 
     age: int = 2
@@ -160,27 +161,50 @@ def decode_rows(
 
 def fixed_round(decoder, params, batch, habit, times, schedule, sizes):
     """Every row's own budget."""
-    draft, state = propose(decoder, params, batch.state, batch.sampling)
-    size = smallest(sizes, draft.tree, state.done)
-    batch = dataclasses.replace(batch, state=state)
-    return finish_round(decoder, params, batch, draft, sizes, size), counted(habit, size)
+    batch, draft = draft_of(decoder, params, batch)
+    return whole_round(decoder, params, batch, habit, draft, sizes)
 
 
 def adaptive_round(decoder, params, batch, habit, times, schedule, sizes):
     """One budget for all rows."""
+    drafts = functools.partial(draft_of, decoder, params)
     size, pays = size_of_round(batch, habit, times, schedule)
+    return sized_round(decoder, params, batch, habit, drafts, times, sizes, size, pays)
+
+
+def draft_of(decoder: Decoder, params: Params, batch: Batch) -> tuple[Batch, Draft]:
+    """What the drafter proposes."""
+    draft, state = propose(decoder, params, batch.state, batch.sampling)
+    return dataclasses.replace(batch, state=state), draft
+
+
+def whole_round(decoder, params, batch, habit, draft, sizes) -> tuple[Batch, Habit]:
+    """A round that verifies all of a draft."""
+    size = smallest(sizes, draft.tree, batch.state.done)
+    return finish_round(decoder, params, batch, draft, sizes, size), counted(habit, size)
+
+
+def sized_round(
+    decoder, params, batch, habit, drafts, times, sizes, size, pays, allowed=None
+) -> tuple[Batch, Habit]:
+    """A round of a size that was chosen: a plain one for the first, else of a draft.
+
+    Args:
+      drafts: gives the batch that has drafted, and its draft.
+      size, pays: of `size_of_round`.
+      allowed: of the roots in a plain round, as `Draft.allowed`.
+    """
 
     def plain(carry):
-        return plain_round(decoder, params, *carry)
+        return plain_round(decoder, params, *carry, allowed)
 
-    def drafted(carry):
+    def judged(carry):
         batch, habit = carry
-        draft, state = propose(decoder, params, batch.state, batch.sampling)
-        batch = dataclasses.replace(batch, state=state)
+        batch, draft = drafts(batch)
         return judged_round(decoder, params, batch, habit, draft, times, sizes, size, pays)
 
     carry = run_if(size == 0, plain, (batch, counted(habit, size)))
-    return run_if(size > 0, drafted, carry) if len(sizes) > 1 else carry
+    return run_if(size > 0, judged, carry) if len(sizes) > 1 else carry
 
 
 def size_of_round(batch, habit, times, schedule) -> tuple[jax.Array, jax.Array]:
@@ -188,7 +212,8 @@ def size_of_round(batch, habit, times, schedule) -> tuple[jax.Array, jax.Array]:
     kind = kind_of(batch)
     young = batch.state.rounds <= schedule.probe
     pays = choose_size(batch.survivals[:, -1], habit, kind, times)
-    return jnp.where(pays == 0, probe(habit, schedule, kind, young), pays), pays > 0
+    found = jnp.where(pays == 0, probe(habit, schedule, kind, young, times), pays)
+    return found, pays > 0
 
 
 def kind_of(batch: Batch) -> jax.Array:
@@ -216,8 +241,7 @@ def plain_round(decoder, params, batch, habit, allowed=None):
     batch = finish_round(decoder, params, batch, draft, sizes, 0)
     unknown = jnp.full_like(batch.survivals[:, 0], UNKNOWN)
     batch = dataclasses.replace(batch, survivals=push(batch.survivals, unknown))
-    took_part = jnp.any(kind[:, None] == jnp.arange(KINDS), axis=0)
-    return batch, dataclasses.replace(habit, idle=habit.idle + took_part)
+    return batch, rested(habit, kind)
 
 
 def judged_round(decoder, params, batch, habit, draft, times, sizes, size, chosen):
@@ -255,15 +279,22 @@ def choose_size(old: jax.Array, habit: Habit, kind: jax.Array, times: StepTimes)
     return best_size(jnp.where(running[:, None], expected, 0.0), running.sum(), times)
 
 
-def probe(habit: Habit, schedule: Adaptive, kind: jax.Array, young: jax.Array) -> jax.Array:
+def probe(
+    habit: Habit, schedule: Adaptive, kind: jax.Array, young: jax.Array, times: StepTimes
+) -> jax.Array:
     """The size of a round whose draft is not expected to pay: 0, or now and then 1.
+
+    So seldom that what such rounds take longer than plain ones is at most `PROBES` of all
+    time: among many requests some are always young.
 
     Args:
       kind: [B] int32, see `kind_of`.
       young: [B] bool, rows that may differ from those which drafting did not pay for.
     """
     doublings = jnp.where(young, 0, jnp.minimum(habit.probes[kind], PATIENCE))
-    waited = habit.idle[kind] >= schedule.probe << doublings
+    plain, drafted = times.seconds[0], times.seconds[min(1, times.seconds.shape[0] - 1)]
+    afforded = (drafted / plain - 1) / PROBES
+    waited = habit.idle[kind] >= jnp.maximum(schedule.probe << doublings, afforded)
     return jnp.any(waited & (kind < KINDS)).astype(jnp.int32)
 
 
@@ -334,6 +365,12 @@ def learn(
         idle=after(habit.idle, 0),
         probes=after(habit.probes, jnp.where(chosen, 0, habit.probes + 1)),
     )
+
+
+def rested(habit: Habit, kind: jax.Array) -> Habit:
+    """After a round without a draft, of rows [B] of these kinds."""
+    took_part = jnp.any(kind[:, None] == jnp.arange(KINDS), axis=0)
+    return dataclasses.replace(habit, idle=habit.idle + took_part)
 
 
 def counted(habit: Habit, size: jax.Array) -> Habit:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxspec.decoding.curve import Curve, guessed, least
+from jaxspec.decoding.curve import Curve
 from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.requests import stop_ids_of
 from jaxspec.decoding.schedule import MAX_SIZES, Batch
@@ -27,14 +27,13 @@ from jaxspec.drafters.plain import PLAIN
 from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.grammars import Matcher
-from jaxspec.serving.memory import trim_memory
 from jaxspec.serving.prefix_cache import Page
 from jaxspec.serving.programs import Programs
+from jaxspec.serving.readiness import Readiness
 from jaxspec.serving.requests import QueueFull, Request, TokenLogProb, Update, read_logprobs
 from jaxspec.serving.rows import move_rows, place_row, recent_logprobs, recent_tokens, stop_rows
 
 SHRINK_AFTER = 8  # rounds with too many rows
-REPEATS = 10  # of every size, when step times are measured
 
 
 @dataclasses.dataclass
@@ -93,10 +92,10 @@ class Engine:
 
     Attributes:
       config, target, drafter: as given.
-      curve: step times, measured or given; None until they are, and with a fixed schedule.
-        Without them the schedule guesses.
+      ready: what of its programs is compiled, and step times.
       burst_seconds: of the last burst of rounds.
-      rounds_by_size: rounds so far with the first, second, … verify size of their batch.
+      rounds_by_size: rounds so far with the first, second, … verify size that their batch had
+        then.
     """
 
     def __init__(
@@ -111,13 +110,7 @@ class Engine:
         self.target, self.drafter = target, drafter
         self.config = config.resolved(target.config, drafter.drafter.size)
         self._programs = Programs(target, drafter, self.config)
-        self.curve: Curve | None = None
-        self._times = {rows: guessed(own) for rows, own in self._programs.sizes.items()}
-        self._known = not self._programs.adaptive
-        self._turns: list[dict[int, list[float]]] = []  # of `measure`
-        if curve is not None:
-            self.use(curve)
-
+        self.ready = Readiness(self._programs, curve)
         self._prefixes = self._programs.prefix_cache()
         self._lock = threading.Lock()
         self._numbers = itertools.count()
@@ -126,7 +119,6 @@ class Engine:
         self._prompt: _Prompt | None = None
         self._rows: list[_Running | None] = [None] * self._programs.buckets[0]
         self._batch: Batch | None = None
-        self._compiled = 0  # of the batches' sizes, from the smallest
         self._habit = self._programs.habit()
         self._idle_rounds = 0
         self.burst_seconds = 0.0
@@ -146,6 +138,8 @@ class Engine:
         if grammar is not None and self.config.rejection:
             raise ValueError("with rejection sampling answers cannot keep to a grammar")
         matcher = None if grammar is None else grammar.matcher()
+        if matcher is not None:
+            self.ready.ask_for_grammars()
         with self._lock:
             if len(self._waiting) >= self.config.queue:
                 raise QueueFull(
@@ -179,55 +173,23 @@ class Engine:
         return self._programs.setup()
 
     def open(self) -> None:
-        """Compiles what one request at a time needs; `prepare` adds the rest."""
-        self._programs.compile_prompts()
-        self._programs.compile_rows(self._programs.buckets[0])
-        if self._prefixes is not None:
-            self._prefixes.compile(self._programs.begin_prompt())
-        self._compiled = 1
+        """Compiles what one request at a time needs soonest; `ready.prepare` adds the rest."""
+        self._open(few=True)
+
+    def _open(self, *, few: bool) -> None:
+        self.ready.open(self._prefixes, few=few)
         self._batch = self._programs.empty(len(self._rows))
-        trim_memory()
 
-    def prepare(self) -> bool:
-        """Compiles the programs of the next larger batch; False if all are.
+    def warm_up(self, **options) -> None:
+        """Compiles every program but those for grammars and, for an adaptive schedule without
+        one, measures the curve.
 
-        Any thread may call it while another calls `step`; before, requests that would need the
-        larger batch wait.
+        Args: options: of `Readiness.measure`.
         """
-        if self._batch is None or self._compiled == len(self._programs.buckets):
-            return False
-        self._programs.compile_rows(self._programs.buckets[self._compiled])
-        self._compiled += 1
-        trim_memory()
-        return True
-
-    def measure(self, *, repeats: int = REPEATS) -> bool:
-        """Measures rounds of every size once; False once that was done `repeats` times, or if
-        the step times are known. All programs must be compiled."""
-        if self._known or self._compiled < len(self._programs.buckets):
-            return False
-        self._turns.append(self._programs.turn())
-        if len(self._turns) == repeats:
-            self._known = True  # also if the curve is of no use
-            self.use(Curve(self.setup(), least(self._turns)))
-            trim_memory()
-        return True
-
-    def use(self, curve: Curve) -> None:
-        """Chooses by these step times. Raises ValueError: see `Curve.check`."""
-        curve.check(self.setup())
-        self.curve, self._known = curve, True
-        self._times = {rows: curve.times(rows) for rows in self._programs.buckets}
-
-    def warm_up(self, *, repeats: int = REPEATS) -> None:
-        """Compiles every program and, for an adaptive schedule without one, measures the curve.
-
-        Nothing is compiled after it.
-        """
-        self.open()
-        while self.prepare():
+        self._open(few=False)
+        while self.ready.prepare():
             pass
-        while self.measure(repeats=repeats):
+        while self.ready.measure(**options):
             pass
 
     def step(self) -> list[Update]:
@@ -240,6 +202,8 @@ class Engine:
         """
         if self._batch is None:
             self.warm_up()
+        while self.ready.lacks_grammars and not self.ready.beside:
+            self.ready.prepare()
         updates = self._apply_cancellations()
         updates += self._advance_prompts()
         updates += self._advance_rows()
@@ -250,7 +214,9 @@ class Engine:
     def busy(self) -> bool:
         """Whether `step` has something to do."""
         grown = len(self._rows) > self._programs.buckets[0]
-        return bool(self._waiting or self._prompt or any(self._rows) or grown)
+        begins = not self.ready.beside or self._next_waiting() is not None
+        waiting = self._cancelled or (self._waiting and begins)
+        return bool(waiting or self._prompt or any(self._rows) or grown)
 
     def device_bytes(self) -> int:
         """Bytes of the arrays held for requests; weights are not among them."""
@@ -295,17 +261,28 @@ class Engine:
 
     def _prompt_runs(self) -> bool:
         """Whether there is a chunk to run; a prompt may also be waiting for a row."""
-        return bool(self._waiting) if self._prompt is None else self._prompt.batch is None
+        if self._prompt is None:
+            return self._next_waiting() is not None
+        return self._prompt.batch is None
+
+    def _next_waiting(self) -> _Running | None:
+        """The first request in the queue that may begin; where programs for grammars are
+        missing, those that need them may not yet."""
+        with self._lock:
+            lacking = self.ready.lacks_grammars
+            every = (r for r in self._waiting if r.matcher is None or not lacking)
+            return next(every, None)
 
     def _advance_prompt(self) -> list[Update]:
         """One chunk of the prompt at hand, its first token, or its place in the batch."""
         if self._prompt is None:
-            if not self._waiting:
+            waiting = self._next_waiting()
+            if waiting is None:
                 return []
-            prompt = self._begin_prompt(self._waiting[0])  # nobody else takes from the queue
+            prompt = self._begin_prompt(waiting)  # nobody else takes from the queue
             with self._lock:
                 self._prompt = prompt
-                self._waiting.popleft()
+                self._waiting.remove(waiting)
         prompt, updates = self._prompt, []
         if prompt.batch is None:
             prompt.prefilling = jax.block_until_ready(
@@ -381,11 +358,13 @@ class Engine:
         rows = len(self._rows)
         start = np.array([row.length if row else 0 for row in self._rows], np.int32)
         matchers = [None if row is None else row.matcher for row in self._rows]
-        given = self._batch, self._habit, self._times[rows]
+        given = self._batch, self._habit
         if any(matchers):
-            self._batch, self._habit = self._programs.restricted_round(*given, matchers)
+            given = *given, self.ready.times[rows], matchers
+            self._batch, self._habit = self._programs.restricted_round(*given)
         else:
-            self._batch, self._habit = self._programs.decode(*given, self.config.rounds)
+            given = *given, self.ready.staircase(rows), self.config.rounds
+            self._batch, self._habit = self._programs.decode(*given)
         width, state = self._programs.width, self._batch.state
         recent, laws = recent_tokens(self._batch, start, width=width), None
         if any(row is not None and row.request.logprobs is not None for row in self._rows):
@@ -438,10 +417,10 @@ class Engine:
     def _free_row(self) -> int | None:
         """A free row, of a larger batch if need be; None when all slots are taken."""
         if all(self._rows):
-            bucket = self._programs.buckets.index(len(self._rows)) + 1
-            if bucket >= self._compiled:
+            larger = self._programs.buckets[self._programs.buckets.index(len(self._rows)) + 1 :]
+            if not larger or not self.ready.has(larger[0]):
                 return None
-            self._resize(self._programs.buckets[bucket])
+            self._resize(larger[0])
         return self._rows.index(None)
 
     def _fit_rows(self) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxspec.decoding.prefill import begin_prefill
 from jaxspec.decoding.state import Decoder, Params, Prefilling
+from jaxspec.sharding import beside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +208,7 @@ class PrefixCache:
                 f"prefix_cache_mb is {megabytes:g}; a page of {self.chunk} tokens takes "
                 f"{size:.2g}. Give it more, or 0 to keep no prefixes"
             )
-        self._pool = make(params, places=self.places)
+        self._pool = beside(make(params, places=self.places), params)
         self._index = PrefixIndex(self.places, self.chunk)
 
     def __len__(self) -> int:

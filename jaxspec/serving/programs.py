@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxspec.decoding.budget import StepTimes
 from jaxspec.decoding.curve import only, setup_of, take_turn
-from jaxspec.decoding.fitting import doubling_sizes
+from jaxspec.decoding.fitting import VerifySize, doubling_sizes
 from jaxspec.decoding.halves import draft_rows, judge_rows
 from jaxspec.decoding.requests import capacity_for, decoder_for, pack
 from jaxspec.decoding.schedule import Adaptive, Batch, Habit, decode_rows, init_habit
@@ -20,7 +20,7 @@ from jaxspec.decoding.state import Prefilling, Requests
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
-from jaxspec.serving.grammars import Matcher, allowed_tokens
+from jaxspec.serving.grammars import ALL, Matcher, allowed_tokens
 from jaxspec.serving.prefix_cache import PrefixCache
 from jaxspec.serving.requests import Request
 from jaxspec.serving.rows import (
@@ -34,6 +34,9 @@ from jaxspec.serving.rows import (
     run_chunk,
     stop_rows,
 )
+from jaxspec.sharding import beside
+
+Staircase = tuple[tuple[VerifySize, ...], StepTimes]
 
 
 class Programs:
@@ -87,7 +90,8 @@ class Programs:
         )
 
     def begin_prompt(self) -> Prefilling:
-        return begin_prompt(self._decoder, self._params, capacity=self._capacity)
+        empty = begin_prompt(self._decoder, self._params, capacity=self._capacity)
+        return beside(empty, self._params)
 
     def run_chunk(self, requests: Requests, i: int, prefilling: Prefilling) -> Prefilling:
         return run_chunk(self._decoder, self._params, requests, np.int32(i), prefilling)
@@ -120,16 +124,31 @@ class Programs:
     def empty(self, rows: int) -> Batch:
         """A batch whose rows are all free."""
         age, capacity = self._config.schedule.age, self._capacity
-        return empty_rows(self._decoder, self._params, rows=rows, capacity=capacity, age=age)
+        empty = empty_rows(self._decoder, self._params, rows=rows, capacity=capacity, age=age)
+        return beside(empty, self._params)
 
     def habit(self) -> Habit:
         """The habit before the first round."""
-        return init_habit(self._decoder.drafter.size, self._decoder.drafter.depth)
+        unlearned = init_habit(self._decoder.drafter.size, self._decoder.drafter.depth)
+        return beside(unlearned, self._params)
+
+    def staircase(self, rows: int, times: StepTimes, *, few: bool = False) -> Staircase:
+        """The verify sizes of a batch of so many rows.
+
+        Args:
+          times: of all of them.
+          few: takes the least and the largest alone.
+        """
+        sizes = self.sizes[rows]
+        if not few:
+            return sizes, times
+        return (sizes[0], sizes[-1]), jax.tree.map(lambda x: x[[0, -1]], times)
 
     def decode(
-        self, batch: Batch, habit: Habit, times: StepTimes, rounds: int
+        self, batch: Batch, habit: Habit, staircase: Staircase, rounds: int
     ) -> tuple[Batch, Habit]:
         """See `decode_rows`."""
+        sizes, times = staircase
         return decode_rows(
             self._decoder,
             self._params,
@@ -138,7 +157,7 @@ class Programs:
             times,
             np.int32(rounds),
             schedule=self._config.schedule,
-            sizes=self.sizes[batch.state.length.shape[0]],
+            sizes=sizes,
         )
 
     def restricted_round(
@@ -163,9 +182,12 @@ class Programs:
         requests = self.pack(Request((0,), 1))
         self.end_prompt(requests, self.run_chunk(requests, 0, self.begin_prompt()))
 
-    def compile_rows(self, rows: int) -> None:
-        """Runs every program of batches of so many rows once, and from and to those before."""
-        (batch, _), _ = self._turn(rows)
+    def compile_rows(self, rows: int, *, few: bool = False) -> None:
+        """Runs every program of batches of so many rows once, and from and to those before.
+
+        Args: few: as for `staircase`.
+        """
+        batch = self.compile_rounds(rows, few=few)
         for recent in (recent_tokens, recent_logprobs):
             recent(batch, np.zeros(rows, np.int32), width=self.width)
         batch = place_row(stop_rows(batch, np.ones(rows, bool)), self.empty(1), np.int32(0))
@@ -174,17 +196,30 @@ class Programs:
             move_rows(self.empty(fewer), np.zeros(rows, np.int32))
             move_rows(batch, np.zeros(fewer, np.int32))
 
+    def compile_rounds(self, rows: int, *, few: bool = False) -> Batch:
+        """Runs rounds of so many rows, of every size; the batch after them."""
+        (batch, _), _ = self._turn(rows, few=few)
+        return batch
+
+    def compile_restricted(self, rows: int) -> None:
+        """Runs the programs of requests with grammars once, in a batch of so many rows."""
+        requests = self.pack(Request((0,), 1))
+        every = np.full(-(-self._decoder.config.vocab_size // 32), ALL, np.uint32)
+        self.end_prompt(requests, self.run_chunk(requests, 0, self.begin_prompt()), every)
+        times = only(self.sizes[rows], len(self.sizes[rows]) - 1)
+        self.restricted_round(self._half_full(rows), self.habit(), times, [None] * rows)
+
     def turn(self) -> dict[int, list[float]]:
         """Seconds of a round by number of rows and size, once; for `curve.least`."""
         return {rows: self._turn(rows)[1] for rows in self.sizes}
 
-    def _turn(self, rows: int):
+    def _turn(self, rows: int, *, few: bool = False):
         """`take_turn`: one round of every size that the schedule may choose."""
-        sizes = self.sizes[rows]
+        sizes, _ = self.staircase(rows, only(self.sizes[rows], 0), few=few)
 
         def step(size):
-            times = only(sizes, size)
-            return lambda state: self.decode(*state, times, 1)
+            staircase = sizes, only(sizes, size)
+            return lambda state: self.decode(*state, staircase, 1)
 
         count = len(sizes) if self.adaptive else 1
         return take_turn((self._half_full(rows), self.habit()), [step(i) for i in range(count)])
@@ -196,4 +231,4 @@ class Programs:
         state = dataclasses.replace(
             batch.state, length=length, limit=limit, done=jnp.zeros(rows, bool)
         )
-        return dataclasses.replace(batch, state=state)
+        return beside(dataclasses.replace(batch, state=state), self._params)

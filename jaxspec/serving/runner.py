@@ -82,9 +82,10 @@ class Runner:
         self._lock = threading.Lock()
         self._tickets: dict[int, Ticket] = {}
         self._wake = threading.Event()
+        self._lacking = threading.Event()  # programs, perhaps
         self._closing = False
         self._failure: Exception | None = None
-        self._prepared = False
+        engine.ready.beside = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
         threading.Thread(target=self._prepare, name="compiler", daemon=True).start()
@@ -114,14 +115,17 @@ class Runner:
                 )
             ticket.id = self.engine.submit(request)
             self._tickets[ticket.id] = ticket
+        self._lacking.set()
         self._wake.set()
         return ticket
 
     def close(self) -> None:
         """Stops the thread after the step at hand; requests that run are given up."""
         self._closing = True
+        self._lacking.set()
         self._wake.set()
         self._thread.join()
+        self.engine.ready.beside = False
 
     def _failed(self) -> EngineFailed:
         error = EngineFailed(f"the engine has stopped: {self._failure or 'it was closed'}")
@@ -161,9 +165,13 @@ class Runner:
 
     def _prepare(self) -> None:
         try:
-            while not self._closing and self.engine.prepare():
-                self._wake.set()  # somebody may wait for room
-            self._prepared = True
+            while not self._closing:
+                if self.engine.ready.prepare():
+                    self._wake.set()  # somebody may wait for it
+                    continue
+                self._wake.set()  # there is time to measure
+                self._lacking.wait()
+                self._lacking.clear()
         except Exception as error:
             self._failure = error
             self._closing = True
@@ -172,13 +180,14 @@ class Runner:
     def _measured(self) -> bool:
         """Measures for a moment, if there is something to measure."""
         try:
-            if not self._prepared or not self.engine.measure():
+            if not self.engine.ready.measure():
                 return False
         except ValueError as error:
             log.warning("the schedule goes on with guessed step times: %s", error)
             return False
-        if self._on_curve is not None and self.engine.curve is not None:
-            self._on_curve(self.engine.curve)
+        curve = self.engine.ready.curve
+        if self._on_curve is not None and curve is not None:
+            self._on_curve(curve)
         return True
 
     def _give_out(self, updates: list[Update]) -> None:

@@ -1,6 +1,7 @@
 """What the adaptive schedule remembers between rounds."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -14,12 +15,18 @@ from jaxspec.decoding.schedule import (
     UNKNOWN,
     Adaptive,
     choose_size,
+    cut,
+    foresee,
     init_habit,
+    keep,
     kind_of,
     learn,
     probe,
     push,
+    rested,
+    size_of_round,
 )
+from jaxspec.decoding.state import Draft
 from jaxspec.trees.tree import chain
 
 
@@ -28,6 +35,13 @@ def habit(**changes):
     first = init_habit(4, 3)
     changed = {name: getattr(first, name).at[1].set(value) for name, value in changes.items()}
     return dataclasses.replace(first, **changed)
+
+
+def times_of(*seconds):
+    """Of two rows: their roots, and twice as many nodes, four times …"""
+    totals = [2 << i for i in range(len(seconds))]
+    per_row = [total // 2 for total in totals]
+    return StepTimes(*map(jnp.array, (totals, per_row, seconds)))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +53,8 @@ def test_drafts_that_do_not_pay_are_tried_ever_less_often(probes, young, wait):
 
     def at(idle, kinds=(1, KINDS)):
         known = habit(idle=idle, probes=probes)
-        return int(probe(known, Adaptive(), jnp.array(kinds), jnp.array([young, False])))
+        rows = jnp.array(kinds), jnp.array([young, False])
+        return int(probe(known, Adaptive(), *rows, times_of(1.0, 1.1)))
 
     assert PATIENCE == 4
     assert [at(wait - 1), at(wait)] == [0, 1]
@@ -99,3 +114,73 @@ def test_survivals_are_forgotten_once_they_are_older_than_their_age():
     once = push(survivals, jnp.array([[UNKNOWN]]))
     assert once.tolist() == [[[UNKNOWN], [jnp.float32(0.9)]]]
     assert push(once, jnp.array([[UNKNOWN]])).tolist() == [[[UNKNOWN], [UNKNOWN]]]
+
+
+@pytest.mark.parametrize(("drafted", "wait"), [(1.1, 16), (1.5, 50), (2.0, 100)])
+def test_dear_drafts_are_tried_more_seldom(drafted, wait):
+    """A probe takes 0.1, 0.5 or 1 round more; 1% of the time."""
+
+    def at(idle):
+        rows = jnp.array([1, 1]), jnp.array([True, True])
+        return int(probe(habit(idle=idle), Adaptive(), *rows, times_of(1.0, drafted)))
+
+    assert [at(wait - 1), at(wait + 1)] == [0, 1]
+
+
+DEPTH, ROWS = 3, 8
+
+
+@functools.partial(jax.jit, static_argnames="rounds")
+def run(chance, claimed, times, key, *, rounds: int):
+    """Tokens and seconds of rounds in which drafted tokens are accepted by `chance`, while the
+    drafter claims `claimed`; requests have 64 tokens, and the next takes its row at once."""
+    kind = jnp.zeros(ROWS, jnp.int32)
+    sampling = SimpleNamespace(temperature=jnp.zeros(ROWS))
+    claims = jnp.full((ROWS, DEPTH), jnp.log(claimed)).cumsum(axis=1)
+    anchor = jnp.zeros(ROWS, jnp.int32)
+
+    def one(carry, key):
+        survivals, known, age, left = carry
+        state = SimpleNamespace(rounds=age, done=kind > 0)
+        batch = SimpleNamespace(state=state, sampling=sampling, survivals=survivals)
+        size, pays = size_of_round(batch, known, times, Adaptive())
+        length = jnp.full(ROWS, DEPTH)
+        tree = chain(anchor, jnp.ones((ROWS, DEPTH), int), length, claims, size=DEPTH + 1)
+        fresh = foresee(tree, known, kind)
+        draft = cut(Draft(tree), keep(fresh, kind == 0, size, times))
+        verified = draft.tree.valid[:, 1:] & (size > 0)
+        agree = jax.random.uniform(key, (ROWS, DEPTH)) < chance
+        accepted = jnp.cumprod(agree & verified, axis=1).sum(axis=1)
+        learnt = learn(known, draft.tree, fresh, survivals[:, -1], accepted, kind, pays)
+        known = jax.tree.map(
+            lambda a, b: jnp.where(size > 0, a, b), learnt, rested(known, kind)
+        )
+        survivals = push(survivals, jnp.where(size > 0, fresh, UNKNOWN))
+        ended = left <= accepted + 1
+        survivals = jnp.where(ended[:, None, None], UNKNOWN, survivals)
+        age, left = jnp.where(ended, 0, age + 1), jnp.where(ended, 64, left - accepted - 1)
+        return (survivals, known, age, left), (accepted.sum() + ROWS, times.seconds[size])
+
+    start = jnp.full((ROWS, Adaptive().age, DEPTH), UNKNOWN), init_habit(DEPTH + 1, DEPTH)
+    start += kind, 8 * jnp.arange(1, ROWS + 1)
+    _, (tokens, seconds) = jax.lax.scan(one, start, jax.random.split(key, rounds))
+    return tokens, seconds
+
+
+@pytest.mark.parametrize(
+    ("chance", "claimed", "seconds"),
+    [
+        (0.2, 0.9, (1.0, 1.9, 2.7)),  # drafts never pay, and the drafter boasts
+        (0.5, 0.5, (1.0, 1.6, 2.2)),  # they nearly do
+        (0.6, 0.9, (1.0, 1.5, 2.0)),  # both are much alike
+        (0.8, 0.8, (1.0, 1.3, 1.5)),  # they pay
+    ],
+)
+def test_it_is_as_fast_as_the_best_fixed_way(chance, claimed, seconds):
+    totals, per_row = jnp.array([8, 16, 32]), jnp.array([1, 4, 4])
+    times = StepTimes(totals, per_row, jnp.array(seconds))
+    tokens, spent = run(chance, claimed, times, jax.random.key(0), rounds=2000)
+    tokens, spent = tokens[200:].sum(), spent[200:].sum()  # once it has learnt
+    whole = sum(chance**i for i in range(DEPTH + 1)) / seconds[-1]
+    one_each = (1 + chance) / seconds[1]
+    assert tokens / spent > 0.98 * ROWS * max(1.0, one_each, whole)

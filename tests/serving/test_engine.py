@@ -72,7 +72,7 @@ def test_plain_decoding_needs_no_curve():
     asked = requests(4)
     ids = [engine.submit(request) for request in asked]
     updates = drain(engine)
-    assert engine.curve is None
+    assert engine.ready.curve is None
     assert [tokens(updates[i]) for i in ids] == [alone(r) for r in asked]
 
 
@@ -287,15 +287,15 @@ def test_a_missing_curve_is_measured_and_can_be_given_again(tmp_path, monkeypatc
     config = EngineConfig(slots=1, room=60, chunk=16, max_nodes=2, schedule=Adaptive())
     engine = Engine(tiny.target(), engines.LOOKUP, config)
     engine.warm_up(repeats=2)
-    assert engine.curve.seconds == {1: [0.01, 0.03]}
-    engine.curve.save(tmp_path / "curve.json")
+    assert engine.ready.curve.seconds == {1: [0.01, 0.03]}
+    engine.ready.curve.save(tmp_path / "curve.json")
     again = Engine(
         tiny.target(), engines.LOOKUP, config, curve=Curve.load(tmp_path / "curve.json")
     )
-    assert again.curve == engine.curve
+    assert again.ready.curve == engine.ready.curve
     other = dataclasses.replace(config, room=100, slots=2)
     with pytest.raises(ValueError, match="measure it again"):
-        Engine(tiny.target(), engines.LOOKUP, other, curve=engine.curve)
+        Engine(tiny.target(), engines.LOOKUP, other, curve=engine.ready.curve)
 
 
 def test_it_answers_before_all_is_compiled():
@@ -310,7 +310,7 @@ def test_it_answers_before_all_is_compiled():
         for update in engine.step():
             updates.setdefault(update.id, []).append(update)
     assert (len(engine._rows), engine.running, engine.waiting) == (1, 2, 1)
-    assert engine.prepare() and not engine.prepare()
+    assert engine.ready.prepare() and not engine.ready.prepare()
     drain(engine, updates)
     assert [tokens(updates[i]) for i in ids] == [alone(r) for r in asked]
 
@@ -323,8 +323,8 @@ def test_step_times_are_measured_while_nobody_asks(monkeypatch):
     kept = queue.Queue()
     runner = Runner(engine, kept.put)
     try:
-        assert kept.get(timeout=60) == engine.curve
-        assert runner.healthy and engine.curve.seconds == {1: [0.01, 0.03]}
+        assert kept.get(timeout=60) == engine.ready.curve
+        assert runner.healthy and engine.ready.curve.seconds == {1: [0.01, 0.03]}
     finally:
         runner.close()
 
@@ -336,4 +336,4 @@ def test_step_times_of_no_use_are_not_used(monkeypatch):
     engine = Engine(tiny.target(), engines.LOOKUP, config)
     with pytest.raises(ValueError, match="curve is flat"):
         engine.warm_up()
-    assert engine.curve is None and not engine.measure()
+    assert engine.ready.curve is None and not engine.ready.measure()
