@@ -1,7 +1,7 @@
 """What litellm gets from a server: `python with_litellm.py URL` prints JSON.
 
-Runs in an environment of its own; litellm is imported inside `main`, because pytest imports this
-file where it is missing.
+Runs in an environment of its own. litellm is imported inside `main`: pytest imports this file
+where it is missing.
 """
 
 import json

@@ -9,11 +9,12 @@ import random
 import pytest
 
 from jaxspec.decoding.sampling import Sampling
-from jaxspec.serving.requests import QueueFull, Request
+from jaxspec.serving.requests import Request
 from jaxspec.serving.runner import EngineFailed, Runner
 from tests import tiny
 from tests.serving import engines
 from tests.serving.engines import alone
+from tests.serving.soaks import check_soak
 
 
 @pytest.fixture(scope="module")
@@ -52,63 +53,10 @@ def asked(count: int, dice: random.Random) -> list[Request]:
     return made
 
 
-async def soak(runner: Runner, requests, dice: random.Random):
-    """Every request's tokens, its end, and whether its reader left early."""
-    found = {}
-
-    async def one(index, request, leave_after, pause):
-        while True:
-            try:
-                ticket = runner.submit(request)
-                break
-            except QueueFull:
-                await asyncio.sleep(0.01)
-        tokens, laws, finish = [], 0, None
-        with ticket:
-            async for update in ticket:
-                assert finish is None, "an update after the last one"
-                assert len(update.tokens) or update.finish
-                tokens += update.tokens
-                laws += len(update.logprobs)
-                finish = update.finish
-                await asyncio.sleep(pause)
-                if leave_after is not None and len(tokens) >= leave_after:
-                    break
-        assert laws == (0 if request.logprobs is None else len(tokens))
-        assert index not in found
-        found[index] = tuple(tokens), finish, ticket.id
-
-    tasks = []
-    for index, request in enumerate(requests):
-        leave = dice.choice([None, None, None, 1, 6])
-        pause = 0.1 if index % 25 == 7 else 0.0
-        tasks.append(asyncio.create_task(one(index, request, leave, pause)))
-        await asyncio.sleep(dice.choice([0.0, 0.0, 0.002]))
-    await asyncio.gather(*tasks)
-    while runner.engine.busy:
-        await asyncio.sleep(0.01)
-    return found
-
-
 @pytest.mark.slow
 def test_soak(engine):
     dice, count = random.Random(0), 520
-    requests = asked(count, dice)
-    start, runner = engine.device_bytes(), Runner(engine)
-    try:
-        found = asyncio.run(soak(runner, requests, dice))
-        assert runner.healthy and runner.tickets == 0
-    finally:
-        runner.close()
-    assert sorted(found) == list(range(count))
-    assert len({id for _, _, id in found.values()}) == count
-    ends = {finish for _, finish, _ in found.values()}
-    assert ends == {None, "stop", "length"}
-    for index, (tokens, finish, _) in found.items():
-        expected = alone(requests[index])
-        assert tokens == (expected if finish else expected[: len(tokens)])
-    assert (engine.waiting, engine.running, engine.busy) == (0, 0, False)
-    assert engine.device_bytes() == start
+    check_soak(engine, asked(count, dice), dice, alone)
     used, room = engine.prefix_pages
     assert used == room == 8
 

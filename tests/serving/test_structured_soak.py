@@ -1,7 +1,6 @@
 """A thousand mixed requests, with grammars, tools and all else that may be asked for: each gets
 what plain decoding gives it alone."""
 
-import asyncio
 import random
 
 import pytest
@@ -16,11 +15,10 @@ from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.formats import json_text, regex_text
 from jaxspec.serving.requests import Request
-from jaxspec.serving.runner import Runner
 from jaxspec.serving.tools import calls_text
 from tests.serving import engines
+from tests.serving.soaks import check_soak
 from tests.serving.structured import CONFIG, grammars, target, tokenizer
-from tests.serving.test_soak import soak
 
 COUNT = 1000
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}}}
@@ -80,21 +78,11 @@ def test_a_thousand_mixed_requests():
     engine = Engine(target(), drafter(), config)
     engine = Engine(target(), drafter(), config, curve=engines.staircase(engine))
     engine.warm_up()
-    start, runner = engine.device_bytes(), Runner(engine)
-    try:
-        found = asyncio.run(soak(runner, requests, dice))
-        assert runner.healthy and runner.tickets == 0
-    finally:
-        runner.close()
-    assert sorted(found) == list(range(COUNT))
-    assert (engine.waiting, engine.running, engine.busy) == (0, 0, False)
-    assert engine.device_bytes() == start
-
     plain = Engine(target(), PLAIN, EngineConfig(slots=1, **LIMITS))
-    for index, (tokens, finish, _) in found.items():
-        plain.submit(requests[index])
-        (alone,) = engines.drain(plain).values()
-        expected = engines.tokens(alone)
-        assert tokens == (expected if finish else expected[: len(tokens)]), index
-    ends = {finish for _, finish, _ in found.values()}
-    assert ends == {None, "stop", "length"}
+
+    def alone(request):
+        plain.submit(request)
+        (updates,) = engines.drain(plain).values()
+        return engines.tokens(updates)
+
+    check_soak(engine, requests, dice, alone)
