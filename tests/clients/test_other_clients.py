@@ -24,8 +24,8 @@ pytestmark = [
 ]
 
 QUESTIONS = [
-    {"question": "the sky is", "choices": [" blue", " made of tools"], "answer": 0},
-    {"question": "two and two", "choices": [" make five", " 4"], "answer": 1},
+    {"question": "the sky is", "choices": ["blue", "made of tools"], "answer": 0},
+    {"question": "two and two", "choices": ["make five", "4"], "answer": 1},
 ]
 CHOICE = """
 task: choice
@@ -67,7 +67,7 @@ def run(*arguments, **environment) -> str:
 
 def test_litellm(url):
     found = json.loads(run(Path(__file__).with_name("with_litellm.py"), url).splitlines()[-1])
-    assert found["whole"] == found["streamed"] and 0 < found["tokens"] <= 40
+    assert found["whole"] == found["streamed"] and 0 < found["tokens"] <= 150
     assert found["schema"]["city"] in ("Rome", "Oslo")
     name, arguments = found["call"]
     assert (name, found["finish"]) == ("weather", "tool_calls")
@@ -114,7 +114,7 @@ def test_log_likelihoods_of_lm_evaluation_harness(evaluated):
         found = [float(answers[0][0]) for answers in sample["resps"]]
         for likelihood, choice in zip(found, asked["choices"], strict=True):
             before = len(target.tokenizer.encode(asked["question"]))
-            ids = target.tokenizer.encode(asked["question"] + choice)
+            ids = target.tokenizer.encode(f"{asked['question']} {choice}")
             (score,) = jaxspec.score(target, ids)
             assert likelihood == pytest.approx(score.log_probs[before - 1 :].sum(), abs=1e-3)
         assert sample["acc"] == float(np.argmax(found) == asked["answer"])

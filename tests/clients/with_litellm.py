@@ -22,7 +22,7 @@ def main(url: str) -> dict:
     import litellm
 
     def ask(**options):
-        options = dict(messages=TURN, temperature=0.0, max_tokens=40) | options
+        options = dict(messages=TURN, temperature=0.0, max_tokens=150) | options
         return litellm.completion(
             model="openai/tiny", api_base=url, api_key="none", num_retries=0, **options
         )
