@@ -101,7 +101,7 @@ class Matcher:
                     kept[child] = True
                     continue
                 self._now.consume_token(token)
-                below = _mask(self._now)
+                below = _mask(self._now, len(mask))
                 if below is None:  # a dead end, which plain decoding would meet as well
                     self._restore(path)
                     continue
@@ -112,7 +112,7 @@ class Matcher:
         return kept, after
 
     def _mask(self) -> np.ndarray:
-        found = _mask(self._now)
+        found = _mask(self._now, len(self.allowed))
         if found is None:
             self.failure = self._now.get_error().partition("\n")[0] or "no token may follow"
             return np.full_like(self.allowed, ALL)
@@ -124,9 +124,12 @@ class Matcher:
         self._now.consume_tokens([*self._tokens, *path])
 
 
-def _mask(now: Any) -> np.ndarray | None:
-    """Bits of the tokens that may come next; None if the parser cannot go on."""
-    found = np.frombuffer(now.compute_bitmask(), np.uint32)
+def _mask(now: Any, words: int) -> np.ndarray | None:
+    """Bits of the tokens that may come next [words]; None if the parser cannot go on.
+
+    The library's have one bit more, which takes a word of its own where 32 divides V.
+    """
+    found = np.frombuffer(now.compute_bitmask(), np.uint32)[:words]
     return None if now.is_error() or not found.any() else found
 
 
@@ -176,7 +179,8 @@ class Grammars:
         limits = library.LLParserLimits(verbose_errors=False, **LIMITS)
         began = time.thread_time()
         start = library.LLMatcher(tokens, text, log_level=0, limits=limits)
-        mask = None if start.is_error() else _mask(start)
+        words = -(-self._config.vocab_size // 32)
+        mask = None if start.is_error() else _mask(start, words)
         if mask is None:
             why = start.get_error().partition("<non-verbose")[0].strip()
             raise ValueError(why or "no text of this model's tokens fits it")

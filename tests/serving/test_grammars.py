@@ -1,5 +1,6 @@
 """Answers that keep to grammars: the tokens of constrained plain decoding, whatever drafts."""
 
+import dataclasses
 import functools
 import re
 
@@ -16,6 +17,7 @@ from jaxspec.drafters.small_model import SmallModel
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.formats import json_text, regex_text
+from jaxspec.serving.grammars import Grammars, allowed_tokens
 from jaxspec.serving.requests import Request
 from tests import tiny
 from tests.serving import engines
@@ -171,3 +173,25 @@ def test_a_dead_end_is_not_drafted_and_ends_its_answer_alone():
 def test_what_excludes_a_grammar_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         engine("plain").submit(Request((1,), 9, grammar=regex("a"), **options))
+
+
+@pytest.mark.parametrize("vocab", [107, 127, 128, 129, 160])
+def test_a_model_may_have_more_tokens_than_its_tokenizer(vocab):
+    """None of them may come, and 32 of them are one word of a mask, exactly."""
+    assert len(tokenizer().encode("ab")) == 2
+    config = dataclasses.replace(CONFIG, vocab_size=vocab)
+    matcher = Grammars(tokenizer(), config).of(regex_text("ab")).matcher()
+    a, b, end = *tokenizer().encode("ab"), 0
+    assert bits(matcher.allowed, vocab) == [a]
+    tokens = np.array([[9, a, b, b]])  # the anchor, a path of two, and a wrong one
+    parents, valid = np.array([[-1, 0, 1, 0]]), np.ones((1, 4), bool)
+    found = allowed_tokens([matcher], tokens, parents, valid, vocab)
+    assert found.kept.tolist() == [[True, True, True, False]]
+    assert [bits(row, vocab) for row in found.after[0, :3]] == [[a], [b], [end]]
+    matcher.advance([a])
+    assert bits(matcher.allowed, vocab) == [b]
+
+
+def bits(words: np.ndarray, vocab: int) -> list[int]:
+    assert words.shape == (-(-vocab // 32),)
+    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
