@@ -14,6 +14,7 @@ import numpy as np
 
 import jaxspec
 from jaxspec.checkpoints.convert import convert, save_safetensors
+from jaxspec.checkpoints.huggingface import config_to_json
 from jaxspec.data.prompts import read_prompts, spread
 from jaxspec.data.sources import open_source
 from jaxspec.evaluation.metrics import estimate, ratio, resamplings
@@ -63,7 +64,8 @@ def by_value(target, folder: Path) -> Path:
     source = folder / "bf16"
     source.mkdir()
     save_safetensors(source, target.config, target.params)
-    (source / "config.json").write_text(json.dumps(hugging_face(target.config)))
+    raw = config_to_json(target.config) | {"dtype": "bfloat16"}
+    (source / "config.json").write_text(json.dumps(raw))
     return source
 
 
@@ -75,25 +77,6 @@ def in_fp8(target, source: Path, *, head: bool = False):
     loaded = jaxspec.load_target(folder, dtype="bfloat16")
     config = dataclasses.replace(target.config, tie_embeddings=loaded.config.tie_embeddings)
     return dataclasses.replace(target, config=config, params=loaded.params)
-
-
-def hugging_face(c) -> dict:
-    """config.json of the default target, a Llama."""
-    return dict(
-        model_type="llama",
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        max_position_embeddings=c.max_positions,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_theta=c.rope_theta,
-        tie_word_embeddings=c.tie_embeddings,
-        torch_dtype="bfloat16",
-    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxspec.checkpoints import dflash2, visibility
+from jaxspec.checkpoints import dflash2, layer_sizes, visibility
 from jaxspec.checkpoints.drafter_files import DrafterTensors
 from jaxspec.checkpoints.drafter_format import DrafterFormat
 from jaxspec.checkpoints.head_tensors import block_parts
@@ -62,18 +62,11 @@ def layers_from_json(raw: JsonConfig, window: tuple[int | None, ...]) -> dict[st
     raw.one_of("model_type", ("qwen3",), "qwen3")
     raw.one_of("hidden_act", ("silu",), "silu")
     raw.one_of("attention_bias", (False,), False)
-    heads = raw.integer("num_attention_heads")
     return dict(
-        vocab_size=raw.integer("vocab_size"),
-        hidden_size=raw.integer("hidden_size"),
-        intermediate_size=raw.integer("intermediate_size"),
         num_layers=raw.integer("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=raw.integer("num_key_value_heads", heads),
         head_dim=raw.integer("head_dim"),
+        **layer_sizes.from_json(raw),
         **rope_of(raw, window),
-        rms_norm_eps=raw.number("rms_norm_eps", 1e-6),
-        max_positions=raw.integer("max_position_embeddings", 40_960),
     )
 
 
@@ -89,28 +82,16 @@ def rope_of(whole: JsonConfig, window: tuple[int | None, ...]) -> dict[str, Any]
 
 def layers_to_json(c: DrafterConfig, dtype: str) -> dict[str, Any]:
     """The keys of a Qwen3 for the drafter's layers, without rotary positions."""
-    raw = {
+    raw = layer_sizes.to_json(c) | {
         "attention_bias": False,
-        "attention_dropout": 0.0,
         "block_size": c.block_size,
         "dtype": dtype,
-        "head_dim": c.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": c.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": c.intermediate_size,
-        "max_position_embeddings": c.max_positions,
         "max_window_layers": c.num_layers,
         "model_type": "qwen3",
-        "num_attention_heads": c.num_heads,
-        "num_hidden_layers": c.num_layers,
-        "num_key_value_heads": c.num_kv_heads,
         "num_target_layers": c.target_layers,
-        "rms_norm_eps": c.rms_norm_eps,
         "tie_word_embeddings": False,
-        "use_cache": True,
-        "vocab_size": c.vocab_size,
-    } | visibility.to_json(c)
+    }
+    raw |= visibility.to_json(c.window)
     causal = visibility.switch(c)
     if c.causal != visibility.causality(None, c.window):
         raw["is_causal"] = causal

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxspec.checkpoints import draft_vocabulary, speculators, visibility
+from jaxspec.checkpoints import draft_vocabulary, layer_sizes, speculators, visibility
 from jaxspec.checkpoints.draft_vocabulary import EMBEDDING, HEAD, MEMBERS, OFFSETS
 from jaxspec.checkpoints.drafter_format import DrafterFormat
 from jaxspec.checkpoints.head_tensors import eagle_parts
@@ -98,7 +98,7 @@ def layers_from_json(layer: JsonConfig) -> dict[str, Any]:
     layer.one_of("hidden_act", ("silu",), "silu")
     layer.one_of("attention_bias", (False,), False)
     layer.one_of("mlp_bias", (False,), False)
-    width, heads = layer.integer("hidden_size"), layer.integer("num_attention_heads")
+    sizes = layer_sizes.from_json(layer)
     layers = layer.integer("num_hidden_layers", 1)
     window = (None,) * layers
     if layer.has("layer_types") or kind == "qwen3":
@@ -106,48 +106,28 @@ def layers_from_json(layer: JsonConfig) -> dict[str, Any]:
     else:
         layer.one_of("sliding_window", (None,), None)
     theta, scaling = read_rope(layer, full_rotary=True)
-    return dict(
-        vocab_size=layer.integer("vocab_size"),
-        hidden_size=width,
-        intermediate_size=layer.integer("intermediate_size"),
+    return sizes | dict(
         num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=layer.integer("num_key_value_heads", heads),
-        head_dim=layer.integer("head_dim", width // heads),
+        head_dim=layer.integer("head_dim", sizes["hidden_size"] // sizes["num_heads"]),
         qk_norm=kind == "qwen3",
         window=window,
         rope_theta=theta,
         rope_scaling=scaling,
-        rms_norm_eps=layer.number("rms_norm_eps", 1e-6),
-        max_positions=layer.integer("max_position_embeddings", 40_960),
     )
 
 
 def layers_to_json(c: EagleConfig) -> dict[str, Any]:
     """The inverse."""
-    raw = {
+    raw = layer_sizes.to_json(c) | {
         "attention_bias": False,
-        "attention_dropout": 0.0,
         "bos_token_id": None,
         "eos_token_id": None,
-        "head_dim": c.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": c.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": c.intermediate_size,
-        "max_position_embeddings": c.max_positions,
         "model_type": "qwen3" if c.qk_norm else "llama",
-        "num_attention_heads": c.num_heads,
-        "num_hidden_layers": c.num_layers,
-        "num_key_value_heads": c.num_kv_heads,
         "pad_token_id": None,
-        "rms_norm_eps": c.rms_norm_eps,
         "rope_parameters": rope_to_json(c.rope_theta, c.rope_scaling),
         "tie_word_embeddings": False,
-        "use_cache": True,
-        "vocab_size": c.vocab_size,
     }
-    windows = visibility.to_json(c)
+    windows = visibility.to_json(c.window)
     if c.qk_norm:
         return raw | windows | {"max_window_layers": c.num_layers}
     raw |= {"mlp_bias": False, "pretraining_tp": 1}

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxspec.checkpoints import catalog, hybrid, target_weights
+from jaxspec.checkpoints import catalog, hybrid, layer_sizes, target_weights
 from jaxspec.checkpoints.fuse import check_dtype
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
 from jaxspec.checkpoints.kept import keep
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
 from jaxspec.checkpoints.quantisation import quantisation_of, read_quantisation
 from jaxspec.checkpoints.quantised import open_weights
-from jaxspec.checkpoints.rope import read_rope
+from jaxspec.checkpoints.rope import read_rope, rope_to_json
 from jaxspec.checkpoints.tensors import read_json
+from jaxspec.checkpoints.visibility import to_json as windows_to_json
 from jaxspec.checkpoints.visibility import windows
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams, abstract_params
@@ -26,7 +27,13 @@ from jaxspec.tokenizer import Tokenizer
 
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "tokenizer.model")
-MODEL_TYPES = ("qwen3", "qwen3_moe", "llama", "qwen2", *hybrid.MODEL_TYPES)
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+MODEL_TYPES = (*ARCHITECTURES, *hybrid.MODEL_TYPES)
 OLDER_GPUS = ("7.0", "7.2", "7.5", "8.0", "8.6", "8.7")  # of NVIDIA, without fp8
 WEIGHTS = "weights.orbax"  # folder of a converted checkpoint, in place of safetensors
 
@@ -110,6 +117,47 @@ def read_config(folder: str | Path) -> TargetConfig:
     raw.one_of("query_pre_attn_scalar", (head_dim,), head_dim)
     whole.finish(HARMLESS, NEUTRAL)
     return config
+
+
+def config_to_json(c: TargetConfig) -> dict[str, Any]:
+    """`config.json` of a model that is no hybrid: what `read_config` reads the same of.
+
+    Raises:
+      ValueError: none of the model types has such layers.
+    """
+    kind = "qwen3_moe" if c.sparse_layers else "qwen3" if c.qk_norm else "llama"
+    kind = "qwen2" if c.attention_bias else kind
+    hybrid_only = c.delta_net or c.attention_gate or c.zero_centered_norms or c.rotary_dim
+    if hybrid_only or c.qk_norm != kind.startswith("qwen3") or c.shared_expert_size:
+        raise ValueError(
+            f"there is no {kind!r} with the layers of {c}; expected a Qwen2, a Qwen3 (dense or "
+            "a mixture of experts) or a Llama"
+        )
+    rope = rope_to_json(c.rope_theta, c.rope_scaling)
+    if c.sliding_rope_theta is not None:
+        local = rope_to_json(c.sliding_rope_theta, None)
+        rope = {"full_attention": rope, "sliding_attention": local}
+    raw = layer_sizes.to_json(c) | {
+        "architectures": [ARCHITECTURES[kind]],
+        "eos_token_id": list(c.eos_token_ids) or None,
+        "model_type": kind,
+        "rope_parameters": rope,
+        "tie_word_embeddings": c.tie_embeddings,
+    }
+    if kind != "qwen2":  # whose biases no key says
+        raw["attention_bias"] = False
+    if c.windows:
+        raw |= windows_to_json(c.windows)
+    if c.sparse_layers:
+        raw |= {
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": sorted(set(range(c.num_layers)) - set(c.sparse_layers)),
+            "moe_intermediate_size": c.moe_intermediate_size,
+            "norm_topk_prob": c.norm_topk_prob,
+            "num_experts": c.num_experts,
+            "num_experts_per_tok": c.experts_per_token,
+        }
+    return raw
 
 
 def _mixture(raw: JsonConfig, layers: int, model_type: str) -> dict[str, Any]:

@@ -42,6 +42,8 @@ CLASSES = {"dflash": "DFlash", "dflash2": "DFlash2", "dspark": "DSpark"}
 VERSION = "0.9.0"
 # Copies of the target's arrays that older versions wrote; so is a head of a full vocabulary.
 COPIES = (EMBEDDING, "verifier_lm_head.weight", "verifier_norm.weight")
+# Otherwise its recurrence begins there, at a slot that predicts nothing.
+RECURRENT = "a recurrent head ('markov_head_type': 'rnn')"
 DEFAULTS = {
     "conv_kernel_size": 2,
     "conv_group_size": 16,
@@ -174,6 +176,8 @@ class Speculators(BlockFormat):
         layer = whole.section("transformer_layer_config")
         fields = _fields(whole, layer, target)
         heads = heads_from_json(whole, {}) if "sequential" not in fields else {}
+        if heads.get("sequential") == "rnn" and not fields["predict_next"]:
+            raise whole.refusal("sample_from_anchor", f"true with {RECURRENT}")
         shape = layers_from_json(layer, fields["window"])
         config = whole.make(DrafterConfig, target_layers=None, **shape, **fields, **heads)
         whole.finish(OWN_HARMLESS, NEUTRAL)
@@ -198,6 +202,8 @@ class Speculators(BlockFormat):
             "scaled logits or embeddings": scaled,
             "causal layers without a window": (None, True) in layers,
             "sliding layers of both kinds of causality": len(sliding) > 1,
+            f"slots that predict their own position, with {RECURRENT}": c.sequential == "rnn"
+            and not c.predict_next,
             "convolutions without a selector": c.conv_taps > 0 and kind != "dflash2",
             "a selector without convolutions": kind == "dflash2" and not c.conv_taps,
             "a confidence head without a sequential one": c.confidence and kind != "dspark",

@@ -58,20 +58,20 @@ def causality(switch: bool | None, window: tuple[int | None, ...]) -> tuple[bool
     return tuple((w is not None) if switch is None else switch for w in window)
 
 
-def to_json(c: DrafterConfig) -> dict[str, Any]:
-    """The keys of transformers' Qwen3 for the windows.
+def to_json(window: tuple[int | None, ...]) -> dict[str, Any]:
+    """The keys of transformers' Qwen3 for every layer's window.
 
     Raises:
-      ValueError: windows of several widths, which there is no key for.
+      ValueError: they are of several widths, which there is no key for.
     """
-    widths = sorted(set(c.window) - {None})
+    widths = sorted(set(window) - {None})
     if len(widths) > 1:
         raise ValueError(
-            f"a configuration has one 'sliding_window', the drafter's layers have {widths}; "
-            "train one of one width"
+            f"a configuration has one 'sliding_window', the model's layers have {widths}; "
+            "expected one width"
         )
     return {
-        "layer_types": [f"{'sliding' if w else 'full'}_attention" for w in c.window],
+        "layer_types": [f"{'sliding' if w else 'full'}_attention" for w in window],
         "sliding_window": widths[0] if widths else None,
         "use_sliding_window": bool(widths),
     }

@@ -1,12 +1,15 @@
 """config.json in both generations of keys, what it may not ask for, and names."""
 
+import dataclasses
 import json
 
 import pytest
 
 from jaxspec import checkpoints
-from jaxspec.checkpoints.huggingface import read_config, resolve
+from jaxspec.checkpoints.huggingface import config_to_json, read_config, resolve
 from jaxspec.config import RopeScaling, TargetConfig
+from jaxspec.models.presets import PRESETS
+from tests import tiny
 from tests.checkpoints.writing import DENSE, LLAMA, MIXTURE, QWEN2, random_tensors, write_folder
 
 
@@ -121,6 +124,44 @@ def test_sliding_layers_may_rotate_at_their_own_base(tmp_path):
 def test_number_of_experts_by_either_key(tmp_path):
     raw = without(MIXTURE, "num_experts") | {"num_local_experts": 3}
     assert config_of(tmp_path, raw) == config_of(tmp_path, MIXTURE)
+
+
+WINDOWS = (None, 8, 8)
+WRITTEN = {
+    "Qwen3": tiny.QWEN3,
+    "Qwen2": dataclasses.replace(tiny.LLAMA, attention_bias=True),
+    "Llama": dataclasses.replace(
+        tiny.LLAMA, rope_scaling=RopeScaling("llama3", 8.0, original_positions=64)
+    ),
+    "mixture": dataclasses.replace(tiny.MOE, norm_topk_prob=False, eos_token_ids=(3, 1)),
+    "windows": dataclasses.replace(tiny.QWEN3, windows=WINDOWS),
+    "bases of its own": dataclasses.replace(
+        tiny.QWEN3,
+        windows=WINDOWS,
+        sliding_rope_theta=100.0,
+        rope_scaling=RopeScaling("yarn", 4.0, 64, truncate=False),
+    ),
+} | {name: c for name, c in PRESETS.items() if c.delta_net is None}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_written_then_read(tmp_path, name):
+    assert config_of(tmp_path, config_to_json(WRITTEN[name])) == WRITTEN[name]
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (tiny.HYBRID, "qwen3"),
+        (tiny.HYBRID_MOE, "qwen3_moe"),
+        (dataclasses.replace(tiny.MOE, qk_norm=False), "qwen3_moe"),
+        (dataclasses.replace(tiny.QWEN3, attention_bias=True), "qwen2"),
+        (dataclasses.replace(tiny.LLAMA, rotary_dim=8), "llama"),
+    ],
+)
+def test_what_no_model_type_has_is_not_written(config, kind):
+    with pytest.raises(ValueError, match=f"there is no '{kind}' with the layers of"):
+        config_to_json(config)
 
 
 @pytest.mark.parametrize(

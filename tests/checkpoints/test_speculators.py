@@ -143,6 +143,16 @@ def test_kinds_that_are_not_supported(tmp_path, kind, expected):
         load(tmp_path / "a")
 
 
+def test_a_recurrence_that_begins_before_the_first_prediction(tmp_path):
+    rnn = dataclasses.replace(cases.KINDS["rnn"], causal=False)
+    save(tmp_path / "a", rnn)
+    edit(tmp_path / "a", sample_from_anchor=False)
+    with pytest.raises(ValueError, match="'sample_from_anchor' is False.*'rnn'"):
+        load(tmp_path / "a")
+    with pytest.raises(ValueError, match="has no key for slots that predict their own"):
+        save(tmp_path / "b", dataclasses.replace(rnn, predict_next=False))
+
+
 def test_a_vocabulary_is_as_large_as_the_configuration_says(tmp_path):
     save(tmp_path / "a", KINDS["dflash"])
     edit(tmp_path / "a", draft_vocab_size=6)

@@ -1,0 +1,45 @@
+"""The keys of a `config.json` by which a Llama and a Qwen3 say their layers' sizes; targets and
+drafters share them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxspec.checkpoints.json_config import JsonConfig
+from jaxspec.config import DrafterConfig, TargetConfig
+from jaxspec.drafters.eagle_head import EagleConfig
+
+MAX_POSITIONS = 40_960  # of a drafter whose configuration does not say
+
+
+def from_json(raw: JsonConfig) -> dict[str, Any]:
+    """Fields of a drafter's configuration, but the number of layers and a head's dimension."""
+    heads = raw.integer("num_attention_heads")
+    return dict(
+        vocab_size=raw.integer("vocab_size"),
+        hidden_size=raw.integer("hidden_size"),
+        intermediate_size=raw.integer("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=raw.integer("num_key_value_heads", heads),
+        rms_norm_eps=raw.number("rms_norm_eps", 1e-6),
+        max_positions=raw.integer("max_position_embeddings", MAX_POSITIONS),
+    )
+
+
+def to_json(c: TargetConfig | DrafterConfig | EagleConfig) -> dict[str, Any]:
+    """The keys of the sizes, with those that have one value in all models here."""
+    return {
+        "attention_dropout": 0.0,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": c.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": c.intermediate_size,
+        "max_position_embeddings": c.max_positions,
+        "num_attention_heads": c.num_heads,
+        "num_hidden_layers": c.num_layers,
+        "num_key_value_heads": c.num_kv_heads,
+        "rms_norm_eps": c.rms_norm_eps,
+        "use_cache": True,
+        "vocab_size": c.vocab_size,
+    }
