@@ -8,7 +8,7 @@ INTERCHANGE := $(VENV)-interchange
 # Programs that people use with a server.
 CLIENTS := $(VENV)-clients
 
-.PHONY: generate test slow lint docs bench gates parity parity-transformers h100 h100-tests h100-kernels h100-steps gpu clean
+.PHONY: generate test slow lint docs bench gates parity parity-transformers h100 h100-tests h100-rounds h100-kernels h100-steps gpu clean
 
 generate: $(VENV)/base        ## real text from a real model, plain and speculative
 	$(BIN)/python examples/generate.py
@@ -44,11 +44,15 @@ parity-transformers: $(VENV)/test
 H100 := $(VENV)-h100
 H100_TESTS := tests
 
-h100: h100-tests h100-kernels h100-steps   ## compiled for an H100 without one: tests, gates
+h100: h100-tests h100-rounds h100-kernels h100-steps   ## compiled for an H100 without one: tests, gates
 
 h100-tests: $(H100)/ready
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 \
-		$(H100)/bin/python -m pytest -m h100 -n 2 --dist worksteal $(H100_TESTS)
+		$(H100)/bin/python -m pytest -m "h100 and not gate" -n 2 --dist worksteal $(H100_TESTS)
+
+h100-rounds: $(H100)/ready
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 \
+		$(H100)/bin/python -m pytest -m "h100 and gate" tests/planning
 
 h100-kernels: $(H100)/ready
 	$(H100)/bin/python -m pallas_kernels.h100 --quick

@@ -9,6 +9,8 @@ from typing import Literal
 from jaxspec.cli import exits
 from jaxspec.cli.run_config import settings_of
 
+EAGLES = ("eagle3", "peagle")  # families without blocks
+
 
 @dataclasses.dataclass(frozen=True)
 class Train:
@@ -38,9 +40,11 @@ class Train:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products and of the exported weights; training weights are always
     float32."""
-    family: Literal["dspark", "dflash", "jetspec", "treeflash", "dflash2", "eagle3"] = "dspark"
+    family: Literal[
+        "dspark", "dflash", "jetspec", "treeflash", "dflash2", "eagle3", "peagle"
+    ] = "dspark"
     """Published recipe for slots, heads and losses; the next four options change the drafter,
-    other than eagle3's."""
+    other than eagle3's and peagle's."""
     sequential: Literal["none", "markov", "gated", "rnn", "mlp"] | None = None
     """Sequential head, which conditions each slot on the token before it."""
     confidence_head: Literal["none", "hidden", "hidden_and_previous"] | None = None
@@ -50,7 +54,8 @@ class Train:
     taps: tuple[int, ...] = ()
     """Target layers it reads, 0-based; the family's by default."""
     unroll: int | None = None
-    """Steps that eagle3 is trained for, one after another, and drafts; 7 by default."""
+    """Tokens that eagle3 and peagle are trained to draft, one after another or all at once; 7
+    by default."""
     validation: str | None = None
     """Held-out prompts, in any format; the weights with the best walked tau are exported."""
     steps: int = 1000
@@ -194,9 +199,9 @@ class Train:
 
     def _drafter(self, target):
         from jaxspec.checkpoints.drafters import read_drafter_config
-        from jaxspec.training.recipe import PRESETS, Preset, drafter_config, find_preset
+        from jaxspec.training.recipe import Preset, drafter_config, find_preset
 
-        if self.family == "eagle3" and self.initial in ("target", "random"):
+        if self.family in EAGLES and self.initial in ("target", "random"):
             return self._eagle(target)
         sizes = _given(mask_token_id=self.mask_token_id, layers=self.layers, rank=self.rank)
         changes = _given(
@@ -216,37 +221,45 @@ class Train:
             return read_drafter_config(self.initial, target)
         if self.unroll is not None:
             raise ValueError(
-                f"--unroll is of --family eagle3, not of {self.family}; leave it out"
+                f"--unroll is of --family eagle3 and peagle, not of {self.family}; leave it out"
             )
+        sizes["mask_token_id"] = self._mask()
+        preset = dataclasses.replace(find_preset(self.target) or Preset(**sizes), **sizes)
+        changes = {name: None if x == "none" else x for name, x in changes.items()}
+        return drafter_config(self.family, target, preset, **changes)
+
+    def _eagle(self, target):
+        from jaxspec.training.recipe import eagle_config, parallel_eagle_config
+
+        masked = self.family == "peagle"
+        names = ("sequential", "confidence_head", "causal", "block_size", "rank")
+        names += () if masked else ("mask_token_id",)
+        foreign = [name for name in names if getattr(self, name) is not None]
+        if foreign:
+            raise ValueError(
+                f"--family {self.family} has no blocks or heads of its own; leave out "
+                f"{', '.join(foreign)}"
+            )
+        changes = dict(taps=self.taps or None, steps=self.unroll, num_layers=self.layers)
+        if masked:
+            return parallel_eagle_config(target, self._mask(), **_given(**changes))
+        return eagle_config(target, **_given(**changes))
+
+    def _mask(self) -> int:
+        """The id given, or the target's preset.
+
+        Raises:
+          ValueError: there is neither.
+        """
+        from jaxspec.training.recipe import PRESETS, find_preset
+
         preset = find_preset(self.target)
         if preset is None and self.mask_token_id is None:
             raise ValueError(
                 f"there is no preset for target {self.target!r} (only {', '.join(PRESETS)}); "
                 "give --mask-token-id, an embedding row that no text uses"
             )
-        preset = dataclasses.replace(preset, **sizes) if preset else Preset(**sizes)
-        changes = {name: None if x == "none" else x for name, x in changes.items()}
-        return drafter_config(self.family, target, preset, **changes)
-
-    def _eagle(self, target):
-        from jaxspec.training.recipe import eagle_config
-
-        names = (
-            "sequential",
-            "confidence_head",
-            "causal",
-            "block_size",
-            "mask_token_id",
-            "rank",
-        )
-        foreign = [name for name in names if getattr(self, name) is not None]
-        if foreign:
-            raise ValueError(
-                f"--family eagle3 has no blocks or heads of its own; leave out "
-                f"{', '.join(foreign)}"
-            )
-        changes = dict(taps=self.taps or None, steps=self.unroll, num_layers=self.layers)
-        return eagle_config(target, **_given(**changes))
+        return preset.mask_token_id if self.mask_token_id is None else self.mask_token_id
 
     def _loss(self):
         from jaxspec.training.recipe import loss_config

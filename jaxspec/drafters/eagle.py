@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, Drafter
-from jaxspec.drafters.eagle_head import EagleConfig, EagleHead
+from jaxspec.drafters.eagle_head import EagleConfig, PairHead
 from jaxspec.drafters.head import Vocabulary
 from jaxspec.drafters.rollout import Choose, SampledChain, draw, greedy, tempered
 from jaxspec.drafters.weights import abstract_weights, bind
@@ -84,7 +84,7 @@ class EagleState:
 
     Attributes:
       cache: keys and values of the pairs; row i needs the token at i + 1.
-      features: `keys` [B, 1, S, M] alone: `EagleHead.fuse` of every position.
+      features: `keys` [B, 1, S, M] alone: `PairHead.fuse` of every position.
     """
 
     cache: KVCache
@@ -154,7 +154,7 @@ class EagleDrafter(Drafter):
     def with_tree(self, tree: TreeConfig) -> EagleDrafter:
         return dataclasses.replace(self, tree=tree)
 
-    def head(self, params: EagleParams) -> EagleHead:
+    def head(self, params: EagleParams) -> PairHead:
         """The network with its weights."""
         return bind(self.config, params.head)
 

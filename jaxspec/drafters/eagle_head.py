@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -155,8 +156,42 @@ class EagleLayer(nnx.Module):
         return rotate(q, *angles), rotate(k, *angles), v
 
 
+class PairHead(Protocol):
+    """A network that reads pairs of a feature and the token after it, with its weights.
+
+    What `drafters.eagle.EagleDrafter` runs: an EAGLE-3 head, or an MTP layer.
+    """
+
+    def fuse(self, taps: jax.Array) -> jax.Array:
+        """Features [..., M] of the target's outputs [..., len(taps) * M_t]."""
+
+    def __call__(
+        self,
+        vocabulary: Vocabulary,
+        features: jax.Array,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+    ) -> jax.Array:
+        """Runs pairs of a feature [B, n, M] and the token after it [B, n].
+
+        Args:
+          positions: [B, n] int32, where the features stand.
+          attend: attention of a layer.
+
+        Returns:
+          [B, n, M] float32, for `logits` and `feedback`.
+        """
+
+    def logits(self, vocabulary: Vocabulary, output: jax.Array) -> jax.Array:
+        """Float32 [..., V'] of outputs [..., M]: of the token after the row's own."""
+
+    def feedback(self, output: jax.Array) -> jax.Array:
+        """The feature of the next row, [..., M], of outputs [..., M]."""
+
+
 class EagleHead(nnx.Module):
-    """Tap fusion, the layers, and the norm before the LM head."""
+    """Tap fusion, the layers, and the norm before the LM head: a `PairHead`."""
 
     def __init__(self, config: EagleConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         width, tapped = config.hidden_size, len(config.taps) * config.target_hidden_size
@@ -172,7 +207,6 @@ class EagleHead(nnx.Module):
         self.norm = ones(dtype, width)
 
     def fuse(self, taps: jax.Array) -> jax.Array:
-        """Features [..., M] of the target's outputs [..., len(taps) * M_t]."""
         c = self.config
         if c.tap_norm == "joined":
             taps = rms_norm(taps, self.tap_norm[...], c.rms_norm_eps)
@@ -190,15 +224,6 @@ class EagleHead(nnx.Module):
         positions: jax.Array,
         attend: Attend,
     ) -> jax.Array:
-        """Runs pairs of a feature [..., n, M] and the token after it [..., n].
-
-        Args:
-          positions: [..., n] int32, where the features stand.
-          attend: attention of a layer.
-
-        Returns:
-          [..., n, M] float32, for `logits` and `feedback`.
-        """
         c = self.config
         angles = rotary_angles(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         embedded, x = lookup(vocabulary.embed, tokens), features
@@ -211,11 +236,9 @@ class EagleHead(nnx.Module):
         return self._normed(output) if self.config.logits_after_norm else output
 
     def logits(self, vocabulary: Vocabulary, output: jax.Array) -> jax.Array:
-        """Float32 [..., V'] of outputs [..., M]: of the token after the row's own."""
         return project("...m,vm->...v", self.read_out(output), vocabulary.unembed)
 
     def feedback(self, output: jax.Array) -> jax.Array:
-        """The feature of the next row, [..., M], of outputs [..., M]."""
         return self._normed(output) if self.config.feedback_after_norm else output
 
     def _normed(self, output: jax.Array) -> jax.Array:

@@ -126,14 +126,13 @@ def abstract_mtp(config: MtpConfig, dtype=jnp.float32) -> MtpWeights:
 
 @dataclasses.dataclass(frozen=True)
 class MtpHead:
-    """The layer with its weights; called as `eagle_head.EagleHead` is."""
+    """The layer with its weights: an `eagle_head.PairHead`."""
 
     config: MtpConfig
     weights: MtpWeights
 
     def fuse(self, taps: jax.Array) -> jax.Array:
-        """Features [..., M] of the target's outputs [..., M]: the same."""
-        return taps
+        return taps  # past the target's final norm already
 
     def __call__(
         self,
@@ -143,7 +142,6 @@ class MtpHead:
         positions: jax.Array,
         attend: Attend,
     ) -> jax.Array:
-        """Outputs [B, n, M] of pairs; arguments as `EagleHead.__call__`."""
         c, w = self.config.layer, self.weights
         embedded = rms_norm(lookup(vocabulary.embed, tokens), w.token_norm, c.rms_norm_eps)
         normed = rms_norm(features, w.feature_norm, c.rms_norm_eps)
@@ -154,11 +152,9 @@ class MtpHead:
         return x + mlp(w.layer.mlp, c, x)
 
     def logits(self, vocabulary: Vocabulary, output: jax.Array) -> jax.Array:
-        """Float32 [..., V] of outputs [..., M]: of the token after the row's own."""
         return project("...m,vm->...v", self.feedback(output), vocabulary.unembed)
 
     def feedback(self, output: jax.Array) -> jax.Array:
-        """The feature of the next row, [..., M], of outputs [..., M]."""
         return rms_norm(output, self.weights.norm, self.config.layer.rms_norm_eps)
 
 

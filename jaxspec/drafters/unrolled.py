@@ -3,8 +3,9 @@
 At step j, index i stands for the row that decoding would run j tokens after the pair of
 feature i and token i + 1, if it drafted the true tokens: its feature is the output of index i
 at step j - 1, its token is i + 1 + j, and it sees the pairs up to i and its own earlier steps.
+P-EAGLE reads the mask's feature and token at every step but the first, whatever was put out.
 
-Source: training-time test of EAGLE-3 (arXiv 2503.01840).
+Sources: training-time test of EAGLE-3 (arXiv 2503.01840); vLLM's `speculators`, "peagle".
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.drafters.chunks import map_chunks
-from jaxspec.drafters.eagle_head import EagleConfig, EagleHead
+from jaxspec.drafters.eagle_head import EagleConfig, EagleHead, ParallelEagleConfig
 from jaxspec.drafters.head import Vocabulary
 from jaxspec.models.layers import product
 
@@ -49,6 +50,7 @@ def unroll(
     first = jnp.zeros_like(tokens) if starts is None else starts
     positions = jnp.arange(tokens.shape[1]) - first
     pairs, later = {}, {layer: [] for layer in range(config.num_layers)}
+    masked = isinstance(config, ParallelEagleConfig)
 
     @functools.partial(jax.checkpoint, static_argnums=0)
     def run(step, feature, pairs, later):
@@ -62,6 +64,8 @@ def unroll(
             return _attention(config, layer, q, *seen[layer], rows, first, chunk)
 
         following = _shifted(tokens, 1 + step)
+        if masked and step:
+            following = jnp.full_like(tokens, config.mask_token_id)
         return head(vocabulary, feature, following, positions + step, attend), own
 
     feature, outputs = head.fuse(taps), []
@@ -73,6 +77,9 @@ def unroll(
             later = {layer: [*rows, own[layer]] for layer, rows in later.items()}
         outputs.append(output)
         feature = head.feedback(output)
+        if masked:
+            mask = head.fuse(head.mask_hidden[...].astype(jnp.float32))
+            feature = jnp.broadcast_to(mask, feature.shape)
     return jnp.stack(outputs, axis=1)
 
 

@@ -14,7 +14,7 @@ from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.drafters import registry
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.eagle import eagle_params
-from jaxspec.drafters.eagle_head import EagleConfig
+from jaxspec.drafters.eagle_head import EagleConfig, ParallelEagleConfig
 from jaxspec.drafters.head import Vocabulary, restrict
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.unrolled import unroll
@@ -184,4 +184,5 @@ def _eagle_loss(
 NETWORKS = {
     DrafterConfig: Network(of_target=_block_layers, loss=_block_loss),
     EagleConfig: Network(of_target=_eagle_layers, loss=_eagle_loss),
+    ParallelEagleConfig: Network(of_target=_eagle_layers, loss=_eagle_loss),
 }

@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from jaxspec.config import LOW_RANK, DrafterConfig, TargetConfig, spaced_taps
-from jaxspec.drafters.eagle_head import EagleConfig
+from jaxspec.drafters.eagle_head import EagleConfig, ParallelEagleConfig
 from jaxspec.training.batches import PACKED_UNIT
 from jaxspec.training.losses import LossConfig
 from jaxspec.training.unrolled_loss import check_loss
@@ -41,9 +41,17 @@ LOSSES = {
     "eagle3": LossConfig(
         Mixture(0.0, 1.0, 0.0), confidence=0.0, truth="target", decay=-1 / math.log(0.8)
     ),
+    # The mean over all depths, as in `speculators`, which draws a part of the deeper rows.
+    "peagle": LossConfig(
+        Mixture(0.0, 1.0, 0.0),
+        confidence=0.0,
+        truth="target",
+        weighting="uniform",
+        reduction="weights",
+    ),
 }
 BLOCKS = tuple(BACKBONES)  # families of the block drafter
-FAMILIES = (*BLOCKS, "eagle3")
+FAMILIES = (*BLOCKS, "eagle3", "peagle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +79,7 @@ class TrainConfig:
       steps: updates of the weights.
       batch_size: rows per update.
       micro_batch: rows per forward; the gradients of a batch are summed in float32.
-      anchors: blocks per row; EAGLE-3 is trained at every position.
+      anchors: blocks per row; EAGLE-3 and P-EAGLE are trained at every position.
       packed: length of rows that hold several sequences; 0 puts one sequence in each row.
       draft_vocab: tokens drafted, the most frequent of the examples; 0 drafts all, or what the
         drafter to go on from does.
@@ -225,6 +233,22 @@ def eagle_config(target: TargetConfig, **changes: Any) -> EagleConfig:
         max_positions=target.max_positions,
     )
     return EagleConfig(**(shape | changes))
+
+
+def parallel_eagle_config(
+    target: TargetConfig, mask_token_id: int, **changes: Any
+) -> ParallelEagleConfig:
+    """A P-EAGLE drafter of 7 tokens at once: the layers of `eagle_config`, and a mask.
+
+    Args:
+      mask_token_id: an embedding row that no text uses.
+      changes: other fields of `ParallelEagleConfig`.
+
+    Raises:
+      ValueError: the changes make no sense.
+    """
+    shape = vars(eagle_config(target, **changes))
+    return ParallelEagleConfig(**shape, mask_token_id=mask_token_id)
 
 
 def loss_config(family: str) -> LossConfig:

@@ -1,6 +1,7 @@
 """P-EAGLE: one pass against rows run one by one in NumPy; in the loop the target's output."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.eagle import eagle_params
 from jaxspec.drafters.eagle_head import ParallelEagleConfig
 from jaxspec.drafters.parallel_eagle import ParallelEagleDrafter
+from jaxspec.drafters.unrolled import unroll
 from jaxspec.drafters.weights import random_weights
 from tests import tiny
 from tests.drafters import eagle_cases as cases
@@ -58,6 +60,22 @@ def test_one_pass_is_rows_of_the_mask(params):
         seen.append(own)
         feature, token = rows.fuse(rows.weights["mask_hidden",]), CONFIG.mask_token_id
     assert tree.tokens[0].tolist() == [tokens[0, LENGTH], *chosen]
+
+
+def test_training_runs_what_drafting_runs(params):
+    """At every index of a text, the depths that a draft after that pair would have."""
+    drafter = ParallelEagleDrafter(CONFIG, CHAIN)
+    taps, tokens = (jnp.asarray(x) for x in text("plain"))
+    head, steps = drafter.head(params), CONFIG.steps
+    outputs = jax.jit(functools.partial(unroll, steps=steps))(
+        head, params.vocabulary, tokens[:, :LENGTH], taps
+    )
+    trained = head.logits(params.vocabulary, outputs)  # [B, J, T, V']
+    for pair in (0, 4, LENGTH - 2):
+        state = observed(drafter, params, taps, tokens, (pair + 1,))
+        anchor, position = tokens[:, pair + 1], jnp.array([pair + 1])
+        drafted = jax.jit(drafter.logits)(params, state, anchor, position)
+        np.testing.assert_allclose(trained[:, :, pair], drafted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["chain", "best_first", "top_budget"])
