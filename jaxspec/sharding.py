@@ -38,6 +38,8 @@ RULES: tuple[tuple[str, tuple], ...] = (
     (r"out/(values|scale)", (None, MODEL, None, None)),  # [M, K, G, D]
     (r"gate_up/(values|scale)", (None, WIDE, None)),  # [2, F, M]
     (r"down/(values|scale)", (None, WIDE)),  # [M, F]
+    (r"gate_up/(values|scale)", (WIDE, None, None, None)),  # [E, 2, F, M]
+    (r"down/(values|scale)", (WIDE, None, None)),  # [E, M, F]
     # gated delta nets, by key head and the value heads it serves
     (r"inputs", (None, WIDE, None)),  # [M, J, .]
     (r"convolution", (WIDE, None, None)),  # [J, C, taps]

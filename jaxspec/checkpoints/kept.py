@@ -94,8 +94,8 @@ def keep(
     if dequantised:
         warnings.warn(
             f"{tensors.origin}: {len(dequantised)} tensors of 8 bits are dequantised and take "
-            f"the memory of the unquantised ones ('{dequantised[0]}'); matrices of attention "
-            "and of dense feed-forward layers stay in 8 bits, others do not yet",
+            f"the memory of the unquantised ones ('{dequantised[0]}'); matrices of attention, "
+            "of feed-forward layers and the LM head stay in 8 bits, others do not yet",
             stacklevel=2,
         )
     specs, table = (tree.unflatten(x) for x in zip(*chosen, strict=True))
@@ -114,9 +114,10 @@ def _parts(
 
 
 def _outputs_first(part: Part, scaled: ScaledWeight) -> Part:
-    """The part of an array by value, whose inputs come first, in the values of 8 bits."""
+    """The part of an array by value in the values of 8 bits, whose outputs come first."""
     index = part.index if isinstance(part.index, tuple) else (part.index,)
     index = () if part.index is ... else index
     index += (slice(None),) * (scaled.values.ndim - len(index))
-    index = (*index[scaled.inputs :], *index[: scaled.inputs])
+    first, after = scaled.leading, scaled.leading + scaled.inputs
+    index = (*index[:first], *index[after:], *index[first:after])
     return dataclasses.replace(part, index=index, axes=tuple(range(len(part.axes))))

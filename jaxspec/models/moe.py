@@ -12,8 +12,10 @@ from jaxtyping import Array, Float, Int
 from jaxspec.config import TargetConfig
 from jaxspec.models.layers import project, project_swiglu, swiglu
 from jaxspec.models.mesh import cut_axes
-from jaxspec.models.params import MoeParams, SharedExpertParams
+from jaxspec.models.params import Matrix, MoeParams, SharedExpertParams
+from jaxspec.models.scaled import is_scaled
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_scaled_matmul import grouped_scaled_matmul
 
 
 def mixture_of_experts(
@@ -79,7 +81,7 @@ def route(
     return weight, expert
 
 
-def _apply(x: jax.Array, gate_up: jax.Array, down: jax.Array, expert: jax.Array) -> jax.Array:
+def _apply(x: jax.Array, gate_up: Matrix, down: Matrix, expert: jax.Array) -> jax.Array:
     """What each token's experts make of it: [T, M], experts [T, k] -> [T, k, M].
 
     The T·k (token, expert) pairs are sorted by expert, so that each expert's rows are
@@ -99,7 +101,12 @@ def _weigh(out: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.einsum("tkm,tk->tm", out, weight)
 
 
-def _grouped(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def _grouped(rows: jax.Array, weights: Matrix, group_sizes: jax.Array) -> jax.Array:
     """Rows sorted by group times each group's matrix: [R, M], [E, M, ...] -> [R, prod(...)]."""
+    if is_scaled(weights):
+        values, scale = (
+            x.reshape(len(x), -1, x.shape[-1]) for x in (weights.values, weights.scale)
+        )
+        return grouped_scaled_matmul(rows.astype(weights.dtype), values, scale, group_sizes)
     matrices = weights.reshape(*weights.shape[:2], -1)
     return grouped_matmul(rows.astype(weights.dtype), matrices, group_sizes)

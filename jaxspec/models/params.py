@@ -8,8 +8,8 @@ Letters: M model width, K key/value heads, G query heads per key/value head, D h
 F feed-forward width, E experts, V vocabulary. Of gated delta nets: J key heads, R value heads
 per key head, dk and dv dimensions of a key and a value, C = 2 dk + R dv.
 
-Matrices of attention and of dense feed-forward layers, and the LM head, may be a `ScaledWeight`
-each, which keeps 8 bits a value (`scaled_spec`).
+Matrices of attention and of feed-forward layers, experts included, and the LM head may be a
+`ScaledWeight` each, which keeps 8 bits a value (`scaled_spec`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ SCALABLE = {
     ("out", 4): ("kgdm", "kgd"),
     ("gate_up", 3): ("mcf", "m"),
     ("down", 2): ("fm", "f"),
+    ("gate_up", 4): ("emci", "m"),
+    ("down", 3): ("eim", "i"),
     ("lm_head", 2): ("vm", "m"),
 }
 
@@ -87,8 +89,8 @@ class SharedExpertParams:
 class MoeParams:
     norm: jax.Array  # [M]
     router: jax.Array  # [M, E]
-    gate_up: jax.Array  # [E, M, 2, F]
-    down: jax.Array  # [E, F, M]
+    gate_up: Matrix  # [E, M, 2, F]
+    down: Matrix  # [E, F, M]
     shared: SharedExpertParams | None = None
 
 
@@ -190,7 +192,7 @@ def scaled_spec(
         scale=jax.ShapeDtypeStruct(scale, jnp.float32),
         inputs=len(inputs),
         dtype=jnp.dtype(spec.dtype),
-        outputs_first=letters.endswith(inputs),
+        leading=letters.index(inputs),
     )
 
 

@@ -24,7 +24,7 @@ CUT = {"k": WEIGHT_AXES[:1], "h": WEIGHT_AXES[:1], "f": WEIGHT_AXES, "v": WEIGHT
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "scale"),
-    meta_fields=("inputs", "dtype", "outputs_first"),
+    meta_fields=("inputs", "dtype", "leading"),
 )
 @dataclasses.dataclass(frozen=True)
 class ScaledWeight:
@@ -38,22 +38,21 @@ class ScaledWeight:
         those of the values divided by the size of a block; the others are equal.
       inputs: how many axes are inputs.
       dtype: of the activations it is multiplied with.
-      outputs_first: whether they come first by value too, as an LM head's do.
+      leading: how many axes of outputs come before the inputs by value too: one of an LM head
+        [V, M], and of experts [E, ...].
     """
 
     values: jax.Array
     scale: jax.Array
     inputs: int
     dtype: np.dtype
-    outputs_first: bool = False
+    leading: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight by value."""
-        shape = self.values.shape
-        if self.outputs_first:
-            return shape
-        return (*shape[-self.inputs :], *shape[: -self.inputs])
+        outputs, inputs = self.values.shape[: -self.inputs], self.values.shape[-self.inputs :]
+        return (*outputs[: self.leading], *inputs, *outputs[self.leading :])
 
     def __getitem__(self, rows: jax.Array) -> ScaledWeight:
         """Chosen outputs of an LM head [V, M], each with scales of its own."""
@@ -84,10 +83,8 @@ def by_value(weight: jax.Array | ScaledWeight) -> jax.Array:
     if not is_scaled(weight):
         return weight
     values = scaled(weight.values, weight.scale).astype(weight.dtype)
-    if weight.outputs_first:
-        return values
-    outputs = values.ndim - weight.inputs
-    return jnp.moveaxis(values, range(outputs), range(-outputs, 0))
+    own = range(values.ndim - weight.inputs, values.ndim)
+    return jnp.moveaxis(values, own, range(weight.leading, weight.leading + weight.inputs))
 
 
 def scaled_product(

@@ -32,6 +32,7 @@ OURS = (
     "take_rows",
     "write_rows",
     "grouped_matmul",
+    "grouped_scaled_matmul",
     "scaled_matmul",
     "tree_level",
 )

@@ -231,7 +231,7 @@ class Module:
             return 2 * op.bytes
         if op.code in _UPDATES:
             return 2 * ops[op.operands[_UPDATES[op.code]]].bytes
-        if op.code == "custom-call" and "grouped_matmul" in op.rest:
+        if op.code == "custom-call" and "grouped_" in op.rest:  # with and without scales
             # Matrices of groups without rows are not read. Groups are cut over the devices:
             # with an even load each has its share of the rows.
             rows, weights = (ops[operand] for operand in op.operands[-2:])

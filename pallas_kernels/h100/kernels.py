@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_matmul.triton import tile_rows
+from pallas_kernels.grouped_scaled_matmul.api import grouped_scaled_matmul
 from pallas_kernels.h100.compile import Kernel, compile_for_h100
 from pallas_kernels.h100.target import mesh
 from pallas_kernels.scaled_matmul import config as scaled_config
@@ -34,6 +35,7 @@ _attention = jax.jit(
 )
 _level = jax.jit(grow_level, static_argnames="implementation")
 _grouped = jax.jit(grouped_matmul, static_argnames="implementation")
+_grouped_scaled = jax.jit(grouped_scaled_matmul, static_argnames="implementation")
 _scaled = jax.jit(scaled_matmul, static_argnames="implementation")
 _scaled_swiglu = jax.jit(scaled_swiglu, static_argnames="implementation")
 
@@ -85,28 +87,48 @@ class AttentionCase:
 
 @dataclasses.dataclass(frozen=True)
 class GroupedCase:
-    """One grouped matrix product: `rows` of them over `groups` matrices."""
+    """One grouped matrix product: `rows` of them over `groups` matrices.
+
+    Attributes:
+      fp8: of 8-bit values, scaled in blocks of 128 x 128.
+    """
 
     rows: int
     groups: int
     depth: int
     columns: int
+    fp8: bool = False
+
+    @property
+    def kernel(self) -> str:
+        return "grouped_scaled_matmul" if self.fp8 else "grouped_matmul"
 
     def __str__(self) -> str:
-        return f"grouped_matmul R={self.rows} E={self.groups} {self.depth}x{self.columns}"
+        return f"{self.kernel} R={self.rows} E={self.groups} {self.depth}x{self.columns}"
 
     def compile(self, cache: pathlib.Path | None = None) -> tuple[Kernel, ...]:
+        e, depth, columns = self.groups, self.depth, self.columns
+        if self.fp8:
+            function, weights = (
+                _grouped_scaled,
+                (
+                    _array(e, columns, depth, dtype=jnp.float8_e4m3fn),
+                    _array(e, columns // 128, depth // 128),
+                ),
+            )
+        else:
+            function, weights = _grouped, (_array(e, depth, columns, dtype=jnp.bfloat16),)
         return compile_for_h100(
-            _grouped,
-            _array(self.rows, self.depth, dtype=jnp.bfloat16),
-            _array(self.groups, self.depth, self.columns, dtype=jnp.bfloat16),
-            _array(self.groups, dtype=jnp.int32),
+            function,
+            _array(self.rows, depth, dtype=jnp.bfloat16),
+            *weights,
+            _array(e, dtype=jnp.int32),
             implementation="triton",
             cache=cache,
         ).kernels
 
     def faults(self, kernels: tuple[Kernel, ...]) -> list[str]:
-        return _faults(kernels, "grouped_matmul", tile_rows(self.rows, self.groups))
+        return _faults(kernels, self.kernel, tile_rows(self.rows, self.groups))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,15 +234,16 @@ def cases(
         for change, window in itertools.product(changes, (None, 1024)):
             found.append(AttentionCase(dataclasses.replace(shape, **change), window))
     # Qwen3-30B-A3B's experts, for one token, a tree of 64 nodes, and prompt chunks.
-    for rows, (depth, columns) in itertools.product(
-        (8, 512, 4096, 16_384), ((2048, 1536), (768, 2048))
+    for fp8, rows, (depth, columns) in itertools.product(
+        (False, True), (8, 512, 4096, 16_384), ((2048, 1536), (768, 2048))
     ):
-        found.append(GroupedCase(rows, 128, depth, columns))
+        found.append(GroupedCase(rows, 128, depth, columns, fp8))
     # Qwen3-8B's products, for one token, trees and a prompt chunk; scales by block and output.
     for rows, (depth, columns, halves) in itertools.product(
         (1, 32, 64, 256, 512), ((4096, 6144, 1), (4096, 24_576, 2), (12_288, 4096, 1))
     ):
         found.append(ScaledCase(rows, depth, columns, halves=halves))
+    found += [ScaledCase(rows, 4096, 151_936) for rows in (1, 64)]  # the LM head
     found += [ScaledCase(rows, 4096, 4096, block) for rows in (1, 64) for block in (64, None)]
     found += [LevelCase(15), LevelCase(63), LevelCase(255), LevelCase(63, batch=8)]
     if quick:

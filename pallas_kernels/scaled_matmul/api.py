@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 from jaxtyping import Array, Float
 
+from pallas_kernels.dispatch import dispatch
 from pallas_kernels.scaled_matmul.reference import (
     scaled_matmul_reference,
     scaled_swiglu_reference,
 )
-from pallas_kernels.slopes import with_slope_of
 
 
 def scaled_matmul(
@@ -31,8 +29,8 @@ def scaled_matmul(
     Raises:
       ValueError: "triton" was asked for and does not take this shape.
     """
-    kernels = scaled_matmul_reference, "scaled_matmul_triton"
-    return _call(*kernels, rows, values, scale, implementation)
+    arrays = rows, values, scale
+    return _call(scaled_matmul_reference, "scaled_matmul_triton", arrays, implementation)
 
 
 def scaled_swiglu(
@@ -43,28 +41,15 @@ def scaled_swiglu(
     implementation: str | None = None,
 ) -> Float[Array, "R F"]:
     """See `scaled_swiglu_reference` for shapes and meaning; else as `scaled_matmul`."""
-    kernels = scaled_swiglu_reference, "scaled_swiglu_triton"
-    return _call(*kernels, rows, values, scale, implementation)
+    arrays = rows, values, scale
+    return _call(scaled_swiglu_reference, "scaled_swiglu_triton", arrays, implementation)
 
 
-def _call(reference, kernel: str, rows, values, scale, implementation: str | None) -> jax.Array:
-    if implementation not in (None, "xla", "triton"):
-        raise ValueError(
-            f"implementation is {implementation!r}; expected 'xla', 'triton' or None"
-        )
-    arrays = (rows, values, scale)
-    if implementation == "xla":
-        return reference(*arrays)
-    # Pallas takes a fifth of a second to import: only where it is used.
-    from pallas_kernels.scaled_matmul import triton
-    from pallas_kernels.scaled_matmul.config import unsupported
+def _call(reference, kernel: str, arrays, implementation: str | None) -> jax.Array:
+    def load():
+        from pallas_kernels.scaled_matmul import triton
+        from pallas_kernels.scaled_matmul.config import unsupported
 
-    reason = unsupported(*arrays)
-    if implementation == "triton" and reason:
-        raise ValueError(f"implementation 'triton' does not take this: {reason}; use 'xla'")
-    if reason:
-        return reference(*arrays)
-    chosen = getattr(triton, kernel)
-    if implementation is None:
-        chosen = functools.partial(jax.lax.platform_dependent, cuda=chosen, default=reference)
-    return with_slope_of(reference, chosen)(*arrays)
+        return getattr(triton, kernel), unsupported(*arrays)
+
+    return dispatch(reference, load, arrays, implementation)

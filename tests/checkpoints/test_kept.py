@@ -144,15 +144,25 @@ def test_damage_is_named(tmp_path, tensor, change, message):
         kept(tmp_path)
 
 
-def test_experts_of_a_mixture_are_dequantised_and_named(tmp_path):
+@ONCE
+def test_experts_of_a_mixture_stay_too(tmp_path):
     raw = MIXTURE | {"hidden_size": 32, "moe_intermediate_size": 24}
     write(tmp_path, raw, "fp8 blocks")
-    with pytest.warns(UserWarning, match=r"9 tensors of 8 bits are dequantised.*experts\.0\."):
-        found = kept(tmp_path)
-    sparse, dense = (layer.mlp.gate_up for layer in found.layers)
-    assert sparse.dtype == jnp.float32 and dense.values.dtype == jnp.float8_e4m3fn
-    with pytest.warns(UserWarning, match="is stored as"):
-        jax.tree.map(np.testing.assert_array_equal, all_by_value(found), load(tmp_path))
+    stored, whole = (
+        jaxspec.load_target(tmp_path, weights=kind) for kind in ("stored", "dequantised")
+    )
+    mlp, expected = stored.params.layers[0].mlp, whole.params.layers[0].mlp
+    for found, value in ((mlp.gate_up, expected.gate_up), (mlp.down, expected.down)):
+        assert found.values.dtype == jnp.float8_e4m3fn and found.shape == value.shape
+        np.testing.assert_array_equal(by_value(found), value)
+    logits, expected = (tiny.logits(target, [3, 1, 4, 1, 5]) for target in (stored, whole))
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_what_is_dequantised_all_the_same_is_named(tmp_path):
+    write(tmp_path, CONFIG, "fp8 blocks", head=True)  # 11 tokens: a scale for every 8 values
+    with pytest.warns(UserWarning, match=r"1 tensors of 8 bits are dequantised.*'lm_head\.we"):
+        assert kept(tmp_path).lm_head.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", ["int8 rows", "gptq", None])

@@ -1,0 +1,44 @@
+"""The choice between a kernel and its reference, by platform and shape."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+
+from pallas_kernels.slopes import with_slope_of
+
+
+def dispatch(
+    reference: Callable,
+    load: Callable[[], tuple[Callable, str | None]],
+    arrays: tuple[jax.Array, ...],
+    implementation: str | None,
+) -> jax.Array:
+    """What a kernel or its reference makes of arrays, with the derivative of the reference.
+
+    Args:
+      reference: in XLA, for any platform.
+      load: the kernel, and why it does not take these arrays, or None. Called where it may be
+        used: Pallas takes a fifth of a second to import.
+      implementation: "xla", "triton", or None: triton where the program is compiled for an
+        NVIDIA GPU and the kernel takes the arrays, else xla.
+
+    Raises:
+      ValueError: "triton" was asked for and does not take these arrays.
+    """
+    if implementation not in (None, "xla", "triton"):
+        raise ValueError(
+            f"implementation is {implementation!r}; expected 'xla', 'triton' or None"
+        )
+    if implementation == "xla":
+        return reference(*arrays)
+    kernel, reason = load()
+    if implementation == "triton" and reason:
+        raise ValueError(f"implementation 'triton' does not take this: {reason}; use 'xla'")
+    if reason:
+        return reference(*arrays)
+    if implementation is None:
+        kernel = functools.partial(jax.lax.platform_dependent, cuda=kernel, default=reference)
+    return with_slope_of(reference, kernel)(*arrays)

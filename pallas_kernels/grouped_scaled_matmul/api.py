@@ -1,0 +1,37 @@
+"""The one call behind which implementations of the grouped product with 8-bit values live."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.grouped_scaled_matmul.reference import grouped_scaled_matmul_reference
+
+
+def grouped_scaled_matmul(
+    rows: Float[Array, "R I"],
+    values: Float[Array, "E O I"],
+    scale: Float[Array, "E A C"],
+    group_sizes: Int[Array, " E"],
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """See `grouped_scaled_matmul_reference` for shapes and meaning, and for its derivative.
+
+    Args:
+      implementation: "xla" (the reference, any platform), "triton" (NVIDIA GPUs that convert
+        float8_e4m3fn, from compute capability 8.9), or None: triton where the program is
+        compiled for an NVIDIA GPU and the shape is supported, else xla.
+
+    Raises:
+      ValueError: "triton" was asked for and does not take this shape.
+    """
+
+    def load():
+        from pallas_kernels.grouped_scaled_matmul import triton
+
+        return triton.grouped_scaled_matmul_triton, triton.unsupported(rows, values, scale)
+
+    arrays = (rows, values, scale, group_sizes)
+    return dispatch(grouped_scaled_matmul_reference, load, arrays, implementation)
