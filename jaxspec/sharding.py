@@ -45,6 +45,7 @@ RULES: tuple[tuple[str, tuple], ...] = (
     (r"convolution", (WIDE, None, None)),  # [J, C, taps]
     (r"log_rate|step_bias", (WIDE, None)),  # [J, R]
     (r"output", (WIDE, None, None, None)),  # [J, R, dv, M]
+    (r"output/(values|scale)", (None, WIDE, None, None)),  # [M, J, R, dv]
     (r"memory", (None, WIDE, None, None)),  # [B, J, dk, R dv]
     (r"window", (None, None, WIDE, None)),  # [B, taps - 1, J, C]
 )

@@ -20,15 +20,16 @@ from jaxspec.checkpoints.tensors import SafetensorsFolder
 BLOCK = (128, 128)  # outputs and inputs that share a scale
 LARGEST = float(ml_dtypes.finfo(FP8).max)  # 448
 SMALLEST = float(np.finfo(np.float32).tiny)  # of a scale
-LINEAR = re.compile(r"(?:.*\.)?(layers\.\d+)\..*\b(?:q|k|v|o|gate|up|down)_proj\.weight")
+LINEAR = re.compile(r"(?:.*\.)?(layers\.\d+)\..*\b(?:q|k|v|o|gate|up|down|out)_proj\.weight")
 EMBEDDING = re.compile(r"model\.(?:language_model\.)?embed_tokens\.weight")
 
 
 class Fp8Tensors:
     """The tensors of an unquantised folder with its linear maps in fp8.
 
-    Those of attention and feed-forward layers, experts included. Embedding, norms, router and
-    gated delta nets stay as they are stored, and the LM head unless asked for.
+    Those of attention and feed-forward layers, experts included, and the last one of every gated
+    delta net. Its others, embedding, norms and router stay as they are stored, and the LM head
+    unless asked for.
 
     Attributes:
       errors: by layer, of the tensors given last: the root mean square of what rounding

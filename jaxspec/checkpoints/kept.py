@@ -94,8 +94,9 @@ def keep(
     if dequantised:
         warnings.warn(
             f"{tensors.origin}: {len(dequantised)} tensors of 8 bits are dequantised and take "
-            f"the memory of the unquantised ones ('{dequantised[0]}'); matrices of attention, "
-            "of feed-forward layers and the LM head stay in 8 bits, others do not yet",
+            f"the memory of the unquantised ones ('{dequantised[0]}'); stacked experts, the "
+            "first products of gated delta nets, embeddings, and matrices with a scale for "
+            f"fewer than {LEAST_BLOCK} values do not stay in 8 bits yet",
             stacklevel=2,
         )
     specs, table = (tree.unflatten(x) for x in zip(*chosen, strict=True))

@@ -46,8 +46,7 @@ class Plan:
     devices: tuple[int, ...] = (1,)
     """Numbers of H100s to plan for."""
     fp8: bool = False
-    """The target's attention and dense feed-forward layers stay in fp8, with blocks of 128 x
-    128."""
+    """The target's attention and feed-forward layers stay in fp8, with blocks of 128 x 128."""
     fp8_lm_head: bool = False
     """With --fp8: the LM head too."""
     tau: tuple[float, ...] = (2.0, 4.0, 6.0)

@@ -18,6 +18,7 @@ from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import (
     AttentionParams,
     DeltaNetParams,
+    Matrix,
     MlpParams,
     MoeParams,
     TargetParams,
@@ -240,8 +241,7 @@ def _delta_layer(
     out, rows = delta_net(params, config, inputs, state, kin)
     rows = jax.lax.optimization_barrier(rows)  # as keys and values
     out = nodes.activations(out).reshape(*x.shape[:2], -1)
-    weight = params.output.reshape(-1, params.output.shape[-1])
-    return project("bnh,hm->bnm", out, weight), rows
+    return project("bnj,jm->bnm", out, _merge_inputs(params.output)), rows
 
 
 def fuses(params: TargetParams, config: TargetConfig, implementation: str | None) -> bool:
@@ -305,12 +305,15 @@ def _gates(params: AttentionParams, qkv: jax.Array) -> jax.Array | None:
 
 
 def _project_out(params: AttentionParams, attended: jax.Array) -> jax.Array:
-    """[B, N, H * D] -> [B, N, M]: of three contracted axes XLA would transpose the weight."""
-    if is_scaled(params.out):
-        weight = params.out.merge_inputs()
-    else:
-        weight = params.out.reshape(-1, params.out.shape[-1])
-    return project("bnh,hm->bnm", attended, weight)
+    """[B, N, H * D] -> [B, N, M]."""
+    return project("bnh,hm->bnm", attended, _merge_inputs(params.out))
+
+
+def _merge_inputs(weight: Matrix) -> Matrix:
+    """A weight [..., M] with one axis of inputs: of three XLA would transpose it."""
+    if is_scaled(weight):
+        return weight.merge_inputs()
+    return weight.reshape(-1, weight.shape[-1])
 
 
 def mlp(

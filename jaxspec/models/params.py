@@ -8,8 +8,9 @@ Letters: M model width, K key/value heads, G query heads per key/value head, D h
 F feed-forward width, E experts, V vocabulary. Of gated delta nets: J key heads, R value heads
 per key head, dk and dv dimensions of a key and a value, C = 2 dk + R dv.
 
-Matrices of attention and of feed-forward layers, experts included, and the LM head may be a
-`ScaledWeight` each, which keeps 8 bits a value (`scaled_spec`).
+Matrices of attention and of feed-forward layers, experts included, the last product of gated
+delta nets and the LM head may be a `ScaledWeight` each, which keeps 8 bits a value
+(`scaled_spec`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ SCALABLE = {
     ("out", 4): ("kgdm", "kgd"),
     ("gate_up", 3): ("mcf", "m"),
     ("down", 2): ("fm", "f"),
+    ("output", 4): ("jrdm", "jrd"),
     ("gate_up", 4): ("emci", "m"),
     ("down", 3): ("eim", "i"),
     ("lm_head", 2): ("vm", "m"),
@@ -65,7 +67,7 @@ class DeltaNetParams:
     log_rate: jax.Array  # [J, R] float32, A_log
     step_bias: jax.Array  # [J, R] float32, dt_bias
     head_norm: jax.Array  # [dv]
-    output: jax.Array  # [J, R, dv, M]
+    output: Matrix  # [J, R, dv, M]
 
 
 @jax.tree_util.register_dataclass

@@ -17,8 +17,9 @@ from pallas_kernels.scaled_matmul import scaled_matmul
 from pallas_kernels.scaled_matmul.reference import scaled
 
 # What devices share of a weight, by the letter of its axis: key/value heads, these merged with
-# what each has (inputs of the output projection), feed-forward channels, and the vocabulary.
-CUT = {"k": WEIGHT_AXES[:1], "h": WEIGHT_AXES[:1], "f": WEIGHT_AXES, "v": WEIGHT_AXES}
+# what each has (inputs of the output projection), feed-forward channels, the vocabulary, and
+# merged heads of gated delta nets.
+CUT = dict.fromkeys("kh", WEIGHT_AXES[:1]) | dict.fromkeys("fvj", WEIGHT_AXES)
 
 
 @functools.partial(

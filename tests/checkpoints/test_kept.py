@@ -10,6 +10,7 @@ import pytest
 
 import jaxspec
 from jaxspec.checkpoints import huggingface
+from jaxspec.checkpoints.convert import convert
 from jaxspec.checkpoints.drafter_files import equal_as_stored
 from jaxspec.cli import main
 from jaxspec.models.layers import project
@@ -17,6 +18,7 @@ from jaxspec.models.scaled import ScaledWeight, by_value
 from jaxspec.training.networks import copy_layers
 from jaxspec.training.trainer import train
 from tests import tiny
+from tests.checkpoints import test_hybrid as hybrid
 from tests.checkpoints.test_quantised import CONFIG, FORMATS, A, load, with_first, write
 from tests.checkpoints.writing import MIXTURE, random_tensors, write_folder
 from tests.processes import run_script
@@ -155,6 +157,25 @@ def test_experts_of_a_mixture_stay_too(tmp_path):
     for found, value in ((mlp.gate_up, expected.gate_up), (mlp.down, expected.down)):
         assert found.values.dtype == jnp.float8_e4m3fn and found.shape == value.shape
         np.testing.assert_array_equal(by_value(found), value)
+    logits, expected = (tiny.logits(target, [3, 1, 4, 1, 5]) for target in (stored, whole))
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@ONCE
+def test_of_gated_delta_nets_the_last_product_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(hybrid, "DV", 8)
+    monkeypatch.setattr(hybrid, "WIDTH", 16)
+    raw = hybrid.TEXT | {"linear_value_head_dim": 8, "hidden_size": 16}
+    write_folder(tmp_path / "source", raw, hybrid.tensors())
+    convert(tmp_path / "source", tmp_path / "fp8", dtype="fp8")
+    stored, whole = (
+        jaxspec.load_target(tmp_path / "fp8", weights=kind)
+        for kind in ("stored", "dequantised")
+    )
+    found, expected = (target.params.layers[0].attention for target in (stored, whole))
+    assert found.output.shape == (2, 3, 8, 16)  # [J, R, dv, M]
+    np.testing.assert_array_equal(by_value(found.output), expected.output)
+    assert found.inputs.dtype == jnp.float32
     logits, expected = (tiny.logits(target, [3, 1, 4, 1, 5]) for target in (stored, whole))
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
