@@ -27,7 +27,7 @@ EMBEDDING = re.compile(r"model\.(?:language_model\.)?embed_tokens\.weight")
 class Fp8Tensors:
     """The tensors of an unquantised folder with its linear maps in fp8.
 
-    Those of attention and feed-forward layers, experts included, and the last one of every gated
+    Those of attention and feed-forward layers, experts included, and the last one of each gated
     delta net. Its others, embedding, norms and router stay as they are stored, and the LM head
     unless asked for.
 

@@ -48,11 +48,12 @@ def grouped_scaled_matmul_triton(
     tile = tile_rows(total, groups)
     group, start, stop = lay_tiles(group_sizes, total, tile)
     step = 128 if (depth // scale.shape[2]) % 128 == 0 else 64  # one scale covers its inputs
+    warps, stages = {16: (4, 4), 32: (8, 4), 64: (8, 3)}[tile]  # with 4 warps 32 rows spill
     return pl.pallas_call(
         functools.partial(multiply, tile=tile, depth=step),
         out_shape=jax.ShapeDtypeStruct((total, columns), jnp.float32),
         grid=(columns // COLUMNS, group.size),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3 if tile == 64 else 4),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
         name="grouped_scaled_matmul",
     )(group, start, stop, scale, rows, values)
