@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_scaled_matmul import grouped_scaled_matmul
 from pallas_kernels.scaled_matmul import scaled_matmul
 from pallas_kernels.tree_attention import tree_attention
 from pallas_kernels.tree_attention.config import Shape, choose
@@ -16,6 +17,7 @@ from pallas_kernels.tree_level import empty_levels
 from pallas_kernels.tree_level.reference import grow_level_reference
 from pallas_kernels.tree_level.triton import grow_level_triton
 from tests.pallas_kernels import test_grouped_matmul as grouped
+from tests.pallas_kernels import test_grouped_scaled_matmul as grouped_scaled
 from tests.pallas_kernels import test_scaled_matmul as scaled
 from tests.pallas_kernels.attention_cases import CASES, Case, make_inputs, oracle, tolerance
 
@@ -69,6 +71,15 @@ def test_scaled_matmul_computes_the_definition(count, block):
     arrays = scaled.make_inputs(count, 256, 1024, block)
     found = jax.jit(lambda *x: scaled_matmul(*x, implementation="triton"))(*arrays)
     expected = scaled.oracle(*arrays)
+    assert np.abs(np.asarray(found) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("group_sizes", [(0, 1, 0, 0), (0, 17, 0, 23), (300, 0, 90, 10)])
+@pytest.mark.parametrize("block", [(128, 128), (64, 64)])
+def test_grouped_scaled_matmul_computes_the_definition(group_sizes, block):
+    arrays = grouped_scaled.make_inputs(group_sizes, block)
+    found = jax.jit(lambda *x: grouped_scaled_matmul(*x, implementation="triton"))(*arrays)
+    expected = grouped_scaled.oracle(*arrays)
     assert np.abs(np.asarray(found) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
