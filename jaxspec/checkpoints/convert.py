@@ -90,7 +90,8 @@ def convert(
         raise ValueError(f"{folder} is a file; expected a Hugging Face checkpoint's folder")
     config = huggingface.read_config(folder)
     if dtype == "fp8":
-        return _convert_to_fp8(folder, output, format, fp8_lm_head)
+        head = dict(lm_head=fp8_lm_head, tied=config.tie_embeddings)
+        return _convert_to_fp8(folder, output, format, **head)
     dtype = dtype or _stored_dtype(folder)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         params = huggingface.load_params(folder, config, dtype)
@@ -108,7 +109,9 @@ def convert(
     return Converted(output, str(np.dtype(DTYPES[dtype])), size, count)
 
 
-def _convert_to_fp8(folder: Path, output: Path, format: str, lm_head: bool) -> Converted:
+def _convert_to_fp8(
+    folder: Path, output: Path, format: str, *, lm_head: bool, tied: bool
+) -> Converted:
     stored = quantisation_of(folder)
     if stored is not None or (folder / huggingface.WEIGHTS).exists():
         how = stored.name if stored else "an Orbax store"
@@ -118,8 +121,8 @@ def _convert_to_fp8(folder: Path, output: Path, format: str, lm_head: bool) -> C
         )
     if format != "safetensors":
         raise ValueError(f"format is {format!r}; fp8 is written as safetensors")
-    source, partial = Fp8Tensors(folder, lm_head=lm_head), _empty_beside(output)
-    change = {"quantization_config": source.section}
+    source = Fp8Tensors(folder, lm_head=lm_head, tied=tied)
+    partial, change = _empty_beside(output), {"quantization_config": source.section}
     _copy_side_files(folder, partial, change | (_untied(folder) if lm_head else {}))
     _save_shards(partial, source.tensors("write"))
     found = SafetensorsFolder(partial, quantised=True)

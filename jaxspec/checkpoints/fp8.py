@@ -37,8 +37,12 @@ class Fp8Tensors:
       section: `quantization_config` of what is given.
     """
 
-    def __init__(self, folder: Path, *, lm_head: bool = False):
-        """Args: lm_head: in fp8 too; one tied to the embedding becomes a tensor of its own."""
+    def __init__(self, folder: Path, *, lm_head: bool = False, tied: bool = False):
+        """
+        Args:
+          lm_head: in fp8 too.
+          tied: it is the embedding, and becomes a tensor of its own.
+        """
         self._tensors = SafetensorsFolder(folder)
         shapes = self._tensors.shapes
         linear = {name: LINEAR.fullmatch(name) for name in shapes}
@@ -48,7 +52,13 @@ class Fp8Tensors:
         self._sources = dict(zip(shapes, shapes, strict=True))
         if lm_head:
             self._layers[LM_HEAD] = "LM head"
-            self._sources.setdefault(LM_HEAD, next(filter(EMBEDDING.fullmatch, shapes)))
+            places = [LM_HEAD, *filter(EMBEDDING.fullmatch, shapes if tied else ())]
+            found = [name for name in places if name in shapes]
+            if not found:
+                raise ValueError(
+                    f"{folder} has no tensor '{LM_HEAD}'; the checkpoint is incomplete"
+                )
+            self._sources[LM_HEAD] = found[0]
         self._squares: dict[str, np.ndarray] = {}
         kept = [name.removesuffix(".weight") for name in shapes if name not in self._layers]
         self.section = {

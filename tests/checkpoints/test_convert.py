@@ -170,6 +170,14 @@ def test_an_lm_head_in_fp8(tmp_path, tied):
         convert(tmp_path / "source", tmp_path / "again", fp8_lm_head=True)
 
 
+def test_an_lm_head_that_is_missing_is_not_made_of_the_embedding(tmp_path):
+    tensors = random_tensors(DENSE)
+    del tensors["lm_head.weight"]
+    write_folder(tmp_path / "source", DENSE, tensors)
+    with pytest.raises(ValueError, match=r"has no tensor 'lm_head.weight'; the checkpoint is"):
+        convert(tmp_path / "source", tmp_path / "fp8", dtype="fp8", fp8_lm_head=True)
+
+
 def test_blocks_of_zeros_and_what_no_weight_can_be(tmp_path):
     values, scale = quantise(np.zeros((3, 130), np.float32))
     assert (values == 0).all() and scale.tolist() == [[1, 1]]
