@@ -99,7 +99,7 @@ def pack(
             presence=column("presence_penalty", np.float32, -MAX_PENALTY, MAX_PENALTY),
             frequency=column("frequency_penalty", np.float32, -MAX_PENALTY, MAX_PENALTY),
             repetition=column("repetition_penalty", np.float32, *REPETITIONS),
-            key=keys[np.minimum(np.arange(batch), count - 1)],
+            key=keys if count == batch else keys[np.minimum(np.arange(batch), count - 1)],
             logprobs=np.full(batch, asked, np.int32),
         ),
     )

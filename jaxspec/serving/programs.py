@@ -85,7 +85,7 @@ class Programs:
             max_new_tokens=request.max_new_tokens,
             budget=self._config.budget,
             sampling=[request.sampling],
-            keys=request.key[None],
+            keys=request.keys,
             asked=request.asked,
         )
 

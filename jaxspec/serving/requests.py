@@ -56,9 +56,9 @@ class Request:
         return logprobs.ALL if self.prompt_logprobs else logprobs.NEW
 
     @property
-    def key(self) -> jax.Array:
-        """The typed key of its samples."""
-        return request_keys([self.seed], 1)[0] if type(self.seed) is int else self.seed
+    def keys(self) -> jax.Array:
+        """[1] typed, the key of its samples."""
+        return request_keys([self.seed], 1) if type(self.seed) is int else self.seed[None]
 
     def check(self, config: TargetConfig, room: int, top_logprobs: int) -> None:
         """Raises ValueError when the request cannot be served.
