@@ -60,6 +60,7 @@ def test_a_stream_has_them_only_while_it_computes():
     assert "".join(found) == expected
 
 
+@pytest.mark.slow
 def test_a_command_under_all_of_them(tmp_path):
     folder = write_folder(tmp_path / "target", DENSE, random_tensors(DENSE))
     (tmp_path / "ids.json").write_text("[[1, 2, 3]]")

@@ -29,6 +29,8 @@ from pallas_kernels.tree_attention.xla import BLOCK, tree_attention_xla
 from tests import tiny
 from tests.drafters import cases
 
+pytestmark = pytest.mark.slow
+
 SHORT, LONG = 20, 2 * BLOCK + 30  # prompts of the row that runs and of the one that is done
 DRAFTERS = {
     "small": LoadedDrafter(SmallModel(tiny.QWEN3, depth=3), tiny.target().params),

@@ -43,7 +43,12 @@ def plain():
 
 
 @pytest.mark.parametrize(
-    "name", ["random trees", "gated", pytest.param("lookup", marks=pytest.mark.gate)]
+    "name",
+    [
+        "random trees",
+        pytest.param("gated", marks=pytest.mark.slow),
+        pytest.param("lookup", marks=pytest.mark.gate),
+    ],
 )
 def test_speculative_equals_plain(plain, name):
     assert outputs(DRAFTERS[name]) == plain
@@ -69,6 +74,7 @@ def test_a_state_that_takes_in_rejected_nodes_is_not_lossless(plain, monkeypatch
     assert outputs(drafter) != plain
 
 
+@pytest.mark.slow
 def test_packed_verification_equals_the_rectangle():
     draw = jax.vmap(lambda key, n: tiny.random_tree(8, 4, 11, key, jnp.int32(1), n))
     tree = draw(jax.random.split(jax.random.key(0), 2), jnp.array([3, 7]))

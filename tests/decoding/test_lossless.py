@@ -53,6 +53,7 @@ def test_speculative_equals_plain(name, sampling):
     assert outputs(DRAFTERS[name], sampling=sampling) == outputs(sampling=sampling)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [tiny.LLAMA, tiny.MOE], ids=["llama", "moe"])
 def test_speculative_equals_plain_for_other_architectures(config):
     target = tiny.target(config)

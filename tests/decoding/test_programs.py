@@ -25,6 +25,8 @@ from tests import tiny
 from tests.drafters import cases
 from tests.serving import engines
 
+pytestmark = pytest.mark.slow
+
 
 def prepared(drafter, batch=2, capacity=None, dtype="float32"):
     """decoder, params and requests of a small batch, on the device."""

@@ -42,6 +42,7 @@ def test_thresholds_per_row():
     assert confident_prefix(CONFIDENCE, jnp.array([0.5, 0.95, 0.0])).tolist() == [2, 0, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["threshold", "survival"])
 def test_a_chain_ends_where_the_drafter_doubts(rule):
     features = cases.features("dspark", 1, 6)

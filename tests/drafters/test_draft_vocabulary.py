@@ -16,6 +16,7 @@ from jaxspec.drafters.rollout import rollout, tempered
 from jaxspec.drafters.weights import bind
 from tests import tiny
 from tests.drafters import cases
+from tests.slow import slow_but
 
 KEPT = [1, 2, 4, 5, 8, 9]  # of 0 … 10
 PROMPTS = tiny.prompts(1, 5, 17)
@@ -63,7 +64,7 @@ def masked(monkeypatch):
     monkeypatch.setattr(DraftHead, "correct", lambda *args: correct(*args) + mask)
 
 
-@pytest.mark.parametrize("kind", TREES)
+@pytest.mark.parametrize("kind", slow_but(["dspark"], TREES))
 def test_tokens_it_does_not_know_are_written_all_the_same(plain, kind):
     drafter = LoadedDrafter(BlockDrafter(cases.KINDS[kind], TREES[kind]), reduced(kind))
     done = outputs(drafter=drafter)
@@ -80,7 +81,9 @@ def draft(kind, tree, survival, params):
     return drafter.draft(params, state, anchors, lengths, jnp.array([tree.size] * 2))[0]
 
 
-@pytest.mark.parametrize(("kind", "tree", "survival"), DRAFTS)
+@pytest.mark.parametrize(
+    ("kind", "tree", "survival"), slow_but([d for d in DRAFTS if d[0] == "dspark"], DRAFTS)
+)
 def test_the_tree_is_that_of_a_drafter_whose_other_logits_are_minus_infinity(
     request, kind, tree, survival
 ):
@@ -122,6 +125,7 @@ def test_a_sampled_chain_has_a_law_over_all_tokens(request, kind):
     assert chain.support.tolist() == KEPT
 
 
+@pytest.mark.slow
 def test_drafts_verified_by_rejection(plain):
     """Greedy: whatever is drafted, the target's likeliest tokens, those outside included."""
     drafter = LoadedDrafter(

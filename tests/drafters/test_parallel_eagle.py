@@ -78,6 +78,7 @@ def test_training_runs_what_drafting_runs(params):
         np.testing.assert_allclose(trained[:, :, pair], drafted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["chain", "best_first", "top_budget"])
 def test_speculative_equals_plain(params, kind):
     sampling = [Sampling(), Sampling(temperature=0.7)]

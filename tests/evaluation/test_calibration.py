@@ -93,6 +93,7 @@ def answers():
     return record(tiny.target(), tiny.prompts(5, 17, 30), max_new_tokens=20, spare=6)
 
 
+@pytest.mark.slow
 def test_rollouts_are_the_rounds_that_decoding_takes(answers):
     drafter = cases.loaded("dspark", TreeConfig("chain", size=5))
     found = rollouts(tiny.target(), drafter, answers, batch=3)

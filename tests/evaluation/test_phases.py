@@ -29,6 +29,7 @@ def test_phases_follow_from_the_times_of_programs():
     assert phases_of(ms | {"pass": 5.5}) == plain | {"draft": 5.5, "grow": 0.0}
 
 
+@pytest.mark.slow
 def test_the_programs_are_those_of_a_round():
     drafter = cases.loaded("rnn", TREE)
     parts = phase_programs(tiny.target(), drafter, budget=5, length=20)

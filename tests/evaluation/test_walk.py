@@ -16,6 +16,7 @@ from jaxspec.evaluation import walk as w
 from jaxspec.trees.tree import DraftTree
 from tests import tiny
 from tests.drafters import cases
+from tests.slow import slow_but
 
 SIZE, NEW = 16, 24
 PROMPTS = tiny.prompts(3, 17, 30)
@@ -53,7 +54,7 @@ def recorded(request):
     return sampling, answers, observed
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", slow_but(["path_conditioned", "lookup"], DRAFTERS))
 def test_a_walk_counts_what_decoding_counts(recorded, name):
     sampling, answers, observed = recorded
     drafter = DRAFTERS[name]
@@ -110,6 +111,7 @@ def test_nodes_of_path():
         assert w.nodes_of_path(tree, np.array([path])).tolist() == [nodes]
 
 
+@pytest.mark.slow
 def test_a_hybrid_is_walked_and_has_no_gaps():
     target, drafter = tiny.target(tiny.HYBRID), DRAFTERS["chain"]
     answers = w.record(target, PROMPTS[:1], max_new_tokens=8, spare=16, batch_size=1)
@@ -121,6 +123,7 @@ def test_a_hybrid_is_walked_and_has_no_gaps():
         w.branch_gaps(target, observed, answers, drafter, observed.states[0])
 
 
+@pytest.mark.slow
 def test_the_gap_of_a_branch_is_of_log_probabilities():
     """A drafter that is the target has none; the text is its own greedy answer."""
     target = tiny.target()

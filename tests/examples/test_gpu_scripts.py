@@ -61,6 +61,7 @@ def test_steps_times_whole_rounds(run):
     ]
 
 
+@pytest.mark.slow
 def test_what_is_not_begun_in_time_is_reported_and_done_the_next_time(run):
     status, rows = run("steps", *STEPS, "plain", "--seconds", 0)
     assert status == 0

@@ -19,6 +19,7 @@ from jaxspec.trees.packing import pack_nodes
 from jaxspec.trees.tree import ancestors, causal_bits
 from pallas_kernels.rotary_heads import rotary_heads
 from tests import tiny
+from tests.slow import slow_but
 
 CONFIGS = {"qwen3": tiny.QWEN3, "llama": tiny.LLAMA, "moe": tiny.MOE, "hybrid": tiny.HYBRID}
 PREFIX = tiny.prompts(13)[0]
@@ -42,7 +43,7 @@ def run_chain(target, tokens, cache, start, taps=()):
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(["qwen3", "hybrid"], CONFIGS))
 def test_every_node_equals_the_sequence_of_its_path(name):
     target = tiny.target(CONFIGS[name])
     out = run_chain(target, PREFIX, empty_cache(target.config), 0)
@@ -184,6 +185,7 @@ def test_experts_equal_a_loop_over_tokens_and_choices():
             np.testing.assert_allclose(found[token], expected, atol=2e-3, rtol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_gpu_layout_computes_the_same(name, packed, monkeypatch):

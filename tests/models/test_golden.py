@@ -3,11 +3,12 @@
 import pytest
 
 import jaxspec
+from tests.slow import slow_but
 
 CASES = ("jetspec_a", "dflash_a", "dspark_vanilla", "dspark_rnn", "treeflash_a")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(["jetspec_a"], CASES))
 def test_greedy_continuation(golden, name):
     folder, trace = golden(name)
     target = jaxspec.load_target(folder / "target")

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # A process of its own, because the number of devices is fixed when JAX starts.
 SCRIPT = """
 import dataclasses, functools
@@ -133,11 +135,13 @@ def run(script):
     )
 
 
+@pytest.mark.slow
 def test_gated_delta_nets_are_cut_by_head_and_no_state_moves():
     done = run(HYBRID)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_experts_and_vocabulary_are_cut_over_the_mesh():
     done = run(SCRIPT)
     assert done.returncode == 0, done.stderr[-2000:]

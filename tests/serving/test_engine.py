@@ -238,6 +238,7 @@ def test_an_adaptive_schedule_needs_a_drafter_and_older_survivals():
         Adaptive(age=0)
 
 
+@pytest.mark.slow
 def test_rejection_sampling_keeps_greedy_requests_exact():
     engine = engines.engine(
         engines.DRAFTERS["survival chain"], rejection=True, slots=1, max_nodes=4

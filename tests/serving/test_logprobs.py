@@ -49,6 +49,7 @@ def check(found, tokens, law, top):
         np.testing.assert_allclose([x for _, x in one.top], -np.sort(-row)[:top], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_of_a_crowded_engine():
     """Beside others, packed and in trees; the tokens are those of requests that do not ask."""
     engine = engines.engine(schedule=Fixed(), slots=2, budget=4)

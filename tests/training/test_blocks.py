@@ -17,6 +17,7 @@ from jaxspec.training.blocks import before_labels, sample_anchors, supervised_sl
 from jaxspec.training.features import target_features
 from jaxspec.training.losses import LossConfig, drafter_loss
 from jaxspec.training.vocabulary_loss import Mixture
+from tests.slow import slow_but
 
 
 def row(text):
@@ -56,6 +57,7 @@ def test_supervision_ends_at_the_first_token_that_is_not():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal, window", [(False, None), (True, 6)])
 def test_attention_in_chunks_is_attention_at_once(causal, window):
     """Five anchors, two at a time; at once they are compared with decoding in test_block."""
@@ -86,7 +88,7 @@ def test_attention_in_chunks_is_attention_at_once(causal, window):
         np.testing.assert_allclose(ours, plain, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["dspark_vanilla", "dspark_rnn"])
+@pytest.mark.parametrize("name", slow_but(["dspark_vanilla"], ["dspark_vanilla", "dspark_rnn"]))
 def test_training_step_of_the_original(golden, name):
     folder, trace = golden(name)
     expected = trace["train"]

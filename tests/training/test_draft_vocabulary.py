@@ -170,6 +170,7 @@ def ids_of(folder):
     return np.asarray(load(folder).params.vocabulary.kept).tolist()
 
 
+@pytest.mark.slow
 def test_the_drafter_is_exported_with_its_tokens(run):
     written = json.loads((run / "draft_vocabulary.json").read_text())
     ids = most_frequent(tiny.examples(), 12, vocab=VOCAB, always=(EOS,))

@@ -22,6 +22,8 @@ from jaxspec.training.step import init_state, train_step
 from jaxspec.training.trainer import train
 from tests.training import tiny
 
+pytestmark = pytest.mark.slow
+
 TAPS = tiny.DRAFTER.taps
 SHARD = 200 * 3 * 16 * 4  # bytes of 200 tokens
 

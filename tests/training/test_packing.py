@@ -49,6 +49,7 @@ def test_features_are_those_of_each_sequence_alone():
             )
 
 
+@pytest.mark.slow
 def test_a_hybrids_states_begin_anew_with_every_sequence():
     """Two sequences of one row, the first one chunk long and cut by padding, the second two."""
     target, chunk = hybrid.target(hybrid.HYBRID), 8
@@ -93,6 +94,7 @@ def test_losses_and_gradients_are_those_of_sequences_in_their_own_rows(window, c
     )
 
 
+@pytest.mark.slow
 def test_a_packed_run_resumes_and_reads_kept_features(tmp_path):
     config = dataclasses.replace(tiny.CONFIG, packed=256, batch_size=4, steps=6, anchors=16)
     examples = tiny.examples()

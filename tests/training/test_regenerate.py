@@ -67,6 +67,7 @@ def answers(target, requests, **options):
     return found
 
 
+@pytest.mark.slow
 def test_rows_are_refilled_and_answers_are_those_of_generate(target):
     prompts = [[0, 2 + i, 3, 1, 0] for i in range(9)]
     keys = [jax.random.fold_in(jax.random.key(5), i) for i in range(9)]

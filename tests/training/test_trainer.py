@@ -137,6 +137,7 @@ def losses(folder):
     return [line["loss"] for line in steps_of(folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "processes"),
     [
@@ -375,6 +376,7 @@ def test_every_head_is_trained_and_exported(tmp_path, head):
     assert all((after[name] != before[name]).any() for name in before)
 
 
+@pytest.mark.slow
 def test_a_drafter_is_trained_for_a_hybrid_target(tmp_path):
     net = DeltaNetConfig(layers=(0, 2), key_heads=2, value_heads=4, key_dim=4, value_dim=4)
     config = dataclasses.replace(
