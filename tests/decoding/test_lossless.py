@@ -15,6 +15,7 @@ from jaxspec.drafters.plain import Plain
 from jaxspec.drafters.small_model import SmallModel
 from jaxspec.models.params import random_params
 from tests import tiny
+from tests.slow import slow_but
 
 SMALL = tiny.target(tiny.LLAMA, seed=5)
 DRAFTERS = {
@@ -32,6 +33,7 @@ DRAFTERS = {
     ),
     "itself": LoadedDrafter(SmallModel(tiny.QWEN3), tiny.target().params),
 }
+QUICK = ("plain padded to 2", "random", "lookup", "small tree and lookup", "itself")
 GREEDY = Sampling()
 SAMPLED = Sampling(temperature=0.7)
 FILTERED = Sampling(temperature=1.0, top_k=8, top_p=0.9, min_p=0.02)
@@ -48,7 +50,7 @@ def outputs(drafter=None, prompts=PROMPTS, target=None, **options):
 @pytest.mark.parametrize(
     "sampling", [GREEDY, SAMPLED, FILTERED], ids=["greedy", "T", "filters"]
 )
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", slow_but(QUICK, DRAFTERS))
 def test_speculative_equals_plain(name, sampling):
     assert outputs(DRAFTERS[name], sampling=sampling) == outputs(sampling=sampling)
 

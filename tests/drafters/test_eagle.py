@@ -50,7 +50,9 @@ def observed(drafter, params, taps, tokens, parts):
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
-@pytest.mark.parametrize("parts", [(LENGTH,), (1, 3, 1, 4)])
+@pytest.mark.parametrize(
+    "parts", [pytest.param((LENGTH,), marks=pytest.mark.slow), (1, 3, 1, 4)]
+)
 def test_a_chain(kind, parts):
     """However the prefix was committed, the logits are those of rows run one by one."""
     drafter, params = EagleDrafter(cases.KINDS[kind], CHAIN), cases.params(kind, reduced=True)

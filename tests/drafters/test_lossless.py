@@ -11,6 +11,7 @@ from jaxspec.decoding.sampling import Sampling
 from jaxspec.loading import load_drafter
 from tests import tiny
 from tests.drafters import cases
+from tests.slow import slow_but
 
 PROMPTS = tiny.prompts(1, 5, 17, 30)
 SAMPLINGS = [
@@ -43,7 +44,7 @@ def outputs(**options):
     return [completion.token_ids for completion in done]
 
 
-@pytest.mark.parametrize("kind", TREES)
+@pytest.mark.parametrize("kind", slow_but(["dspark", "rnn", "jetspec"], TREES))
 def test_speculative_equals_plain(plain, kind):
     assert outputs(drafter=cases.loaded(kind, TREES[kind])) == plain
 

@@ -67,9 +67,8 @@ def test_a_hybrids_states_begin_anew_with_every_sequence():
             np.testing.assert_allclose(got[0, kept], expected[0, : len(sequence)], atol=5e-5)
 
 
-@pytest.mark.parametrize(
-    "window, causal", [pytest.param(None, False, marks=pytest.mark.slow), (16, True)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("window, causal", [(None, False), (16, True)])
 def test_losses_and_gradients_are_those_of_sequences_in_their_own_rows(window, causal):
     """With every candidate an anchor, both train on the same blocks."""
     drafter = dataclasses.replace(tiny.DRAFTER, window=window, causal=causal)
