@@ -29,7 +29,7 @@ def draft_tokens(tensors: DrafterTensors, raw: dict[str, Any], vocab: int) -> np
       ValueError: `d2t`, `t2d` and `draft_vocab_size` disagree, or name tokens that the target
         lacks.
     """
-    kept, wanted = _named_tokens(tensors, vocab), raw.get("draft_vocab_size") or vocab
+    kept, wanted = named_tokens(tensors, vocab), raw.get("draft_vocab_size") or vocab
     found = vocab if kept is None else len(kept)
     if found != wanted:
         holds = f"names {found} tokens" if kept is not None else "is missing"
@@ -48,7 +48,12 @@ def draft_tokens(tensors: DrafterTensors, raw: dict[str, Any], vocab: int) -> np
     return kept
 
 
-def _named_tokens(tensors: DrafterTensors, vocab: int) -> np.ndarray | None:
+def named_tokens(tensors: DrafterTensors, vocab: int) -> np.ndarray | None:
+    """The tokens that `d2t` names, ascending ids; None without it.
+
+    Raises:
+      ValueError: it and `t2d` disagree, or name tokens that the target lacks.
+    """
     if OFFSETS not in tensors.shapes:
         return None
     offsets = tensors.read(OFFSETS)

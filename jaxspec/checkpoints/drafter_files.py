@@ -60,6 +60,7 @@ class DrafterTensors:
             self.names[name] = old
         self.shapes = {name: self.tensors.shapes[old] for name, old in self.names.items()}
         self.rows: dict[str, slice] = {}
+        self.places: dict[str, np.ndarray] = {}
 
     def split_fused(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Puts the tensors that a fused one holds in its place (`FUSED`).
@@ -96,9 +97,28 @@ class DrafterTensors:
                 self.rows[part] = slice(first, first + count)
                 first += count
 
+    def spread(self, name: str, places: np.ndarray, rows: int) -> None:
+        """Takes the rows of a tensor for those at `places` of one of so many; the others are 0.
+
+        Raises:
+          ValueError: it has another number of rows.
+        """
+        count, *rest = self.shapes[name]
+        if count != len(places):
+            raise ValueError(
+                f"{self.origin}: tensor '{name}' has {count} rows; expected {len(places)}, one "
+                "for each token of the draft vocabulary"
+            )
+        self.shapes[name], self.places[name] = (rows, *rest), places
+
     def read(self, name: str) -> np.ndarray:
         """Values; each tensor's rows alone of one that was fused."""
-        return self.tensors.read(self.names[name])[self.rows.get(name, slice(None))]
+        stored = self.tensors.read(self.names[name])[self.rows.get(name, slice(None))]
+        if name not in self.places:
+            return stored
+        whole = np.zeros(self.shapes[name], stored.dtype)
+        whole[self.places[name]] = stored
+        return whole
 
 
 def same(name: str, *shape: int) -> tuple[Part, ...]:

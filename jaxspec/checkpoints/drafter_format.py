@@ -68,8 +68,22 @@ class DrafterFormat:
         """The target's tables that a file repeats, and that must be those of the target."""
         return {}
 
-    def check_tensors(self, tensors: DrafterTensors, c: Config) -> None:
-        """Raises ValueError for files of another kind of drafters with the same keys."""
+    def prepare(self, tensors: DrafterTensors, c: Config) -> None:
+        """Gives a file's tensors the shapes of `parts`.
+
+        Raises:
+          ValueError: they are of another kind of drafters with the same keys.
+        """
+
+    def arranged(
+        self, tensors: dict[str, np.ndarray], kept: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        """The inverse: the head's tensors as a file has them.
+
+        Args:
+          kept: the draft vocabulary, ids [V']; None for all.
+        """
+        return tensors
 
     def read_vocabulary(
         self,

@@ -80,7 +80,7 @@ def load_drafter(
     tensors = DrafterTensors(folder, INTEGERS, format.todays_name)
     table, repeated = format.parts(config), format.repeated(target_params)
     tensors.split_fused(expected_shapes(table))
-    format.check_tensors(tensors, config)
+    format.prepare(tensors, config)
     shapes = {name: x.shape for name, x in repeated.items()}
     check_names(tensors, expected_shapes(table) | shapes, format.extra)
     check_repeated(tensors, repeated)
@@ -129,13 +129,14 @@ def save_drafter(
     codec, dtype = format_of(config, name), np.dtype(params.head.fc.dtype)
     own = codec.vocabulary_tensors(vocabulary, config, dtype)
     own |= {name: np.asarray(by_value(x)) for name, x in codec.repeated(vocabulary).items()}
-    size = None if vocabulary.kept is None else len(vocabulary.kept)
+    kept = None if vocabulary.kept is None else np.asarray(vocabulary.kept)
+    size = None if kept is None else len(kept)
     raw = to_json(config, name, str(dtype), kept=size, verifier=verifier)
     temperatures = getattr(params, "temperatures", 1.0)
     if np.any(np.asarray(temperatures) != 1):
         values = np.broadcast_to(temperatures, config.depth)
         raw[TEMPERATURES] = [float(x) for x in values]
-    tensors = written_tensors(params.whole_head, codec.parts(config))
+    tensors = codec.arranged(written_tensors(params.whole_head, codec.parts(config)), kept)
     for name, array in own.items():
         tensors[name] = array if name in INTEGERS else array.astype(dtype)
     tensors = {codec.written_name(name): array for name, array in tensors.items()}

@@ -83,7 +83,7 @@ class EagleFormat(DrafterFormat):
             tensors |= draft_vocabulary.vocabulary_tensors(kept, c.vocab_size)
         return tensors
 
-    def check_tensors(self, tensors, c):
+    def prepare(self, tensors, c):
         one = (c.hidden_size, 2 * c.hidden_size)
         if len(c.taps) != 2 and tensors.shapes.get("fc.weight") == one:
             raise ValueError(

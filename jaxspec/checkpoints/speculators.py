@@ -5,7 +5,8 @@ by flat keys. What differs from z-lab's files:
 
 - layer ids count streams that *enter* a layer, so that they are one more than ours;
 - the number of the target's layers is nowhere, its name is in `speculators_config`;
-- with a reduced vocabulary the file has its own LM head (`draft_vocabulary`).
+- with a reduced vocabulary the file has its own LM head (`draft_vocabulary`), and a Markov head
+  has rows of the drafted tokens alone on its side of the output.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ MISSING = {
 }
 CLASSES = {"dflash": "DFlash", "dflash2": "DFlash2", "dspark": "DSpark"}
 VERSION = "0.9.0"
+MARKOV_OUTPUT = "markov_head.markov_w2.weight"
 # Copies of the target's arrays that older versions wrote; so is a head of a full vocabulary.
 COPIES = (EMBEDDING, "verifier_lm_head.weight", "verifier_norm.weight")
 # Otherwise its recurrence begins there, at a slot that predicts nothing.
@@ -210,15 +212,20 @@ class Speculators(BlockFormat):
             "a selector with a draft vocabulary": kind == "dflash2" and kept is not None,
         }
 
+    def prepare(self, tensors, c):
+        kept = draft_vocabulary.named_tokens(tensors, c.vocab_size)
+        if kept is not None and MARKOV_OUTPUT in tensors.shapes:
+            tensors.spread(MARKOV_OUTPUT, kept, c.vocab_size)
+
+    def arranged(self, tensors, kept):
+        if kept is None or MARKOV_OUTPUT not in tensors:
+            return tensors
+        return tensors | {MARKOV_OUTPUT: tensors[MARKOV_OUTPUT][kept]}
+
     def read_vocabulary(self, tensors, raw, c, target, dtype):
         kept = draft_vocabulary.draft_tokens(tensors, raw, c.vocab_size)
         if kept is None:
             return {}
-        if c.sequential:
-            raise ValueError(
-                f"{tensors.origin}: a sequential head with a reduced vocabulary in "
-                "speculators' format is not supported; expected the target's vocabulary"
-            )
         draft_vocabulary.required(tensors, HEAD, len(kept))
         shape, theirs = (len(kept), c.hidden_size), target.unembed[kept]
         return {

@@ -100,6 +100,20 @@ def test_a_draft_vocabulary_is_spelt_otherwise(tmp_path, target):
     assert tensors["draft_token_ids"].tolist() == kept["kept"].tolist()
 
 
+def test_a_markov_head_keeps_the_rows_of_drafted_tokens(tmp_path, target):
+    folder, loaded = target
+    kept = dict(kept=np.array([1, 2, 4, 5, 8, 9], np.int32))
+    save(tmp_path / "a", cases.KINDS["dspark"], loaded, "dflash", **kept)
+    done = convert_drafter(
+        tmp_path / "a", tmp_path / "b", format="speculators", target=str(folder)
+    )
+    rows = "rows of the Markov head for tokens outside of the draft vocabulary"
+    assert done.lost == (rows, LAYERS)
+    before, after = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    name = "markov_head.markov_w2.weight"
+    np.testing.assert_array_equal(before[name][kept["kept"]], after[name])
+
+
 @pytest.mark.parametrize(
     ("kind", "format", "message"),
     [

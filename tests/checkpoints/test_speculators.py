@@ -91,6 +91,26 @@ def test_a_reduced_vocabulary_has_its_own_head(tmp_path):
         save_drafter(tmp_path / "b", BlockDrafter(KINDS["dflash"], TREE), loaded, "dflash")
 
 
+@pytest.mark.parametrize("kind", ["dspark", "gated"])
+def test_a_markov_head_has_rows_of_the_draft_vocabulary_alone(tmp_path, kind):
+    kept = np.array([1, 2, 4, 5, 8, 9], np.int32)
+    params = save(tmp_path / "a", KINDS[kind], kept)
+    path = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(path)
+    assert tensors["markov_head.markov_w2.weight"].shape == (6, 6)
+    assert tensors["markov_head.markov_w1.weight"].shape == (11, 6)
+    _, loaded = load(tmp_path / "a")
+    jax.tree.map(np.testing.assert_array_equal, loaded.head, params.head)
+    save_drafter(tmp_path / "b", BlockDrafter(KINDS[kind], TREE), loaded, "speculators")
+    again = load_file(tmp_path / "b" / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, again, tensors)
+    save_file(tensors | {"markov_head.markov_w2.weight": np.zeros((11, 6), np.float32)}, path)
+    with pytest.raises(
+        ValueError, match="'markov_head.markov_w2.weight' has 11 rows; expected 6"
+    ):
+        load(tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

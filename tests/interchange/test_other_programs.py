@@ -1,12 +1,5 @@
-"""Drafters trained and exported here, run by z-lab's `dflash` and vLLM's `speculators`.
+"""Drafters trained and exported here, run by z-lab's `dflash` and vLLM's `speculators`."""
 
-The packages contradict this project's, so they run in `.venv-interchange`, which `make parity`
-makes, or in the environment of the Python that $INTERCHANGE_PYTHON names.
-"""
-
-import json
-import os
-import subprocess
 from pathlib import Path
 
 import jax
@@ -24,7 +17,6 @@ from jaxspec.drafters.registry import trained
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.unrolled import unroll
 from jaxspec.drafters.weights import bind, random_weights
-from jaxspec.loading import load_target
 from jaxspec.training.recipe import (
     OptimizerConfig,
     Preset,
@@ -34,30 +26,22 @@ from jaxspec.training.recipe import (
     loss_config,
 )
 from jaxspec.training.trainer import train
-from tests.checkpoints.writing import DENSE, random_tensors, write_folder
-
-ROOT = Path(__file__).parents[2]
-PYTHON = Path(os.environ.get("INTERCHANGE_PYTHON", ROOT / ".venv-interchange/bin/python"))
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.gate,
-    pytest.mark.skipif(not PYTHON.exists(), reason=f"there is no {PYTHON}: run make parity"),
-]
-
-TARGET = DENSE | dict(
-    architectures=["Qwen3ForCausalLM"],
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    head_dim=8,
-    max_position_embeddings=512,
+from tests.interchange.cases import (
+    ANCHOR,
+    LENGTH,
+    TOKENS,
+    features,
+    make_target,
+    prompts,
+    whole_rounds,
 )
+from tests.interchange.running import MARKS, run
+
+pytestmark = MARKS
 PRESET = Preset(mask_token_id=39, layers=2, taps=2, rank=8)
 CHAIN, BLOCK, NEW = TreeConfig("chain", 8), 6, 48
 SIZES = {"dflash": {}, "dflash2": dict(candidates=4, conv_group=8)}
-ANCHOR, LENGTH, STEPS = 20, 128, 3
+STEPS = 3
 OPTIONS = {
     "eagle3": {"ttt_steps": STEPS},
     # All depths of all anchors, none sampled.
@@ -67,15 +51,7 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("interchange")
-    tensors = random_tensors(TARGET)
-    small = {name: x if x.ndim == 1 else 0.3 * x for name, x in tensors.items()}
-    return load_target(str(write_folder(folder / "target", TARGET, small)))
-
-
-def prompts(count):
-    random = np.random.default_rng(1)
-    return [random.integers(0, 39, n).tolist() for n in random.integers(8, 24, count)]
+    return make_target(tmp_path_factory.mktemp("interchange"))
 
 
 @pytest.fixture(scope="module")
@@ -113,27 +89,14 @@ def drafters(target):
 
 
 @pytest.fixture(scope="module")
-def features(drafters):
-    """Outputs of the tapped layers, of any target."""
-    random = np.random.default_rng(0)
-    return {
-        family: random.standard_normal((LENGTH, len(drafter.taps) * 32)).astype(np.float32)
-        for family, (drafter, _) in drafters.items()
-    }
-
-
-TOKENS = np.random.default_rng(2).integers(0, 39, LENGTH).tolist()
-
-
-@pytest.fixture(scope="module")
-def theirs(target, drafters, features):
+def theirs(target, drafters):
     """What the other programs make of the exported folders."""
     folder = Path(target.name).parent
     jobs = {}
     for family, (drafter, params) in drafters.items():
         draft = f"speculators-{family}"
         save_drafter(folder / draft, drafter, params, "speculators", verifier="../target")
-        jobs[draft] = dict(program="speculators", draft=draft, taps=family)
+        jobs[draft] = dict(program="speculators", draft=draft, taps=f"{len(drafter.taps)}")
         if family not in SIZES:  # rows are pairs of a feature and the token after it
             jobs[draft] |= dict(tokens=[*TOKENS[1:], 0], anchors=list(range(LENGTH)))
             jobs[draft]["options"] = OPTIONS[family]
@@ -147,74 +110,60 @@ def theirs(target, drafters, features):
                 prompt=prompt,
                 max_new_tokens=NEW,
             )
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    np.savez(folder / "features.npz", **features)
-    script = Path(__file__).with_name("other_programs.py")
-    environment = {k: x for k, x in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run([PYTHON, script, folder], check=True, env=environment)
-    answers = json.loads((folder / "answers.json").read_text())
-    return answers, dict(np.load(folder / "logits.npz"))
+    return run(folder, jobs, **{str(n): features(n) for n in (2, 3)})
 
 
 @pytest.mark.parametrize("family", SIZES)
 def test_zlab_generates_with_our_drafters_as_we_do(target, drafters, theirs, family):
-    """The same tokens, and as many in every round.
-
-    z-lab shortens the last blocks to the tokens still wanted, which a bidirectional block
-    notices; rounds that begin before those are compared.
-    """
-    ours = generate(
-        target, prompts(2), drafter=LoadedDrafter(*drafters[family]), max_new_tokens=NEW
-    )
-    for i, completion in enumerate(ours):
+    drafter, taus = LoadedDrafter(*drafters[family]), []
+    for i, ours in enumerate(generate(target, prompts(2), drafter=drafter, max_new_tokens=NEW)):
         found = theirs[0][f"{family} {i}"]
-        assert completion.token_ids == found["tokens"]
-        committed = completion.stats.committed
-        begins = np.cumsum([1, *committed[:-1]])
-        full = int(np.sum(begins <= NEW - BLOCK))
-        assert full > 5 and list(committed[:full]) == found["committed"][:full]
-    assert max(x.stats.tau for x in ours) > 2  # rounds of several tokens are among them
+        assert ours.token_ids == found["tokens"]
+        rounds = whole_rounds(ours, BLOCK)
+        assert len(rounds) > 5 and rounds == found["committed"][: len(rounds)]
+        taus.append(ours.stats.tau)
+    assert max(taus) > 2  # rounds of several tokens are among them
 
 
 @pytest.mark.parametrize("family", SIZES)
-def test_speculators_gives_our_logits_of_blocks(drafters, features, theirs, family):
+def test_speculators_gives_our_logits_of_blocks(drafters, theirs, family):
     drafter, params = drafters[family]
     head = bind(drafter.config, params.head)
     blocks = run_blocks(
         head,
         params.vocabulary,
         jnp.array([TOKENS]),
-        jnp.asarray(features[family])[None],
+        jnp.asarray(features(len(drafter.taps)))[None],
         jnp.array([[ANCHOR]]),
     )
     ours = head.logits(params.vocabulary, blocks.stream)[0, 0]
-    found = theirs[1][f"speculators-{family}/0"]  # the anchor's own slot first
+    found = theirs[1][f"speculators-{family}/lm_head/0"]  # the anchor's own slot first
     np.testing.assert_allclose(found[1:], ours, atol=2e-4)
 
 
-def test_speculators_gives_our_logits_of_unrolled_steps(drafters, features, theirs):
+def test_speculators_gives_our_logits_of_unrolled_steps(drafters, theirs):
     drafter, params = drafters["eagle3"]
     head = bind(drafter.config, params.head)
-    taps = jnp.asarray(features["eagle3"])[None]
+    taps = jnp.asarray(features(len(drafter.taps)))[None]
     outputs = unroll(head, params.vocabulary, jnp.array([TOKENS]), taps, steps=STEPS)
     ours = head.logits(params.vocabulary, outputs)[0]
     for step in range(STEPS):
         inside = LENGTH - 1 - step
-        found = theirs[1][f"speculators-eagle3/{step}"]
+        found = theirs[1][f"speculators-eagle3/lm_head/{step}"]
         np.testing.assert_allclose(found[:inside], ours[step, :inside], atol=2e-4)
 
 
 @pytest.mark.parametrize("pair", [6, 60, 100])
-def test_speculators_gives_our_logits_of_all_depths(drafters, features, theirs, pair):
+def test_speculators_gives_our_logits_of_all_depths(drafters, theirs, pair):
     """Their rows are in an order of their own: each of ours is among those of its depth."""
     drafter, params = drafters["peagle"]
-    tokens, taps = jnp.array([TOKENS]), jnp.asarray(features["peagle"])[None]
+    tokens, taps = jnp.array([TOKENS]), jnp.asarray(features(len(drafter.taps)))[None]
     count = jnp.array([pair + 1])
     state = drafter.observe(
         params, drafter.init(params, 1, LENGTH), Committed(tokens, taps, 0 * count, count)
     )
     ours = drafter.logits(params, state, tokens[:, pair + 1], count)[0]
-    found, start = theirs[1]["speculators-peagle/0"], 0
+    found, start = theirs[1]["speculators-peagle/lm_head/0"], 0
     for depth in range(4):
         rows = found[start : start + LENGTH - depth]
         distances = np.sort(np.abs(rows - ours[depth]).max(axis=1))
