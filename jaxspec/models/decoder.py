@@ -247,7 +247,6 @@ def _delta_layer(
     normed = rms_norm(x, params.norm, config.rms_norm_eps)
     inputs = nodes.rectangle(project("bnm,mjw->bnjw", normed, params.inputs))
     out, rows = delta_net(params, config, inputs, state, kin)
-    rows = jax.lax.optimization_barrier(rows)  # as keys and values
     out = nodes.activations(out).reshape(*x.shape[:2], -1)
     return project("bnj,jm->bnm", out, _merge_inputs(params.output)), rows
 

@@ -288,11 +288,14 @@ def tree_delta_rule(
         recalled = jnp.moveaxis(recalled.reshape(*recalled.shape[:3], *v.shape[3:]), 3, 2)
         recalled = recalled * jnp.concatenate([from_root, from_root], axis=-2)
 
-        overlap = jnp.einsum("bijd,bkjd->bjik", k, k)[:, :, None]
+        # k . k and q . k in one product. Without the barrier XLA would join it with the one
+        # above, which reads `both` too, and copy the state beside the keys.
+        alike = jnp.einsum("bnjd,bkjd->bjnk", jax.lax.optimization_barrier(both), k)
+        overlap, seen = alike[:, :, None, :n], alike[:, :, None, n:]
         above = rate * jnp.where(kin.above[:, None, None], kept * overlap, 0.0)  # A
         wanted = rate * (jnp.moveaxis(v, 1, 3) - recalled[..., :n, :])
         updates = wanted if n == 1 else solve(above, wanted)
-        scores = kept * jnp.einsum("bijd,bkjd->bjik", q, k)[:, :, None]
+        scores = kept * seen
         out = recalled[..., n:, :] + jnp.einsum("bjrik,bjrke->bjrie", scores, updates)
         return jnp.moveaxis(out, 3, 1), jnp.moveaxis(updates, 3, 1)
 
