@@ -229,12 +229,13 @@ def logits(devices):
 
 whole, _, _ = logits(1)
 cut, text, params = logits(8)
-layer = params.layers[0]
+experts, layer = params.layers[0].mlp, params.layers[1]
 np.testing.assert_allclose(cut, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
 gathered = re.findall(r"\\[([\\d,]+)\\]\\S* all-gather\\(", text)
 report = dict(gathered=max(int(np.prod([int(n) for n in x.split(",")])) for x in gathered))
 for name, weight in dict(qkv=layer.attention.qkv, out=layer.attention.out,
                          gate_up=layer.mlp.gate_up, down=layer.mlp.down,
+                         expert_gate_up=experts.gate_up, expert_down=experts.down,
                          lm_head=params.lm_head).items():
     report[name] = [weight.values.sharding.shard_shape(weight.values.shape),
                     weight.scale.sharding.shard_shape(weight.scale.shape)]
@@ -244,7 +245,9 @@ print(json.dumps(report))
 
 def test_weights_and_scales_are_cut_over_devices(tmp_path):
     wide = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 384}
-    write(tmp_path, CONFIG | wide | {"vocab_size": 48}, "fp8 blocks", head=True)
+    wide |= {"hidden_size": 32, "head_dim": 16, "vocab_size": 48}
+    wide |= {"num_experts": 8, "moe_intermediate_size": 24}
+    write(tmp_path, MIXTURE | wide, "fp8 blocks", head=True)
     (report,) = run_script(SCRIPT, tmp_path, 1)  # 4 x 2 devices
     assert report == {
         "gathered": 1920,  # channels of five nodes; a weight has 8192 values or more
@@ -252,5 +255,7 @@ def test_weights_and_scales_are_cut_over_devices(tmp_path):
         "out": [[32, 1, 2, 16], [8, 1, 2, 2]],
         "gate_up": [[2, 48, 32], [2, 12, 4]],
         "down": [[32, 48], [8, 2]],
+        "expert_gate_up": [[1, 2, 24, 32], [1, 2, 6, 4]],
+        "expert_down": [[1, 32, 24], [1, 8, 1]],
         "lm_head": [[6, 32], [3, 4]],
     }
