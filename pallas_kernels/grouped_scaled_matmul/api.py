@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
@@ -16,7 +15,7 @@ def grouped_scaled_matmul(
     group_sizes: Int[Array, " E"],
     *,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "R O"]:
     """See `grouped_scaled_matmul_reference` for shapes and meaning, and for its derivative.
 
     Args:
