@@ -59,7 +59,7 @@ def main() -> int:
     jaxspec.enable_compilation_cache()
     console, chosen = Console(), fastest()
     console.print(Panel(args.prompt, title="prompt"))
-    equal = True
+    equal, rates = True, {}
     for dtype in dict.fromkeys((chosen.dtype, "float32")):
         with console.status("") as status:
             done = both(args, dtype, status.update)
@@ -72,6 +72,7 @@ def main() -> int:
                 below = f"{rate:.1f} tokens/s, tau {tau:.2f}"
                 panels.append(Panel(answer.text, title=f"{name}, {dtype}", subtitle=below))
             console.print(Columns(panels, equal=True, expand=True))
+        rates[dtype] = plain.tokens_per_second, drafted.tokens_per_second
         same = plain.token_ids == drafted.token_ids
         equal &= same or dtype != "float32"
         tokens = "the same tokens" if same else "other tokens (near-ties)"
@@ -81,6 +82,11 @@ def main() -> int:
             f"{dtype}: {plain.stats.rounds} forwards became {drafted.stats.rounds}, "
             f"{speed:.2f}x plain decoding's speed; {tokens}"
         )
+    plain, drafted = (max(column) for column in zip(*rates.values(), strict=True))
+    console.print(
+        f"fastest of both: plain {plain:.1f} tokens/s, drafted {drafted:.1f}: "
+        f"{drafted / plain:.2f}x"
+    )
     return 0 if equal else 1
 
 

@@ -31,6 +31,7 @@ def test_generate_proves_that_tokens_are_the_same(target, monkeypatch, capsys):
     assert generate.main() == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "float32: " in out and "the same tokens, as it must be" in out
+    assert "fastest of both: plain " in out
 
 
 def test_defaults_have_a_row_per_way(target, monkeypatch, capsys, tmp_path):
