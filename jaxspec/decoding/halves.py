@@ -90,6 +90,9 @@ def judge_rows(
     draft = restricted(drafted.draft, allowed)
     if isinstance(schedule, Fixed):
         return whole_round(decoder, params, batch, habit, draft, sizes)
+
+    def drafts(batch):
+        return batch, draft
+
     chosen = drafted.size, drafted.pays, draft.allowed[:, :1]
-    drafts = lambda batch: (batch, draft)  # noqa: E731
     return sized_round(decoder, params, batch, habit, drafts, times, sizes, *chosen)
