@@ -50,6 +50,7 @@ h100-tests: $(H100)/ready
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 \
 		$(H100)/bin/python -m pytest -m "h100 and not gate" -n 2 --dist worksteal $(H100_TESTS)
 
+# Whole rounds, and the plans of more presets and numbers of devices: longer.
 h100-rounds: $(H100)/ready
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 \
 		$(H100)/bin/python -m pytest -m "h100 and gate" tests/planning

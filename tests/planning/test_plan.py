@@ -200,9 +200,18 @@ def test_the_default_target_has_a_plan(smollm2_path, capsys):
 UNREAD = 64
 
 
+def gated(values, quick):
+    """Those that are not quick have the marker `gate`: `make h100-rounds`."""
+    gate = pytest.mark.gate
+    return [v if quick(v) else pytest.param(v, marks=gate) for v in values]
+
+
+NAMES = [name for name in PRESETS if "qwen3-" in name]
+
+
 @pytest.mark.h100
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", [name for name in PRESETS if "qwen3-" in name])
+@pytest.mark.parametrize("devices", gated([1, 2, 4, 8], lambda count: count in (1, 8)))
+@pytest.mark.parametrize("name", gated(NAMES, lambda name: "2507" not in name))
 def test_figures_are_those_of_the_compiled_program(name, devices):
     context = 65_536 if name.endswith("2507") else 4096  # else the 2507 are the same again
     found = plan(setup(name, devices=devices, context=context), ("round",))
