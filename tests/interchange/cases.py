@@ -2,8 +2,13 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.drafters.eagle import EagleDrafter, EagleParams
+from jaxspec.drafters.unrolled import unroll
+from jaxspec.drafters.weights import bind
 from jaxspec.loading import load_target
 from jaxspec.models.target import Target
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
@@ -49,3 +54,11 @@ def whole_rounds(completion, block: int) -> list[int]:
     committed = completion.stats.committed
     begins = np.cumsum([1, *committed[:-1]])
     return list(committed[: int(np.sum(begins <= len(completion.token_ids) - block))])
+
+
+def unrolled_logits(drafter: EagleDrafter, params: EagleParams, *, steps: int) -> jax.Array:
+    """Logits [steps, LENGTH, V'] of a drafter that reads its own outputs."""
+    head = bind(drafter.config, params.head)
+    taps = jnp.asarray(features(len(drafter.taps)))[None]
+    outputs = unroll(head, params.vocabulary, jnp.array([TOKENS]), taps, steps=steps)
+    return head.logits(params.vocabulary, outputs)[0]

@@ -13,7 +13,6 @@ from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.teacher_forced import run_blocks
-from jaxspec.drafters.unrolled import unroll
 from jaxspec.drafters.weights import bind
 from tests.drafters.test_golden import CAPACITY, tapped
 from tests.interchange.cases import (
@@ -27,6 +26,7 @@ from tests.interchange.cases import (
     features,
     make_target,
     prompts,
+    unrolled_logits,
 )
 from tests.interchange.running import MARKS, run
 
@@ -279,11 +279,7 @@ def test_speculators_blocks_have_our_logits(case, name):
 
 @pytest.mark.parametrize("name", [name for name in EAGLES if "peagle" not in name])
 def test_speculators_steps_have_our_logits(case, name):
-    drafter, params = load(case, f"speculators {name}")
-    head = bind(drafter.config, params.head)
-    taps = jnp.asarray(features(len(drafter.taps)))[None]
-    outputs = unroll(head, params.vocabulary, jnp.array([TOKENS]), taps, steps=STEPS)
-    ours = head.logits(params.vocabulary, outputs)[0]
+    ours = unrolled_logits(*load(case, f"speculators {name}"), steps=STEPS)
     for step in range(STEPS):
         inside = LENGTH - 1 - step
         theirs = case[4][f"speculators {name}/lm_head/{step}"]

@@ -15,7 +15,6 @@ from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.eagle_head import ParallelEagleConfig
 from jaxspec.drafters.registry import trained
 from jaxspec.drafters.teacher_forced import run_blocks
-from jaxspec.drafters.unrolled import unroll
 from jaxspec.drafters.weights import bind, random_weights
 from jaxspec.training.recipe import (
     OptimizerConfig,
@@ -33,6 +32,7 @@ from tests.interchange.cases import (
     features,
     make_target,
     prompts,
+    unrolled_logits,
     whole_rounds,
 )
 from tests.interchange.running import MARKS, run
@@ -142,11 +142,7 @@ def test_speculators_gives_our_logits_of_blocks(drafters, theirs, family):
 
 
 def test_speculators_gives_our_logits_of_unrolled_steps(drafters, theirs):
-    drafter, params = drafters["eagle3"]
-    head = bind(drafter.config, params.head)
-    taps = jnp.asarray(features(len(drafter.taps)))[None]
-    outputs = unroll(head, params.vocabulary, jnp.array([TOKENS]), taps, steps=STEPS)
-    ours = head.logits(params.vocabulary, outputs)[0]
+    ours = unrolled_logits(*drafters["eagle3"], steps=STEPS)
     for step in range(STEPS):
         inside = LENGTH - 1 - step
         found = theirs[1][f"speculators-eagle3/lm_head/{step}"]

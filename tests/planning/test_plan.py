@@ -1,6 +1,7 @@
 """Plans: what fits where, from shapes; and against the compiled programs themselves."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -17,6 +18,7 @@ from jaxspec.planning.plan import plan
 from jaxspec.planning.setup import Setup, published_drafter
 from jaxspec.training.recipe import eagle_config
 from pallas_kernels.h100.target import BYTES_PER_SECOND, MEMORY_BYTES
+from tests.slow import slow_but
 
 
 def setup(name, *, nodes=64, **options):
@@ -200,18 +202,15 @@ def test_the_default_target_has_a_plan(smollm2_path, capsys):
 UNREAD = 64
 
 
-def gated(values, quick):
-    """Those that are not quick have the marker `gate`: `make h100-rounds`."""
-    gate = pytest.mark.gate
-    return [v if quick(v) else pytest.param(v, marks=gate) for v in values]
-
-
+# All of them: `make h100-rounds`.
 NAMES = [name for name in PRESETS if "qwen3-" in name]
+SHAPES = [name for name in NAMES if "2507" not in name]  # those are of the same shapes
+gate = functools.partial(slow_but, mark=pytest.mark.gate)
 
 
 @pytest.mark.h100
-@pytest.mark.parametrize("devices", gated([1, 2, 4, 8], lambda count: count in (1, 8)))
-@pytest.mark.parametrize("name", gated(NAMES, lambda name: "2507" not in name))
+@pytest.mark.parametrize("devices", gate([1, 8], [1, 2, 4, 8]))
+@pytest.mark.parametrize("name", gate(SHAPES, NAMES))
 def test_figures_are_those_of_the_compiled_program(name, devices):
     context = 65_536 if name.endswith("2507") else 4096  # else the 2507 are the same again
     found = plan(setup(name, devices=devices, context=context), ("round",))
