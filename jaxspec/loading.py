@@ -235,7 +235,7 @@ def enable_compilation_cache(folder: str | Path | None = None) -> Path | None:
         )
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
 
 

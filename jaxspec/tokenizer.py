@@ -24,7 +24,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend):
-        """Args: backend: a `transformers.PreTrainedTokenizerFast`."""
+        """Args: backend: a `transformers.PreTrainedTokenizerFast`, or what is called as one."""
         self._backend = backend
         eos = backend.eos_token_id
         self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,)
@@ -81,13 +81,12 @@ class Tokenizer:
         )
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens(
-            [tokenizers.AddedToken(tokens[i], special=True, normalized=False) for i in special]
+            [
+                tokenizers.AddedToken(tokens[i], special=True, normalized=False)
+                for i in (*special, eos)
+            ]
         )
-        return cls(
-            _transformers().PreTrainedTokenizerFast(
-                tokenizer_object=tokenizer, eos_token=tokens[eos], chat_template=chat_template
-            )
-        )
+        return cls(_Plain(tokenizer, eos, chat_template))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, with or without the special tokens the model expects around a text."""
@@ -235,6 +234,33 @@ class Tokenizer:
     def _fast(self):
         """The `tokenizers.Tokenizer` behind it, if there is one."""
         return getattr(self._backend, "backend_tokenizer", None)
+
+
+class _Plain:
+    """A `tokenizers.Tokenizer`, called as one of transformers: that takes seconds to import,
+    and does more than the other for chats alone."""
+
+    def __init__(self, tokenizer, eos: int, chat_template: str | None):
+        self.backend_tokenizer, self.eos_token_id = tokenizer, eos
+        self.chat_template = chat_template
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool, **_) -> str:
+        return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(self, messages, **options):
+        return self._whole.apply_chat_template(messages, **options)
+
+    @functools.cached_property
+    def _whole(self):
+        tokenizer, eos = self.backend_tokenizer, self.eos_token_id
+        return _transformers().PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            eos_token=tokenizer.id_to_token(eos),
+            chat_template=self.chat_template,
+        )
 
 
 @functools.cache

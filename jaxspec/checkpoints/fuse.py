@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
@@ -26,6 +27,7 @@ Box = tuple[tuple[int, int], ...]  # first and one past the last, per axis
 ALIGNMENT = 64  # bytes; JAX on the CPU adopts an aligned buffer instead of copying it
 LARGEST = 1e6  # of any weight; those of trained models stay below a few thousand
 LARGE = 1_000_000_000  # bytes; loading more shows progress
+READERS = 2  # arrays at a time; of large checkpoints one, for the sake of memory
 
 
 class Tensors(Protocol):
@@ -133,7 +135,7 @@ def build(tensors: Tensors, table: Any, specs: Any, mesh: Mesh | None = None) ->
         total=total, desc="weights", unit="B", unit_scale=True, disable=hidden
     ) as progress:
 
-        def array(spec, local, parts):
+        def read(spec, local, parts):
             shards = {
                 box: _aligned_empty([stop - start for start, stop in box], spec.dtype)
                 for box in local.devices
@@ -141,9 +143,14 @@ def build(tensors: Tensors, table: Any, specs: Any, mesh: Mesh | None = None) ->
             for part in parts:
                 for count in _place(tensors, part, spec.shape, shards):
                     progress.update(count * spec.dtype.itemsize)
-            return local.join(spec.shape, shards)
+            return shards
 
-        return jax.tree.map(array, specs, boxes, table)
+        leaves, tree = jax.tree.flatten(specs)
+        places, parts = (tree.flatten_up_to(x) for x in (boxes, table))
+        with ThreadPoolExecutor(READERS) as readers:
+            each = (map if total >= LARGE else readers.map)(read, leaves, places, parts)
+            made = zip(leaves, places, each, strict=True)
+            return tree.unflatten([at.join(spec.shape, shards) for spec, at, shards in made])
 
 
 def check_dtype(dtype) -> np.dtype:
@@ -160,12 +167,14 @@ def check_dtype(dtype) -> np.dtype:
 
 def check_weights(values: np.ndarray, name: str, origin: str) -> None:
     """Raises ValueError if a tensor, in the dtype asked for, holds what no weight can be."""
-    if not np.isfinite(values).all():
+    # Magnitudes are in the order of their bits, NaN last: ten times as fast as max and min.
+    bits = values.view(f"u{values.itemsize}") & ((1 << 8 * values.itemsize - 1) - 1)
+    most = float(bits.max(initial=0).reshape(1).view(values.dtype)[0])
+    if not math.isfinite(most):
         raise ValueError(
             f"{origin}: tensor '{name}' holds NaN or infinity as {values.dtype}; the "
             "checkpoint is damaged, or its values need a wider dtype"
         )
-    most = max(float(values.max(initial=0)), -float(values.min(initial=0)))
     if most > LARGEST:
         raise ValueError(
             f"{origin}: tensor '{name}' holds {most:.3g}; no weight is beyond "

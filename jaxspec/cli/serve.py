@@ -171,10 +171,23 @@ class Serve:
             top_logprobs=self.top_logprobs,
             prefix_cache_mb=self.prefix_cache_mb,
         )
-        return Engine(target, drafter, config, curve=curve)
+        return Engine(target, drafter, config, curve=curve, kept=kept_programs())
 
     def _names(self, target: str) -> tuple[str, ...]:
         last = Path(target).absolute().name.removesuffix(".gguf")
         # A path tells where files lie, which is nobody's business.
         first = last if Path(target).exists() else target
         return self.served_model_name or tuple(dict.fromkeys((first, target, last)))
+
+
+def kept_programs():
+    """Where an engine's programs are kept for the next start; nowhere without a cache."""
+    from jaxspec.checkpoints import catalog
+    from jaxspec.dtypes import cpu_id
+    from jaxspec.serving.kept_programs import KeptPrograms
+
+    try:
+        folder = catalog.cache_dir() / "programs"
+    except OSError:  # `enable_compilation_cache` has warned
+        folder = None
+    return KeptPrograms(folder, cpu_id())

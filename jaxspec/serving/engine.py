@@ -27,11 +27,11 @@ from jaxspec.drafters.plain import PLAIN
 from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.grammars import Matcher
+from jaxspec.serving.kept_programs import KeptPrograms
 from jaxspec.serving.prefix_cache import Page
 from jaxspec.serving.programs import Programs
 from jaxspec.serving.readiness import Readiness
 from jaxspec.serving.requests import QueueFull, Request, TokenLogProb, Update, read_logprobs
-from jaxspec.serving.rows import move_rows, place_row, recent_logprobs, recent_tokens, stop_rows
 
 SHRINK_AFTER = 8  # rounds with too many rows
 
@@ -105,11 +105,15 @@ class Engine:
         config: EngineConfig = EngineConfig(),  # noqa: B008
         *,
         curve: Curve | None = None,
+        kept: KeptPrograms | None = None,
     ):
-        """Raises ValueError: see `EngineConfig.resolved` and `Curve.check`."""
+        """Args: kept: where its programs may be found, for this engine alone.
+
+        Raises ValueError: see `EngineConfig.resolved` and `Curve.check`.
+        """
         self.target, self.drafter = target, drafter
         self.config = config.resolved(target.config, drafter.drafter.size)
-        self._programs = Programs(target, drafter, self.config)
+        self._programs = Programs(target, drafter, self.config, kept or KeptPrograms())
         self.ready = Readiness(self._programs, curve)
         self._prefixes = self._programs.prefix_cache()
         self._lock = threading.Lock()
@@ -218,6 +222,12 @@ class Engine:
         waiting = self._cancelled or (self._waiting and begins)
         return bool(waiting or self._prompt or any(self._rows) or grown)
 
+    @property
+    def pressed(self) -> bool:
+        """Whether a request waits for a row, or for programs of grammars."""
+        prompt = self._prompt
+        return self.ready.lacks_grammars or (prompt is not None and prompt.batch is not None)
+
     def device_bytes(self) -> int:
         """Bytes of the arrays held for requests; weights are not among them."""
         held = [self._batch]
@@ -294,7 +304,7 @@ class Engine:
                 return []
             updates = self._first_token(prompt)
         if self._prompt is not None and (row := self._free_row()) is not None:
-            self._batch = place_row(self._batch, prompt.batch, np.int32(row))
+            self._batch = self._programs.place_row(self._batch, prompt.batch, row)
             self._rows[row], self._prompt = prompt.running, None
         return updates
 
@@ -365,10 +375,10 @@ class Engine:
         else:
             given = *given, self.ready.staircase(rows), self.config.rounds
             self._batch, self._habit = self._programs.decode(*given)
-        width, state = self._programs.width, self._batch.state
-        recent, laws = recent_tokens(self._batch, start, width=width), None
+        state, laws = self._batch.state, None
+        recent = self._programs.recent_tokens(self._batch, start)
         if any(row is not None and row.request.logprobs is not None for row in self._rows):
-            laws = recent_logprobs(self._batch, start, width=width)
+            laws = self._programs.recent_logprobs(self._batch, start)
         recent, laws, length, done, by_size = jax.device_get(
             (recent, laws, state.length, state.done, self._habit.rounds)
         )
@@ -399,7 +409,7 @@ class Engine:
         if rows:
             mask = np.zeros(len(self._rows), bool)
             mask[list(rows)] = True
-            self._batch = stop_rows(self._batch, mask)
+            self._batch = self._programs.stop_rows(self._batch, mask)
 
     def _release(self, rows: Sequence[int], last: Sequence[Update]) -> list[Update]:
         """Frees rows; their last updates, with counts."""
@@ -439,7 +449,7 @@ class Engine:
         taken = [i for i, row in enumerate(self._rows) if row is not None]
         source = np.full(rows, -1, np.int32)
         source[: len(taken)] = taken
-        self._batch = move_rows(self._batch, source)
+        self._batch = self._programs.move_rows(self._batch, source)
         self._rows = [self._rows[i] for i in taken] + [None] * (rows - len(taken))
 
 

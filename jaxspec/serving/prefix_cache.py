@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxspec.decoding.prefill import begin_prefill
 from jaxspec.decoding.state import Decoder, Params, Prefilling
+from jaxspec.serving.kept_programs import KeptPrograms
 from jaxspec.sharding import beside
 
 
@@ -192,12 +193,22 @@ class PrefixCache:
       places: pages that fit.
     """
 
-    def __init__(self, decoder: Decoder, params: Params, capacity: int, megabytes: float):
-        """Args: capacity: of the prompts' rows; megabytes: of memory, for the pool.
+    def __init__(
+        self,
+        decoder: Decoder,
+        params: Params,
+        capacity: int,
+        megabytes: float,
+        *,
+        kept: KeptPrograms,
+    ):
+        """Args:
+          capacity: of the prompts' rows.
+          megabytes: of memory, for the pool.
 
         Raises ValueError when not one page fits.
         """
-        self._shape = PageShape.of(decoder, params)
+        self._kept, self._shape = kept, PageShape.of(decoder, params)
         self.chunk, self._most = decoder.chunk, capacity // decoder.chunk
         make = functools.partial(empty_pool, decoder, shape=self._shape)
         one = jax.eval_shape(functools.partial(make, places=1), params)
@@ -208,7 +219,9 @@ class PrefixCache:
                 f"prefix_cache_mb is {megabytes:g}; a page of {self.chunk} tokens takes "
                 f"{size:.2g}. Give it more, or 0 to keep no prefixes"
             )
-        self._pool = beside(make(params, places=self.places), params)
+        shape, given = self._shape, ((decoder,), (params,))
+        pool = kept.call(empty_pool, (), lambda: one, *given, shape=shape, places=self.places)
+        self._pool = beside(pool, params)
         self._index = PrefixIndex(self.places, self.chunk)
 
     def __len__(self) -> int:
@@ -243,11 +256,14 @@ class PrefixCache:
         self._load(prefilling, [])
 
     def _save(self, prefilling: Prefilling, i: int, place: int) -> None:
-        at = np.int32(i), np.int32(place)
-        self._pool = save_page(self._pool, prefilling, *at, shape=self._shape)
+        given = self._pool, prefilling, np.int32(i), np.int32(place)
+        self._pool = self._run(save_page, lambda: self._pool, *given)
 
     def _load(self, prefilling: Prefilling, chain: Sequence[Page]) -> Prefilling:
         places = np.zeros(self._most, np.int32)
         places[: len(chain)] = [page.place for page in chain]
-        count = np.int32(len(chain))
-        return load_pages(self._pool, prefilling, places, count, shape=self._shape)
+        given = self._pool, prefilling, places, np.int32(len(chain))
+        return self._run(load_pages, lambda: prefilling, *given)
+
+    def _run(self, function: Callable, like: Callable, *arrays: Any) -> Any:
+        return self._kept.call(function, (), like, (), arrays, shape=self._shape)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.decoding.budget import StepTimes
 from jaxspec.decoding.curve import only, setup_of, take_turn
 from jaxspec.decoding.fitting import VerifySize, doubling_sizes
 from jaxspec.decoding.halves import draft_rows, judge_rows
+from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.requests import capacity_for, decoder_for, pack
 from jaxspec.decoding.schedule import Adaptive, Batch, Habit, decode_rows, init_habit
 from jaxspec.decoding.state import Prefilling, Requests
@@ -21,6 +22,7 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.grammars import ALL, Matcher, allowed_tokens
+from jaxspec.serving.kept_programs import KeptPrograms
 from jaxspec.serving.prefix_cache import PrefixCache
 from jaxspec.serving.requests import Request
 from jaxspec.serving.rows import (
@@ -47,13 +49,20 @@ class Programs:
       buckets: numbers of rows that a batch may have, ascending.
       sizes: verify sizes by number of rows.
       width: maximum tokens that a burst decides per row.
+      kept: all but those of grammars.
     """
 
-    def __init__(self, target: Target, drafter: LoadedDrafter, config: EngineConfig):
+    def __init__(
+        self,
+        target: Target,
+        drafter: LoadedDrafter,
+        config: EngineConfig,
+        kept: KeptPrograms,
+    ):
         """Args: config: resolved."""
-        decoder, self._params = decoder_for(
-            target, drafter, config.implementation, config.rejection
-        )
+        self.kept = kept
+        decoder, params = decoder_for(target, drafter, config.implementation, config.rejection)
+        self._params = kept.bind(params)
         self._decoder = dataclasses.replace(
             decoder, chunk=config.chunk, top_logprobs=config.top_logprobs
         )
@@ -89,12 +98,21 @@ class Programs:
             asked=request.asked,
         )
 
+    @functools.cached_property
+    def _prompt(self) -> Prefilling:
+        """The shapes of `begin_prompt`."""
+        make = functools.partial(begin_prompt, self._decoder, capacity=self._capacity)
+        return jax.eval_shape(make, self._params)
+
     def begin_prompt(self) -> Prefilling:
-        empty = begin_prompt(self._decoder, self._params, capacity=self._capacity)
+        empty = self._run(
+            begin_prompt, (), lambda: self._prompt, self._params, capacity=self._capacity
+        )
         return beside(empty, self._params)
 
     def run_chunk(self, requests: Requests, i: int, prefilling: Prefilling) -> Prefilling:
-        return run_chunk(self._decoder, self._params, requests, np.int32(i), prefilling)
+        given = self._params, requests, np.int32(i), prefilling
+        return self._run(run_chunk, (), lambda: prefilling, *given)
 
     def end_prompt(
         self, requests: Requests, prefilling: Prefilling, allowed: np.ndarray | None = None
@@ -103,9 +121,8 @@ class Programs:
         held = prefilling.cache, prefilling.drafter, prefilling.logprobs
         age = self._config.schedule.age
         allowed = None if allowed is None else allowed[None, None]
-        return end_prompt(
-            self._decoder, self._params, requests, prefilling.final, held, allowed, age=age
-        )
+        given = self._params, requests, prefilling.final, held, allowed
+        return self._run(end_prompt, allowed is None, lambda: self._row, *given, age=age)
 
     def prefix_cache(self) -> PrefixCache | None:
         """Room for prefixes; None where none are kept.
@@ -114,18 +131,25 @@ class Programs:
         """
         megabytes = self._config.prefix_cache_mb
         if megabytes is None:
-            row = jax.eval_shape(self.begin_prompt)
-            row = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(row))
+            row = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._prompt))
             megabytes = self._config.slots * row / 2 / 2**20
         if not megabytes:
             return None
-        return PrefixCache(self._decoder, self._params, self._capacity, megabytes)
+        made = self._decoder, self._params, self._capacity, megabytes
+        return PrefixCache(*made, kept=self.kept)
 
     def empty(self, rows: int) -> Batch:
         """A batch whose rows are all free."""
-        age, capacity = self._config.schedule.age, self._capacity
-        empty = empty_rows(self._decoder, self._params, rows=rows, capacity=capacity, age=age)
+        options = dict(rows=rows, capacity=self._capacity, age=self._config.schedule.age)
+        empty = self._run(empty_rows, rows, lambda: self._row, self._params, **options)
         return beside(empty, self._params)
+
+    @functools.cached_property
+    def _row(self) -> Batch:
+        """The shapes of a batch of one row."""
+        age, capacity = self._config.schedule.age, self._capacity
+        make = functools.partial(empty_rows, self._decoder, rows=1, capacity=capacity, age=age)
+        return jax.eval_shape(make, self._params)
 
     def habit(self) -> Habit:
         """The habit before the first round."""
@@ -149,16 +173,37 @@ class Programs:
     ) -> tuple[Batch, Habit]:
         """See `decode_rows`."""
         sizes, times = staircase
-        return decode_rows(
-            self._decoder,
-            self._params,
-            batch,
-            habit,
-            times,
-            np.int32(rounds),
-            schedule=self._config.schedule,
-            sizes=sizes,
-        )
+        given = self._params, batch, habit, times, np.int32(rounds)
+        which, schedule = (_rows_of(batch), len(sizes)), self._config.schedule
+        options = dict(schedule=schedule, sizes=sizes)
+        return self._run(decode_rows, which, lambda: (batch, habit), *given, **options)
+
+    def place_row(self, batch: Batch, fresh: Batch, row: int) -> Batch:
+        """See `rows.place_row`, as for those below."""
+        given = batch, fresh, np.int32(row)
+        return self.kept.call(place_row, _rows_of(batch), lambda: batch, (), given)
+
+    def move_rows(self, batch: Batch, rows: np.ndarray) -> Batch:
+        which = _rows_of(batch), len(rows)
+        return self.kept.call(move_rows, which, lambda: batch, (), (batch, rows))
+
+    def stop_rows(self, batch: Batch, stopped: np.ndarray) -> Batch:
+        return self.kept.call(stop_rows, len(stopped), lambda: batch, (), (batch, stopped))
+
+    def recent_tokens(self, batch: Batch, start: np.ndarray) -> jax.Array:
+        return self._recent(recent_tokens, lambda: batch.state.tokens, batch, start)
+
+    def recent_logprobs(self, batch: Batch, start: np.ndarray) -> LogProbs | None:
+        return self._recent(recent_logprobs, lambda: batch.state.logprobs, batch, start)
+
+    def _recent(self, function: Callable, like: Callable, batch: Batch, start: np.ndarray):
+        given = batch, start
+        return self.kept.call(function, len(start), like, (), given, width=self.width)
+
+    def _run(
+        self, function: Callable, which: Hashable, like: Callable, *arrays: Any, **options: Any
+    ) -> Any:
+        return self.kept.call(function, which, like, (self._decoder,), arrays, **options)
 
     def restricted_round(
         self,
@@ -188,13 +233,13 @@ class Programs:
         Args: few: as for `staircase`.
         """
         batch = self.compile_rounds(rows, few=few)
-        for recent in (recent_tokens, recent_logprobs):
-            recent(batch, np.zeros(rows, np.int32), width=self.width)
-        batch = place_row(stop_rows(batch, np.ones(rows, bool)), self.empty(1), np.int32(0))
-        move_rows(batch, np.zeros(rows, np.int32))
+        for recent in (self.recent_tokens, self.recent_logprobs):
+            recent(batch, np.zeros(rows, np.int32))
+        batch = self.place_row(self.stop_rows(batch, np.ones(rows, bool)), self.empty(1), 0)
+        self.move_rows(batch, np.zeros(rows, np.int32))
         for fewer in self.buckets[: self.buckets.index(rows)][-1:]:
-            move_rows(self.empty(fewer), np.zeros(rows, np.int32))
-            move_rows(batch, np.zeros(fewer, np.int32))
+            self.move_rows(self.empty(fewer), np.zeros(rows, np.int32))
+            self.move_rows(batch, np.zeros(fewer, np.int32))
 
     def compile_rounds(self, rows: int, *, few: bool = False) -> Batch:
         """Runs rounds of so many rows, of every size; the batch after them."""
@@ -226,9 +271,12 @@ class Programs:
 
     def _half_full(self, rows: int) -> Batch:
         batch = self.empty(rows)
-        length = jnp.full(rows, self._capacity // 2, jnp.int32)
-        limit = jnp.full(rows, self._capacity - self._decoder.drafter.depth - 1, jnp.int32)
-        state = dataclasses.replace(
-            batch.state, length=length, limit=limit, done=jnp.zeros(rows, bool)
-        )
+        length = np.full(rows, self._capacity // 2, np.int32)
+        limit = np.full(rows, self._capacity - self._decoder.drafter.depth - 1, np.int32)
+        given = dict(length=length, limit=limit, done=np.zeros(rows, bool))
+        state = dataclasses.replace(batch.state, **jax.device_put(given))
         return beside(dataclasses.replace(batch, state=state), self._params)
+
+
+def _rows_of(batch: Batch) -> int:
+    return batch.state.done.shape[0]

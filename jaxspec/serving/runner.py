@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from collections.abc import Callable
 from jaxspec.decoding.curve import Curve
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.requests import Request, Update
+
+QUIET_SECONDS = 1.0  # without a step, after which programs are prepared
+PATIENCE = 30.0  # seconds that preparing waits for such a moment
 
 log = logging.getLogger("uvicorn.error")
 
@@ -85,6 +89,7 @@ class Runner:
         self._lacking = threading.Event()  # programs, perhaps
         self._closing = False
         self._failure: Exception | None = None
+        self._stepped = -math.inf  # when the last step ended
         engine.ready.beside = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -126,6 +131,7 @@ class Runner:
         self._wake.set()
         self._thread.join()
         self.engine.ready.beside = False
+        self.engine.ready.save()
 
     def _failed(self) -> EngineFailed:
         error = EngineFailed(f"the engine has stopped: {self._failure or 'it was closed'}")
@@ -150,6 +156,7 @@ class Runner:
                     continue
                 began = time.perf_counter()
                 updates = self.engine.step()
+                self._stepped = time.monotonic()
                 decided = sum(len(update.tokens) for update in updates)
                 self.on_step(time.perf_counter() - began, decided)
                 self._give_out(updates)
@@ -166,6 +173,7 @@ class Runner:
     def _prepare(self) -> None:
         try:
             while not self._closing:
+                self._give_way()
                 if self.engine.ready.prepare():
                     self._wake.set()  # somebody may wait for it
                     continue
@@ -176,6 +184,15 @@ class Runner:
             self._failure = error
             self._closing = True
         self._wake.set()
+
+    def _give_way(self) -> None:
+        """To requests, for a while, unless one waits for what is to be prepared."""
+        began = time.monotonic()
+        while not self._closing and not self.engine.pressed:
+            now = time.monotonic()
+            if now - max(began, self._stepped) > QUIET_SECONDS or now - began > PATIENCE:
+                return
+            time.sleep(QUIET_SECONDS / 20)
 
     def _measured(self) -> bool:
         """Measures for a moment, if there is something to measure."""

@@ -1,0 +1,270 @@
+"""Compiled programs in a folder: the next process runs them without tracing or compiling.
+
+A program is found by all that it depends on: this package's sources, JAX and its settings, the
+machine, the static arguments, and the shapes of the others. A file holds what XLA's client
+serialises, native code, as a file of JAX's own compilation cache does; so the folder must be one
+that only its user can write. Nothing is unpickled: trees of arguments and results are the
+caller's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import stat
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+PACKAGES = ("jaxspec", "pallas_kernels")
+MOST = 256 * 2**20  # bytes in the folder; the least recently used give way
+KEY_IMPL = "threefry2x32"  # of all keys (`jaxspec.settings`)
+
+
+class Program:
+    """A program on one device, called with pytrees.
+
+    A call takes and gives what the jitted function does, and donates what that donates.
+    """
+
+    def __init__(self, executable: Any, used: Sequence[int], like: Any):
+        """Args:
+        executable: XLA's.
+        used: which of the arguments' leaves it takes.
+        like: what it returns, or its shapes.
+        """
+        self.executable, self.used = executable, tuple(used)
+        self._device = executable.local_devices()[0]
+        leaves, self._tree = jax.tree.flatten(like)
+        self._keys = [i for i, leaf in enumerate(leaves) if _is_key(leaf)]
+        self._array = type(jax.device_put(0, self._device))
+
+    def __call__(self, arrays: Any) -> Any:
+        leaves = jax.tree.leaves(arrays)
+        given = [leaves[i] for i in self.used]
+        other = [i for i, x in enumerate(given) if type(x) is not self._array]
+        bare = [jax.random.key_data(x) if _is_key(x) else x for x in (given[i] for i in other)]
+        for i, x in zip(other, jax.device_put(bare, self._device), strict=True):
+            given[i] = x
+        found = self.executable.execute_sharded(given)
+        found = [x for (x,) in found.disassemble_into_single_device_arrays()]
+        for i in self._keys:
+            found[i] = jax.random.wrap_key_data(found[i], impl=KEY_IMPL)
+        return self._tree.unflatten(found)
+
+
+class KeptPrograms:
+    """The programs of one engine, some of them from a folder.
+
+    Attributes:
+      loaded, compiled: how many were found in the folder, and how many were not.
+      unsaved: those that are not there yet, and their file names.
+    """
+
+    def __init__(self, folder: Path | None = None, machine: str = ""):
+        """Args:
+        folder: None keeps nothing; made if need be. One that others can write is not used.
+        machine: what native code depends on beside the device's kind.
+        """
+        self._folder = None if folder is None else _own_folder(folder)
+        self._machine = machine
+        self._programs: dict[Hashable, Callable] = {}
+        self.unsaved: list[tuple[str, Program]] = []
+        self.loaded = self.compiled = 0
+
+    def call(
+        self,
+        function: Callable,
+        which: Hashable,
+        like: Callable[[], Any],
+        static: tuple,
+        arrays: tuple,
+        **options,
+    ) -> Any:
+        """function(*static, *arrays, **options).
+
+        Args:
+          function: jitted.
+          which: tells apart calls of the function with other static arguments or other shapes.
+          like: gives a pytree like the result, or its shapes.
+          options: static too.
+        """
+        if self._folder is None:
+            return function(*static, *arrays, **options)
+        name = function.__name__, which
+        program = self._programs.get(name)
+        if program is None:
+            program = self._find(function, like, static, arrays, options)
+            self._programs[name] = program
+        return program(arrays)
+
+    def bind(self, weights: Any) -> Any:
+        """Weights as programs that are kept take them: bound to the device they are on.
+
+        Others stay as they are: those on a mesh, and all if nothing is kept.
+        """
+        leaves = jax.tree.leaves(weights)
+        place = leaves[0].sharding
+        if self._folder is None or not isinstance(place, SingleDeviceSharding):
+            return weights
+        return jax.device_put(weights, place)
+
+    def save(self) -> bool:
+        """Writes one of the `unsaved`; False if there are none."""
+        try:
+            name, program = self.unsaved.pop()
+        except IndexError:  # another thread may be saving
+            return False
+        try:
+            _write(self._folder, name, program)
+        except jax.errors.JaxRuntimeError:  # some of XLA's steps are not serialised yet
+            pass
+        except OSError as error:
+            self.unsaved.clear()
+            warnings.warn(f"compiled programs are not kept: {error}", stacklevel=2)
+        return True
+
+    def _find(self, function, like, static, arrays, options) -> Callable:
+        """From the folder, or compiled; the function itself where it cannot be kept."""
+        like, leaves = like(), jax.tree.leaves(arrays)
+        if not _bound(leaves) or not _of_this_package(static):
+            return lambda arrays: function(*static, *arrays, **options)
+        facts = {
+            "function": f"{function.__module__}.{function.__qualname__}",
+            "static": repr((static, sorted(options.items()))),
+            "tree": str(jax.tree.structure(arrays)),
+            "arrays": [f"{x.dtype}{list(x.shape)}" for x in leaves],
+            "result": [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(like)],
+            "machine": self._machine,
+        }
+        text = json.dumps(facts | _surroundings(), sort_keys=True)
+        name = hashlib.sha256(text.encode()).hexdigest()
+        program = _read(self._folder / name, like)
+        if program is not None:
+            self.loaded += 1
+            return program
+        compiled = function.lower(*static, *arrays, **options).compile()
+        self.compiled += 1
+        program = _program(compiled, like)
+        if program is None:
+            return lambda arrays: compiled(*arrays)
+        self.unsaved.append((name, program))
+        return program
+
+
+def _program(compiled: jax.stages.Compiled, like: Any) -> Program | None:
+    """None where a call would differ from one of the jitted function."""
+    executable = compiled.runtime_executable()
+    given = compiled.in_tree.flatten_up_to(compiled.input_shardings)
+    used = [i for i, sharding in enumerate(given) if sharding is not None]
+    same = compiled.out_tree == jax.tree.structure(like) and all(
+        (a.dtype, getattr(a, "weak_type", False)) == (b.dtype, False)
+        for a, b in zip(jax.tree.leaves(compiled.out_info), jax.tree.leaves(like), strict=True)
+    )
+    constants = len(executable.get_parameter_layouts()) != len(used)
+    return Program(executable, used, like) if same and not constants else None
+
+
+def _is_key(x: Any) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _bound(leaves: Sequence[Any]) -> bool:
+    """Whether all arrays of JAX are on one device, and some are bound to it."""
+    arrays = [x for x in leaves if isinstance(x, jax.Array)]
+    single = all(isinstance(x.sharding, SingleDeviceSharding) for x in arrays)
+    return single and any(x.committed for x in arrays) and jax.process_count() == 1
+
+
+def _of_this_package(static: Any) -> bool:
+    """Whether code that is not among the sources hashed takes part: a drafter of one's own."""
+    if isinstance(static, (tuple, list)):
+        return all(map(_of_this_package, static))
+    if not dataclasses.is_dataclass(static):
+        return not callable(static)
+    fields = [getattr(static, field.name) for field in dataclasses.fields(static)]
+    return type(static).__module__.split(".")[0] in PACKAGES and _of_this_package(fields)
+
+
+@functools.cache
+def _surroundings() -> dict[str, Any]:
+    """What any program depends on, of this process."""
+    device = jax.devices()[0]
+    settings = {k: repr(v) for k, v in jax.config.values.items() if "cache" not in k}
+    return {
+        "sources": _sources(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
+        "device": [device.platform, device.device_kind, device.client.platform_version],
+        "settings": settings,
+        "flags": {k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
+    }
+
+
+def _sources() -> str:
+    """A hash of all code of the packages."""
+    root, found = Path(__file__).parents[2], hashlib.sha256()
+    for path in sorted(path for name in PACKAGES for path in (root / name).rglob("*.py")):
+        found.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def _own_folder(folder: Path) -> Path | None:
+    """The folder, if nobody else can write it."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        why = str(error)
+    else:
+        others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if found.st_uid == os.getuid() and not others:
+            return folder
+        why = f"{folder} can be written by others, and holds native code; chmod go-w, or own it"
+    warnings.warn(f"compiled programs are not kept: {why}", stacklevel=3)
+    return None
+
+
+def _read(path: Path, like: Any) -> Program | None:
+    """None where there is no file; with a warning, also where it is damaged."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        checksum, body = data.split(b"\n", 1)
+        if hashlib.sha256(body).hexdigest().encode() != checksum:
+            raise ValueError("its checksum differs")
+        used, code = body.split(b"\n", 1)
+        device = jax.devices()[0]
+        executable = device.client.deserialize_executable(zlib.decompress(code), [device])
+        program = Program(executable, json.loads(used), like)
+    except Exception as error:  # whatever the client raises
+        warnings.warn(f"{path} is not a program ({error}); it is compiled again", stacklevel=2)
+        return None
+    path.touch()
+    return program
+
+
+def _write(folder: Path, name: str, program: Program) -> None:
+    """Whole or not at all; then the files least recently used go, as far as need be."""
+    code = zlib.compress(program.executable.serialize(), 1)
+    body = json.dumps(program.used).encode() + b"\n" + code
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as stream:
+        stream.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    os.replace(stream.name, folder / name)
+    kept = 0
+    for found, path in sorted(((p.stat(), p) for p in folder.iterdir()),
+                              key=lambda x: -x[0].st_mtime):  # fmt: skip
+        kept += found.st_size
+        if kept > MOST:
+            path.unlink(missing_ok=True)
