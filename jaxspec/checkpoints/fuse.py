@@ -295,9 +295,9 @@ def _place(
             for axis, (start, stop), low in zip(order, overlap, origin, strict=True):
                 rows[axis] = (start + low, stop + low)
             target = shards[box][slices(rows, box)]
-            source = values[slices(overlap, piece)].transpose(np.argsort(order))
             with np.errstate(over="ignore"):  # found below, with the tensor's name
-                target[...] = source.reshape(target.shape)
+                source = values[slices(overlap, piece)].astype(target.dtype, copy=False)
+            target[...] = source.transpose(np.argsort(order)).reshape(target.shape)
             check_weights(target, part.name, tensors.origin)
             if part.offset:
                 target += part.offset

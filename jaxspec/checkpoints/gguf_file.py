@@ -22,6 +22,7 @@ import numpy as np
 
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 STRING, ARRAY = 8, 9
+ROWS = 16  # that are dequantised as one, where their number allows it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +78,12 @@ class GgufFile:
         """One tensor, dequantised to float32 (float16 stays)."""
         entry = self._entries[name]
         data = np.fromfile(self.path, np.uint8, entry.size, offset=entry.offset)
-        row = gguf.quant_shape_to_byte_shape(entry.shape, entry.kind)
+        row = gguf.quant_shape_to_byte_shape(entry.shape, entry.kind)[-1]
+        # The library works on 16 rows at a time; blocks do not know how long rows are.
+        row *= math.gcd(len(data) // row, ROWS)
         try:
             with np.errstate(all="ignore"):  # scales of a damaged file overflow
-                return gguf.dequantize(data.reshape(row), entry.kind).reshape(entry.shape)
+                return gguf.dequantize(data.reshape(-1, row), entry.kind).reshape(entry.shape)
         except NotImplementedError:
             raise ValueError(
                 f"{self.path}: tensor '{name}' is stored as {entry.kind.name}, which the gguf "
