@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 import stat
 import tempfile
 import warnings
@@ -28,6 +29,9 @@ from jax.sharding import SingleDeviceSharding
 
 PACKAGES = ("jaxspec", "pallas_kernels")
 MOST = 256 * 2**20  # bytes in the folder; the least recently used give way
+# A debugging option without effect, by which JAX's own cache never has the program: the client
+# serialises only what it has compiled, and not yet run.
+UNIQUE = "xla_debug_buffer_assignment_show_max"
 KEY_IMPL = "threefry2x32"  # of all keys (`jaxspec.settings`)
 
 
@@ -68,7 +72,6 @@ class KeptPrograms:
 
     Attributes:
       loaded, compiled: how many were found in the folder, and how many were not.
-      unsaved: those that are not there yet, and their file names.
     """
 
     def __init__(self, folder: Path | None = None, machine: str = ""):
@@ -79,7 +82,6 @@ class KeptPrograms:
         self._folder = None if folder is None else _own_folder(folder)
         self._machine = machine
         self._programs: dict[Hashable, Callable] = {}
-        self.unsaved: list[tuple[str, Program]] = []
         self.loaded = self.compiled = 0
 
     def call(
@@ -119,21 +121,6 @@ class KeptPrograms:
             return weights
         return jax.device_put(weights, place)
 
-    def save(self) -> bool:
-        """Writes one of the `unsaved`; False if there are none."""
-        try:
-            name, program = self.unsaved.pop()
-        except IndexError:  # another thread may be saving
-            return False
-        try:
-            _write(self._folder, name, program)
-        except jax.errors.JaxRuntimeError:  # some of XLA's steps are not serialised yet
-            pass
-        except OSError as error:
-            self.unsaved.clear()
-            warnings.warn(f"compiled programs are not kept: {error}", stacklevel=2)
-        return True
-
     def _find(self, function, like, static, arrays, options) -> Callable:
         """From the folder, or compiled; the function itself where it cannot be kept."""
         like, leaves = like(), jax.tree.leaves(arrays)
@@ -153,12 +140,16 @@ class KeptPrograms:
         if program is not None:
             self.loaded += 1
             return program
-        compiled = function.lower(*static, *arrays, **options).compile()
+        lowered = function.lower(*static, *arrays, **options)
+        compiled = lowered.compile(compiler_options={UNIQUE: secrets.randbelow(2**31)})
         self.compiled += 1
         program = _program(compiled, like)
         if program is None:
             return lambda arrays: compiled(*arrays)
-        self.unsaved.append((name, program))
+        try:
+            _write(self._folder, name, program)
+        except (OSError, jax.errors.JaxRuntimeError) as error:
+            warnings.warn(f"a compiled program is not kept: {error}", stacklevel=2)
         return program
 
 
@@ -262,9 +253,9 @@ def _write(folder: Path, name: str, program: Program) -> None:
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as stream:
         stream.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
     os.replace(stream.name, folder / name)
-    kept = 0
-    for found, path in sorted(((p.stat(), p) for p in folder.iterdir()),
-                              key=lambda x: -x[0].st_mtime):  # fmt: skip
-        kept += found.st_size
-        if kept > MOST:
+    files = [(path.stat(), path) for path in folder.iterdir()]
+    size = 0
+    for found, path in sorted(files, key=lambda file: file[0].st_mtime, reverse=True):
+        size += found.st_size
+        if size > MOST:
             path.unlink(missing_ok=True)

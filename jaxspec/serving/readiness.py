@@ -93,14 +93,7 @@ class Readiness:
         trim_memory()
         return True
 
-    def save(self) -> None:
-        """Keeps the programs that were compiled for the next start, if they are to be kept."""
-        while self._programs.kept.save():
-            pass
-
     def _next_piece(self) -> Callable[[], None] | None:
-        if self._programs.kept.unsaved:
-            return self._programs.kept.save
         if self.lacks_grammars:
             lacking = [rows for rows in self._rows if rows not in self._restricted]
             return functools.partial(self._add_grammars, lacking[0])

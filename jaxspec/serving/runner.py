@@ -131,7 +131,6 @@ class Runner:
         self._wake.set()
         self._thread.join()
         self.engine.ready.beside = False
-        self.engine.ready.save()
 
     def _failed(self) -> EngineFailed:
         error = EngineFailed(f"the engine has stopped: {self._failure or 'it was closed'}")
