@@ -242,9 +242,9 @@ class Programs:
             self.move_rows(batch, np.zeros(fewer, np.int32))
 
     def compile_rounds(self, rows: int, *, few: bool = False) -> Batch:
-        """Runs rounds of so many rows, of every size; the batch after them."""
-        (batch, _), _ = self._turn(rows, few=few)
-        return batch
+        """Runs the rounds' program on rows that are done, so without a round; these rows."""
+        staircase = self.staircase(rows, only(self.sizes[rows], 0), few=few)
+        return self.decode(self.empty(rows), self.habit(), staircase, 1)[0]
 
     def compile_restricted(self, rows: int) -> None:
         """Runs the programs of requests with grammars once, in a batch of so many rows."""
@@ -256,18 +256,17 @@ class Programs:
 
     def turn(self) -> dict[int, list[float]]:
         """Seconds of a round by number of rows and size, once; for `curve.least`."""
-        return {rows: self._turn(rows)[1] for rows in self.sizes}
+        return {rows: self._turn(rows) for rows in self.sizes}
 
-    def _turn(self, rows: int, *, few: bool = False):
-        """`take_turn`: one round of every size that the schedule may choose."""
-        sizes, _ = self.staircase(rows, only(self.sizes[rows], 0), few=few)
+    def _turn(self, rows: int) -> list[float]:
+        sizes = self.sizes[rows]
 
         def step(size):
             staircase = sizes, only(sizes, size)
             return lambda state: self.decode(*state, staircase, 1)
 
-        count = len(sizes) if self.adaptive else 1
-        return take_turn((self._half_full(rows), self.habit()), [step(i) for i in range(count)])
+        steps = [step(i) for i in range(len(sizes))]
+        return take_turn((self._half_full(rows), self.habit()), steps)[1]
 
     def _half_full(self, rows: int) -> Batch:
         batch = self.empty(rows)
