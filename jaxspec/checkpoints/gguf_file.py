@@ -96,7 +96,8 @@ class _Cursor:
 
     def __init__(self, stream: BinaryIO, path: Path):
         self.size = path.stat().st_size
-        self.data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = self.size and mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self.data = mapped or b""
         self.position = 0
 
     def take(self, count: int) -> bytes:

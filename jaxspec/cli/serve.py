@@ -85,6 +85,9 @@ class Serve:
     connections: int = 256
 
     def run(self) -> int:
+        self._check()
+        programs, start = kept_programs(), self._start()
+        programs.expect(start)
         try:
             from jaxspec.serving.access import LOOPBACK, Access
             from jaxspec.serving.connections import Limits
@@ -99,7 +102,6 @@ class Serve:
         from jaxspec.kept_curves import keep_curve, kept_curve
         from jaxspec.serving.runner import Runner
 
-        self._check()
         limits = Limits(body_bytes=self.body_bytes, connections=self.connections)
         key = self.api_key if self.api_key is not None else os.environ.get("JAXSPEC_API_KEY")
         access = Access(key, self.open_metrics, self.cors_origins)
@@ -118,11 +120,12 @@ class Serve:
             target_path, dtype=chosen_dtype(self.dtype), weights=self.weights
         )
         check_servable(target)
-        engine = self._engine(target, curve)
+        engine = self._engine(target, curve, programs)
         if self.curve is None and (kept := kept_curve(engine.setup())) is not None:
             engine.ready.use(kept)
         print("compiling …", flush=True)
         engine.open()
+        programs.remember(start)
         host, port = bound.getsockname()[:2]
         names = self._names(target_path)
         http = server(
@@ -149,7 +152,11 @@ class Serve:
         if not self.drain_seconds >= 0:
             raise ValueError(f"--drain-seconds is {self.drain_seconds}; expected at least 0")
 
-    def _engine(self, target, curve):
+    def _start(self) -> str:
+        """Which programs are needed follows from this, as long as nothing else changes."""
+        return repr(dataclasses.replace(self, api_key=None, port=0))
+
+    def _engine(self, target, curve, kept):
         """The engine that the options describe, not yet warmed up."""
         from jaxspec.decoding.schedule import Adaptive, Fixed
         from jaxspec.drafters.joined import with_survival
@@ -171,7 +178,7 @@ class Serve:
             top_logprobs=self.top_logprobs,
             prefix_cache_mb=self.prefix_cache_mb,
         )
-        return Engine(target, drafter, config, curve=curve, kept=kept_programs())
+        return Engine(target, drafter, config, curve=curve, kept=kept)
 
     def _names(self, target: str) -> tuple[str, ...]:
         last = Path(target).absolute().name.removesuffix(".gguf")

@@ -9,6 +9,7 @@ caller's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,6 +22,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,8 @@ class KeptPrograms:
         self._folder = None if folder is None else _own_folder(folder)
         self._machine = machine
         self._programs: dict[Hashable, Callable] = {}
+        self._names: list[str] = []  # of files that were looked for
+        self._expected: dict[str, Future] = {}
         self.loaded = self.compiled = 0
 
     def call(
@@ -110,6 +114,29 @@ class KeptPrograms:
             self._programs[name] = program
         return program(arrays)
 
+    def expect(self, start: str) -> None:
+        """Loads the programs that this start needed the last time, beside the caller.
+
+        They are used only where they are found as all others are.
+        """
+        if self._folder is None:
+            return
+        found = _listed(self._folder / _start_file(start))
+        thread = ThreadPoolExecutor(1)
+        for path in sorted(found, key=lambda path: path.stat().st_size, reverse=True):
+            self._expected[path.name] = thread.submit(_load, path)
+        thread.shutdown(wait=False)
+
+    def remember(self, start: str) -> None:
+        """What this start needed, for `expect`; what was expected in vain is dropped."""
+        for future in self._expected.values():
+            future.cancel()
+        self._expected.clear()
+        if self._folder is not None:
+            with contextlib.suppress(OSError):  # then nothing is expected
+                names = json.dumps(self._names).encode()
+                _replace(self._folder / _start_file(start), names)
+
     def bind(self, weights: Any) -> Any:
         """Weights as programs that are kept take them: bound to the device they are on.
 
@@ -136,10 +163,15 @@ class KeptPrograms:
         }
         text = json.dumps(facts | _surroundings(), sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()
-        program = _read(self._folder / name, like)
-        if program is not None:
+        self._names.append(name)
+        expected = self._expected.pop(name, None)
+        if expected is None or expected.cancel():
+            found = _load(self._folder / name)
+        else:
+            found = expected.result()
+        if found is not None:
             self.loaded += 1
-            return program
+            return Program(*found, like)
         lowered = function.lower(*static, *arrays, **options)
         compiled = lowered.compile(compiler_options={UNIQUE: secrets.randbelow(2**31)})
         self.compiled += 1
@@ -225,8 +257,24 @@ def _own_folder(folder: Path) -> Path | None:
     return None
 
 
-def _read(path: Path, like: Any) -> Program | None:
-    """None where there is no file; with a warning, also where it is damaged."""
+def _start_file(start: str) -> str:
+    return f"start-{hashlib.sha256(start.encode()).hexdigest()[:16]}"
+
+
+def _listed(path: Path) -> list[Path]:
+    """The files beside a list that are named there and still exist."""
+    try:
+        names = set(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return []
+    return [other for other in path.parent.iterdir() if other.name in names]
+
+
+def _load(path: Path) -> tuple[Any, Sequence[int]] | None:
+    """An executable, and which of the arguments' leaves it takes.
+
+    None where there is no file; with a warning, also where it is damaged.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -238,24 +286,28 @@ def _read(path: Path, like: Any) -> Program | None:
         used, code = body.split(b"\n", 1)
         device = jax.devices()[0]
         executable = device.client.deserialize_executable(zlib.decompress(code), [device])
-        program = Program(executable, json.loads(used), like)
+        found = executable, json.loads(used)
     except Exception as error:  # whatever the client raises
         warnings.warn(f"{path} is not a program ({error}); it is compiled again", stacklevel=2)
         return None
     path.touch()
-    return program
+    return found
 
 
 def _write(folder: Path, name: str, program: Program) -> None:
     """Whole or not at all; then the files least recently used go, as far as need be."""
     code = zlib.compress(program.executable.serialize(), 1)
     body = json.dumps(program.used).encode() + b"\n" + code
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as stream:
-        stream.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-    os.replace(stream.name, folder / name)
+    _replace(folder / name, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
     files = [(path.stat(), path) for path in folder.iterdir()]
     size = 0
     for found, path in sorted(files, key=lambda file: file[0].st_mtime, reverse=True):
         size += found.st_size
         if size > MOST:
             path.unlink(missing_ok=True)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
+        stream.write(data)
+    os.replace(stream.name, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from jaxspec.decoding.curve import Curve
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.requests import Request, Update
 
-QUIET_SECONDS = 1.0  # without a step, after which programs are prepared
+QUIET_SECONDS = 1.0  # without requests, after which programs are prepared
 PATIENCE = 30.0  # seconds that preparing waits for such a moment
 
 log = logging.getLogger("uvicorn.error")
@@ -89,7 +88,6 @@ class Runner:
         self._lacking = threading.Event()  # programs, perhaps
         self._closing = False
         self._failure: Exception | None = None
-        self._stepped = -math.inf  # when the last step ended
         engine.ready.beside = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -155,7 +153,6 @@ class Runner:
                     continue
                 began = time.perf_counter()
                 updates = self.engine.step()
-                self._stepped = time.monotonic()
                 decided = sum(len(update.tokens) for update in updates)
                 self.on_step(time.perf_counter() - began, decided)
                 self._give_out(updates)
@@ -186,12 +183,14 @@ class Runner:
 
     def _give_way(self) -> None:
         """To requests, for a while, unless one waits for what is to be prepared."""
-        began = time.monotonic()
+        began = quiet = time.monotonic()
         while not self._closing and not self.engine.pressed:
             now = time.monotonic()
-            if now - max(began, self._stepped) > QUIET_SECONDS or now - began > PATIENCE:
+            if self.engine.busy:
+                quiet = now
+            if now - quiet > QUIET_SECONDS or now - began > PATIENCE:
                 return
-            time.sleep(QUIET_SECONDS / 20)
+            time.sleep(0.02)
 
     def _measured(self) -> bool:
         """Measures for a moment, if there is something to measure."""
