@@ -2,8 +2,8 @@
 
 A program is found by all that it depends on: this package's sources, JAX and its settings, the
 machine, the static arguments, and the shapes of the others. A file holds what XLA's client
-serialises, native code, as a file of JAX's own compilation cache does; so the folder must be one
-that only its user can write. Nothing is unpickled: trees of arguments and results are the
+serialises, native code, as a file of JAX's own compilation cache does; so the folder must be
+one that only its user can write. Nothing is unpickled: trees of arguments and results are the
 caller's.
 """
 
@@ -229,7 +229,9 @@ def _surroundings() -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
         "device": [device.platform, device.device_kind, device.client.platform_version],
         "settings": settings,
-        "flags": {k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
+        "flags": {
+            k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+        },
     }
 
 

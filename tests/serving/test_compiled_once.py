@@ -3,15 +3,20 @@
 import asyncio
 import collections
 import dataclasses
+import math
 import threading
+import types
 
 import jax
 import pytest
 
+from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.schedule import Adaptive
+from jaxspec.serving import runner as serving_runner
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.formats import regex_text
+from jaxspec.serving.kept_programs import KeptPrograms
 from jaxspec.serving.programs import Programs
 from jaxspec.serving.requests import Request
 from jaxspec.serving.runner import Runner
@@ -108,6 +113,60 @@ def test_grammars_are_compiled_beside_the_requests_without(engine, compiled, mon
     again = engines.drain(engine)
     assert sorted(map(engines.tokens, again.values())) == sorted([free[0], found, found])
     assert compiled == before
+
+
+def test_a_request_that_waits_for_a_row_presses(engine):
+    config = EngineConfig(**OPTIONS, schedule=Adaptive())
+    made = Engine(engine.target, engines.LOOKUP, config, curve=engine.ready.curve)
+    made.open()
+    made.ready.beside = True
+    made.submit(Request(LONG, 20))
+    made.step()
+    assert not made.pressed
+    waits = made.submit(Request(LONG, 12))
+    while not made.pressed:
+        assert all(update.id != waits or not update.finish for update in made.step())
+    made.ready.prepare()
+    updates = engines.drain(made)
+    assert not made.pressed and len(engines.tokens(updates[waits])) <= 12
+
+
+@pytest.mark.parametrize("comes", [dict(pressed=True), dict(busy=False)], ids=str)
+def test_preparing_gives_way_to_requests(monkeypatch, comes):
+    monkeypatch.setattr(serving_runner, "PATIENCE", math.inf)
+    runner = Runner.__new__(Runner)
+    runner._closing, runner.engine = False, types.SimpleNamespace(busy=True, pressed=False)
+    prepares = threading.Thread(target=runner._give_way, daemon=True)
+    prepares.start()
+    prepares.join(0.2)
+    assert prepares.is_alive()
+    vars(runner.engine).update(comes)
+    prepares.join(60)
+    assert not prepares.is_alive()
+
+
+def test_the_next_start_compiles_nothing(engine, compiled, tmp_path):
+    options = OPTIONS | dict(slots=1, max_nodes=2)
+    found = []
+    for _ in range(2):
+        kept = KeptPrograms(tmp_path / "programs")
+        kept.expect("this start")
+        made = Engine(engine.target, engines.LOOKUP, EngineConfig(**options), kept=kept)
+        made.open()
+        kept.remember("this start")
+        found.append((made, kept.loaded, kept.compiled))
+    (first, *cold), (second, *warm) = found
+    others = ["empty_pool", "recent_logprobs", "move_rows"]
+    count = len(PROMPTS + ROWS + others)
+    assert (cold, warm) == ([0, count], [count, 0])
+    before = dict(compiled)
+    for made in (engine, first, second):
+        for options in (dict(seed=3), dict(logprobs=2)):
+            made.submit(Request(LONG, 12, Sampling(temperature=0.8), **options))
+    answers = [engines.drain(made) for made in (engine, first, second)]
+    expected, *kept = [sorted(map(engines.tokens, x.values())) for x in answers]
+    assert kept == [expected] * 2 and len(expected) == 2
+    assert {name: n for name, n in compiled.items() if name in before} == before
 
 
 def test_an_engine_that_nobody_compiles_for_does_so_itself():

@@ -206,3 +206,20 @@ def test_a_folder_that_cannot_be_made_is_told_of(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(kept)
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", '["no such file"]', "[[]]"])
+def test_what_a_start_needed_is_a_hint(tmp_path, text):
+    folder = tmp_path / "programs"
+    first = KeptPrograms(folder)
+    made, _ = run(first)
+    first.remember("a start")
+    for damaged in (False, True):
+        if damaged:
+            (folder / kept_programs._start_file("a start")).write_text(text)
+        forget()
+        kept = KeptPrograms(folder)
+        kept.expect("a start")
+        assert len(kept._expected) == (0 if damaged else 1)
+        assert equal(run(kept)[0], made)
+        assert (kept.loaded, kept.compiled, TRACED) == (1, 0, [])
