@@ -203,14 +203,17 @@ def _is_key(x: Any) -> bool:
 
 
 def _bound(leaves: Sequence[Any]) -> bool:
-    """Whether all arrays of JAX are on one device, and some are bound to it."""
+    """Whether the arrays are on the first device of the only process, and bound to it."""
+    if jax.process_count() > 1:
+        return False
     arrays = [x for x in leaves if isinstance(x, jax.Array)]
+    here = all(x.devices() == {jax.devices()[0]} for x in arrays)
     single = all(isinstance(x.sharding, SingleDeviceSharding) for x in arrays)
-    return single and any(x.committed for x in arrays) and jax.process_count() == 1
+    return here and single and any(x.committed for x in arrays)
 
 
 def _of_this_package(static: Any) -> bool:
-    """Whether code that is not among the sources hashed takes part: a drafter of one's own."""
+    """Whether all code is among the sources hashed; that of one's own drafter is not."""
     if isinstance(static, (tuple, list)):
         return all(map(_of_this_package, static))
     if not dataclasses.is_dataclass(static):
