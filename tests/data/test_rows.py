@@ -17,12 +17,6 @@ from tests.training import tiny
 SHIPPED = Path(__file__).parents[2] / "examples/shipped_drafter/data-1.jsonl.xz"
 
 
-@pytest.fixture
-def target():
-    plain = tiny.target()
-    return Target("tiny", plain.config, plain.params, tokenizer(PLAIN))
-
-
 def write(path, rows, **options):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("\n".join(lines), **options)
