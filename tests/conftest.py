@@ -10,11 +10,16 @@ from pathlib import Path
 
 CUDA = "jax_plugins.xla_cuda13"
 
+# Processes that tests start compile the Python that they import once.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Tests run small programs once, and compiling them costs most of the time: three times less
-# without optimisation, and a third less again without the newer emitters, where XLA has others.
+# without optimisation, a fifth less again as one module of LLVM's, and a third less without the
+# newer emitters, where XLA has others.
 LEVEL = "--xla_backend_optimization_level"
 if LEVEL not in os.environ.get("XLA_FLAGS", ""):
-    flags = [os.environ.get("XLA_FLAGS", ""), f"{LEVEL}=0"]
+    whole = "--xla_cpu_parallel_codegen_split_count=1"
+    flags = [os.environ.get("XLA_FLAGS", ""), f"{LEVEL}=0", whole]
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
