@@ -10,6 +10,8 @@ from jaxspec.decoding.round import accept_matches
 from jaxspec.trees.tree import DraftTree, ancestors
 from tests.tiny import random_tree
 
+accepted = jax.jit(accept_matches, static_argnames="max_depth")
+
 
 def test_a_literal_tree():
     #      0:7
@@ -24,7 +26,7 @@ def test_a_literal_tree():
         scores=jnp.zeros((1, 5)),
         valid=jnp.ones((1, 5), bool),
     )
-    out = accept_matches(tree, ancestors(tree), jnp.array([[3, 0, 9, 4, 0]]), max_depth=3)
+    out = accepted(tree, ancestors(tree), jnp.array([[3, 0, 9, 4, 0]]), max_depth=3)
     assert out.path[0, :3].tolist() == [0, 2, 3]
     assert out.count.tolist() == [3]
     assert out.tokens[0, :3].tolist() == [3, 9, 4]
@@ -39,7 +41,7 @@ def test_a_node_whose_parent_is_gone_is_not_accepted():
         scores=jnp.zeros((1, 3)),
         valid=jnp.ones((1, 3), bool),
     )
-    out = accept_matches(tree, ancestors(tree), jnp.array([[5, 1, 2]]), max_depth=2)
+    out = accepted(tree, ancestors(tree), jnp.array([[5, 1, 2]]), max_depth=2)
     assert out.count.tolist() == [1]
     assert out.tokens[0, 0] == 5
 
@@ -54,9 +56,7 @@ def test_random_trees_equal_the_walk():
     bits = ancestors(tree)
     tree = jax.tree.map(np.asarray, tree)
     choices = choices_by_path(tree, vocab)
-    out = accept_matches(
-        jax.tree.map(jnp.asarray, tree), bits, jnp.asarray(choices), max_depth=depth
-    )
+    out = jax.device_get(accepted(tree, bits, choices, max_depth=depth))
     lengths = []
     for b in range(batch):
         n = int(out.count[b])
@@ -89,7 +89,7 @@ def test_the_law_is_the_targets_for_any_tree():
         rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (128, *x.shape)), tree)
         said = [dict(zip(prefixes, target, strict=True)) for target in targets]
         choices = [[one[paths.get(node, ())] for node in range(9)] for one in said]
-        out = accept_matches(rows, ancestors(rows), jnp.array(choices), max_depth=2)
+        out = jax.device_get(accepted(rows, ancestors(rows), jnp.array(choices), max_depth=2))
         for row, one in enumerate(said):
             emitted = out.tokens[row, : int(out.count[row])].tolist()
             assert emitted == [one[tuple(emitted[:i])] for i in range(len(emitted))]

@@ -19,6 +19,10 @@ from jaxspec.decoding.rejection import (
 )
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
 
+chance_of, rest_of = jax.jit(acceptance_probability), jax.jit(residual)
+scattered = jax.jit(scatter_law, static_argnums=2)
+rejected = jax.jit(accept_by_rejection)
+
 DEPTH = 3
 PREFIXES = [p for n in range(DEPTH + 1) for p in itertools.product((0, 1), repeat=n)]
 EXACT = 1e-6  # float32
@@ -45,12 +49,12 @@ def emitted(p, q, lengths, draft_law=None):
         verified, passed = lengths(draft), 1.0
         for i in range(verified + 1):
             prefix = draft[:i]
-            log_p = jnp.log(jnp.float32(p[prefix]))
+            log_p = np.log(np.float32(p[prefix]))
             if i < verified:
-                log_q = jnp.log(jnp.maximum(jnp.float32(q[prefix]), 1e-30))
-                token = jnp.array(draft[i])
-                accept = float(acceptance_probability(log_p, log_q, token))
-                rest = np.asarray(residual(log_p, log_q))
+                log_q = np.log(np.maximum(np.float32(q[prefix]), np.float32(1e-30)))
+                token = np.int32(draft[i])
+                accept = float(chance_of(log_p, log_q, token))
+                rest = np.asarray(rest_of(log_p, log_q))
             else:
                 accept, rest = 0.0, p[prefix]
             for token in (0, 1):
@@ -156,8 +160,8 @@ def test_one_slot_emits_the_target_law(target, drafter):
     log_q = jax.nn.log_softmax(jnp.float32(jnp.array(drafter)))
     token = jnp.arange(5)
     spread = jnp.broadcast_to(log_p, (5, 5)), jnp.broadcast_to(log_q, (5, 5))
-    taken = jnp.exp(log_q) * acceptance_probability(*spread, token)
-    rest = residual(log_p, log_q)
+    taken = jnp.exp(log_q) * chance_of(*spread, token)
+    rest = rest_of(log_p, log_q)
     found = taken + (1 - taken.sum()) * rest / rest.sum()
     np.testing.assert_allclose(found, jnp.exp(log_p), atol=2e-6)
 
@@ -175,7 +179,7 @@ def test_draws_follow_the_counted_law():
     log_q = np.log([[q[tuple(row[:i])] for i in range(DEPTH)] for row in drafts])
     lengths = np.where(drafts[:, 0] == 0, 2, 3)  # slot 2 looks at slot 0's token: allowed
     keys = jax.random.split(jax.random.key(0), rounds)
-    accepted, token = jax.jit(accept_by_rejection)(
+    accepted, token = rejected(
         jnp.float32(log_p), jnp.asarray(drafts), jnp.float32(log_q), jnp.asarray(lengths), keys
     )
     accepted, token = np.asarray(accepted), np.asarray(token)
@@ -196,7 +200,8 @@ def test_greedy_laws_reduce_to_matching():
     target = one_hot[jnp.array([[1, 2, 3, 0], [1, 2, 3, 0], [1, 2, 3, 0]])]
     drafted = jnp.array([[1, 2, 3], [1, 0, 3], [1, 2, 3]])
     keys = jax.random.split(jax.random.key(0), 3)
-    found = accept_chain(target, drafted, one_hot[drafted], jnp.array([3, 3, 1]), keys)
+    accept = jax.jit(accept_chain)
+    found = accept(target, drafted, one_hot[drafted], jnp.array([3, 3, 1]), keys)
     assert found.count.tolist() == [4, 2, 2]
     assert found.tokens[0].tolist() == [1, 2, 3, 0]
     assert found.tokens[1, :2].tolist() == [1, 2]
@@ -248,12 +253,11 @@ def first_two(p, q, verified_against=None):
                 result[prefix] += chance * passed
                 break
             with np.errstate(divide="ignore"):
-                log_p = jnp.asarray(np.log(p[prefix]), jnp.float32)
-            log_q = jnp.asarray(np.log(believed[prefix]), jnp.float32)
-            support = jnp.array(SUPPORT[slot])
-            token = jnp.array(drafted[slot])
-            accept = float(acceptance_probability(log_p, log_q, token, support))
-            rest = residual(log_p, scatter_law(log_q[None], support[None], 3)[0])
+                log_p = np.log(p[prefix]).astype(np.float32)
+                log_q = np.log(believed[prefix]).astype(np.float32)
+            support = np.array(SUPPORT[slot], np.int32)
+            accept = float(chance_of(log_p, log_q, np.int32(drafted[slot]), support))
+            rest = rest_of(log_p, scattered(log_q[None], support[None], 3)[0])
             rest = chance * passed * (1 - accept) * np.asarray(rest / rest.sum())
             if slot == 0:  # what follows is the target's own
                 result += rest[:, None] * np.array([p[x,] for x in range(3)])
@@ -292,10 +296,10 @@ def test_a_law_over_candidates_is_the_law_over_all_tokens():
     drafted = support[..., 0]
     lengths = jnp.asarray(random.integers(0, depth + 1, batch))
     keys = jax.random.split(jax.random.key(0), batch)
-    found = accept_by_rejection(log_p, drafted, log_q, lengths, keys, support=support)
+    found = rejected(log_p, drafted, log_q, lengths, keys, support=support)
     flat = scatter_law(log_q.reshape(-1, k), support.reshape(-1, k), vocab)
     whole = flat.reshape(batch, depth, vocab)
-    expected = accept_by_rejection(log_p, drafted, whole, lengths, keys)
+    expected = rejected(log_p, drafted, whole, lengths, keys)
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])
     assert set(np.asarray(found[0]).tolist()) == {0, 1, 2, 3}

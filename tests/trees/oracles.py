@@ -13,7 +13,7 @@ from jaxspec.trees.tree import NO_PARENT, DraftTree
 
 def row(tree: DraftTree, b: int) -> DraftTree:
     """One row of a batch, as numpy."""
-    return jax.tree.map(lambda x: np.asarray(x[b]), tree)
+    return jax.tree.map(lambda x: np.asarray(x)[b], tree)
 
 
 def paths(tree: DraftTree) -> dict[tuple[int, ...], float]:

@@ -55,6 +55,7 @@ def test_the_budget_and_the_size_keep_the_best():
 
 def paths_of(tree, b):
     """{path: score} of a row's drafted nodes."""
+    tree = jax.device_get(tree)
     paths, found = {0: ()}, {}
     for node in range(1, tree.size):
         if tree.valid[b, node]:

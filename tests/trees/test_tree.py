@@ -64,11 +64,13 @@ def test_bit_j_of_word_w_is_element_32w_plus_j():
     assert pack_bits(jnp.asarray(mask)).tolist() == [2**0 + 2**5 + 2**31, 2**1]
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.booleans(), min_size=1, max_size=70))
-def test_packing_round_trip(mask):
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 70])
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_packing_round_trip(size, data):
+    mask = data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
     words = pack_bits(jnp.asarray([mask, mask]))
-    assert unpack_bits(words, len(mask)).tolist() == [mask, mask]
+    assert unpack_bits(words, size).tolist() == [mask, mask]
 
 
 def test_causal_bits():
