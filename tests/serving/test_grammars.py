@@ -69,7 +69,7 @@ def asked() -> list[Request]:
 
 
 @functools.cache
-def engine(drafter: str, schedule: str = "fixed", slots: int = 4) -> Engine:
+def engine(drafter: str, schedule: str = "fixed", slots: int = 2) -> Engine:
     fixed = schedule == "fixed"
     plan = Fixed() if fixed else engines.SCHEDULES["adaptive"]
     limits = dict(slots=slots, room=96, chunk=16, max_nodes=24, throughput=True)
@@ -95,8 +95,7 @@ def by_definition(request: Request) -> tuple[int, ...]:
     """Greedy decoding, one forward of the whole text and one mask a token."""
     text, matcher = list(request.prompt), request.grammar.matcher()
     while len(text) < len(request.prompt) + request.max_new_tokens:
-        padded = text + [0] * (96 - len(text))
-        logits = np.array(tiny.logits(target(), padded)[len(text) - 1])
+        logits = np.array(tiny.logits(target(), text)[-1])
         words = np.array(matcher.allowed)
         may = np.unpackbits(words.view(np.uint8), bitorder="little")[: len(logits)]
         logits[may == 0] = -np.inf
@@ -124,8 +123,13 @@ def test_answers_keep_to_their_grammars():
 @pytest.mark.parametrize(
     ("drafter", "schedule"),
     slow_but(
-        [("lookup", "adaptive")],
-        [("stranger", "fixed"), ("itself", "fixed"), ("lookup", "adaptive")],
+        [("lookup", "fixed")],
+        [
+            ("lookup", "fixed"),
+            ("lookup", "adaptive"),
+            ("stranger", "fixed"),
+            ("itself", "fixed"),
+        ],
     ),
 )
 def test_trees_give_constrained_plain_decodings_tokens(drafter, schedule):

@@ -18,6 +18,7 @@ from jaxspec.trees.tree import chain
 from tests import tiny
 from tests.serving import engines
 from tests.serving.engines import drain, tokens
+from tests.slow import slow_but
 
 SYSTEM = tuple(tiny.prompts(37)[0])  # two chunks of 16, and 5 tokens
 TURNS = [
@@ -57,7 +58,7 @@ DRAFTERS = {
 
 
 def cold(drafter=engines.LOOKUP, megabytes=1.0, slots=1):
-    few = dict(slots=slots, budget=4, schedule=Fixed(), prefix_cache_mb=megabytes)
+    few = dict(slots=slots, budget=2, schedule=Fixed(), prefix_cache_mb=megabytes)
     return Engine(tiny.target(), drafter, EngineConfig(**(engines.CONFIG | few)))
 
 
@@ -77,7 +78,7 @@ def answers(engine, requests):
     return found
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", slow_but(["tokens"], DRAFTERS))
 def test_a_hit_changes_neither_tokens_nor_rounds(name):
     plain = answers(engine(DRAFTERS[name], 0), TURNS)
     found = answers(engine(DRAFTERS[name]), TURNS)
@@ -87,7 +88,7 @@ def test_a_hit_changes_neither_tokens_nor_rounds(name):
     assert [x[2] for x in found] == [0, 32, 32, 32, 48]
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", slow_but(["tokens"], DRAFTERS))
 def test_a_prefix_is_bit_for_bit_what_running_it_gives(name):
     made = engine(DRAFTERS[name])
     programs, prefixes, request = made._programs, made._prefixes, TURNS[4]

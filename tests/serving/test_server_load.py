@@ -53,6 +53,7 @@ async def status_of(reader) -> int:
     return int((await reader.readline()).split()[1])
 
 
+@pytest.mark.slow
 def test_hundreds_of_clients(server):
     """Answers of those who stay are what they get alone; nothing of the others is left."""
     port, runner = server

@@ -9,17 +9,14 @@ import random
 import pytest
 
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.serving.config import EngineConfig
+from jaxspec.serving.engine import Engine
 from jaxspec.serving.requests import Request
 from jaxspec.serving.runner import EngineFailed, Runner
 from tests import tiny
 from tests.serving import engines
 from tests.serving.engines import alone
 from tests.serving.soaks import check_soak
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return engines.engine(prefix_cache_mb=0.1)  # eight pages, which is too few
 
 
 def asked(count: int, dice: random.Random) -> list[Request]:
@@ -54,14 +51,17 @@ def asked(count: int, dice: random.Random) -> list[Request]:
 
 
 @pytest.mark.slow
-def test_soak(engine):
+def test_soak():
+    engine = engines.engine(prefix_cache_mb=0.1)  # eight pages, which is too few
     dice, count = random.Random(0), 520
     check_soak(engine, asked(count, dice), dice, alone)
     used, room = engine.prefix_pages
     assert used == room == 8
 
 
-def test_an_engine_that_fails_tells_everyone(engine, monkeypatch):
+def test_an_engine_that_fails_tells_everyone(monkeypatch):
+    engine = Engine(tiny.target(), config=EngineConfig(room=60))
+
     def fail():
         raise RuntimeError("out of memory")
 

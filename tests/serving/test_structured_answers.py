@@ -34,7 +34,7 @@ class Person(pydantic.BaseModel):
 
 @pytest.fixture(scope="module")
 def port():
-    room = dict(room=900, chunk=32)
+    room = dict(room=900, chunk=32, slots=1)
     with servers.serve(limits=Limits(), target=structured.target(), **room) as (port, runner):
         yield port
         servers.await_idle(runner)

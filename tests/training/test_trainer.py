@@ -29,6 +29,7 @@ from jaxspec.training.start import initial_drafter
 from jaxspec.training.step import init_state, learning_rate, train_step
 from jaxspec.training.trainer import train
 from tests.processes import free_port, many_devices
+from tests.slow import slow_but
 from tests.training import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -37,14 +38,10 @@ ROOT = Path(__file__).parents[2]
 MESH = ("--mesh", "4", "2")
 
 
-def start(folder, cache, *options, devices=1):
-    environment = many_devices(devices) | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def start(folder, *options, devices=1):
     command = [sys.executable, "-m", "tests.training.tiny", str(folder), *options]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=many_devices(devices), stderr=subprocess.PIPE, text=True
     )
 
 
@@ -75,44 +72,49 @@ def assert_same_steps(folder, expected):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """A run that nothing interrupts, and the cache of its compiled programs."""
-    folder, cache = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cache")
-    finish(start(folder, cache))
-    return folder, cache
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(tiny.CONFIG, tiny.target(), tiny.examples(), folder)
+    return folder
 
 
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
-def test_interrupted_runs_end_the_same(whole_run, tmp_path):
-    whole, cache = whole_run
-    for lines, number in [(1, KILL), (3, TERM), (5, INT), (7, KILL)]:
-        process = start(tmp_path, cache)
+INTERRUPTIONS = {  # after so many steps
+    "killed": [(5, KILL)],
+    "in every way": [(1, KILL), (3, TERM), (5, INT), (7, KILL)],
+}
+
+
+@pytest.mark.parametrize("name", slow_but(["killed"], INTERRUPTIONS))
+def test_interrupted_runs_end_the_same(whole_run, tmp_path, name):
+    for lines, number in INTERRUPTIONS[name]:
+        process = start(tmp_path)
         signal_after(process, tmp_path, lines, number)
         assert process.returncode == (-number if number == KILL else 0)
         assert not (tmp_path / "drafter").exists()
-    finish(start(tmp_path, cache))
+    finish(start(tmp_path))
     for name in ("model.safetensors", "config.json", "README.md"):
-        found, expected = (folder / "drafter" / name for folder in (tmp_path, whole))
+        found, expected = (folder / "drafter" / name for folder in (tmp_path, whole_run))
         assert found.read_bytes() == expected.read_bytes(), name
-    assert tiny.metrics(tmp_path) == tiny.metrics(whole)
+    assert tiny.metrics(tmp_path) == tiny.metrics(whole_run)
 
 
 @pytest.fixture(scope="module")
-def run_on_eight(whole_run, tmp_path_factory):
+def run_on_eight(tmp_path_factory):
     """The same run, the drafter cut over 4 devices and the target over 2 of each, its features
     kept on disk."""
     folder, features = tmp_path_factory.mktemp("eight"), tmp_path_factory.mktemp("features")
     options = (*MESH, "--validate", "--features", str(features))
-    finish(start(folder, whole_run[1], *options, devices=8))
+    finish(start(folder, *options, devices=8))
     return folder
 
 
 @pytest.mark.gate
 def test_many_devices_train_and_validate_as_one_does(whole_run, run_on_eight, tmp_path):
-    whole, cache = whole_run
-    assert_same_steps(run_on_eight, whole)
-    finish(start(tmp_path, cache, "--validate"))
+    assert_same_steps(run_on_eight, whole_run)
+    finish(start(tmp_path, "--validate"))
     taus = [
         json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["tau"]
         for folder in (run_on_eight, tmp_path)
@@ -122,14 +124,11 @@ def test_many_devices_train_and_validate_as_one_does(whole_run, run_on_eight, tm
 
 @pytest.mark.gate
 def test_two_processes_train_as_one_does(whole_run, tmp_path):
-    whole, cache = whole_run
     where = f"localhost:{free_port()}"
-    started = [
-        start(tmp_path, cache, *MESH, "--join", where, str(i), devices=4) for i in range(2)
-    ]
+    started = [start(tmp_path, *MESH, "--join", where, str(i), devices=4) for i in range(2)]
     for process in started:
         finish(process)
-    assert_same_steps(tmp_path, whole)
+    assert_same_steps(tmp_path, whole_run)
     assert (tmp_path / "drafter" / "model.safetensors").exists()
 
 
@@ -148,16 +147,13 @@ def losses(folder):
         pytest.param((2, 2), 1, marks=pytest.mark.gate),
     ],
 )
-def test_processes_train_as_one_does_however_the_mesh_lies(
-    whole_run, tmp_path, mesh, processes
-):
+def test_processes_train_as_one_does_however_the_mesh_lies(tmp_path, mesh, processes):
     """A copy of the target may be cut over processes, which then train on the same rows."""
     where, devices = f"localhost:{free_port()}", mesh[0] * mesh[1] // processes
     options = ("--mesh", *map(str, mesh), "--steps", "3", "--processes", str(processes))
     started = [
         start(
             tmp_path / "run",
-            whole_run[1],
             *options,
             *(("--join", where, str(i)) if processes > 1 else ()),
             devices=devices,
@@ -166,7 +162,7 @@ def test_processes_train_as_one_does_however_the_mesh_lies(
     ]
     for process in started:
         finish(process)
-    finish(start(tmp_path / "alone", whole_run[1], "--steps", "3"))
+    finish(start(tmp_path / "alone", "--steps", "3"))
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "alone"), rtol=1e-4)
 
 
@@ -174,18 +170,17 @@ def test_processes_train_as_one_does_however_the_mesh_lies(
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_run_goes_on_with_other_devices(whole_run, run_on_eight, tmp_path, devices):
     """Saved on 8 devices and resumed on 1, and the reverse."""
-    whole, cache = whole_run
     folder = tmp_path / "run"
-    shutil.copytree(run_on_eight if devices == 1 else whole, folder)
+    shutil.copytree(run_on_eight if devices == 1 else whole_run, folder)
     shutil.rmtree(folder / "drafter")
     for step in (6, 8, 10, 12):
         shutil.rmtree(folder / "checkpoints" / str(step))
-    finish(start(folder, cache, *(MESH if devices == 8 else ()), devices=devices))
-    assert_same_steps(folder, whole)
+    finish(start(folder, *(MESH if devices == 8 else ()), devices=devices))
+    assert_same_steps(folder, whole_run)
 
 
 def test_the_checkpoint_is_what_was_trained_and_loads(whole_run):
-    folder, _ = whole_run
+    folder = whole_run
     target = tiny.target()
     _, params = load_drafter(folder / "drafter", target.config, target.params, TreeConfig())
     state = init_state(tiny.CONFIG, target.params)
@@ -195,14 +190,14 @@ def test_the_checkpoint_is_what_was_trained_and_loads(whole_run):
 
 
 def test_other_settings_do_not_go_on_with_a_run(whole_run):
-    folder, _ = whole_run
+    folder = whole_run
     other = dataclasses.replace(tiny.CONFIG, anchors=5, seed=1)
     with pytest.raises(ValueError, match=r"other settings \(anchors, seed differ\)"):
         train(other, tiny.target(), tiny.examples(), folder)
 
 
 def test_a_finished_run_is_left_as_it_is(whole_run, capsys):
-    folder, _ = whole_run
+    folder = whole_run
     before = (folder / "metrics.jsonl").read_bytes()
     assert train(tiny.CONFIG, tiny.target(), tiny.examples(), folder) == folder / "drafter"
     assert (folder / "metrics.jsonl").read_bytes() == before
@@ -210,7 +205,7 @@ def test_a_finished_run_is_left_as_it_is(whole_run, capsys):
 
 
 def copied(whole_run, tmp_path):
-    return shutil.copytree(whole_run[0], tmp_path / "run")
+    return shutil.copytree(whole_run, tmp_path / "run")
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -250,7 +245,7 @@ def test_more_steps_go_on_with_a_finished_run(whole_run, tmp_path):
     assert train(longer, tiny.target(), tiny.examples(), folder) == folder / "drafter"
     steps = steps_of(folder)
     assert [x["step"] for x in steps] == list(range(1, 15))
-    assert steps[:12] == steps_of(whole_run[0])
+    assert steps[:12] == steps_of(whole_run)
     assert steps[12]["learning_rate"] > steps[11]["learning_rate"]  # a longer cosine
     assert (folder / "drafter-12" / "model.safetensors").read_bytes() == before
     assert (folder / "drafter" / "model.safetensors").read_bytes() != before
@@ -268,7 +263,7 @@ def test_what_a_lost_run_is_told_works(whole_run, tmp_path):
         train(with_rate(0.005), tiny.target(), tiny.examples(), folder)
     lower = with_rate(0.005)
     train(lower, tiny.target(), tiny.examples(), folder, resume_step=6)
-    steps, before = steps_of(folder), steps_of(whole_run[0])
+    steps, before = steps_of(folder), steps_of(whole_run)
     assert steps[:6] == before[:6]
     assert [x["step"] for x in steps] == list(range(1, 13))
     np.testing.assert_allclose(
@@ -324,7 +319,7 @@ def test_the_first_weights_are_the_targets_last_layers():
 
 
 def test_training_goes_on_from_an_exported_drafter(whole_run, tmp_path):
-    folder, _ = whole_run
+    folder = whole_run
     config = dataclasses.replace(tiny.CONFIG, initial=str(folder / "drafter"), steps=1)
     target = tiny.target()
     _, params = load_drafter(folder / "drafter", target.config, target.params, TreeConfig())
@@ -342,7 +337,7 @@ def test_training_goes_on_from_an_exported_drafter(whole_run, tmp_path):
 
 
 def test_settings_added_later_had_their_defaults(whole_run, tmp_path):
-    folder = shutil.copytree(whole_run[0], tmp_path / "run")
+    folder = shutil.copytree(whole_run, tmp_path / "run")
     path = folder / "config.json"
     settings = json.loads(path.read_text())
     del settings["packed"]
@@ -353,17 +348,16 @@ def test_settings_added_later_had_their_defaults(whole_run, tmp_path):
         train(packed, tiny.target(), tiny.examples(), folder)
 
 
-@pytest.mark.parametrize(
-    "head",
-    [
-        dict(sequential="mlp", rank=0, confidence=None, predict_next=False),
-        dict(sequential="gated", predict_next=False, confidence="hidden"),
-        dict(sequential="rnn", causal=True),
-    ],
-    ids=["mlp", "gated", "causal rnn"],
-)
+HEADS = {
+    "mlp": dict(sequential="mlp", rank=0, confidence=None, predict_next=False),
+    "gated": dict(sequential="gated", predict_next=False, confidence="hidden"),
+    "causal rnn": dict(sequential="rnn", causal=True),
+}
+
+
+@pytest.mark.parametrize("head", slow_but(["causal rnn"], HEADS))
 def test_every_head_is_trained_and_exported(tmp_path, head):
-    drafter = dataclasses.replace(tiny.DRAFTER, **head)
+    drafter = dataclasses.replace(tiny.DRAFTER, **HEADS[head])
     config = dataclasses.replace(tiny.CONFIG, drafter=drafter, steps=4, batch_size=4)
     target = tiny.target()
     folder = train(config, target, tiny.examples(4), tmp_path)
