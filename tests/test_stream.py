@@ -12,6 +12,7 @@ from jaxspec.tokenizer import Tokenizer
 from tests import tiny
 from tests.slow import slow_but
 
+LOOKUP = LoadedDrafter(PromptLookup(size=4, depth=3))
 # Ten tokens of text, two of them halves of one character, and the end.
 VOCABULARY = ["<end>", "a", "b", "c", "Ġa", "Ġb", "Ã", "©", "Ċ", "d", "e"]
 
@@ -27,7 +28,7 @@ def target() -> Target:
 @pytest.mark.parametrize("rounds", slow_but([5], [1, 5]))
 def test_pieces_join_to_the_text(target, temperature, rounds):
     options = dict(
-        drafter=LoadedDrafter(PromptLookup(size=4, depth=3)),
+        drafter=LOOKUP,
         max_new_tokens=33,
         sampling=Sampling(temperature=temperature),
         raw=True,
@@ -45,7 +46,7 @@ def test_pieces_join_to_the_text(target, temperature, rounds):
     assert stats == whole.stats
 
 
-@pytest.mark.parametrize("drafter", [PLAIN, LoadedDrafter(PromptLookup(size=4, depth=3))])
+@pytest.mark.parametrize("drafter", slow_but([LOOKUP], [PLAIN, LOOKUP]))
 @pytest.mark.parametrize("length", slow_but([2], [1, 2, 5]))
 def test_a_stop_text_ends_text_and_tokens_where_plain_decoding_has_it(target, drafter, length):
     options = dict(max_new_tokens=40, sampling=Sampling(temperature=1.0, stop_ids=()), raw=True)

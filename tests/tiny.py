@@ -38,9 +38,8 @@ MOE = dataclasses.replace(
 )
 HYBRID = dataclasses.replace(
     QWEN3,
-    num_layers=4,
     delta_net=DeltaNetConfig(
-        layers=(0, 1, 3), key_heads=2, value_heads=4, key_dim=8, value_dim=12
+        layers=(0, 2), key_heads=2, value_heads=4, key_dim=8, value_dim=12
     ),
     rotary_dim=4,
     attention_gate=True,
@@ -53,7 +52,7 @@ HYBRID_MOE = dataclasses.replace(
     moe_intermediate_size=16,
     norm_topk_prob=True,
     shared_expert_size=24,
-    sparse_layers=(0, 1, 2, 3),
+    sparse_layers=(0, 1, 2),
 )
 
 
@@ -126,5 +125,10 @@ def _all_logits(params, config, tokens):
 
 
 def logits(target: Target, tokens: list[int]) -> np.ndarray:
-    """Logits [T, V] after every token of a sequence, from one forward without a cache."""
-    return np.asarray(_all_logits(target.params, target.config, jnp.array([tokens])))
+    """Logits [T, V] after every token of a sequence, from one forward without a cache.
+
+    Sequences are padded to 32 tokens, 64, 128 and so on: a program serves many lengths.
+    """
+    padded = np.zeros((1, max(32, 1 << (len(tokens) - 1).bit_length())), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(_all_logits(target.params, target.config, padded))[: len(tokens)]

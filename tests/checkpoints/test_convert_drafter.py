@@ -148,12 +148,18 @@ def test_the_command(tmp_path, target, capsys):
     assert json.loads(capsys.readouterr().out)["lost"] == [LAYERS]
 
 
-def test_a_drafter_alone_knows_its_target(tmp_path, target, capsys):
+def test_a_drafter_alone_knows_its_target(tmp_path, target):
     """`generate --drafter X` without --target."""
     folder, loaded = target
     save(tmp_path / "a", eagle_cases.PLAIN, loaded, "speculators", verifier=str(folder))
     assert named_target(f"{tmp_path / 'a'}+ngram") == str(folder)
     assert named_target("ngram") is named_target("small:x") is named_target("shipped") is None
+
+
+@pytest.mark.slow
+def test_its_target_need_not_be_given(tmp_path, target, capsys):
+    folder, loaded = target
+    save(tmp_path / "a", eagle_cases.PLAIN, loaded, "speculators", verifier=str(folder))
     ids = tmp_path / "ids.json"
     ids.write_text("[[1, 2, 3]]")
     options = ["--drafter", str(tmp_path / "a"), "--prompt-ids", str(ids)]

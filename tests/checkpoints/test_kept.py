@@ -106,6 +106,7 @@ def test_trees_are_lossless(twins, temperature):
 
 
 @ONCE
+@pytest.mark.slow
 def test_the_command_keeps_them_too(twins, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("jaxspec.enable_compilation_cache", lambda: tmp_path)
     stored, _ = twins

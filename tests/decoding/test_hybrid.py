@@ -61,6 +61,7 @@ def test_a_mixture_with_a_shared_expert():
     assert outputs(tiny.RANDOM, **options) == outputs(**options)
 
 
+@pytest.mark.slow
 def test_a_state_that_takes_in_rejected_nodes_is_not_lossless(plain, monkeypatch):
     write = DeltaState.write
 

@@ -63,7 +63,9 @@ def check_row(state, row, first):
 
 
 @pytest.mark.parametrize(
-    ("drafter", "rejection"), [(tiny.RANDOM, False), (CHAIN, True)], ids=["tree", "rejection"]
+    ("drafter", "rejection"),
+    [(tiny.RANDOM, False), pytest.param(CHAIN, True, marks=pytest.mark.slow)],
+    ids=["tree", "rejection"],
 )
 def test_of_prompts_and_answers(drafter, rejection):
     """Whatever the temperature and the filters, the law is the model's own."""
@@ -82,6 +84,7 @@ def test_only_of_rows_that_ask():
     check_row(state, 2, first=len(PROMPTS[2]))
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_unless_there_is_room_for_it():
     state = run(top=0)
     assert state.logprobs is None

@@ -25,9 +25,12 @@ MIXED = [
     Sampling(min_tokens=6, logit_bias={7: 20.0}, stop_ids=EOS),
 ]
 PROMPTS = tiny.prompts(4, 7, 5, 9, 6, 3, 8)
-ITSELF = LoadedDrafter(
-    SmallModel(tiny.QWEN3, TreeConfig("top_budget", size=16), depth=4), tiny.target().params
-)
+DRAFTERS = {
+    "random": tiny.RANDOM,
+    "itself": LoadedDrafter(
+        SmallModel(tiny.QWEN3, TreeConfig("top_budget", size=16), depth=4), tiny.target().params
+    ),
+}
 
 
 def tokens(sampling=MIXED, prompts=PROMPTS, **options):
@@ -40,8 +43,7 @@ def by_definition(prompt, sampling, max_new_tokens) -> list[int]:
     """Greedy decoding, one forward of the whole text a token, with dictionaries of counts."""
     text = list(prompt)
     while len(text) < len(prompt) + max_new_tokens:
-        padded = text + [0] * (40 - len(text))  # one length is one program
-        logits = tiny.logits(tiny.target(), padded)[len(text) - 1].astype(np.float64)
+        logits = tiny.logits(tiny.target(), text)[-1].astype(np.float64)
         answer = text[len(prompt) :]
         for token, bias in sampling.logit_bias:
             logits[token] += bias
@@ -64,11 +66,11 @@ def test_plain_decoding_follows_the_definitions(sampling):
     assert tokens(sampling)[:2] == [by_definition(p, sampling, 24) for p in PROMPTS[:2]]
 
 
-@pytest.mark.parametrize("drafter", [tiny.RANDOM, ITSELF], ids=["random", "itself"])
-def test_trees_give_plain_decodings_tokens(drafter):
-    done = generate(
-        tiny.target(), PROMPTS, sampling=MIXED, drafter=drafter, max_new_tokens=24, seed=3
-    )
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_trees_give_plain_decodings_tokens(name):
+    options = dict(drafter=DRAFTERS[name], max_new_tokens=24, seed=3)
+    done = generate(tiny.target(), PROMPTS, sampling=MIXED, **options)
     assert [c.token_ids for c in done] == tokens()
     assert max(max(c.stats.committed) for c in done) > 2  # through branches, not roots alone
 

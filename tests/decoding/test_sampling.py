@@ -22,16 +22,20 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.trees.tree import ancestors, chain
 from tests import tiny
 from tests.drafters import cases
+from tests.slow import slow_but
 
 
 def rows(batch=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) -> SamplingRows:
     return dataclasses.replace(
         greedy_rows(jax.random.split(jax.random.key(seed), batch)),
-        temperature=jnp.full(batch, temperature, jnp.float32),
-        top_k=jnp.full(batch, top_k, jnp.int32),
-        top_p=jnp.full(batch, top_p, jnp.float32),
-        min_p=jnp.full(batch, min_p, jnp.float32),
+        temperature=jnp.asarray(np.full(batch, temperature, np.float32)),
+        top_k=jnp.asarray(np.full(batch, top_k, np.int32)),
+        top_p=jnp.asarray(np.full(batch, top_p, np.float32)),
+        min_p=jnp.asarray(np.full(batch, min_p, np.float32)),
     )
+
+
+kept = jax.jit(_kept)
 
 
 def nothing_written(logits) -> Written:
@@ -67,7 +71,7 @@ def kept_by_sorting(logits, top_k, top_p, min_p):
 def test_filters_keep_what_their_definitions_keep(seed, top_k, top_p, min_p):
     logits = np.random.default_rng(seed).normal(0, 3, 50).astype(np.float32)
     options = rows(top_k=top_k, top_p=top_p, min_p=min_p)
-    found = np.asarray(_kept(jnp.asarray(logits)[None, None], options))[0, 0]
+    found = np.asarray(kept(logits[None, None], options))[0, 0]
     np.testing.assert_array_equal(found, kept_by_sorting(logits, top_k, top_p, min_p))
 
 
@@ -79,14 +83,15 @@ def test_top_k_keeps_ties():
 def test_choices_of_one_position_share_their_noise():
     logits = jnp.tile(jax.random.normal(jax.random.key(0), (1, 1, 64)), (1, 4, 1))
     depths = jnp.array([[0, 1, 1, 2]])
-    chosen = choose(
-        logits, depths, jnp.array([10]), rows(temperature=5.0), 2, nothing_written(logits)
-    )[0].tolist()
+    draw = jax.jit(
+        lambda length: choose(
+            logits, depths, length, rows(temperature=5.0), 2, nothing_written(logits)
+        )[0]
+    )
+    chosen = draw(jnp.array([10])).tolist()
     assert chosen[1] == chosen[2] and len(set(chosen)) == 3
     # The same positions reached from another anchor draw the same tokens.
-    later = choose(
-        logits, depths, jnp.array([11]), rows(temperature=5.0), 2, nothing_written(logits)
-    )[0].tolist()
+    later = draw(jnp.array([11])).tolist()
     assert later[0] == chosen[1] and later[1] == chosen[3]
 
 
@@ -112,11 +117,12 @@ DRAWN = cases.loaded("dspark", TreeConfig("chain", size=8))
 
 
 @pytest.mark.parametrize(
-    "drafter, rejection", [(MATCHED, False), (DRAWN, True)], ids=["matched", "rejection"]
+    "rejection, draws",
+    slow_but([(True, 6000)], [(True, 6000), (True, 20_000), (False, 20_000)]),
 )
-def test_three_sampled_tokens_follow_the_enumerated_distribution(drafter, rejection):
-    """20,000 speculative draws against p(a) p(b | a) p(c | a, b), computed by enumeration."""
-    target, prompt, draws = tiny.target(), tiny.prompts(5)[0], 20_000
+def test_three_sampled_tokens_follow_the_enumerated_distribution(rejection, draws):
+    """Speculative draws against p(a) p(b | a) p(c | a, b), computed by enumeration."""
+    target, prompt, drafter = tiny.target(), tiny.prompts(5)[0], DRAWN if rejection else MATCHED
     sampling = Sampling(temperature=1.5, top_k=6, top_p=0.95, stop_ids=())
     vocab = target.config.vocab_size
 
@@ -164,6 +170,7 @@ def test_three_sampled_tokens_follow_the_enumerated_distribution(drafter, reject
     assert freedom > 20 and chi2 < freedom + 6 * np.sqrt(2 * freedom)
 
 
+@pytest.mark.slow
 def test_rejection_is_greedy_at_temperature_zero():
     prompts = tiny.prompts(4, 9)
     plain = generate(tiny.target(), prompts, max_new_tokens=20)

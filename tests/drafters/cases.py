@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.config import DrafterConfig, TreeConfig
-from jaxspec.drafters.base import Committed, LoadedDrafter
+from jaxspec.drafters.base import Committed, Drafter, LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params
 from jaxspec.drafters.head import Vocabulary
 from jaxspec.drafters.weights import random_weights
 from jaxspec.models.cache import KVCache
+from jaxspec.trees.tree import DraftTree
 from tests import tiny
 
 SHAPE = dict(
@@ -89,6 +90,7 @@ def features(kind: str, batch: int, length: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(random.standard_normal((batch, length, width)), jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnames="kind")
 def observed(kind: str, features: jax.Array) -> KVCache:
     """The state after tokens 0 … T - 1 with features [B, T, .] were committed."""
     batch, length = features.shape[:2]
@@ -97,3 +99,15 @@ def observed(kind: str, features: jax.Array) -> KVCache:
     zeros = jnp.zeros((batch, length), jnp.int32)
     committed = Committed(zeros, features, zeros[:, 0], zeros[:, 0] + length)
     return drafter.observe(params(kind), state, committed)
+
+
+@functools.partial(jax.jit, static_argnames="drafter")
+def draft(drafter: Drafter, params, state, anchor, position, budget) -> DraftTree:
+    """The tree it drafts, compiled: step by step it would be hundreds of small programs."""
+    return drafter.draft(params, state, anchor, position, budget)[0]
+
+
+@functools.partial(jax.jit, static_argnames="drafter")
+def draft_sampled(drafter: Drafter, params, state, anchor, position, temperature, keys):
+    """The chain it draws, compiled."""
+    return drafter.draft_sampled(params, state, anchor, position, temperature, keys)[0]

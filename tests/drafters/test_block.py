@@ -99,7 +99,9 @@ def test_draft_follows_the_equations(kind):
 
     drafter = BlockDrafter(config, TreeConfig("chain", size=config.depth + 1))
     budget = jnp.array([config.depth + 1] * 2)
-    tree, _ = drafter.draft(params, state, jnp.asarray(anchors), jnp.asarray(lengths), budget)
+    tree = cases.draft(
+        drafter, params, state, jnp.asarray(anchors), jnp.asarray(lengths), budget
+    )
     for row in range(2):
         own, laws, confidences = oracle.chain(features[row, : lengths[row]], anchors[row])
         assert tree.tokens[row].tolist() == [anchors[row], *own]
@@ -185,7 +187,8 @@ def test_a_sampled_chain_comes_with_its_own_law():
     """Row 0 at temperature 0.7, row 1 greedy; each slot's law given the tokens drawn before."""
     features, params = cases.features("rnn", 2, 6), cases.params("rnn")
     drafter = BlockDrafter(cases.KINDS["rnn"], CHAIN)
-    chain, _ = drafter.draft_sampled(
+    chain = cases.draft_sampled(
+        drafter,
         params,
         cases.observed("rnn", features),
         jnp.array([4, 4]),

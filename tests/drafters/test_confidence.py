@@ -61,7 +61,6 @@ def test_a_chain_ends_where_the_drafter_doubts(rule):
         cases.observed("dspark", features),
     )
     for budget in (8, 2, 1):
-        tree, _ = drafter.draft(
-            params, state, jnp.array([4]), jnp.array([6]), jnp.array([budget])
-        )
+        at = jnp.array([4]), jnp.array([6])
+        tree = cases.draft(drafter, params, state, *at, jnp.array([budget]))
         assert tree.valid[0].sum() == min(budget, expected + 1)

@@ -1,6 +1,7 @@
 """Convolutions over the slots of a block."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,6 @@ import numpy as np
 from flax import nnx
 
 from jaxspec.drafters.convolution import Convolution
-from jaxspec.drafters.head import DraftHead
 from jaxspec.drafters.weights import bind, random_weights
 from tests.drafters import cases
 
@@ -68,9 +68,11 @@ def test_it_starts_as_the_identity():
     weights |= dict(nnx.to_flat_state(plain.head))
     weights = nnx.from_flat_state(list(weights.items()))
 
-    def stream(head: DraftHead):
+    @functools.partial(jax.jit, static_argnames="config")
+    def stream(config, weights):
         attend = lambda layer, q, k, v: q + jnp.repeat(k + v, 2, axis=-2)  # noqa: E731
+        head = bind(config, weights)
         return head.stream(plain.vocabulary, jnp.array([3]), jnp.array([5]), attend)
 
-    found = stream(bind(config, weights))
-    np.testing.assert_array_equal(found, stream(bind(cases.KINDS["dflash"], plain.head)))
+    found = stream(config, weights)
+    np.testing.assert_array_equal(found, stream(cases.KINDS["dflash"], plain.head))

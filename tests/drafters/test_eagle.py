@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxspec.drafters.rollout import greedy
 from tests import tiny
 from tests.drafters import eagle_cases as cases
 from tests.drafters.eagle_oracle import Rows, dynamic_tree
+from tests.slow import slow_but
 
 CHAIN = TreeConfig("chain", size=5)
 TREE = TreeConfig("path_conditioned", size=12, width=3, candidates=3)
@@ -49,9 +51,12 @@ def observed(drafter, params, taps, tokens, parts):
     return state
 
 
-@pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize(
-    "parts", [pytest.param((LENGTH,), marks=pytest.mark.slow), (1, 3, 1, 4)]
+    ("kind", "parts"),
+    slow_but(
+        [("normed", (1, 3, 1, 4)), ("two layers", (1, 3, 1, 4))],
+        itertools.product(cases.KINDS, [(LENGTH,), (1, 3, 1, 4)]),
+    ),
 )
 def test_a_chain(kind, parts):
     """However the prefix was committed, the logits are those of rows run one by one."""
@@ -73,7 +78,7 @@ def test_a_chain(kind, parts):
         seen.append(own)
 
 
-@pytest.mark.parametrize("kind", ["plain", "window", "two layers"])
+@pytest.mark.parametrize("kind", slow_but(["window"], ["plain", "window", "two layers"]))
 def test_a_dynamic_tree(kind):
     """k children of the k best rows of every level, then the best of the pool."""
     drafter, params = EagleDrafter(cases.KINDS[kind], TREE), cases.params(kind, reduced=True)
@@ -126,19 +131,19 @@ def plain():
 
 
 @pytest.mark.parametrize(
-    "loaded",
-    [
-        cases.loaded("normed", CHAIN, reduced=True),
-        cases.loaded("window", TREE, reduced=True),
-        with_lookup(cases.loaded("plain", TREE)),
-    ],
-    ids=["chain", "tree", "with lookup"],
+    ("kind", "tree", "lookup"),
+    slow_but(
+        [("window", TREE, False)],
+        [("normed", CHAIN, False), ("window", TREE, False), ("plain", TREE, True)],
+    ),
 )
-def test_speculative_equals_plain(plain, loaded):
+def test_speculative_equals_plain(plain, kind, tree, lookup):
     """Rows of unequal lengths, greedy and sampled, in one batch."""
-    assert outputs(drafter=loaded) == plain
+    loaded = cases.loaded(kind, tree, reduced=not lookup)
+    assert outputs(drafter=with_lookup(loaded) if lookup else loaded) == plain
 
 
+@pytest.mark.slow
 def test_a_drawn_chain_verified_by_rejection(plain):
     """Greedy rows are plain decoding's; the law of drawn ones is enumerated elsewhere."""
     assert outputs(drafter=cases.loaded("plain", CHAIN, True), rejection=True)[0] == plain[0]

@@ -20,6 +20,7 @@ from jaxspec.models.decoder import forward
 from jaxspec.models.state import init_states
 from jaxspec.models.target import Target
 from jaxspec.trees.tree import NO_PARENT, causal_bits
+from tests.slow import slow_but
 
 CAPACITY = 96
 TREES = {
@@ -30,7 +31,6 @@ TREES = {
     "treeflash_a": TreeConfig("transitions", size=40, width=6, candidates=5),
 }
 TOLERANCE = dict(atol=2e-4, rtol=0)
-names = pytest.mark.parametrize("name", TREES)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def accepted(prompt):
     return prompt["tree_accept"] if "tree_accept" in prompt else prompt["accept"]
 
 
-@pytest.mark.parametrize("name", ["jetspec_a", "dflash_a"])
+@pytest.mark.parametrize("name", slow_but(["jetspec_a"], ["jetspec_a", "dflash_a"]))
 def test_marginal_trees(golden, load, name):
     for recorded, found in rounds(golden, load, name):
         np.testing.assert_allclose(found["base"], recorded["draft_logits"], **TOLERANCE)
@@ -141,7 +141,7 @@ def test_marginal_trees(golden, load, name):
         np.testing.assert_allclose(tree.scores, recorded["tree_logp"], **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["dspark_vanilla", "dspark_rnn"])
+@pytest.mark.parametrize("name", slow_but(["dspark_rnn"], ["dspark_vanilla", "dspark_rnn"]))
 def test_sequential_chains(golden, load, name):
     for recorded, found in rounds(golden, load, name):
         np.testing.assert_allclose(found["base"], recorded["base_logits"], **TOLERANCE)
@@ -184,7 +184,7 @@ def recorded_paths(recorded):
     return paths
 
 
-@pytest.mark.parametrize("name", ["dspark_vanilla", "dspark_rnn"])
+@pytest.mark.parametrize("name", slow_but(["dspark_rnn"], ["dspark_vanilla", "dspark_rnn"]))
 def test_teacher_forced_blocks(golden, load, name):
     folder, _ = golden(name)
     recorded = np.load(folder / "train.npz")
@@ -205,7 +205,7 @@ def test_teacher_forced_blocks(golden, load, name):
     assert not (recorded["eval_mask"] & ~supervised).any()
 
 
-@names
+@pytest.mark.parametrize("name", slow_but(["jetspec_a"], TREES))
 def test_decoding(golden, load, name):
     """The target's own output, and as many tokens committed in every round."""
     _, trace = golden(name)

@@ -21,12 +21,13 @@ from jaxspec.models.target import Target
 from tests import tiny
 from tests.decoding.test_sampling import nothing_written, rows
 from tests.drafters.test_golden import CAPACITY, tapped
+from tests.slow import slow_but
 
 TOLERANCE = dict(atol=2e-4, rtol=0)
 TREE = TreeConfig("chain", size=8)
 LAWS = dict(atol=1e-4, rtol=1e-4)
 NAMES = ("dflash2_a", "dflash2_window_a")
-names = pytest.mark.parametrize("name", NAMES)
+names = pytest.mark.parametrize("name", slow_but(["dflash2_a"], NAMES))
 
 
 @pytest.fixture(scope="module")
@@ -103,26 +104,28 @@ def test_laws_of_rejection_sampling(golden, load, name):
     how = trace["config"]
     sampling = rows(**{key: how[key] for key in ("temperature", "top_p", "top_k")})
     target, _ = load(name)
+
+    @jax.jit
+    def laws(logits, q, candidates):
+        written = nothing_written(logits[None])
+        log_p = log_law(logits[None], jnp.zeros(1, int), sampling, written)[0]
+        rest = residual(log_p[:-1], scatter_law(jnp.log(q), candidates, log_p.shape[-1]))
+        return jnp.exp(log_p), rest / rest.sum(axis=-1, keepdims=True)
+
     for r, recorded, found, sequence in rounds(golden, load, name):
         if r:
             continue
         np.testing.assert_allclose(found["q"], recorded["q"], **LAWS)
         path = [*sequence, *recorded["path"]]
         logits = tiny.logits(target, [int(x) for x in path])[len(sequence) - 1 :]
-        log_p = log_law(
-            logits[None], jnp.zeros(1, int), sampling, nothing_written(logits[None])
-        )[0]
-        np.testing.assert_allclose(np.exp(log_p), recorded["target_probs"], **LAWS)
-        log_q = scatter_law(
-            jnp.log(found["q"]), jnp.asarray(recorded["candidates"]), log_p.shape[-1]
-        )
-        rest = residual(log_p[:-1], log_q)
-        rest = rest / rest.sum(axis=-1, keepdims=True)
+        p, rest = laws(logits, found["q"], jnp.asarray(recorded["candidates"]))
+        np.testing.assert_allclose(p, recorded["target_probs"], **LAWS)
         np.testing.assert_allclose(rest, recorded["residual"][:-1], **LAWS)
-        np.testing.assert_allclose(np.exp(log_p[-1]), recorded["residual"][-1], **LAWS)
+        np.testing.assert_allclose(p[-1], recorded["residual"][-1], **LAWS)
 
 
-@names
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_decoding(golden, load, name):
     """The target's own output, and as many tokens committed in every round."""
     _, trace = golden(name)

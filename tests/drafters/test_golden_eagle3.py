@@ -14,9 +14,11 @@ from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.rollout import greedy
 from tests.drafters.test_golden import CAPACITY, tapped
+from tests.slow import slow_but
 
 CHAIN = TreeConfig("chain", size=6)
 NEW = {"eagle3_a": 48, "eagle3_speculators_a": 32}
+names = pytest.mark.parametrize("name", slow_but(["eagle3_speculators_a"], NEW))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def load(golden):
     return case
 
 
-@pytest.mark.parametrize("name", NEW)
+@names
 def test_rounds(load, name):
     """Logits of every step along the drafter's own greedy tokens, and those as target ids."""
     folder, trace, target, loaded = load(name)
@@ -66,6 +68,7 @@ def test_rounds(load, name):
         assert r >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEW)
 def test_decoding(load, name):
     """The target's own output, and as many tokens committed in every round."""

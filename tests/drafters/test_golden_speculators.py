@@ -19,6 +19,7 @@ from jaxspec.training.features import target_features
 from jaxspec.training.losses import LossConfig, drafter_loss
 from jaxspec.training.vocabulary_loss import Mixture
 from tests.drafters.test_golden import CAPACITY, tapped
+from tests.slow import slow_but
 
 NAME, CHAIN = "dflash_speculators_a", TreeConfig("chain", size=8)
 CLOSE = dict(rtol=1e-4, atol=1e-4)
@@ -67,7 +68,7 @@ def test_rounds(case):
             position += committed
 
 
-@pytest.mark.parametrize("variant", LOSSES)
+@pytest.mark.parametrize("variant", slow_but(["kl_decay"], LOSSES))
 def test_a_training_step(case, variant):
     folder, trace, target, drafter, params = case
     expected, arrays = trace["train"][variant], np.load(folder / "train.npz")
@@ -79,7 +80,6 @@ def test_a_training_step(case, variant):
         jnp.asarray(arrays["last_hidden"]), target.params.final_norm, target.config.rms_norm_eps
     )
 
-    @jax.jit
     def step(weights):
         features = target_features(
             target.params, target.config, tokens, taps=config.taps, chunk=8
@@ -91,13 +91,14 @@ def test_a_training_step(case, variant):
         sums = drafter_loss(LOSSES[variant], *arguments)
         return sums.total / sums.weight, head.logits(params.vocabulary, blocks.stream)
 
-    (loss, logits), slopes = jax.value_and_grad(step, has_aux=True)(params.head)
+    slope = jax.jit(jax.value_and_grad(step, has_aux=True))
+    (loss, logits), slopes = slope(params.head)
     np.testing.assert_allclose(logits[0], arrays["draft_logits"][:, 1:], atol=2e-4)
     np.testing.assert_allclose(loss, expected["loss"], **CLOSE)
     slopes, norms = dict(nnx.to_flat_state(slopes)), {}
     for path, parts in block_parts(config).items():
         for part in parts:
-            norms[part.name] = jnp.linalg.norm(slopes[path][...][part.index].ravel())
+            norms[part.name] = np.linalg.norm(np.asarray(slopes[path][...])[part.index].ravel())
     for name in set(expected["gradients"]) & set(norms):
         np.testing.assert_allclose(
             norms[name], expected["gradients"][name], **CLOSE, err_msg=name

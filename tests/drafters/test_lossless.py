@@ -1,6 +1,7 @@
 """Whatever a block drafter drafts, in any tree, the output is plain decoding's."""
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -44,19 +45,22 @@ def outputs(**options):
     return [completion.token_ids for completion in done]
 
 
-@pytest.mark.parametrize("kind", slow_but(["dspark", "rnn", "jetspec"], TREES))
+@pytest.mark.parametrize("kind", slow_but(["rnn", "jetspec"], TREES))
 def test_speculative_equals_plain(plain, kind):
     assert outputs(drafter=cases.loaded(kind, TREES[kind])) == plain
 
 
-@pytest.mark.parametrize("tree", TREE_KINDS)
-@pytest.mark.parametrize("count_mass", [False, True])
+@pytest.mark.parametrize(
+    ("tree", "count_mass"),
+    slow_but([("path_conditioned", True)], itertools.product(TREE_KINDS, [False, True])),
+)
 def test_a_selector_in_every_tree(plain, tree, count_mass):
     loaded = cases.loaded("dflash2", TreeConfig(tree, size=16, width=3))
     drafter = dataclasses.replace(loaded.drafter, count_mass=count_mass)
     assert outputs(drafter=dataclasses.replace(loaded, drafter=drafter)) == plain
 
 
+@pytest.mark.slow
 def test_a_selectors_walk_verified_by_rejection(plain):
     """Greedy: the target's likeliest tokens, whatever is drawn among the candidates."""
     drafter = cases.loaded("dflash2", TreeConfig("chain", size=8))
@@ -66,6 +70,7 @@ def test_a_selectors_walk_verified_by_rejection(plain):
     assert done[0].token_ids == plain[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["threshold", "survival"])
 def test_confidence_rules_shorten_chains_and_change_nothing(plain, rule, tmp_path):
     loaded = cases.loaded("dspark", TREES["dspark"])

@@ -1,5 +1,8 @@
 """Prompt lookup against a slow search of the token list."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,26 +12,23 @@ from hypothesis import strategies as st
 from jaxspec.drafters.base import Committed
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.trees.tree import NO_PARENT
+from tests.drafters import cases
 
 LOOKUP = PromptLookup(size=8, depth=4, continuations=2, min_match=1, agreement=(0.3, 0.5, 0.6))
 
 
+@functools.partial(jax.jit, static_argnames="drafter")
+def _draft(drafter, tokens, last, budget):
+    observed = Committed(tokens, jnp.zeros((1, 64, 0)), jnp.array([0]), last[None])
+    state = drafter.observe((), drafter.init((), 1, 128), observed)
+    return drafter.draft((), state, tokens[:, last], last[None], budget[None])[0]
+
+
 def draft(tokens, drafter=LOOKUP, budget=None):
     """The tree drafted after `tokens`, the last of which is the anchor; paths as tuples."""
-    observed = Committed(
-        tokens=jnp.array([tokens + [0] * (64 - len(tokens))]),
-        features=jnp.zeros((1, 64, 0)),
-        position=jnp.array([0]),
-        count=jnp.array([len(tokens) - 1]),
-    )
-    state = drafter.observe((), drafter.init((), 1, 128), observed)
-    tree, _ = drafter.draft(
-        (),
-        state,
-        jnp.array([tokens[-1]]),
-        jnp.array([len(tokens) - 1]),
-        jnp.array([budget or drafter.size]),
-    )
+    padded = np.array([tokens + [0] * (64 - len(tokens))])
+    tree = _draft(drafter, padded, np.int32(len(tokens) - 1), np.int32(budget or drafter.size))
+    tree = jax.device_get(tree)
     paths = {}
     for node in range(tree.size):
         if tree.valid[0, node]:
@@ -113,7 +113,7 @@ def test_paths_have_the_probability_of_their_match():
     tokens = [1, 2, 3, 4, 5, 6, 9, 2, 3, 7, 7, 7, 8, 1, 2, 3]
     drafter = PromptLookup(size=5, depth=2, continuations=2, agreement=(0.3, 0.5, 0.6, 0.9))
     history, last = jnp.array([tokens]), jnp.array([len(tokens) - 1])
-    tree, _ = drafter.draft((), history, history[:, -1], last, jnp.array([5]))
+    tree = cases.draft(drafter, (), history, history[:, -1], last, jnp.array([5]))
     assert tree.tokens[0].tolist() == [3, 4, 5, 7, 7]
     expected = [1.0, 0.6, 0.6 * 0.9, 0.4 * 0.5, 0.4 * 0.5 * 0.6]
     np.testing.assert_allclose(np.exp(tree.scores[0]), expected, rtol=1e-6)

@@ -17,6 +17,7 @@ from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.plain import PLAIN
 from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
+from tests.slow import slow_but
 
 
 @pytest.fixture
@@ -63,7 +64,8 @@ def test_names_that_are_none(spec, message):
         jaxspec.load_drafter(spec, tiny.target())
 
 
-def test_ones_own_drafter_from_the_command_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("schedule", slow_but(["fixed"], ["fixed", "adaptive"]))
+def test_ones_own_drafter_from_the_command_line(tmp_path, monkeypatch, capsys, schedule):
     monkeypatch.setattr("jaxspec.enable_compilation_cache", lambda: tmp_path)
     monkeypatch.setenv("JAXSPEC_CACHE", str(tmp_path))
     folder = write_folder(tmp_path / "tiny", DENSE, random_tensors(DENSE))
@@ -72,10 +74,11 @@ def test_ones_own_drafter_from_the_command_line(tmp_path, monkeypatch, capsys):
     outputs = {}
     for drafter in ("none", "python:examples.own_drafter:followers"):
         options = ("--drafter", drafter, "--max-new-tokens", 24, "--json", "--dtype", "float32")
+        options += ("--schedule", schedule)
         arguments = ("--target", folder, "--prompt-ids", ids, *options)
         assert main(["generate", *map(str, arguments)]) == 0
         out, err = capsys.readouterr()
-        assert ("speculation " in err) == (drafter != "none")
+        assert ("speculation " in err) == (drafter != "none" and schedule == "adaptive")
         rows = [json.loads(line) for line in out.splitlines()]
         outputs[drafter] = [row["token_ids"] for row in rows]
     assert len(set(map(str, outputs.values()))) == 1

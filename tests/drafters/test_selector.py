@@ -25,8 +25,18 @@ def pass_of_one_block():
     head, vocabulary = bind(CONFIG, params.head), params.vocabulary
     state = cases.observed("dflash2", cases.features("dflash2", 1, 6))
     drafter, anchor = BlockDrafter(CONFIG, TreeConfig()), jnp.array([4])
-    stream = drafter.stream(params, state, anchor, jnp.array([6]))
-    return head, vocabulary, stream, head.logits(vocabulary, stream), anchor
+
+    @jax.jit
+    def run():
+        stream = drafter.stream(params, state, anchor, jnp.array([6]))
+        return stream, head.logits(vocabulary, stream)
+
+    return head, vocabulary, *run(), anchor
+
+
+@functools.cache
+def table_of_one_block() -> Lattice:
+    return jax.jit(lambda: lattice(*pass_of_one_block()))()
 
 
 def first(slot, scores):
@@ -36,7 +46,7 @@ def first(slot, scores):
 def test_the_table_is_the_sum_over_the_rank():
     """Against scores of the whole vocabulary, restricted to the candidates."""
     head, _, stream, base, anchor = pass_of_one_block()
-    table = lattice(*pass_of_one_block())
+    table = table_of_one_block()
     hidden = head.normed(stream)[0] @ head.sequential.hidden[...]  # [P, R]
     book, successors = head.sequential.previous[...], head.sequential.output[...]
     everything = base[0][:, None] + jnp.einsum("ar,pr,br->pab", book, hidden, successors)
@@ -52,10 +62,11 @@ def test_the_table_is_the_sum_over_the_rank():
 
 
 def test_the_walk_is_the_slot_by_slot_rollout():
-    table = lattice(*pass_of_one_block())
+    table = table_of_one_block()
     chosen, scores = walk(table.scores, first)
     head, vocabulary, stream, base, anchor = pass_of_one_block()
-    tokens, laws = rollout(head, vocabulary, stream, base, anchor, greedy)
+    run = jax.jit(lambda: rollout(head, vocabulary, stream, base, anchor, greedy))
+    tokens, laws = run()
     np.testing.assert_array_equal(pick(table.tokens, chosen), tokens)
     inside = jnp.take_along_axis(laws, table.tokens, axis=-1)
     np.testing.assert_allclose(scores, inside, atol=1e-5)
@@ -109,10 +120,14 @@ def test_counting_the_mass_outside():
         scores=jnp.log(jnp.array([[[[0.8, 0.2]] * 2, [[0.9, 0.1]] * 2]])),
         log_mass=jnp.log(jnp.array([[1.0, 0.1]])),
     )
-    grow = functools.partial(
-        lattice_tree, TreeConfig("path_conditioned", 3), table, jnp.array([0]), jnp.array([3])
-    )
-    assert grow().tokens.tolist() == [[0, 1, 3]]
-    counted = grow(count_mass=True)
+
+    @functools.partial(jax.jit, static_argnames="count_mass")
+    def grow(table, count_mass):
+        tree = TreeConfig("path_conditioned", 3)
+        at = jnp.array([0]), jnp.array([3])
+        return lattice_tree(tree, table, *at, count_mass=count_mass)
+
+    assert grow(table, False).tokens.tolist() == [[0, 1, 3]]
+    counted = grow(table, True)
     assert counted.tokens.tolist() == [[0, 1, 2]]
     np.testing.assert_allclose(counted.scores, np.log([[1, 0.8, 0.2]]), atol=1e-6)

@@ -2,6 +2,7 @@
 
 import heapq
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ def draft(kind, tree, *, whole=True, **options):
     drafter = BlockDrafter(cases.KINDS[kind], tree, **options)
     state = cases.observed(kind, cases.features(kind, 1, 6))
     budget = jnp.array([tree.size])
-    grown, _ = drafter.draft(cases.params(kind), state, jnp.array([4]), jnp.array([6]), budget)
+    at = jnp.array([4]), jnp.array([6])
+    grown = cases.draft(drafter, cases.params(kind), state, *at, budget)
     assert bool(grown.valid.all()) == whole
     tokens, parents = np.asarray(grown.tokens[0]), np.asarray(grown.parents[0])
     paths = [()]
@@ -98,11 +100,15 @@ def test_transition_table_links_children_to_their_own_rows():
     drafter = BlockDrafter(cases.KINDS[kind], TreeConfig("transitions"))
     state = cases.observed(kind, cases.features(kind, 1, 6))
     head = bind(drafter.config, params.head)
-    stream = drafter.stream(params, state, jnp.array([4]), jnp.array([6]))
-    base = head.logits(params.vocabulary, stream)
-    tokens, _, following = transition_table(
-        head, params.vocabulary, stream, base, jnp.array([4]), parents=parents, children=5
-    )
+
+    @jax.jit
+    def run(anchor):
+        stream = drafter.stream(params, state, anchor, jnp.array([6]))
+        base = head.logits(params.vocabulary, stream)
+        options = dict(parents=parents, children=5)
+        return base, transition_table(head, params.vocabulary, stream, base, anchor, **options)
+
+    base, (tokens, _, following) = run(jnp.array([4]))
     likely = np.argsort(-np.asarray(base[0]), axis=-1)[:, :parents]
     for slot, parent, child in np.ndindex(*tokens.shape[1:]):
         row, token = int(following[0, slot, parent, child]), int(tokens[0, slot, parent, child])

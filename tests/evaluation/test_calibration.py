@@ -124,7 +124,7 @@ def test_a_drafter_divides_its_logits_by_the_temperatures(answers):
 
     def scores(values):
         params = dataclasses.replace(cases.params("dspark"), temperatures=jnp.asarray(values))
-        return np.asarray(static.draft(params, state, *anchors)[0].scores[:, 1:], float)
+        return np.asarray(cases.draft(static, params, state, *anchors).scores[:, 1:], float)
 
     raw = np.diff(scores(np.float32(1)), axis=1, prepend=0)
     logits = raw - np.log(-np.expm1(raw))

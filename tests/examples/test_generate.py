@@ -34,6 +34,7 @@ def test_generate_proves_that_tokens_are_the_same(target, monkeypatch, capsys):
     assert "fastest of both: plain " in out
 
 
+@pytest.mark.slow
 def test_defaults_have_a_row_per_way(target, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(defaults, "DRAFTERS", ("none", "ngram"))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "abcab"}\n{"prompt": "cbacb"}\n')

@@ -29,9 +29,12 @@ def empty_cache(config, capacity=32, batch=1):
     return init_states(config, batch, capacity, jnp.float32)
 
 
+run = jax.jit(forward, static_argnames=("config", "taps"))
+
+
 def run_chain(target, tokens, cache, start, taps=()):
     n = len(tokens)
-    return forward(
+    return run(
         target.params,
         target.config,
         jnp.array([tokens]),
@@ -43,18 +46,28 @@ def run_chain(target, tokens, cache, start, taps=()):
     )
 
 
+def after(target, tokens):
+    """The states after up to 16 tokens; what is past them is of other tokens."""
+    padded = [*tokens, *[0] * (16 - len(tokens))]
+    rows = run_chain(target, padded, empty_cache(target.config), 0).rows
+    return _write(empty_cache(target.config), rows, jnp.array([len(tokens)]))
+
+
+@jax.jit
+def _write(states, rows, count):
+    return states.write(rows, jnp.int32(0), count)
+
+
 @pytest.mark.parametrize("name", slow_but(["qwen3", "hybrid"], CONFIGS))
 def test_every_node_equals_the_sequence_of_its_path(name):
     target = tiny.target(CONFIGS[name])
-    out = run_chain(target, PREFIX, empty_cache(target.config), 0)
     # The last prefix token is the anchor: the cache holds the others.
-    count = jnp.array([len(PREFIX) - 1])
-    cache = empty_cache(target.config).write(out.rows, jnp.int32(0), count)
+    cache = after(target, PREFIX[:-1])
     root = jnp.int32(PREFIX[-1])
     tree = tiny.random_tree(12, 4, 11, jax.random.key(3), root, jnp.int32(10))
     tree = jax.tree.map(lambda x: x[None], tree)
     length = jnp.array([len(PREFIX) - 1])
-    out = forward(
+    out = run(
         target.params, target.config, tree.tokens, tree.depths, ancestors(tree), cache, length
     )
     found = np.asarray(unembed(target.params, out.hidden))[0]
@@ -84,22 +97,15 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once():
 def test_rows_of_a_batch_have_their_own_lengths():
     target = tiny.target()
     sequences = [tiny.prompts(n, seed=n)[0] for n in (3, 9)]
-    cache = empty_cache(target.config, batch=2)
-    garbage = jax.tree.map(lambda x: x + 7.0, cache)  # rows past a length must not be seen
-    for row, tokens in enumerate(sequences):
-        out = run_chain(target, tokens[:-1], empty_cache(target.config), 0)
-        count = jnp.array([out.hidden.shape[1]])
-        one = empty_cache(target.config).write(out.rows, jnp.int32(0), count)
-        n = len(tokens) - 1
-        put = lambda whole, part, row=row, n=n: whole.at[row, :, :n].set(part[0, :, :n])  # noqa: E731
-        garbage = jax.tree.map(put, garbage, one)
-    out = forward(
+    # What `after` leaves past a length must not be seen.
+    states = [after(target, tokens[:-1]) for tokens in sequences]
+    out = run(
         target.params,
         target.config,
         jnp.array([[tokens[-1]] for tokens in sequences]),
         jnp.zeros((2, 1), int),
         jnp.ones((2, 1, 1), jnp.uint32),
-        garbage,
+        jax.tree.map(lambda *rows: jnp.concatenate(rows), *states),
         jnp.array([2, 8]),
     )
     for row, tokens in enumerate(sequences):
@@ -169,19 +175,20 @@ def test_experts_equal_a_loop_over_tokens_and_choices():
         down=jax.random.normal(keys[2], (e, f, m)),
     )
     x = np.asarray(jax.random.normal(keys[3], (7, m)))
+    router, gate_up, down = map(np.asarray, (params.router, params.gate_up, params.down))
     for norm in (True, False):
         found = mixture_of_experts(
             params, dataclasses.replace(config, norm_topk_prob=norm), jnp.asarray(x)
         )
         for token in range(7):
-            p = np.asarray(jax.nn.softmax(x[token] @ params.router))
+            p = np.asarray(jax.nn.softmax(x[token] @ router))
             best = np.argsort(-p)[: config.experts_per_token]
             total = p[best].sum() if norm else 1.0
             expected = 0
             for i in best:
-                gate, up = np.einsum("m,mcf->cf", x[token], params.gate_up[i])
+                gate, up = np.einsum("m,mcf->cf", x[token], gate_up[i])
                 hidden = np.asarray(jax.nn.silu(gate)) * up
-                expected = expected + p[i] / total * (hidden @ np.asarray(params.down[i]))
+                expected = expected + p[i] / total * (hidden @ down[i])
             np.testing.assert_allclose(found[token], expected, atol=2e-3, rtol=2e-4)
 
 
@@ -191,25 +198,23 @@ def test_experts_equal_a_loop_over_tokens_and_choices():
 def test_the_gpu_layout_computes_the_same(name, packed, monkeypatch):
     """Nodes side by side, padded to 8, one call for what follows a projection; here by XLA."""
     target, n = tiny.target(CONFIGS[name]), 3
-    cache = run_chain(target, PREFIX, empty_cache(target.config), 0).rows
-    length = jnp.array([len(PREFIX) - 1])
-    cache = empty_cache(target.config).write(cache, jnp.int32(0), length)
+    cache, length = after(target, PREFIX[:-1]), jnp.array([len(PREFIX) - 1])
     tree = tiny.random_tree(n, 4, 2, jax.random.key(1), jnp.int32(5), jnp.int32(n))
     tree = jax.tree.map(lambda x: x[None], tree)
     packing = pack_nodes(tree.valid, 4) if packed else None
     arrays = (tree.tokens, tree.depths, ancestors(tree), cache, length)
 
-    def run():
+    def outputs():
         return forward(target.params, target.config, *arrays, taps=(-1, 0), packing=packing)
 
-    plain = run()
+    plain = outputs()
     monkeypatch.setattr(decoder, "fuses", lambda *_: True)
     monkeypatch.setattr(
         decoder,
         "rotary_heads",
         lambda *args, implementation, **options: rotary_heads(*args, **options),
     )
-    for found, expected in zip(jax.tree.leaves(run()), jax.tree.leaves(plain), strict=True):
+    for found, expected in zip(jax.tree.leaves(outputs()), jax.tree.leaves(plain), strict=True):
         assert found.shape == expected.shape
         np.testing.assert_allclose(found, expected, atol=2e-5)
 

@@ -1,5 +1,7 @@
 """Rows of many arrays moved by one kernel, against one array after another."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from pallas_kernels.copy_rows.triton import (
     write_rows_triton,
 )
 from pallas_kernels.ttir_check import execute
+from tests.slow import slow_but
 
 # arrays, nodes, rows taken
 CASES = {"one row": (3, 1, 1), "a path": (5, 7, 5), "many layers": (ARRAYS + 3, 4, 2)}
@@ -46,8 +49,13 @@ def assert_equal(found, expected):
         np.testing.assert_array_equal(np.asarray(x), y)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    slow_but(
+        [("one row", "float32"), ("a path", "bfloat16"), ("many layers", "float32")],
+        itertools.product(CASES, ["float32", "bfloat16"]),
+    ),
+)
 def test_both_implementations_move_the_rows_and_nothing_else(name, dtype):
     rows, caches, index, starts = make_inputs(*CASES[name], dtype)
     news = taken(rows, index)
@@ -71,6 +79,11 @@ def test_more_arrays_than_a_kernel_has_parameters_for():
     rows, _, index, _ = make_inputs(MOST_ARRAYS + 2, 3, 2, "float32")
     closed = jax.make_jaxpr(take_rows_triton)(rows, index).jaxpr.eqns[0].params["jaxpr"]
     assert sum(eqn.primitive.name == "pallas_call" for eqn in closed.eqns) == 2
+
+
+@pytest.mark.slow
+def test_rows_of_more_arrays_than_a_kernel_has_parameters_for():
+    rows, _, index, _ = make_inputs(MOST_ARRAYS + 2, 3, 2, "float32")
     assert_equal(take_rows_triton(rows, index, interpret=True), taken(rows, index))
 
 

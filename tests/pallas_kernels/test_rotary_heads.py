@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels.rotary_heads import rotary_heads
 from pallas_kernels.rotary_heads.triton import rotary_heads_triton
 from pallas_kernels.ttir_check import execute
+from tests.slow import slow_but
 
 # rows, padding, key/value heads, group, head dim, pairs that turn, bias, norm, gates
 CASES = {
@@ -64,7 +65,7 @@ def oracle(name, qkv, bias, q_gain, k_gain, cos, sin, eps=1e-6):
     return [np.reshape(found, (rows, -1, qkv.shape[-1])) for found in outputs]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(["llama", "qwen3.5", "everything"], CASES))
 def test_both_implementations_compute_the_definition(name):
     arrays = make_inputs(name)
     for found in (
@@ -75,7 +76,9 @@ def test_both_implementations_compute_the_definition(name):
             np.testing.assert_allclose(actual, expected, atol=3e-6)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "three of eight pairs", "everything"])
+@pytest.mark.parametrize(
+    "name", slow_but(["everything"], ["qwen3", "three of eight pairs", "everything"])
+)
 def test_the_lowered_kernel_stays_in_bounds_and_writes_every_row_once(name):
     arrays = make_inputs(name)
     found = execute(lambda *a: rotary_heads_triton(*a, **options(name)), *arrays)

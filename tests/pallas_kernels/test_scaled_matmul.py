@@ -1,5 +1,7 @@
 """The product with 8-bit values and scales, both implementations, against its definition."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from pallas_kernels.scaled_matmul import scaled_matmul, scaled_swiglu
 from pallas_kernels.scaled_matmul.config import Tile, choose, unsupported
 from pallas_kernels.scaled_matmul.triton import scaled_matmul_triton, scaled_swiglu_triton
 from pallas_kernels.ttir_check import execute
+from tests.slow import slow_but
 
 BLOCKS, ROWS = (128, 128), (1, 256)  # outputs and inputs that share a scale
 
@@ -36,8 +39,13 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("count", [1, 16, 40])
-@pytest.mark.parametrize("block", [BLOCKS, (64, 64), ROWS])
+@pytest.mark.parametrize(
+    ("count", "block"),
+    slow_but(
+        [(1, BLOCKS), (16, (64, 64)), (40, ROWS)],
+        itertools.product([1, 16, 40], [BLOCKS, (64, 64), ROWS]),
+    ),
+)
 def test_both_implementations_compute_the_definition(count, block):
     arrays = make_inputs(count, block=block)
     expected = oracle(*arrays)

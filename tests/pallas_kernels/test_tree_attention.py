@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -31,6 +32,7 @@ from tests.pallas_kernels.attention_cases import (
     oracle,
     tolerance,
 )
+from tests.slow import slow_but
 
 reference = jax.jit(tree_attention_reference, static_argnames=("scale", "window"))
 blocks = jax.jit(tree_attention_xla, static_argnames=("scale", "window", "block"))
@@ -62,7 +64,10 @@ def draw_inputs(case, data):
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("decode", "tree of several steps", "window", "bfloat16", "heads of 256")
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 @settings(max_examples=4, deadline=None)
 @given(data=st.data())
 def test_every_implementation_computes_the_definition(name, data):
@@ -120,9 +125,13 @@ def attention(implementation=None, **arrays):
     return tree_attention(**arrays, scale=SCALE, implementation=implementation)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("nodes", [1, 8, 60, 512])
+@pytest.mark.parametrize(
+    ("nodes", "dim", "dtype"),
+    slow_but(
+        [(1, 64, "float32"), (8, 128, "bfloat16"), (60, 256, "bfloat16"), (512, 64, "float32")],
+        itertools.product([1, 8, 60, 512], [64, 128, 256], ["bfloat16", "float32"]),
+    ),
+)
 def test_supported_shapes_lower_to_triton_where_a_gpu_is_the_target(nodes, dim, dtype):
     arguments = abstract(Shape(1, nodes, 12, 4, dim, 4096, jnp.dtype(dtype)))
     with lowering_for_h100():

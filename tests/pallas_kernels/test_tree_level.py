@@ -11,6 +11,7 @@ from pallas_kernels.h100.target import lowering_for_h100
 from pallas_kernels.tree_level import empty_levels, grow_level
 from pallas_kernels.tree_level.reference import grow_level_reference
 from pallas_kernels.tree_level.triton import grow_level_triton, unsupported
+from tests.slow import slow_but
 
 DEPTH, RANK = 3, 64
 REFERENCE = jax.jit(grow_level_reference)
@@ -55,10 +56,10 @@ def assert_same(actual, expected):
         np.testing.assert_array_equal(found[real], wanted[real])
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", slow_but(["a last tile in part, few parents"], SHAPES))
 @pytest.mark.parametrize("step", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 def test_equals_a_search_of_all_children(step, shape):
-    batch, vocab, parents, children = shape
+    batch, vocab, parents, children = SHAPES[shape]
     arrays = inputs(batch, vocab)
     expected = grown(REFERENCE, arrays, parents, children)
     assert_same(grown(step, arrays, parents, children), expected)

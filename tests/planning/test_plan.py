@@ -14,11 +14,13 @@ from jaxspec.drafters.joined import beside_lookup
 from jaxspec.drafters.mtp import MtpDrafter, mtp_config
 from jaxspec.drafters.plain import Plain
 from jaxspec.models.presets import PRESETS
-from jaxspec.planning.plan import plan
+from jaxspec.planning import plan as planning
 from jaxspec.planning.setup import Setup, published_drafter
 from jaxspec.training.recipe import eagle_config
 from pallas_kernels.h100.target import BYTES_PER_SECOND, MEMORY_BYTES
 from tests.slow import slow_but
+
+plan = functools.cache(planning.plan)  # many tests ask for the same
 
 
 def setup(name, *, nodes=64, **options):

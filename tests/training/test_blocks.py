@@ -88,7 +88,7 @@ def test_attention_in_chunks_is_attention_at_once(causal, window):
         np.testing.assert_allclose(ours, plain, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", slow_but(["dspark_vanilla"], ["dspark_vanilla", "dspark_rnn"]))
+@pytest.mark.parametrize("name", slow_but(["dspark_rnn"], ["dspark_vanilla", "dspark_rnn"]))
 def test_training_step_of_the_original(golden, name):
     folder, trace = golden(name)
     expected = trace["train"]
@@ -103,7 +103,6 @@ def test_training_step_of_the_original(golden, name):
     )
     np.testing.assert_array_equal(supervised, arrays["eval_mask"])
 
-    @jax.jit
     def step(weights):
         features = target_features(
             target.params, target.config, tokens, taps=config.taps, chunk=8
@@ -118,9 +117,8 @@ def test_training_step_of_the_original(golden, name):
         confidence = head.confidence_logits(blocks.stream, blocks.previous)
         return sums.total / sums.weight, (sums, logits, confidence)
 
-    (loss, (sums, logits, confidence)), slopes = jax.value_and_grad(step, has_aux=True)(
-        params.head
-    )
+    slope = jax.jit(jax.value_and_grad(step, has_aux=True))
+    (loss, (sums, logits, confidence)), slopes = slope(params.head)
     real = np.asarray(kept)
     np.testing.assert_allclose(logits[real], arrays["draft_logits"][real], atol=2e-4)
     np.testing.assert_allclose(confidence[real], arrays["confidence_logits"][real], atol=2e-4)
@@ -137,7 +135,7 @@ def test_training_step_of_the_original(golden, name):
     slopes = dict(nnx.to_flat_state(slopes))
     for path, parts in block_parts(config).items():
         for part in parts:
-            norms[part.name] = jnp.linalg.norm(slopes[path][...][part.index].ravel())
+            norms[part.name] = np.linalg.norm(np.asarray(slopes[path][...])[part.index].ravel())
     assert norms.keys() == expected["grad_norms"].keys()
     for key, value in expected["grad_norms"].items():
         np.testing.assert_allclose(norms[key], value, rtol=1e-3, err_msg=key)

@@ -17,6 +17,7 @@ from jaxspec.training.blocks import before_labels
 from jaxspec.training.features import target_features
 from jaxspec.training.losses import LossConfig, drafter_loss
 from jaxspec.training.vocabulary_loss import Mixture
+from tests.slow import slow_but
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)
 KL, CE = Mixture(0.0, 1.0, 0.0, chunk=13), Mixture(1.0, 0.0, 0.0, chunk=13)
@@ -28,7 +29,7 @@ TRAINERS = {
 }
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", slow_but(["kl_decay"], TRAINERS))
 def test_a_training_step(golden, trainer):
     folder, trace = golden("dflash2_a")
     arrays = np.load(folder / "train.npz")
@@ -54,7 +55,6 @@ def test_a_training_step(golden, trainer):
         target.config.rms_norm_eps,
     )
 
-    @jax.jit
     def step(weights):
         features = target_features(
             target.params, target.config, tokens, taps=config.taps, chunk=8
@@ -71,7 +71,8 @@ def test_a_training_step(golden, trainer):
         )
         return sums.total / sums.weight, (sums, head.logits(params.vocabulary, blocks.stream))
 
-    (loss, (sums, logits)), slopes = jax.value_and_grad(step, has_aux=True)(params.head)
+    slope = jax.jit(jax.value_and_grad(step, has_aux=True))
+    (loss, (sums, logits)), slopes = slope(params.head)
     known = "nemo_logits" if trainer == "nemo" else "spec_unary_logits"
     theirs = arrays[known].reshape(len(tokens), -1, *arrays[known].shape[-2:])
     np.testing.assert_allclose(logits, theirs[..., -config.depth :, :], atol=2e-4)
@@ -99,7 +100,7 @@ def test_a_training_step(golden, trainer):
     slopes, norms = dict(nnx.to_flat_state(slopes)), {}
     for path, parts in block_parts(config).items():
         for part in parts:
-            norms[part.name] = jnp.linalg.norm(slopes[path][...][part.index].ravel())
+            norms[part.name] = np.linalg.norm(np.asarray(slopes[path][...])[part.index].ravel())
     assert norms.keys() == expected["gradients"].keys()
     for name, value in expected["gradients"].items():
         np.testing.assert_allclose(norms[name], value, **CLOSE, err_msg=name)

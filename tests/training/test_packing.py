@@ -34,6 +34,7 @@ ALONE = rows(BatchRows(((0,), (1,), (2,), (3,), (4,)), 128), packed=False)
 
 
 def test_features_are_those_of_each_sequence_alone():
+    @functools.partial(jax.jit, static_argnames="chunk")
     def features(rows, chunk):
         return target_features(
             TARGET.params, TARGET.config, rows.tokens, rows.starts, taps=(0, 1), chunk=chunk

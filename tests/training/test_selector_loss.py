@@ -1,6 +1,7 @@
 """The selector's loss: what a truth that is no candidate does in either variant."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,21 @@ from tests.drafters import cases
 CONFIG = cases.KINDS["dflash2"]
 
 
+@functools.cache
 def example():
     """A head, its vocabulary, six positions, and the candidates of each."""
     params = cases.params("dflash2")
     head, random = bind(CONFIG, params.head), np.random.default_rng(0)
     hidden = jnp.asarray(random.standard_normal((1, 6, CONFIG.hidden_size)), jnp.float32)
     previous = jnp.asarray(random.integers(0, 11, (1, 6)))
-    latent, _ = head.sequential.advance(hidden, previous, ())
-    logits = head.unembed(params.vocabulary, hidden)
-    candidates = jnp.argsort(-logits, axis=-1)[..., :4].astype(jnp.int32)
-    return head, params.vocabulary, hidden, latent, logits, candidates
+
+    @jax.jit
+    def run():
+        latent, _ = head.sequential.advance(hidden, previous, ())
+        logits = head.unembed(params.vocabulary, hidden)
+        return latent, logits, jnp.argsort(-logits, axis=-1)[..., :4].astype(jnp.int32)
+
+    return head, params.vocabulary, hidden, *run()
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
@@ -74,10 +80,13 @@ def test_a_slot_whose_truth_is_no_candidate(missing, matters):
         head = bind(CONFIG, weights)
         return head, run_blocks(head, params.vocabulary, tokens, features, anchors)
 
-    head, blocks = blocks_of(params.head)
-    base = head.logits(params.vocabulary, blocks.stream)[0, 0]
-    likely = np.argsort(-np.asarray(base), axis=-1)[:, : CONFIG.candidates]
-    labels = np.asarray(blocks.labels[0, 0])
+    @jax.jit
+    def run(weights):
+        head, blocks = blocks_of(weights)
+        return head.logits(params.vocabulary, blocks.stream)[0, 0], blocks.labels[0, 0]
+
+    base, labels = map(np.asarray, run(params.head))
+    likely = np.argsort(-base, axis=-1)[:, : CONFIG.candidates]
     absent = [slot for slot in range(CONFIG.depth) if labels[slot] not in likely[slot]]
     assert absent
     supervised = jnp.zeros((1, 1, CONFIG.depth), bool).at[0, 0, absent[0]].set(True)
@@ -92,7 +101,7 @@ def test_a_slot_whose_truth_is_no_candidate(missing, matters):
         head, blocks = blocks_of(weights)
         return head, params.vocabulary, blocks
 
-    slope = jax.grad(loss)(params.head).sequential.output[...]
+    slope = jax.jit(jax.grad(loss))(params.head).sequential.output[...]
     moved = np.abs(np.asarray(slope)).sum(axis=-1)
     assert (moved[labels[absent[0]]] > 0) == matters
     assert bool(moved.any()) == matters

@@ -26,6 +26,7 @@ from jaxspec.training.trainer import train
 from jaxspec.training.unrolled_loss import unrolled_loss
 from jaxspec.training.vocabulary_loss import Mixture
 from tests.drafters import eagle_cases as cases
+from tests.slow import slow_but
 from tests.training import tiny
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)
@@ -47,7 +48,7 @@ def case(golden):
     return trace, np.load(folder / "train.npz"), target, *drafter
 
 
-@pytest.mark.parametrize("variant", GOLDEN_LOSSES)
+@pytest.mark.parametrize("variant", slow_but(["kl_decay_08"], GOLDEN_LOSSES))
 def test_a_training_step_of_speculators(case, variant):
     trace, arrays, target, drafter, params = case
     expected, config = trace["train"][variant], drafter.config
@@ -57,7 +58,6 @@ def test_a_training_step_of_speculators(case, variant):
         jnp.asarray(arrays["last_hidden"]), target.params.final_norm, target.config.rms_norm_eps
     )
 
-    @jax.jit
     def step(weights):
         features = target_features(
             target.params, target.config, tokens, taps=config.taps, chunk=8
@@ -68,7 +68,8 @@ def test_a_training_step_of_speculators(case, variant):
         sums = unrolled_loss(GOLDEN_LOSSES[variant], *arguments)
         return sums.total / sums.weight, (head.logits(vocabulary, outputs), sums.counted)
 
-    (loss, (logits, counted)), slopes = jax.value_and_grad(step, has_aux=True)(params.head)
+    slope = jax.jit(jax.value_and_grad(step, has_aux=True))
+    (loss, (logits, counted)), slopes = slope(params.head)
     for j in range(3):  # the ends are padded otherwise there
         inside = slice(0, 63 - j)
         np.testing.assert_allclose(
@@ -79,13 +80,13 @@ def test_a_training_step_of_speculators(case, variant):
     slopes, norms = dict(nnx.to_flat_state(slopes)), {}
     for path, parts in eagle_parts(config).items():
         for part in parts:
-            norms[part.name] = jnp.linalg.norm(slopes[path][...][part.index].ravel())
+            norms[part.name] = np.linalg.norm(np.asarray(slopes[path][...])[part.index].ravel())
     assert norms.keys() == expected["gradients"].keys()
     for name, norm in norms.items():
         np.testing.assert_allclose(norm, expected["gradients"][name], **CLOSE, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["normed", "window", "two layers"])
+@pytest.mark.parametrize("kind", slow_but(["two layers"], ["normed", "window", "two layers"]))
 def test_a_step_is_a_chain_of_true_tokens(kind):
     """Step j at index i is what decoding computes j tokens after the anchor i + 1."""
     config, params = cases.KINDS[kind], cases.params(kind, reduced=True)
@@ -138,16 +139,21 @@ def test_reductions(reduction, expected):
         reduction=reduction, **COMMON,
     )  # fmt: skip
     params = cases.params("plain")
-    head = bind(cases.PLAIN, jax.tree.map(jnp.zeros_like, params.head))  # a uniform law
-    sums = unrolled_loss(
-        config,
-        head,
-        params.vocabulary,
-        jnp.ones((1, 3, 4, 32)),
-        jnp.zeros((1, 4), jnp.int32),
-        jnp.ones((1, 4), bool),
-        jnp.ones((1, 4, 32)),
-    )
+
+    @jax.jit
+    def loss():
+        head = bind(cases.PLAIN, jax.tree.map(jnp.zeros_like, params.head))  # a uniform law
+        return unrolled_loss(
+            config,
+            head,
+            params.vocabulary,
+            jnp.ones((1, 3, 4, 32)),
+            jnp.zeros((1, 4), jnp.int32),
+            jnp.ones((1, 4), bool),
+            jnp.ones((1, 4, 32)),
+        )
+
+    sums = loss()
     np.testing.assert_allclose(sums.total / sums.weight, expected, rtol=1e-5)
 
 
