@@ -14,7 +14,7 @@ CUDA = "jax_plugins.xla_cuda13"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Tests run small programs once, and compiling them costs most of the time: three times less
-# without optimisation, a fifth less again as one module of LLVM's, and a third less without the
+# without optimisation, a fifth less again as a single LLVM module, and a third less without the
 # newer emitters, where XLA has others.
 LEVEL = "--xla_backend_optimization_level"
 if LEVEL not in os.environ.get("XLA_FLAGS", ""):
