@@ -75,6 +75,7 @@ def test_every_program_is_compiled_once(engine, compiled):
     assert not compiled["draft_rows"]
 
 
+@pytest.mark.slow
 def test_grammars_are_compiled_beside_the_requests_without(engine, compiled, monkeypatch):
     """By the thread of the runner that compiles; here, when it is allowed to."""
     compile_, allowed = Programs.compile_restricted, threading.Event()
@@ -169,6 +170,7 @@ def test_the_next_start_compiles_nothing(engine, compiled, tmp_path):
     assert {name: n for name, n in compiled.items() if name in before} == before
 
 
+@pytest.mark.slow
 def test_an_engine_that_nobody_compiles_for_does_so_itself():
     engine = Engine(target(), config=EngineConfig(**OPTIONS | dict(slots=1)))
     id = engine.submit(restricted())

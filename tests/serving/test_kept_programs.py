@@ -32,7 +32,7 @@ def fresh():
 
 
 def forget():
-    jax.clear_caches()
+    step.clear_cache()
     kept_programs._surroundings.cache_clear()
     TRACED.clear()
 
