@@ -37,6 +37,9 @@ def load(
         there are fewer devices;
         or weights are to stay in 8 bits that are not stored so.
     """
+    import jax
+
+    from jaxspec.models.params import outputs_first
     from jaxspec.models.target import Target
 
     if weights not in get_args(Weights):
@@ -55,6 +58,8 @@ def load(
         mesh = decoding_mesh(devices, config.num_kv_heads)
     stored = weights == "stored"
     params = reader.load_params(path, config, dtype, mesh, stored=stored)
+    if mesh is None and params.embed.dtype == "bfloat16" and jax.default_backend() == "cpu":
+        params = outputs_first(params)
     return Target(str(name_or_path), config, params, tokenizer)
 
 

@@ -25,7 +25,7 @@ from jaxspec.models.params import (
     TargetParams,
 )
 from jaxspec.models.rope import Angles, layer_angles
-from jaxspec.models.scaled import is_scaled
+from jaxspec.models.scaled import OutputsFirst, ScaledWeight, is_scaled
 from jaxspec.models.state import LayerRows, LayerStates
 from jaxspec.trees.packing import Packing
 from pallas_kernels.rotary_heads import rotary_heads
@@ -318,7 +318,7 @@ def _project_out(params: AttentionParams, attended: jax.Array) -> jax.Array:
 
 def _merge_inputs(weight: Matrix) -> Matrix:
     """A weight [..., M] with one axis of inputs: of three XLA would transpose it."""
-    if is_scaled(weight):
+    if isinstance(weight, (ScaledWeight, OutputsFirst)):
         return weight.merge_inputs()
     return weight.reshape(-1, weight.shape[-1])
 

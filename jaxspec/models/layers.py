@@ -12,20 +12,24 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxspec.models.mesh import cut_axes
-from jaxspec.models.scaled import ScaledWeight, scaled_product
+from jaxspec.models.scaled import OutputsFirst, ScaledWeight, scaled_product
 from pallas_kernels.scaled_matmul import scaled_swiglu
 
 
-def project(spec: str, x: jax.Array, weight: jax.Array | ScaledWeight) -> jax.Array:
+def project(
+    spec: str, x: jax.Array, weight: jax.Array | ScaledWeight | OutputsFirst
+) -> jax.Array:
     """einsum of activations and a weight: operands in the weight's dtype, float32 result.
 
-    A weight in 8 bits has the letters that it has by value.
+    A weight whose outputs come first has the letters of one whose inputs do.
 
     A single row of narrow operands is multiplied twice: XLA has kernels for matrices of them,
     and for a vector widens or rearranges the whole weight, on CPUs and GPUs alike.
     """
     if isinstance(weight, ScaledWeight):
         return _where_it_stands(functools.partial(scaled_product, spec), x, weight)
+    if isinstance(weight, OutputsFirst):
+        return _project_flat(x, weight)
     x = x.astype(weight.dtype)
     letters, others = spec.split("->")[0].split(",")
     single = math.prod(x.shape[:-1]) == 1 and letters[-2:-1] not in others
@@ -39,7 +43,14 @@ def project(spec: str, x: jax.Array, weight: jax.Array | ScaledWeight) -> jax.Ar
     return jax.lax.slice_in_dim(out, 0, 1, axis=x.ndim - 2) if single else out
 
 
-def project_swiglu(x: jax.Array, gate_up: jax.Array | ScaledWeight) -> jax.Array:
+def _project_flat(x: jax.Array, weight: OutputsFirst) -> jax.Array:
+    """`project` of the last axis of x: XLA:CPU is fast with weights of two axes only."""
+    outputs, width = weight.values.shape[:-1], weight.values.shape[-1]
+    rows, matrix = x.reshape(-1, width), weight.values.reshape(-1, width)
+    return project("tm,nm->tn", rows, matrix).reshape(*x.shape[:-1], *outputs)
+
+
+def project_swiglu(x: jax.Array, gate_up: jax.Array | ScaledWeight | OutputsFirst) -> jax.Array:
     """silu(gate) · up of activations [..., M] and a weight [M, 2, F]: [..., F].
 
     Float32, but of a weight in 8 bits rounded to its dtype already: one kernel does both.

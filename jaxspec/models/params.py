@@ -10,7 +10,8 @@ per key head, dk and dv dimensions of a key and a value, C = 2 dk + R dv.
 
 Matrices of attention and of feed-forward layers, experts included, the last product of gated
 delta nets and the LM head may be a `ScaledWeight` each, which keeps 8 bits a value
-(`scaled_spec`).
+(`scaled_spec`). Matrices of dense layers may be an `OutputsFirst` each, for CPUs
+(`outputs_first`).
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig
-from jaxspec.models.scaled import ScaledWeight
+from jaxspec.models.scaled import OutputsFirst, ScaledWeight
 
-Matrix = jax.Array | ScaledWeight
+Matrix = jax.Array | ScaledWeight | OutputsFirst
 # Matrices that may stay in 8 bits, by name and number of axes: letters of all axes, of inputs.
 SCALABLE = {
     ("qkv", 4): ("mkgd", "m"),
@@ -36,6 +37,7 @@ SCALABLE = {
     ("down", 3): ("eim", "i"),
     ("lm_head", 2): ("vm", "m"),
 }
+DELTA_INPUTS = {("inputs", 3): ("mjw", "m")}
 
 
 @jax.tree_util.register_dataclass
@@ -196,6 +198,23 @@ def scaled_spec(
         dtype=jnp.dtype(spec.dtype),
         leading=letters.index(inputs),
     )
+
+
+def outputs_first(params: TargetParams) -> TargetParams:
+    """The same weights, matrices of dense layers as `OutputsFirst`; frees those given."""
+    leaves, tree = jax.tree.flatten_with_path(params)
+    return tree.unflatten([_outputs_first(path[-1].name, x) for path, x in leaves])
+
+
+def _outputs_first(name: str, weight: jax.Array) -> jax.Array | OutputsFirst:
+    known = (SCALABLE | DELTA_INPUTS).get((name, weight.ndim))
+    if known is None or not known[0].startswith(known[1]):  # it is so already, or of experts
+        return weight
+    inputs = len(known[1])
+    own = range(inputs, weight.ndim)
+    values = jnp.moveaxis(weight, own, range(len(own))).block_until_ready()
+    weight.delete()
+    return OutputsFirst(values, inputs)
 
 
 def _exact(*shape: int) -> jax.ShapeDtypeStruct:

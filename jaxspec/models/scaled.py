@@ -1,4 +1,5 @@
-"""Weights that stay in 8 bits: float8_e4m3fn values and the scales of their blocks."""
+"""Weights whose outputs come first, as checkpoints store them: in 8 bits with scales, or by
+value."""
 
 from __future__ import annotations
 
@@ -68,10 +69,47 @@ class ScaledWeight:
 
     def merge_inputs(self) -> ScaledWeight:
         """The same with its inputs as one axis."""
-        values, scale = (
-            x.reshape(*x.shape[: -self.inputs], -1) for x in (self.values, self.scale)
-        )
+        values, scale = (_merged(x, self.inputs) for x in (self.values, self.scale))
         return dataclasses.replace(self, values=values, scale=scale, inputs=1)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("inputs",)
+)
+@dataclasses.dataclass(frozen=True)
+class OutputsFirst:
+    """A weight by value whose outputs come first: what CPUs multiply fastest.
+
+    It stands where `TargetParams` has an array [*inputs, *outputs]. XLA:CPU multiplies a few
+    rows with bfloat16 values in this order 1.3 to 2.5 times as fast: in the other one it first
+    has to bring pairs of inputs together.
+
+    Attributes:
+      values: [*outputs, *inputs].
+      inputs: how many axes are inputs.
+    """
+
+    values: jax.Array
+    inputs: int
+    leading = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the order [*inputs, *outputs]."""
+        outputs, inputs = self.values.shape[: -self.inputs], self.values.shape[-self.inputs :]
+        return (*inputs, *outputs)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.values.dtype
+
+    def merge_inputs(self) -> OutputsFirst:
+        """The same with its inputs as one axis."""
+        return OutputsFirst(_merged(self.values, self.inputs), inputs=1)
+
+
+def _merged(x: jax.Array, inputs: int) -> jax.Array:
+    return x.reshape(*x.shape[:-inputs], -1)
 
 
 def is_scaled(x) -> bool:
@@ -79,11 +117,15 @@ def is_scaled(x) -> bool:
     return isinstance(x, ScaledWeight)
 
 
-def by_value(weight: jax.Array | ScaledWeight) -> jax.Array:
-    """A weight as one array, in the dtype of the activations it is multiplied with."""
-    if not is_scaled(weight):
+def by_value(weight: jax.Array | ScaledWeight | OutputsFirst) -> jax.Array:
+    """A weight as one array in the order of `TargetParams`, in the dtype of the activations it
+    is multiplied with."""
+    if is_scaled(weight):
+        values = scaled(weight.values, weight.scale).astype(weight.dtype)
+    elif isinstance(weight, OutputsFirst):
+        values = weight.values
+    else:
         return weight
-    values = scaled(weight.values, weight.scale).astype(weight.dtype)
     own = range(values.ndim - weight.inputs, values.ndim)
     return jnp.moveaxis(values, own, range(weight.leading, weight.leading + weight.inputs))
 

@@ -20,7 +20,7 @@ from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.unrolled import unroll
 from jaxspec.drafters.weights import bind
 from jaxspec.models.params import DeltaNetParams, MoeParams, TargetParams
-from jaxspec.models.scaled import is_scaled
+from jaxspec.models.scaled import by_value, is_scaled
 from jaxspec.training.blocks import before_labels, sample_anchors, supervised_slots
 from jaxspec.training.features import Features
 from jaxspec.training.loading import Rows
@@ -118,16 +118,17 @@ def _target_layers(
                 "the target's last layers are gated delta nets or gated attention, which a "
                 "drafter has not; set initial to 'random'"
             )
+        qkv = by_value(attention.qkv)
         found = {
             "norm": attention.norm,
-            "q": attention.qkv[:, :, :-2],
-            "kv": attention.qkv[:, :, -2:],
+            "q": qkv[:, :, :-2],
+            "kv": qkv[:, :, -2:],
             "q_norm": attention.q_norm,
             "k_norm": attention.k_norm,
-            "out": attention.out,
+            "out": by_value(attention.out),
             "mlp_norm": mlp.norm,
-            "gate_up": mlp.gate_up,
-            "down": mlp.down,
+            "gate_up": by_value(mlp.gate_up),
+            "down": by_value(mlp.down),
         }
         taken |= {("layers", i, name): x for name, x in found.items() if x is not None}
     return taken
