@@ -23,7 +23,6 @@ from jaxspec.tokenizer import Tokenizer
 from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
 from tests.drafters import cases
-from tests.slow import slow_but
 from tests.test_stream import VOCABULARY
 
 
@@ -230,19 +229,17 @@ def test_importing_jaxspec_is_quick():
     assert out.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case, tree",
-    slow_but(
-        [("dspark_rnn", "path_conditioned")],
-        [
-            ("dspark_vanilla", "path_conditioned"),
-            ("dspark_rnn", "path_conditioned"),
-            ("treeflash_a", "path_conditioned"),
-            ("treeflash_a", "transitions"),
-            ("jetspec_a", "best_first"),
-            ("dflash_a", "top_budget"),
-        ],
-    ),
+    [
+        ("dspark_vanilla", "path_conditioned"),
+        ("dspark_rnn", "path_conditioned"),
+        ("treeflash_a", "path_conditioned"),
+        ("treeflash_a", "transitions"),
+        ("jetspec_a", "best_first"),
+        ("dflash_a", "top_budget"),
+    ],
 )
 def test_trained_drafters_from_their_folders(golden, case, tree, tmp_path, capsys):
     folder, trace = golden(case)

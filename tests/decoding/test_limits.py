@@ -58,6 +58,7 @@ def test_the_budget_bounds_the_nodes_verified():
     assert out.stats.nodes == out.stats.rounds * 5
 
 
+@pytest.mark.slow
 def test_the_capacity_may_be_filled_to_the_last_position():
     positions = tiny.QWEN3.max_positions
     out = generate(

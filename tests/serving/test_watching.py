@@ -34,6 +34,7 @@ def watcher(target):
     return Watcher(target, with_lookup(engines.DRAFTERS["small tree"]), room=200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_rounds_are_those_of_the_answer(target, watcher, temperature):
     sampling = Sampling(temperature=temperature, stop_ids=())
