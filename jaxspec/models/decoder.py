@@ -33,6 +33,7 @@ from pallas_kernels.tree_attention import tree_attention
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 MIN_ROWS = 8  # of a product of narrow operands, for cuBLAS: XLA pads each that has fewer
+FEW_ROWS = 64  # whose products cost little to leave in float32
 
 
 @jax.tree_util.register_dataclass
@@ -109,7 +110,7 @@ def forward(
             window = config.layer_windows[i]
             mixed, kept = _attend(layer.attention, config, x, nodes, angles[i], cache, window)
             kv.append(kept)
-        x = _add_mlp(layer.mlp, config, x + mixed, count)
+        x = _add_mlp(layer.mlp, config, x + mixed, count, nodes.results)
         outputs[i] = x
     hidden = rms_norm(x, params.final_norm, config.rms_norm_eps)
     outputs[config.num_layers - 1] = hidden
@@ -154,6 +155,15 @@ class _Nodes:
     ancestors: jax.Array
     packing: Packing | None
     implementation: str | None = dataclasses.field(metadata=STATIC)
+
+    @property
+    def results(self) -> jnp.dtype:
+        """Dtype of products, but of those that add to the residual stream and of the LM head.
+
+        Of many rows float32 results would be most of what a step moves beside its weights.
+        """
+        many = self.rows is not None and self.rows > FEW_ROWS
+        return jnp.dtype(jnp.bfloat16 if many else jnp.float32)
 
     def rectangle(self, x: jax.Array) -> jax.Array:
         """[B, N, ...] of activations."""
@@ -208,8 +218,8 @@ def _attend(
         )
         return attended if nodes.packing is None else nodes.activations(attended)
 
-    fused = nodes.rows is not None
-    out = attention(params, config, x, angles, attend, dtype if fused else None)
+    dtype_of_heads = dtype if nodes.rows is not None else None
+    out = attention(params, config, x, angles, attend, dtype_of_heads, nodes.results)
     return out, tuple(kept)
 
 
@@ -220,6 +230,7 @@ def attention(
     angles: Angles,
     attend: Attend,
     dtype=None,
+    results=jnp.float32,
 ) -> jax.Array:
     """What attention adds to rows x [B, N, M].
 
@@ -227,8 +238,9 @@ def attention(
       attend: who sees whom: queries [B, N, H, D], keys and values [B, N, K, D], all but values
         rotated -> [B, N, H, D].
       dtype: with one, a kernel for NVIDIA GPUs norms, rotates and rounds to it (`fuses`).
+      results: dtype that the product is rounded to before.
     """
-    q, k, v, gate = _qkv(params, config, x, angles, dtype)
+    q, k, v, gate = _qkv(params, config, x, angles, dtype, results)
     attended = attend(q, k, v).reshape(*x.shape[:2], -1)
     if gate is not None:
         attended = attended * jax.nn.sigmoid(gate)
@@ -245,7 +257,8 @@ def _delta_layer(
 ) -> tuple[jax.Array, DeltaRows]:
     """What a gated delta net adds to x, and the nodes' rows."""
     normed = rms_norm(x, params.norm, config.rms_norm_eps)
-    inputs = nodes.rectangle(project("bnm,mjw->bnjw", normed, params.inputs))
+    inputs = project("bnm,mjw->bnjw", normed, params.inputs, nodes.results)
+    inputs = nodes.rectangle(inputs).astype(jnp.float32)
     out, rows = delta_net(params, config, inputs, state, kin)
     out = nodes.activations(out).reshape(*x.shape[:2], -1)
     return project("bnj,jm->bnm", out, _merge_inputs(params.output)), rows
@@ -279,14 +292,14 @@ def check_taps(taps: tuple[int, ...], config: TargetConfig) -> None:
         )
 
 
-def _qkv(params: AttentionParams, config: TargetConfig, x: jax.Array, angles, dtype=None):
+def _qkv(params: AttentionParams, config: TargetConfig, x: jax.Array, angles, dtype, results):
     """Rotated queries [B, N, H, D], rotated keys and values [B, N, K, D]; gates [B, N, H D] of
     queries that have them, else None.
 
     With `dtype` one kernel does what follows the product, and rounds to it.
     """
     normed = rms_norm(x, params.norm, config.rms_norm_eps)
-    qkv = project("bnm,mkgd->bnkgd", normed, params.qkv)
+    qkv = project("bnm,mkgd->bnkgd", normed, params.qkv, results)
     options = dict(eps=config.rms_norm_eps, dtype=dtype or qkv.dtype, gated=params.gated)
     gains = (params.qkv_bias, params.q_norm, params.k_norm)
     angles = (x.reshape(-1, x.shape[-1]) for x in angles)
@@ -305,7 +318,7 @@ def _gates(params: AttentionParams, qkv: jax.Array) -> jax.Array | None:
     """The columns [B, N, H D] of a projection that follow its queries; None without gates."""
     if not params.gated:
         return None
-    gates = qkv[..., 1:-2:2, :]
+    gates = qkv[..., 1:-2:2, :].astype(jnp.float32)
     if params.qkv_bias is not None:
         gates = gates + params.qkv_bias[:, 1:-2:2]
     return gates.reshape(*qkv.shape[:2], -1)
@@ -323,21 +336,30 @@ def _merge_inputs(weight: Matrix) -> Matrix:
     return weight.reshape(-1, weight.shape[-1])
 
 
-@functools.partial(_traced_once, static_argnames=("config", "count"))
+@functools.partial(_traced_once, static_argnames=("config", "count", "results"))
 def _add_mlp(
-    params: MlpParams | MoeParams, config: TargetConfig, x: jax.Array, count: int
+    params: MlpParams | MoeParams, config: TargetConfig, x: jax.Array, count: int, results
 ) -> jax.Array:
-    return x + mlp(params, config, x, count)
+    return x + mlp(params, config, x, count, results)
 
 
 def mlp(
-    params: MlpParams | MoeParams, config: TargetConfig, x: jax.Array, count: int | None = None
+    params: MlpParams | MoeParams,
+    config: TargetConfig,
+    x: jax.Array,
+    count: int | None = None,
+    results=jnp.float32,
 ) -> jax.Array:
-    """What it adds to x [B, N, M], whose first `count` rows are real; all if left out."""
+    """What it adds to x [B, N, M].
+
+    Args:
+      count: the first rows are real, the others padding; all if left out.
+      results: dtype that gates and ups of a dense MLP are rounded to.
+    """
     normed = rms_norm(x, params.norm, config.rms_norm_eps)
     if isinstance(params, MoeParams):
         flat = normed.reshape(-1, config.hidden_size)
         out = mixture_of_experts(params, config, flat[:count])  # padding would read experts
         return jnp.pad(out, ((0, len(flat) - len(out)), (0, 0))).reshape(x.shape)
-    hidden = project_swiglu(normed, params.gate_up)
+    hidden = project_swiglu(normed, params.gate_up, results)
     return project("bnf,fm->bnm", hidden, params.down)

@@ -17,11 +17,18 @@ from pallas_kernels.scaled_matmul import scaled_swiglu
 
 
 def project(
-    spec: str, x: jax.Array, weight: jax.Array | ScaledWeight | OutputsFirst
+    spec: str,
+    x: jax.Array,
+    weight: jax.Array | ScaledWeight | OutputsFirst,
+    result=jnp.float32,
 ) -> jax.Array:
-    """einsum of activations and a weight: operands in the weight's dtype, float32 result.
+    """einsum of activations and a weight: operands in the weight's dtype, float32 sums.
 
-    A weight whose outputs come first has the letters of one whose inputs do.
+    A weight whose outputs come first has the letters of one whose inputs do, one in 8 bits those
+    that it has by value.
+
+    Args:
+      result: dtype that sums are rounded to, but of a weight in 8 bits, whose stay float32.
 
     A single row of narrow operands is multiplied twice: XLA has kernels for matrices of them,
     and for a vector widens or rearranges the whole weight, on CPUs and GPUs alike.
@@ -29,7 +36,7 @@ def project(
     if isinstance(weight, ScaledWeight):
         return _where_it_stands(functools.partial(scaled_product, spec), x, weight)
     if isinstance(weight, OutputsFirst):
-        return _project_flat(x, weight)
+        return _project_flat(x, weight, result)
     x = x.astype(weight.dtype)
     letters, others = spec.split("->")[0].split(",")
     single = math.prod(x.shape[:-1]) == 1 and letters[-2:-1] not in others
@@ -38,44 +45,49 @@ def project(
         x = jnp.repeat(x, 2, axis=-2)
 
     turned = others[-1] in letters  # the weight's last axis is contracted
-    einsum = functools.partial(product, spec)
+    einsum = functools.partial(product, spec, dtype=result)
     out = _where_it_stands(einsum, x, weight) if turned else einsum(x, weight)
     return jax.lax.slice_in_dim(out, 0, 1, axis=x.ndim - 2) if single else out
 
 
-def _project_flat(x: jax.Array, weight: OutputsFirst) -> jax.Array:
+def _project_flat(x: jax.Array, weight: OutputsFirst, result) -> jax.Array:
     """`project` of the last axis of x: XLA:CPU is fast with weights of two axes only."""
     outputs, width = weight.values.shape[:-1], weight.values.shape[-1]
     rows, matrix = x.reshape(-1, width), weight.values.reshape(-1, width)
-    return project("tm,nm->tn", rows, matrix).reshape(*x.shape[:-1], *outputs)
+    return project("tm,nm->tn", rows, matrix, result).reshape(*x.shape[:-1], *outputs)
 
 
-def project_swiglu(x: jax.Array, gate_up: jax.Array | ScaledWeight | OutputsFirst) -> jax.Array:
+def project_swiglu(
+    x: jax.Array, gate_up: jax.Array | ScaledWeight | OutputsFirst, result=jnp.float32
+) -> jax.Array:
     """silu(gate) · up of activations [..., M] and a weight [M, 2, F]: [..., F].
 
     Float32, but of a weight in 8 bits rounded to its dtype already: one kernel does both.
+
+    Args:
+      result: dtype that gates and ups are rounded to before.
     """
     if isinstance(gate_up, ScaledWeight):
         both = functools.partial(scaled_product, "...m,mcf->...f", function=scaled_swiglu)
         return _where_it_stands(both, x, gate_up)
-    return swiglu(project("...m,mcf->...cf", x, gate_up))
+    return swiglu(project("...m,mcf->...cf", x, gate_up, result))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """einsum of operands of one dtype, float32 result.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def product(spec: str, x: jax.Array, y: jax.Array, dtype=jnp.float32) -> jax.Array:
+    """einsum of operands of one dtype: float32 sums, rounded to `dtype`.
 
     Differentiated, its slope is rounded to that dtype too. JAX's own rule multiplies a float32
     slope with narrow operands, which are then widened: half as fast on CPUs, less on GPUs.
     """
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+    return jnp.einsum(spec, x, y, preferred_element_type=dtype)
 
 
-def _product_forward(spec, x, y):
-    return product(spec, x, y), (x, y)
+def _product_forward(spec, x, y, dtype):
+    return product(spec, x, y, dtype), (x, y)
 
 
-def _product_backward(spec, operands, slope):
+def _product_backward(spec, dtype, operands, slope):
     x, y = operands
     (left, right), out = spec.split("->")[0].split(","), spec.split("->")[1]
     slope = slope.astype(x.dtype)
@@ -158,6 +170,6 @@ def rotate(
 
 
 def swiglu(gate_up: Float[Array, "*L 2 F"]) -> Float[Array, "*L F"]:
-    """silu(gate) · up for [..., 2, F] -> [..., F]."""
-    gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
+    """silu(gate) · up for [..., 2, F] -> [..., F], float32."""
+    gate, up = gate_up[..., 0, :].astype(jnp.float32), gate_up[..., 1, :].astype(jnp.float32)
     return jax.nn.silu(gate) * up

@@ -274,7 +274,9 @@ class Module:
         """Bytes of a fusion's input that its users read, at most all of it."""
         total = 0
         for user in users.get(value.name, []):
-            if user.code in _PARTIAL_READS and user.operands[0] == value.name:
+            if user.code == "slice" and user.name in users:
+                total += self._bytes_read(user, users, ops)
+            elif user.code in _PARTIAL_READS and user.operands[0] == value.name:
                 total += user.bytes
             elif user.code in _UPDATES and user.operands[0] == value.name:
                 continue

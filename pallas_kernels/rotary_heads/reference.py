@@ -25,7 +25,7 @@ def rotary_heads_reference(
     elements of a head (partial rotary embedding) and leave the rest.
 
     Args:
-      qkv: [R', K, G + 2, D] float32, R' >= R: for each key/value head its G queries, its key,
+      qkv: [R', K, G + 2, D], R' >= R: for each key/value head its G queries, its key,
         its value. Rows past R are ignored.
       bias: [K, G + 2, D] or None.
       q_gain, k_gain: [D], of the RMS norm over a head, or None without one.
@@ -37,7 +37,7 @@ def rotary_heads_reference(
     Returns:
       (queries [R, K * G, D], keys [R, K, D], values [R, K, D]).
     """
-    x = qkv[: cos.shape[0]]
+    x = qkv[: cos.shape[0]].astype(jnp.float32)
     if bias is not None:
         x = x + bias
     q, k, v = x[..., : -2 : 2 if gated else 1, :], x[..., -2, :], x[..., -1, :]

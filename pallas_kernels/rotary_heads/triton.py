@@ -94,7 +94,7 @@ def split_heads(
     def load(at):
         place = (kv_head, column[:, None], at[None, :])
         exists = mask(head < group + 2)
-        x = plgpu.load(qkv_ref.at[(row, *place)], mask=exists, other=0.0)
+        x = plgpu.load(qkv_ref.at[(row, *place)], mask=exists, other=0.0).astype(jnp.float32)
         if biased:
             x = x + plgpu.load(bias_ref.at[place], mask=exists, other=0.0).astype(jnp.float32)
         return x

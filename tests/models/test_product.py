@@ -1,4 +1,4 @@
-"""`layers.product`: einsum whose gradient stays as narrow as its operands."""
+"""`layers.product`: einsum whose gradient stays as narrow as its operands, and its result."""
 
 import re
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec.models.layers import product
+from jaxspec.models.layers import product, project, project_swiglu
 
 SPECS = {  # of every kind that is differentiated: dense, turned, ellipsis, attention's
     "brm,vm->brv": ((2, 3, 8), (5, 8)),
@@ -56,3 +56,17 @@ def test_narrow_operands_meet_narrow_slopes(spec):
         assert found.dtype == jnp.bfloat16
         scale = np.abs(exact).max()
         np.testing.assert_allclose(found.astype(np.float32), exact, atol=0.03 * scale)
+
+
+def test_sums_are_rounded_once_to_the_result():
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (3, 64))
+    gate_up = jax.random.normal(keys[1], (64, 2, 8)).astype(jnp.bfloat16)
+    exact = project("nm,mcf->ncf", x, gate_up)
+    rounded = project("nm,mcf->ncf", x, gate_up, jnp.bfloat16)
+    assert exact.dtype == jnp.float32 and rounded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(rounded.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
+    gate, up = np.moveaxis(np.asarray(rounded, np.float64), 1, 0)
+    hidden = project_swiglu(x, gate_up, jnp.bfloat16)
+    assert hidden.dtype == jnp.float32  # SwiGLU itself rounds nothing
+    np.testing.assert_allclose(hidden, gate / (1 + np.exp(-gate)) * up, rtol=1e-5, atol=1e-5)

@@ -26,7 +26,8 @@ HloModule jit_f, input_output_alias={ {0}: (1, {}, may-alias), {1}: (2, {}, may-
 %fused_gather (p0.2: bf16[1024,1024], p1.2: s32[8,1]) -> f32[8,1024] {
   %p0.2 = bf16[1024,1024]{1,0} parameter(0)
   %p1.2 = s32[8,1]{1,0} parameter(1)
-  %rows = bf16[8,1024]{1,0} gather(%p0.2, %p1.2), offset_dims={1}, slice_sizes={1,1024}
+  %half = bf16[512,1024]{1,0} slice(%p0.2), slice={[0:512], [0:1024]}
+  %rows = bf16[8,1024]{1,0} gather(%half, %p1.2), offset_dims={1}, slice_sizes={1,1024}
   ROOT %wide = f32[8,1024]{1,0} convert(%rows)
 }
 

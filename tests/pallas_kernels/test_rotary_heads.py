@@ -76,6 +76,18 @@ def test_both_implementations_compute_the_definition(name):
             np.testing.assert_allclose(actual, expected, atol=3e-6)
 
 
+def test_a_narrow_projection_is_widened_first():
+    qkv, *rest = make_inputs("qwen2")
+    narrow = qkv.astype(jnp.bfloat16)
+    expected = rotary_heads(narrow.astype(jnp.float32), *rest, **options("qwen2"))
+    for found in (
+        rotary_heads(narrow, *rest, **options("qwen2")),
+        rotary_heads_triton(narrow, *rest, **options("qwen2"), interpret=True),
+    ):
+        for actual, wanted in zip(found, expected, strict=True):
+            np.testing.assert_allclose(actual, wanted, atol=3e-6)
+
+
 @pytest.mark.parametrize(
     "name", slow_but(["everything"], ["qwen3", "three of eight pairs", "everything"])
 )
