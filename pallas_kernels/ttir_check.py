@@ -3,6 +3,8 @@
 Interpret mode clamps indices and runs programs in order, so it hides both an access outside an
 array and two programs that write the same element. Here the IR that a GPU would compile is
 executed program by program, every lane's address checked and every written element remembered.
+A program may read an element of an output again that it wrote before its last barrier: others
+may not have written it yet, and without a barrier nor may its own threads.
 What is not modelled: warps, shared memory, asynchronous copies, the GPU's rounding of exp2 and
 of TF32.
 """
@@ -28,7 +30,7 @@ NOBODY = -1
 
 
 class KernelFault(ValueError):
-    """A lane left its array, or an element was written twice or never."""
+    """A lane left its array, or an element was written twice, never, or after it was read."""
 
 
 def execute(f: Callable, *args) -> list[np.ndarray]:
@@ -107,13 +109,14 @@ def run_kernel(
     context = ir.Context()
     triton_dialect.register_dialect(context)
     context.load_all_available_dialects()
+    context.allow_unregistered_dialects = True  # barriers are of another
     with context:
         module = ir.Module.parse(bytecode)
         (function,) = module.body.operations
         body = _Block(function.operation.regions[0].blocks[0])
     buffers = [_Buffer(f"input {i}", x.reshape(-1), None) for i, x in enumerate(inputs)]
     buffers += [
-        _Buffer(f"output {i}", x.reshape(-1), np.full(x.size, NOBODY))
+        _Buffer(f"output {i}", x.reshape(-1), np.full(x.size, NOBODY), i in updated)
         for i, x in enumerate(outputs)
     ]
     start = np.zeros((), np.int64)
@@ -121,8 +124,8 @@ def run_kernel(
     with np.errstate(all="ignore"):
         for program, index in enumerate(itertools.product(*map(range, grid))):
             _Program(program, index).run(body, pointers)
-    for i, buffer in enumerate(buffers[len(inputs) :]):
-        if i not in updated and (buffer.writer == NOBODY).any():
+    for buffer in buffers[len(inputs) :]:
+        if not buffer.updated and (buffer.writer == NOBODY).any():
             element = int(np.argmax(buffer.writer == NOBODY))
             raise KernelFault(f"no program writes element {element} of {buffer.name}")
 
@@ -132,6 +135,7 @@ class _Buffer:
     name: str
     data: np.ndarray  # flat, a view of the array
     writer: np.ndarray | None  # program that wrote each element; None: read-only
+    updated: bool = False  # an output that is an input too
 
     def check(self, offsets: np.ndarray, program: int, verb: str) -> None:
         bad = (offsets < 0) | (offsets >= self.data.size)
@@ -162,6 +166,7 @@ class _Operation:
         self.operands = list(op.operands)
         self.results = list(op.results)
         self.attributes = {name: op.attributes[name] for name in op.attributes}
+        self.used = any(True for result in self.results for _ in result.uses)
         self.blocks = [_Block(region.blocks[0]) for region in op.regions if len(region.blocks)]
         if self.name == "arith.constant":
             self.constant = _constant(self.attributes["value"], self.results[0].type)
@@ -227,6 +232,7 @@ _CASTS = (
 )
 _EXTERN = {
     "__nv_exp2f": np.exp2,
+    "__nv_expf": np.exp,
     "__nv_logf": np.log,
     "__nv_log2f": np.log2,
     "__nv_rsqrtf": lambda x: 1 / np.sqrt(x),
@@ -239,6 +245,7 @@ class _Program:
     def __init__(self, number: int, index: tuple[int, ...]):
         self.number, self.index = number, index
         self.values = {}
+        self.written = []  # since the last barrier: (buffer, offsets)
 
     def run(self, block: _Block, arguments: list) -> list:
         """Runs a block; returns what its last operation yields."""
@@ -276,7 +283,10 @@ class _Program:
                 pointer, offset = operands
                 return [_Pointer(pointer.buffer, pointer.offset + offset.astype(np.int64))]
             case "tt.load":
-                return [self.load(*operands)]
+                return [self.load(op.used, *operands)]
+            case "gpu.barrier":
+                self.written = []
+                return []
             case "tt.store":
                 self.store(*operands)
                 return []
@@ -301,12 +311,27 @@ class _Program:
                 return []
         raise NotImplementedError(f"the Triton IR has {name}, which ttir_check does not run")
 
-    def load(self, pointer: _Pointer, mask=True, other=0) -> np.ndarray:
+    def load(self, used: bool, pointer: _Pointer, mask=True, other=0) -> np.ndarray:
         offset = pointer.offset
         live = np.broadcast_to(mask, offset.shape)
         pointer.buffer.check(offset[live], self.number, "reads")
+        if used and pointer.buffer.writer is not None:  # Pallas loads before every store
+            self.check_written(pointer.buffer, offset[live])
         data = pointer.buffer.data
         return np.where(live, data[np.where(live, offset, 0)], other).astype(data.dtype)
+
+    def check_written(self, buffer: _Buffer, offset: np.ndarray) -> None:
+        """That what it reads of an output stands there, whichever thread wrote it."""
+        writer = buffer.writer[offset]
+        free = (writer == NOBODY) & buffer.updated
+        bad = (writer != self.number) & ~free
+        for recent, places in self.written:
+            bad |= (recent is buffer) & np.isin(offset, places)
+        if bad.any():
+            raise KernelFault(
+                f"program {self.number} reads element {int(offset[bad][0])} of {buffer.name}, "
+                "which it has not written before a barrier"
+            )
 
     def store(self, pointer: _Pointer, value: np.ndarray, mask=True) -> None:
         buffer, live = pointer.buffer, np.broadcast_to(mask, pointer.offset.shape)
@@ -326,6 +351,7 @@ class _Program:
                 f"two lanes of program {self.number} write one element of {buffer.name}"
             )
         buffer.data[offset] = value[live]
+        self.written.append((buffer, offset))
 
 
 def _reshape(value, change):

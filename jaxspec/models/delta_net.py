@@ -4,19 +4,11 @@ A value head keeps a matrix S that decays with every token and takes in what it 
 
     S <- exp(g_t) S,   u_t = beta_t (v_t - S^T k_t),   S <- S + k_t u_t^T,   o_t = S^T q_t
 
-Unrolled along the ancestors of a node i of a tree, with S0 the state before the root, G_i the
-sum of g over i and its ancestors, and D_ij = exp(G_i - G_j) where j is i or above it, else 0:
-
-    A_ij = beta_i D_ij (k_i . k_j)  for j above i, else 0
-    (I + A) U = beta (V - exp(G) K S0)
-    O = exp(G) (Q S0) + (D * (Q K^T)) U
-
-A is strictly lower triangular, since parents come before children, so U is one substitution.
-(The product (I - A)(I + A^2)(I + A^4)… would do too, but its powers grow like binomials where
-keys repeat: three of float32's seven digits are lost at depth 16, all at 32.)
-
-The state after a path that ends in node l is exp(G_l) S0 + the sum over its nodes j of
-exp(G_l - G_j) k_j u_j^T: rejected nodes are left out of a sum, and nothing is rolled back.
+Unrolled along the ancestors of the nodes of a tree, this is a triangular system for the updates
+u and a sum for the outputs o (`pallas_kernels.tree_delta_rule`), both from S0, the state before
+the root. With G_i the sum of g over node i and its ancestors, the state after a path that ends
+in node l is exp(G_l) S0 + the sum over its nodes j of exp(G_l - G_j) k_j u_j^T: rejected nodes
+are left out of a sum, and nothing is rolled back.
 
 Letters: J key heads, R value heads per key head, dk and dv dimensions of a key and a value,
 C = 2 dk + R dv channels of the convolution.
@@ -36,10 +28,11 @@ from jaxspec.models.layers import rms_norm
 from jaxspec.models.mesh import cut_axes
 from jaxspec.models.params import DeltaNetParams
 from jaxspec.trees.tree import NO_PARENT, unpack_bits
+from pallas_kernels.tree_delta_rule import tree_delta_rule
 
-LARGEST_DECAY = 128.0  # exp of less is 0 in float32
 FEW_ROWS = 32  # of an accepted path; a prompt's chunk has more
 NORM_EPS = 1e-6  # under the root of the length of queries and keys
+FEW_NODES = 64  # for which XLA moves little; D and A of more are most of what it moves
 
 
 @jax.tree_util.register_dataclass
@@ -124,14 +117,12 @@ class Kinship:
     """Who stands above whom among the nodes of a forward.
 
     Attributes:
-      ancestors: [B, N, N] bool, [i, j]: node j is node i or above it.
-      above: [B, N, N] bool, the same without the node itself.
+      ancestors: uint32 bits [B, N, ceil(N / 32)], ancestor-or-self (`trees.ancestors`).
       parents: [B, N] int32; `NO_PARENT` for roots.
       begun: [B] bool, whether there is a prefix before the roots.
     """
 
     ancestors: jax.Array
-    above: jax.Array
     parents: jax.Array
     begun: jax.Array
 
@@ -144,11 +135,11 @@ def kinship(bits: jax.Array, lengths: jax.Array) -> Kinship:
       lengths: [B], tokens of the prefix.
     """
     n = bits.shape[1]
-    ancestors, node = unpack_bits(bits, n), jnp.arange(n)
-    above = ancestors & (node[:, None] != node)
+    node = jnp.arange(n)
+    above = unpack_bits(bits, n) & (node[:, None] != node)
     # Parents come before children: of a node's ancestors the last is its parent.
     parents = jnp.max(jnp.where(above, node, NO_PARENT), axis=-1, initial=NO_PARENT)
-    return Kinship(ancestors, above, parents, lengths > 0)
+    return Kinship(bits, parents, lengths > 0)
 
 
 def init_delta_state(config: TargetConfig, batch: int) -> DeltaState:
@@ -167,6 +158,8 @@ def delta_net(
     inputs: jax.Array,
     state: DeltaState,
     kin: Kinship,
+    *,
+    kernels: bool = False,
 ) -> tuple[jax.Array, DeltaRows]:
     """A layer between its first product and its last.
 
@@ -175,6 +168,7 @@ def delta_net(
 
     Args:
       inputs: float32 [B, N, J, C + R dv + 2 R], normed activations times `params.inputs`.
+      kernels: on an NVIDIA GPU, one runs the delta rule of many nodes (`decoder.fuses`).
 
     Returns:
       outputs [B, N, J, R dv], normed per head and gated, and the nodes' rows.
@@ -182,7 +176,7 @@ def delta_net(
     weights = (params.convolution, params.log_rate, params.step_bias)
 
     def of_these_heads(weights, head_norm, inputs, state, kin):
-        return _delta_net(config, weights, head_norm, inputs, state, kin)
+        return _delta_net(config, weights, head_norm, inputs, state, kin, kernels)
 
     arguments = (weights, params.head_norm, inputs, state, kin)
     axes = _axes_over(config.delta_net.key_heads)
@@ -206,7 +200,7 @@ def _axes_over(heads: int) -> tuple[str, ...]:
     return axes
 
 
-def _delta_net(config, weights, head_norm, inputs, state, kin):
+def _delta_net(config, weights, head_norm, inputs, state, kin, kernels):
     d, (kernel, log_rate, step_bias) = config.delta_net, weights
     group, key_dim = d.group_size, d.key_dim
     ends = (d.channels, d.channels + group * d.value_dim, inputs.shape[-1] - group)
@@ -216,7 +210,17 @@ def _delta_net(config, weights, head_norm, inputs, state, kin):
     q, k, v = jnp.split(convolved, (key_dim, 2 * key_dim), axis=-1)
     q, k, v = unit(q) * key_dim**-0.5, unit(k), v.reshape(*heads, -1)
     decay = -jnp.exp(log_rate) * jax.nn.softplus(step + step_bias)
-    out, updates = tree_delta_rule(q, k, v, decay, jax.nn.sigmoid(rate), state.memory, kin)
+    out, updates = tree_delta_rule(
+        q,
+        k,
+        v,
+        decay,
+        jax.nn.sigmoid(rate),
+        state.memory,
+        kin.ancestors,
+        kin.begun,
+        implementation=None if kernels and inputs.shape[1] > FEW_NODES else "xla",
+    )
     out = rms_norm(out, head_norm, config.rms_norm_eps)
     out = out * jax.nn.silu(gate.reshape(*heads, -1))
     return out.reshape(*heads[:3], -1), DeltaRows(k, updates, decay, mixed)
@@ -258,76 +262,3 @@ def tree_convolution(
         read = jnp.where(place < before, of_window, of_nodes)
         total = total + kernel[..., tap].astype(jnp.float32) * read
     return total
-
-
-def tree_delta_rule(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    decay: jax.Array,
-    rate: jax.Array,
-    memory: jax.Array,
-    kin: Kinship,
-) -> tuple[jax.Array, jax.Array]:
-    """Outputs O and updates U of every node, both float32 [B, N, J, R, dv].
-
-    Args:
-      q, k: [B, N, J, dk].
-      v: [B, N, J, R, dv].
-      decay, rate: [B, N, J, R], g and beta.
-      memory: [B, J, dk, R dv], S0.
-    """
-    with jax.default_matmul_precision("highest"):
-        n = q.shape[1]
-        rate = jnp.moveaxis(rate, 1, -1)[..., None]  # [B, J, R, N, 1]
-        kept, from_root = decays_along(decay, kin)  # D and exp(G)
-
-        # The state is read once, by keys and queries together.
-        both = jnp.concatenate([k, q], axis=1)  # [B, 2 N, J, dk]
-        recalled = jnp.einsum("bnjd,bjde->bjne", both, memory)
-        recalled = jnp.moveaxis(recalled.reshape(*recalled.shape[:3], *v.shape[3:]), 3, 2)
-        recalled = recalled * jnp.concatenate([from_root, from_root], axis=-2)
-
-        # k . k and q . k in one product. Without the barrier XLA would join it with the one
-        # above, which reads `both` too, and copy the state beside the keys.
-        alike = jnp.einsum("bnjd,bkjd->bjnk", jax.lax.optimization_barrier(both), k)
-        overlap, seen = alike[:, :, None, :n], alike[:, :, None, n:]
-        above = rate * jnp.where(kin.above[:, None, None], kept * overlap, 0.0)  # A
-        wanted = rate * (jnp.moveaxis(v, 1, 3) - recalled[..., :n, :])
-        updates = wanted if n == 1 else solve(above, wanted)
-        scores = kept * seen
-        out = recalled[..., n:, :] + jnp.einsum("bjrik,bjrke->bjrie", scores, updates)
-        return jnp.moveaxis(out, 3, 1), jnp.moveaxis(updates, 3, 1)
-
-
-def decays_along(decay: jax.Array, kin: Kinship) -> tuple[jax.Array, jax.Array]:
-    """What is left of a node's update further down, and of the state before the root.
-
-    Differences of float32 sums would lose what is small beside the sums. So decays are split
-    into a coarse part, a multiple of a step so large that sums of N are exact, and the rest,
-    whose sums are small.
-
-    Args:
-      decay: [B, N, J, R], g.
-
-    Returns:
-      D [B, J, R, N, N] and exp(G) [B, J, R, N, 1], 0 where nothing is before the root.
-    """
-    n = decay.shape[1]
-    decay = jnp.maximum(jnp.moveaxis(decay, 1, -1), -LARGEST_DECAY)
-    step = LARGEST_DECAY * 2.0 ** (math.ceil(math.log2(n)) - 23)
-    coarse = jnp.round(decay / step) * step
-    parts = jnp.stack([coarse, decay - coarse])
-    own = kin.ancestors.astype(jnp.float32)
-    sums = jnp.einsum("bik,sbjrk->sbjri", own, parts, precision="highest")
-    between = jnp.sum(sums[..., :, None] - sums[..., None, :], axis=0)
-    kept = jnp.exp(jnp.where(kin.ancestors[:, None, None], between, -jnp.inf))
-    begun = kin.begun[:, None, None, None, None]
-    return kept, jnp.where(begun, jnp.exp(sums.sum(axis=0))[..., None], 0.0)
-
-
-def solve(below: jax.Array, wanted: jax.Array) -> jax.Array:
-    """X of (I + A) X = Y, A strictly lower triangular."""
-    return jax.lax.linalg.triangular_solve(
-        below, wanted, left_side=True, lower=True, unit_diagonal=True
-    )

@@ -35,6 +35,7 @@ OURS = (
     "grouped_scaled_matmul",
     "scaled_matmul",
     "tree_level",
+    "tree_delta_rule",
 )
 PREFILL_CHUNK = 512
 # Of a round that drafts nothing, by gated model, on one device.

@@ -23,7 +23,7 @@ def main() -> int:
             print(json.dumps(row), flush=True)
         return 0
 
-    def row(case: kernels.AttentionCase | kernels.GroupedCase | kernels.LevelCase) -> dict:
+    def row(case: kernels.Case) -> dict:
         compiled = case.compile(options.cache)
         described = [dataclasses.asdict(kernel) for kernel in compiled]
         return dict(kernels=described, faults=case.faults(compiled))

@@ -21,6 +21,7 @@ from pallas_kernels.scaled_matmul import config as scaled_config
 from pallas_kernels.scaled_matmul.api import scaled_matmul, scaled_swiglu
 from pallas_kernels.tree_attention.api import tree_attention
 from pallas_kernels.tree_attention.config import TILES, Shape, TileConfig, choose
+from pallas_kernels.tree_delta_rule import tree_delta_rule
 from pallas_kernels.tree_level import Levels, grow_level
 
 REGISTERS = 65_536  # of a multiprocessor
@@ -33,6 +34,7 @@ WARPGROUP_ROWS = 64  # the smallest tile of a Hopper matrix product
 _attention = jax.jit(
     tree_attention, static_argnames=("scale", "window", "implementation", "tile")
 )
+_delta_rule = jax.jit(tree_delta_rule, static_argnames="implementation")
 _level = jax.jit(grow_level, static_argnames="implementation")
 _grouped = jax.jit(grouped_matmul, static_argnames="implementation")
 _grouped_scaled = jax.jit(grouped_scaled_matmul, static_argnames="implementation")
@@ -203,6 +205,45 @@ class LevelCase:
         return [fault for kernel in ours for fault in kernel.faults()]
 
 
+@dataclasses.dataclass(frozen=True)
+class DeltaRuleCase:
+    """The delta rule over a tree: 16 key heads, keys and values of 128, as Qwen3.5's.
+
+    Attributes:
+      group: value heads of each key head.
+    """
+
+    nodes: int
+    group: int = 2
+    batch: int = 1
+
+    def __str__(self) -> str:
+        return f"tree_delta_rule N={self.nodes} R={self.group} B={self.batch}"
+
+    def compile(self, cache: pathlib.Path | None = None) -> tuple[Kernel, ...]:
+        keys = _array(self.batch, self.nodes, 16, 128)
+        gates = _array(self.batch, self.nodes, 16, self.group)
+        return compile_for_h100(
+            _delta_rule,
+            keys,
+            keys,
+            _array(self.batch, self.nodes, 16, self.group, 128),
+            gates,
+            gates,
+            _array(self.batch, 16, 128, self.group * 128),
+            _array(self.batch, self.nodes, -(-self.nodes // 32), dtype=jnp.uint32),
+            _array(self.batch, dtype=jnp.bool_),
+            implementation="triton",
+            cache=cache,
+        ).kernels
+
+    def faults(self, kernels: tuple[Kernel, ...]) -> list[str]:
+        return [fault for kernel in kernels for fault in kernel.faults()]
+
+
+Case = AttentionCase | GroupedCase | ScaledCase | LevelCase | DeltaRuleCase
+
+
 def _array(*shape, dtype=jnp.float32):
     sharding = NamedSharding(mesh(), PartitionSpec())
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -219,9 +260,7 @@ def _named(kernels: tuple[Kernel, ...], name: str) -> Kernel:
     return next(kernel for kernel in kernels if kernel.name == name)
 
 
-def cases(
-    quick: bool = False,
-) -> list[AttentionCase | GroupedCase | ScaledCase | LevelCase]:
+def cases(quick: bool = False) -> list[Case]:
     """Every kind of kernel that the library asks for.
 
     The gate has every tile of the table with and without a window, with and without splits,
@@ -246,6 +285,8 @@ def cases(
     found += [ScaledCase(rows, 4096, 151_936) for rows in (1, 64)]  # the LM head
     found += [ScaledCase(rows, 4096, 4096, block) for rows in (1, 64) for block in (64, None)]
     found += [LevelCase(15), LevelCase(63), LevelCase(255), LevelCase(63, batch=8)]
+    # Qwen3.5-9B's and 27B's heads, for trees and a prompt chunk.
+    found += [DeltaRuleCase(256), DeltaRuleCase(256, group=3), DeltaRuleCase(512, batch=2)]
     if quick:
         return list(dict.fromkeys(found))
     for dtype, dim in itertools.product(("bfloat16", "float32"), HEAD_DIMS):

@@ -14,9 +14,9 @@ from jaxspec.models.delta_net import (
     DeltaState,
     kinship,
     tree_convolution,
-    tree_delta_rule,
 )
 from jaxspec.trees.tree import NO_PARENT, ancestors, causal_bits
+from pallas_kernels.tree_delta_rule import tree_delta_rule
 from tests import tiny
 
 J, R, DK, DV, TAPS = 2, 2, 4, 6, 4
@@ -65,7 +65,7 @@ def random_trees(keys, counts, size):
 @jax.jit
 def run(arrays, memory, window, kernel, inputs, bits, lengths):
     kin = kinship(bits, lengths)
-    out, updates = tree_delta_rule(*arrays, memory, kin)
+    out, updates = tree_delta_rule(*arrays, memory, bits, kin.begun)
     convolved = tree_convolution(kernel, inputs, window, kin)
     return out, convolved, DeltaRows(arrays[1], updates, arrays[3], inputs)
 
@@ -175,8 +175,7 @@ def test_a_long_prefix_keeps_float32(chunk):
     def decode(state):
         def step(carry, part):
             state, length = carry
-            kin = kinship(bits, length)
-            _, updates = tree_delta_rule(*part, state.memory, kin)
+            _, updates = tree_delta_rule(*part, state.memory, bits, length > 0)
             rows = DeltaRows(part[1], updates, part[3], inputs)
             return (state.write(rows, length, jnp.array([chunk])), length + chunk), None
 

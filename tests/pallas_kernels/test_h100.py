@@ -20,7 +20,7 @@ from jaxspec.models.state import init_states
 from jaxspec.sharding import shardings
 from jaxspec.trees.tree import causal_bits
 from pallas_kernels.h100.compile import compile_for_h100
-from pallas_kernels.h100.kernels import AttentionCase
+from pallas_kernels.h100.kernels import AttentionCase, DeltaRuleCase
 from pallas_kernels.h100.target import mesh
 from pallas_kernels.tree_attention.config import Shape, TileConfig
 
@@ -42,6 +42,14 @@ def test_the_chosen_tile_of_a_verify_step_compiles_to_warpgroup_products(shape, 
     (main,) = [kernel for kernel in kernels if kernel.name == "tree_attention"]
     assert main.grid == grid and main.threads == 256
     assert main.wgmma > 0 and main.mma == 0 and main.async_copies > 0
+    assert case.faults(kernels) == []
+
+
+def test_the_delta_rule_of_256_nodes_compiles_without_spills():
+    case = DeltaRuleCase(256)
+    kernels = case.compile()
+    (main,) = [kernel for kernel in kernels if kernel.name == "tree_delta_rule"]
+    assert main.grid == (4, 32, 1) and main.spills == 0
     assert case.faults(kernels) == []
 
 
@@ -128,9 +136,30 @@ def test_a_mixture_moves_the_experts_its_nodes_choose_and_no_others(tokens, devi
     assert program.module.large_copies(expert) == []
 
 
-def test_a_forward_with_every_kernel_has_a_derivative():
+def hybrid_of_two_layers():
+    hybrid = PRESETS["qwen3.5-0.8b"]
+    one = dataclasses.replace(hybrid.delta_net, layers=(0,))
+    return dataclasses.replace(hybrid, num_layers=2, delta_net=one)
+
+
+FORWARDS = {
+    "dense": (
+        dataclasses.replace(PRESETS["qwen3-0.6b"], num_layers=1),
+        64,
+        {"tree_attention", "rotary_heads"},
+    ),
+    "hybrid": (
+        hybrid_of_two_layers(),
+        96,  # of 64 nodes or fewer XLA runs the delta rule
+        {"tree_attention", "rotary_heads", "tree_delta_rule"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_a_forward_with_every_kernel_has_a_derivative(name):
     narrow = jnp.dtype("bfloat16")
-    config, n = dataclasses.replace(PRESETS["qwen3-0.6b"], num_layers=1), 64
+    config, n, expected = FORWARDS[name]
     shape = jax.eval_shape
     states = shape(lambda: init_states(config, 1, 128, narrow))
 
@@ -149,4 +178,4 @@ def test_a_forward_with_every_kernel_has_a_derivative():
 
     arguments = abstract_params(config, narrow), shape(lambda: jnp.zeros((1, n), int)), states
     compiled = compile_for_h100(jax.jit(jax.grad(loss)), *map(placed, arguments))
-    assert {"tree_attention", "rotary_heads"} <= {kernel.name for kernel in compiled.kernels}
+    assert expected <= {kernel.name for kernel in compiled.kernels}

@@ -102,3 +102,35 @@ def test_two_lanes_that_write_one_element_are_caught():
 
     with pytest.raises(KernelFault, match="two lanes of program 0"):
         execute(call, jnp.arange(16.0))
+
+
+def running_sum(x, *, barrier=True, programs=1):
+    """Row i is x[i] plus row i - 1, read where it was written."""
+
+    def kernel(x_ref, out_ref):
+        lane, program = jnp.arange(16), pl.program_id(0)
+        plgpu.store(out_ref.at[program, lane], plgpu.load(x_ref.at[program, lane]))
+        if barrier:
+            plgpu.debug_barrier()
+        for i in range(programs, x.shape[0]):
+            before = plgpu.load(out_ref.at[i - 1, lane])
+            plgpu.store(out_ref.at[i, lane], before + plgpu.load(x_ref.at[i, lane]))
+            plgpu.debug_barrier()
+
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    call = pl.pallas_call(kernel, out_shape=out, grid=(programs,), compiler_params=PARAMS)
+    return call(x)
+
+
+def test_a_program_reads_what_it_wrote_before_a_barrier():
+    x = jnp.arange(48.0).reshape(3, 16)
+    (out,) = execute(running_sum, x)
+    np.testing.assert_array_equal(out, np.cumsum(x, axis=0))
+    match = "program 0 reads element 0 of output 0, which it has not written before a barrier"
+    with pytest.raises(KernelFault, match=match):
+        execute(functools.partial(running_sum, barrier=False), x)
+
+
+def test_a_program_that_reads_what_another_writes_is_caught():
+    with pytest.raises(KernelFault, match="program 0 reads element 16 of output 0"):
+        execute(functools.partial(running_sum, programs=2), jnp.ones((3, 16)))

@@ -1,0 +1,1 @@
+from pallas_kernels.tree_delta_rule.api import tree_delta_rule as tree_delta_rule

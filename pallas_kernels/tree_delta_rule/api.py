@@ -1,0 +1,40 @@
+"""The one call behind which implementations of the delta rule over a tree live."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Bool, Float, UInt32
+
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.tree_delta_rule.reference import tree_delta_rule_reference
+
+
+def tree_delta_rule(
+    q: Float[Array, "B N J dk"],
+    k: Float[Array, "B N J dk"],
+    v: Float[Array, "B N J R dv"],
+    decay: Float[Array, "B N J R"],
+    rate: Float[Array, "B N J R"],
+    memory: Float[Array, "B J dk Rdv"],
+    ancestors: UInt32[Array, "B N words"],
+    begun: Bool[Array, " B"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B N J R dv"], Float[Array, "B N J R dv"]]:
+    """See `tree_delta_rule_reference` for shapes and meaning, and for its derivative.
+
+    Args:
+      implementation: "xla" (the reference, any platform), "triton" (NVIDIA GPUs), or None:
+        triton where the program is compiled for an NVIDIA GPU and the shape is supported, else
+        xla.
+
+    Raises:
+      ValueError: "triton" was asked for and does not take this shape.
+    """
+    arrays = (q, k, v, decay, rate, memory, ancestors, begun)
+
+    def load():
+        from pallas_kernels.tree_delta_rule import triton
+
+        return triton.tree_delta_rule_triton, triton.unsupported(k, v)
+
+    return dispatch(tree_delta_rule_reference, load, arrays, implementation)
