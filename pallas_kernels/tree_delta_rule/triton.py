@@ -58,9 +58,10 @@ def tree_delta_rule_triton(
     """See `tree_delta_rule_reference`; `interpret` runs it on the CPU, to check numbers."""
     batch, n, key_heads, group, value_dim = v.shape
     sums = decay_sums(decay, related_nodes(ancestors, n))
-    # Once for all value heads of a key head: k . k, and below it q . k.
-    both = jnp.concatenate([k, q], axis=1)
-    alike = jnp.einsum("bnjd,bkjd->bjnk", both, k, precision="highest")
+    # Once for all value heads of a key head. Without the barrier XLA would join the products,
+    # and queries and keys in memory before.
+    against_keys = functools.partial(jnp.einsum, "bnjd,bkjd->bjnk", precision="highest")
+    overlap, seen = against_keys(k, k), against_keys(q, lax.optimization_barrier(k))
     shape = jax.ShapeDtypeStruct(v.shape, jnp.float32)
     return pl.pallas_call(
         functools.partial(run_nodes, interpret=interpret),
@@ -70,7 +71,7 @@ def tree_delta_rule_triton(
         interpret=interpret,
         name="tree_delta_rule",
     )(
-        *(q, k, v, alike, sums, rate, memory),
+        *(q, k, v, overlap, seen, sums, rate, memory),
         lax.bitcast_convert_type(ancestors, jnp.int32),
         begun.astype(jnp.int32),
     )
@@ -80,7 +81,8 @@ def run_nodes(
     q_ref,
     k_ref,
     v_ref,
-    alike_ref,
+    overlap_ref,
+    seen_ref,
     sums_ref,
     rate_ref,
     memory_ref,
@@ -121,10 +123,10 @@ def run_nodes(
         zeros = jnp.zeros((BLOCK, COLUMNS), jnp.float32)
         return lax.fori_loop(0, key_dim // step, add, zeros)
 
-    def alike(node, before, queries):
+    def alike(ref, node, before):
         """Keys or queries of a block times the keys of one."""
         real = (node < n)[:, None] & (before < n)[None, :]
-        at = alike_ref.at[b, head, queries * n + node[:, None], before[None, :]]
+        at = ref.at[b, head, node[:, None], before[None, :]]
         return plgpu.load(at, mask=real, other=0.0)
 
     def sums_of(node):
@@ -157,18 +159,18 @@ def run_nodes(
             before = j * BLOCK + jnp.arange(BLOCK)
             left = kept(node, j)
             updates = rows(updates_ref, member, node=before, lanes=column)
-            wanted = wanted - dot(left * alike(node, before, 0), updates)
-            return wanted, out + dot(left * alike(node, before, 1), updates)
+            wanted = wanted - dot(left * alike(overlap_ref, node, before), updates)
+            return wanted, out + dot(left * alike(seen_ref, node, before), updates)
 
         wanted, out = lax.fori_loop(0, i, earlier, (wanted, out))
         rate = plgpu.load(rate_ref.at[b, node, head, member], mask=node < n, other=0.0)
         above = jnp.arange(BLOCK)[:, None] > jnp.arange(BLOCK)[None, :]
         left = jnp.where(above, kept(node, i), 0.0)
-        below = rate[:, None] * left * alike(node, node, 0)  # A
+        below = rate[:, None] * left * alike(overlap_ref, node, node)  # A
         updates = solve_block(below, rate[:, None] * wanted, dot)
         at, real = places(updates_ref, member, node=node, lanes=column)
         plgpu.store(at, updates, mask=real)
-        out = out + dot(kept(node, i) * alike(node, node, 1), updates)
+        out = out + dot(kept(node, i) * alike(seen_ref, node, node), updates)
         at, _ = places(out_ref, member, node=node, lanes=column)
         plgpu.store(at, out, mask=real)
         if not interpret:
