@@ -24,8 +24,8 @@ def project(
 ) -> jax.Array:
     """einsum of activations and a weight: operands in the weight's dtype, float32 sums.
 
-    A weight whose outputs come first has the letters of one whose inputs do, one in 8 bits those
-    that it has by value.
+    A weight whose outputs come first has the letters of one whose inputs do, one in 8 bits
+    those that it has by value.
 
     Args:
       result: dtype that sums are rounded to, but of a weight in 8 bits, whose stay float32.
