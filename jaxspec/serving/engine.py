@@ -11,7 +11,6 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -26,39 +25,12 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
-from jaxspec.serving.grammars import Matcher
 from jaxspec.serving.kept_programs import KeptPrograms
 from jaxspec.serving.prefix_cache import Page
 from jaxspec.serving.programs import Programs
 from jaxspec.serving.readiness import Readiness
 from jaxspec.serving.requests import QueueFull, Request, TokenLogProb, Update, read_logprobs
-
-SHRINK_AFTER = 8  # rounds with too many rows
-
-
-@dataclasses.dataclass
-class _Running:
-    """A request that has a row, or waits for one, as the host sees it.
-
-    Attributes:
-      submitted: time.perf_counter().
-      length: tokens decided and given out, prompt included.
-      matcher: where the answer is in its grammar, if it has one.
-    """
-
-    id: int
-    request: Request
-    submitted: float
-    length: int
-    matcher: Matcher | None = None
-
-    def advance(self, tokens: Sequence[int]) -> str | None:
-        """After these tokens; why the answer cannot go on, if so."""
-        self.length += len(tokens)
-        if self.matcher is None:
-            return None
-        self.matcher.advance(tokens)
-        return self.matcher.failure
+from jaxspec.serving.running import Running, RunningRows
 
 
 @dataclasses.dataclass
@@ -73,7 +45,7 @@ class _Prompt:
       batch: once it is done and waits for a row.
     """
 
-    running: _Running
+    running: Running
     requests: Requests
     prefilling: Prefilling | None
     waited: float
@@ -118,13 +90,11 @@ class Engine:
         self._prefixes = self._programs.prefix_cache()
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._waiting: deque[_Running] = deque()
+        self._waiting: deque[Running] = deque()
         self._cancelled: set[int] = set()
         self._prompt: _Prompt | None = None
-        self._rows: list[_Running | None] = [None] * self._programs.buckets[0]
-        self._batch: Batch | None = None
+        self._rows = RunningRows(self._programs)
         self._habit = self._programs.habit()
-        self._idle_rounds = 0
         self.burst_seconds = 0.0
         self.rounds_by_size = [0] * MAX_SIZES
 
@@ -151,7 +121,7 @@ class Engine:
                 )
             number = next(self._numbers)
             now, length = time.perf_counter(), len(request.prompt)
-            self._waiting.append(_Running(number, request, now, length, matcher))
+            self._waiting.append(Running(number, request, now, length, matcher))
         return number
 
     def cancel(self, id: int) -> None:
@@ -167,7 +137,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests whose prompt is being run or that are being decoded."""
-        return sum(row is not None for row in self._rows) + (self._prompt is not None)
+        return self._rows.running + (self._prompt is not None)
 
     # The engine's own thread.
 
@@ -182,7 +152,7 @@ class Engine:
 
     def _open(self, *, few: bool) -> None:
         self.ready.open(self._prefixes, few=few)
-        self._batch = self._programs.empty(len(self._rows))
+        self._rows.open()
 
     def warm_up(self, **options) -> None:
         """Compiles every program but those for grammars and, for an adaptive schedule without
@@ -204,23 +174,22 @@ class Engine:
         Returns:
           The requests' updates; none when there is nothing to do.
         """
-        if self._batch is None:
+        if self._rows.batch is None:
             self.warm_up()
         while self.ready.lacks_grammars and not self.ready.beside:
             self.ready.prepare()
         updates = self._apply_cancellations()
         updates += self._advance_prompts()
         updates += self._advance_rows()
-        self._fit_rows()
+        self._rows.fit(self.config.rounds, awaited=self._prompt is not None)
         return updates
 
     @property
     def busy(self) -> bool:
         """Whether `step` has something to do."""
-        grown = len(self._rows) > self._programs.buckets[0]
         begins = not self.ready.beside or self._next_waiting() is not None
         waiting = self._cancelled or (self._waiting and begins)
-        return bool(waiting or self._prompt or any(self._rows) or grown)
+        return bool(waiting or self._prompt or self._rows.running or self._rows.grown)
 
     @property
     def pressed(self) -> bool:
@@ -230,7 +199,7 @@ class Engine:
 
     def device_bytes(self) -> int:
         """Bytes of the arrays held for requests; weights are not among them."""
-        held = [self._batch]
+        held = [self._rows.batch]
         if self._prompt is not None:
             held += [self._prompt.prefilling, self._prompt.batch]
         prefixes = self._prefixes.nbytes if self._prefixes is not None else 0
@@ -252,12 +221,13 @@ class Engine:
         if self._prompt is not None and self._prompt.running.id in cancelled:
             updates.append(Update(self._prompt.running.id, (), "cancelled"))
             self._prompt = None
-        stopped = [
-            i for i, row in enumerate(self._rows) if row is not None and row.id in cancelled
-        ]
-        last = [Update(self._rows[i].id, (), "cancelled") for i in stopped]
-        updates += self._release(stopped, last)
-        self._stop(stopped)
+        stopped = {
+            i: Update(running.id, (), "cancelled")
+            for i, running in self._rows.taken
+            if running.id in cancelled
+        }
+        updates += self._rows.release(stopped)
+        self._rows.stop(list(stopped))
         return updates
 
     def _advance_prompts(self) -> list[Update]:
@@ -275,7 +245,7 @@ class Engine:
             return self._next_waiting() is not None
         return self._prompt.batch is None
 
-    def _next_waiting(self) -> _Running | None:
+    def _next_waiting(self) -> Running | None:
         """The first request in the queue that may begin; where programs for grammars are
         missing, those that need them may not yet."""
         with self._lock:
@@ -303,12 +273,12 @@ class Engine:
             if prompt.chunk * self.config.chunk < len(prompt.running.request.prompt):
                 return []
             updates = self._first_token(prompt)
-        if self._prompt is not None and (row := self._free_row()) is not None:
-            self._batch = self._programs.place_row(self._batch, prompt.batch, row)
-            self._rows[row], self._prompt = prompt.running, None
+        if self._prompt is not None:
+            placed = self._rows.place(prompt.running, prompt.batch, self.ready.has)
+            self._prompt = None if placed else prompt
         return updates
 
-    def _begin_prompt(self, running: _Running) -> _Prompt:
+    def _begin_prompt(self, running: Running) -> _Prompt:
         request = running.request
         requests, prefilling = self._programs.pack(request), self._programs.begin_prompt()
         waited = time.perf_counter() - running.submitted
@@ -362,33 +332,14 @@ class Engine:
         return [dataclasses.replace(update, finish=finish, stats=DecodeStats((), 0))]
 
     def _advance_rows(self) -> list[Update]:
-        if not any(self._rows):
+        if not self._rows.running:
             return []
         began = time.perf_counter()
-        rows = len(self._rows)
-        start = np.array([row.length if row else 0 for row in self._rows], np.int32)
-        matchers = [None if row is None else row.matcher for row in self._rows]
-        given = self._batch, self._habit
-        if any(matchers):
-            given = *given, self.ready.times[rows], matchers
-            self._batch, self._habit = self._programs.restricted_round(*given)
-        else:
-            given = *given, self.ready.staircase(rows), self.config.rounds
-            self._batch, self._habit = self._programs.decode(*given)
-        state, laws = self._batch.state, None
-        recent = self._programs.recent_tokens(self._batch, start)
-        if any(row is not None and row.request.logprobs is not None for row in self._rows):
-            laws = self._programs.recent_logprobs(self._batch, start)
-        recent, laws, length, done, by_size = jax.device_get(
-            (recent, laws, state.length, state.done, self._habit.rounds)
-        )
-        self.rounds_by_size = by_size.tolist()
+        recent, laws, length, done = self._burst()
         self.burst_seconds = time.perf_counter() - began
         updates, ended, stuck = [], {}, []
-        for i, running in enumerate(self._rows):
-            if running is None:
-                continue
-            update = _progress(running, recent[i, : length[i] - running.length], laws, i)
+        for i, running in self._rows.taken:
+            update = running.progress(recent[i, : length[i] - running.length], laws, i)
             failure = running.advance(update.tokens)
             if failure is not None:
                 stuck.append(i)
@@ -400,66 +351,28 @@ class Engine:
                 ended[i] = dataclasses.replace(update, finish=finish)
             elif update.tokens:
                 updates.append(update)
-        updates += self._release(list(ended), list(ended.values()))
-        self._stop(stuck)
+        updates += self._rows.release(ended)
+        self._rows.stop(stuck)
         return updates
 
-    def _stop(self, rows: Sequence[int]) -> None:
-        """Ends rows on the device."""
-        if rows:
-            mask = np.zeros(len(self._rows), bool)
-            mask[list(rows)] = True
-            self._batch = self._programs.stop_rows(self._batch, mask)
-
-    def _release(self, rows: Sequence[int], last: Sequence[Update]) -> list[Update]:
-        """Frees rows; their last updates, with counts."""
-        if not rows:
-            return []
-        state = self._batch.state
-        rounds, committed, nodes = jax.device_get((state.rounds, state.committed, state.nodes))
-        updates = []
-        for row, update in zip(rows, last, strict=True):
-            stats = DecodeStats(tuple(committed[row, : rounds[row]].tolist()), int(nodes[row]))
-            updates.append(dataclasses.replace(update, stats=stats))
-            self._rows[row] = None
-        return updates
-
-    def _free_row(self) -> int | None:
-        """A free row, of a larger batch if need be; None when all slots are taken."""
-        if all(self._rows):
-            larger = self._programs.buckets[self._programs.buckets.index(len(self._rows)) + 1 :]
-            if not larger or not self.ready.has(larger[0]):
-                return None
-            self._resize(larger[0])
-        return self._rows.index(None)
-
-    def _fit_rows(self) -> None:
-        """Shrinks a batch that has been too large for a while, or is empty."""
-        smaller = [rows for rows in self._programs.buckets if rows < len(self._rows)]
-        running = sum(row is not None for row in self._rows)
-        if not smaller or running > smaller[-1] or self._prompt is not None:
-            self._idle_rounds = 0
-            return
-        self._idle_rounds += self.config.rounds
-        if self._idle_rounds > SHRINK_AFTER or not running:
-            self._resize(smaller[-1])
-            self._idle_rounds = 0
-
-    def _resize(self, rows: int) -> None:
-        taken = [i for i, row in enumerate(self._rows) if row is not None]
-        source = np.full(rows, -1, np.int32)
-        source[: len(taken)] = taken
-        self._batch = self._programs.move_rows(self._batch, source)
-        self._rows = [self._rows[i] for i in taken] + [None] * (rows - len(taken))
-
-
-def _progress(running: _Running, tokens: np.ndarray, laws: LogProbs | None, row: int) -> Update:
-    """What a burst decided for a request.
-
-    Args:
-      tokens: [n] int32.
-      laws, row: recent log-probabilities, and the request's row of them.
-    """
-    ids, top = tokens.tolist(), running.request.logprobs
-    found = () if top is None else read_logprobs(laws, row, range(len(ids)), ids, top)
-    return Update(running.id, tuple(ids), logprobs=found)
+    def _burst(self) -> tuple[np.ndarray, LogProbs | None, np.ndarray, np.ndarray]:
+        """Rounds of all rows: tokens decided [B, n], their log-probabilities if a request asks
+        for them, lengths [B] and whether rows are done [B]."""
+        rows, start = self._rows, self._rows.lengths()
+        matchers = [None if x is None else x.matcher for x in rows.requests]
+        given = rows.batch, self._habit
+        if any(matchers):
+            given = *given, self.ready.times[len(rows)], matchers
+            rows.batch, self._habit = self._programs.restricted_round(*given)
+        else:
+            given = *given, self.ready.staircase(len(rows)), self.config.rounds
+            rows.batch, self._habit = self._programs.decode(*given)
+        state, laws = rows.batch.state, None
+        recent = self._programs.recent_tokens(rows.batch, start)
+        if any(running.request.logprobs is not None for _, running in rows.taken):
+            laws = self._programs.recent_logprobs(rows.batch, start)
+        *found, by_size = jax.device_get(
+            (recent, laws, state.length, state.done, self._habit.rounds)
+        )
+        self.rounds_by_size = by_size.tolist()
+        return tuple(found)

@@ -118,7 +118,7 @@ def test_prompts_may_take_as_long_as_the_last_rounds_did(still_clock):
     ids = [engine.submit(request) for request in asked]
     engine.burst_seconds = 1.0
     found = {update.id: [update] for update in engine.step()}
-    assert len(engine._rows) == 2 and all(engine._rows)
+    assert len(engine._rows) == engine._rows.running == 2
     assert engine.waiting == 0 and engine._prompt.batch is not None  # the third has no row
     drain(engine, found)
     assert len(found) == len(ids)
@@ -130,7 +130,7 @@ def test_a_request_alone_has_a_batch_of_one_row():
     sizes = set()
     while engine.busy:
         engine.step()
-        sizes.add(engine._batch.state.length.shape[0])
+        sizes.add(engine._rows.batch.state.length.shape[0])
     assert sizes == {1}
 
 
@@ -254,7 +254,7 @@ def test_rejection_sampling_keeps_greedy_requests_exact():
 
 def test_the_engine_holds_the_cache_it_says():
     engine = warm()
-    leaves = jax.tree.leaves(engine._batch)
+    leaves = jax.tree.leaves(engine._rows.batch)
     assert engine.device_bytes() == sum(x.nbytes for x in leaves)
 
 
