@@ -29,7 +29,7 @@ def with_tokenizer(folder, end):
     """A tokenizer of five words, of which one ends a text."""
     words = ["a", "b", "c", "d", "e"]
     tokenizer = Tokenizer.from_bpe(words, [], special=[], eos=end, chat_template=None)
-    tokenizer._backend.save_pretrained(folder)
+    tokenizer._backend._whole.save_pretrained(folder)
     return folder
 
 

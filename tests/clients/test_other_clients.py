@@ -80,7 +80,7 @@ def test_litellm(url):
 def evaluated(url, tmp_path_factory):
     """What lm-evaluation-harness asked and was answered, by task."""
     folder = tmp_path_factory.mktemp("tasks")
-    structured.tokenizer()._backend.save_pretrained(folder / "tokenizer")
+    structured.tokenizer()._backend._whole.save_pretrained(folder / "tokenizer")
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)) + "\n")
     data = {"data_files": {"test": str(folder / "questions.jsonl")}}
     for name, task in (("choice", CHOICE), ("answer", ANSWER)):

@@ -123,14 +123,19 @@ def test_a_template_that_puts_the_answer_elsewhere_is_refused():
         encode(t, TALK)
 
 
+def written(tokenizer, example) -> str:
+    """What is trained on, special tokens too."""
+    ids = example.tokens[example.supervised].tolist()
+    return tokenizer._backend.backend_tokenizer.decode(ids, skip_special_tokens=False)
+
+
 @pytest.mark.real
 def test_the_small_targets_own_template(smollm2_path):
     from jaxspec import checkpoints
 
     t = checkpoints.load_tokenizer(smollm2_path)
     (example,) = encode(t, TALK)
-    answers = t._backend.decode(example.tokens[example.supervised])
-    assert answers == "c d<|im_end|>f<|im_end|>"
+    assert written(t, example) == "c d<|im_end|>f<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -225,7 +230,7 @@ def test_blanks_that_a_template_puts_around_answers(smollm2_path):
     t = checkpoints.load_tokenizer(smollm2_path)
     t._backend.chat_template = BLANKS + "{% if add_generation_prompt %}assistant{% endif %}"
     (example,) = encode(t, TALK[:2])
-    assert t._backend.decode(example.tokens[example.supervised]) == " c d <|im_end|>"
+    assert written(t, example) == " c d <|im_end|>"
     spaced = [TALK[0], {"role": "assistant", "content": "  c d"}]
     with pytest.raises(ValueError, match=r"' c d ' for '   c d '"):
         encode(t, spaced)

@@ -32,7 +32,7 @@ def models(tmp_path_factory):
     write_folder(folder / "target", CONFIG, random_tensors(CONFIG))
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer = Tokenizer.from_bpe(VOCABULARY, [], special=[0], eos=0, chat_template=template)
-    tokenizer._backend.save_pretrained(folder / "target")
+    tokenizer._backend._whole.save_pretrained(folder / "target")
     for name, kind in FOLDERS.items():
         loaded = cases.loaded(kind, TreeConfig())
         save_drafter(folder / name, loaded.drafter, loaded.params)
