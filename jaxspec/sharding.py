@@ -33,7 +33,7 @@ RULES: tuple[tuple[str, tuple], ...] = (
     (r"gate_up", (WIDE, None, None, None)),  # [E, M, 2, F]
     (r"down", (WIDE, None, None)),  # [E, F, M]
     (r"(keys|values)/\d+", (None, MODEL, None, None)),  # caches [B, K, S, D]
-    # the same matrices in 8 bits, outputs first, and their scales
+    # the same matrices with outputs first, and the scales of those in 8 bits
     (r"qkv/(values|scale)", (MODEL, None, None, None)),  # [K, G + 2, D, M]
     (r"out/(values|scale)", (None, MODEL, None, None)),  # [M, K, G, D]
     (r"gate_up/(values|scale)", (None, WIDE, None)),  # [2, F, M]
@@ -42,6 +42,7 @@ RULES: tuple[tuple[str, tuple], ...] = (
     (r"down/(values|scale)", (WIDE, None, None)),  # [E, M, F]
     # gated delta nets, by key head and the value heads it serves
     (r"inputs", (None, WIDE, None)),  # [M, J, .]
+    (r"inputs/values", (WIDE, None, None)),  # [J, ., M]
     (r"convolution", (WIDE, None, None)),  # [J, C, taps]
     (r"log_rate|step_bias", (WIDE, None)),  # [J, R]
     (r"output", (WIDE, None, None, None)),  # [J, R, dv, M]

@@ -24,14 +24,12 @@ def project(
 ) -> jax.Array:
     """einsum of activations and a weight: operands in the weight's dtype, float32 sums.
 
-    A weight whose outputs come first has the letters of one whose inputs do, one in 8 bits
-    those that it has by value.
-
-    Args:
-      result: dtype that sums are rounded to, but of a weight in 8 bits, whose stay float32.
-
     A single row of narrow operands is multiplied twice: XLA has kernels for matrices of them,
     and for a vector widens or rearranges the whole weight, on CPUs and GPUs alike.
+
+    Args:
+      spec: names the axes of any weight in the order of its array in `TargetParams`.
+      result: dtype of the result; products with 8-bit weights are always float32.
     """
     if isinstance(weight, ScaledWeight):
         return _where_it_stands(functools.partial(scaled_product, spec), x, weight)

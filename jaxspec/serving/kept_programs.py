@@ -313,6 +313,12 @@ def _write(folder: Path, name: str, program: Program) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all; what cannot be written leaves nothing behind."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
-        stream.write(data)
-    os.replace(stream.name, path)
+        try:
+            stream.write(data)
+            stream.flush()
+            os.replace(stream.name, path)
+        except OSError:
+            os.unlink(stream.name)
+            raise
