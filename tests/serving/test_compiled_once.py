@@ -100,6 +100,8 @@ def test_grammars_are_compiled_beside_the_requests_without(engine, compiled, mon
         allowed.set()
         return await first, free
 
+    if not engine.ready.has(1):
+        engine.warm_up()
     runner = Runner(engine)
     try:
         found, free = asyncio.run(ask(runner))
