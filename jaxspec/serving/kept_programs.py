@@ -92,7 +92,7 @@ class KeptPrograms:
         self,
         function: Callable,
         which: Hashable,
-        like: Callable[[], Any],
+        like: Any,
         static: tuple,
         arrays: tuple,
         **options,
@@ -102,7 +102,7 @@ class KeptPrograms:
         Args:
           function: jitted.
           which: tells apart calls of the function with other static arguments or other shapes.
-          like: gives a pytree like the result, or its shapes.
+          like: a pytree like the result, or its shapes.
           options: static too.
         """
         if self._folder is None:
@@ -150,7 +150,7 @@ class KeptPrograms:
 
     def _find(self, function, like, static, arrays, options) -> Callable:
         """From the folder, or compiled; the function itself where it cannot be kept."""
-        like, leaves = like(), jax.tree.leaves(arrays)
+        leaves = jax.tree.leaves(arrays)
         if not _bound(leaves) or not _of_this_package(static):
             return lambda arrays: function(*static, *arrays, **options)
         facts = {

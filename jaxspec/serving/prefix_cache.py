@@ -220,7 +220,7 @@ class PrefixCache:
                 f"{size:.2g}. Give it more, or 0 to keep no prefixes"
             )
         shape, given = self._shape, ((decoder,), (params,))
-        pool = kept.call(empty_pool, (), lambda: one, *given, shape=shape, places=self.places)
+        pool = kept.call(empty_pool, (), one, *given, shape=shape, places=self.places)
         self._pool = beside(pool, params)
         self._index = PrefixIndex(self.places, self.chunk)
 
@@ -257,13 +257,13 @@ class PrefixCache:
 
     def _save(self, prefilling: Prefilling, i: int, place: int) -> None:
         given = self._pool, prefilling, np.int32(i), np.int32(place)
-        self._pool = self._run(save_page, lambda: self._pool, *given)
+        self._pool = self._run(save_page, self._pool, *given)
 
     def _load(self, prefilling: Prefilling, chain: Sequence[Page]) -> Prefilling:
         places = np.zeros(self._most, np.int32)
         places[: len(chain)] = [page.place for page in chain]
         given = self._pool, prefilling, places, np.int32(len(chain))
-        return self._run(load_pages, lambda: prefilling, *given)
+        return self._run(load_pages, prefilling, *given)
 
-    def _run(self, function: Callable, like: Callable, *arrays: Any) -> Any:
+    def _run(self, function: Callable, like: Any, *arrays: Any) -> Any:
         return self._kept.call(function, (), like, (), arrays, shape=self._shape)

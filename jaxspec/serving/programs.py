@@ -105,14 +105,12 @@ class Programs:
         return jax.eval_shape(make, self._params)
 
     def begin_prompt(self) -> Prefilling:
-        empty = self._run(
-            begin_prompt, (), lambda: self._prompt, self._params, capacity=self._capacity
-        )
+        empty = self._run(begin_prompt, (), self._prompt, self._params, capacity=self._capacity)
         return beside(empty, self._params)
 
     def run_chunk(self, requests: Requests, i: int, prefilling: Prefilling) -> Prefilling:
         given = self._params, requests, np.int32(i), prefilling
-        return self._run(run_chunk, (), lambda: prefilling, *given)
+        return self._run(run_chunk, (), prefilling, *given)
 
     def end_prompt(
         self, requests: Requests, prefilling: Prefilling, allowed: np.ndarray | None = None
@@ -122,7 +120,7 @@ class Programs:
         age = self._config.schedule.age
         allowed = None if allowed is None else allowed[None, None]
         given = self._params, requests, prefilling.final, held, allowed
-        return self._run(end_prompt, allowed is None, lambda: self._row, *given, age=age)
+        return self._run(end_prompt, allowed is None, self._row, *given, age=age)
 
     def prefix_cache(self) -> PrefixCache | None:
         """Room for prefixes; None where none are kept.
@@ -141,7 +139,7 @@ class Programs:
     def empty(self, rows: int) -> Batch:
         """A batch whose rows are all free."""
         options = dict(rows=rows, capacity=self._capacity, age=self._config.schedule.age)
-        empty = self._run(empty_rows, rows, lambda: self._row, self._params, **options)
+        empty = self._run(empty_rows, rows, self._row, self._params, **options)
         return beside(empty, self._params)
 
     @functools.cached_property
@@ -176,32 +174,32 @@ class Programs:
         given = self._params, batch, habit, times, np.int32(rounds)
         which, schedule = (_rows_of(batch), len(sizes)), self._config.schedule
         options = dict(schedule=schedule, sizes=sizes)
-        return self._run(decode_rows, which, lambda: (batch, habit), *given, **options)
+        return self._run(decode_rows, which, (batch, habit), *given, **options)
 
     def place_row(self, batch: Batch, fresh: Batch, row: int) -> Batch:
         """See `rows.place_row`, as for those below."""
         given = batch, fresh, np.int32(row)
-        return self.kept.call(place_row, _rows_of(batch), lambda: batch, (), given)
+        return self.kept.call(place_row, _rows_of(batch), batch, (), given)
 
     def move_rows(self, batch: Batch, rows: np.ndarray) -> Batch:
         which = _rows_of(batch), len(rows)
-        return self.kept.call(move_rows, which, lambda: batch, (), (batch, rows))
+        return self.kept.call(move_rows, which, batch, (), (batch, rows))
 
     def stop_rows(self, batch: Batch, stopped: np.ndarray) -> Batch:
-        return self.kept.call(stop_rows, len(stopped), lambda: batch, (), (batch, stopped))
+        return self.kept.call(stop_rows, len(stopped), batch, (), (batch, stopped))
 
     def recent_tokens(self, batch: Batch, start: np.ndarray) -> jax.Array:
-        return self._recent(recent_tokens, lambda: batch.state.tokens, batch, start)
+        return self._recent(recent_tokens, batch.state.tokens, batch, start)
 
     def recent_logprobs(self, batch: Batch, start: np.ndarray) -> LogProbs | None:
-        return self._recent(recent_logprobs, lambda: batch.state.logprobs, batch, start)
+        return self._recent(recent_logprobs, batch.state.logprobs, batch, start)
 
-    def _recent(self, function: Callable, like: Callable, batch: Batch, start: np.ndarray):
+    def _recent(self, function: Callable, like: Any, batch: Batch, start: np.ndarray):
         given = batch, start
         return self.kept.call(function, len(start), like, (), given, width=self.width)
 
     def _run(
-        self, function: Callable, which: Hashable, like: Callable, *arrays: Any, **options: Any
+        self, function: Callable, which: Hashable, like: Any, *arrays: Any, **options: Any
     ) -> Any:
         return self.kept.call(function, which, like, (self._decoder,), arrays, **options)
 

@@ -85,7 +85,7 @@ class Runner:
         self._lock = threading.Lock()
         self._tickets: dict[int, Ticket] = {}
         self._wake = threading.Event()
-        self._lacking = threading.Event()  # programs, perhaps
+        self._news = threading.Event()  # for the compiler: a request, or a step was made
         self._closing = False
         self._failure: Exception | None = None
         engine.ready.beside = True
@@ -118,14 +118,14 @@ class Runner:
                 )
             ticket.id = self.engine.submit(request)
             self._tickets[ticket.id] = ticket
-        self._lacking.set()
+        self._news.set()
         self._wake.set()
         return ticket
 
     def close(self) -> None:
         """Stops the thread after the step at hand; requests that run are given up."""
         self._closing = True
-        self._lacking.set()
+        self._news.set()
         self._wake.set()
         self._thread.join()
         self.engine.ready.beside = False
@@ -153,6 +153,7 @@ class Runner:
                     continue
                 began = time.perf_counter()
                 updates = self.engine.step()
+                self._news.set()
                 decided = sum(len(update.tokens) for update in updates)
                 self.on_step(time.perf_counter() - began, decided)
                 self._give_out(updates)
@@ -174,23 +175,23 @@ class Runner:
                     self._wake.set()  # somebody may wait for it
                     continue
                 self._wake.set()  # there is time to measure
-                self._lacking.wait()
-                self._lacking.clear()
+                self._news.wait()
         except Exception as error:
             self._failure = error
             self._closing = True
         self._wake.set()
 
     def _give_way(self) -> None:
-        """To requests, for a while, unless one waits for what is to be prepared."""
-        began = quiet = time.monotonic()
-        while not self._closing and not self.engine.pressed:
-            now = time.monotonic()
-            if self.engine.busy:
-                quiet = now
-            if now - quiet > QUIET_SECONDS or now - began > PATIENCE:
+        """Waits for a moment without requests; not while one needs what is to be prepared."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            self._news.clear()
+            if self._closing or self.engine.pressed:
                 return
-            time.sleep(0.02)
+            left = max(0.0, until - time.monotonic())
+            most = left if self.engine.busy else min(left, QUIET_SECONDS)
+            if not self._news.wait(most):
+                return
 
     def _measured(self) -> bool:
         """Measures for a moment, if there is something to measure."""

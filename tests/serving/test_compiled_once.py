@@ -3,7 +3,6 @@
 import asyncio
 import collections
 import dataclasses
-import math
 import threading
 import types
 
@@ -136,14 +135,16 @@ def test_a_request_that_waits_for_a_row_presses(engine):
 
 @pytest.mark.parametrize("comes", [dict(pressed=True), dict(busy=False)], ids=str)
 def test_preparing_gives_way_to_requests(monkeypatch, comes):
-    monkeypatch.setattr(serving_runner, "PATIENCE", math.inf)
+    monkeypatch.setattr(serving_runner, "PATIENCE", 3600)
     runner = Runner.__new__(Runner)
-    runner._closing, runner.engine = False, types.SimpleNamespace(busy=True, pressed=False)
+    runner._closing, runner._news = False, threading.Event()
+    runner.engine = types.SimpleNamespace(busy=True, pressed=False)
     prepares = threading.Thread(target=runner._give_way, daemon=True)
     prepares.start()
     prepares.join(0.2)
     assert prepares.is_alive()
     vars(runner.engine).update(comes)
+    runner._news.set()  # as after every step
     prepares.join(60)
     assert not prepares.is_alive()
 

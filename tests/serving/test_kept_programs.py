@@ -46,7 +46,7 @@ def arguments(size=3):
 
 def run(kept, power=2, size=3):
     given = arguments(size)
-    return kept.call(step, (power, size), lambda: given[1], (), given, power=power), given
+    return kept.call(step, (power, size), given[1], (), given, power=power), given
 
 
 def next_process(folder, **options):
@@ -181,7 +181,7 @@ def unbound(x):
 def test_arrays_that_are_bound_to_no_device_are_not_programs_to_keep(tmp_path):
     kept = KeptPrograms(tmp_path / "programs")
     x = jax.numpy.ones(3)
-    assert kept.call(unbound, (), lambda: x, (), (x,)).tolist() == [2, 2, 2]
+    assert kept.call(unbound, (), x, (), (x,)).tolist() == [2, 2, 2]
     assert (kept.loaded, kept.compiled, list((tmp_path / "programs").iterdir())) == (0, 0, [])
 
 
