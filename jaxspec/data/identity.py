@@ -11,6 +11,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from jaxspec.models.scaled import OutputsFirst
+
 if TYPE_CHECKING:
     from jaxspec.models.target import Target
 
@@ -20,16 +22,27 @@ SAMPLED = 16  # values hashed per array
 def fingerprint(target: Target) -> str:
     """A hash of the first values of every weight, the same in float32 and bfloat16.
 
-    Renaming or moving a model does not change it; fine-tuning does. Every array must be fully
-    addressable in this process.
+    Renaming or moving a model does not change it, nor does the order in which its weights lie
+    in memory; fine-tuning does. Every array must be fully addressable in this process.
     """
     digest = hashlib.sha256()
-    for path, x in jax.tree.leaves_with_path(target.params):
-        values = np.asarray(x[(0,) * (x.ndim - 1)][:SAMPLED], np.float32)
+    weights = jax.tree.leaves_with_path(
+        target.params, is_leaf=lambda x: isinstance(x, OutputsFirst)
+    )
+    for path, x in weights:
+        values = np.asarray(_first_row(x)[:SAMPLED], np.float32)
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(f"{x.shape}".encode())
         digest.update(values.astype(ml_dtypes.bfloat16).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _first_row(weight: jax.Array | OutputsFirst) -> jax.Array:
+    """All values along the last axis, at index 0 of the others."""
+    if isinstance(weight, OutputsFirst):
+        last = weight.values.ndim - weight.inputs - 1
+        return weight.values[(*[0] * last, slice(None), *[0] * weight.inputs)]
+    return weight[(0,) * (weight.ndim - 1)]
 
 
 def template_hash(target: Target) -> str:

@@ -149,14 +149,17 @@ def test_rows_of_another_target_are_refused_or_rendered(target, tmp_path, metada
     assert shown(target.tokenizer, example) == "user a b <end> nl assistant C D <END>"
 
 
-def test_a_target_that_was_moved_or_cast_is_the_same():
+def test_a_target_that_was_moved_cast_or_turned_is_the_same():
     import jax
     import jax.numpy as jnp
 
+    from jaxspec.models.params import outputs_first
+
     target = tiny.target()
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), target.params)
-    moved = Target("elsewhere", target.config, half)
-    assert fingerprint(moved) == fingerprint(target)
+    for turned in (lambda params: params, outputs_first):
+        moved = Target("elsewhere", target.config, turned(half))
+        assert fingerprint(moved) == fingerprint(target)
     tuned = jax.tree.map(lambda x: x * 1.01, target.params)
     assert fingerprint(Target("tiny", target.config, tuned)) != fingerprint(target)
 
