@@ -138,9 +138,13 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """Its source, Jinja; the default one where there are several."""
+        """Its source, Jinja, which may be set; the default one where there are several."""
         template = self._backend.chat_template
         return template.get("default") if isinstance(template, dict) else template
+
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        self._backend.chat_template = template
 
     @property
     def marks_answers(self) -> bool:
@@ -191,11 +195,11 @@ class Tokenizer:
     @functools.cached_property
     def decoding(self) -> Decoding:
         """How text grows as ids arrive."""
-        return Decoding.of(self._fast)
+        return Decoding.of(self.fast)
 
     def shown(self, token: int) -> str | None:
         """A token as the vocabulary has it; None for one that `decode` leaves out."""
-        found = self._fast.id_to_token(token)
+        found = self.fast.id_to_token(token)
         return None if found in self._special else found
 
     def is_special(self, token: int) -> bool:
@@ -207,7 +211,7 @@ class Tokenizer:
 
         Those of an id that the tokenizer does not have are b"".
         """
-        name = self._fast.id_to_token(token)
+        name = self.fast.id_to_token(token)
         if name is None or token in self._added:
             return (name or "").encode()
         kinds = self._decoder_kinds
@@ -220,25 +224,25 @@ class Tokenizer:
 
     @functools.cached_property
     def _decoder_kinds(self) -> set[str]:
-        return {step["type"] for step in decoder_steps(self._fast)}
+        return {step["type"] for step in decoder_steps(self.fast)}
 
     @functools.cached_property
     def _added(self) -> dict:
-        return self._fast.get_added_tokens_decoder()
+        return self.fast.get_added_tokens_decoder()
 
     @functools.cached_property
     def _special(self) -> set[str]:
         return {token.content for token in self._added.values() if token.special}
 
     @property
-    def _fast(self):
+    def fast(self):
         """The `tokenizers.Tokenizer` behind it, if there is one."""
         return getattr(self._backend, "backend_tokenizer", None)
 
 
 class _Plain:
-    """A `tokenizers.Tokenizer`, called as one of transformers: that takes seconds to import,
-    and does more than the other for chats alone."""
+    """A `tokenizers.Tokenizer`, called as one of transformers, which takes seconds to import
+    and is needed for chats alone."""
 
     def __init__(self, tokenizer, eos: int, chat_template: str | None):
         self.backend_tokenizer, self.eos_token_id = tokenizer, eos
@@ -251,15 +255,14 @@ class _Plain:
         return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(self, messages, **options):
-        return self._whole.apply_chat_template(messages, **options)
+        options = options | {"chat_template": self.chat_template}
+        return self._renderer.apply_chat_template(messages, **options)
 
     @functools.cached_property
-    def _whole(self):
+    def _renderer(self):
         tokenizer, eos = self.backend_tokenizer, self.eos_token_id
         return _transformers().PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            eos_token=tokenizer.id_to_token(eos),
-            chat_template=self.chat_template,
+            tokenizer_object=tokenizer, eos_token=tokenizer.id_to_token(eos)
         )
 
 

@@ -66,7 +66,7 @@ def test_pieces_are_the_whole(name, data):
     """Ids beyond the vocabulary, which a padded target may choose, are left out. What the
     library itself cannot decode (`Strip` at the end of no text) fails at the stream's end."""
     tokenizer = TOKENIZERS[name]
-    size = len(tokenizer._backend)
+    size = tokenizer.fast.get_vocab_size()
     ids = data.draw(st.lists(st.integers(0, size + 2), max_size=24))
     try:
         expected = tokenizer.decode(ids)
@@ -79,7 +79,7 @@ def test_pieces_are_the_whole(name, data):
 
 
 def ids_of(tokenizer, *tokens):
-    return [tokenizer._backend.convert_tokens_to_ids(token) for token in tokens]
+    return [tokenizer.fast.token_to_id(token) for token in tokens]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_pieces_come_as_soon_as_they_are_certain(name, tokens, pieces):
 def test_the_bytes_of_a_token_inside_a_text(name, token, raw):
     tokenizer = TOKENIZERS[name]
     assert tokenizer.token_bytes(*ids_of(tokenizer, token)) == raw
-    assert tokenizer.token_bytes(len(tokenizer._backend) + 1) == b""
+    assert tokenizer.token_bytes(tokenizer.fast.get_vocab_size() + 1) == b""
 
 
 def test_a_long_text_is_not_decoded_again_and_again():

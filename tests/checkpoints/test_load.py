@@ -10,7 +10,7 @@ import pytest
 
 from jaxspec import checkpoints
 from jaxspec.tokenizer import Tokenizer
-from tests.checkpoints.writing import DENSE, random_tensors, write_folder
+from tests.checkpoints.writing import DENSE, random_tensors, write_folder, write_tokenizer
 
 
 def test_folder(tmp_path):
@@ -29,8 +29,7 @@ def with_tokenizer(folder, end):
     """A tokenizer of five words, of which one ends a text."""
     words = ["a", "b", "c", "d", "e"]
     tokenizer = Tokenizer.from_bpe(words, [], special=[], eos=end, chat_template=None)
-    tokenizer._backend._whole.save_pretrained(folder)
-    return folder
+    return write_tokenizer(folder, tokenizer)
 
 
 @pytest.mark.parametrize(

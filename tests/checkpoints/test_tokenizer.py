@@ -139,6 +139,16 @@ def test_no_chat_template():
         bytes_tokenizer().chat("a")
 
 
+def test_a_chat_template_that_is_set_after_a_chat():
+    tokenizer = bytes_tokenizer("{{ messages[0].content }}")
+    assert tokenizer.chat("a") == [1]
+    tokenizer.chat_template = "{{ messages[0].content }}aa"
+    assert tokenizer.chat("a") == [1, 1, 1]
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenizer.chat("a")
+
+
 @pytest.mark.parametrize("thinking", [True, False])
 def test_no_switch_for_thinking(thinking):
     tokenizer = bytes_tokenizer("{{ messages[0]['content'] }}")
@@ -159,7 +169,7 @@ def test_quiet_about_missing_torch():
         "import importlib.util as u; find = u.find_spec; "
         "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest); "
     )
-    code = "Tokenizer.from_bpe(['a', 'b'], [], special=[], eos=0, chat_template=None)"
+    code = "Tokenizer.from_bpe(['a', 'b'], [], special=[], eos=0, chat_template='b').chat('a')"
 
     environment = dict(os.environ)
     environment.pop("TRANSFORMERS_NO_ADVISORY_WARNINGS", None)

@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from jaxspec.tokenizer import Tokenizer
+
 DENSE = {
     "model_type": "qwen3",
     "vocab_size": 11,
@@ -128,6 +130,19 @@ def write_folder(
         held = {name: tensors[name] for name, place in weight_map.items() if place == file}
         save_file(held, folder / file)
     write_index(folder, weight_map)
+    return folder
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> Path:
+    """The files of a Hugging Face tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
+    (eos,) = tokenizer.eos_token_ids
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.fast,
+        eos_token=tokenizer.fast.id_to_token(eos),
+        chat_template=tokenizer.chat_template,
+    ).save_pretrained(folder)
     return folder
 
 

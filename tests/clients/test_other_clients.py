@@ -14,6 +14,7 @@ import pytest
 
 import jaxspec
 from jaxspec.serving.connections import Limits
+from tests.checkpoints.writing import write_tokenizer
 from tests.serving import servers, structured
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +81,7 @@ def test_litellm(url):
 def evaluated(url, tmp_path_factory):
     """What lm-evaluation-harness asked and was answered, by task."""
     folder = tmp_path_factory.mktemp("tasks")
-    structured.tokenizer()._backend._whole.save_pretrained(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer", structured.tokenizer())
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)) + "\n")
     data = {"data_files": {"test": str(folder / "questions.jsonl")}}
     for name, task in (("choice", CHOICE), ("answer", ANSWER)):

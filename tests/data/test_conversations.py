@@ -75,10 +75,10 @@ TALK = [
 
 def shown(tokenizer, example):
     """Words, those of the target in capitals."""
-    words = tokenizer._backend.words
+    words = [tokenizer.decode([token]) for token in example.tokens]
     return " ".join(
-        words[i].upper() if mine else words[i]
-        for i, mine in zip(example.tokens, example.supervised, strict=True)
+        word.upper() if mine else word
+        for word, mine in zip(words, example.supervised, strict=True)
     )
 
 
@@ -126,7 +126,7 @@ def test_a_template_that_puts_the_answer_elsewhere_is_refused():
 def written(tokenizer, example) -> str:
     """What is trained on, special tokens too."""
     ids = example.tokens[example.supervised].tolist()
-    return tokenizer._backend.backend_tokenizer.decode(ids, skip_special_tokens=False)
+    return tokenizer.fast.decode(ids, skip_special_tokens=False)
 
 
 @pytest.mark.real
@@ -228,7 +228,7 @@ def test_blanks_that_a_template_puts_around_answers(smollm2_path):
     from jaxspec import checkpoints
 
     t = checkpoints.load_tokenizer(smollm2_path)
-    t._backend.chat_template = BLANKS + "{% if add_generation_prompt %}assistant{% endif %}"
+    t.chat_template = BLANKS + "{% if add_generation_prompt %}assistant{% endif %}"
     (example,) = encode(t, TALK[:2])
     assert written(t, example) == " c d <|im_end|>"
     spaced = [TALK[0], {"role": "assistant", "content": "  c d"}]

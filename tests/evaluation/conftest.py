@@ -7,7 +7,7 @@ from jaxspec.checkpoints.drafters import save_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.evaluation import phases
 from jaxspec.tokenizer import Tokenizer
-from tests.checkpoints.writing import DENSE, random_tensors, write_folder
+from tests.checkpoints.writing import DENSE, random_tensors, write_folder, write_tokenizer
 from tests.drafters import cases
 
 FOLDERS = {"run/a": "rnn", "run/b": "dflash"}
@@ -32,7 +32,7 @@ def models(tmp_path_factory):
     write_folder(folder / "target", CONFIG, random_tensors(CONFIG))
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer = Tokenizer.from_bpe(VOCABULARY, [], special=[0], eos=0, chat_template=template)
-    tokenizer._backend._whole.save_pretrained(folder / "target")
+    write_tokenizer(folder / "target", tokenizer)
     for name, kind in FOLDERS.items():
         loaded = cases.loaded(kind, TreeConfig())
         save_drafter(folder / name, loaded.drafter, loaded.params)

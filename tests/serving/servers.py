@@ -31,8 +31,8 @@ TEMPLATE = (
 )
 
 
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_bpe(VOCABULARY, [], special=[0], eos=0, chat_template=TEMPLATE)
+def tokenizer(kind: type[Tokenizer] = Tokenizer) -> Tokenizer:
+    return kind.from_bpe(VOCABULARY, [], special=[0], eos=0, chat_template=TEMPLATE)
 
 
 @contextlib.contextmanager

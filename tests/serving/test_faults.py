@@ -26,7 +26,7 @@ class Faulty(Tokenizer):
 
 
 def faulty():
-    return Faulty(servers.tokenizer()._backend)
+    return servers.tokenizer(Faulty)
 
 
 @pytest.fixture(scope="module")
