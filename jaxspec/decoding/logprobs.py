@@ -4,6 +4,7 @@ temperature, filters, biases and penalties."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def of_path(
         put = jax.lax.dynamic_update_slice_in_dim
         return jax.tree.map(lambda x, y: put(x, y, row, 0), found, new)
 
-    return jax.lax.fori_loop(0, asks.sum(), one_row, empty_logprobs(*path.shape, top))
+    return _if_asked(asks, one_row, empty_logprobs(*path.shape, top))
 
 
 def of_prompts(
@@ -119,4 +120,17 @@ def of_prompts(
             kept = some_nodes(order[i], first, count, kept)
         return kept
 
-    return jax.lax.fori_loop(0, asks.sum(), one_row, kept)
+    return _if_asked(asks, one_row, kept)
+
+
+def _if_asked(asks: jax.Array, one_row: Callable, found: LogProbs) -> LogProbs:
+    """`one_row(i, found)` for as many i as rows ask [B].
+
+    XLA moves what is the same for every i out of a loop, and runs it even if no row asks: with
+    one row that is everything. So the loop is inside a conditional.
+    """
+
+    def every():
+        return jax.lax.fori_loop(0, asks.sum(), one_row, found)
+
+    return jax.lax.cond(asks.any(), every, lambda: found)
