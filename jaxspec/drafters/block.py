@@ -18,7 +18,7 @@ from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.drafters.base import Committed, Drafter
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
 from jaxspec.drafters.head import OUTPUT, DraftHead, Vocabulary, restrict
-from jaxspec.drafters.rollout import SampledChain, draw, greedy, rollout, tempered
+from jaxspec.drafters.rollout import Choose, SampledChain, draw, greedy, rollout, tempered
 from jaxspec.drafters.selector import lattice, lattice_tree, pick, walk
 from jaxspec.drafters.visibility import block_visibility
 from jaxspec.drafters.weights import abstract_weights, bind
@@ -260,6 +260,24 @@ class BlockDrafter(Drafter):
         log_confidence = _log_confidence(head, params, stream, anchor, tokens)
         lengths = _chain_lengths(params, log_confidence)
         return SampledChain(tokens, log_q, support, lengths, log_confidence), state
+
+    def rollout(
+        self,
+        params: BlockParams,
+        state: KVCache,
+        anchor: jax.Array,
+        position: jax.Array,
+        choose: Choose,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Chooses token by token, each given the choices before it (`rollout.rollout`).
+
+        Returns:
+          tokens [B, P] int32, their ids, and the laws [B, P, V'].
+        """
+        head, vocabulary = bind(self.config, params.head), params.vocabulary
+        stream = self.stream(params, state, anchor, position)
+        base = head.logits(vocabulary, stream)
+        return rollout(head, vocabulary, stream, base, anchor, choose)
 
     def stream(
         self, params: BlockParams, state: KVCache, anchor: jax.Array, position: jax.Array

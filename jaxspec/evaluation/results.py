@@ -4,6 +4,8 @@
 - ``rounds``: one decoder on one prompt set (`Rounds`). Everything about tau follows from these
   counts and, with `seconds`, everything about speed.
 - ``reliability``: what a decoder's scores predict, and what happened (`Reliability`).
+- ``joint``: rounds by what two decoders would have accepted in them (`Joint`).
+- ``copies``: how much of the answers was written before (`Copies`).
 - ``branches``: how faithful a drafter's likeliest branch is to the target (`Branches`).
 - ``costs``: milliseconds of the phases of a round (`Costs`).
 - ``verify``: milliseconds of a forward over n nodes (`Verify`).
@@ -41,6 +43,7 @@ class Rounds:
       tokens: new tokens of the answer.
       seconds: wall-clock time of the answer, prompt included; None for a walk.
       equal: the answer is plain decoding's, token for token; None for a walk.
+      prompt_seconds: time of the prompt, where `seconds` leaves it out; otherwise None.
     """
 
     set: str
@@ -57,6 +60,7 @@ class Rounds:
     tokens: Sequence[int]
     seconds: Sequence[float] | None = None
     equal: Sequence[bool] | None = None
+    prompt_seconds: Sequence[float] | None = None
     kind: Literal["rounds"] = "rounds"
 
     def histogram(self) -> np.ndarray:
@@ -125,6 +129,47 @@ class Branches:
 
 
 @dataclasses.dataclass(frozen=True)
+class Joint:
+    """What two decoders would have accepted in the rounds of a third.
+
+    Attributes:
+      decoder: whose rounds; `budget` is of all three.
+      first, second: names of the two.
+      counts: [prompts, P + 1, P' + 1], rounds in which the first would have accepted 0, 1, …
+        drafted tokens and the second 0, 1, ….
+    """
+
+    set: str
+    temperature: float
+    decoder: str
+    budget: int
+    first: str
+    second: str
+    counts: Sequence[Sequence[Sequence[int]]]
+    kind: Literal["joint"] = "joint"
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """How much of the target's answers was written before; lists have one entry per prompt.
+
+    Attributes:
+      gram: a token counts where it ends so many tokens of the answer that stood elsewhere.
+      tokens: of the answer.
+      from_prompt: those that end a gram of the prompt.
+      from_answer: of the others, those that end a gram that the answer held before.
+    """
+
+    set: str
+    temperature: float
+    gram: int
+    tokens: Sequence[int]
+    from_prompt: Sequence[int]
+    from_answer: Sequence[int]
+    kind: Literal["copies"] = "copies"
+
+
+@dataclasses.dataclass(frozen=True)
 class Costs:
     """Milliseconds of each phase of a round at batch 1, medians.
 
@@ -156,13 +201,15 @@ class RunSettings:
     kind: Literal["setup"] = "setup"
 
 
-Row = Rounds | Reliability | Branches | Costs | Verify | RunSettings
+Row = Rounds | Reliability | Joint | Copies | Branches | Costs | Verify | RunSettings
 KINDS = {cls.kind: cls for cls in Row.__args__}
 
 # What tells a row from the others of its kind in one run.
 IDENTITY = {
     "rounds": ("how", "set", "temperature", "decoder", "budget"),
     "reliability": ("set", "temperature", "decoder", "budget"),
+    "joint": ("set", "temperature", "decoder", "budget", "first", "second"),
+    "copies": ("set", "temperature", "gram"),
     "branches": ("set", "temperature", "drafter", "dtype"),
     "costs": ("decoder", "dtype", "budget"),
     "verify": ("dtype",),

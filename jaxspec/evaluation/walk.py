@@ -172,10 +172,33 @@ def tabulate(
     Args:
       state: the drafter's, one of `observed.states`.
     """
+    nodes, sizes, scores = at_every_anchor(drafted, observed, answers, drafter, state)
+    return [Table(nodes[i], sizes[i], scores[i]) for i in range(len(answers))]
+
+
+# What is found at an anchor: (drafter, its params, its state, anchor [B], position [B], true
+# path [B, P]) -> arrays of [B, ...].
+AtAnchor = Callable[..., Any]
+
+
+def at_every_anchor(
+    find: AtAnchor,
+    observed: Observed,
+    answers: Sequence[RecordedAnswer],
+    drafter: LoadedDrafter,
+    state: Any,
+) -> Any:
+    """What `find` finds at every anchor of the answers, as NumPy arrays [B, A, ...].
+
+    Args:
+      find: static, and compiled with the drafter.
+      state: the drafter's, one of `observed.states`.
+    """
     anchors = max(answer.new_tokens for answer in answers)
     parts = []
     for first in range(0, anchors, ANCHORS):
-        part = _draft_anchors(
+        part = _at_anchors(
+            find,
             drafter.drafter,
             drafter.params,
             state,
@@ -184,26 +207,29 @@ def tabulate(
             observed.start + first,
         )
         parts.append(jax.device_get(part))
-    nodes, sizes, scores = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
-    return [Table(nodes[i], sizes[i], scores[i]) for i in range(len(answers))]
+    return jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)
 
 
-@functools.partial(jax.jit, static_argnames="drafter")
-def _draft_anchors(drafter, params, state, tokens, truth, first):
-    """`Table`'s arrays with a leading B, at `ANCHORS` anchors from position `first` [B] on."""
-    batch = first.shape[0]
-    budget = jnp.full(batch, drafter.size, jnp.int32)
+@functools.partial(jax.jit, static_argnames=("find", "drafter"))
+def _at_anchors(find, drafter, params, state, tokens, truth, first):
+    """`find`'s arrays with a leading B, at `ANCHORS` anchors from position `first` [B] on."""
     last = tokens.shape[1] - drafter.depth - 1
 
     def at(offset):
         position = jnp.minimum(first + offset, last)  # anchors past the end are never read
         anchor = _take(tokens, position[:, None])[:, 0]
-        tree, _ = drafter.draft(params, state, anchor, position, budget)
         path = _take(truth, position[:, None] + 1 + jnp.arange(drafter.depth))
-        return nodes_of_path(tree, path), tree.valid.sum(axis=1), tree.scores
+        return find(drafter, params, state, anchor, position, path)
 
     found = jax.lax.map(at, jnp.arange(ANCHORS))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
+
+
+def drafted(drafter, params, state, anchor, position, path):
+    """`Table`'s arrays, of the drafter's whole tree."""
+    budget = jnp.full(anchor.shape, drafter.size, jnp.int32)
+    tree, _ = drafter.draft(params, state, anchor, position, budget)
+    return nodes_of_path(tree, path), tree.valid.sum(axis=1), tree.scores
 
 
 def nodes_of_path(tree: DraftTree, path: jax.Array) -> jax.Array:
