@@ -29,6 +29,8 @@ KINDS = {
     "rnn": "DSpark, RNN head",
     "treeflash": "TreeFlash, MLP head",
     "ours": "causal slots, RNN head",
+    "dflash2": "DFlash2: convolutions, selector",
+    "eagle3": "EAGLE-3",
 }
 CONTRASTS = (  # what changes, and the two decoders whose ratio of tau says what it does
     ("causal masking, chain", "jetspec chain", "dflash chain"),
@@ -63,6 +65,8 @@ class Compare:
     """The same of drafters trained from another seed, in tables of their own."""
     budget: int = 16
     """Nodes per round of trees; chains have as many as their drafter's block."""
+    short: bool = False
+    """The taus of the first temperature alone, for a page that quotes them."""
     output: Path | None = None
     """Picture (PNG)."""
     into: Path | None = None
@@ -72,7 +76,10 @@ class Compare:
     def run(self) -> int:
         found = chosen(self.results, self.budget)
         text = tables(found, self.budget)
-        if self.again:
+        if self.short:
+            temperature, lines = next(iter(found.items()))
+            text = taus(lines, self.budget, temperature)
+        elif self.again:
             again = chosen(self.again, self.budget)
             text += f"\n\nAnother seed:\n\n{tables(again, self.budget)}"
         if self.into is None:

@@ -44,6 +44,12 @@ def test_contrasts_are_ratios_of_tau(compare, files, capsys):
     assert "Markov" not in text  # was not measured
 
 
+def test_a_short_table_has_no_contrasts(compare, files, capsys):
+    assert compare.Compare(tuple(files), short=True).run() == 0
+    text = capsys.readouterr().out
+    assert "| JetSpec: causal slots | 2.50 [2.50, 2.50] |" in text and "ratio" not in text
+
+
 def test_another_seed_has_tables_of_its_own(compare, files, capsys):
     dflash, jetspec = files
     assert compare.Compare((dflash,), again=(jetspec,)).run() == 0
