@@ -12,6 +12,7 @@ an empty range of rows and do nothing.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,18 +46,56 @@ def grouped_matmul_triton(
     rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
     """See `grouped_matmul_reference`; `interpret` runs it on the CPU, to check numbers."""
-    total, groups, columns = rows.shape[0], *weights.shape[::2]
-    tile = tile_rows(total, groups)
-    group, start, stop = lay_tiles(group_sizes, total, tile)
-    wide = tile == 64
-    return pl.pallas_call(
-        functools.partial(multiply, tile=tile),
-        out_shape=jax.ShapeDtypeStruct((total, columns), jnp.float32),
-        grid=(columns // COLUMNS, group.size),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3 if wide else 4),
+    tile = tile_rows(rows.shape[0], weights.shape[0])
+
+    def product(x, group, columns, inputs, weights_ref):
+        return plgpu.dot(x, weights_ref[group, inputs, columns])
+
+    return multiply_groups(
+        product,
+        rows,
+        (weights,),
+        group_sizes,
+        columns=weights.shape[2],
+        depth=DEPTH,
+        tile=tile,
+        warps=4,
+        stages=3 if tile == 64 else 4,
         interpret=interpret,
         name="grouped_matmul",
-    )(group, start, stop, rows, weights)
+    )
+
+
+def multiply_groups(
+    product: Callable,
+    rows: jax.Array,
+    matrices: Sequence[jax.Array],
+    group_sizes: jax.Array,
+    *,
+    columns: int,
+    depth: int,
+    tile: int,
+    warps: int,
+    stages: int,
+    interpret: bool,
+    name: str,
+) -> jax.Array:
+    """[R, columns] float32 of rows [R, A], each group's times its own matrix.
+
+    Args:
+      product: product(x, group, columns, inputs, *refs) -> [tile, COLUMNS] float32, of `depth`
+        inputs x [tile, depth], the slices of the group's matrix, and references of `matrices`.
+      tile: rows of a tile.
+    """
+    group, start, stop = lay_tiles(group_sizes, rows.shape[0], tile)
+    return pl.pallas_call(
+        functools.partial(multiply, product=product, depth=depth, tile=tile),
+        out_shape=jax.ShapeDtypeStruct((rows.shape[0], columns), jnp.float32),
+        grid=(columns // COLUMNS, group.size),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=interpret,
+        name=name,
+    )(group, start, stop, rows, *matrices)
 
 
 def lay_tiles(
@@ -87,8 +126,9 @@ def lay_tiles(
     )
 
 
-def multiply(group_ref, start_ref, stop_ref, rows_ref, weights_ref, out_ref, *, tile: int):
+def multiply(group_ref, start_ref, stop_ref, rows_ref, *refs, product, depth: int, tile: int):
     """One tile of rows times one block of columns."""
+    *matrices, out_ref = refs
     first_column = pl.program_id(0) * COLUMNS
     column = first_column + jnp.arange(COLUMNS)
     t = pl.program_id(1)
@@ -97,17 +137,17 @@ def multiply(group_ref, start_ref, stop_ref, rows_ref, weights_ref, out_ref, *, 
     real = row < stop
 
     def step(i, total):
-        lane = i * DEPTH + jnp.arange(DEPTH)
+        lane = i * depth + jnp.arange(depth)
         x = plgpu.load(
             rows_ref.at[row[:, None], lane[None, :]],
-            mask=jnp.broadcast_to(real[:, None], (tile, DEPTH)),
+            mask=jnp.broadcast_to(real[:, None], (tile, depth)),
             other=0.0,
         )
-        w = weights_ref[group, pl.ds(i * DEPTH, DEPTH), pl.ds(first_column, COLUMNS)]
-        return total + plgpu.dot(x, w)
+        own = pl.ds(first_column, COLUMNS), pl.ds(i * depth, depth)
+        return total + product(x, group, *own, *matrices)
 
     # No steps for an empty range; a comparison or `where` here loses its type when lowered.
-    steps = jnp.clip(stop - start, 0, 1) * (weights_ref.shape[1] // DEPTH)
+    steps = jnp.clip(stop - start, 0, 1) * (rows_ref.shape[1] // depth)
     total = lax.fori_loop(0, steps, step, jnp.zeros((tile, COLUMNS), jnp.float32))
     plgpu.store(
         out_ref.at[row[:, None], column[None, :]],

@@ -10,11 +10,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.grouped_matmul.triton import COLUMNS, lay_tiles, tile_rows
+from pallas_kernels.grouped_matmul.triton import COLUMNS, multiply_groups, tile_rows
 
 
 def unsupported(rows: jax.Array, values: jax.Array, scale: jax.Array) -> str | None:
@@ -44,59 +42,28 @@ def grouped_scaled_matmul_triton(
     interpret: bool = False,
 ) -> jax.Array:
     """See `grouped_scaled_matmul_reference`; `interpret` runs it on the CPU."""
-    total, (groups, columns, depth) = rows.shape[0], values.shape
-    tile = tile_rows(total, groups)
-    group, start, stop = lay_tiles(group_sizes, total, tile)
-    step = 128 if (depth // scale.shape[2]) % 128 == 0 else 64  # one scale covers its inputs
+    groups, outputs, depth = values.shape
+    per_scale = outputs // scale.shape[1], depth // scale.shape[2]  # outputs and inputs
+    tile = tile_rows(rows.shape[0], groups)
     warps, stages = {16: (4, 4), 32: (8, 4), 64: (8, 3)}[tile]  # with 4 warps 32 rows spill
-    return pl.pallas_call(
-        functools.partial(multiply, tile=tile, depth=step),
-        out_shape=jax.ShapeDtypeStruct((total, columns), jnp.float32),
-        grid=(columns // COLUMNS, group.size),
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+
+    def product(x, group, columns, inputs, values_ref, scale_ref):
+        w = values_ref[group, columns, inputs]
+        column = columns.start + jnp.arange(COLUMNS)
+        block = column // per_scale[0], inputs.start // per_scale[1]
+        factor = plgpu.load(scale_ref.at[group, *block])
+        return plgpu.dot(x, w.astype(x.dtype).T) * factor[None, :]
+
+    return multiply_groups(
+        product,
+        rows,
+        (values, scale),
+        group_sizes,
+        columns=outputs,
+        depth=128 if per_scale[1] % 128 == 0 else 64,  # one scale covers a step's inputs
+        tile=tile,
+        warps=warps,
+        stages=stages,
         interpret=interpret,
         name="grouped_scaled_matmul",
-    )(group, start, stop, scale, rows, values)
-
-
-def multiply(
-    group_ref,
-    start_ref,
-    stop_ref,
-    scale_ref,
-    rows_ref,
-    values_ref,
-    out_ref,
-    *,
-    tile: int,
-    depth: int,
-):
-    """One tile of rows times one block of columns, `depth` inputs a step."""
-    first_column = pl.program_id(0) * COLUMNS
-    column = first_column + jnp.arange(COLUMNS)
-    t = pl.program_id(1)
-    group, start, stop = group_ref[t], start_ref[t], stop_ref[t]
-    row = start + jnp.arange(tile)
-    real = row < stop
-    shapes = zip(values_ref.shape[1:], scale_ref.shape[1:], strict=True)
-    outputs, inputs = (n // m for n, m in shapes)  # that share a scale
-
-    def step(i, total):
-        lane = i * depth + jnp.arange(depth)
-        x = plgpu.load(
-            rows_ref.at[row[:, None], lane[None, :]],
-            mask=jnp.broadcast_to(real[:, None], (tile, depth)),
-            other=0.0,
-        )
-        w = values_ref[group, pl.ds(first_column, COLUMNS), pl.ds(i * depth, depth)]
-        factor = plgpu.load(scale_ref.at[group, column // outputs, i * depth // inputs])
-        return total + plgpu.dot(x, w.astype(x.dtype).T) * factor[None, :]
-
-    # No steps for an empty range, as in `grouped_matmul`.
-    steps = jnp.clip(stop - start, 0, 1) * (values_ref.shape[2] // depth)
-    total = lax.fori_loop(0, steps, step, jnp.zeros((tile, COLUMNS), jnp.float32))
-    plgpu.store(
-        out_ref.at[row[:, None], column[None, :]],
-        total,
-        mask=jnp.broadcast_to(real[:, None], (tile, COLUMNS)),
     )

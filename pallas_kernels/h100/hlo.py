@@ -234,9 +234,9 @@ class Module:
         if op.code == "custom-call" and "grouped_" in op.rest:  # with and without scales
             # Matrices of groups without rows are not read. Groups are cut over the devices:
             # with an even load each has its share of the rows.
-            rows, weights = (ops[operand] for operand in op.operands[-2:])
+            rows, weights = (ops[operand] for operand in op.operands[3:5])  # after the tiles
             matrices, count = weights.dimensions[0], -(-rows.dimensions[0] // self.devices)
-            inputs[-1] = weights.bytes * min(matrices, count) // matrices
+            inputs[4] = weights.bytes * min(matrices, count) // matrices
         if op.code == "custom-call" and "tree_level_select" in op.rest:
             # Of each kept child, one chunk of its parent's logits is read.
             logits, kept = (ops[operand] for operand in (op.operands[1], op.operands[4]))

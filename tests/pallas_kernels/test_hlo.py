@@ -122,10 +122,11 @@ def test_a_transfer_to_the_host_is_found_in_any_branch():
 GROUPED = """\
 HloModule jit_f, num_partitions={devices}
 
-ENTRY %main (rows: bf16[8,256], weights: bf16[32,256,128]) -> f32[8,128] {
+ENTRY %main (tiles: s32[40], rows: bf16[8,256], weights: bf16[32,256,128]) -> f32[8,128] {
+  %tiles = s32[40]{0} parameter(2)
   %rows = bf16[8,256]{1,0} parameter(0)
   %weights = bf16[32,256,128]{2,1,0} parameter(1)
-  %out = f32[8,128]{1,0} custom-call(%rows, %weights), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(grouped_matmul_triton)"}
+  %out = f32[8,128]{1,0} custom-call(%tiles, %tiles, %tiles, %rows, %weights), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(grouped_matmul_triton)"}
   ROOT %sum = f32[8,128]{1,0} all-reduce(%out), to_apply=%add
 }
 """  # noqa: E501
@@ -134,6 +135,6 @@ ENTRY %main (rows: bf16[8,256], weights: bf16[32,256,128]) -> f32[8,128] {
 @pytest.mark.parametrize("devices, read", [(1, 8), (4, 2)])
 def test_matrices_of_groups_without_rows_are_not_read(devices, read):
     module = Module(GROUPED.replace("{devices}", str(devices)))
-    rows, sums = 8 * 256 * 2 + 8 * 128 * 4, 2 * 8 * 128 * 4
-    assert module.moved_bytes() == rows + read * (256 * 128 * 2) + sums
+    rows, sums, tiles = 8 * 256 * 2 + 8 * 128 * 4, 2 * 8 * 128 * 4, 3 * 40 * 4
+    assert module.moved_bytes() == tiles + rows + read * (256 * 128 * 2) + sums
     assert module.exchanged_bytes() == 8 * 128 * 4
