@@ -99,6 +99,15 @@ class Gptq:
     bits: int
     add_one: bool
 
+    @property
+    def per_word(self) -> int:
+        """Integers in an int32."""
+        return 32 // self.bits
+
+    def shape(self, qweight: tuple[int, int]) -> Shape:
+        """[O, I], of the shape of `qweight`."""
+        return qweight[1], qweight[0] * self.per_word
+
     def weight(self, qweight, qzeros, scales, groups: np.ndarray) -> np.ndarray:
         """The weight [O, I], float32, of qweight [I * bits / 32, O], qzeros
         [I / g, O * bits / 32], scales [I / g, O] and the group [I] of every input."""
@@ -110,6 +119,12 @@ class Gptq:
 @dataclasses.dataclass(frozen=True)
 class Awq:
     """AWQ's "gemm" layout: 4 bits packed along the outputs, in the order `AWQ_ORDER`."""
+
+    per_word = 8
+
+    def shape(self, qweight: tuple[int, int]) -> Shape:
+        """[O, I], of the shape of `qweight`."""
+        return qweight[1] * self.per_word, qweight[0]
 
     def weight(self, qweight, qzeros, scales) -> np.ndarray:
         """The weight [O, I], float32, of qweight [I, O / 8], qzeros [I / g, O / 8], scales

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -141,51 +141,50 @@ def _find_packed(form: Packed, folder: SafetensorsFolder) -> dict[str, Quantised
     return found
 
 
-def _find_gptq(form: Gptq, folder: SafetensorsFolder) -> dict[str, QuantisedWeight]:
-    find, found, per_word = Finder(folder), {}, 32 // form.bits
-    for name in folder.shapes:
+def _qweights(
+    form: Gptq | Awq, find: Finder
+) -> Iterator[tuple[list[str], tuple[int, int], tuple[int, int]]]:
+    """For every weight the names of `qweight`, `qzeros` and `scales`, its shape [O, I], and the
+    shape of its zero points: words for every group of inputs."""
+    for name in find.folder.shapes:
         base, _, kind = name.rpartition(".")
         if kind != "qweight":
             continue
-        words, rows = find.matrix(name)
-        columns = words * per_word
+        rows, columns = form.shape(find.matrix(name))
         scales = f"{base}.scales"
         count = find.matrix(scales)[0]
         find.part(scales, (count, rows))
-        zeros = find.part(f"{base}.qzeros", (count, -(-rows // per_word)))
-        groups = find.part(f"{base}.g_idx", (columns,))
+        words = count, -(-rows // form.per_word)
+        yield [name, f"{base}.qzeros", scales], (rows, columns), words
 
-        def values(arrays, scales=scales, groups=groups):
+
+def _find_gptq(form: Gptq, folder: SafetensorsFolder) -> dict[str, QuantisedWeight]:
+    find, found = Finder(folder), {}
+    for names, shape, words in _qweights(form, find):
+        scales, base = names[2], names[0].removesuffix("qweight")
+        find.part(names[1], words)
+        groups = find.part(f"{base}g_idx", shape[1:])
+
+        def values(arrays, scales=scales, groups=groups, count=words[0]):
             qweight, qzeros, scale, chosen = arrays
-            scale = find.scale(scales, scale)
-            chosen = find.groups(groups, chosen, len(scale))
-            return form.weight(qweight, qzeros, scale, chosen)
+            chosen = find.groups(groups, chosen, count)
+            return form.weight(qweight, qzeros, find.scale(scales, scale), chosen)
 
-        parts = (name, zeros, scales, groups)
-        found[f"{base}.weight"] = QuantisedWeight((rows, columns), parts, values)
+        found[f"{base}weight"] = QuantisedWeight(shape, (*names, groups), values)
     return found
 
 
 def _find_awq(form: Awq, folder: SafetensorsFolder) -> dict[str, QuantisedWeight]:
     find, found = Finder(folder), {}
-    for name in folder.shapes:
-        base, _, kind = name.rpartition(".")
-        if kind != "qweight":
-            continue
-        columns, words = find.matrix(name)
-        rows = words * 8
-        scales = f"{base}.scales"
-        count = find.matrix(scales)[0]
-        find.part(scales, (count, rows))
-        find.even_groups(scales, count, columns)
-        zeros = find.part(f"{base}.qzeros", (count, words))
+    for names, shape, words in _qweights(form, find):
+        scales, base = names[2], names[0].removesuffix("qweight")
+        find.even_groups(scales, words[0], shape[1])
+        find.part(names[1], words)
 
         def values(arrays, scales=scales):
             return form.weight(arrays[0], arrays[1], find.scale(scales, arrays[2]))
 
-        found[f"{base}.weight"] = QuantisedWeight(
-            (rows, columns), (name, zeros, scales), values
-        )
+        found[f"{base}weight"] = QuantisedWeight(shape, tuple(names), values)
     return found
 
 
