@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 ROPE_KINDS = ("linear", "yarn", "llama3")
+
+
+def _check(config: Any, name: str, good: bool, expected: str) -> None:
+    if not good:
+        found = getattr(config, name)
+        raise ValueError(f"{type(config).__name__}.{name} is {found!r}; expected {expected}")
+
+
+def _check_indices(config: Any, name: str, found: Sequence[int], count: int, of: str) -> None:
+    bad = [i for i in found if not 0 <= i < count]
+    if bad:
+        kind = type(config).__name__
+        raise ValueError(f"{kind}.{name} names {bad}; expected {of}, 0 … {count - 1}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +51,7 @@ class RopeScaling:
     high_freq_factor: float = 4.0
 
     def __post_init__(self):
-        def check(name, good, expected):
-            if not good:
-                raise ValueError(
-                    f"RopeScaling.{name} is {getattr(self, name)!r}; expected {expected}"
-                )
-
+        check = functools.partial(_check, self)
         check("kind", self.kind in ROPE_KINDS, f"one of {ROPE_KINDS}")
         check("factor", 0 < self.factor < float("inf"), "a positive number")
         stretched = self.kind == "linear" or self.original_positions >= 1
@@ -77,18 +87,12 @@ class DeltaNetConfig:
     interleaved: bool = False
 
     def __post_init__(self):
+        check = functools.partial(_check, self)
         for name in ("key_heads", "value_heads", "key_dim", "value_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"DeltaNetConfig.{name} is {getattr(self, name)}; expected at least 1"
-                )
-        if self.taps < 2:
-            raise ValueError(f"DeltaNetConfig.taps is {self.taps}; expected at least 2")
-        if self.value_heads % self.key_heads:
-            raise ValueError(
-                f"DeltaNetConfig.value_heads is {self.value_heads}, not a multiple of "
-                f"key_heads = {self.key_heads}; each serves equally many"
-            )
+            check(name, getattr(self, name) >= 1, "at least 1")
+        check("taps", self.taps >= 2, "at least 2")
+        even = self.value_heads % self.key_heads == 0
+        check("value_heads", even, f"a multiple of key_heads = {self.key_heads}")
 
     @property
     def group_size(self) -> int:
@@ -155,67 +159,37 @@ class TargetConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"TargetConfig.{name} is {getattr(self, name)}; expected at least 1"
-                )
         if all(window is None for window in self.windows):
             object.__setattr__(self, "windows", ())
-        if len(self.windows) not in (0, self.num_layers) or any(
-            window is not None and window < 1 for window in self.windows
-        ):
-            raise ValueError(
-                f"TargetConfig.windows is {self.windows}; expected None or at least 1 for each "
-                f"of {self.num_layers} layers"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"TargetConfig.num_heads is {self.num_heads}, not a multiple of "
-                f"num_kv_heads = {self.num_kv_heads}; each serves equally many queries"
-            )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(
-                f"TargetConfig.head_dim is {self.head_dim}; rotary positions need it even"
-            )
-        turning = self.rotary_dim
-        if turning is not None and (turning % 2 or not 2 <= turning <= self.head_dim):
-            raise ValueError(
-                f"TargetConfig.rotary_dim is {turning}; expected an even number, at most "
-                f"head_dim = {self.head_dim}"
-            )
-        for name, layers in (
-            ("sparse_layers", self.sparse_layers),
-            ("delta_net.layers", self.delta_layers),
-        ):
-            bad = [i for i in layers if not 0 <= i < self.num_layers]
-            if bad:
-                raise ValueError(
-                    f"TargetConfig.{name} names {bad}; layers are 0 … {self.num_layers - 1}"
-                )
+        check = functools.partial(_check, self)
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"):
+            check(name, getattr(self, name) >= 1, "at least 1")
+        even = self.num_heads % self.num_kv_heads == 0
+        check("num_heads", even, f"a multiple of num_kv_heads = {self.num_kv_heads}")
+        even = self.head_dim >= 2 and self.head_dim % 2 == 0
+        check("head_dim", even, "an even number, for rotary positions")
+        rotary = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        even = 2 <= rotary <= self.head_dim and rotary % 2 == 0
+        check("rotary_dim", even, f"an even number, at most head_dim = {self.head_dim}")
+        self._check_layers()
+        experts = not self.sparse_layers or 1 <= self.experts_per_token <= self.num_experts
+        check("experts_per_token", experts, f"1 … num_experts = {self.num_experts}")
+        _check_indices(
+            self, "eos_token_ids", self.eos_token_ids, self.vocab_size, "tokens of this model"
+        )
+
+    def _check_layers(self) -> None:
         # A damaged number of layers may be very large: nothing of its size is made here.
-        if len(set(self.delta_layers)) == self.num_layers:
-            raise ValueError(
-                f"TargetConfig.delta_net.layers names all {self.num_layers} layers; expected "
-                "one of attention at least"
-            )
-        windowed = [i for i in self.delta_layers if self.windows and self.windows[i]]
-        if windowed:
-            raise ValueError(
-                f"TargetConfig.windows names layers {windowed}, which are gated delta nets and "
-                "see all positions"
-            )
-        if self.sparse_layers and not 1 <= self.experts_per_token <= self.num_experts:
-            raise ValueError(
-                f"TargetConfig.experts_per_token is {self.experts_per_token}; "
-                f"expected 1 … num_experts = {self.num_experts}"
-            )
-        beyond = [i for i in self.eos_token_ids if not 0 <= i < self.vocab_size]
-        if beyond:
-            raise ValueError(
-                f"TargetConfig.eos_token_ids names {beyond}, of a vocabulary of "
-                f"{self.vocab_size}: no text would end there; is it another model's?"
-            )
+        windows, count = self.windows, self.num_layers
+        each = len(windows) in (0, count) and all(w is None or w >= 1 for w in windows)
+        _check(self, "windows", each, f"None or at least 1 for each of {count} layers")
+        _check_indices(self, "sparse_layers", self.sparse_layers, count, "layers")
+        _check_indices(self, "delta_net.layers", self.delta_layers, count, "layers")
+        some = len(set(self.delta_layers)) < count
+        _check(self, "delta_net", some, f"one of attention at least among {count} layers")
+        both = [i for i in self.delta_layers if windows and windows[i]]
+        whole = f"None for the gated delta nets {both}, which see all positions"
+        _check(self, "windows", not both, whole)
 
     @property
     def delta_layers(self) -> tuple[int, ...]:
@@ -261,13 +235,9 @@ class TreeConfig:
     candidates: int = 16
 
     def __post_init__(self):
-        if self.kind not in TREE_KINDS:
-            raise ValueError(f"TreeConfig.kind is {self.kind!r}; expected one of {TREE_KINDS}")
+        _check(self, "kind", self.kind in TREE_KINDS, f"one of {TREE_KINDS}")
         for name in ("size", "width", "candidates"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"TreeConfig.{name} is {getattr(self, name)}; expected at least 1"
-                )
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
 
 
 LOW_RANK = ("markov", "gated", "rnn", "bilinear")  # heads with an embedding of their own

@@ -213,7 +213,10 @@ def test_converted_there_and_back(tmp_path, raw, interleaved):
         ({"layer_types": ["linear_attention"]}, "for each of 2 layers"),
         ({"layer_types": ["linear_attention", "sliding_attention"]}, "'layer_types' is"),
         ({"layer_types": ["linear_attention"] * 2}, "expected one of attention at least"),
-        ({"linear_num_value_heads": 5}, "not a multiple of key_heads = 2"),
+        (
+            {"linear_num_value_heads": 5},
+            "value_heads is 5; .* a multiple of key_heads = 2",
+        ),
         ({"attention_bias": True}, "'attention_bias' is True"),
         ({"tie_word_embeddings": True}, "'tie_word_embeddings' is True.*expected False"),
         ({"quantization_config": {"quant_method": "fp8"}}, "expected it beside 'text_config'"),

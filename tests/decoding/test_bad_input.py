@@ -122,10 +122,16 @@ def test_confidence_rules(spec, rules, message):
             lambda: PromptLookup(min_match=11),
             "agreement is .* at least min_match = 11",
         ),
-        (lambda: dataclasses.replace(tiny.QWEN3, num_kv_heads=3), "num_heads is 4, not a mult"),
+        (
+            lambda: dataclasses.replace(tiny.QWEN3, num_kv_heads=3),
+            "num_heads is 4; expected a mult",
+        ),
         (lambda: dataclasses.replace(tiny.QWEN3, head_dim=15), "head_dim is 15; .* even"),
         (lambda: dataclasses.replace(tiny.QWEN3, num_layers=0), "num_layers is 0; expected"),
-        (lambda: dataclasses.replace(tiny.MOE, sparse_layers=(3,)), r"names \[3\]; layers are"),
+        (
+            lambda: dataclasses.replace(tiny.MOE, sparse_layers=(3,)),
+            r"names \[3\]; expected layers",
+        ),
         (
             lambda: dataclasses.replace(tiny.MOE, experts_per_token=5),
             "expected 1 … num_experts",
