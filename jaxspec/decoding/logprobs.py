@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxspec.models.decoder import unembed
 from jaxspec.models.params import TargetParams
+from jaxspec.trees.candidates import top_logits
 from jaxspec.trees.packing import Packing
 
 NONE, NEW, ALL = 0, 1, 2  # what a row asks for: no token's, new tokens', the prompt's too
@@ -49,10 +50,9 @@ def empty_logprobs(rows: int, places: int, top: int) -> LogProbs | None:
 
 def of_tokens(logits: jax.Array, tokens: jax.Array, top: int) -> LogProbs:
     """The laws of logits [B, C, V], and the log-probabilities of tokens [B, C] under them."""
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    best, ids = jax.lax.top_k(logits, top)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
-    return LogProbs((chosen - total)[..., 0], ids.astype(jnp.int32), best - total)
+    ids, best, total = top_logits(logits, top)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return LogProbs(chosen - total, ids, best - total[..., None])
 
 
 def of_path(

@@ -1,8 +1,10 @@
 """Log-probabilities that come with decoding equal those of one forward over the whole text."""
 
 import dataclasses
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -92,8 +94,18 @@ def test_nothing_is_kept_unless_there_is_room_for_it():
 
 
 def test_what_they_are_by_hand():
-    logits = np.log(np.array([[[1.0, 5.0, 2.0, 2.0]]], np.float32))
-    found = logprobs.of_tokens(logits, np.array([[3]]), 2)
+    logits = jnp.log(jnp.array([[[1.0, 5.0, 2.0, 2.0]]]))
+    found = logprobs.of_tokens(logits, jnp.array([[3]]), 2)
     np.testing.assert_allclose(np.exp(found.chosen), [[0.2]], rtol=1e-6)
     np.testing.assert_allclose(np.exp(found.top), [[[0.5, 0.2]]], rtol=1e-6)
     assert found.tokens.tolist() == [[[1, 2]]]
+
+
+def test_unasked_they_are_not_computed():
+    """XLA moves what is the same for all rows, with one row everything, out of their loop."""
+    logits, path, asked = jnp.zeros((1, 4, 64)), jnp.zeros((1, 3), jnp.int32), jnp.zeros(1)
+    of_path = jax.jit(lambda *given: logprobs.of_path(given[0], None, *given[1:], TOP))
+    compiled = of_path.lower(logits, path, path, asked).compile().as_text()
+    nested, always = compiled.split("\nENTRY ")
+    assert " exponential(" in nested and " conditional(" in always
+    assert not {" exponential(", " sort("} & {*re.findall(r" \w+\(", always)}
