@@ -79,6 +79,8 @@ class Benchmark:
     rounds: int = 4
     """Between two looks of the host, in every way."""
     room: int = 256
+    top_logprobs: int = 20
+    """What a server has ready by default; no request here asks for them."""
     simulate: bool = False
 
 
@@ -136,6 +138,7 @@ def engines(options: Benchmark, target) -> Iterator[tuple[str, Engine]]:
             budget=budget,
             max_nodes=options.max_nodes,
             rounds=options.rounds,
+            top_logprobs=options.top_logprobs,
         )
         return Engine(target, drafter, config)
 
