@@ -1,15 +1,15 @@
 """How drafters fade and lookup gains as prompts become longer, to 7,000 tokens.
 
     python examples/shipped_drafter/long.py walk   # tau; nothing is timed
-    python examples/shipped_drafter/long.py clock  # tokens/s; needs a quiet machine
+    python examples/shipped_drafter/long.py clock  # needs a quiet machine
     python examples/shipped_drafter/long.py draw --into docs/report.md --output docs/pictures
 
 All but `draw` resume after an interruption. A prompt is a numbered list of public texts and a
 task about one of them. The texts: paragraphs of this repository's pages as of `COMMIT`, GSM8K's
-questions, HumanEval's functions (evaluation prompts, which no drafter was trained on); two
-prompts of each, which begin at different texts. The tasks: `ask`, to explain, solve or complete
-the text in the middle; `copy`, to write it and the next one again. A prompt holds as many whole
-texts as fit into 512 … 7,000 tokens.
+questions, HumanEval's functions (evaluation prompts, which no drafter was trained on). The
+tasks: `ask`, to explain, solve or complete the text in the middle; `copy`, to write it and the
+next one again. A prompt holds as many whole texts as fit into 512 … 7,000 tokens. There are two
+of each kind of text, which begin at different ones; one from 4,096 tokens on.
 """
 
 from __future__ import annotations
@@ -17,31 +17,36 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import random
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
+from tqdm import tqdm
 
-import jaxspec
 from jaxspec.data.prompts import spread
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
-from jaxspec.decoding.requests import decoder_for, pack, request_keys, unpack
+from jaxspec.decoding.requests import check_capacity, decoder_for, pack, request_keys, unpack
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.decoding.state import DecodeState
 from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.joined import Together
 from jaxspec.evaluation import metrics as m
 from jaxspec.evaluation import results
 from jaxspec.evaluation.contenders import Entry, load_entries
 from jaxspec.evaluation.plots import COLOURS, QUIET
 from jaxspec.evaluation.report import table
-from jaxspec.evaluation.speed import plain_forms, take_turns
-from jaxspec.evaluation.view import Line, View, is_plain
+from jaxspec.evaluation.speed import plain_forms
+from jaxspec.evaluation.view import Line, View
 from jaxspec.models.target import Target
 from jaxspec.prompts import as_token_ids
 from jaxspec.results import Completion
@@ -52,13 +57,12 @@ import limits  # noqa: E402  (the script beside this one)
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("long.jsonl")
 COMMIT = "7f45fac3cb18520a0086831c735119986e2a5fc6"
-LENGTHS = (512, 1024, 2048, 4096, 7000)
+LENGTHS = {512: 2, 1024: 2, 2048: 2, 4096: 1, 7000: 1}  # and prompts of each kind of text
 TASKS = ("ask", "copy")
 BUDGETS = (8, 16)
 NODES = 16  # of the trees that the table of tau shows
 TAU_MARKS = "<!-- long -->", "<!-- end of long -->"
 SPEED_MARKS = "<!-- long speed -->", "<!-- end of long speed -->"
-WINDOWS = 2  # prompts of each kind of text
 ASKED = {
     "Paragraph": "Explain in your own words what {0} says.",
     "Problem": "Solve {0}. Please reason step by step.",
@@ -85,14 +89,14 @@ def texts(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def prompt(kind: str, found: list[str], window: int, task: str, length: int, count) -> str:
+def prompt(kind: str, found: list[str], start: int, task: str, length: int, count) -> str:
     """The longest prompt of at most `length` tokens.
 
     Args:
       found: texts of one kind.
+      start: the first one to take.
       count: tokens of a text.
     """
-    start = window * len(found) // WINDOWS
     parts: list[str] = []
     for number in range(1, len(found) + 1):
         text = found[(start + number - 1) % len(found)]
@@ -134,6 +138,8 @@ class Walk:
     output: Path = RESULTS
     max_new_tokens: int = 128
     temperatures: tuple[float, ...] = (0.0, 1.0)
+    only: tuple[str, ...] = ()
+    """Sets to measure, "ask 512" for example; all by default."""
     target: str = "smollm2-135m"
     dtype: str = "bfloat16"
 
@@ -141,7 +147,10 @@ class Walk:
         entries = load_entries(self.target, limits.contenders(self.drafters, self.dtype))
         asked, sets = self.sets(entries[0].target)
         setup = limits.setup_of(entries[0], asked, self.max_new_tokens)
-        limits.keep(self.output, setup, lambda done: self.rows(entries, sets, done))
+        if unknown := [name for name in self.only if name not in sets]:
+            raise ValueError(f"--only has {unknown[0]!r}; expected some of {', '.join(sets)}")
+        chosen = {name: sets[name] for name in self.only or sets}
+        limits.keep(self.output, setup, lambda done: self.rows(entries, chosen, done))
 
     def rows(self, entries: list[Entry], sets, done: results.Done) -> Iterator[results.Row]:
         for temperature in self.temperatures:
@@ -154,103 +163,131 @@ class Walk:
         encode = functools.partial(as_token_ids, target, raw=False, thinking=None)
         asked = {
             f"{task} {length}": [
-                prompt(kind, own, window, task, length, lambda text: len(encode([text])[0]))
+                prompt(kind, own, start, task, length, lambda text: len(encode([text])[0]))
                 for kind, own in found.items()
-                for window in range(WINDOWS)
+                for start in (0, len(own) // 2)[:windows]
             ]
+            for length, windows in LENGTHS.items()
             for task in TASKS
-            for length in LENGTHS
         }
         return asked, {name: encode(rows) for name, rows in asked.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Clock(Walk):
-    """Tokens per second after the prompt, greedy, decoders taking turns on each prompt."""
+    """What a round costs after the prompt, greedy: decoders take turns from one state.
 
-    timed: int = 3
-    """Prompts per set, evenly apart."""
-    nodes: tuple[int, ...] = BUDGETS
-    only: tuple[str, ...] = ()
-    """Sets to time, "ask 512" for example; all by default."""
-
-    def rows(self, entries: list[Entry], sets, done: results.Done) -> Iterator[results.Row]:
-        target = entries[0].target
-        decoders = {(name, 1): form for name, form in plain_forms().items()}
-        for entry in entries:
-            for nodes in self.nodes:
-                forms = limits.forms(entry, nodes)
-                decoders |= {(name, nodes): drafter for name, drafter in forms.items()}
-        for name in self.only or sets:
-            if name not in sets:
-                raise ValueError(f"--only has {name!r}; expected some of {', '.join(sets)}")
-            if all(("rounds", "decode", name, 0.0, *key) in done for key in decoders):
-                continue
-            rows = spread(sets[name], self.timed)
-            runs = {
-                key: Run(target, drafter, rows, self.max_new_tokens)
-                for key, drafter in decoders.items()
-            }
-            answers = take_turns(runs, rows)
-            plain = next(iter(answers.values()))
-            for key, own in answers.items():
-                yield _timed(name, self.dtype, *key, own, runs[key].prompt_seconds, plain)
-
-
-class Run:
-    """A decoder whose clock starts after the prompt (`evaluation.speed.Run`).
-
-    Attributes:
-      prompt_seconds: of every prompt so far.
+    In bfloat16 their answers part at near-ties, so their own taus are of different texts.
     """
 
-    def __init__(self, target: Target, drafter: LoadedDrafter, rows, new_tokens: int):
-        self.decoder, self.params = decoder_for(target, drafter)
-        self.new_tokens, self.prompt_seconds = new_tokens, []
-        options = dict(drafter=drafter, max_new_tokens=new_tokens, batch_size=1)
-        self.capacity = jaxspec.warm_up(target, rows, **options)
+    timed: int = 2
+    """Prompts per set, evenly apart."""
 
-    def __call__(self, row: list[int], seed: int) -> Completion:
+    def rows(self, entries: list[Entry], sets, done: results.Done) -> Iterator[results.Row]:
+        rivals = {(name, 1): form for name, form in plain_forms().items()}
+        for entry in entries:
+            for nodes in BUDGETS:
+                forms = limits.forms(entry, nodes)
+                rivals |= {(name, nodes): form for name, form in forms.items()}
+        for name, prompts in sets.items():
+            if all(("rounds", "decode", name, 0.0, *key) in done for key in rivals):
+                continue
+            rows = spread(prompts, self.timed)
+            answers, prompt_seconds = race(entries, rivals, rows, self.max_new_tokens)
+            plain = next(iter(answers.values()))
+            for (decoder, nodes), own in answers.items():
+                yield results.Rounds(
+                    set=name,
+                    temperature=0.0,
+                    decoder=decoder,
+                    drafter=decoder.partition(",")[0],
+                    tree=None,
+                    head="own",
+                    dtype=self.dtype,
+                    budget=nodes,
+                    how="decode",
+                    tokens=[len(x.token_ids) - 1 for x in own],  # one comes with the prompt
+                    seconds=[x.seconds for x in own],
+                    equal=[x.token_ids == y.token_ids for x, y in zip(own, plain, strict=True)],
+                    prompt_seconds=prompt_seconds,
+                    **results.counts([x.stats for x in own]),
+                )
+
+
+Key = tuple[str, int]  # a decoder's name and its nodes
+
+
+def race(
+    entries: list[Entry],
+    rivals: dict[Key, LoadedDrafter],
+    rows: list[list[int]],
+    new_tokens: int,
+) -> tuple[dict[Key, list[Completion]], list[float]]:
+    """Answers of all rivals, their seconds without the prompt, and the seconds of the prompts.
+
+    A prompt runs once, observed by all drafters; every rival goes on from a copy of the state.
+    """
+    target, shuffle = entries[0].target, random.Random(0).shuffle
+    widest = [limits.forms(entry, BUDGETS[-1])[f"{_name(entry)}, both"] for entry in entries]
+    drafters = Together(tuple(x.drafter for x in widest))
+    all_of_them = LoadedDrafter(drafters, tuple(x.params for x in widest))
+    decoder, params = decoder_for(target, all_of_them)
+    capacity = check_capacity(decoder, rows, new_tokens, None)
+
+    def prefilled(row):
         requests = pack(
-            self.decoder,
+            decoder,
             [row],
             batch=1,
-            capacity=self.capacity,
-            max_new_tokens=self.new_tokens,
-            budget=self.decoder.drafter.size,
+            capacity=capacity,
+            max_new_tokens=new_tokens,
+            budget=1,
             sampling=[Sampling()],
-            keys=request_keys(seed, 1),
+            keys=request_keys(0, 1),
         )
+        return jax.block_until_ready(prefill(decoder, params, requests)), requests.sampling
+
+    def timed(key, state, sampling, rounds):
+        own = decoder_for(target, rivals[key])
+        state = _state_of(key, state, entries)
         began = time.perf_counter()
-        state = jax.block_until_ready(prefill(self.decoder, self.params, requests))
-        prompt = time.perf_counter()
-        rounds = np.int32(self.new_tokens)
-        state = decode(self.decoder, self.params, state, requests.sampling, rounds)
-        jax.block_until_ready(state)
-        seconds = time.perf_counter() - prompt
-        self.prompt_seconds.append(prompt - began)
-        ((ids, stats),) = unpack(state, [len(row)])
-        return Completion(ids, None, stats, seconds, "length")
+        state = jax.block_until_ready(decode(*own, state, sampling, np.int32(rounds)))
+        return state, time.perf_counter() - began
+
+    state, sampling = prefilled(rows[0][:1])  # compiles
+    for key in rivals:
+        timed(key, state, sampling, 1)
+    answers, prompt_seconds = {key: [] for key in rivals}, []
+    for row in tqdm(rows):
+        began = time.perf_counter()
+        state, sampling = prefilled(row)
+        prompt_seconds.append(time.perf_counter() - began)
+        order = list(rivals)
+        shuffle(order)
+        for key in order:
+            done, seconds = timed(key, state, sampling, new_tokens)
+            ((ids, stats),) = unpack(done, [len(row)])
+            answers[key].append(Completion(ids, None, stats, seconds, "length"))
+    return answers, prompt_seconds
 
 
-def _timed(name, dtype, decoder, nodes, own, prompt_seconds, plain) -> results.Rounds:
-    """A row of one decoder's answers to a set; `plain` are plain decoding's."""
-    return results.Rounds(
-        set=name,
-        temperature=0.0,
-        decoder=decoder,
-        drafter=decoder.partition(",")[0],
-        tree=None,
-        head="own",
-        dtype=dtype,
-        budget=nodes,
-        how="decode",
-        tokens=[len(x.token_ids) - 1 for x in own],  # the first comes with the prompt
-        seconds=[x.seconds for x in own],
-        equal=[x.token_ids == y.token_ids for x, y in zip(own, plain, strict=True)],
-        prompt_seconds=prompt_seconds,
-        **results.counts([x.stats for x in own]),
-    )
+def _state_of(key: Key, state: DecodeState, entries: list[Entry]) -> DecodeState:
+    """A copy of the state after a prompt, for one rival."""
+    name, nodes = key
+    states: dict[str, Any] = {form: () for form in plain_forms()}
+    for entry, (own, seen) in zip(entries, state.drafter, strict=True):
+        states |= {
+            limits.LOOKUP: seen,
+            f"{_name(entry)}, drafter": own,
+            f"{_name(entry)}, both": (own, seen),
+        }
+    budget = jnp.full_like(state.budget, nodes)
+    own = dataclasses.replace(state, drafter=states[name], budget=budget)
+    return jax.block_until_ready(jax.tree.map(jnp.copy, own))
+
+
+def _name(entry: Entry) -> str:
+    return entry.contender.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,27 +351,34 @@ def tau_table(rows: list[results.Row], view: View, drafter: str) -> str:
 
 
 def speed_table(view: View, drafter: str) -> str:
-    """Tokens per second after the prompt, over the fastest plain decoding's of each set."""
-    found, cells = lines(view, "decode", 0.0), []
-    heads, decoders = zip(*((f"{n}, {b}", (d, b)) for n, d in shown(drafter).items()
-                            for b in BUDGETS), strict=True)  # fmt: skip
-    plain = [line for line in found.values() if is_plain(line)]
-    for name in next(iter(found.values())).sets:
-        best = max((line.of(name) for line in plain), key=lambda line: line.rate[0])
-        seconds = best.column(lambda part: part.prompt_seconds).mean()
-        speeds = [found[key].of(name) for key in decoders]
-        task, length = name.split()
-        cells.append(
-            [
-                task,
-                f"{int(length):,}",
-                f"{seconds:.1f}",
-                f"{best.rate[0]:.1f}",
-                *(f"{(x.rate / best.rate)[0]:.2f}x ({x.tau[0]:.2f})" for x in speeds),
-            ]
-        )
-    labels = ["task", "prompt", "seconds of the prompt", "plain, tokens/s"]
-    return table([*labels, *heads], cells, left=1)
+    """What rounds cost, and the speed that follows with tau along the same answers."""
+    clocked, walked, cells = lines(view, "decode", 0.0), lines(view, "walk", 0.0), []
+    keys = [(name, nodes) for nodes in BUDGETS for name in shown(drafter).values()]
+    forms = [(form, 1) for form in plain_forms()]
+    sets = next(iter(clocked.values())).sets
+    for length in dict.fromkeys(name.split()[1] for name in sets):
+
+        def of_length(key, length=length) -> Line:
+            parts = clocked[key].parts
+            return Line(tuple(part for part in parts if part.set.split()[1] == length))
+
+        ms = {key: round_ms(of_length(key)) for key in (*forms, *keys)}
+        plain = min(ms[form] for form in forms)
+        prompt = of_length(forms[0]).column(lambda part: part.prompt_seconds).mean()
+        for task in TASKS:
+            taus = {key: walked[key].of(f"{task} {length}").tau[0] for key in keys}
+            speeds = [f"{taus[key] * plain / ms[key]:.2f}x ({ms[key]:.0f})" for key in keys]
+            labels = [task, f"{int(length):,}", f"{prompt:.1f}", f"{plain:.0f}"]
+            cells.append([*labels, *speeds])
+    cells.sort(key=lambda row: TASKS.index(row[0]))
+    heads = [f"{name}, {nodes}" for nodes in BUDGETS for name in shown(drafter)]
+    return table(["task", "prompt", "its seconds", "plain, ms", *heads], cells, left=1)
+
+
+def round_ms(line: Line) -> float:
+    """Milliseconds of a round after the prompt."""
+    seconds = line.column(lambda part: part.seconds).sum()
+    return 1e3 * seconds / line.column(results.Rounds.rounds).sum()
 
 
 def picture(view: View, drafter: str):
@@ -354,12 +398,14 @@ def picture(view: View, drafter: str):
                     values = [m.estimate(tau) for tau in taus]
                     named = f"{label}, {nodes} nodes"
                     y = [x.value for x in values]
-                    panel.plot(LENGTHS, y, look, color=colour, label=named, ms=4)
+                    panel.plot(list(LENGTHS), y, look, color=colour, label=named, ms=4)
                     if nodes == NODES:
                         low, high = [x.low for x in values], [x.high for x in values]
-                        panel.fill_between(LENGTHS, low, high, color=colour, alpha=0.12, lw=0)
+                        panel.fill_between(
+                            list(LENGTHS), low, high, color=colour, alpha=0.12, lw=0
+                        )
             panel.set_xscale("log", base=2)
-            panel.set_xticks(LENGTHS, [f"{n / 1000:.1f}k" for n in LENGTHS], fontsize=8)
+            panel.set_xticks(list(LENGTHS), [f"{n / 1000:.1f}k" for n in LENGTHS], fontsize=8)
             panel.minorticks_off()
             title = f"{task}, temperature {temperature:g}"
             panel.set_title(title, loc="left", fontsize=10, color=QUIET)

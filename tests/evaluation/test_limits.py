@@ -7,8 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxspec.api import generate
+from jaxspec.config import TreeConfig
+from jaxspec.drafters.joined import with_lookup
 from jaxspec.evaluation import results
 from jaxspec.evaluation import walk as w
+from jaxspec.evaluation.contenders import Contender, Entry
+from jaxspec.evaluation.speed import plain_forms
+from tests import tiny
+from tests.drafters import cases
 
 FOLDER = Path(__file__).parents[2] / "examples/shipped_drafter"
 ROUNDS = [[0, 0, 6, 2], [0, 2, 4, 2]]  # 2.25 and 2 tokens a round: 34 / 16 in all
@@ -117,13 +124,33 @@ def test_long_prompts_are_drawn(scripts, tmp_path, capsys):
                 for nodes in (8, 16):
                     timed = row(name, decoder, nodes, seconds=[0.5, 0.5], **clock)
                     results.append(file, timed)
-            results.append(file, row(name, "plain, 1 row", 1, seconds=[1.0, 1.0], **clock))
+            for decoder, seconds in {"plain, 1 row": 1.0, "plain, 2 rows": 2.0}.items():
+                timed = row(name, decoder, 1, seconds=[seconds] * 2, **clock)
+                results.append(file, timed)
     long.Draw(file, drafter="x", output=tmp_path).run()
     text = capsys.readouterr().out
     taus = " | ".join(["2.12 [2.00, 2.25]"] * 4)
     assert f"| 0 | copy | 7,000 | {taus} | 25% | 10% |" in text
-    assert f"| ask | 512 | 2.0 | 20.0 |{' 2.00x (2.12) |' * 6}" in text
+    # 16 rounds in 1 second, and in 2 plainly.
+    assert f"| ask | 512 | 2.0 | 125 |{' 4.25x (62) |' * 6}" in text
     assert (tmp_path / "long.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_clock_runs_what_decoding_runs(scripts):
+    limits, long = scripts["limits"], scripts["long"]
+    target, rows = tiny.target(), tiny.prompts(5, 21)
+    joined = with_lookup(cases.loaded("dspark", TreeConfig("chain", size=8)))
+    entry = Entry(Contender("x", "x+ngram", tree="chain"), target, joined)
+    rivals = {(name, 1): form for name, form in plain_forms().items()}
+    rivals |= {(name, 8): form for name, form in limits.forms(entry, 8).items()}
+    answers, prompt_seconds = long.race([entry], rivals, rows, 24)
+    assert list(answers) == list(rivals) and len(prompt_seconds) == 2
+    for (name, nodes), own in answers.items():
+        options = dict(drafter=rivals[name, nodes], max_new_tokens=24, budget=nodes)
+        expected = generate(target, rows, **options)
+        assert [x.token_ids for x in own] == [x.token_ids for x in expected], name
+        assert [x.stats for x in own] == [x.stats for x in expected], name
 
 
 def test_a_prompt_holds_as_many_texts_as_fit(scripts):
@@ -136,8 +163,8 @@ def test_a_prompt_holds_as_many_texts_as_fit(scripts):
         "Problem 1:\nfour\n\nProblem 2:\nfive six seven\n\nProblem 3:\neight\n\n"
         "Problem 4:\none two\n\n"
     )
-    asked = long.prompt("Problem", texts, 1, "ask", 24, count)
+    asked = long.prompt("Problem", texts, 2, "ask", 24, count)
     assert asked == f"{listed}Solve Problem 2. Please reason step by step."
     assert count(asked) == 23  # the fifth text has three words with its number
-    asked = long.prompt("Problem", texts, 1, "copy", 27, count)
+    asked = long.prompt("Problem", texts, 2, "copy", 27, count)
     assert asked == f"{listed}Write Problem 2 and Problem 3 again, word for word."
