@@ -2,8 +2,9 @@
 
 Walks along the target's own answers (nothing is timed):
 
-    python examples/shipped_drafter/limits.py measure --drafters shipped
-    python examples/shipped_drafter/limits.py draw --into docs/report.md --output docs/pictures
+    cd examples/shipped_drafter
+    python limits.py measure --drafters shipped
+    python limits.py draw --into ../../docs/report.md --output ../../docs/evaluation
 
 `measure` resumes after an interruption, and adds drafters given later (their names are what
 tables show: NAME=FOLDER) to what the file holds.
@@ -42,10 +43,12 @@ BUDGETS = (8, 16, 32, 64, 128)
 CANDIDATES = (1, 2, 4, 8, 16)
 ANY = 1 << 30  # candidates: all that the drafter drafts
 JOINT_BUDGET = 16
+SHOWN_DEPTHS = 7
 LOOKUP = "lookup"
 GRAM = 8  # tokens that are the same by copying, hardly by chance
 TAU_MARKS = "<!-- limits -->", "<!-- end of limits -->"
 TITLE = dict(loc="left", fontsize=10, color=QUIET)
+DEPTH_MARKS = "<!-- depths -->", "<!-- end of depths -->"
 SHARE_MARKS = "<!-- shares -->", "<!-- end of shares -->"
 
 
@@ -264,7 +267,11 @@ class Draw:
     def run(self) -> None:
         rows = results.read_rows(self.results)
         found = Found(rows, self.temperature)
-        tables = {TAU_MARKS: tau_table(found), SHARE_MARKS: share_table(found)}
+        tables = {
+            TAU_MARKS: tau_table(found),
+            DEPTH_MARKS: depth_table(found),
+            SHARE_MARKS: share_table(found),
+        }
         write(tables, self.into)
         if self.output is not None:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -317,6 +324,38 @@ def tau_table(found: Found) -> str:
     return table(["tokens per round", *heads], rows, left=1)
 
 
+def depth_table(found: Found) -> str:
+    """Share of rounds accepted at a depth, of those that accepted all before."""
+    rows = []
+    for named in found.joint:
+        for label, (decoder, budget) in by_depth(named).items():
+            rates = conditional(found.lines[decoder][budget])[:SHOWN_DEPTHS]
+            cells = ["" if np.isnan(rate) else f"{rate:.2f}" for rate in rates]
+            cells += [""] * (SHOWN_DEPTHS - len(cells))
+            row = [label, str(budget), *cells]
+            if row not in rows:  # lookup is the same beside every drafter
+                rows.append(row)
+    depths = [f"depth {depth}" for depth in range(1, SHOWN_DEPTHS + 1)]
+    return table(["accepted, given all before", "nodes", *depths], rows, left=1)
+
+
+def by_depth(named: str) -> dict[str, tuple[str, int]]:
+    """Decoders and their nodes whose acceptance by depth is shown, by what they are called."""
+    return {
+        LOOKUP: (LOOKUP, 16),
+        named: (f"{named}, drafter", 16),
+        f"{named} and lookup": (f"{named}, both", 16),
+        f"{named}, 128 nodes": (f"{named}, drafter", 128),
+    }
+
+
+def conditional(line: Line) -> np.ndarray:
+    """By depth; nan where fewer than 100 rounds came so far, whose rates say nothing."""
+    survival, rounds = line.survival, line.column(results.Rounds.rounds).sum()
+    enough = np.concatenate([[1.0], survival[:-1]]) * rounds >= 100
+    return np.where(enough, m.conditional(survival), np.nan)
+
+
 def share_table(found: Found) -> str:
     """Share of rounds in which drafter and lookup would each have accepted enough."""
     rows = []
@@ -364,22 +403,14 @@ def picture(found: Found):
 
 
 def _draw_depths(panel, found: Found, named: str) -> None:
-    shown = {
-        LOOKUP: (LOOKUP, 16, "o-"),
-        named: (f"{named}, drafter", 16, "s-"),
-        f"{named} and lookup": (f"{named}, both", 16, "D-"),
-        f"{named}, 128 nodes": (f"{named}, drafter", 128, "s:"),
-    }
-    colours = dict(zip(shown, (*COLOURS[:3], COLOURS[1]), strict=True))
-    for label, (decoder, budget, look) in shown.items():
-        line = found.lines[decoder][budget]
-        survival = line.survival
-        rounds = line.column(results.Rounds.rounds).sum()
-        # Rates of a handful of rounds say nothing.
-        enough = np.concatenate([[1.0], survival[:-1]]) * rounds >= 100
-        rates = np.where(enough, m.conditional(survival), np.nan)
+    looks = dict(zip(by_depth(named), ("o-", "s-", "D-", "s:"), strict=True))
+    colours = (*COLOURS[:3], COLOURS[1])
+    for (label, (decoder, budget)), colour in zip(
+        by_depth(named).items(), colours, strict=True
+    ):
+        rates = conditional(found.lines[decoder][budget])
         depths = np.arange(1, len(rates) + 1)
-        panel.plot(depths, rates, look, label=label, color=colours[label], ms=4)
+        panel.plot(depths, rates, looks[label], label=label, color=colour, ms=4)
     panel.set(ylim=(0, 1), xlabel="depth", ylabel="share of rounds")
     panel.set_title("Accepted, given all before; 16 nodes", **TITLE)
     panel.xaxis.get_major_locator().set_params(integer=True)

@@ -2,7 +2,7 @@
 
     python examples/shipped_drafter/long.py walk   # tau; nothing is timed
     python examples/shipped_drafter/long.py clock  # needs a quiet machine
-    python examples/shipped_drafter/long.py draw --into docs/report.md --output docs/pictures
+    python examples/shipped_drafter/long.py draw --into docs/report.md --output docs/evaluation
 
 All but `draw` resume after an interruption. A prompt is a numbered list of public texts and a
 task about one of them. The texts: paragraphs of this repository's pages as of `COMMIT`, GSM8K's
@@ -334,7 +334,7 @@ def tau_table(rows: list[results.Row], view: View, drafter: str) -> str:
     copied = {(x.set, x.temperature): x for x in rows if isinstance(x, results.Copies)}
     for temperature in view.temperatures:
         found = lines(view, "walk", temperature)
-        for name in view.sets:
+        for name in sorted(found[limits.LOOKUP, NODES].sets, key=_order):
             own = copied[name, temperature]
             shares = [sum(x) / sum(own.tokens) for x in (own.from_prompt, own.from_answer)]
             taus = [
@@ -348,6 +348,11 @@ def tau_table(rows: list[results.Row], view: View, drafter: str) -> str:
             cells.append([*labels, *taus, f"{m.estimate(best.tau):.2f}", *shares])
     heads = ["temperature", "task", "prompt", *shown(drafter), "drafter, best of 16"]
     return table([*heads, "copied of the prompt", "of the answer"], cells, left=2)
+
+
+def _order(name: str) -> tuple[str, int]:
+    task, length = name.split()
+    return task, int(length)
 
 
 def speed_table(view: View, drafter: str) -> str:
@@ -382,42 +387,45 @@ def round_ms(line: Line) -> float:
 
 
 def picture(view: View, drafter: str):
-    """Tau by length: a panel for each task and temperature."""
+    """Tau by length: a row for each temperature, a panel for each task."""
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(3.4 * len(TASKS) * len(view.temperatures), 3.4), layout="constrained"
-    )
-    panels = iter(figure.subplots(1, len(TASKS) * len(view.temperatures), sharey=True))
-    for temperature in view.temperatures:
+    temperatures = view.temperatures
+    figure = Figure(figsize=(8.5, 0.6 + 2.7 * len(temperatures)), layout="constrained")
+    grid = figure.subplots(len(temperatures), len(TASKS), sharey="row", squeeze=False)
+    for panels, temperature in zip(grid, temperatures, strict=True):
         found = lines(view, "walk", temperature)
-        for task, panel in zip(TASKS, panels, strict=False):
-            for (label, decoder), colour in zip(shown(drafter).items(), COLOURS, strict=False):
-                for nodes, look in ((NODES, "o-"), (8, "o:")):
-                    taus = [found[decoder, nodes].of(f"{task} {n}").tau for n in LENGTHS]
-                    values = [m.estimate(tau) for tau in taus]
-                    named = f"{label}, {nodes} nodes"
-                    y = [x.value for x in values]
-                    panel.plot(list(LENGTHS), y, look, color=colour, label=named, ms=4)
-                    if nodes == NODES:
-                        low, high = [x.low for x in values], [x.high for x in values]
-                        panel.fill_between(
-                            list(LENGTHS), low, high, color=colour, alpha=0.12, lw=0
-                        )
-            panel.set_xscale("log", base=2)
-            panel.set_xticks(list(LENGTHS), [f"{n / 1000:.1f}k" for n in LENGTHS], fontsize=8)
-            panel.minorticks_off()
+        for task, panel in zip(TASKS, panels, strict=True):
+            _draw(panel, found, task, drafter)
             title = f"{task}, temperature {temperature:g}"
             panel.set_title(title, loc="left", fontsize=10, color=QUIET)
-            panel.set_xlabel("tokens of the prompt")
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.grid(color="#e3e7eb", lw=0.7)
-    first = figure.axes[0]
-    first.set_ylabel("tokens per round (tau)")
-    handles, labels = first.get_legend_handles_labels()
-    place = dict(loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+        panels[0].set_ylabel("tokens per round (tau)")
+    for panel in grid[-1]:
+        panel.set_xlabel("tokens of the prompt")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    place = dict(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.legend(handles, labels, **place)
     return figure
+
+
+def _draw(panel, found: dict[Key, Line], task: str, drafter: str) -> None:
+    sets = sorted(found[limits.LOOKUP, NODES].sets, key=_order)
+    lengths = [length for own, length in map(_order, sets) if own == task]
+    for (label, decoder), colour in zip(shown(drafter).items(), COLOURS, strict=False):
+        for nodes in BUDGETS:
+            line = found[decoder, nodes]
+            taus = [m.estimate(line.of(f"{task} {length}").tau) for length in lengths]
+            look = dict(color=colour, label=f"{label}, {nodes} nodes", marker="o", ms=4)
+            style = "-" if nodes == NODES else ":"
+            panel.plot(lengths, [x.value for x in taus], style, **look)
+            if nodes == NODES:
+                low, high = [x.low for x in taus], [x.high for x in taus]
+                panel.fill_between(lengths, low, high, color=colour, alpha=0.12, lw=0)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(list(LENGTHS), [f"{length:,}" for length in LENGTHS])
+    panel.minorticks_off()
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(color="#e3e7eb", lw=0.7)
 
 
 if __name__ == "__main__":

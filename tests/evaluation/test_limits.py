@@ -96,7 +96,8 @@ def test_limits_are_drawn(scripts, tmp_path):
     file, document = tmp_path / "limits.jsonl", tmp_path / "report.md"
     for found in walked(limits, "sums"):
         results.append(file, found)
-    marks = [mark for pair in (limits.TAU_MARKS, limits.SHARE_MARKS) for mark in pair]
+    pairs = limits.TAU_MARKS, limits.DEPTH_MARKS, limits.SHARE_MARKS
+    marks = [mark for pair in pairs for mark in pair]
     document.write_text("\n".join(marks))
     limits.Draw(file, into=document, output=tmp_path).run()
     text = document.read_text()
