@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
 
 from jaxspec.config import TargetConfig
 from jaxspec.decoding.logprobs import LogProbs
@@ -131,14 +132,14 @@ class DecodeState:
     logprobs: LogProbs | None
 
     @property
-    def position(self) -> jax.Array:
-        """[B] int32, of the anchor, and so the rows that a round reads of its cache; 0 in rows
+    def position(self) -> Int[Array, " B"]:
+        """Of the anchor, and so the rows that a round reads of its cache; 0 in rows
         that are done: what they compute is dropped, and attention walks the longest row."""
         return jnp.where(self.done, 0, self.length - 1)
 
     @property
-    def anchor(self) -> jax.Array:
-        """[B] int32, the last decided token of every row."""
+    def anchor(self) -> Int[Array, " B"]:
+        """The last decided token of every row."""
         return jnp.take_along_axis(self.tokens, self.length[:, None] - 1, axis=1)[:, 0]
 
 
@@ -219,14 +220,16 @@ class Verdict:
 
 
 def write_tokens(
-    tokens: jax.Array, new: jax.Array, start: jax.Array, stop: jax.Array
-) -> jax.Array:
+    tokens: Shaped[Array, "B S *X"],
+    new: Shaped[Array, "B C *X"],
+    start: Int[Array, " B"],
+    stop: Int[Array, " B"],
+) -> Shaped[Array, "B S *X"]:
     """tokens[b, start[b]:stop[b]] = new[b, :stop[b] - start[b]]; the rest stays.
 
     Args:
-      tokens: [B, S], or what goes with tokens, [B, S, ...].
-      new: [B, C, ...].
-      start, stop: [B], at most C apart.
+      tokens: or what goes with tokens.
+      start, stop: at most C apart.
     """
     index = start[:, None] + jnp.arange(new.shape[1])
     index = jnp.where(index < stop[:, None], index, tokens.shape[1])  # past the end: dropped

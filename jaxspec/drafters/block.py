@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key
 
 from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.drafters.base import Committed, Drafter
@@ -190,9 +191,9 @@ class BlockDrafter(Drafter):
         self,
         params: BlockParams,
         state: KVCache,
-        anchor: jax.Array,
-        position: jax.Array,
-        budget: jax.Array,
+        anchor: Int[Array, " B"],
+        position: Int[Array, " B"],
+        budget: Int[Array, " B"],
     ) -> tuple[DraftTree, KVCache]:
         head, vocabulary = bind(self.config, params.head), params.vocabulary
         stream = self.stream(params, state, anchor, position)
@@ -230,17 +231,17 @@ class BlockDrafter(Drafter):
         self,
         params: BlockParams,
         state: KVCache,
-        anchor: jax.Array,
-        position: jax.Array,
-        temperature: jax.Array,
-        keys: jax.Array,
+        anchor: Int[Array, " B"],
+        position: Int[Array, " B"],
+        temperature: Float[Array, " B"],
+        keys: Key[Array, " B"],
     ) -> tuple[SampledChain, KVCache]:
         """A chain drawn from the drafter, for `decoding.rejection.accept_by_rejection`.
 
         Args:
           anchor, position: as in `draft`.
-          temperature: [B] float32; at 0 the likeliest token is taken, with probability one.
-          keys: [B] typed keys, consumed; not those that decide the target's own choices.
+          temperature: at 0 the likeliest token is taken, with probability one.
+          keys: consumed; not those that decide the target's own choices.
         """
         head, vocabulary = bind(self.config, params.head), params.vocabulary
         stream = self.stream(params, state, anchor, position)
@@ -280,9 +281,13 @@ class BlockDrafter(Drafter):
         return rollout(head, vocabulary, stream, base, anchor, choose)
 
     def stream(
-        self, params: BlockParams, state: KVCache, anchor: jax.Array, position: jax.Array
-    ) -> jax.Array:
-        """The head's pass over one block per row, [B, P, M]: see `DraftHead.stream`."""
+        self,
+        params: BlockParams,
+        state: KVCache,
+        anchor: Int[Array, " B"],
+        position: Int[Array, " B"],
+    ) -> Float[Array, "B P M"]:
+        """The head's pass over one block per row: see `DraftHead.stream`."""
         c, size = self.config, self.config.block_size
         visibility = [pack_bits(block_visibility(c, layer)) for layer in range(c.num_layers)]
 
@@ -368,13 +373,13 @@ def _chain_lengths(params: BlockParams, log_confidence: jax.Array) -> jax.Array:
 def transition_table(
     head: DraftHead,
     vocabulary: Vocabulary,
-    stream: jax.Array,
-    base: jax.Array,
-    anchor: jax.Array,
+    stream: Float[Array, "B P M"],
+    base: Float[Array, "B P V"],
+    anchor: Int[Array, " B"],
     *,
     parents: int,
     children: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Int[Array, "B P C W"], Float[Array, "B P C W"], Int[Array, "B P C W"]]:
     """The likeliest children of the likeliest parents of every depth (TreeFlash).
 
     The parents of slot 0 are all the anchor; those of slot k are the likeliest tokens of slot
@@ -382,7 +387,7 @@ def transition_table(
 
     Returns:
       tokens int32, their log-probabilities given the parent, and the child's index among the
-      next slot's parents (-1: none, a leaf), all [B, P, parents, children].
+      next slot's parents (-1: none, a leaf), for C parents of W children.
     """
     vocab = base.shape[-1]
     parents, children = min(parents, vocab), min(children, vocab)

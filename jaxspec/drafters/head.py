@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec.config import DrafterConfig
 from jaxspec.drafters.confidence import Confidence
@@ -62,8 +64,8 @@ class Vocabulary:
     judge: jax.Array | None = None
     own_embed: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
-    def ids(self, index: jax.Array) -> jax.Array:
-        """Tokens [...] of indices [...]."""
+    def ids(self, index: Int[Array, "*S"]) -> Int[Array, "*S"]:
+        """Tokens of indices."""
         return index if self.kept is None else self.kept[index]
 
     def of_tree(self, tree: DraftTree) -> DraftTree:
@@ -73,8 +75,8 @@ class Vocabulary:
         tokens = jnp.where(tree.depths > 0, self.ids(tree.tokens), tree.tokens)
         return dataclasses.replace(tree, tokens=tokens)
 
-    def index(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Indices [...] of tokens [...], and which tokens have one; other indices are any."""
+    def index(self, tokens: Int[Array, "*S"]) -> tuple[Int[Array, "*S"], Bool[Array, "*S"]]:
+        """Indices of tokens, and which tokens have one; other indices are any."""
         if self.kept is None:
             return tokens, jnp.ones(tokens.shape, bool)
         index = jnp.minimum(jnp.searchsorted(self.kept, tokens), self.kept.shape[0] - 1)
@@ -105,8 +107,10 @@ class DraftLayer(nnx.Module):
         self.mlp_conv = make() if config.conv_taps else None
         self.eps = config.rms_norm_eps
 
-    def keys_values(self, x: jax.Array, angles) -> tuple[jax.Array, jax.Array]:
-        """Rotated keys and values [..., K, D] of context, or of normed slots, [..., M]."""
+    def keys_values(
+        self, x: Float[Array, "*S M"], angles
+    ) -> tuple[Float[Array, "*S K D"], Float[Array, "*S K D"]]:
+        """Rotated keys, and values, of context or of normed slots."""
         # XLA joins products that share an operand and concatenates their weights, in every
         # round: the queries' with these, and these of all layers.
         x, weight = jax.lax.optimization_barrier((x, self.kv[...]))
@@ -114,8 +118,8 @@ class DraftLayer(nnx.Module):
         k = rms_norm(kv[..., 0, :], self.k_norm[...], self.eps)
         return rotate(k, *angles), kv[..., 1, :]
 
-    def __call__(self, x: jax.Array, angles, attend) -> jax.Array:
-        """Slots [..., b, M] -> [..., b, M]; `attend(q, k, v)` adds the context."""
+    def __call__(self, x: Float[Array, "*B T M"], angles, attend) -> Float[Array, "*B T M"]:
+        """The T slots of blocks after the layer; `attend(q, k, v)` adds the context."""
         normed = rms_norm(x, self.norm[...], self.eps)
         before, after = sides(self.attention_conv, normed)
         normed = before(normed)
@@ -154,7 +158,7 @@ class DraftHead(nnx.Module):
             Confidence(config, rngs=rngs, dtype=dtype) if config.confidence else None
         )
 
-    def context(self, features: jax.Array, positions: jax.Array) -> KVRows:
+    def context(self, features: Float[Array, "B C F"], positions: Int[Array, "B C"]) -> KVRows:
         """Every layer's keys and values of observed tokens, projected once.
 
         Args:
@@ -168,8 +172,12 @@ class DraftHead(nnx.Module):
         return KVRows(keys, values)
 
     def stream(
-        self, vocabulary: Vocabulary, anchors: jax.Array, positions: jax.Array, attend: Attend
-    ) -> jax.Array:
+        self,
+        vocabulary: Vocabulary,
+        anchors: Int[Array, "*B"],
+        positions: Int[Array, "*B"],
+        attend: Attend,
+    ) -> Float[Array, "*B P M"]:
         """One pass over blocks of the anchor and masks.
 
         Args:
@@ -189,28 +197,38 @@ class DraftHead(nnx.Module):
             x = layer(x, angles, functools.partial(attend, i))
         return x[..., -self.config.depth :, :]
 
-    def logits(self, vocabulary: Vocabulary, stream: jax.Array) -> jax.Array:
-        """Base logits, float32 [..., V'], of a stream [..., M]."""
+    def logits(
+        self, vocabulary: Vocabulary, stream: Float[Array, "*S M"]
+    ) -> Float[Array, "*S V"]:
+        """Base logits of a stream, float32; V is V' of the vocabulary."""
         return self.unembed(vocabulary, self.normed(stream))
 
-    def unembed(self, vocabulary: Vocabulary, hidden: jax.Array) -> jax.Array:
-        """Logits, scaled and capped, float32 [..., V'], of hidden states [..., M]."""
+    def unembed(
+        self, vocabulary: Vocabulary, hidden: Float[Array, "*S M"]
+    ) -> Float[Array, "*S V"]:
+        """Logits of hidden states, scaled and capped, float32."""
         return self.scaled(project("...m,vm->...v", hidden, vocabulary.unembed))
 
-    def scaled(self, logits: jax.Array) -> jax.Array:
+    def scaled(self, logits: Float[Array, "*S"]) -> Float[Array, "*S"]:
         """The LM head's products as logits."""
         logits, cap = self.config.logit_scale * logits, self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def normed(self, stream: jax.Array) -> jax.Array:
+    def normed(self, stream: Float[Array, "*S M"]) -> Float[Array, "*S M"]:
         """The hidden state h_k that all heads read."""
         return rms_norm(stream, self.norm[...], self.config.rms_norm_eps)
 
-    def advance(self, vocabulary: Vocabulary, stream: jax.Array, previous: jax.Array, state):
-        """One slot of the sequential head: stream [..., M], previous token [...].
+    def advance(
+        self,
+        vocabulary: Vocabulary,
+        stream: Float[Array, "*#S M"],
+        previous: Int[Array, "*#S"],
+        state,
+    ) -> tuple[Float[Array, "*S R"], Any]:
+        """One slot of the sequential head, after the previous token.
 
         Returns:
-          (latent [..., R or M], new state).
+          The latent, whose width is M with an "mlp" head, and the new state.
         """
         if self.config.sequential == "mlp":
             embedded = lookup(vocabulary.embed, previous)
@@ -218,9 +236,12 @@ class DraftHead(nnx.Module):
         return self.sequential.advance(self.normed(stream), previous, state)
 
     def teacher_forced(
-        self, vocabulary: Vocabulary, stream: jax.Array, previous: jax.Array
-    ) -> jax.Array:
-        """Latents [..., P, R or M] of whole blocks whose previous tokens [..., P] are given."""
+        self,
+        vocabulary: Vocabulary,
+        stream: Float[Array, "*B P M"],
+        previous: Int[Array, "*B P"],
+    ) -> Float[Array, "*B P R"]:
+        """Latents of whole blocks whose previous tokens are given; see `advance`."""
         state = self.sequential.initial_state(previous.shape[:-1])
         if self.config.sequential != "rnn":
             return self.advance(vocabulary, stream, previous, state)[0]
@@ -232,14 +253,15 @@ class DraftHead(nnx.Module):
         slots = (jnp.moveaxis(stream, -2, 0), jnp.moveaxis(previous, -1, 0))
         return jnp.moveaxis(jax.lax.scan(slot, state, slots)[1], 0, -2)
 
-    def correct(self, vocabulary: Vocabulary, base: jax.Array, latent: jax.Array) -> jax.Array:
-        """Logits given the previous token, float32 [..., V'].
+    def correct(
+        self,
+        vocabulary: Vocabulary,
+        base: Float[Array, "*#S V"],
+        latent: Float[Array, "*#S R"],
+    ) -> Float[Array, "*S V"]:
+        """Logits given the previous token, float32.
 
         A bilinear head's are -inf outside of the candidates, the likeliest by base logits.
-
-        Args:
-          base: base logits, that broadcast to the result.
-          latent: [..., R or M].
         """
         if self.config.sequential == "mlp":
             return self.unembed(vocabulary, latent)
@@ -251,18 +273,24 @@ class DraftHead(nnx.Module):
             return jnp.put_along_axis(never, index, scores, axis=-1, inplace=False)
         return base + project("...r,vr->...v", latent, self.sequential.output[...])
 
-    def select(self, top: jax.Array, index: jax.Array, latent: jax.Array) -> jax.Array:
-        """A bilinear head's scores of candidates [..., k], with base logits `top` [..., k].
+    def select(
+        self,
+        top: Float[Array, "*#S k"],
+        index: Int[Array, "*#S k"],
+        latent: Float[Array, "*#S R"],
+    ) -> Float[Array, "*S k"]:
+        """A bilinear head's scores of candidates, whose base logits are `top`.
 
         Args:
-          index: [..., k] int32, the candidates, in the draft vocabulary.
-          latent: [..., R].
+          index: the candidates, in the draft vocabulary.
         """
         rows = lookup_whole(self.sequential.output[...], index)
         return top + jnp.einsum("...r,...kr->...k", latent, rows)
 
-    def confidence_logits(self, stream: jax.Array, previous: jax.Array) -> jax.Array:
-        """[...] of a stream [..., M] and the tokens before its slots [...]."""
+    def confidence_logits(
+        self, stream: Float[Array, "*#S M"], previous: Int[Array, "*#S"]
+    ) -> Float[Array, "*S"]:
+        """Of a stream and the tokens before its slots."""
         embedded = None
         if self.config.confidence == "hidden_and_previous":
             embedded = self.sequential.embed(previous)

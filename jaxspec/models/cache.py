@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from pallas_kernels.copy_rows import take_rows, write_rows
 
@@ -28,14 +29,18 @@ class KVCache:
         return self.keys[0].shape[2]
 
     def write(
-        self, rows: KVRows, starts: jax.Array, *, after: jax.Array | None = None
+        self,
+        rows: KVRows,
+        starts: Int[Array, " B"] | Int[Array, ""],
+        *,
+        after: jax.Array | None = None,
     ) -> KVCache:
         """Overwrites C rows of every sequence from its start on.
 
         Args:
           rows: C new rows per layer.
-          starts: first row, [B] or one scalar for all. A start must leave room for all C
-            rows: a slice that does not fit would be shifted and overwrite committed rows.
+          starts: first row, a scalar for all alike. A start must leave room for all C rows: a
+            slice that does not fit would be shifted and overwrite committed rows.
           after: an array that depends on every read of this cache in the same program, where
             `starts` does not. Without an order between the two, XLA:CPU copies the whole cache
             before it writes (and it drops `optimization_barrier` too early to help). Its
@@ -62,8 +67,8 @@ class KVRows:
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
 
-    def take(self, index: jax.Array) -> KVRows:
-        """The rows of chosen nodes: index [B, C'] -> [B, C', K, D] per layer."""
+    def take(self, index: Int[Array, "B C"]) -> KVRows:
+        """The rows of chosen nodes, [B, C, K, D] per layer."""
         layers = len(self.keys)
         taken = take_rows(self.keys + self.values, index)
         return KVRows(taken[:layers], taken[layers:])

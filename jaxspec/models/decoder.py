@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
 
 from jaxspec.config import TargetConfig
 from jaxspec.models.cache import KVRows
@@ -55,15 +56,15 @@ class ForwardOutput:
 def forward(
     params: TargetParams,
     config: TargetConfig,
-    tokens: jax.Array,
-    depths: jax.Array,
-    ancestors: jax.Array,
+    tokens: Int[Array, "B N"],
+    depths: Int[Array, "B N"],
+    ancestors: UInt32[Array, "B N W"],
     states: LayerStates,
-    lengths: jax.Array,
+    lengths: Int[Array, " B"],
     *,
     taps: tuple[int, ...] = (),
     packing: Packing | None = None,
-    embeddings: jax.Array | None = None,
+    embeddings: Float[Array, "B N M"] | None = None,
     implementation: str | None = None,
 ) -> ForwardOutput:
     """Runs the target on N nodes that see the committed prefix and their ancestors.
@@ -71,16 +72,16 @@ def forward(
     States are only read; `ForwardOutput.rows` holds what to write once nodes are accepted.
 
     Args:
-      tokens: [B, N] int32.
-      depths: [B, N] int32; a node stands at position `lengths + depths`.
-      ancestors: uint32 bits [B, N, ceil(N / 32)], ancestor-or-self (`trees.ancestors`).
+      tokens: int32.
+      depths: int32; a node stands at position `lengths + depths`.
+      ancestors: bits, W = ceil(N / 32), ancestor-or-self (`trees.ancestors`).
       states: of the layers after the prefix.
-      lengths: [B] int32, tokens of the prefix.
+      lengths: int32, tokens of the prefix.
       taps: layers whose outputs to return, 0-based; -1 is the embedding, and the last layer
         is tapped after the final norm (as Hugging Face's `hidden_states[-1]`).
       packing: runs on the nodes it packs alone: `hidden` and `taps` come packed, [1, T, .], and
         rows of other nodes are meaningless.
-      embeddings: [B, N, M] float32 to run on in place of the tokens' own; without a packing.
+      embeddings: float32, to run on in place of the tokens' own; without a packing.
       implementation: of tree attention, see `pallas_kernels.tree_attention`; "triton" also
         runs the kernels around the products (`fuses`).
     """
@@ -226,13 +227,13 @@ def _attend(
 def attention(
     params: AttentionParams,
     config: TargetConfig,
-    x: jax.Array,
+    x: Float[Array, "B N M"],
     angles: Angles,
     attend: Attend,
     dtype=None,
     results=jnp.float32,
-) -> jax.Array:
-    """What attention adds to rows x [B, N, M].
+) -> Float[Array, "B N M"]:
+    """What attention adds to rows.
 
     Args:
       attend: who sees whom: queries [B, N, H, D], keys and values [B, N, K, D], all but values
@@ -277,8 +278,8 @@ def fuses(params: TargetParams, config: TargetConfig, implementation: str | None
     return implementation == "triton" and narrow and tiles and not cut_axes()
 
 
-def unembed(params: TargetParams, hidden: jax.Array) -> jax.Array:
-    """Logits float32 [..., V] of hidden states [..., M] that passed the final norm."""
+def unembed(params: TargetParams, hidden: Float[Array, "*S M"]) -> Float[Array, "*S V"]:
+    """Logits, float32, of hidden states that passed the final norm."""
     return project("...m,vm->...v", hidden, params.unembed)
 
 
@@ -346,11 +347,11 @@ def _add_mlp(
 def mlp(
     params: MlpParams | MoeParams,
     config: TargetConfig,
-    x: jax.Array,
+    x: Float[Array, "B N M"],
     count: int | None = None,
     results=jnp.float32,
-) -> jax.Array:
-    """What it adds to x [B, N, M].
+) -> Float[Array, "B N M"]:
+    """What an MLP, or a mixture of experts, adds to rows.
 
     Args:
       count: the first rows are real, the others padding; all if left out.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+from jaxtyping import Array, Int
 
 from jaxspec.config import TargetConfig
 from jaxspec.models.cache import KVCache, KVRows, init_cache
@@ -36,8 +37,8 @@ class LayerStates:
     def write(
         self,
         rows: LayerRows,
-        starts: jax.Array,
-        counts: jax.Array,
+        starts: Int[Array, " B"] | Int[Array, ""],
+        counts: Int[Array, " B"],
         *,
         after: jax.Array | None = None,
     ) -> LayerStates:
@@ -45,9 +46,9 @@ class LayerStates:
 
         Args:
           rows: C rows per layer.
-          starts: tokens committed before, [B] or one scalar for all; all C rows must fit. At 0
-            a sequence begins, whatever was kept.
-          counts: [B], 0 … C; at 0 a sequence stays as it is.
+          starts: tokens committed before, a scalar for all alike; all C rows must fit. At 0 a
+            sequence begins, whatever was kept.
+          counts: 0 … C; at 0 a sequence stays as it is.
           after: see `KVCache.write`.
         """
         delta = tuple(
@@ -70,8 +71,8 @@ class LayerRows:
     kv: KVRows
     delta: tuple[DeltaRows, ...] = ()
 
-    def take(self, index: jax.Array) -> LayerRows:
-        """The rows of chosen nodes [B, C']."""
+    def take(self, index: Int[Array, "B C"]) -> LayerRows:
+        """The rows of chosen nodes."""
         return LayerRows(self.kv.take(index), tuple(rows.take(index) for rows in self.delta))
 
 
