@@ -15,10 +15,10 @@ from jaxspec.cli.prompt_sets import chosen, encoded
 class Bench:
     """Choose a drafter: tokens per round, milliseconds by phase, and speed against plain.
 
-    All drafters answer the same prompts, taking turns with plain decoding; one table shows
-    them. A drafter is what `generate --drafter` takes, with options of its own after commas:
-    DRAFTER[,tree=KIND][,head=none][,width=W][,candidates=C]. `evaluate` compares further, on
-    more prompts, and can be resumed.
+    All drafters answer the same prompts, interleaved with plain decoding; one table compares
+    them. A drafter is given as for `generate --drafter`, with options of its own after commas:
+    DRAFTER[,tree=KIND][,head=none][,width=W][,candidates=C]. `evaluate` runs larger
+    comparisons, which can be resumed.
 
     Examples:
       python -m jaxspec bench --drafters ngram shipped shipped+ngram --prompts prompts.jsonl
@@ -36,18 +36,18 @@ class Bench:
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
     drafters' files name (speculators' format), else smollm2-135m."""
     dtype: Dtype = "auto"
-    """Of weights and caches; see `generate`."""
+    """Dtype of weights and caches; see `generate`."""
     budgets: tuple[int, ...] = (8,)
     """Nodes verified per round, root included; every drafter is measured with each."""
     count: int = 4
-    """Prompts per set, evenly apart; 0 takes all."""
+    """Prompts per set, evenly spaced; 0 takes all."""
     max_new_tokens: int = 128
     temperature: float = 0.0
     """0 is greedy."""
     thinking: bool | None = None
     """Turn a Qwen3 chat template's thinking on or off."""
     output: Path | None = None
-    """Keep what was measured in a new file of JSON lines, which `report` draws."""
+    """New file of JSON lines for the measurements, which `report` draws."""
     json: bool = False
     """One JSON object per row of the table on standard output, and nothing else there."""
 

@@ -37,7 +37,7 @@ class Calibrate:
     thinking: bool | None = None
     """Turn a Qwen3 chat template's thinking on or off."""
     picture: Path | None = None
-    """Where to draw the reliability diagram; needs the extra 'plots'."""
+    """File of the reliability diagram; needs the extra 'plots'."""
     dry_run: bool = False
     """Measure only; store nothing."""
 

@@ -35,10 +35,10 @@ CHECK_PROMPTS = (
 class Check:
     """Check that a trained drafter fits its target, and that decoding runs it as training did.
 
-    Compares the drafter's logits slot by slot between the two ways, walks the target's own
-    answers (or --text) for tau, and tries what is most often wrong: taps off by one, the other
-    slot layout, another mask id, the other thinking mode. Exit code 1 when something looks
-    wrong.
+    Compares the drafter's logits in training and in decoding, slot by slot; replays the
+    target's own answers (or --text) for tau; and tries the usual mistakes: taps off by one, the
+    other slot layout, another mask id, the other thinking mode. Exit code 1 when something
+    looks wrong.
 
     Examples:
       python -m jaxspec check --drafter run/drafter
@@ -53,11 +53,11 @@ class Check:
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
     drafter's files name (speculators' format), else smollm2-135m."""
     beside: str | None = None
-    """Another target to walk on, whose tau is shown beside: of a target in fp8 the unquantised
-    one, to tell what the drafter loses by it."""
+    """Second target to measure tau on, for comparison: the unquantised original of an fp8
+    target, to see what quantisation costs the drafter."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     text: Path | None = None
-    """Text to walk over instead of the target's answers to a few questions."""
+    """File whose text is replayed instead of the target's answers to a few questions."""
     max_new_tokens: int = 48
     """Maximum tokens per answer."""
     thinking: bool | None = None

@@ -10,10 +10,10 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Write weights as an Orbax store, which reloads quickly on any mesh, safetensors, or fp8.
+    """Convert a target to an Orbax store (fast to load, on any mesh), safetensors, or fp8.
 
-    The output is a folder that any command takes as its --target. Every bit written is read
-    back and compared.
+    Every command takes the output folder as --target. All that is written is read back and
+    compared bit for bit.
 
     Examples:
       python -m jaxspec convert --target Qwen/Qwen3-8B --output qwen3-8b
@@ -28,8 +28,8 @@ class Convert:
     to: Literal["orbax", "safetensors"] | None = None
     """Orbax by default; fp8 is always safetensors."""
     dtype: Literal["float32", "bfloat16", "float16", "fp8"] | None = None
-    """Dtype of the written weights; that of the input by default. fp8 writes linear maps in 8
-    bits, in blocks of 128 x 128 with a scale each, as Qwen3-*-FP8 (docs/quantised.md)."""
+    """Dtype of the written weights; the input's by default. fp8 stores linear layers in 8 bits
+    with a scale per block of 128 x 128, as Qwen3-*-FP8 does (docs/quantised.md)."""
     fp8_lm_head: bool = False
     """With --dtype fp8: the LM head in fp8 too, no longer tied to the embedding."""
     json: bool = False

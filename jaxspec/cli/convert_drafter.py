@@ -10,7 +10,7 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class ConvertDrafter:
-    """Write a trained drafter in another published format, and say what that loses.
+    """Convert a trained drafter to another published format, and list what is lost.
 
     The output is read back and compared before it appears. A format that cannot express the
     drafter is refused.
@@ -27,10 +27,10 @@ class ConvertDrafter:
     output: Path
     """A new folder."""
     to: Literal["dflash", "treeflash", "deepspec", "speculators", "eagle3"]
-    """dflash: z-lab's files, of DFlash, DFlash2, JetSpec and DSpark; eagle3: those of SpecForge
-    and the EAGLE repository."""
+    """dflash: z-lab's format, for DFlash, DFlash2, JetSpec and DSpark; eagle3: SpecForge's and
+    the EAGLE repository's."""
     target: str | None = None
-    """The target that it drafts for; by default the one that its files name."""
+    """Target of the drafter; by default the one that its files name."""
     json: bool = False
     """Print a summary as one JSON object on standard output."""
 

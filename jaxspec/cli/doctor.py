@@ -10,7 +10,7 @@ from jaxspec.cli import exits
 
 @dataclasses.dataclass(frozen=True)
 class Doctor:
-    """Look at this machine: devices, speeds, caches, what is installed; advice on each.
+    """Report devices, speeds, caches and installed packages of this machine, with advice.
 
     Exit code 1 when something keeps jaxspec from working.
 

@@ -44,10 +44,10 @@ class Evaluate:
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
     drafter's files name (speculators' format), else smollm2-135m."""
     weights: Weights = "dequantised"
-    """Of a target in fp8: dequantised to the decoders' dtypes, or stored, in 8 bits with their
-    scales."""
+    """How an fp8 target's weights are held: dequantised to the decoders' dtypes, or stored in 8
+    bits with their scales."""
     count: int = 16
-    """Prompts per set, evenly apart; 0 takes all."""
+    """Prompts per set, evenly spaced; 0 takes all."""
     max_new_tokens: int = 256
     temperatures: tuple[float, ...] = (0.0,)
     budgets: tuple[int, ...] = ()

@@ -42,8 +42,8 @@ def run(command: Callable[[], int], *, debug: bool = False) -> int:
 
 
 def left_out(reasons: Iterable[str]) -> int:
-    """Names on standard error what could not be used; the exit code of a command that goes on
-    without."""
+    """Prints what could not be used to standard error; returns the exit code of a command that
+    continues without it."""
     code = DONE
     for reason in reasons:
         print(" ".join(f"left out: {reason}".splitlines()), file=sys.stderr)

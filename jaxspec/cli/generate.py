@@ -33,13 +33,13 @@ class Generate:
     drafter's files name (speculators' format), else smollm2-135m."""
     dtype: Dtype = "auto"
     """Dtype of weights and cache. float32 reproduces plain decoding token for token, on GPUs
-    too (products do not use TF32); bfloat16 may flip near-ties. auto is the fastest here, by a
-    measurement that is kept, and says which that is."""
+    too (products do not use TF32); bfloat16 may flip near-ties. auto measures once which is
+    fastest on this machine, keeps the result, and prints its choice."""
     weights: Weights = "dequantised"
-    """Of a target in fp8: dequantised to --dtype, or stored, in 8 bits with their scales, which
-    halves memory and, on a GPU, what a step reads."""
+    """How an fp8 target's weights are held: dequantised to --dtype, or stored in 8 bits with
+    their scales, which halves their memory and, on a GPU, the bytes that a step reads."""
     prompt: str | None = None
-    """One prompt, a user's turn."""
+    """One prompt, as a user's turn."""
     prompts: Path | None = None
     """JSON lines, each {"turns": [...]} or {"prompt": ...}; the first turn is used."""
     prompt_ids: Path | None = None
@@ -50,7 +50,7 @@ class Generate:
     """Turn a Qwen3 chat template's thinking on or off."""
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
-    """Texts that end an answer, which is cut before them."""
+    """Texts that end an answer; they are not part of it."""
     temperature: float = 0.0
     """0 is greedy."""
     top_k: int = 0
@@ -58,9 +58,9 @@ class Generate:
     min_p: float = 0.0
     seed: int = 0
     schedule: Literal["adaptive", "fixed"] = "adaptive"
-    """adaptive: every round verifies what is worth its time, down to plain decoding, by times
-    of a few rounds that are measured at the start and kept. fixed: every round verifies the
-    whole budget; one program less to compile. Over several devices always fixed."""
+    """adaptive: each round verifies as many nodes as pay for their time, down to none (plain
+    decoding); step times are measured at the first start and kept. fixed: each round verifies
+    the whole budget, and one program less is compiled. Several devices always use fixed."""
     rejection: bool = False
     """Draw chains from a trained drafter and verify them by rejection sampling."""
     batch_size: int = 1
@@ -68,7 +68,7 @@ class Generate:
     devices: int = 1
     """Devices to shard the target and its caches over, counted over all processes."""
     distributed: bool = False
-    """This is one process of several (docs/multi-host.md); the first one prints."""
+    """This process is one of several (docs/multi-host.md); the first one prints."""
     json: bool = False
     """One JSON object per prompt on standard output, and nothing else there; {"error": ...} for
     a prompt that cannot be used."""

@@ -26,7 +26,7 @@ class Regenerate:
     """
 
     output: Path
-    """JSON lines of conversations, as text and as tokens; what failed is in
+    """JSON lines of conversations, as text and as tokens; failures go to
     NAME.errors.jsonl beside it."""
     prompts: tuple[str, ...] = ()
     """Prompts or conversations, in any format of docs/training.md; answers are dropped. A row

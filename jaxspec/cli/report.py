@@ -10,7 +10,7 @@ import tyro
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Draw the tables and pictures of an evaluation again, from its results alone.
+    """Draw the tables and plots of an evaluation from its files of results.
 
     Examples:
       python -m jaxspec report results.jsonl --output docs/evaluation
@@ -20,13 +20,13 @@ class Report:
     results: tyro.conf.Positional[tuple[Path, ...]]
     """Files that `evaluate` wrote; several are read as one."""
     output: Path | None = None
-    """Folder for tables.md and the pictures; the tables are printed if left out."""
+    """Folder for tables.md and the plots; without it the tables are printed."""
     against: tuple[str, ...] = ()
     """Decoders that all others are compared with, at equal budget."""
     into: Path | None = None
-    """Markdown file that gets the summary between its lines `<!-- results -->` and
+    """Markdown file to update: the summary goes between its lines `<!-- results -->` and
     `<!-- end of results -->`, and tau by budget between `<!-- taus -->` and
-    `<!-- end of taus -->` where it has them."""
+    `<!-- end of taus -->` if it has these."""
 
     def run(self) -> int:
         from jaxspec.evaluation.plots import save_all

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 OPTION = "--config"
-ONCE = ("config", "resume_step")  # what one call is told and its repetition is not
+ONCE = ("config", "resume_step")  # of one call: a repeated run does not get them
 
 
 def expanded(command: type, words: Sequence[str]) -> list[str]:

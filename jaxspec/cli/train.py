@@ -52,7 +52,7 @@ class Train:
     """Whether a slot attends only to earlier slots of its block, or to all."""
     block_size: int | None = None
     taps: tuple[int, ...] = ()
-    """Target layers it reads, 0-based; the family's by default."""
+    """Target layers that the drafter reads, 0-based; the family's by default."""
     unroll: int | None = None
     """Tokens that eagle3 and peagle are trained to draft, one after another or all at once; 7
     by default."""
@@ -71,15 +71,15 @@ class Train:
     min_supervised: int = 14
     """Minimum answer tokens per sequence; shorter ones are dropped."""
     any_target: bool = False
-    """Train on answers that another model wrote, too."""
+    """Also train on answers that another model wrote."""
     draft_vocab: int = 0
     """Size of the draft vocabulary, the most frequent tokens of the data; 0 drafts all tokens.
     A smaller one trains and drafts faster; output stays lossless."""
     learning_rate: float = 6e-4
     weight_decay: float = 0.0
     initial: str = "target"
-    """First weights: target (its last layers) | random | folder or hub name of a drafter, which
-    then says what is trained; the family's losses remain."""
+    """Initial weights: target (its last layers) | random | folder or hub name of a drafter,
+    whose configuration is then used; the losses remain the family's."""
     layers: int | None = None
     rank: int | None = None
     mask_token_id: int | None = None
@@ -91,32 +91,32 @@ class Train:
     weighting: Literal["exponential", "uniform", "dpace"] | None = None
     """Weighting of a block's slots, instead of the family's."""
     truth: Literal["data", "target"] | None = None
-    """What a slot's label is, in place of the family's: the token of the data, or the target's
-    likeliest."""
+    """Label of each slot, instead of the family's: the token in the data, or the target's
+    argmax."""
     missing: Literal["inject", "skip"] | None = None
-    """What a selector is taught where the truth is no candidate: it takes the last one's place,
-    or the slot is left out."""
+    """Slots of a selector whose label is no candidate: the label replaces the last one, or
+    the slot is skipped."""
     validate_every: int = 0
     """Steps between validations; 0 validates only at the end."""
     checkpoint_every: int = 100
     resume_step: int | None = None
-    """Checkpoint to resume from, with another learning rate if need be; later ones are removed.
-    The newest by default."""
+    """Checkpoint to resume from, the newest by default; later ones are removed. The learning
+    rate may be changed."""
     tensorboard: bool = False
-    """Write OUTPUT/tensorboard beside metrics.jsonl."""
+    """Also write the metrics to OUTPUT/tensorboard."""
     wandb: str | None = None
-    """Project of Weights & Biases that gets the metrics too."""
+    """Weights & Biases project that also receives the metrics."""
     devices: int = 1
     """Devices to train on, counted over all processes; rows, the drafter and its optimizer are
     sharded over them."""
     target_devices: int = 1
     """Devices that share one copy of the target (tensor parallelism)."""
     distributed: bool = False
-    """This is one process of several (docs/multi-host.md); all share OUTPUT."""
+    """This process is one of several (docs/multi-host.md); all share OUTPUT."""
     features: Path | None = None
     """Folder that caches the target's features, for data that is trained on more than once.
-    Missing ones are computed first (the size is printed). By default every step computes
-    them."""
+    Missing features are computed first (their size is printed). By default every step computes
+    its own."""
     features_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of a new feature cache; the target's dtype by default."""
     seed: int = 0
