@@ -35,14 +35,14 @@ class AllowedTokens:
 
 
 def restricted(draft: Draft, allowed: AllowedTokens) -> Draft:
-    """A draft of trees without the nodes that may not be, and with what may follow the rest."""
+    """A draft without its forbidden nodes, and with the tokens allowed after the others."""
     tree, order = pruned(draft.tree, allowed.kept)
     after = jnp.take_along_axis(allowed.after, order[..., None], axis=1)
     return Draft(tree, allowed=after)
 
 
 def only_allowed(verified: Verified, allowed: jax.Array | None) -> Verified:
-    """With logits of -inf for the tokens that may not follow a node.
+    """The same, with logits of -inf for tokens that may not follow a node.
 
     Args: allowed: as `Draft.allowed`.
     """

@@ -60,7 +60,7 @@ def survival(tree: DraftTree) -> Float[Array, "B drafted"]:
 def admit(
     survival: Float[Array, "R J"], nodes: Int[Array, ""] | int, per_row: Int[Array, ""] | int
 ) -> Int[Array, " R"]:
-    """The `nodes` most likely drafted nodes of the batch: how many of each row.
+    """How many nodes of each row are among the `nodes` most likely ones of the batch.
 
     Args:
       survival: [R, J], never rising along a row; rows that take no part are 0.

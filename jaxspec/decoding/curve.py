@@ -134,7 +134,7 @@ def setup_of(
 
 
 def take_turn(state: Any, steps: Sequence[Callable[[Any], Any]]) -> tuple[Any, list[float]]:
-    """Runs each `state = step(state)`; the last state, and the seconds of every step."""
+    """Runs each `state = step(state)`; returns the last state and the seconds of every step."""
     state, seconds = jax.block_until_ready(state), []
     for step in steps:
         began = time.perf_counter()
@@ -155,7 +155,7 @@ def measure(
 
 
 def least(found: Sequence[Mapping[int, Sequence[float]]]) -> dict[int, list[float]]:
-    """The least seconds of every step of several repeats of `measure`."""
+    """The minimum over repeats of `measure`, for every step."""
     return {name: np.min([own[name] for own in found], axis=0).tolist() for name in found[0]}
 
 

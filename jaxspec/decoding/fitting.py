@@ -1,4 +1,4 @@
-"""A verifying forward in the smallest of a few static sizes that holds what it verifies.
+"""Runs the verifying forward in the smallest of a few static sizes that holds its nodes.
 
 Shapes are static, so a round with little to verify costs little only if a smaller program runs.
 A size cuts the rectangle of B rows and N nodes to its first columns, and packs the nodes of all

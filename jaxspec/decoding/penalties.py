@@ -53,7 +53,7 @@ class Written:
         tree: DraftTree,
         ancestors: jax.Array,
     ) -> Written:
-        """Before the choices after all nodes of a tree."""
+        """The text before the choice after each node of a tree."""
         row, node = jnp.arange(tree.tokens.shape[0]), jnp.arange(tree.size)
         node = jnp.broadcast_to(node, tree.tokens.shape)
         return cls(tokens, start, length, tree.tokens, ancestors, row, node)
@@ -78,7 +78,7 @@ class Written:
 
 
 def changes_logits(rows: SamplingRows) -> jax.Array:
-    """[B] bool."""
+    """Whether a request has biases, penalties or a minimum length: [B] bool."""
     penalties = (rows.repetition != 1) | (rows.presence != 0) | (rows.frequency != 0)
     return penalties | (rows.min_tokens > 0) | jnp.any(rows.biased >= 0, axis=-1)
 
@@ -91,7 +91,7 @@ def adjusted(
     node: jax.Array,
     position: jax.Array,
 ) -> jax.Array:
-    """The logits [R, N, V] that a request's choices are made by.
+    """The logits [R, N, V] after biases and penalties, from which a request chooses.
 
     Args:
       rows: [R], already those of `row`.

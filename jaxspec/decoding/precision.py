@@ -14,7 +14,7 @@ from jaxspec.decoding.state import Params
 
 
 def precision_of(dtype) -> AbstractContextManager:
-    """Of products of a target of this dtype: exact to float32 where it is float32."""
+    """Precision of products for a target of this dtype: exact float32 where it is float32."""
     exact = dtype == jnp.float32
     return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
 

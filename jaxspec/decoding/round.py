@@ -38,7 +38,7 @@ from jaxspec.trees.tree import DraftTree, ancestors, pack_bits, unpack_bits
 def decode_round(
     decoder: Decoder, params: Params, state: DecodeState, sampling: SamplingRows
 ) -> DecodeState:
-    """Draft, verify, accept, commit; nothing in it waits for the host."""
+    """Draft, verify, accept, commit, without waiting for the host."""
     draft, state = propose(decoder, params, state, sampling)
     sizes = own_sizes(decoder.drafter, draft.tree)
     size = smallest(sizes, draft.tree, state.done)

@@ -84,7 +84,7 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Habit:
-    """What past rounds taught the schedule of requests of K kinds.
+    """Statistics of past rounds, by kind of request (K kinds).
 
     Attributes:
       usual: [K, N - 1] float32, mean survivals: what a row without a past is expected to have.
@@ -110,7 +110,7 @@ class Habit:
 
 
 def init_habit(size: int, depth: int) -> Habit:
-    """Before the first round: every draft is expected to be accepted."""
+    """The habit before the first round: every draft is expected to be accepted."""
     return Habit(
         usual=jnp.ones((KINDS, size - 1), jnp.float32),
         foretold=jnp.zeros((KINDS, depth), jnp.float32),
@@ -173,7 +173,7 @@ def adaptive_round(decoder, params, batch, habit, times, schedule, sizes):
 
 
 def draft_of(decoder: Decoder, params: Params, batch: Batch) -> tuple[Batch, Draft]:
-    """What the drafter proposes."""
+    """The drafter's proposal."""
     draft, state = propose(decoder, params, batch.state, batch.sampling)
     return dataclasses.replace(batch, state=state), draft
 
@@ -229,7 +229,7 @@ def run_if(condition: jax.Array, step, carry):
 
 
 def plain_round(decoder, params, batch, habit, allowed=None):
-    """Without a draft: plain decoding, whose choices have noise of their own (`round_keys`).
+    """Plain decoding, whose choices have noise of their own (`round_keys`).
 
     What is committed has room for one token.
 
@@ -324,7 +324,7 @@ def learn(
     kind: jax.Array,
     chosen: jax.Array,
 ) -> Habit:
-    """After a round that drafted.
+    """The habit after a round that drafted.
 
     Args:
       tree: what of the draft was verified.
@@ -368,13 +368,13 @@ def learn(
 
 
 def rested(habit: Habit, kind: jax.Array) -> Habit:
-    """After a round without a draft, of rows [B] of these kinds."""
+    """The habit after a round without a draft, of rows [B] of these kinds."""
     took_part = jnp.any(kind[:, None] == jnp.arange(KINDS), axis=0)
     return dataclasses.replace(habit, idle=habit.idle + took_part)
 
 
 def counted(habit: Habit, size: jax.Array) -> Habit:
-    """With one more round of this size."""
+    """The habit after one more round of this size."""
     return dataclasses.replace(habit, rounds=habit.rounds.at[size].add(1))
 
 

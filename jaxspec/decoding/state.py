@@ -146,7 +146,7 @@ class DecodeState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """What a round verifies.
+    """The tree that a round verifies, and what restricts it.
 
     Attributes:
       tree: N nodes per row.

@@ -1,4 +1,4 @@
-"""What decoding one request took; every published metric follows from it."""
+"""Rounds and tokens of one request, from which all published metrics follow."""
 
 from __future__ import annotations
 

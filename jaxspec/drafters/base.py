@@ -104,7 +104,7 @@ class Drafter:
         )
 
     def with_tree(self, tree: TreeConfig) -> Drafter:
-        """The drafter with trees of `tree.size` nodes, of `tree.kind` where it has a choice."""
+        """The drafter with trees of `tree.size` nodes, of `tree.kind` if it has a choice."""
         raise ValueError(f"{self} has a tree of its own; leave the options of trees out")
 
     def abstract_params(self, target: TargetParams) -> Any:

@@ -37,7 +37,7 @@ from pallas_kernels.tree_attention import tree_attention
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockParams:
-    """What a block drafter reads.
+    """Weights and settings of a block drafter.
 
     Attributes:
       head: its own weights (`weights.abstract_weights`); with a draft vocabulary W2 has
@@ -99,7 +99,7 @@ def block_params(
 
 @dataclasses.dataclass(frozen=True)
 class BlockDrafter(Drafter):
-    """DFlash, DFlash2, JetSpec, DSpark or TreeFlash, by `config`; the tree, by `tree`.
+    """A drafter of whole blocks: DFlash, DFlash2, JetSpec, DSpark or TreeFlash, by `config`.
 
     With a sequential head, `chain`, `best_first` and `top_budget` score along the head's own
     greedy choices, `path_conditioned` scores what follows the `tree.candidates` best nodes of

@@ -1,4 +1,4 @@
-"""Work on a long axis a piece at a time, so that what it needs in between stays small."""
+"""Processes a long axis piece by piece, which bounds the memory of intermediate arrays."""
 
 from __future__ import annotations
 

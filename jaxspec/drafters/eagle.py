@@ -31,7 +31,7 @@ from pallas_kernels.tree_attention import tree_attention
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EagleParams:
-    """What an EAGLE-3 drafter reads, or an MTP layer.
+    """Weights of an EAGLE-3 drafter or an MTP layer, with an embedding and an LM head.
 
     Attributes:
       head: its own weights (`weights.abstract_weights`, `mtp.abstract_mtp`).
@@ -80,7 +80,7 @@ def eagle_params(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EagleState:
-    """What is kept of committed tokens.
+    """State of an EAGLE-3 drafter after the committed tokens.
 
     Attributes:
       cache: keys and values of the pairs; row i needs the token at i + 1.
@@ -115,7 +115,7 @@ class _Level:
 
 @dataclasses.dataclass(frozen=True)
 class EagleDrafter(Drafter):
-    """EAGLE-3: its chain, or its dynamic tree.
+    """Drafts with EAGLE-3, as a chain or as its dynamic tree.
 
     The tree is EAGLE-2's, `path_conditioned`: every level runs the `tree.candidates` best nodes
     of the level above and keeps `tree.width` children of each; the best of all of them are

@@ -32,7 +32,7 @@ Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class EagleConfig:
-    """An EAGLE-3 drafter.
+    """Static shape of an EAGLE-3 drafter.
 
     Attributes:
       hidden_size: M, of the drafter.
@@ -232,7 +232,7 @@ class EagleHead(nnx.Module):
         return x
 
     def read_out(self, output: jax.Array) -> jax.Array:
-        """What the LM head reads, [..., M], of outputs [..., M]."""
+        """Hidden states for the LM head, [..., M], from outputs [..., M]."""
         return self._normed(output) if self.config.logits_after_norm else output
 
     def logits(self, vocabulary: Vocabulary, output: jax.Array) -> jax.Array:

@@ -137,7 +137,7 @@ class DraftLayer(nnx.Module):
 
 
 class DraftHead(nnx.Module):
-    """Draws the four switches of `DrafterConfig` together.
+    """The network of every block drafter: layers, and heads as `DrafterConfig` says.
 
     A *stream* is the residual stream of the predicting slots after the last layer, before the
     final norm, [..., P, M]; row j predicts the token j + 1 after the anchor.
@@ -210,7 +210,7 @@ class DraftHead(nnx.Module):
         return self.scaled(project("...m,vm->...v", hidden, vocabulary.unembed))
 
     def scaled(self, logits: Float[Array, "*S"]) -> Float[Array, "*S"]:
-        """The LM head's products as logits."""
+        """Products with the LM head, scaled and capped."""
         logits, cap = self.config.logit_scale * logits, self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -290,7 +290,7 @@ class DraftHead(nnx.Module):
     def confidence_logits(
         self, stream: Float[Array, "*#S M"], previous: Int[Array, "*#S"]
     ) -> Float[Array, "*S"]:
-        """Of a stream and the tokens before its slots."""
+        """Logits of the confidence head, given a stream and the token before each slot."""
         embedded = None
         if self.config.confidence == "hidden_and_previous":
             embedded = self.sequential.embed(previous)
@@ -304,7 +304,7 @@ class DraftHead(nnx.Module):
 def restrict(
     weights: nnx.State, vocabulary: Vocabulary, kept: jax.Array | None
 ) -> tuple[nnx.State, Vocabulary]:
-    """What a head reads to draft some tokens alone: their rows, gathered.
+    """Weights and vocabulary for a draft vocabulary: the rows of its tokens, gathered.
 
     Of the weights it is the output table W2 [V, R] that becomes [V', R]; the previous token may
     be any.

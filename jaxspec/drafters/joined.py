@@ -1,4 +1,4 @@
-"""Several drafters in one: what one does not see coming another may."""
+"""Several drafters combined into one, whose trees hold the best nodes of all."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def change_drafter(
 
 
 def with_survival(loaded: LoadedDrafter) -> LoadedDrafter:
-    """The drafter with its scores from its confidence head, where it can."""
+    """The drafter, scored by its confidence head if it has one."""
 
     def change(loaded):
         drafter, config = loaded.drafter, loaded.drafter.head_config

@@ -1,4 +1,4 @@
-"""Multi-token prediction (MTP): the drafter that checkpoints of hybrid targets bring with them.
+"""Multi-token prediction (MTP): the drafter that checkpoints of hybrid targets contain.
 
 One layer of the target's attention kind reads the embedding of a token beside the target's
 output at the position before, past its final norm, and predicts the token after. Where the

@@ -65,7 +65,7 @@ class ParallelEagleDrafter(EagleDrafter):
         position: jax.Array,
         choose: Choose,
     ) -> tuple[jax.Array, jax.Array]:
-        """As `EagleDrafter.rollout`; a choice changes nothing of the others."""
+        """As `EagleDrafter.rollout`, with choices independent of each other."""
 
         def step(_, inputs):
             chosen, law = choose(*inputs)

@@ -29,7 +29,7 @@ LOOKUP_TOO = "+ngram"
 
 
 class Factory(Protocol):
-    """What makes the drafter of a name."""
+    """Makes the drafter of a name."""
 
     def __call__(
         self, argument: str, target: Target, *, tree: TreeConfig | None, dtype: str

@@ -50,7 +50,7 @@ def top_candidates(base: Float[Array, "*L V"], k: int) -> Candidates:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lattice:
-    """What follows every candidate of the slot before.
+    """Scores of every candidate given each candidate of the slot before.
 
     Attributes:
       tokens: [B, P, k] int32, the candidates' ids.

@@ -1,4 +1,4 @@
-"""Sequential heads: what the token before a slot changes about the slot's logits.
+"""Sequential heads, which correct a slot's logits given the token before it.
 
 A head turns the slot's hidden state, the previous token and what it remembers of the block into
 one short vector, the latent; the corrected logits are affine in it (`DraftHead.correct`). So
@@ -30,7 +30,7 @@ class Markov(nnx.Module):
         self.output = weight(rngs, dtype, *table)  # W2, [V, R]
 
     def initial_state(self, shape: tuple[int, ...]):
-        """What is remembered at the anchor, for blocks of the given leading axes."""
+        """The state at the anchor, for blocks of the given leading axes."""
         return ()
 
     def embed(self, previous: jax.Array) -> jax.Array:

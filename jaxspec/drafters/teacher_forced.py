@@ -22,7 +22,7 @@ from jaxspec.models.layers import product
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockOutput:
-    """What a head says about A blocks of every sequence.
+    """Outputs of a head for A blocks of every sequence.
 
     Attributes:
       stream: [B, A, P, M], see `DraftHead`.

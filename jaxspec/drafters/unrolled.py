@@ -1,4 +1,4 @@
-"""EAGLE-3 on known sequences, as it drafts: every step reads what the step before put out.
+"""EAGLE-3 on known sequences, unrolled as in drafting: each step reads the last one's output.
 
 At step j, index i stands for the row that decoding would run j tokens after the pair of
 feature i and token i + 1, if it drafted the true tokens: its feature is the output of index i

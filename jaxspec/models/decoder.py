@@ -159,7 +159,7 @@ class _Nodes:
 
     @property
     def results(self) -> jnp.dtype:
-        """Dtype of products, but of those that add to the residual stream and of the LM head.
+        """Dtype of all products except the LM head's and those added to the residual stream.
 
         Of many rows float32 results would be most of what a step moves beside its weights.
         """
@@ -167,7 +167,7 @@ class _Nodes:
         return jnp.dtype(jnp.bfloat16 if many else jnp.float32)
 
     def rectangle(self, x: jax.Array) -> jax.Array:
-        """[B, N, ...] of activations."""
+        """Activations as a rectangle [B, N, ...]."""
         if self.packing is not None:
             return self.packing.spread(x)
         if self.rows is None:
@@ -176,7 +176,7 @@ class _Nodes:
         return x[:, : batch * n].reshape(batch, n, *x.shape[2:])
 
     def activations(self, x: jax.Array) -> jax.Array:
-        """Of a rectangle [B, N, ...]; zeros where there is no node."""
+        """The activations of a rectangle [B, N, ...]; zeros where there is no node."""
         if self.packing is not None:
             x = self.packing.gather(x)
         if self.rows is None:

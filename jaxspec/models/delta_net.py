@@ -38,7 +38,7 @@ FEW_NODES = 64  # for which XLA moves little; D and A of more are most of what i
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DeltaState:
-    """What a layer keeps of the committed prefix, of any length.
+    """State of a layer after the committed prefix; its size is independent of the length.
 
     Attributes:
       memory: [B, J, dk, R dv] float32, S of the value heads of a key head side by side.
@@ -49,7 +49,7 @@ class DeltaState:
     window: jax.Array
 
     def write(self, rows: DeltaRows, starts: jax.Array, counts: jax.Array) -> DeltaState:
-        """See `LayerStates.write`; what follows the first `counts` rows enters nothing."""
+        """See `LayerStates.write`; rows past the first `counts` are ignored."""
         size = rows.keys.shape[1]
         inside = jnp.arange(size) < counts[:, None]  # [B, C']
         goes_on = (starts > 0) | (counts == 0)  # [B]: what was kept still counts
@@ -161,7 +161,7 @@ def delta_net(
     *,
     kernels: bool = False,
 ) -> tuple[jax.Array, DeltaRows]:
-    """A layer between its first product and its last.
+    """A gated delta net between its input and its output projection.
 
     Under a mesh that cuts weights (`jax.set_mesh`), key heads and the value heads they serve
     are cut over it, as far as its axes divide them.
@@ -227,7 +227,7 @@ def _delta_net(config, weights, head_norm, inputs, state, kin, kernels):
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Vectors of the last axis with length 1."""
+    """Vectors of the last axis, normalised to length 1."""
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPS)
 
 

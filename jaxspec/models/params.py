@@ -170,7 +170,7 @@ def abstract_params(
 def scaled_spec(
     path, spec: jax.ShapeDtypeStruct, block: tuple[int, int], devices: int = 1
 ) -> ScaledWeight | None:
-    """The shapes of a weight in 8 bits; None for one that stays by value.
+    """The shapes of a weight in 8 bits; None for one that keeps its dtype.
 
     A block is cut to what divides the last axis of outputs and the last of inputs evenly, of
     feed-forward channels and of the vocabulary those of one device.

@@ -33,7 +33,7 @@ def rotary_angles(
 
 
 def layer_angles(config: TargetConfig, positions: Int[Array, "*L"]) -> tuple[Angles, ...]:
-    """Every layer's; layers with one rule share theirs."""
+    """Angles of every layer; layers with the same frequencies share them."""
     turning = config.rotary_dim or config.head_dim
     whole = rotary_angles(positions, turning, config.rope_theta, config.rope_scaling)
     local = whole

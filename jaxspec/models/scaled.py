@@ -113,7 +113,7 @@ def _merged(x: jax.Array, inputs: int) -> jax.Array:
 
 
 def is_scaled(x) -> bool:
-    """Whether a leaf of a pytree, which `jax.tree` takes this to tell, is in 8 bits."""
+    """Whether a value is a weight in 8 bits; for `is_leaf` of `jax.tree`."""
     return isinstance(x, ScaledWeight)
 
 

@@ -1,4 +1,4 @@
-"""What the target's layers keep between forwards, whatever kind of layer they are.
+"""State of the target's layers between forwards, for every kind of layer.
 
 A forward only reads it and returns what it computed for its nodes; `write` takes in the
 accepted ones. Attention keeps keys and values, a gated delta net its state.
@@ -42,7 +42,7 @@ class LayerStates:
         *,
         after: jax.Array | None = None,
     ) -> LayerStates:
-        """Takes in the first `counts` of C consecutive tokens of every sequence.
+        """Commits the first `counts` of C consecutive tokens of every sequence.
 
         Args:
           rows: C rows per layer.

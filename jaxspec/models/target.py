@@ -1,4 +1,4 @@
-"""A target in memory: what a checkpoint becomes, and what everything else is given."""
+"""A target in memory, as loaded from a checkpoint and passed to everything else."""
 
 from __future__ import annotations
 

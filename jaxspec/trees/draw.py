@@ -1,4 +1,4 @@
-"""A draft tree to look at: as text for a terminal and as a picture."""
+"""Draws a draft tree as text for a terminal, and as a picture."""
 
 from __future__ import annotations
 
