@@ -1,4 +1,4 @@
-"""How drafters fade and lookup gains as prompts become longer, to 7,000 tokens.
+"""What long prompts, to 7,000 tokens, do to a drafter and to lookup: tau, and ms of a round.
 
     python examples/shipped_drafter/long.py walk   # tau; nothing is timed
     python examples/shipped_drafter/long.py clock  # needs a quiet machine
@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import limits  # the script beside this one
 import numpy as np
 import tyro
 from tqdm import tqdm
@@ -50,9 +51,6 @@ from jaxspec.evaluation.view import Line, View
 from jaxspec.models.target import Target
 from jaxspec.prompts import as_token_ids
 from jaxspec.results import Completion
-
-sys.path.insert(0, str(Path(__file__).parent))
-import limits  # noqa: E402  (the script beside this one)
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("long.jsonl")
@@ -356,7 +354,7 @@ def _order(name: str) -> tuple[str, int]:
 
 
 def speed_table(view: View, drafter: str) -> str:
-    """What rounds cost, and the speed that follows with tau along the same answers."""
+    """What rounds cost, and the speed over plain decoding that follows with walked taus."""
     clocked, walked, cells = lines(view, "decode", 0.0), lines(view, "walk", 0.0), []
     keys = [(name, nodes) for nodes in BUDGETS for name in shown(drafter).values()]
     forms = [(form, 1) for form in plain_forms()]
