@@ -91,7 +91,9 @@ def main(options: Benchmark) -> None:
     texts = [text for path in options.prompts for text in read_prompts(path)[: options.count]]
     prompts = as_token_ids(target, texts or list(PROMPTS), raw=False, thinking=None)
     for prompt in prompts:  # before anything is compiled
-        Request(tuple(prompt), options.max_new_tokens).check(target.config, options.room)
+        Request(tuple(prompt), options.max_new_tokens).check(
+            target.config, options.room, options.top_logprobs
+        )
     runners = {}
     for name, engine in engines(options, target):
         engine.warm_up()
