@@ -7,8 +7,8 @@ this process, so HTTP is not in it; weights are shared, and an engine that waits
 of caches. `--simulate` adds the same schedule against H100 floors, which is a simulation and
 labelled as one.
 
-With the shipped drafter and one fixed tree it takes half an hour on two cores, 12 minutes of it to
-compile. `--turns`, `--max-new-tokens` and `--users` make it shorter.
+With the shipped drafter and one fixed tree it takes about half an hour on two cores; its
+engines compile for ten minutes. `--turns`, `--max-new-tokens` and `--users` make it shorter.
 
     python examples/benchmark_serving.py --drafter shipped+ngram --output serving.json
 """
