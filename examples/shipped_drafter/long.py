@@ -26,9 +26,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import draw_limits
 import jax
 import jax.numpy as jnp
-import limits  # the script beside this one
+import limits  # the scripts beside this one
 import numpy as np
 import tyro
 from tqdm import tqdm
@@ -305,7 +306,7 @@ class Draw:
         tables = {TAU_MARKS: tau_table(rows, view, self.drafter)}
         if view.select("decode", 0.0):
             tables[SPEED_MARKS] = speed_table(view, self.drafter)
-        limits.write(tables, self.into)
+        draw_limits.write(tables, self.into)
         if self.output is not None:
             figure = picture(view, self.drafter)
             figure.savefig(self.output / "long.png", dpi=150, facecolor="white")

@@ -1,4 +1,4 @@
-"""`examples/shipped_drafter`'s `limits.py` and `long.py`: counts, tables, pictures, prompts."""
+"""`examples/shipped_drafter`'s limits and long prompts: counts, tables, pictures, prompts."""
 
 import importlib.util
 import sys
@@ -24,7 +24,7 @@ ROUNDS = [[0, 0, 6, 2], [0, 2, 4, 2]]  # 2.25 and 2 tokens a round: 34 / 16 in a
 @pytest.fixture(scope="module")
 def scripts():
     found = {}
-    for name in ("limits", "long"):
+    for name in ("limits", "draw_limits", "long"):
         spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
         found[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(found[name])
@@ -73,7 +73,7 @@ def test_rounds_are_counted_by_what_each_accepts(scripts):
 
 def test_shares_of_rounds(scripts):
     rows = [results.Joint("sums", 0.0, "x, both", 16, "x", "lookup", [[[4, 1], [2, 1]]])]
-    found = scripts["limits"].shares(rows, 1)
+    found = scripts["draw_limits"].shares(rows, 1)
     assert {who: share.value for who, share in found.items()} == {
         "both": 0.125,
         "drafter": 0.25,
@@ -92,14 +92,14 @@ def test_copies_of_prompt_and_answer(scripts):
 
 
 def test_limits_are_drawn(scripts, tmp_path):
-    limits = scripts["limits"]
+    draw = scripts["draw_limits"]
     file, document = tmp_path / "limits.jsonl", tmp_path / "report.md"
-    for found in walked(limits, "sums"):
+    for found in walked(scripts["limits"], "sums"):
         results.append(file, found)
-    pairs = limits.TAU_MARKS, limits.DEPTH_MARKS, limits.SHARE_MARKS
+    pairs = draw.TAU_MARKS, draw.DEPTH_MARKS, draw.SHARE_MARKS
     marks = [mark for pair in pairs for mark in pair]
     document.write_text("\n".join(marks))
-    limits.Draw(file, into=document, output=tmp_path).run()
+    draw.Draw(file, into=document, output=tmp_path).run()
     text = document.read_text()
     value, most = "2.12 [2.00, 2.25]", "3.00 [3.00, 3.00]"
     assert f"| x | {value} | {most} | {value} |" in text
@@ -109,7 +109,7 @@ def test_limits_are_drawn(scripts, tmp_path):
     )
     assert (tmp_path / "limits.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing was walked at temperature 1"):
-        limits.Draw(file, temperature=1.0).run()
+        draw.Draw(file, temperature=1.0).run()
 
 
 def test_long_prompts_are_drawn(scripts, tmp_path, capsys):
