@@ -1,7 +1,7 @@
 """A round in two programs, for batches whose tokens something on the host restricts.
 
-Between them the host walks the drafted trees and says what is allowed (`decoding.allowed`).
-Batches without such rows run `decode_rows`, which the host does not interrupt.
+Between them the host restricts the drafted trees (`serving.matcher`). Batches without such rows
+run `decode_rows`, which the host does not interrupt.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxspec.decoding.allowed import AllowedTokens, restricted
 from jaxspec.decoding.budget import StepTimes
 from jaxspec.decoding.fitting import VerifySize
 from jaxspec.decoding.schedule import (
@@ -23,11 +22,12 @@ from jaxspec.decoding.schedule import (
     draft_of,
     run_if,
     size_of_round,
+    size_of_trees,
     sized_round,
     whole_round,
 )
 from jaxspec.decoding.state import Decoder, Draft, Params
-from jaxspec.trees.tree import root_only
+from jaxspec.trees.tree import DraftTree, root_only
 
 
 @jax.tree_util.register_dataclass
@@ -36,12 +36,12 @@ class Drafted:
     """The first half of a round, `draft_rows`, for `judge_rows`.
 
     Attributes:
-      size: scalar int32, index of the size chosen; 0 if nothing was drafted.
-      pays: scalar bool, whether the draft is expected to pay.
+      took_place: scalar bool; if not, trees are their roots.
+      pays: scalar bool, whether the draft was expected to pay.
     """
 
-    draft: Draft
-    size: jax.Array
+    tree: DraftTree
+    took_place: jax.Array
     pays: jax.Array
 
 
@@ -52,21 +52,26 @@ def draft_rows(
     batch: Batch,
     habit: Habit,
     times: StepTimes,
+    forced: jax.Array,
     *,
     schedule: Schedule,
 ) -> tuple[Batch, Drafted]:
-    """The first half of a round whose tokens the host restricts: trees, not yet cut."""
+    """The first half of a round whose tokens the host restricts: trees, not yet cut.
+
+    Args: forced: scalar bool, whether a draft pays in any case.
+    """
 
     def drafted(carry):
-        return draft_of(decoder, params, carry[0])
+        batch, draft = draft_of(decoder, params, carry[0])
+        return batch, draft.tree
 
-    if isinstance(schedule, Fixed):
-        size, pays = jnp.int32(1), jnp.bool(True)
-    else:
+    took_place = pays = jnp.bool(True)
+    if not isinstance(schedule, Fixed):
         size, pays = size_of_round(batch, habit, times, schedule)
-    nothing = Draft(root_only(batch.state.anchor, size=decoder.drafter.size))
-    batch, draft = run_if(size > 0, drafted, (batch, nothing))
-    return batch, Drafted(draft, size, pays)
+        took_place = (size > 0) | forced
+    nothing = root_only(batch.state.anchor, size=decoder.drafter.size)
+    batch, tree = run_if(took_place, drafted, (batch, nothing))
+    return batch, Drafted(tree, took_place, pays)
 
 
 @functools.partial(
@@ -80,19 +85,20 @@ def judge_rows(
     batch: Batch,
     habit: Habit,
     drafted: Drafted,
-    allowed: AllowedTokens,
+    draft: Draft,
     times: StepTimes,
     *,
     schedule: Schedule,
     sizes: tuple[VerifySize, ...],
 ) -> tuple[Batch, Habit]:
-    """The second half: verifies, accepts and commits what is allowed of the trees."""
-    draft = restricted(drafted.draft, allowed)
+    """The second half: verifies, accepts and commits what the host made of the trees."""
     if isinstance(schedule, Fixed):
         return whole_round(decoder, params, batch, habit, draft, sizes)
 
     def drafts(batch):
         return batch, draft
 
-    chosen = drafted.size, drafted.pays, draft.allowed[:, :1]
+    # What was drafted is known, and nothing of it was drawn: the size may depend on it.
+    size = jnp.maximum(size_of_trees(draft.tree, habit, batch, times), 1)
+    chosen = jnp.where(drafted.took_place, size, 0), drafted.pays, draft.allowed[:, :1]
     return sized_round(decoder, params, batch, habit, drafts, times, sizes, *chosen)

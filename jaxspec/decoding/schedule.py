@@ -279,6 +279,14 @@ def choose_size(old: jax.Array, habit: Habit, kind: jax.Array, times: StepTimes)
     return best_size(jnp.where(running[:, None], expected, 0.0), running.sum(), times)
 
 
+def size_of_trees(tree: DraftTree, habit: Habit, batch: Batch, times: StepTimes) -> jax.Array:
+    """The size of a round whose trees are there, an index into `times`."""
+    kind = kind_of(batch)
+    running = kind < KINDS
+    fresh = jnp.where(running[:, None], foresee(tree, habit, kind), 0.0)
+    return best_size(fresh, running.sum(), times)
+
+
 def probe(
     habit: Habit, schedule: Adaptive, kind: jax.Array, young: jax.Array, times: StepTimes
 ) -> jax.Array:

@@ -52,7 +52,8 @@ class Piece:
 
 
 class Stuck(Exception):
-    """An answer cannot go on: nothing that its grammar allows comes next."""
+    """An answer cannot go on: its grammar allows no token of this model's, or its parser has
+    reached a limit. The request's fault, which no retry helps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,9 @@ class Answering:
                         )
             if self.asked.include_usage:
                 yield self.shape.last(self._usage(last))
-        except (EngineFailed, Stuck) as error:
+        except Stuck as error:
+            yield error_body(str(error), "invalid_request_error")
+        except EngineFailed as error:
             yield error_body(str(error), "server_error")
         except Exception as error:
             log.exception("an answer could not be given")

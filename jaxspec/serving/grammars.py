@@ -1,4 +1,4 @@
-"""Grammars that answers keep to, on the host: what may follow each node of a drafted tree.
+"""Grammars that answers keep to.
 
 A `Grammar` is made once for a text and shared by the requests that ask for it; a `Matcher` is
 where one answer is in it. The parsers are llguidance's (https://github.com/guidance-ai/llguidance),
@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 
 from jaxspec.config import TargetConfig
-from jaxspec.decoding.allowed import AllowedTokens
+from jaxspec.serving.matcher import Matcher, following
 from jaxspec.tokenizer import Tokenizer
 
 KEPT = 64  # grammars, the last ones used
 MAX_CHARACTERS = 1 << 17  # of a grammar's text
 CPU_SECONDS = 1.0  # to parse a grammar and to find the first tokens
 LIMITS = dict(max_lexer_states=20_000, step_lexer_fuel=50_000, step_max_items=20_000)
-ALL = np.uint32(2**32 - 1)
 
 
 class Grammar:
@@ -48,106 +47,6 @@ class Grammar:
     def matcher(self) -> Matcher:
         """One at the start of an answer."""
         return Matcher(self._start, self._first, self._ends)
-
-
-class Matcher:
-    """Where one answer is in its grammar.
-
-    Attributes:
-      allowed: [ceil(V / 32)] uint32, bits of the tokens that may come next; all of them once
-        the answer has ended, or is stuck.
-      failure: why no token may come next, if the answer is stuck; else None.
-    """
-
-    def __init__(self, start: Any, first: np.ndarray, ends: frozenset[int]):
-        self._start, self._ends = start, ends
-        self._tokens: list[int] = []
-        self._now = start.deep_copy()
-        self.failure: str | None = None
-        self.allowed = first
-
-    def advance(self, tokens: Sequence[int]) -> None:
-        """Goes on by the answer's next tokens, which were allowed."""
-        for token in tokens:
-            if token in self._ends or self.failure:
-                self.allowed = np.full_like(self.allowed, ALL)
-                return
-            self._now.consume_token(token)
-            self._tokens.append(token)
-        self.allowed = self._mask()
-
-    def walk(
-        self, tokens: Sequence[int], parents: Sequence[int], valid: Sequence[bool]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """What is allowed of one tree, parents before children, whose root is the last token.
-
-        Returns:
-          kept [N] bool, and the bits after each node [N, ceil(V / 32)], as in `AllowedTokens`.
-        """
-        kept = np.zeros(len(tokens), bool)
-        after = np.full((len(tokens), len(self.allowed)), ALL, np.uint32)
-        children: list[list[int]] = [[] for _ in tokens]
-        for node in range(1, len(tokens)):
-            if valid[node]:
-                children[parents[node]].append(node)
-
-        def visit(node: int, path: list[int], mask: np.ndarray) -> None:
-            kept[node], after[node] = True, mask
-            for child in children[node]:
-                token = int(tokens[child])
-                if not mask[token // 32] >> (token % 32) & 1:
-                    continue
-                if token in self._ends:  # nothing comes after it
-                    kept[child] = True
-                    continue
-                self._now.consume_token(token)
-                below = _mask(self._now, len(mask))
-                if below is None:  # a dead end, which plain decoding would meet as well
-                    self._restore(path)
-                    continue
-                visit(child, [*path, token], below)
-                self._now.rollback(1)
-
-        visit(0, [], self.allowed)
-        return kept, after
-
-    def _mask(self) -> np.ndarray:
-        found = _mask(self._now, len(self.allowed))
-        if found is None:
-            self.failure = self._now.get_error().partition("\n")[0] or "no token may follow"
-            return np.full_like(self.allowed, ALL)
-        return found
-
-    def _restore(self, path: Sequence[int]) -> None:
-        """After an error, which a parser never leaves: another one, at the same place."""
-        self._now = self._start.deep_copy()
-        self._now.consume_tokens([*self._tokens, *path])
-
-
-def _mask(now: Any, words: int) -> np.ndarray | None:
-    """Bits of the tokens that may come next [words]; None if the parser cannot go on.
-
-    The library's have one bit more, which takes a word of its own where 32 divides V.
-    """
-    found = np.frombuffer(now.compute_bitmask(), np.uint32)[:words]
-    return None if now.is_error() or not found.any() else found
-
-
-def allowed_tokens(
-    matchers: Sequence[Matcher | None],
-    tokens: np.ndarray,
-    parents: np.ndarray,
-    valid: np.ndarray,
-    vocab: int,
-) -> AllowedTokens:
-    """Of a batch of trees [B, N]; rows without a matcher are not restricted."""
-    kept = np.ones(tokens.shape, bool)
-    after = np.full((*tokens.shape, -(-vocab // 32)), ALL, np.uint32)
-    for row, matcher in enumerate(matchers):
-        if matcher is not None:
-            tree = tokens[row].tolist(), parents[row].tolist(), valid[row].tolist()
-            kept[row], after[row] = matcher.walk(*tree)
-    return AllowedTokens(kept, after)
 
 
 class Grammars:
@@ -180,7 +79,7 @@ class Grammars:
         began = time.thread_time()
         start = library.LLMatcher(tokens, text, log_level=0, limits=limits)
         words = -(-self._config.vocab_size // 32)
-        mask = None if start.is_error() else _mask(start, words)
+        mask = None if start.is_error() else following(start, words)
         if mask is None:
             why = start.get_error().partition("<non-verbose")[0].strip()
             raise ValueError(why or "no text of this model's tokens fits it")

@@ -21,8 +21,8 @@ from jaxspec.decoding.state import Prefilling, Requests
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.models.target import Target
 from jaxspec.serving.config import EngineConfig
-from jaxspec.serving.grammars import ALL, Matcher, allowed_tokens
 from jaxspec.serving.kept_programs import KeptPrograms
+from jaxspec.serving.matcher import ALL, Matcher, restrict
 from jaxspec.serving.prefix_cache import PrefixCache
 from jaxspec.serving.requests import Request
 from jaxspec.serving.rows import (
@@ -213,11 +213,12 @@ class Programs:
         """A round whose rows with a matcher keep to their grammars."""
         schedule, sizes = self._config.schedule, self.sizes[len(matchers)]
         decoder, params = self._decoder, self._params
-        batch, drafted = draft_rows(decoder, params, batch, habit, times, schedule=schedule)
-        tree = drafted.draft.tree
-        tree = jax.device_get((tree.tokens, tree.parents, tree.valid))
-        allowed = allowed_tokens(matchers, *tree, decoder.config.vocab_size)
-        given = batch, habit, drafted, allowed, times
+        forced = any(matcher is not None and matcher.forces for matcher in matchers)
+        given = batch, habit, times, np.bool_(forced)
+        batch, drafted = draft_rows(decoder, params, *given, schedule=schedule)
+        limits = self._config.budget, decoder.drafter.depth, decoder.config.vocab_size
+        draft = restrict(matchers, jax.device_get(drafted.tree), *limits)
+        given = batch, habit, drafted, draft, times
         return judge_rows(decoder, params, *given, schedule=schedule, sizes=sizes)
 
     def compile_prompts(self) -> None:

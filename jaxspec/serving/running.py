@@ -12,7 +12,7 @@ import numpy as np
 from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.schedule import Batch
 from jaxspec.decoding.stats import DecodeStats
-from jaxspec.serving.grammars import Matcher
+from jaxspec.serving.matcher import Matcher
 from jaxspec.serving.programs import Programs
 from jaxspec.serving.requests import Request, Update, read_logprobs
 

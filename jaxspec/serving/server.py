@@ -283,7 +283,7 @@ class _Service:
         except EngineFailed as error:
             return JSONResponse(error_body(str(error), "server_error"), 503)
         except Stuck as error:
-            return JSONResponse(error_body(str(error), "server_error"), 500)
+            return JSONResponse(error_body(str(error), "invalid_request_error"), 400)
         return Response(status_code=499) if body is None else JSONResponse(body)
 
     async def body(self, request: Request) -> bytes:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,8 +18,10 @@ from jaxspec.drafters.small_model import SmallModel
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.formats import json_text, regex_text
-from jaxspec.serving.grammars import Grammars, allowed_tokens
+from jaxspec.serving.grammars import Grammars
+from jaxspec.serving.matcher import restrict
 from jaxspec.serving.requests import Request
+from jaxspec.trees.tree import DraftTree
 from tests import tiny
 from tests.serving import engines
 from tests.serving.structured import CONFIG, grammars, target, tokenizer
@@ -132,28 +135,93 @@ def test_trees_give_constrained_plain_decodings_tokens(drafter, schedule):
         assert max(found[0][-1].stats.committed) > 2
 
 
+def chain_of(text: str) -> list[int]:
+    return [token for letter in text for token in tokenizer().encode(letter)]
+
+
+def drafted(tokens, parents, scores=None) -> DraftTree:
+    """One row's tree on the host, its root first."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    scores = -np.arange(len(tokens)) if scores is None else scores
+    nodes = np.array(tokens), np.array(parents), np.array(depths), np.array(scores, np.float32)
+    return DraftTree(*nodes, np.array(parents) != -2)
+
+
+def paths(tree: DraftTree) -> list[str]:
+    """The text of every node's path, in the nodes' order."""
+    found = [""]
+    for token, parent in zip(tree.tokens[1:], tree.parents[1:], strict=True):
+        if parent >= 0:
+            found.append(found[parent] + tokenizer().decode([int(token)]))
+    assert tree.valid.sum() == len(found)
+    return found
+
+
+def letters(bits: np.ndarray) -> str:
+    return "".join(sorted(tokenizer().decode([i]) for i in set_bits(bits) if i))
+
+
+def set_bits(words: np.ndarray) -> list[int]:
+    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+
+
 def test_a_tree_loses_what_may_not_be():
     """root - a - b - ! and beside it  root - c - c,  for (ab|cd){2,4}=..."""
-    ids = {letter: tokenizer().encode(letter)[0] for letter in "abcd!"}
-    tokens = [1, *(ids[letter] for letter in "ab!cc")]
+    tree = drafted([1, *chain_of("ab!cc")], [-1, 0, 1, 2, 0, 4])
     matcher = regex(REGEX).matcher()
-    kept, after = matcher.walk(tokens, [-1, 0, 1, 2, 0, 4], [True] * 6)
-    assert kept.tolist() == [True, True, True, False, True, False]
+    found, after = matcher.restrict(tree, most=4, deepest=9)
+    assert paths(found) == ["", "a", "ab", "c"]
+    assert [letters(row) for row in after[:4]] == ["ac", "b", "ac", "d"]
+    assert letters(matcher.allowed) == "ac"  # the tree leaves it where it was
 
-    def letters(bits):
-        found = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
-        return "".join(sorted(tokenizer().decode([token]) for token in found))
 
-    assert [letters(after[node]) for node in (0, 1, 2, 4)] == ["ac", "b", "ac", "d"]
-    assert letters(matcher.allowed) == "ac"  # the walk leaves it where it was
+@pytest.mark.parametrize(
+    ("most", "deepest", "expected"),
+    [
+        (6, 9, ["", "a", "ab", "c", "cd", "cda"]),
+        (5, 9, ["", "a", "ab", "c", "cd"]),
+        (6, 1, ["", "a", "c"]),
+        (6, 0, [""]),
+        (1, 9, [""]),
+    ],
+)
+def test_a_tree_gains_what_is_forced(most, deepest, expected):
+    """After an a only b may come, after a c only d: they score as the node that they follow."""
+    tree = drafted([1, *chain_of("acda"), 0], [-1, 0, 0, 2, 3, -2], [0, -1, -2, -7, -8, 0])
+    found, _ = regex(REGEX).matcher().restrict(tree, most, deepest)
+    assert paths(found) == expected
+    scores = {"": 0, "a": -1, "ab": -1, "c": -2, "cd": -2, "cda": -8}
+    assert found.scores[: len(expected)].tolist() == [scores[path] for path in expected]
+
+
+def test_a_forced_node_that_was_drafted_keeps_what_was_drafted_below():
+    tree = drafted([1, *chain_of("xyab")], [-1, 0, 1, 2, 3], [0, -3, -4, -5, -6])
+    found, _ = regex("xy[a-d]+!").matcher().restrict(tree, most=5, deepest=9)
+    assert paths(found) == ["", "x", "xy", "xya", "xyab"]
+    assert found.scores.tolist() == [0, 0, 0, -5, -6]
+
+
+def test_a_row_without_a_grammar_keeps_its_tree():
+    row = drafted([1, *chain_of("?!")], [-1, 0, 0])
+    trees = jax.tree.map(lambda x: np.stack([x, x]), row)
+    matchers = [None, regex("!").matcher()]
+    draft = restrict(matchers, trees, most=3, deepest=2, vocab=CONFIG.vocab_size)
+    assert draft.tree.tokens[0].tolist() == row.tokens.tolist()
+    assert (draft.allowed[0] == 2**32 - 1).all()
+    assert paths(jax.tree.map(lambda x: x[1], draft.tree)) == [
+        "",
+        "!",
+        "!" + tokenizer().decode([0]),
+    ]
 
 
 def test_a_dead_end_is_not_drafted_and_ends_its_answer_alone():
     """No token of this vocabulary begins the letter after the a."""
     stuck = regex("(aa|€)b|c€")
-    tokens = [1, *tokenizer().encode("c"), *tokenizer().encode("a")]
-    kept, _ = stuck.matcher().walk(tokens, [-1, 0, 0], [True] * 3)
-    assert kept.tolist() == [True, False, True]
+    tree = drafted([1, *chain_of("ca")], [-1, 0, 0])
+    assert paths(stuck.matcher().restrict(tree, most=3, deepest=1)[0]) == ["", "a"]
     bias = {tokenizer().encode("c")[0]: 100.0}
     prompt = tuple(tokenizer().encode("user:"))
     lost = Request(prompt, 9, Sampling(logit_bias=bias), grammar=stuck)
@@ -183,15 +251,14 @@ def test_a_model_may_have_more_tokens_than_its_tokenizer(vocab):
     matcher = Grammars(tokenizer(), config).of(regex_text("ab")).matcher()
     a, b, end = *tokenizer().encode("ab"), 0
     assert bits(matcher.allowed, vocab) == [a]
-    tokens = np.array([[9, a, b, b]])  # the anchor, a path of two, and a wrong one
-    parents, valid = np.array([[-1, 0, 1, 0]]), np.ones((1, 4), bool)
-    found = allowed_tokens([matcher], tokens, parents, valid, vocab)
-    assert found.kept.tolist() == [[True, True, True, False]]
-    assert [bits(row, vocab) for row in found.after[0, :3]] == [[a], [b], [end]]
+    tree = drafted([9, a, b, b], [-1, 0, 1, 0])  # a path of two, and a wrong one
+    found, after = matcher.restrict(tree, most=4, deepest=2)
+    assert found.tokens.tolist() == [9, a, b, 0]
+    assert [bits(row, vocab) for row in after[:3]] == [[a], [b], [end]]
     matcher.advance([a])
     assert bits(matcher.allowed, vocab) == [b]
 
 
 def bits(words: np.ndarray, vocab: int) -> list[int]:
     assert words.shape == (-(-vocab // 32),)
-    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+    return set_bits(words)

@@ -264,6 +264,16 @@ def refused(port, body) -> str:
     return json.loads(text)["error"]["message"]
 
 
+def test_an_answer_that_cannot_go_on_is_refused(client):
+    """No token of this vocabulary begins the second letter. A retry would not help, so the
+    status is not one that clients retry."""
+    with pytest.raises(openai.BadRequestError, match="cannot go on"):
+        chat(client, extra_body=dict(guided_regex="a€"))
+    with pytest.raises(openai.APIError, match="cannot go on") as caught:
+        list(chat(client, extra_body=dict(guided_regex="a€"), stream=True))
+    assert caught.value.type == "invalid_request_error"
+
+
 def nested(depth):
     return '{"properties":{"a":' * depth + "{}" + "}}" * depth
 

@@ -1,0 +1,206 @@
+"""Where an answer is in its grammar, and what the grammar makes of a drafted tree.
+
+Drafted nodes that the grammar forbids are left out. Tokens that it leaves no choice about, as
+the keys of a JSON schema, become nodes wherever the tree comes to them: the target still checks
+each of them, so the answer is that of plain decoding under the same masks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxspec.decoding.state import Draft
+from jaxspec.trees.tree import NO_PARENT, DraftTree
+
+ALL = np.uint32(2**32 - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Node:
+    """A node of a restricted tree.
+
+    Attributes:
+      path: drafted tokens from the root to it, its own the last.
+      after: bits of the tokens that may follow it.
+    """
+
+    parent: int
+    score: float
+    path: tuple[int, ...]
+    after: np.ndarray
+
+
+class Matcher:
+    """Where one answer is in its grammar.
+
+    Attributes:
+      allowed: [ceil(V / 32)] uint32, bits of the tokens that may come next; all of them once
+        the answer has ended, or is stuck.
+      failure: why no token may come next, if the answer is stuck; else None.
+    """
+
+    def __init__(self, start: Any, first: np.ndarray, ends: frozenset[int]):
+        """Args: start: an `llguidance.LLMatcher` that has seen nothing; first: bits of what may
+        come first; ends: stop ids."""
+        self._start, self._ends = start, ends
+        self._parser = start.deep_copy()
+        self._decided: list[int] = []
+        self._path: tuple[int, ...] = ()  # drafted tokens that the parser has seen besides
+        self._over = False
+        self.failure: str | None = None
+        self.allowed = first
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Goes on by the answer's next tokens, which were allowed."""
+        for token in tokens:
+            self._over |= token in self._ends
+            if not self._over:
+                self._parser.consume_token(token)
+                self._decided.append(token)
+        found = None if self._over else following(self._parser, len(self.allowed))
+        if found is None and not self._over:
+            self._over = True
+            self.failure = self._parser.get_error().partition("\n")[0] or "no token may follow"
+        self.allowed = np.full_like(self.allowed, ALL) if found is None else found
+
+    @property
+    def forces(self) -> bool:
+        """Whether the grammar leaves no choice about the next token."""
+        return not self._over and self._forced() is not None
+
+    def restrict(
+        self, drafted: DraftTree, most: int, deepest: int
+    ) -> tuple[DraftTree, np.ndarray]:
+        """The best allowed nodes of a drafted tree and of forced continuations.
+
+        A forced node has its parent's score.
+
+        Args:
+          drafted: of this row, [N] each, on the host; its root is the answer's last token.
+          most: nodes, the root included.
+          deepest: of a node.
+
+        Returns:
+          The tree [N], best nodes first, and the bits after each node [N, ceil(V / 32)].
+        """
+        children: list[list[int]] = [[] for _ in drafted.tokens]
+        for node in np.flatnonzero(drafted.valid[1:]) + 1:
+            children[drafted.parents[node]].append(int(node))
+        nodes = [_Node(NO_PARENT, 0.0, (), self.allowed)]
+        waiting: list[tuple] = []  # (-score, order, parent, token, drafted children)
+        order = itertools.count()
+
+        def wait_below(parent: int, own: Sequence[int]) -> None:
+            drafts = {int(drafted.tokens[i]): i for i in own}
+            for token, score in self._candidates(nodes[parent], drafts, drafted.scores):
+                below = children[drafts[token]] if token in drafts else ()
+                heapq.heappush(waiting, (-score, next(order), parent, token, below))
+
+        if deepest and not self._over:
+            wait_below(0, children[0])
+        while waiting and len(nodes) < most:
+            score, _, parent, token, below = heapq.heappop(waiting)
+            path, ends = (*nodes[parent].path, token), token in self._ends
+            after = np.full_like(self.allowed, ALL) if ends else self._after(path)
+            if after is None:  # a dead end, which plain decoding would meet as well
+                continue
+            nodes.append(_Node(parent, -score, path, after))
+            if not ends and len(path) < deepest:
+                wait_below(len(nodes) - 1, below)
+        self._go_to(())
+        return _as_tree(nodes, drafted.tokens)
+
+    def _candidates(
+        self, node: _Node, drafts: dict[int, int], scores: np.ndarray
+    ) -> Iterator[tuple[int, float]]:
+        """Tokens that may follow a node, at which the parser is, with their nodes' scores.
+
+        Args: drafts: the drafted ones, and where their scores are.
+        """
+        forced = self._forced()
+        for token in dict.fromkeys([*([] if forced is None else [forced]), *drafts]):
+            if node.after[token // 32] >> (token % 32) & 1:
+                yield token, node.score if token == forced else float(scores[drafts[token]])
+
+    def _forced(self) -> int | None:
+        """The next token, if the grammar spells it out."""
+        found = self._parser.compute_ff_tokens()
+        if self._parser.is_error():
+            self._start_again(self._path)
+        return found[0] if found else None
+
+    def _after(self, path: tuple[int, ...]) -> np.ndarray | None:
+        """Bits of what may follow a path whose last token may come; None if nothing may."""
+        self._go_to(path)
+        found = following(self._parser, len(self.allowed))
+        if found is None:
+            self._start_again(path[:-1])
+        return found
+
+    def _go_to(self, path: tuple[int, ...]) -> None:
+        """Moves the parser to a path of drafted tokens."""
+        pairs = zip(self._path, path, strict=False)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if len(self._path) > same:
+            self._parser.rollback(len(self._path) - same)
+        if len(path) > same:
+            self._parser.consume_tokens(list(path[same:]))
+        self._path = path
+
+    def _start_again(self, path: tuple[int, ...]) -> None:
+        """After an error, which a parser never leaves: another one, at the path."""
+        self._parser = self._start.deep_copy()
+        self._parser.consume_tokens([*self._decided, *path])
+        self._path = path
+
+
+def following(parser: Any, words: int) -> np.ndarray | None:
+    """Bits of the tokens that may come next [words]; None if the parser cannot go on.
+
+    The library's have one bit more, which takes a word of its own where 32 divides V.
+    """
+    found = np.frombuffer(parser.compute_bitmask(), np.uint32)[:words]
+    return None if parser.is_error() or not found.any() else found
+
+
+def _as_tree(nodes: Sequence[_Node], drafted: np.ndarray) -> tuple[DraftTree, np.ndarray]:
+    """Args: drafted: the tokens [N] of the tree they come from."""
+    tokens, parents, depths = np.zeros((3, len(drafted)), np.int32)
+    tokens[0], parents[:] = drafted[0], NO_PARENT
+    scores = np.full(len(drafted), -np.inf, np.float32)
+    after = np.full((len(drafted), len(nodes[0].after)), ALL)
+    for i, node in enumerate(nodes):
+        if node.path:
+            tokens[i] = node.path[-1]
+        parents[i], depths[i], scores[i] = node.parent, len(node.path), node.score
+        after[i] = node.after
+    valid = np.arange(len(drafted)) < len(nodes)
+    return DraftTree(tokens, parents, depths, scores, valid), after
+
+
+def restrict(
+    matchers: Sequence[Matcher | None], drafted: DraftTree, most: int, deepest: int, vocab: int
+) -> Draft:
+    """A batch's trees [B, N], on the host, as their rows' grammars want them.
+
+    Args:
+      matchers: of every row; rows without one keep their tree.
+      most, deepest: see `Matcher.restrict`.
+      vocab: V.
+    """
+    rows = []
+    for i, matcher in enumerate(matchers):
+        own = jax.tree.map(lambda x, i=i: x[i], drafted)
+        if matcher is None:
+            rows.append((own, np.full((len(own.tokens), -(-vocab // 32)), ALL)))
+        else:
+            rows.append(matcher.restrict(own, most, deepest))
+    tree, after = jax.tree.map(lambda *x: np.stack(x), *rows)
+    return Draft(tree, allowed=after)
