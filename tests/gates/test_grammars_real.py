@@ -9,7 +9,7 @@ import pytest
 
 import jaxspec
 from jaxspec.decoding.sampling import Sampling
-from jaxspec.decoding.schedule import Fixed
+from jaxspec.decoding.schedule import Adaptive, Fixed
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
@@ -41,8 +41,8 @@ QUESTIONS = (
 )
 
 
-def engine(target, drafter):
-    config = EngineConfig(slots=2, room=512, schedule=Fixed(), throughput=True)
+def engine(target, drafter, schedule):
+    config = EngineConfig(slots=2, room=512, schedule=schedule, throughput=True)
     made = Engine(target, drafter, config)
     made.warm_up()
     return made
@@ -70,19 +70,22 @@ def test_json_with_the_shipped_drafter(smollm2):
         for seed, prompt in enumerate(prompts)
         for temperature in (0.0, 0.7)
     ]
+    free = [Request(r.prompt, r.max_new_tokens, r.sampling, r.seed) for r in asked]
     drafter = jaxspec.load_drafter("shipped+ngram", smollm2, nodes=8)
-    made = engine(smollm2, drafter)
-    tokens, tau, speed = run(made, asked)
-    expected, _, plain_speed = run(engine(smollm2, PLAIN), asked)
-    assert tokens == expected
-    for row in tokens:
+    plain = engine(smollm2, PLAIN, Fixed())
+    expected, _, speed = run(plain, asked)
+    print(f"\nplain: {speed:.1f} tokens/s with a schema, {run(plain, free)[2]:.1f} without")
+    for schedule in (Fixed(), Adaptive()):
+        made = engine(smollm2, drafter, schedule)
+        tokens, tau, speed = run(made, asked)
+        assert tokens == expected
+        _, free_tau, free_speed = run(made, free)
+        print(
+            f"{type(schedule).__name__}: {speed:.1f} tokens/s at {tau:.2f} tokens a round with "
+            f"a schema, {free_speed:.1f} at {free_tau:.2f} without"
+        )
+        assert tau > 1.5
+    for row in expected:
         text = smollm2.tokenizer.decode(row)
         if row[-1] in smollm2.config.eos_token_ids:
             assert set(json.loads(text)) == set(SCHEMA["required"])
-    free = [Request(r.prompt, r.max_new_tokens, r.sampling, r.seed) for r in asked]
-    _, free_tau, free_speed = run(made, free)
-    print(
-        f"\nJSON: {tau:.2f} tokens a round, {speed:.1f} tokens/s, plain {plain_speed:.1f}; "
-        f"without a grammar {free_tau:.2f}, {free_speed:.1f}"
-    )
-    assert tau > 1.5
