@@ -73,7 +73,7 @@ class Matcher:
     @property
     def forces(self) -> bool:
         """Whether the grammar leaves no choice about the next token."""
-        return not self._over and self._forced() is not None
+        return not self._over and self._forced(self.allowed) is not None
 
     def restrict(
         self, drafted: DraftTree, most: int, deepest: int
@@ -124,17 +124,25 @@ class Matcher:
 
         Args: drafts: the drafted ones, and where their scores are.
         """
-        forced = self._forced()
+        forced = self._forced(node.after)
         for token in dict.fromkeys([*([] if forced is None else [forced]), *drafts]):
             if node.after[token // 32] >> (token % 32) & 1:
                 yield token, node.score if token == forced else float(scores[drafts[token]])
 
-    def _forced(self) -> int | None:
-        """The next token, if the grammar spells it out."""
-        found = self._parser.compute_ff_tokens()
+    def _forced(self, after: np.ndarray) -> int | None:
+        """The next token, if the grammar spells it out or allows one alone.
+
+        Args: after: bits of the tokens that may come next.
+        """
+        spelt = self._parser.compute_ff_tokens()
         if self._parser.is_error():
             self._start_again(self._path)
-        return found[0] if found else None
+        if spelt:
+            return spelt[0]
+        words = np.flatnonzero(after)
+        bits = int(after[words[0]])
+        one = len(words) == 1 and bits & (bits - 1) == 0
+        return 32 * int(words[0]) + bits.bit_length() - 1 if one else None
 
     def _after(self, path: tuple[int, ...]) -> np.ndarray | None:
         """Bits of what may follow a path whose last token may come; None if nothing may."""
