@@ -37,6 +37,8 @@ from jaxspec.drafters.registry import LOOKUP_TOO
 from jaxspec.prompts import as_token_ids
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
+from jaxspec.serving.formats import json_text
+from jaxspec.serving.grammars import Grammar, Grammars
 from jaxspec.serving.load import closed_loop, mix, summarise, to_runner
 from jaxspec.serving.requests import Request
 from jaxspec.serving.runner import Runner
@@ -81,6 +83,8 @@ class Benchmark:
     room: int = 256
     top_logprobs: int = 20
     """What a server has ready by default; no request here asks for them."""
+    schema: Path | None = None
+    """File of a JSON schema that all answers keep to, as `response_format` of a request."""
     simulate: bool = False
 
 
@@ -94,15 +98,15 @@ def main(options: Benchmark) -> None:
         Request(tuple(prompt), options.max_new_tokens).check(
             target.config, options.room, options.top_logprobs
         )
+    grammar = grammar_of(options.schema, target)
     runners = {}
     for name, engine in engines(options, target):
         engine.warm_up()
         runners[name] = Runner(engine)
-        measure(
-            runners[name], requests(options, prompts, 4)[:4], 4
-        )  # a first load, not counted
+        first = requests(options, prompts, grammar, 4)[:4]
+        measure(runners[name], first, 4)  # not counted
         print(f"{name}: ready after {time.perf_counter() - began:.0f} s", flush=True)
-    turns = list(take_turns(options, prompts, runners))
+    turns = list(take_turns(options, prompts, grammar, runners))
     for runner in runners.values():
         runner.close()
     rows, ratios = medians(turns), ratios_of(turns)
@@ -152,14 +156,23 @@ def engines(options: Benchmark, target) -> Iterator[tuple[str, Engine]]:
     yield ADAPTIVE, engine(trees[max(trees)], Adaptive())
 
 
-def take_turns(options: Benchmark, prompts, runners: dict[str, Runner]) -> Iterator[dict]:
+def grammar_of(schema: Path | None, target) -> Grammar | None:
+    if schema is None:
+        return None
+    text = json_text(json.loads(schema.read_text()), str(schema))
+    return Grammars(target.tokenizer, target.config).of(text)
+
+
+def take_turns(
+    options: Benchmark, prompts, grammar, runners: dict[str, Runner]
+) -> Iterator[dict]:
     """One row per turn. Between two turns of one load a way moves one place on in the order."""
     names = list(runners)
     for load, users in enumerate(options.users):
         for turn in range(options.turns if users < 16 else -(-options.turns // 2)):
             first = (load + turn) % len(names)
             for name in names[first:] + names[:first]:
-                asked = requests(options, prompts, users)
+                asked = requests(options, prompts, grammar, users)
                 row = {"way": name, "users": users, "turn": turn}
                 row |= measure(runners[name], asked, users)
                 yield row
@@ -170,9 +183,9 @@ def take_turns(options: Benchmark, prompts, runners: dict[str, Runner]) -> Itera
                 )
 
 
-def requests(options: Benchmark, prompts, users: int) -> list[Request]:
+def requests(options: Benchmark, prompts, grammar, users: int) -> list[Request]:
     return [
-        Request(tuple(prompt), options.max_new_tokens, seed=i)
+        Request(tuple(prompt), options.max_new_tokens, seed=i, grammar=grammar)
         for i, prompt in enumerate(mix(prompts, users * options.requests_per_user))
     ]
 

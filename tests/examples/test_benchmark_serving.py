@@ -13,10 +13,12 @@ from tests.serving import structured
 def test_every_way_takes_its_turns_at_every_load(tmp_path, monkeypatch):
     target = structured.target()
     monkeypatch.setattr(jaxspec, "load_target", lambda *_, **options: target)
-    output = tmp_path / "serving.json"
+    output, schema = tmp_path / "serving.json", tmp_path / "schema.json"
+    schema.write_text('{"enum": ["yes", "no"]}')
     main(
         Benchmark(
             output,
+            schema=schema,
             dtype="float32",
             users=(1, 2),
             turns=1,
