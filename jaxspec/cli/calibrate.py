@@ -59,8 +59,8 @@ class Calibrate:
         jaxspec.enable_compilation_cache()
         target = jaxspec.load_target(self.target, dtype=self.dtype)
         drafter = jaxspec.load_drafter(str(self.drafter), target)
-        config = getattr(drafter.drafter, "config", None)
-        if not getattr(config, "confidence", None):
+        config = drafter.drafter.head_config
+        if config is None or config.confidence is None:
             raise ValueError(
                 f"--drafter {self.drafter} has no confidence head: nothing to calibrate"
             )

@@ -103,6 +103,24 @@ class Drafter:
             "out: sample-then-match is lossless with any drafter"
         )
 
+    def rollout(self, params: Any, state: Any, anchor, position, choose):
+        """Chooses token by token, each given the choices before it; for trained drafters.
+
+        Args:
+          anchor, position: as in `draft`.
+          choose: see `rollout.Choose`.
+
+        Returns:
+          tokens [B, P] int32, their ids, and the laws [B, P, V'].
+
+        Raises:
+          ValueError: the drafter does not score its vocabulary.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not score tokens one after another; expected a trained "
+            "drafter, alone"
+        )
+
     def with_tree(self, tree: TreeConfig) -> Drafter:
         """The drafter with trees of `tree.size` nodes, of `tree.kind` if it has a choice."""
         raise ValueError(f"{self} has a tree of its own; leave the options of trees out")

@@ -270,11 +270,6 @@ class BlockDrafter(Drafter):
         position: jax.Array,
         choose: Choose,
     ) -> tuple[jax.Array, jax.Array]:
-        """Chooses token by token, each given the choices before it (`rollout.rollout`).
-
-        Returns:
-          tokens [B, P] int32, their ids, and the laws [B, P, V'].
-        """
         head, vocabulary = bind(self.config, params.head), params.vocabulary
         stream = self.stream(params, state, anchor, position)
         base = head.logits(vocabulary, stream)

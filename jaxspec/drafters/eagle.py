@@ -148,6 +148,16 @@ class EagleDrafter(Drafter):
         return max(1, min(self.config.steps, self.tree.size - 1))
 
     @property
+    def passes(self) -> int:
+        """Runs of the network for one tree."""
+        return self.depth
+
+    @property
+    def pass_tokens(self) -> int:
+        """F, tokens of a row of the batch that one run takes."""
+        return 1 if self.tree.kind == "chain" else min(self.tree.candidates, self.size - 1)
+
+    @property
     def taps(self) -> tuple[int, ...]:
         return self.config.taps
 
@@ -255,12 +265,6 @@ class EagleDrafter(Drafter):
         position: jax.Array,
         choose: Choose,
     ) -> tuple[jax.Array, jax.Array]:
-        """Chooses token by token, each given the choices before it (`rollout.rollout`).
-
-        Returns:
-          tokens [B, P] int32, their ids, and the laws [B, P, V'].
-        """
-
         def step(level: _Level, slot):
             logits, features, level = self._run(params, state, position, level, slot)
             chosen, law = choose(slot, logits[:, 0])
@@ -282,7 +286,7 @@ class EagleDrafter(Drafter):
     ) -> DraftTree:
         """EAGLE-2's tree: a pool of W candidates after each of F rows per level."""
         vocabulary, rows = params.vocabulary, jnp.arange(anchor.shape[0])[:, None]
-        frontier = min(self.tree.candidates, self.size - 1)
+        frontier = self.pass_tokens
         width = min(self.tree.width, vocabulary.unembed.shape[0])
 
         def grow(level: _Level, slot):

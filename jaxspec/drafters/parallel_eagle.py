@@ -28,6 +28,7 @@ class ParallelEagleDrafter(EagleDrafter):
 
     config: ParallelEagleConfig
     path_conditioned = False
+    passes = 1
 
     def __post_init__(self):
         if self.tree.kind not in TREES:
@@ -35,6 +36,10 @@ class ParallelEagleDrafter(EagleDrafter):
                 f"tree kind {self.tree.kind!r} needs scores given the tokens before; P-EAGLE "
                 f"scores each depth alone: use one of {', '.join(TREES)}"
             )
+
+    @property
+    def pass_tokens(self) -> int:
+        return self.depth
 
     def logits(
         self, params: EagleParams, state: EagleState, anchor: jax.Array, position: jax.Array
@@ -65,7 +70,7 @@ class ParallelEagleDrafter(EagleDrafter):
         position: jax.Array,
         choose: Choose,
     ) -> tuple[jax.Array, jax.Array]:
-        """As `EagleDrafter.rollout`, with choices independent of each other."""
+        """As `Drafter.rollout`, with choices independent of each other."""
 
         def step(_, inputs):
             chosen, law = choose(*inputs)

@@ -28,17 +28,13 @@ def ranks(
     No nodes are counted, and there are no scores.
 
     Args:
-      drafter: one that scores its vocabulary token by token: trained, not joined.
+      drafter: one that scores its vocabulary token by token (`Drafter.rollout`): trained, not
+        joined.
       state: its own, one of `observed.states`.
 
     Raises:
       ValueError: the drafter has no such scores.
     """
-    if not hasattr(drafter.drafter, "rollout"):
-        raise ValueError(
-            f"{type(drafter.drafter).__name__} does not score tokens one after another, so its "
-            "candidates have no ranks; expected a trained drafter, alone"
-        )
     highest = at_every_anchor(highest_ranks, observed, answers, drafter, state)
     none = np.zeros(highest.shape[1], np.int32)
     return [Table(own, none, none[:, None].astype(np.float32)) for own in highest]

@@ -14,7 +14,6 @@ from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.drafters.eagle import EagleDrafter
 from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.drafters.mtp import MtpConfig
-from jaxspec.drafters.parallel_eagle import ParallelEagleDrafter
 from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.params import DeltaNetParams, LayerParams, MoeParams
 from jaxspec.models.scaled import is_scaled
@@ -100,11 +99,8 @@ def draft_floor(setup: Setup) -> Floor:
 
 def _eagle_floor(setup: Setup, drafter: EagleDrafter) -> Floor:
     """Every pass reads the layer, the LM head and the cache once more."""
-    c, passes = drafter.config, drafter.depth
+    c, rows = drafter.config, setup.batch * drafter.pass_tokens
     weights = drafter.abstract_params(setup.target_params).head
-    rows = setup.batch * (1 if drafter.tree.kind == "chain" else drafter.tree.candidates)
-    if isinstance(drafter, ParallelEagleDrafter):
-        passes, rows = 1, setup.batch * drafter.depth
     if isinstance(c, MtpConfig):
         read, multiplied = _layer_work(c.layer, weights.layer, rows)
         read, multiplied = read + _bytes(weights.fc), multiplied + _values(weights.fc)
@@ -114,7 +110,8 @@ def _eagle_floor(setup: Setup, drafter: EagleDrafter) -> Floor:
     size = read + _bytes(setup.target_params.unembed)
     size += setup.batch * _row_bytes(c) * setup.context
     flops = 2 * rows * (multiplied + head)
-    return Floor(passes * size / setup.devices, passes * flops / setup.devices)
+    passes = drafter.passes / setup.devices
+    return Floor(passes * size, passes * flops)
 
 
 def program_floor(setup: Setup, program: str) -> Floor:

@@ -110,3 +110,5 @@ def test_defaults_of_a_drafter():
         bare.with_tree(TreeConfig())
     with pytest.raises(ValueError, match="Bare does not"):
         bare.check_sampled()
+    with pytest.raises(ValueError, match="Bare does not score tokens"):
+        bare.rollout((), (), None, None, None)

@@ -88,8 +88,9 @@ def test_the_likeliest_candidates_alone_are_the_chain(name, answers):
 
 def test_drafters_without_scores_are_refused(answers):
     lookup = LoadedDrafter(PromptLookup(size=8))
+    observed = w.observe(tiny.target(), [lookup], answers, batch=2)
     with pytest.raises(ValueError, match="PromptLookup does not score tokens.*trained drafter"):
-        oracle.ranks(None, answers, lookup, None)
+        oracle.ranks(observed, answers, lookup, *observed.states)
 
 
 def test_the_better_of_two():
