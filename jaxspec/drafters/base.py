@@ -117,8 +117,8 @@ class Drafter:
           ValueError: the drafter does not score its vocabulary.
         """
         raise ValueError(
-            f"{type(self).__name__} does not score tokens one after another; expected a trained "
-            "drafter, alone"
+            f"{type(self).__name__} does not score tokens one after another; expected a "
+            "trained drafter, alone"
         )
 
     def with_tree(self, tree: TreeConfig) -> Drafter:

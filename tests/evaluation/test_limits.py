@@ -24,7 +24,7 @@ ROUNDS = [[0, 0, 6, 2], [0, 2, 4, 2]]  # 2.25 and 2 tokens a round: 34 / 16 in a
 @pytest.fixture(scope="module")
 def scripts():
     found = {}
-    for name in ("limits", "draw_limits", "long"):
+    for name in ("limits", "draw_limits", "long", "draw_long"):
         spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
         found[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(found[name])
@@ -128,7 +128,7 @@ def test_long_prompts_are_drawn(scripts, tmp_path, capsys):
             for decoder, seconds in {"plain, 1 row": 1.0, "plain, 2 rows": 2.0}.items():
                 timed = row(name, decoder, 1, seconds=[seconds] * 2, **clock)
                 results.append(file, timed)
-    long.Draw(file, drafter="x", output=tmp_path).run()
+    scripts["draw_long"].Draw(file, drafter="x", output=tmp_path).run()
     text = capsys.readouterr().out
     taus = " | ".join(["2.12 [2.00, 2.25]"] * 4)
     assert f"| 0 | copy | 7,000 | {taus} | 25% | 10% |" in text
