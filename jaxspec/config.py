@@ -10,10 +10,17 @@ from typing import Any, Literal, get_args
 ROPE_KINDS = ("linear", "yarn", "llama3")
 
 
-def _check(config: Any, name: str, good: bool, expected: str) -> None:
+def check_field(config: Any, name: str, good: bool, expected: str) -> None:
+    """Raises ValueError, with what is expected, unless a dataclass's field is good."""
     if not good:
         found = getattr(config, name)
         raise ValueError(f"{type(config).__name__}.{name} is {found!r}; expected {expected}")
+
+
+def at_least(low: float, config: Any, *names: str) -> None:
+    """Raises ValueError if a field of a dataclass is below `low`."""
+    for name in names:
+        check_field(config, name, getattr(config, name) >= low, f"at least {low}")
 
 
 def _check_indices(config: Any, name: str, found: Sequence[int], count: int, of: str) -> None:
@@ -51,7 +58,7 @@ class RopeScaling:
     high_freq_factor: float = 4.0
 
     def __post_init__(self):
-        check = functools.partial(_check, self)
+        check = functools.partial(check_field, self)
         check("kind", self.kind in ROPE_KINDS, f"one of {ROPE_KINDS}")
         check("factor", 0 < self.factor < float("inf"), "a positive number")
         stretched = self.kind == "linear" or self.original_positions >= 1
@@ -87,9 +94,8 @@ class DeltaNetConfig:
     interleaved: bool = False
 
     def __post_init__(self):
-        check = functools.partial(_check, self)
-        for name in ("key_heads", "value_heads", "key_dim", "value_dim"):
-            check(name, getattr(self, name) >= 1, "at least 1")
+        check = functools.partial(check_field, self)
+        at_least(1, self, "key_heads", "value_heads", "key_dim", "value_dim")
         check("taps", self.taps >= 2, "at least 2")
         even = self.value_heads % self.key_heads == 0
         check("value_heads", even, f"a multiple of key_heads = {self.key_heads}")
@@ -161,9 +167,10 @@ class TargetConfig:
     def __post_init__(self):
         if all(window is None for window in self.windows):
             object.__setattr__(self, "windows", ())
-        check = functools.partial(_check, self)
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"):
-            check(name, getattr(self, name) >= 1, "at least 1")
+        check = functools.partial(check_field, self)
+        at_least(
+            1, self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"
+        )
         even = self.num_heads % self.num_kv_heads == 0
         check("num_heads", even, f"a multiple of num_kv_heads = {self.num_kv_heads}")
         even = self.head_dim >= 2 and self.head_dim % 2 == 0
@@ -182,14 +189,14 @@ class TargetConfig:
         # A damaged number of layers may be very large: nothing of its size is made here.
         windows, count = self.windows, self.num_layers
         each = len(windows) in (0, count) and all(w is None or w >= 1 for w in windows)
-        _check(self, "windows", each, f"None or at least 1 for each of {count} layers")
+        check_field(self, "windows", each, f"None or at least 1 for each of {count} layers")
         _check_indices(self, "sparse_layers", self.sparse_layers, count, "layers")
         _check_indices(self, "delta_net.layers", self.delta_layers, count, "layers")
         some = len(set(self.delta_layers)) < count
-        _check(self, "delta_net", some, f"one of attention at least among {count} layers")
+        check_field(self, "delta_net", some, f"one of attention at least among {count} layers")
         both = [i for i in self.delta_layers if windows and windows[i]]
         whole = f"None for the gated delta nets {both}, which see all positions"
-        _check(self, "windows", not both, whole)
+        check_field(self, "windows", not both, whole)
 
     @property
     def delta_layers(self) -> tuple[int, ...]:
@@ -235,9 +242,8 @@ class TreeConfig:
     candidates: int = 16
 
     def __post_init__(self):
-        _check(self, "kind", self.kind in TREE_KINDS, f"one of {TREE_KINDS}")
-        for name in ("size", "width", "candidates"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        check_field(self, "kind", self.kind in TREE_KINDS, f"one of {TREE_KINDS}")
+        at_least(1, self, "size", "width", "candidates")
 
 
 LOW_RANK = ("markov", "gated", "rnn", "bilinear")  # heads with an embedding of their own
@@ -303,13 +309,8 @@ class DrafterConfig:
     max_positions: int = 40_960
 
     def __post_init__(self):
-        def check(name, good, expected):
-            if not good:
-                raise ValueError(
-                    f"DrafterConfig.{name} is {getattr(self, name)}; expected {expected}"
-                )
-
-        check("num_layers", self.num_layers >= 1, "at least 1")
+        check = functools.partial(check_field, self)
+        at_least(1, self, "num_layers")
         for name in ("causal", "window"):
             value = getattr(self, name)
             if not isinstance(value, tuple):

@@ -4,12 +4,14 @@ the request and the absolute position, so that any way of decoding draws the sam
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
+from jaxspec.config import check_field
 from jaxspec.decoding.penalties import Written, adjusted, changes_logits
 
 NO_TOKEN = -1
@@ -51,12 +53,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        def check(name, good, expected):
-            if not good:
-                raise ValueError(
-                    f"Sampling.{name} is {getattr(self, name)}; expected {expected}"
-                )
-
+        check = functools.partial(check_field, self)
         check(
             "temperature", 0 <= self.temperature < float("inf"), "a finite number, at least 0"
         )

@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxspec.config import at_least, check_field
 from jaxspec.decoding.budget import StepTimes, admit, best_size, survival
 from jaxspec.decoding.fitting import VerifySize, smallest
 from jaxspec.decoding.round import commit, judge, propose
@@ -55,12 +56,9 @@ class Adaptive:
     probe: int = 16
 
     def __post_init__(self):
-        for name in ("age", "probe"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"Adaptive.{name} is {getattr(self, name)}; expected at least 1"
-                    + (": the current draft must not choose its own size" * (name == "age"))
-                )
+        at_least(1, self, "probe")
+        rule = "at least 1: the current draft must not choose its own size"
+        check_field(self, "age", self.age >= 1, rule)
 
 
 Schedule = Fixed | Adaptive

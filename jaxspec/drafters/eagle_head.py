@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspec.config import RopeScaling
+from jaxspec.config import RopeScaling, at_least, check_field
 from jaxspec.drafters.head import Vocabulary
 from jaxspec.drafters.sequential import join, ones, weight
 from jaxspec.models.layers import lookup, project, rms_norm, rotate, swiglu
@@ -73,14 +73,9 @@ class EagleConfig:
     max_positions: int = 40_960
 
     def __post_init__(self):
-        def check(name, good, expected):
-            if not good:
-                raise ValueError(
-                    f"EagleConfig.{name} is {getattr(self, name)}; expected {expected}"
-                )
-
-        for name in ("vocab_size", "hidden_size", "target_hidden_size", "num_layers", "steps"):
-            check(name, getattr(self, name) >= 1, "at least 1")
+        check = functools.partial(check_field, self)
+        at_least(1, self, "vocab_size", "hidden_size", "target_hidden_size")
+        at_least(1, self, "num_layers", "steps")
         if not isinstance(self.window, tuple):
             object.__setattr__(self, "window", (self.window,) * self.num_layers)
         check("window", len(self.window) == self.num_layers, "one value per layer")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxspec.config import TreeConfig
+from jaxspec.config import TreeConfig, at_least, check_field
 from jaxspec.drafters.base import Committed, Drafter
 from jaxspec.trees.merge import merge
 from jaxspec.trees.tree import DraftTree
@@ -48,16 +48,12 @@ class PromptLookup(Drafter):
     verify_sizes: tuple[int, ...] = (1, 4)
 
     def __post_init__(self):
-        for name in ("size", "depth", "continuations", "min_match"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"PromptLookup.{name} is {getattr(self, name)}; expected at least 1"
-                )
-        if len(self.agreement) < self.min_match or not all(0 < x < 1 for x in self.agreement):
-            raise ValueError(
-                f"PromptLookup.agreement is {self.agreement}; expected at least min_match = "
-                f"{self.min_match} probabilities"
-            )
+        at_least(1, self, "size", "depth", "continuations", "min_match")
+        many = len(self.agreement) >= self.min_match
+        good = many and all(0 < x < 1 for x in self.agreement)
+        check_field(
+            self, "agreement", good, f"at least min_match = {self.min_match} probabilities"
+        )
 
     def init(self, params, batch: int, capacity: int) -> Int[Array, "B S"]:
         """The tokens seen so far: [B, S] int32."""

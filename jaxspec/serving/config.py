@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxspec.config import TargetConfig
+from jaxspec.config import TargetConfig, at_least, check_field
 from jaxspec.decoding.schedule import Adaptive, Fixed, Schedule
 
 
@@ -53,13 +53,9 @@ class EngineConfig:
     def __post_init__(self):
         for name in ("top_logprobs", "prefix_cache_mb"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"EngineConfig.{name} is {value}; expected at least 0")
-        for name in ("slots", "room", "queue", "max_nodes", "chunk", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"EngineConfig.{name} is {getattr(self, name)}; expected at least 1"
-                )
+            good = value is None or 0 <= value < float("inf")
+            check_field(self, name, good, "at least 0")
+        at_least(1, self, "slots", "room", "queue", "max_nodes", "chunk", "rounds")
 
     def resolved(self, target: TargetConfig, size: int) -> EngineConfig:
         """With a schedule and a budget, for a drafter whose trees have `size` nodes.

@@ -7,6 +7,8 @@ import dataclasses
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from jaxspec.config import check_field
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -30,9 +32,7 @@ class Limits:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not value > 0:
-                raise ValueError(f"Limits.{field.name} is {value}; expected more than 0")
+            check_field(self, field.name, getattr(self, field.name) > 0, "more than 0")
 
 
 def timed_protocol(limits: Limits) -> type[H11Protocol]:

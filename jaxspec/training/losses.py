@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxspec.config import at_least, check_field
 from jaxspec.drafters.head import DraftHead, Vocabulary
 from jaxspec.drafters.teacher_forced import BlockOutput
 from jaxspec.training.selector_loss import MISSING, Choices, choices, leading_run
@@ -58,22 +59,14 @@ class LossConfig:
 
     def __post_init__(self):
         for name, allowed in (
+            ("weighting", WEIGHTINGS),
             ("reduction", (None, *REDUCTIONS)),
             ("truth", TRUTHS),
             ("missing", MISSING),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"LossConfig.{name} is {getattr(self, name)!r}; expected one of {allowed}"
-                )
-        if self.selector < 0:
-            raise ValueError(f"LossConfig.selector is {self.selector}; expected at least 0")
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(
-                f"LossConfig.weighting is {self.weighting!r}; expected one of {WEIGHTINGS}"
-            )
-        if self.decay <= 0:
-            raise ValueError(f"LossConfig.decay is {self.decay}; expected more than 0")
+            check_field(self, name, getattr(self, name) in allowed, f"one of {allowed}")
+        at_least(0, self, "selector")
+        check_field(self, "decay", self.decay > 0, "more than 0")
 
     def compares(self, head: DraftHead) -> bool:
         """Whether the target's distribution is needed."""

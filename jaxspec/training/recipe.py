@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import PurePath
 from typing import Any
 
-from jaxspec.config import LOW_RANK, DrafterConfig, TargetConfig, spaced_taps
+from jaxspec.config import (
+    LOW_RANK,
+    DrafterConfig,
+    TargetConfig,
+    at_least,
+    check_field,
+    spaced_taps,
+)
 from jaxspec.drafters.eagle_head import EagleConfig, ParallelEagleConfig
 from jaxspec.training.batches import PACKED_UNIT
 from jaxspec.training.losses import LossConfig
@@ -105,28 +113,21 @@ class TrainConfig:
     keep: int = 2
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "micro_batch", "anchors", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"TrainConfig.{name} is {getattr(self, name)}; expected at least 1"
-                )
+        at_least(1, self, "steps", "batch_size", "micro_batch", "anchors", "keep")
         if isinstance(self.drafter, EagleConfig):
             check_loss(self.loss)
-        if self.batch_size % self.micro_batch:
-            raise ValueError(
-                f"TrainConfig.batch_size is {self.batch_size}; expected a multiple of "
-                f"micro_batch = {self.micro_batch}"
-            )
-        if self.draft_vocab and not 2 <= self.draft_vocab <= self.drafter.vocab_size:
-            raise ValueError(
-                f"TrainConfig.draft_vocab is {self.draft_vocab}; expected 2 … "
-                f"{self.drafter.vocab_size}, the target's vocabulary, or 0 for all of it"
-            )
-        if self.packed < 0 or self.packed % PACKED_UNIT:
-            raise ValueError(
-                f"TrainConfig.packed is {self.packed}; expected a multiple of {PACKED_UNIT}, "
-                "or 0"
-            )
+        check = functools.partial(check_field, self)
+        even = self.batch_size % self.micro_batch == 0
+        check("batch_size", even, f"a multiple of micro_batch = {self.micro_batch}")
+        vocabulary = self.drafter.vocab_size
+        good = self.draft_vocab == 0 or 2 <= self.draft_vocab <= vocabulary
+        check(
+            "draft_vocab",
+            good,
+            f"2 … {vocabulary}, the target's vocabulary, or 0 for all of it",
+        )
+        whole = self.packed >= 0 and self.packed % PACKED_UNIT == 0
+        check("packed", whole, f"a multiple of {PACKED_UNIT}, or 0")
 
 
 @dataclasses.dataclass(frozen=True)

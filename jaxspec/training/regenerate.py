@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jaxspec.config import at_least, check_field
 from jaxspec.data.conversations import extend
 from jaxspec.data.identity import fingerprint, template_hash
 from jaxspec.data.jobs import Job, Opening
@@ -62,15 +63,8 @@ class RegenerateConfig:
     rows: int = 16
 
     def __post_init__(self):
-        if not 0 <= self.sampled <= 1:
-            raise ValueError(
-                f"RegenerateConfig.sampled is {self.sampled}; expected a share, 0 … 1"
-            )
-        for name in ("max_new_tokens", "question_tokens", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"RegenerateConfig.{name} is {getattr(self, name)}; expected at least 1"
-                )
+        check_field(self, "sampled", 0 <= self.sampled <= 1, "a share, 0 … 1")
+        at_least(1, self, "max_new_tokens", "question_tokens", "rows")
 
     def sampling_of(self, job: Job) -> Sampling:
         """How a conversation's answers are sampled."""

@@ -20,6 +20,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxspec.config import at_least, check_field
 from jaxspec.drafters.chunks import join, split
 from jaxspec.models.layers import project
 from jaxspec.trees.candidates import top_logits
@@ -43,16 +44,9 @@ class Mixture:
     chunk: int = 128
 
     def __post_init__(self):
-        for name in ("cross_entropy", "kl", "total_variation"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"Mixture.{name} is {getattr(self, name)}; expected at least 0"
-                )
-        if self.temperature <= 0 or self.chunk < 1:
-            raise ValueError(
-                f"Mixture.temperature is {self.temperature} and chunk {self.chunk}; expected a "
-                "positive temperature and a chunk of at least 1"
-            )
+        at_least(0, self, "cross_entropy", "kl", "total_variation")
+        at_least(1, self, "chunk")
+        check_field(self, "temperature", self.temperature > 0, "more than 0")
 
 
 @jax.tree_util.register_dataclass
