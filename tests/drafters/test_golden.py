@@ -8,21 +8,16 @@ import numpy as np
 import pytest
 
 from jaxspec.api import generate
-from jaxspec.checkpoints import huggingface
-from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
-from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.block import transition_table
 from jaxspec.drafters.rollout import rollout
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.weights import bind
-from jaxspec.models.decoder import forward
-from jaxspec.models.state import init_states
-from jaxspec.models.target import Target
-from jaxspec.trees.tree import NO_PARENT, causal_bits
+from jaxspec.trees.tree import NO_PARENT
+from tests.drafters import goldens
+from tests.drafters.goldens import TOLERANCE, accepted, observed, tapped
 from tests.slow import slow_but
 
-CAPACITY = 96
 TREES = {
     "jetspec_a": TreeConfig("best_first", size=60, width=7),
     "dflash_a": TreeConfig("best_first", size=40, width=6),
@@ -30,46 +25,17 @@ TREES = {
     "dspark_rnn": TreeConfig("chain", size=8),
     "treeflash_a": TreeConfig("transitions", size=40, width=6, candidates=5),
 }
-TOLERANCE = dict(atol=2e-4, rtol=0)
 
 
 @pytest.fixture(scope="module")
 def load(golden):
-    @functools.cache
-    def pair(name):
-        folder, _ = golden(name)
-        config = huggingface.read_config(folder / "target")
-        params = huggingface.load_params(folder / "target", config)
-        drafter = load_drafter(folder / "draft", config, params, TREES[name])
-        return Target(name, config, params), LoadedDrafter(*drafter)
-
-    return pair
-
-
-@functools.partial(jax.jit, static_argnames=("config", "taps"))
-def tapped(params, config, tokens, taps):
-    """Features [B, T, .] of whole sequences."""
-    batch, length = tokens.shape
-    bits = causal_bits(length)
-    output = forward(
-        params,
-        config,
-        tokens,
-        jnp.broadcast_to(jnp.arange(length), tokens.shape),
-        jnp.broadcast_to(bits, (batch, *bits.shape)),
-        init_states(config, batch, 1, "float32"),
-        jnp.zeros(batch, jnp.int32),
-        taps=taps,
-    )
-    return output.taps
+    return functools.cache(lambda name: goldens.load(golden(name)[0], TREES[name]))
 
 
 @functools.partial(jax.jit, static_argnames="drafter")
 def draft(drafter, params, tokens, features, position):
     """Everything a golden round records, after positions 0 … position - 1 of one sequence."""
-    start, anchor = jnp.zeros(1, jnp.int32), tokens[:, position][0][None]
-    state = drafter.init(params, 1, CAPACITY)
-    state = drafter.observe(params, state, Committed(tokens, features, start, position[None]))
+    state, anchor = observed(drafter, params, tokens, features, position)
     at = position[None]
     head = bind(drafter.config, params.head)
     stream = drafter.stream(params, state, anchor, at)
@@ -107,28 +73,11 @@ def teacher_forced(config, params, tokens, features, anchors):
 
 def rounds(golden, load, name):
     """Prompt by prompt the first three rounds: (recorded arrays, what we compute)."""
-    folder, trace = golden(name)
-    recorded = np.load(folder / "arrays.npz")
     target, loaded = load(name)
-    for i, prompt in enumerate(trace["prompts"]):
-        sequence = np.array([*prompt["prompt"], *prompt["ar"]])[:CAPACITY]
-        tokens = jnp.asarray(np.pad(sequence, (0, CAPACITY - len(sequence)))[None], jnp.int32)
-        features = tapped(target.params, target.config, tokens, loaded.drafter.taps)
-        # The prompt's own forward decides the first new token, the first round's anchor.
-        position = len(prompt["prompt"])
-        for r, committed in enumerate(accepted(prompt)[:3]):
-            mark = f"p{i}_r{r}_"
-            arrays = {k.removeprefix(mark): recorded[k] for k in recorded if k.startswith(mark)}
-            assert arrays
-            yield (
-                arrays,
-                draft(loaded.drafter, loaded.params, tokens, features, jnp.int32(position)),
-            )
-            position += committed
-
-
-def accepted(prompt):
-    return prompt["tree_accept"] if "tree_accept" in prompt else prompt["accept"]
+    drafter, params = loaded.drafter, loaded.params
+    for _, recorded, inputs in goldens.rounds(golden(name), target, drafter.taps, 3):
+        assert recorded
+        yield recorded, draft(drafter, params, *inputs)
 
 
 @pytest.mark.parametrize("name", slow_but(["jetspec_a"], ["jetspec_a", "dflash_a"]))

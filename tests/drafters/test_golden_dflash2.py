@@ -8,22 +8,18 @@ import numpy as np
 import pytest
 
 from jaxspec.api import generate
-from jaxspec.checkpoints import huggingface
-from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.rejection import residual, scatter_law
 from jaxspec.decoding.sampling import log_law
-from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.rollout import tempered
 from jaxspec.drafters.selector import lattice, pick, top_candidates, walk
 from jaxspec.drafters.weights import bind
-from jaxspec.models.target import Target
 from tests import tiny
 from tests.decoding.test_sampling import nothing_written, rows
-from tests.drafters.test_golden import CAPACITY, tapped
+from tests.drafters import goldens
+from tests.drafters.goldens import TOLERANCE, observed
 from tests.slow import slow_but
 
-TOLERANCE = dict(atol=2e-4, rtol=0)
 TREE = TreeConfig("chain", size=8)
 LAWS = dict(atol=1e-4, rtol=1e-4)
 NAMES = ("dflash2_a", "dflash2_window_a")
@@ -32,23 +28,13 @@ names = pytest.mark.parametrize("name", slow_but(["dflash2_a"], NAMES))
 
 @pytest.fixture(scope="module")
 def load(golden):
-    @functools.cache
-    def pair(name):
-        folder, _ = golden(name)
-        config = huggingface.read_config(folder / "target")
-        params = huggingface.load_params(folder / "target", config)
-        drafter = load_drafter(folder / "draft", config, params, TREE)
-        return Target(name, config, params), LoadedDrafter(*drafter)
-
-    return pair
+    return functools.cache(lambda name: goldens.load(golden(name)[0], TREE))
 
 
 @functools.partial(jax.jit, static_argnames="drafter")
 def draft(drafter, params, tokens, features, position):
     """What a golden round records, after positions 0 … position - 1 of one sequence."""
-    start, anchor = jnp.zeros(1, jnp.int32), tokens[:, position][0][None]
-    state = drafter.init(params, 1, CAPACITY)
-    state = drafter.observe(params, state, Committed(tokens, features, start, position[None]))
+    state, anchor = observed(drafter, params, tokens, features, position)
     head, vocabulary = bind(drafter.config, params.head), params.vocabulary
     stream = drafter.stream(params, state, anchor, position[None])
     base = head.logits(vocabulary, stream)
@@ -72,20 +58,12 @@ def draft(drafter, params, tokens, features, position):
 
 def rounds(golden, load, name):
     """The first four rounds of every prompt: (round, recorded, what we compute, sequence)."""
-    folder, trace = golden(name)
-    recorded = np.load(folder / "arrays.npz")
     target, loaded = load(name)
-    for i, prompt in enumerate(trace["prompts"]):
-        sequence = np.array([*prompt["prompt"], *prompt["ar"]])[:CAPACITY]
-        tokens = jnp.asarray(np.pad(sequence, (0, CAPACITY - len(sequence)))[None], jnp.int32)
-        features = tapped(target.params, target.config, tokens, loaded.drafter.taps)
-        position = len(prompt["prompt"])
-        for r, committed in enumerate(prompt["accept"][:4]):
-            mark = f"p{i}_r{r}_"
-            arrays = {k.removeprefix(mark): recorded[k] for k in recorded if k.startswith(mark)}
-            found = draft(loaded.drafter, loaded.params, tokens, features, jnp.int32(position))
-            yield r, arrays, found, sequence[: position + 1]
-            position += committed
+    drafter, params = loaded.drafter, loaded.params
+    for r, recorded, inputs in goldens.rounds(golden(name), target, drafter.taps, 4):
+        tokens, _, position = inputs
+        sequence = np.asarray(tokens)[0, : int(position) + 1].tolist()
+        yield r, recorded, draft(drafter, params, *inputs), sequence
 
 
 @names

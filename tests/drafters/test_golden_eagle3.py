@@ -7,13 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import checkpoints
 from jaxspec.api import generate
-from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
-from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.rollout import greedy
-from tests.drafters.test_golden import CAPACITY, tapped
+from tests.drafters import goldens
+from tests.drafters.goldens import TOLERANCE, observed
 from tests.slow import slow_but
 
 CHAIN = TreeConfig("chain", size=6)
@@ -23,57 +21,42 @@ names = pytest.mark.parametrize("name", slow_but(["eagle3_speculators_a"], NEW))
 
 @pytest.fixture(scope="module")
 def load(golden):
-    @functools.cache
-    def case(name):
-        folder, trace = golden(name)
-        target = checkpoints.load(folder / "target")
-        drafter = load_drafter(folder / "draft", target.config, target.params, CHAIN)
-        return folder, trace, target, LoadedDrafter(*drafter)
-
-    return case
+    return functools.cache(lambda name: goldens.load(golden(name)[0], CHAIN))
 
 
 @names
-def test_rounds(load, name):
+def test_rounds(golden, load, name):
     """Logits of every step along the drafter's own greedy tokens, and those as target ids."""
-    folder, trace, target, loaded = load(name)
-    recorded, drafter, params = np.load(folder / "arrays.npz"), loaded.drafter, loaded.params
+    target, loaded = load(name)
+    drafter, params = loaded.drafter, loaded.params
 
     @jax.jit
     def draft(tokens, features, position):
-        start, at = jnp.zeros(1, jnp.int32), position[None]
-        state = drafter.init(params, 1, CAPACITY)
-        state = drafter.observe(params, state, Committed(tokens, features, start, at))
-        anchor = tokens[:, position][0][None]
+        state, anchor = observed(drafter, params, tokens, features, position)
+        at = position[None]
         _, logits = drafter.rollout(params, state, anchor, at, greedy)
         tree, _ = drafter.draft(params, state, anchor, at, jnp.array([drafter.size]))
         return logits[0], tree.tokens[0, 1:]
 
     assert drafter.depth == 5
-    for i, prompt in enumerate(trace["prompts"]):
-        sequence = np.array([*prompt["prompt"], *prompt["ar"]])[:CAPACITY]
-        tokens = jnp.asarray(np.pad(sequence, (0, CAPACITY - len(sequence)))[None], jnp.int32)
-        features = tapped(target.params, target.config, tokens, drafter.taps)
-        position = len(prompt["prompt"])
-        for r, committed in enumerate(prompt["accept"][:4]):
-            mark = f"p{i}_r{r}_"
-            if mark + "draft_logits" not in recorded:
-                break
-            logits, drafts = draft(tokens, features, jnp.int32(position))
-            expected = recorded[mark + "draft_logits"]
-            np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=0)
-            if mark + "drafts" in recorded:
-                np.testing.assert_array_equal(drafts, recorded[mark + "drafts"])
-            position += committed
-        assert r >= 2
+    compared = 0
+    for _, recorded, inputs in goldens.rounds(golden(name), target, drafter.taps, 4):
+        if "draft_logits" not in recorded:
+            continue
+        logits, drafts = draft(*inputs)
+        np.testing.assert_allclose(logits, recorded["draft_logits"], **TOLERANCE)
+        if "drafts" in recorded:
+            np.testing.assert_array_equal(drafts, recorded["drafts"])
+        compared += 1
+    assert compared >= 3 * len(golden(name)[1]["prompts"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEW)
-def test_decoding(load, name):
+def test_decoding(golden, load, name):
     """The target's own output, and as many tokens committed in every round."""
-    _, trace, target, loaded = load(name)
-    prompts = trace["prompts"]
+    target, loaded = load(name)
+    prompts = golden(name)[1]["prompts"]
     rows = [prompt["prompt"] for prompt in prompts]
     done = generate(target, rows, drafter=loaded, max_new_tokens=NEW[name])
     for prompt, completion in zip(prompts, done, strict=True):

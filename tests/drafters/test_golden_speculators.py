@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxspec import checkpoints
-from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.checkpoints.head_tensors import block_parts
 from jaxspec.config import TreeConfig
-from jaxspec.drafters.base import Committed
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.weights import bind
 from jaxspec.models.layers import rms_norm
@@ -18,7 +15,8 @@ from jaxspec.training.blocks import before_labels
 from jaxspec.training.features import target_features
 from jaxspec.training.losses import LossConfig, drafter_loss
 from jaxspec.training.vocabulary_loss import Mixture
-from tests.drafters.test_golden import CAPACITY, tapped
+from tests.drafters import goldens
+from tests.drafters.goldens import observed
 from tests.slow import slow_but
 
 NAME, CHAIN = "dflash_speculators_a", TreeConfig("chain", size=8)
@@ -34,38 +32,27 @@ LOSSES = {  # tv is half of the L1 distance
 @pytest.fixture(scope="module")
 def case(golden):
     folder, trace = golden(NAME)
-    target = checkpoints.load(folder / "target")
-    drafter, params = load_drafter(folder / "draft", target.config, target.params, CHAIN)
-    return folder, trace, target, drafter, params
+    target, loaded = goldens.load(folder, CHAIN)
+    return folder, trace, target, loaded.drafter, loaded.params
 
 
 def test_rounds(case):
     """The first four of every prompt: logits over the draft vocabulary, drafts as token ids."""
     folder, trace, target, drafter, params = case
-    recorded = np.load(folder / "arrays.npz")
 
     @jax.jit
     def draft(tokens, features, position):
-        start, at = jnp.zeros(1, jnp.int32), position[None]
-        state = drafter.init(params, 1, CAPACITY)
-        state = drafter.observe(params, state, Committed(tokens, features, start, at))
-        anchor = tokens[:, position][0][None]
+        state, anchor = observed(drafter, params, tokens, features, position)
+        at = position[None]
         stream = drafter.stream(params, state, anchor, at)
         logits = bind(drafter.config, params.head).logits(params.vocabulary, stream)
         tree, _ = drafter.draft(params, state, anchor, at, jnp.array([drafter.size]))
         return logits[0], tree.tokens[0, 1 : drafter.depth + 1]
 
-    for i, prompt in enumerate(trace["prompts"]):
-        sequence = np.array([*prompt["prompt"], *prompt["ar"]])[:CAPACITY]
-        tokens = jnp.asarray(np.pad(sequence, (0, CAPACITY - len(sequence)))[None], jnp.int32)
-        features = tapped(target.params, target.config, tokens, drafter.taps)
-        position = len(prompt["prompt"])
-        for r, committed in enumerate(prompt["accept"][:4]):
-            logits, drafts = draft(tokens, features, jnp.int32(position))
-            mark = f"p{i}_r{r}_"
-            np.testing.assert_allclose(logits, recorded[mark + "draft_logits"], atol=2e-4)
-            np.testing.assert_array_equal(drafts, recorded[mark + "drafts"])
-            position += committed
+    for _, recorded, inputs in goldens.rounds((folder, trace), target, drafter.taps, 4):
+        logits, drafts = draft(*inputs)
+        np.testing.assert_allclose(logits, recorded["draft_logits"], atol=2e-4)
+        np.testing.assert_array_equal(drafts, recorded["drafts"])
 
 
 @pytest.mark.parametrize("variant", slow_but(["kl_decay"], LOSSES))

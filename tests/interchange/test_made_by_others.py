@@ -14,7 +14,7 @@ from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.weights import bind
-from tests.drafters.test_golden import CAPACITY, tapped
+from tests.drafters.goldens import CAPACITY, tapped
 from tests.interchange.cases import (
     ANCHOR,
     LAYERS,

@@ -23,7 +23,7 @@ from jaxspec.training.recipe import (
     loss_config,
 )
 from jaxspec.training.trainer import train
-from tests.drafters.test_golden import tapped
+from tests.drafters.goldens import tapped
 from tests.interchange.cases import whole_rounds
 from tests.interchange.running import MARKS, run
 
