@@ -181,7 +181,7 @@ def test_trees_it_has_not(kind):
         (dict(taps=(0, 3)), "taps is .*different layers of the target, -1 … 2"),
         (dict(window=(None, 3)), "window is .*one value per layer"),
         (dict(window=0), "window is .*None or at least 1"),
-        (dict(tap_norm="both"), "tap_norm is both; expected one of"),
+        (dict(tap_norm="both"), "tap_norm is 'both'; expected one of"),
         (dict(num_kv_heads=3), "multiple of num_kv_heads = 3"),
         (dict(steps=0), "steps is 0; expected at least 1"),
     ],
