@@ -2,7 +2,7 @@
 
 import os
 
-# Settings of JAX that its programs set aside (`jaxspec.settings`); this process runs no others.
+# JAX settings that `jaxspec.settings` overrides anyway.
 for _name in (
     "JAX_ENABLE_X64",
     "JAX_NUMPY_RANK_PROMOTION",

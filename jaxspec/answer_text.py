@@ -8,24 +8,24 @@ from jaxspec.tokenizer import Tokenizer
 
 
 class AnswerText:
-    """Turns tokens into text that can be sent to the client.
+    """Turns tokens into text that can be shown at once.
 
-    Text that may be the beginning of a stop text is held back until that is decided.
+    Text that may begin a stop text is held back until that is decided.
 
     Attributes:
-      stopped: a stop text was found; nothing comes after it.
-      taken: tokens of the answer so far, that which completed a stop text included.
+      stopped: whether a stop text was found; no text comes after it.
+      taken: number of tokens read, up to the one that completed a stop text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, min_tokens: int = 0):
-        """Args: min_tokens: stop texts are looked for in the text after so many tokens."""
+        """Args: min_tokens: number of first tokens in whose text stop texts are ignored."""
         self._pieces, self._stops = tokenizer.stream(), tuple(stops)
         self._min_tokens = min_tokens
         self._held = ""
         self.stopped, self.taken = False, 0
 
     def add(self, tokens: Sequence[int]) -> str:
-        """The text these tokens release."""
+        """The text that becomes certain with these tokens."""
         text = ""
         for token in tokens:
             if self.stopped:
@@ -36,7 +36,7 @@ class AnswerText:
         return text
 
     def finish(self) -> str:
-        """What was held back, at the end of the tokens."""
+        """The text held back, once no more tokens come."""
         rest = self._release(self._pieces.finish())
         rest, self._held = rest + self._held, ""
         return rest
@@ -55,11 +55,11 @@ class AnswerText:
 
 
 class CutAnswer:
-    """One answer that a stop text may end, as its tokens arrive.
+    """One answer as its tokens arrive, cut at a stop text.
 
     Attributes:
-      start: length of its prompt.
-      text: certain so far; cut before the stop text.
+      start: length of its prompt, in tokens.
+      text: the text that is certain so far, cut before the stop text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], start: int, min_tokens: int):
@@ -68,23 +68,23 @@ class CutAnswer:
 
     @property
     def seen(self) -> int:
-        """Tokens read; the last of them completes the stop text, once there is one."""
+        """Number of tokens read; the last one completes the stop text, if one was found."""
         return self._answer.taken
 
     def see(self, ids: Sequence[int]) -> bool:
-        """Reads on in all tokens of the answer so far; whether there is a stop text."""
+        """Reads the new ones of all tokens so far; returns whether a stop text was found."""
         self.text += self._answer.add(ids[self.seen :])
         return self._answer.stopped
 
     def ended(self, ids: Sequence[int]) -> bool:
-        """`see` for an answer that has no more tokens: nothing is held back."""
+        """`see` for a complete answer: no text is held back."""
         if not self.see(ids):
             self.text += self._answer.finish()
         return self._answer.stopped
 
 
 def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that begins the stop text.
+    """Length of the longest suffix of the text that is a prefix of the stop text.
 
     >>> overlap("abc <", "</end>"), overlap("abc", "</end>")
     (1, 0)

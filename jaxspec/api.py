@@ -35,8 +35,8 @@ from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.results import Completion, Finish, Interrupted
 from jaxspec.settings import own_settings, own_settings_between_yields
 
-CALL_SECONDS = 0.25  # of rounds in one call of the device: a Ctrl-C waits no longer
-NODES = 8  # of the trees of a drafter given by name
+CALL_SECONDS = 0.25  # target duration of one device call, which a Ctrl-C has to wait for
+NODES = 8  # nodes per tree of a drafter given by name
 
 
 @own_settings()
@@ -60,30 +60,30 @@ def generate(
 ) -> list[Completion]:
     """Completes prompts; whatever the drafter, the output is the target's own.
 
-    In float32 the tokens equal plain decoding's, greedy or sampled at the same seed, on GPUs
-    too: products of a float32 target are exact to float32 there, not TF32, which is slower.
-    bfloat16 may flip near-ties.
+    In float32 the tokens equal plain decoding's, greedy or sampled at the same seed. That holds
+    on GPUs too: a float32 target does not use the faster TF32 there. bfloat16 may flip
+    near-ties.
 
     Args:
       prompts: texts, conversations, or lists of token ids, or a single one of them. A text
         becomes a user's turn in the chat template, unless `raw`; a conversation is a list of
         messages {"role": …, "content": …}.
-      drafter: from `load_drafter`, or a name as there, whose trees then have `NODES` nodes and
-        the kind that serves it best (load it once for many calls); plain decoding by default.
-      stop: texts that end an answer. Its text is cut before the first of them; its tokens,
-        plain decoding's all the same, end with the one that completes it.
+      drafter: from `load_drafter`, or its name there: it is then loaded in each call, with
+        trees of `NODES` nodes of the kind that suits it best. Plain decoding by default.
+      stop: texts that end an answer. The answer's text is cut before the first of them; its
+        tokens end with the one that completes it.
       sampling: one for all prompts or one per prompt.
       seed: prompt i uses `seed` folded with i; or one seed per prompt.
-      budget: nodes verified per round, root included; the drafter's whole tree by default. Or
-        what decides it round by round (`measure_pace`), the capacity and the batch's size too.
+      budget: nodes verified per round, root included; the drafter's whole tree by default. A
+        `Pace` (`measure_pace`) chooses it in each round, and fixes capacity and batch size.
       batch_size: prompts decoded together.
-      capacity: places for tokens per row, a multiple of 128; the smallest bucket that fits by
-        default. Calls that share it share compiled programs.
+      capacity: tokens per row that the cache holds, a multiple of 128; the smallest bucket that
+        fits by default. Calls with equal capacity share compiled programs.
       thinking: turns the thinking of a Qwen3 chat template on or off.
-      rejection: a block drafter draws its chains instead of taking the likeliest tokens, and
-        they are verified by rejection sampling: the same law, but other tokens than plain
-        sampling at the same seed.
-      implementation: of tree attention (`pallas_kernels.tree_attention`).
+      rejection: a block drafter samples its chains instead of taking the likeliest tokens, and
+        rejection sampling verifies them: the same distribution as plain sampling, but other
+        tokens at the same seed.
+      implementation: backend of `pallas_kernels.tree_attention`; chosen by platform if None.
       progress: called with the number of tokens written since its last call, several times a
         second.
 
@@ -91,9 +91,9 @@ def generate(
       One `Completion` per prompt, in order.
 
     Raises:
-      ValueError: an empty prompt, a token id outside the vocabulary, a prompt that with its new
-        tokens passes the target's positions or the capacity, or an option out of range.
-      Interrupted: Ctrl-C; it holds what there is.
+      ValueError: a prompt is empty, has a token id outside the vocabulary, or exceeds the
+        target's positions or the capacity with its new tokens; or an option is out of range.
+      Interrupted: Ctrl-C; it holds the completions so far.
     """
     prompts = as_token_ids(target, prompts, raw=raw, thinking=thinking)
     stops = _stop_texts(target, stop)
@@ -108,7 +108,8 @@ def generate(
     sampling = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
     if len(sampling) != len(prompts):
         raise ValueError(
-            f"{len(sampling)} samplings for {len(prompts)} prompts; give one, or one each"
+            f"sampling has {len(sampling)} entries for {len(prompts)} prompts; give one, or "
+            "one per prompt"
         )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
@@ -166,7 +167,7 @@ def _stop_texts(target: Target, stop: str | Sequence[str]) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for text in stops:
         if not isinstance(text, str) or not text:
-            raise ValueError(f"stop holds {text!r}; expected texts that are not empty")
+            raise ValueError(f"stop holds {text!r}; expected non-empty texts")
     if stops and target.tokenizer is None:
         raise ValueError(
             f"stop texts need a tokenizer, and target {target.name!r} has none; use "
@@ -193,7 +194,7 @@ def _decode(
     cuts: list[CutAnswer],
     progress: Callable[[int], object] | None,
 ) -> tuple[DecodeState, bool]:
-    """Rounds until every row is done, or until a Ctrl-C; whether it came to the end."""
+    """Runs rounds until every row is done, or a Ctrl-C; returns whether all are done."""
     rounds, written = 1, 0 if progress is None else int(state.length.sum())
     with postponed() as asked:
         while True:
@@ -213,7 +214,7 @@ def _decode(
 
 
 def _end_cut(state: DecodeState, cuts: list[CutAnswer]) -> DecodeState:
-    """With the rows done whose answers have a stop text."""
+    """Marks rows done whose answers have a stop text."""
     tokens, length, done = jax.device_get((state.tokens, state.length, state.done))
     ended = [cut.see(tokens[i, cut.start : length[i]]) for i, cut in enumerate(cuts)]
     done = done | np.array(ended + [False] * (len(done) - len(ended)))
@@ -237,11 +238,11 @@ def stream(
     implementation: str | None = None,
     rounds: int = 4,
 ) -> Generator[str, None, DecodeStats]:
-    """Yields the text of one completion as it grows, never half a character.
+    """Yields the text of one completion as it grows, in whole characters.
 
-    Runs the compiled programs of `generate` for a few `rounds` at a time; arguments as there.
-    Text that may be the beginning of a stop text is held back until that is decided. The
-    generator's return value is the request's `DecodeStats`.
+    Runs the compiled programs of `generate`, `rounds` rounds at a time; other arguments as
+    there. Text that may begin a stop text is held back until that is decided. The generator's
+    return value is the request's `DecodeStats`.
     """
     if target.tokenizer is None:
         raise ValueError(
@@ -279,7 +280,7 @@ def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> in
     """Compiles what `generate(target, prompts, **options)` will run; decodes one round.
 
     Returns:
-      The capacity; give it to `generate` for a part of the prompts to run the same programs.
+      The capacity. Pass it to `generate` to run the same programs on part of the prompts.
     """
     raw, thinking = options.pop("raw", False), options.pop("thinking", None)
     rows = as_token_ids(target, prompts, raw=raw, thinking=thinking)
@@ -291,6 +292,6 @@ def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> in
     for name in ("sampling", "seed"):  # one for all prompts, or one each
         if isinstance(options.get(name), Sequence):
             options[name] = options[name][:batch]
-    few = min(new_tokens, 2)  # the prompt's forward gives the first
+    few = min(new_tokens, 2)  # prefill gives the first, one round the second
     generate(target, rows[:batch], max_new_tokens=few, capacity=capacity, **options)
     return capacity

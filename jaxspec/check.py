@@ -1,8 +1,8 @@
 """Does a drafter fit its target, and does decoding run it as training did?
 
 Runs the drafter over known texts twice, once as training does (all blocks in one pass) and once
-as decoding does (caches, round by round), and compares the logits slot by slot. Then tries what
-is most often wrong with a drafter of low acceptance.
+as decoding does (caches, round by round), and compares the logits slot by slot. Then tries the
+usual causes of low acceptance.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.training.features import target_features
 from jaxspec.trees.tree import causal_bits
 
-CHUNK = 128  # texts are padded to a multiple of it
-PARTS = 8  # of a single text, which then stand for as many
-ANCHORS = 32  # at a time
-LEVEL = 0.95  # of intervals
-WORTH = 0.1  # tokens an anchor; what gains less is chance, or none of the usual mistakes
+CHUNK = 128  # texts are padded to a multiple of this
+PARTS = 8  # parts that a single text is cut into, for confidence intervals
+ANCHORS = 32  # anchors drafted from at a time
+LEVEL = 0.95  # of confidence intervals
+WORTH = 0.1  # least gain, in tokens per anchor, that counts as a finding
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}  # of logits, relative to the largest
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Known tokens to walk over.
+    """Known tokens to replay.
 
     Attributes:
       tokens: ids.
-      start: position of the first anchor, at least 1. In an answer, its first token: the
-        prompt's own forward decides it.
+      start: position of the first anchor, at least 1. For an answer this is its first token,
+        which prefill decides.
     """
 
     tokens: tuple[int, ...]
@@ -58,12 +58,12 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Alternative:
-    """What the drafter would do if it, or the text, were otherwise.
+    """How the drafter does under another configuration, or on other texts.
 
     Attributes:
       tau: tokens per round, as `Report.tau`.
-      gain: drafted tokens accepted more, on average over all anchors of all texts.
-      low, high: its interval of 95% over texts, from what each one gains (Student's t).
+      gain: additional drafted tokens accepted, mean over all anchors of all texts.
+      low, high: 95% confidence interval of the gain over texts (Student's t).
     """
 
     tau: float
@@ -81,17 +81,18 @@ class Alternative:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a check found.
+    """Result of a check.
 
     Attributes:
       rounds: blocks that decoding drafted.
       tau: tokens per round of greedy chains, bonus included, if the target wrote the texts.
-      accepted: per slot, the share of rounds that accepted it, given those before it.
-      differences: per slot, the largest difference of logits between the two ways, relative
-        to the largest logit.
-      tolerance: what differences may be.
-      alternatives: by name.
-      findings: what looks wrong; empty if nothing does.
+      accepted: per slot, the share of rounds that accepted it, given that they accepted the
+        slots before it.
+      differences: per slot, the largest difference of logits between training and decoding,
+        relative to the largest logit.
+      tolerance: largest acceptable difference.
+      alternatives: results under other configurations or texts, by name.
+      findings: problems found, one sentence each; empty if there are none.
     """
 
     rounds: int
@@ -121,7 +122,7 @@ def check_answers(
     max_new_tokens: int = 48,
     thinking: bool | None = None,
 ) -> Report:
-    """`check` on the target's own greedy answers, thinking mode among the alternatives."""
+    """`check` on the target's own greedy answers; also tries the other thinking mode."""
 
     def answers(thinking):
         rows = as_token_ids(target, prompts, raw=False, thinking=thinking)
@@ -146,13 +147,13 @@ def check_answers(
 def check(
     target: Target, drafter: LoadedDrafter, texts: Sequence[Text], *, diagnose: bool = True
 ) -> Report:
-    """Checks a block drafter on texts that the target wrote, or might have written.
+    """Checks a block drafter on texts, best written by the target.
 
     Args:
-      diagnose: try alternatives; each compiles a program.
+      diagnose: try alternative configurations; each compiles a program.
 
     Raises:
-      ValueError: it is not a block drafter, or a text is shorter than a block.
+      ValueError: the drafter is not a block drafter, or a text is shorter than a block.
     """
     return _check(target, drafter, texts, diagnose=diagnose)[0]
 
@@ -160,7 +161,7 @@ def check(
 def _check(
     target: Target, drafter: LoadedDrafter, texts: Sequence[Text], *, diagnose: bool
 ) -> tuple[Report, list[np.ndarray]]:
-    """The report, and what is accepted at every anchor of every text."""
+    """The report, and the drafts accepted at every anchor of every text."""
     config, params = drafter.drafter.head_config, drafter.params
     if config is None:
         raise ValueError(
@@ -203,26 +204,26 @@ def _check(
 
 
 def judge(report: Report) -> Report:
-    """The report with its findings."""
+    """Adds the findings to a report."""
     findings = []
     wrong = [i + 1 for i, d in enumerate(report.differences) if not d <= report.tolerance]
     if wrong:
         findings.append(
-            f"training and decoding disagree in slots {wrong}: the drafter is not run as it "
-            "was trained"
+            f"training and decoding disagree in slots {wrong}: decoding does not run the "
+            "drafter as it was trained"
         )
     better = {name: other for name, other in report.alternatives.items() if other.wins}
     if better:
         name, other = max(better.items(), key=lambda pair: pair[1].gain)
         findings.append(
-            f"with {name} tau is {other.tau:.2f} instead of {report.tau:.2f}, and an anchor "
-            f"gains {other.gain:.2f} tokens, {other.low:.2f} at least: the configuration or "
-            "the text is probably not what the drafter was trained with"
+            f"with {name} tau is {other.tau:.2f} instead of {report.tau:.2f} (gain per anchor "
+            f"{other.gain:.2f} tokens, at least {other.low:.2f}): the configuration or the "
+            "text is probably not what the drafter was trained with"
         )
     elif report.tau < 1.1:
         findings.append(
-            "almost nothing is accepted and no alternative helps: was it trained, for this "
-            "target, on answers of this kind?"
+            "almost nothing is accepted and no alternative helps: was the drafter trained for "
+            "this target, on answers of this kind?"
         )
     return dataclasses.replace(report, findings=tuple(findings))
 
@@ -237,7 +238,7 @@ def _can_think(target: Target) -> bool:
 def _alternatives(
     config: DrafterConfig, target: TargetConfig
 ) -> Iterator[tuple[str, DrafterConfig]]:
-    """The mistakes that leave every shape as it is."""
+    """Likely wrong configurations: those that leave every weight's shape the same."""
     for shift in (1, -1):
         taps = tuple(tap + shift for tap in config.taps)
         if min(taps) >= -1 and max(taps) < target.num_layers:
@@ -257,7 +258,7 @@ def _alternatives(
 
 
 def padded(tokens: Sequence[int], config: DrafterConfig) -> jax.Array:
-    """[1, T], T a multiple of the chunk and more than a block longer."""
+    """Pads tokens to [1, T], a multiple of CHUNK and more than a block longer."""
     length = -(-(len(tokens) + config.depth + 1) // CHUNK) * CHUNK
     return jnp.asarray(np.pad(tokens, (0, length - len(tokens)))[None], jnp.int32)
 
@@ -281,7 +282,7 @@ def _accepted(
 
 
 def _alternative(own: list[np.ndarray], other: list[np.ndarray]) -> Alternative:
-    """Args: own, other: `_accepted` of texts that belong together, one by one."""
+    """Args: own, other: `_accepted` of the same texts, paired."""
     rounds = [count for counts in other for count in _rounds(counts)]
     if len(own) == 1:
         own, other = (np.array_split(counts[0], PARTS) for counts in (own, other))
@@ -293,7 +294,7 @@ def _alternative(own: list[np.ndarray], other: list[np.ndarray]) -> Alternative:
 
 
 def _rounds(counts: np.ndarray) -> Iterator[int]:
-    """What is accepted in every round of a walk, of what is at every anchor."""
+    """Drafts accepted in each round of a replay, from the counts at every anchor."""
     at = 0
     while at < len(counts):
         yield int(counts[at])
@@ -301,7 +302,7 @@ def _rounds(counts: np.ndarray) -> Iterator[int]:
 
 
 def _matches(text: Text, anchor: int, drafted: np.ndarray) -> int:
-    """How many drafts the text goes on with after an anchor."""
+    """Number of leading drafts that equal the text after an anchor."""
     known = np.array(text.tokens[anchor + 1 : anchor + 1 + len(drafted)])
     return int(np.cumprod(drafted[: len(known)] == known).sum())
 
@@ -315,11 +316,11 @@ def draft_everywhere(
     tokens: jax.Array,
     anchors: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """As training runs it: greedy chains [A, P] after anchors, and their streams [A, P, M].
+    """Drafts as training does: greedy chains [A, P] after anchors, and hidden states [A, P, M].
 
     Args:
       tokens: [1, T], see `padded`.
-      anchors: [A] int32, places in it; all of them if absent.
+      anchors: [A] int32 positions in `tokens`; all of them by default.
     """
     features = target_features(target, target_config, tokens, taps=config.taps, chunk=CHUNK)
     head = bind(config, params.head)
@@ -345,7 +346,7 @@ class _Caches:
 def _decode(
     target: Target, drafter: BlockDrafter, params: BlockParams, text: Text
 ) -> list[tuple[int, np.ndarray]]:
-    """Every round as decoding runs it: drafts accepted, and differences [P] to training."""
+    """Every round as decoding runs it: drafts accepted, and differences [P] from training."""
     config = drafter.config
     tokens = padded(text.tokens, config)
     _, streams = draft_everywhere(config, target.config, target.params, params, tokens)
@@ -382,7 +383,7 @@ def _decode(
     jax.jit, static_argnames=("drafter", "target_config"), donate_argnames="caches"
 )
 def _commit(drafter, target_config, target, params, caches, tokens, start, count) -> _Caches:
-    """Runs the target on C tokens from `start` on and commits the first `count`."""
+    """Runs the target on C tokens from position `start` and commits the first `count`."""
     width, starts = tokens.shape[1], jnp.full(1, start)
     output = forward(
         target,
@@ -403,7 +404,7 @@ def _commit(drafter, target_config, target, params, caches, tokens, start, count
 
 @functools.partial(jax.jit, static_argnames="drafter")
 def _draft_cached(drafter, params, state, anchor, position, trained):
-    """The greedy chain [P], and how far its logits are from a trained stream's [P, M]."""
+    """The greedy chain [P], and its logits' distance from those of training's hidden states."""
     head, vocabulary = bind(drafter.config, params.head), params.vocabulary
     stream = drafter.stream(params, state, anchor, jnp.full(1, position))
     base = head.logits(vocabulary, stream)
@@ -414,7 +415,7 @@ def _draft_cached(drafter, params, state, anchor, position, trained):
         previous = jnp.concatenate([anchor[:, None], own[:, :-1]], axis=1)
         latent = head.teacher_forced(vocabulary, trained[None], previous)
         expected = head.correct(vocabulary, expected, latent)
-    # A bilinear head's logits are -inf outside of its candidates.
+    # A bilinear head's logits are -inf outside its candidates.
     scale = jnp.max(jnp.abs(jnp.where(jnp.isfinite(expected), expected, 0)))
     same = logits == expected
     difference = jnp.max(jnp.where(same, 0, jnp.abs(logits - expected)), axis=-1) / scale

@@ -1,4 +1,4 @@
-"""Static descriptions: hashable, so that they can be static arguments of `jax.jit`."""
+"""Configurations: frozen and hashable, so that they can be static arguments of `jax.jit`."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class RopeScaling:
 
     Attributes:
       kind: one of `ROPE_KINDS`.
-      factor: s, of the stretch.
-      original_positions: L, positions of the model before (yarn, llama3).
-      beta_fast, beta_slow, truncate: where yarn begins and ends to interpolate, and whether
-        those are whole pairs of channels.
-      attention_factor, mscale, mscale_all_dim: what yarn multiplies cosines and sines by, or
-        what that follows from; None for the paper's rule.
-      low_freq_factor, high_freq_factor: where llama3 ends and begins to interpolate.
+      factor: s, by which the context grows.
+      original_positions: L, positions of the model before scaling (yarn, llama3).
+      beta_fast, beta_slow: range, in rotations over L, in which yarn interpolates.
+      truncate: yarn rounds that range to whole channel pairs.
+      attention_factor: factor of yarn's cosines and sines; None: from mscale and
+        mscale_all_dim, or the paper's rule if those are None too.
+      low_freq_factor, high_freq_factor: range in which llama3 interpolates.
     """
 
     kind: str
@@ -79,9 +79,10 @@ class DeltaNetConfig:
 
     Attributes:
       layers: their indices.
-      key_heads, value_heads: each key head serves value_heads / key_heads consecutive ones.
-      key_dim, value_dim: of a head.
-      taps: inputs that the causal convolution reads, a token's own among them.
+      key_heads, value_heads: each key head serves value_heads / key_heads consecutive value
+        heads.
+      key_dim, value_dim: dimensions of a head.
+      taps: width of the causal convolution in tokens, the current one included.
       interleaved: checkpoints store the projections by key head, as Qwen3-Next's do.
     """
 
@@ -107,7 +108,7 @@ class DeltaNetConfig:
 
     @property
     def channels(self) -> int:
-        """Of the convolution, per key head: its query, its key and its values."""
+        """Channels of the convolution per key head: its query, its key and its values."""
         return 2 * self.key_dim + self.group_size * self.value_dim
 
 
@@ -118,16 +119,15 @@ class TargetConfig:
 
     Attributes:
       delta_net: the layers that are gated delta nets; None if all are attention.
-      rotary_dim: leading dimensions of a head that rotate; None: all.
-      attention_gate: the query projection has a gate for every head's output.
-      zero_centered_norms: checkpoints store the weights of norms less one.
-      shared_expert_size: width of the expert that every token of a sparse layer passes,
-        gated; 0 for none.
+      rotary_dim: leading dimensions of a head that are rotated; None: all.
+      attention_gate: the query projection also gives a gate for every head's output.
+      zero_centered_norms: checkpoints store norm weights minus one.
+      shared_expert_size: width of a sparse layer's gated expert for every token; 0 for none.
       qk_norm: RMSNorm over the head dimension of queries and keys (Qwen3: True, Llama: False).
       rope_scaling: None for plain rotary positions.
-      sliding_rope_theta: base of the layers with a window, unscaled; None: as the others.
-      windows: of every layer: a token sees the last so many positions, its own among them;
-        None sees all. () if all do.
+      sliding_rope_theta: rotary base of layers with a window, unscaled; None: as the others.
+      windows: per layer, the number of last positions a token attends to, its own included;
+        None: all of them. (): all layers without a window.
       attention_bias: biases on the query, key and value projections (Qwen2: True).
       tie_embeddings: the LM head is the embedding table.
       num_experts: experts of a sparse layer; 0 for a dense model.
@@ -186,14 +186,14 @@ class TargetConfig:
         )
 
     def _check_layers(self) -> None:
-        # A damaged number of layers may be very large: nothing of its size is made here.
+        # num_layers may be huge in a damaged file: allocate nothing of its size here.
         windows, count = self.windows, self.num_layers
         each = len(windows) in (0, count) and all(w is None or w >= 1 for w in windows)
         check_field(self, "windows", each, f"None or at least 1 for each of {count} layers")
         _check_indices(self, "sparse_layers", self.sparse_layers, count, "layers")
         _check_indices(self, "delta_net.layers", self.delta_layers, count, "layers")
         some = len(set(self.delta_layers)) < count
-        check_field(self, "delta_net", some, f"one of attention at least among {count} layers")
+        check_field(self, "delta_net", some, f"at least one attention layer among {count}")
         both = [i for i in self.delta_layers if windows and windows[i]]
         whole = f"None for the gated delta nets {both}, which see all positions"
         check_field(self, "windows", not both, whole)
@@ -205,12 +205,12 @@ class TargetConfig:
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
-        """Indices of the other layers, which keep keys and values."""
+        """Indices of the attention layers, which keep keys and values."""
         return tuple(i for i in range(self.num_layers) if i not in self.delta_layers)
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
-        """`windows`, one for each layer."""
+        """The window of each layer, None where there is none."""
         return self.windows or (None,) * self.num_layers
 
     @property
@@ -229,10 +229,10 @@ class TreeConfig:
 
     Attributes:
       kind: one of `TREE_KINDS`.
-      size: N, nodes of the tree, root included; what is verified is padded to it. The budget
-        of a row, an array, may be smaller.
-      width: children per expanded node (`best_first`) or per tabulated parent (`transitions`).
-      candidates: parents per depth whose children are scored, over the whole vocabulary
+      size: N, nodes of the tree, root included; smaller trees are padded to it. A row's budget,
+        an array, may be smaller.
+      width: children per expanded node (`best_first`) or per scored parent (`transitions`).
+      candidates: parents per depth whose children are scored over the whole vocabulary
         (`path_conditioned`, `transitions`).
     """
 
@@ -246,36 +246,36 @@ class TreeConfig:
         at_least(1, self, "size", "width", "candidates")
 
 
-LOW_RANK = ("markov", "gated", "rnn", "bilinear")  # heads with an embedding of their own
+LOW_RANK = ("markov", "gated", "rnn", "bilinear")  # heads with their own token embedding
 SEQUENTIAL_HEADS = (*LOW_RANK, "mlp")
 CONFIDENCE_HEADS = ("hidden", "hidden_and_previous")
 
 
 @dataclasses.dataclass(frozen=True)
 class DrafterConfig:
-    """A block drafter: DFlash, DFlash2, JetSpec, DSpark and TreeFlash are points of this space.
+    """A block drafter; covers DFlash, DFlash2, JetSpec, DSpark and TreeFlash.
 
     Attributes:
-      hidden_size: M, of the drafter and of its target, whose embedding and LM head it uses.
-      target_layers: layers of the target it was made for; None where its file does not say.
-      taps: target layers whose outputs it reads, 0-based, in this order; -1 is the
+      hidden_size: M, of the drafter and its target, whose embedding and LM head it uses.
+      target_layers: number of layers of the drafter's target; None where its file does not say.
+      taps: target layers whose outputs the drafter reads, 0-based, in this order; -1 is the
         embedding.
       block_size: slots of one pass, the anchor's included.
       mask_token_id: id whose embedding fills the slots after the anchor.
-      causal: of every layer, or one for all: a slot sees those before it; otherwise all of its
-        block.
-      predict_next: slot k predicts position k + 1, so that the anchor's slot is used;
-        otherwise slot k predicts its own position and the anchor's output is unused.
+      causal: per layer, or one for all: a slot attends to earlier slots only, rather than to
+        its whole block.
+      predict_next: slot k predicts position k + 1, and the anchor's slot is used. Otherwise
+        slot k predicts its own position, and the anchor's output is unused.
       sequential: one of `SEQUENTIAL_HEADS`, or None.
       rank: width of the previous token's embedding in the head (markov, gated, rnn, bilinear).
       candidates: k, the likeliest tokens of a slot, among which a bilinear head selects; 0 for
-        the other heads, which correct the logits of all tokens.
+        other heads, which correct the logits of all tokens.
       confidence: one of `CONFIDENCE_HEADS`, or None.
-      window: of every layer, or one for all: a slot sees positions less than `window` away from
-        its own; None sees all.
-      conv_taps: K, slots that the convolutions around every sublayer read; 0 for none.
+      window: per layer, or one for all: a slot attends to positions less than `window` away;
+        None: to all.
+      conv_taps: K, width in slots of the convolutions around every sublayer; 0 for none.
       conv_group: contiguous channels that share the input-dependent part of a convolution.
-      logit_scale, logit_softcap: base logits are c tanh(scale z / c); without a cap scale z.
+      logit_scale, logit_softcap: base logits are c tanh(scale z / c), or scale z without a cap.
       embedding_scale: multiplies the target's embedding of the block's tokens.
       rope_scaling: None for plain rotary positions.
     """
@@ -397,10 +397,10 @@ class DrafterConfig:
 
 
 def spaced_taps(layers: int, count: int) -> tuple[int, ...]:
-    """Target layers evenly apart, from the second to the last but two (DFlash's rule).
+    """Evenly spaced target layers, from the second to the third last (DFlash's rule).
 
-    In a target too shallow for that, different layers all the same: evenly apart from the
-    first on, or all there are.
+    A target too shallow for that gives different layers all the same: evenly spaced from the
+    first, or all of them.
 
     >>> spaced_taps(36, 5)
     (1, 9, 17, 25, 33)

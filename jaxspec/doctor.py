@@ -1,4 +1,4 @@
-"""What this machine offers, and what would make it better: one finding per subject."""
+"""Findings about this machine, with advice: one per subject."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ EXTRAS = ("serve", "plots", "tensorboard", "wandb", "datasets", "data", "cuda")
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One subject.
+    """A fact about the machine.
 
     Attributes:
-      found: what is there.
-      advice: what to do, "" if nothing.
-      fault: it keeps jaxspec from working.
+      found: what was found.
+      advice: what to do; "" if nothing.
+      fault: whether this keeps jaxspec from working.
     """
 
     subject: str
@@ -41,14 +41,14 @@ class Finding:
 
 @own_settings()
 def examine() -> Iterator[Finding]:
-    """Looks at everything; the speeds take about a second."""
+    """Yields all findings; measuring speeds takes about a second."""
     for look in (versions, devices, memory, speeds, compiled_programs, default_target, hub):
         yield _looked(look)
     yield from extras()
 
 
 def _looked(look: Callable[[], Finding]) -> Finding:
-    """What a look found; one that fails is a finding."""
+    """The result of one examination; an exception becomes a finding."""
     try:
         return look()
     except Exception as error:  # a broken installation breaks anywhere
@@ -57,7 +57,7 @@ def _looked(look: Callable[[], Finding]) -> Finding:
 
 
 def versions() -> Finding:
-    """Of Python and the packages that jaxspec needs, against what it asks for."""
+    """Versions of Python and the required packages, against the requirements."""
     found = f"Python {platform.python_version()}, jax {jax.__version__}"
     wrong = [line for line in map(_lacking, _requirements("")) if line]
     if not wrong:
@@ -69,21 +69,21 @@ def versions() -> Finding:
 
 
 def devices() -> Finding:
-    """That JAX computes on."""
+    """The devices that JAX uses."""
     kinds = [device.device_kind for device in jax.devices()]
     backend = jax.default_backend()
     found = f"{len(kinds)} x {kinds[0]}, {os.cpu_count()} cores of {platform.machine()}"
     if backend == "cpu" and (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
         return Finding(
             "devices",
-            f"{found}; the machine has an NVIDIA GPU that JAX does not see",
+            f"{found}; JAX does not see the machine's NVIDIA GPU",
             "pip install 'jax[cuda13]', and leave JAX_PLATFORMS unset",
         )
     return Finding("devices", found)
 
 
 def memory() -> Finding:
-    """Of the device, and what a target of which size needs."""
+    """The device's memory, and the largest target that fits."""
     stats = jax.devices()[0].memory_stats() or {}
     size = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     largest = size / 2 / 1.25 / 1e9  # bfloat16, a fifth kept for caches and temporaries
@@ -95,7 +95,7 @@ def memory() -> Finding:
 
 
 def speeds() -> Finding:
-    """Of verifying a tree in float32 and in bfloat16: a few rows times a weight."""
+    """Speed of verifying a tree in float32 and in bfloat16: a few rows times a weight."""
     seconds = product_seconds()
     size = 4 * WIDTH * HEIGHT
     found = ", ".join(
@@ -111,7 +111,7 @@ def speeds() -> Finding:
 
 
 def compiled_programs() -> Finding:
-    """The cache that makes the next start quick."""
+    """The cache of compiled programs."""
     known = jax.config.jax_compilation_cache_dir
     folder = Path(known) if known else catalog.cache_dir() / "xla"
     try:
@@ -119,7 +119,7 @@ def compiled_programs() -> Finding:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        advice = "set JAXSPEC_CACHE to a folder that can be written, or every start compiles"
+        advice = "set JAXSPEC_CACHE to a writable folder; without one every start compiles"
         return Finding("compiled programs", str(error), advice)
     files = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
     found = f"{folder}: {len(files)} files, {sum(files) / 1e6:.0f} MB"
@@ -128,7 +128,7 @@ def compiled_programs() -> Finding:
 
 
 def default_target() -> Finding:
-    """The small model that needs no hub."""
+    """The default target, which needs no hub."""
     found = catalog.here()
     if found is None:
         advice = "the first command downloads it (100 MB), or set JAXSPEC_OFFLINE"
@@ -137,7 +137,7 @@ def default_target() -> Finding:
 
 
 def hub() -> Finding:
-    """Where Hugging Face checkpoints come from."""
+    """The folder of Hugging Face checkpoints, and whether the hub may be used."""
     from huggingface_hub import constants
 
     found = f"checkpoints of the hub are kept in {constants.HF_HUB_CACHE}"
@@ -147,7 +147,7 @@ def hub() -> Finding:
 
 
 def extras() -> Iterator[Finding]:
-    """Optional parts that are installed or not."""
+    """Optional extras, and which of their packages are missing."""
     for name in EXTRAS:
         lacking = [str(r.name) for r in map(_lacking, _requirements(name)) if r]
         if lacking:
@@ -158,7 +158,7 @@ def extras() -> Iterator[Finding]:
 
 
 def _requirements(extra: str, package: str = DISTRIBUTION) -> list[Requirement]:
-    """Of a package, or of one extra of it."""
+    """Requirements of a package, or of one of its extras."""
     found = []
     for line in importlib.metadata.requires(package) or ():
         requirement = Requirement(line)
@@ -175,7 +175,7 @@ def _requirements(extra: str, package: str = DISTRIBUTION) -> list[Requirement]:
 
 
 def _lacking(requirement: Requirement) -> Requirement | None:
-    """The requirement if it is not met."""
+    """The requirement if it is not met, else None."""
     try:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The dtype that this machine verifies trees fastest in."""
+"""The dtype in which this machine verifies trees fastest."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jaxspec.checkpoints import catalog
 
 DTYPES = ("float32", "bfloat16")
-ROWS, WIDTH, HEIGHT = 8, 8192, 8192  # a tree of 8 nodes times a weight that no cache holds
+ROWS, WIDTH, HEIGHT = 8, 8192, 8192  # 8 nodes times a weight larger than any CPU cache
 REPEATS = 10
-WORTH = 1.1  # times as fast as float32, which alone equals plain decoding token for token
+WORTH = 1.1  # least speedup over float32 that outweighs its exactness
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Fastest:
 def fastest() -> Fastest:
     """bfloat16 on accelerators, and on CPUs where a measurement says so; else float32.
 
-    The measurement takes about a second and is kept in the cache. Processes that compute
-    together must agree, so several on CPUs take float32 without one.
+    The measurement takes about a second and is kept in the cache. Several processes on CPUs
+    take float32 without measuring, as they must agree.
     """
     if jax.default_backend() != "cpu":
-        return Fastest("bfloat16", f"what a {jax.devices()[0].device_kind} is fast at")
+        return Fastest("bfloat16", f"fastest on a {jax.devices()[0].device_kind}")
     if jax.process_count() > 1:
-        return Fastest("float32", "several processes on CPUs do not measure")
+        return Fastest("float32", "the rule for several processes on CPUs")
     seconds = kept_seconds()
     gain = seconds["float32"] / seconds["bfloat16"]
     if gain > WORTH:
@@ -48,7 +48,7 @@ def fastest() -> Fastest:
 
 
 def kept_seconds() -> dict[str, float]:
-    """`product_seconds`, from the cache if this CPU was measured before."""
+    """`product_seconds`, read from the cache if this CPU was measured before."""
     kept, cpu = kept_json("speeds"), cpu_id()
     own = kept.get(cpu)
     if isinstance(own, dict) and all(_is_time(own.get(dtype)) for dtype in DTYPES):
@@ -63,7 +63,7 @@ def _is_time(value) -> bool:
 
 
 def product_seconds() -> dict[str, float]:
-    """Seconds of a few rows times a weight, by dtype: the least of interleaved repeats."""
+    """Seconds of a few rows times a weight, by dtype: the minimum of interleaved repeats."""
     arrays = {
         dtype: (jnp.ones((ROWS, HEIGHT), dtype), jnp.ones((HEIGHT, WIDTH), dtype))
         for dtype in DTYPES
@@ -83,7 +83,7 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def cpu_id() -> str:
-    """What tells this CPU, and JAX on it, from others that share the cache."""
+    """Identifies this CPU and its JAX among others that share the cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         kind = sorted({line for line in lines if line.startswith(("model name", "flags"))})
@@ -94,7 +94,7 @@ def cpu_id() -> str:
 
 
 def kept_json(name: str) -> dict:
-    """A file of the cache; {} where there is none, or something else."""
+    """Reads a JSON file of the cache; {} if it is missing or not an object."""
     try:
         found = json.loads((catalog.cache_dir() / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -103,7 +103,7 @@ def kept_json(name: str) -> dict:
 
 
 def keep_json(name: str, value: dict) -> None:
-    """Writes a file of the cache, whole or not at all; without a cache nothing is kept."""
+    """Writes a JSON file of the cache atomically; does nothing without a cache folder."""
     with contextlib.suppress(OSError):
         path = catalog.cache_dir() / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)

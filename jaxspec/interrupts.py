@@ -1,4 +1,4 @@
-"""Ctrl-C: what was computed is kept, and no command outlives it for long."""
+"""Ctrl-C: commands keep their results and end soon."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from collections.abc import Iterator
 GRACE = 1.5  # seconds a command has to end by itself
 INTERRUPTED = 130  # exit code, as shells have it: 128 + SIGINT
 
-_asked: list[int] | None = None  # of the outermost `postponed`
-_patient: list[int] | None = None  # the same, if that one is
+_asked: list[int] | None = None  # the list of the outermost `postponed`
+_patient: list[int] | None = None  # the same list, if that `postponed` is patient
 
 
 @contextlib.contextmanager
 def postponed(*numbers: int, patient: bool = False, says: str = "") -> Iterator[list[int]]:
-    """A list that is filled when a signal arrives; the first one does nothing else.
+    """Yields a list that receives signals; the first signal has no other effect.
 
-    The second does what it did before. Inside another `postponed` the list is that one's.
-    Outside the main thread, where Python allows no handlers, it stays empty; so it does for
-    signals that are ignored, as in a job that a shell runs in the background.
+    A second signal has its usual effect. Inside another `postponed` the outer list is yielded.
+    The list stays empty outside the main thread, where Python allows no handlers, and for
+    ignored signals, as in a shell's background job.
 
     Args:
-      numbers: of the signals; SIGINT by default.
-      patient: `bounded` waits for what is inside, which may take longer, such as saving.
-      says: printed to standard error when the signal arrives.
+      numbers: signal numbers; SIGINT by default.
+      patient: `bounded` does not end the process meanwhile, as the body may take long (saving).
+      says: message printed to standard error when the signal arrives.
     """
     global _asked, _patient
     if threading.current_thread() is not threading.main_thread() or _asked is not None:
@@ -58,14 +58,15 @@ def postponed(*numbers: int, patient: bool = False, says: str = "") -> Iterator[
 
 @contextlib.contextmanager
 def bounded(grace: float = GRACE) -> Iterator[list[int]]:
-    """Ends the process with code 130 if it still runs so many seconds after a Ctrl-C.
+    """Ends the process with code 130 if it still runs `grace` seconds after a Ctrl-C.
 
-    Python sees a signal only when a compilation or a device's work has returned; a thread that
-    the signal wakes does not wait for that. It leaves alone what handles the signal itself: a
-    patient `postponed`, a web server.
+    Python sees a signal only when a compilation or device call returns, so a thread that the
+    signal wakes does it. It does nothing during a patient `postponed` or a web server, which
+    handle the signal themselves.
 
     Yields:
-      A list that is filled when a Ctrl-C is raised: a library may turn that into another error.
+      A list that is filled when a Ctrl-C is raised, as a library may turn it into another
+      error.
     """
     raised: list[int] = []
     default = signal.getsignal(signal.SIGINT)

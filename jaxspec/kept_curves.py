@@ -1,4 +1,4 @@
-"""Step-time curves in the cache, by what they were measured for and on which machine."""
+"""Step-time curves in the cache, keyed by setup and machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEPT = 64
 
 
 def kept_curve(setup: dict[str, Any]) -> Curve | None:
-    """The curve that was measured for this setup (`decoding.curve.setup_of`), if any was."""
+    """The curve measured for this setup (`decoding.curve.setup_of`), or None."""
     try:
         curve = Curve.parse(kept_json("curves").get(_name(setup)))
         curve.check(setup)
@@ -24,7 +24,7 @@ def kept_curve(setup: dict[str, Any]) -> Curve | None:
 
 
 def keep_curve(curve: Curve) -> None:
-    """Keeps a curve; of many the newest stay."""
+    """Stores a curve; only the newest ones stay."""
     kept = kept_json("curves")
     newest = dict(list(kept.items())[1 - KEPT :])
     keep_json("curves", newest | {_name(curve.setup): dataclasses.asdict(curve)})

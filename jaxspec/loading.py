@@ -39,16 +39,16 @@ def load_target(
     Args:
       name_or_path: a name of `checkpoints.catalog`, a GGUF file, a Hugging Face folder, or a
         name on the hub.
-      dtype: of weights and cache, "float32", "bfloat16", or "auto" for the fastest here
+      dtype: of weights and caches: "float32", "bfloat16", or "auto" for the faster one here
         (`dtypes.fastest`); products accumulate in float32.
-      devices: cuts the weights over so many, those of all processes counted
+      devices: number of devices of all processes to shard the weights over
         (`jaxspec.sharding`); compute with them inside `sharding.mesh_of(target.params)`.
-      weights: of a checkpoint in fp8: "dequantised" to `dtype`, or "stored", in 8 bits with
-        their scales: half the memory and, on a GPU, half the bytes that a step reads.
+      weights: how to hold an fp8 checkpoint: "dequantised" to `dtype`, or "stored" in 8 bits
+        with scales: half the memory and, on a GPU, half the bytes that a step reads.
 
     Raises:
-      ValueError: it cannot be found, is damaged, or is a model the decoder does not implement;
-        or weights are to stay as stored in a checkpoint that is not in fp8.
+      ValueError: the model cannot be found, is damaged, or is not implemented; or `weights` is
+        "stored" and the checkpoint is not in fp8.
     """
     dtype = fastest().dtype if dtype == "auto" else dtype
     return checkpoints.load(name_or_path, dtype, devices, weights)
@@ -65,27 +65,26 @@ def load_drafter(
     threshold: float = 0.0,
     survival: float = 0.0,
 ) -> LoadedDrafter:
-    """A drafter for a target.
+    """Loads a drafter for a target.
 
     Args:
-      spec: "none" (plain decoding), "ngram" (prompt lookup), "mtp" (the layer that predicts
-        several tokens in the target's own checkpoint), "small:NAME" (a small model with the
-        same vocabulary, loaded as a target is), "python:MODULE:FUNCTION" (one's own,
-        `drafters.registry.Factory`), "shipped" (the trained one that comes with the package,
-        for the default target), or the folder or hub name of a trained drafter
-        ("repo::subfolder" too). "+ngram" after one of the last five joins prompt lookup.
-      tree: what it drafts; a chain by default.
-      nodes: of its tree, root included, in place of `tree`: the kind is then what serves the
-        drafter best, path_conditioned for EAGLE-3, MTP and with a sequential head, else a
-        chain.
+      spec: "none" (plain decoding), "ngram" (prompt lookup), "mtp" (the multi-token-prediction
+        layer in the target's checkpoint), "small:NAME" (a small model with the same vocabulary,
+        loaded as a target), "python:MODULE:FUNCTION" (your own, `drafters.registry.Factory`),
+        "shipped" (the trained drafter for the default target), or the folder or hub name of a
+        trained drafter ("repo::subfolder" too). "+ngram" after one of the last five joins
+        prompt lookup.
+      tree: the kind and size of tree to draft; a chain by default.
+      nodes: nodes of the tree, root included, instead of `tree`. The kind is then chosen:
+        path_conditioned for EAGLE-3, MTP and drafters with a sequential head, else a chain.
       dtype: of the drafter's weights; the target's by default.
-      threshold: a chain ends before the first token that the drafter's confidence head gives
-        less than this probability of being accepted after those before it; 0 keeps all.
-      survival: a chain ends where the product of those probabilities falls below this.
+      threshold: ends a chain before the first token whose acceptance probability, by the
+        confidence head, is below this; 0 keeps all.
+      survival: ends a chain where the product of those probabilities falls below this.
 
     Raises:
-      ValueError: the drafter cannot be found, does not fit the target, or has no chains or no
-        confidence head for the rules given.
+      ValueError: the drafter cannot be found or does not fit the target; or `threshold` or
+        `survival` is given and it drafts no chains or has no confidence head.
     """
     rules = {"threshold": threshold, "survival": survival}
     for name, value in rules.items():
@@ -93,7 +92,7 @@ def load_drafter(
             raise ValueError(f"{name} is {value}; expected a probability, 0 … 1")
     if nodes is not None:
         if tree is not None:
-            raise ValueError(f"nodes is {nodes} beside a tree, which has a size; give one")
+            raise ValueError(f"nodes is {nodes}, but tree has a size too; give one of them")
         tree = TreeConfig(size=nodes)
     dtype = str(target.params.embed.dtype) if dtype is None else dtype
     loaded = registry.make(spec, target, tree=tree, dtype=dtype, trained=_trained)
@@ -103,13 +102,13 @@ def load_drafter(
 
 
 def named_target(spec: str) -> str | None:
-    """The target that the files of a trained drafter name; None where there is none.
+    """The target that a trained drafter's files name; None if they name none.
 
     Args:
       spec: see `load_drafter`.
 
     Raises:
-      ValueError: the drafter cannot be found, or the target that it names.
+      ValueError: the drafter or its target cannot be found.
     """
     alone = spec.removesuffix(registry.LOOKUP_TOO)
     name, colon, _ = alone.partition(":")
@@ -130,7 +129,7 @@ def named_target(spec: str) -> str | None:
 
 
 def _branching(loaded: LoadedDrafter) -> LoadedDrafter:
-    """With a path-conditioned tree in place of its chain, where that serves it best."""
+    """Replaces the chain by a path-conditioned tree for drafters that do better with one."""
     drafter = loaded.drafter
     if not drafter.path_conditioned:
         return loaded
@@ -142,11 +141,11 @@ def _end_chains(loaded: LoadedDrafter, *, spec: str, rules: dict[str, float]) ->
     config = loaded.drafter.head_config
     if config is None or config.confidence is None or loaded.drafter.tree.kind != "chain":
         raise ValueError(
-            "threshold and survival end the chains of a trained drafter by its confidence "
-            f"head; {spec!r} has no such head, or its tree is no chain. Leave them out"
+            f"threshold and survival need a confidence head and a chain; {spec!r} has no such "
+            "head, or its tree is not a chain. Leave them out"
         )
     params = loaded.params
-    placed = {  # on the devices of the others
+    placed = {  # on the devices of the other weights
         name: jax.device_put(np.float32(value), getattr(params, name).sharding)
         for name, value in rules.items()
     }
@@ -175,7 +174,7 @@ def _small(name: str, target: Target, *, tree: TreeConfig | None, dtype: str) ->
 def _mtp(
     argument: str, target: Target, *, tree: TreeConfig | None, dtype: str
 ) -> LoadedDrafter:
-    """Factory of "mtp": the layer beside the target's own, in the files it was loaded from."""
+    """Factory of "mtp": the multi-token-prediction layer in the target's checkpoint."""
     from jaxspec.checkpoints import mtp
 
     path = checkpoints.target_path(target.name)
@@ -187,7 +186,7 @@ def _mtp(
 def _trained(
     name: str, target: Target, *, tree: TreeConfig | None, dtype: str
 ) -> LoadedDrafter:
-    """Factory of what is no other name: a trained drafter's folder or hub name."""
+    """Factory of all other names: a trained drafter's folder or hub name."""
     loaded = drafters.load_drafter(
         name, target.config, target.params, tree or TreeConfig(), dtype
     )
@@ -209,15 +208,15 @@ def _tokenizes(target: Target) -> list[int]:
 def enable_compilation_cache(folder: str | Path | None = None) -> Path | None:
     """Keeps compiled programs on disk, so that the next process starts quickly.
 
-    Call it before anything is computed. JAX runs what it finds in the folder: use one that only
-    you can write.
+    Call it before anything is computed. JAX runs the code it finds in the folder: use one that
+    only you can write.
 
     Args:
-      folder: by default the one JAX has already ($JAX_COMPILATION_CACHE_DIR), or
-        $JAXSPEC_CACHE/xla, or ~/.cache/jaxspec/xla.
+      folder: by default JAX's own ($JAX_COMPILATION_CACHE_DIR), else $JAXSPEC_CACHE/xla, else
+        ~/.cache/jaxspec/xla.
 
     Returns:
-      The folder; None, with a warning, if it cannot be written: programs are not kept then.
+      The folder; None, with a warning, if it cannot be written.
     """
     known = jax.config.jax_compilation_cache_dir
     if folder is None and known:
@@ -229,8 +228,8 @@ def enable_compilation_cache(folder: str | Path | None = None) -> Path | None:
             pass
     except OSError as error:
         warnings.warn(
-            f"compiled programs are not kept, every start compiles them again: {error}; set "
-            "JAXSPEC_CACHE to a folder that can be written",
+            f"compiled programs are not kept, and every start compiles them again: {error}; "
+            "set JAXSPEC_CACHE to a writable folder",
             stacklevel=2,
         )
         return None

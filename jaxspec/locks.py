@@ -1,4 +1,4 @@
-"""One process at a time: locks that end with the process that holds them."""
+"""File locks that end with the process that holds them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import warnings
 
 
 def lock(descriptor: int, name: str, remedy: str) -> None:
-    """Holds an open file or folder for this process until it is closed.
+    """Locks an open file or folder for this process until it is closed.
 
-    Where the file system has no locks it warns and goes on without one.
+    Warns and continues without a lock where the file system has none.
 
     Raises:
       ValueError: another process holds it.

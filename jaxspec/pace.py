@@ -1,4 +1,4 @@
-"""Rounds that verify what pays on this machine: measured times, and how drafts fared so far."""
+"""Budgets per round that pay on this machine, from measured times and recent acceptance."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.settings import own_settings
 from jaxspec.sharding import beside
 
-REPEATS = 5  # of every size; the least time counts
-FEWEST = 4  # nodes of a row that are worth a program of their own
+REPEATS = 5  # of every size; the minimum time counts
+FEWEST = 4  # smallest number of nodes per row to compile a program for
 
 
 class Pace:
-    """Decides how many nodes each round of `generate` verifies; plain decoding if none pays.
+    """Chooses how many nodes each round of `generate` verifies; plain decoding if none pays.
 
-    One object serves calls one after another, and learns from each how the drafts fare, as the
+    One object serves successive calls and learns from each how many drafts are accepted, as the
     server's schedule does (`decoding.schedule.Adaptive`).
 
     Attributes:
-      decoder: the static half of decoding that it was measured for.
+      decoder: the static part of decoding it was measured for.
       rows, capacity: B and S of the batches.
       budget: maximum nodes of a row in one round, root included.
       curve: seconds of a round by the nodes it verifies.
-      rounds: by size so far; the first are rounds of plain decoding.
-      tokens: of the longest answer of each batch so far, summed.
+      rounds: number of rounds so far by verify size; the first size is plain decoding.
+      tokens: lengths of each batch's longest answer, summed.
     """
 
     def __init__(self, decoder: Decoder, rows: int, capacity: int, budget: int, curve: Curve):
@@ -64,21 +64,21 @@ class Pace:
         self._habit: Habit | None = None
 
     def check(self, decoder: Decoder, params: Params) -> None:
-        """Raises ValueError unless it was measured for these."""
+        """Raises ValueError unless it was measured for this decoder and these weights."""
         dtype = str(params.target.embed.dtype)
         if decoder != self.decoder or dtype != self.curve.setup["dtype"]:
             raise ValueError(
-                "the pace was measured for another target, dtype, drafter or way of accepting; "
+                "the pace was measured for another target, dtype, drafter or acceptance rule; "
                 "measure it again (`jaxspec.measure_pace`)"
             )
 
     def steps(
         self, params: Params, state: DecodeState, sampling: SamplingRows
     ) -> Callable[[DecodeState, int], DecodeState]:
-        """What runs up to so many rounds of a batch, and fewer when a row is done.
+        """A function that runs up to a number of rounds of a batch, fewer if a row finishes.
 
         Args:
-          state: of the batch, whose prompts have run; each step gives the next one's.
+          state: of the batch after prefill; each call returns the next call's.
         """
         batch, unlearned = _unlearned(self.decoder, params, state, sampling)
         self._habit = self._habit or unlearned
@@ -100,14 +100,14 @@ class Pace:
         return step
 
     def count(self, longest: int) -> None:
-        """Takes note of a batch, whose longest answer has so many tokens."""
+        """Records a finished batch, whose longest answer has `longest` tokens."""
         assert self._habit is not None
         self.rounds = np.array(self._habit.rounds)[: len(self.sizes)]
-        self.tokens += longest - 1  # the prompt's forward gives the first
+        self.tokens += longest - 1  # prefill gives the first
 
     @property
     def gain(self) -> float:
-        """Times as fast as plain decoding, by the measured times of the rounds there were."""
+        """Speedup over plain decoding, by the measured times of the rounds so far."""
         seconds = self.curve.seconds[self.rows]
         spent = float(self.rounds @ np.array(seconds))
         return self.tokens * seconds[0] / spent if spent else 1.0
@@ -119,7 +119,7 @@ class Pace:
         usual = int(np.argmax(self.rounds[1:])) + 1
         cost = seconds[usual] / seconds[0]
         nodes, tau = self.sizes[usual].total // self.rows, self.tokens / total
-        facts = f"a round of {nodes} nodes costs {cost:.2f} plain ones"
+        facts = f"a round of {nodes} nodes takes {cost:.2f} times a plain one"
         if self.gain > 1:
             return (
                 f"speculation pays: {self.gain:.1f}x plain decoding ({tau:.2f} tokens a round; "
@@ -127,8 +127,8 @@ class Pace:
             )
         share = self.rounds[0] / total
         return (
-            f"speculation does not pay here: {self.gain:.2f}x plain decoding ({facts}, and "
-            f"drafts were too seldom right); {share:.0%} of the rounds were plain"
+            f"speculation does not pay here: {self.gain:.2f}x plain decoding ({facts}, and too "
+            f"few drafts were accepted); {share:.0%} of the rounds were plain"
         )
 
 
@@ -149,18 +149,21 @@ def measure_pace(
     rejection: bool = False,
     implementation: str | None = None,
 ) -> Pace:
-    """Compiles what `generate(target, prompts, budget=pace)` runs, and measures its rounds.
+    """Compiles the programs of `generate(target, prompts, budget=pace)` and times its rounds.
 
-    Times are kept in the cache, for the next time that the same is run on the same machine.
+    Times are kept in the cache for the next call with the same setup on this machine.
 
     Args: as for `generate`.
 
     Raises:
-      ValueError: as `generate` does, or the drafter drafts nothing.
+      ValueError: as `generate`, or the drafter drafts nothing.
     """
     rows = as_token_ids(target, prompts, raw=raw, thinking=thinking)
     if drafter.drafter.size < 2:
-        raise ValueError(f"{drafter.drafter} drafts nothing, so there is nothing to decide")
+        raise ValueError(
+            f"drafter {drafter.drafter} drafts nothing, so there is no budget to choose; call "
+            "generate without a pace"
+        )
     decoder, params = decoder_for(target, drafter, implementation, rejection)
     capacity = check_capacity(decoder, rows, max_new_tokens, None)
     budget = check_budget(decoder, budget)
@@ -174,10 +177,10 @@ def measure_pace(
 
 
 def sizes_of(decoder: Decoder, rows: int) -> tuple[VerifySize, ...]:
-    """Verify sizes of a batch: its roots, and the whole trees of all rows, with a quarter of
-    that, a sixteenth … down to `FEWEST` between them.
+    """Verify sizes of a batch: the roots alone, and all rows' whole trees, with a quarter of
+    that, a sixteenth … down to `FEWEST` nodes per row in between.
 
-    Each is a forward to compile before the first token.
+    Each size is compiled before the first token.
     """
     size = decoder.drafter.size
     roots, *drafted = doubling_sizes(rows, size, rows * size)
@@ -187,7 +190,7 @@ def sizes_of(decoder: Decoder, rows: int) -> tuple[VerifySize, ...]:
 def _unlearned(
     decoder: Decoder, params: Params, state: DecodeState, sampling: SamplingRows
 ) -> tuple[Batch, Habit]:
-    """A batch and the habit before the first round."""
+    """A batch, and acceptance records (`Habit`) before the first round."""
     size, depth = decoder.drafter.size, decoder.drafter.depth
     unknown = jnp.full((state.length.shape[0], SCHEDULE.age, size - 1), UNKNOWN, jnp.float32)
     return beside((Batch(state, sampling, unknown), init_habit(size, depth)), params)

@@ -1,4 +1,4 @@
-"""What people give as prompts, as token ids."""
+"""Prompts of users as token ids."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Prompt = str | Sequence[int] | Sequence[Message]
 def as_token_ids(
     target: Target, prompts: Prompt | Sequence[Prompt], *, raw: bool, thinking: bool | None
 ) -> list[list[int]]:
-    """One prompt or many as token ids; `token_ids` says how each is read and checked."""
+    """One prompt or many as token ids; see `token_ids`."""
     if isinstance(prompts, Mapping):
         raise ValueError(
-            "the prompts are one message; a conversation is a list of them: put it in []"
+            "prompts is a single message; a conversation is a list of messages: put it in []"
         )
     if not isinstance(prompts, str):
         prompts = list(prompts)
@@ -31,7 +31,7 @@ def as_token_ids(
         prompts = [prompts]
     if not prompts:
         raise ValueError(
-            "no prompts were given; expected a text, a list of ids, or a list of them"
+            "prompts is empty; expected a text, a list of token ids, or a list of those"
         )
     return [
         token_ids(target, prompt, raw=raw, thinking=thinking, name=f"prompt {i}")
@@ -39,7 +39,7 @@ def as_token_ids(
     ]
 
 
-_PARTS = (int, np.integer, Mapping)  # of one prompt
+_PARTS = (int, np.integer, Mapping)  # elements of a single prompt
 
 
 def token_ids(
@@ -48,12 +48,13 @@ def token_ids(
     """One prompt as token ids.
 
     Args:
-      prompt: a text, which is a user's turn of the chat template unless raw; a conversation, a
-        list of messages {"role", "content"} that the assistant goes on with; or token ids.
+      prompt: a text, which becomes a user's turn in the chat template unless `raw`; a
+        conversation, a list of messages {"role", "content"} that the assistant continues; or
+        token ids.
+      name: what errors call the prompt.
 
     Raises:
-      ValueError: it is empty, is none of these, or holds an id outside the vocabulary; it is
-        called `name`.
+      ValueError: the prompt is empty, is none of these, or has an id outside the vocabulary.
     """
     if isinstance(prompt, str):
         prompt = _from_text(target, prompt, raw=raw, thinking=thinking, name=name)
@@ -95,7 +96,7 @@ def _from_messages(target: Target, messages, *, raw, thinking, name) -> list[int
     tokenizer = _tokenizer(target, name, "a conversation")
     if raw:
         raise ValueError(
-            f"{name} is a conversation, which only a chat template makes text of; leave raw out"
+            f"{name} is a conversation, which needs the chat template; leave raw out"
         )
     try:
         read = read_messages(list(messages))
@@ -122,10 +123,10 @@ def usable_prompts(
     thinking: bool | None,
     max_new_tokens: int,
 ) -> tuple[dict[int, list[int]], dict[int, str]]:
-    """Prompts as token ids by their places in a list of many, and why others cannot be used.
+    """Usable prompts as token ids, and reasons why the others are not, both by index.
 
     Args:
-      prompts: or, in the place of one, why it could not be read.
+      prompts: prompts, or an error in place of one that could not be read.
 
     Raises:
       ValueError: none of them can be used.
@@ -145,6 +146,6 @@ def usable_prompts(
             refused[place] = text if text.startswith(name) else f"{name}: {text}"
     if not rows:
         reason = refused.get(0, "there are none")
-        many = f"none of the {len(prompts)} prompts can be used; " if len(prompts) > 1 else ""
+        many = f"none of the {len(prompts)} prompts is usable; " if len(prompts) > 1 else ""
         raise ValueError(many + reason)
     return rows, refused

@@ -1,4 +1,4 @@
-"""What decoding gives back."""
+"""Results of decoding."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Completion:
     """The answer to one prompt.
 
     Attributes:
-      token_ids: the tokens generated, a final stop id included, and those of a stop text.
-      text: the same as text, special tokens left out, cut before a stop text; None without a
+      token_ids: the generated tokens, including a final stop id or the tokens of a stop text.
+      text: their text, without special tokens, cut before a stop text; None without a
         tokenizer.
-      seconds: wall-clock time of the batch the prompt was in, prompt included. The first call
-        for a shape also compiles (see `warm_up`).
-      finish: "stop" at a stop id or a stop text, "length" after `max_new_tokens`, "interrupted"
-        by a Ctrl-C.
+      seconds: wall-clock time of the prompt's batch, prefill included. The first call for a
+        shape also compiles (see `warm_up`).
+      finish: "stop" (a stop id or stop text), "length" (`max_new_tokens` reached) or
+        "interrupted" (Ctrl-C).
     """
 
     token_ids: list[int]
@@ -32,7 +32,7 @@ class Completion:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of this answer alone, whatever else was in its batch."""
+        """Tokens of this answer over the seconds of its batch."""
         return len(self.token_ids) / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C during `generate`.
 
     Attributes:
-      completions: what there was by then, whole answers first; the last ones may be cut short.
+      completions: the answers so far, in order; the last ones may be cut short.
     """
 
     def __init__(self, completions: list[Completion]):

@@ -1,4 +1,4 @@
-"""What the target makes of texts that are given: logits, hidden states, log-probabilities."""
+"""The target on given texts: logits, hidden states, log-probabilities."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.settings import own_settings
 from jaxspec.trees.tree import causal_bits
 
-POSITIONS = 128  # whose logits are held at a time
+POSITIONS = 128  # positions whose logits are in memory at a time
 
 
 @own_settings()
 def logits(
     target: Target, ids: Any = None, *, embeddings: jax.Array | None = None
 ) -> jax.Array:
-    """Logits after every token of one text, or of several of one length.
+    """Logits after every token of one text, or of several of equal length.
 
-    A pure function of arrays: it may be jitted, and differentiated by the target (a pytree of
-    its weights) or by the embeddings. Memory grows with T · V and with T²; `score` gives
-    log-probabilities of long texts.
+    A pure function of arrays: it may be jitted, and differentiated with respect to the target
+    (a pytree of its weights) or the embeddings. Memory grows with T · V and with T²; use
+    `score` for long texts.
 
     Args:
-      ids: [T] or [B, T] token ids: a list, or an array, which may be traced.
-      embeddings: [T, M] or [B, T, M] float32, in place of ids.
+      ids: [T] or [B, T] token ids, a list or an array (possibly traced).
+      embeddings: [T, M] or [B, T, M] float32, instead of ids.
 
     Returns:
       float32 [T, V] or [B, T, V].
 
     Raises:
-      ValueError: not exactly one of the two was given, a shape or an id is out of range, or the
-        text is longer than the target's positions.
+      ValueError: not exactly one of `ids` and `embeddings` is given, a shape or an id is out of
+        range, or the text is longer than the target's positions.
 
     >>> loss = lambda target: jaxspec.logits(target, [1, 2, 3])[-1, 7]      # doctest: +SKIP
     >>> jax.grad(loss)(target).params.embed.shape                          # doctest: +SKIP
@@ -61,11 +61,11 @@ def hidden_states(
 ) -> jax.Array:
     """Outputs of all layers, as Hugging Face's `output_hidden_states` gives them.
 
-    Args: as for `logits`, which says what may be done with it.
+    A pure function of arrays, as `logits`. Args: as for `logits`.
 
     Returns:
-      float32 [L + 1, T, M] or [L + 1, B, T, M]: the embedding first; the last layer's after the
-      final norm (`models.decoder.unembed` makes logits of it).
+      float32 [L + 1, T, M] or [L + 1, B, T, M]: the embedding first; the last layer's output
+      after the final norm, from which `models.decoder.unembed` computes logits.
     """
     layers = tuple(range(-1, target.config.num_layers))
     output, rows = _run(target, ids, embeddings, layers)
@@ -75,9 +75,9 @@ def hidden_states(
 
 
 def _run(target: Target, ids, embeddings, taps=()):
-    """One forward without a past, and what gives its outputs the rank of the input."""
+    """One forward over an empty cache, and a function that gives outputs the input's rank."""
     if (ids is None) == (embeddings is None):
-        raise ValueError("expected token ids or embeddings, one of the two")
+        raise ValueError("give either ids or embeddings, exactly one of them")
     if embeddings is None:
         ids = _as_array(ids, target.config)
         tokens = jnp.atleast_2d(ids)
@@ -94,27 +94,27 @@ def _run(target: Target, ids, embeddings, taps=()):
         tokens = jnp.zeros(embeddings.shape[:2], jnp.int32)
     most = target.config.max_positions
     if not 0 < tokens.shape[1] <= most:
-        raise ValueError(f"there are {tokens.shape[1]} tokens; expected 1 … {most}")
+        raise ValueError(f"the text has {tokens.shape[1]} tokens; expected 1 … {most}")
     output = _without_past(target.config, target.params, tokens, embeddings, taps=taps)
     return output, lambda x: x[0] if single else x
 
 
 def _as_array(ids, config: TargetConfig) -> jax.Array:
-    """int32 [T] or [B, T]; ids that are not traced are checked."""
+    """Ids as int32 [T] or [B, T], checked unless traced."""
     if not isinstance(ids, jax.core.Tracer):
         try:
             ids = np.asarray(ids)
         except ValueError:
             lengths = sorted({len(row) for row in ids})
             raise ValueError(
-                f"rows of {lengths} tokens; expected one length: pad them, or give them one by "
-                "one"
+                f"ids has rows of {lengths} tokens; expected equal lengths: pad them, or pass "
+                "them one by one"
             ) from None
         if ids.dtype.kind in "iu" and ids.size:
             bad = ids[(ids < 0) | (ids >= config.vocab_size)]
             if bad.size:
                 raise ValueError(
-                    f"there is token id {bad[0]}; the target's vocabulary is "
+                    f"ids has token id {bad[0]}; the target's vocabulary is "
                     f"0 … {config.vocab_size - 1}"
                 )
     if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -150,9 +150,9 @@ class Score:
     """How likely the target finds a text.
 
     Attributes:
-      token_ids: [T], of the text.
-      log_probs: [T - 1] float32, natural logarithms: entry i is token i + 1's, given those
-        before it, at temperature 1.
+      token_ids: [T] tokens of the text.
+      log_probs: [T - 1] float32 natural log-probabilities: entry i is token i + 1's, given the
+        tokens before it, at temperature 1.
     """
 
     token_ids: np.ndarray
@@ -190,11 +190,11 @@ def score(
 ) -> list[Score]:
     """Log-probabilities of given texts, read as they are, without a chat template.
 
-    Texts run in chunks over a cache, and logits of a few positions are held at a time: memory
-    does not grow with T · V, as that of `logits` does.
+    Texts run in chunks over a cache, with logits of a few positions at a time: unlike `logits`,
+    memory does not grow with T · V.
 
     Args:
-      texts: texts or lists of token ids, of any lengths, or a single one of them.
+      texts: texts or lists of token ids, of any lengths, or a single one.
       batch_size: texts run together.
 
     Returns:
@@ -222,7 +222,7 @@ def score(
 
 
 def _log_probs(target: Target, rows: list[list[int]]) -> np.ndarray:
-    """[B, S] float32: entry i is token i + 1's, for as many as each row has."""
+    """Log-probabilities [B, S] float32: entry i is token i + 1's, up to each row's length."""
     decoder, _ = decoder_for(target, PLAIN)
     longest, chunk, c = max(map(len, rows)), decoder.chunk, target.config
     tokens = np.zeros((len(rows), capacity_for(longest, decoder) + 1), np.int32)
@@ -243,7 +243,7 @@ def _log_probs(target: Target, rows: list[list[int]]) -> np.ndarray:
 def _score_chunk(
     config: TargetConfig, params: TargetParams, cache: LayerStates, tokens: jax.Array, start
 ) -> tuple[LayerStates, jax.Array]:
-    """Log-probabilities [B, C] of tokens[:, 1:], given all before them; tokens [B, C + 1]."""
+    """Log-probabilities [B, C] of tokens[:, 1:], for tokens [B, C + 1] at position `start`."""
     batch, count = tokens.shape[0], tokens.shape[1] - 1
     bits = causal_bits(count)
     with precision_of(params.embed.dtype):

@@ -1,4 +1,4 @@
-"""JAX's settings for the programs of this library, whatever the process has set for its own."""
+"""JAX settings of this library's programs, independent of the process's own."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import jax
 
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
-    """32-bit numbers, NumPy's promotions, compiled programs, and keys that vmap leaves alone.
+    """Sets 32-bit types, NumPy's promotions, jit, and the threefry generator for the thread.
 
-    With other generators of random numbers a row's noise would depend on its batch. Holds for
-    the calling thread, and as a decorator for a function. A process of commands leaves such
-    settings out of its environment (`jaxspec.__main__`).
+    With another generator a row's noise would depend on its batch, under vmap. Also works as a
+    decorator. The `jaxspec` program removes such settings from its environment
+    (`jaxspec.__main__`).
     """
     with (
         jax.enable_x64(False),
@@ -28,7 +28,7 @@ def own_settings() -> Iterator[None]:
 
 
 def own_settings_between_yields(function: Callable[..., Generator]) -> Callable[..., Generator]:
-    """Decorator of a generator: whoever holds what it yields has settings of their own."""
+    """Decorates a generator: own settings hold inside it, the caller's between its yields."""
 
     @functools.wraps(function)
     def steps(*arguments, **options):

@@ -1,9 +1,9 @@
-"""Where arrays live on a mesh of devices: one table, from an array's path to its partition.
+"""Sharding over a mesh of devices: one table, from an array's path to its partition.
 
-A mesh names up to three axes. `data` divides sequences (and, in training, the drafter and its
-optimizer). `model` divides key/value heads. `rest` is for devices beyond the number of
-key/value heads: together with `model` it divides what is wide (channels, experts, vocabulary,
-heads of gated delta nets), while attention's heads are the same along it.
+A mesh has up to three axes. `data` shards sequences (and, in training, the drafter and its
+optimizer). `model` shards key/value heads. `rest` is for devices beyond the number of
+key/value heads: together with `model` it shards wide axes (channels, experts, vocabulary,
+heads of gated delta nets); attention heads are replicated along it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 DATA, MODEL, REST = "data", "model", "rest"
 WIDE = (MODEL, REST)
 
-# The end of a path (regular expression), and what cuts each axis of the array. The first row
-# that matches and has as many axes counts; what no row matches is whole on every device.
+# End of a path (regular expression), and the mesh axis that shards each axis of the array. The
+# first matching row with as many axes counts; an array that matches none is replicated.
 RULES: tuple[tuple[str, tuple], ...] = (
     (r"(embed|unembed|lm_head)(/(values|scale))?", (WIDE, None)),  # [V, M]
     (r"qkv|q|kv", (None, MODEL, None, None)),  # [M, K, ., D]
@@ -33,14 +33,14 @@ RULES: tuple[tuple[str, tuple], ...] = (
     (r"gate_up", (WIDE, None, None, None)),  # [E, M, 2, F]
     (r"down", (WIDE, None, None)),  # [E, F, M]
     (r"(keys|values)/\d+", (None, MODEL, None, None)),  # caches [B, K, S, D]
-    # the same matrices with outputs first, and the scales of those in 8 bits
+    # the same matrices stored outputs first, and the scales of those in 8 bits
     (r"qkv/(values|scale)", (MODEL, None, None, None)),  # [K, G + 2, D, M]
     (r"out/(values|scale)", (None, MODEL, None, None)),  # [M, K, G, D]
     (r"gate_up/(values|scale)", (None, WIDE, None)),  # [2, F, M]
     (r"down/(values|scale)", (None, WIDE)),  # [M, F]
     (r"gate_up/(values|scale)", (WIDE, None, None, None)),  # [E, 2, F, M]
     (r"down/(values|scale)", (WIDE, None, None)),  # [E, M, F]
-    # gated delta nets, by key head and the value heads it serves
+    # gated delta nets, sharded by key head together with its value heads
     (r"inputs", (None, WIDE, None)),  # [M, J, .]
     (r"inputs/values", (WIDE, None, None)),  # [J, ., M]
     (r"convolution", (WIDE, None, None)),  # [J, C, taps]
@@ -53,7 +53,7 @@ RULES: tuple[tuple[str, tuple], ...] = (
 
 
 def make_mesh(*, data: int = 1, model: int = 1, rest: int = 1) -> Mesh:
-    """A mesh of the first data · model · rest devices, those of all processes.
+    """A mesh of the first data · model · rest devices of all processes.
 
     Raises:
       ValueError: there are fewer devices.
@@ -74,7 +74,7 @@ def make_mesh(*, data: int = 1, model: int = 1, rest: int = 1) -> Mesh:
 
 
 def decoding_mesh(devices: int, num_kv_heads: int) -> Mesh:
-    """A mesh for decoding: heads over as many devices as divide them, the rest beside.
+    """A mesh for decoding: heads over as many devices as divide them, the others on `rest`.
 
     Raises:
       ValueError: there are fewer devices.
@@ -86,11 +86,11 @@ def decoding_mesh(devices: int, num_kv_heads: int) -> Mesh:
 def join_processes() -> None:
     """Makes this process one of several that share a mesh; call it before JAX is used.
 
-    They meet where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say, or,
-    without these, where `jax.distributed` finds by itself: under SLURM and Open MPI.
+    The processes find each other through JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, or else, under SLURM and Open MPI, through `jax.distributed`.
 
     Raises:
-      ValueError: neither says.
+      ValueError: neither works.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [os.environ.get(name) for name in names]
@@ -109,7 +109,7 @@ def join_processes() -> None:
 
 @contextlib.contextmanager
 def mesh_of(tree: Any):
-    """The context to compute in with a pytree's arrays: the mesh they are on, or None."""
+    """The context to compute in with a pytree's arrays: their mesh, if they are on one."""
     place = jax.tree.leaves(tree)[0].sharding
     if isinstance(place, NamedSharding):
         with jax.set_mesh(place.mesh):
@@ -121,11 +121,10 @@ def mesh_of(tree: Any):
 def shardings(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, tuple]] = RULES) -> Any:
     """A sharding per array of a pytree: weights, caches, states, or their shapes.
 
-    An axis that does not divide evenly over all of its devices is cut over fewer of them, or
-    left whole.
+    An axis that does not divide evenly over its devices is sharded over fewer, or replicated.
 
     Args:
-      rules: as `RULES`; with none, every array is whole on every device.
+      rules: as `RULES`; with (), every array is replicated.
     """
 
     def sharding(path, x):
@@ -136,17 +135,15 @@ def shardings(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, tuple]] = RULES)
 
 
 def place(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, tuple]] = RULES) -> Any:
-    """Puts a pytree of arrays, whole in every process, where `shardings` says."""
+    """Shards a pytree of arrays, whole in every process, as `shardings` says."""
     return jax.device_put(tree, shardings(mesh, tree, rules))
 
 
 def beside(tree: Any, weights: Any) -> Any:
-    """A pytree as a compiled call on these weights gives it back: bound to their device, if
-    they are.
+    """Commits a pytree to the weights' device, as a compiled call on them would.
 
-    A loop whose first call is given arrays of the process, or such that are bound to no device,
-    and whose later ones its own results, would compile twice. Weights on a mesh, or bound to no
-    device, leave the tree as it is.
+    A loop would compile twice if its first call got uncommitted arrays and later calls its own
+    committed results. Weights on a mesh, or uncommitted, leave the tree as it is.
     """
     first = jax.tree.leaves(weights)[0]
     bound = isinstance(first, jax.Array) and first.committed
@@ -165,7 +162,7 @@ def _partition(mesh: Mesh, name: str, shape: tuple[int, ...], rules) -> Partitio
 
 
 def _fitting(mesh: Mesh, axis: str | tuple[str, ...] | None, size: int):
-    """The longest part of `axis` from its front that the mesh has and that divides `size`."""
+    """The longest prefix of `axis` that the mesh has and whose devices divide `size`."""
     wanted = () if axis is None else (axis,) if isinstance(axis, str) else axis
     names = [name for name in wanted if name in mesh.shape]
     while names and size % int(np.prod([mesh.shape[name] for name in names])):

@@ -1,4 +1,4 @@
-"""Text of token ids that arrive one by one: as early as it is certain, and never otherwise."""
+"""Incremental decoding: the text of token ids that arrive one by one, once it is certain."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ if TYPE_CHECKING:
     from jaxspec.tokenizer import Tokenizer
 
 UNKNOWN_CHARACTER = "\ufffd"
-BY_TOKEN = {"Replace", "Strip", "Metaspace", "WordPiece", "BPEDecoder"}  # before tokens join
+BY_TOKEN = {"Replace", "Strip", "Metaspace", "WordPiece", "BPEDecoder"}  # work token by token
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How a tokenizer's decoder treats the end of a text that may go on.
+    """How a tokenizer's decoder treats the end of an unfinished text.
 
     Attributes:
-      grows: a longer text begins with the shorter one, but for what is open at its end.
-      bytes_in_runs: byte tokens next to each other, `<0xE2>`, become text together: U+FFFD for
-        each if they are no UTF-8 as a whole, so nothing of a run is certain before its end.
-      bytes_in_characters: a last U+FFFD may be a character whose bytes are not all there.
+      grows: decoding more tokens only appends text, except to an open end.
+      bytes_in_runs: adjacent byte tokens, `<0xE2>`, are decoded together, to U+FFFD each if the
+        run is not UTF-8; so no part of a run is certain before its end.
+      bytes_in_characters: a final U+FFFD may be a character with bytes still to come.
     """
 
     grows: bool
@@ -30,7 +30,7 @@ class Decoding:
 
     @classmethod
     def of(cls, backend) -> Decoding:
-        """Args: backend: a `tokenizers.Tokenizer`; None, if there is none, is not known."""
+        """Args: backend: a `tokenizers.Tokenizer`, or None if there is none."""
         if backend is None:
             return cls(grows=False)
         steps = decoder_steps(backend)
@@ -45,7 +45,7 @@ class Decoding:
 
 
 def decoder_steps(backend) -> list[dict]:
-    """What the decoder of a `tokenizers.Tokenizer` does, step by step, each with its type."""
+    """The steps of a `tokenizers.Tokenizer`'s decoder, each with its type."""
     if backend.decoder is None:
         return []
     decoder = json.loads(backend.decoder.__getstate__())
@@ -53,7 +53,7 @@ def decoder_steps(backend) -> list[dict]:
 
 
 def _grows(step: dict, joined: bool) -> bool:
-    """Whether a decoder's step lets text grow; `joined`: the text is one token for it."""
+    """Whether text grows by appending under a decoder step. Args: joined: it sees one token."""
     if step["type"] == "Fuse":
         return True
     if not joined:
@@ -64,23 +64,22 @@ def _grows(step: dict, joined: bool) -> bool:
 
 
 class TextStream:
-    """Decodes a growing sequence; what it returns, joined, is `Tokenizer.decode` of all ids.
+    """Decodes a growing sequence; its results, joined, equal `Tokenizer.decode` of all ids.
 
-    Text is decoded from a window of the last tokens. It begins where nothing was open, with
-    tokens that have some text, as decoders treat the first token and the first blank of a text
-    in ways of their own.
+    It decodes a window of the last tokens. The window begins where no character was open, with
+    tokens that have text, as decoders treat a text's first token and first blank specially.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._decoding = tokenizer, tokenizer.decoding
         self._ids: list[int] = []
         self._window = 0  # first id of the window
-        self._seen = 0  # characters of the window's text that were given out
-        self._settled = 0  # ids up to the last place where nothing was open
-        self._given = 0  # characters given out in all
+        self._seen = 0  # characters of the window's text already returned
+        self._settled = 0  # ids up to the last place where no character was open
+        self._given = 0  # characters returned in all
 
     def step(self, token: int) -> str:
-        """The text this id makes certain."""
+        """The text that becomes certain with this id."""
         self._ids.append(int(token))
         decoding = self._decoding
         if not decoding.grows or (decoding.bytes_in_runs and self._ends_in_bytes()):
@@ -95,7 +94,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """What was held."""
+        """The text held back, once no more ids come."""
         return self._tokenizer.decode(self._ids)[self._given :]
 
     def _settle(self) -> None:
@@ -104,7 +103,7 @@ class TextStream:
         self._settled = len(self._ids)
 
     def _ends_in_bytes(self) -> bool:
-        """Whether the last token that is not left out is a byte."""
+        """Whether the last token that decoding keeps is a byte."""
         shown = (self._tokenizer.shown(token) for token in reversed(self._ids))
         last = next((token for token in shown if token is not None), "")
         return len(last) == 6 and last.startswith("<0x") and last.endswith(">")

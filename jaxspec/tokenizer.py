@@ -19,12 +19,12 @@ class Tokenizer:
     """A tokenizer with the chat template of its model.
 
     Attributes:
-      eos_token_ids: ids that end a text, as the tokenizer knows them; the model's
-        configuration may name more.
+      eos_token_ids: ids that end a text, by the tokenizer's files; the model's configuration
+        may name more.
     """
 
     def __init__(self, backend):
-        """Args: backend: a `transformers.PreTrainedTokenizerFast`, or what is called as one."""
+        """Args: backend: a `transformers.PreTrainedTokenizerFast`, or one with its API."""
         self._backend = backend
         eos = backend.eos_token_id
         self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,)
@@ -34,7 +34,7 @@ class Tokenizer:
         """The tokenizer of a Hugging Face folder.
 
         Raises:
-          ValueError: it cannot be read.
+          ValueError: the tokenizer cannot be read.
         """
         try:
             return cls(
@@ -57,12 +57,12 @@ class Tokenizer:
         eos: int,
         chat_template: str | None,
     ) -> Tokenizer:
-        """Byte-level BPE that splits digits one by one and adds no space in front.
+        """Byte-level BPE that splits digits one by one and adds no leading space.
 
         Args:
           tokens: in order of their ids, in GPT-2's byte alphabet.
           merges: 'left right', most preferred first.
-          special: ids that match as a whole and that decoding leaves out.
+          special: ids that are matched whole and that decoding omits.
         """
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers
@@ -89,11 +89,11 @@ class Tokenizer:
         return cls(_Plain(tokenizer, eos, chat_template))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids, with or without the special tokens the model expects around a text."""
+        """Token ids. Args: special: add the special tokens that the model expects around it."""
         return self._backend.encode(text, add_special_tokens=special)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text without special tokens; bytes that are no UTF-8 become U+FFFD.
+        """Text without special tokens; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
           ValueError: the tokenizer's own decoder fails on these ids.
@@ -103,7 +103,7 @@ class Tokenizer:
             return self._backend.decode(
                 ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
-        except BaseException as error:  # a panic in the library's Rust is no `Exception`
+        except BaseException as error:  # a panic in the library's Rust is not an `Exception`
             if type(error).__name__ != "PanicException" and not isinstance(error, Exception):
                 raise
             raise ValueError(f"the tokenizer cannot decode the ids {ids} ({error})") from error
@@ -115,15 +115,15 @@ class Tokenizer:
         thinking: bool | None = None,
         tools: Sequence[dict] = (),
     ) -> list[int]:
-        """Token ids of a conversation, up to where the assistant answers.
+        """Token ids of a conversation, up to where the assistant's answer begins.
 
         Args:
-          messages: {'role': …, 'content': …} each; a string is one turn of the user.
-          thinking: whether the model may think first (Qwen3); None leaves it to the template.
-          tools: that the model may call, in OpenAI's form, for a template that `takes_tools`.
+          messages: dicts {'role': …, 'content': …}; a string is a single user turn.
+          thinking: whether the model may think first (Qwen3); None: the template's default.
+          tools: tools that the model may call, in OpenAI's format; needs `takes_tools`.
 
         Raises:
-          ValueError: there is no chat template, or none with a switch for thinking.
+          ValueError: there is no chat template, or it has no switch for `thinking`.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -138,7 +138,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """Its source, Jinja, which may be set; the default one where there are several."""
+        """The template's Jinja source, which may be set; the default one of several."""
         template = self._backend.chat_template
         return template.get("default") if isinstance(template, dict) else template
 
@@ -148,7 +148,7 @@ class Tokenizer:
 
     @property
     def marks_answers(self) -> bool:
-        """Whether the chat template says which tokens are answers: `{% generation %}`."""
+        """Whether the chat template marks answer tokens, by `{% generation %}`."""
         return "{%generation%}" in (self.chat_template or "").translate(_NO_BLANKS)
 
     @property
@@ -158,13 +158,13 @@ class Tokenizer:
 
     @property
     def takes_tools(self) -> bool:
-        """Whether the chat template tells the model of tools."""
+        """Whether the chat template takes tools."""
         return "tools" in (self.chat_template or "")
 
     def render_marked(
         self, messages: Messages, *, thinking: bool | None = None
     ) -> tuple[list[int], list[int]]:
-        """`render`, and 1 for every token of an answer, 0 for others; needs `marks_answers`."""
+        """`render`, and a mask: 1 for answer tokens, else 0. Needs `marks_answers`."""
         rendered = self._render(
             messages, thinking, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -185,7 +185,7 @@ class Tokenizer:
             options["enable_thinking"] = thinking
         try:
             return self._backend.apply_chat_template(list(messages), **options)
-        except Exception as error:  # whatever a template, which is a program, raises
+        except Exception as error:  # a template is a program and may raise anything
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
     def stream(self) -> TextStream:
@@ -194,22 +194,22 @@ class Tokenizer:
 
     @functools.cached_property
     def decoding(self) -> Decoding:
-        """How text grows as ids arrive."""
+        """How the decoder treats an unfinished text, for `TextStream`."""
         return Decoding.of(self.fast)
 
     def shown(self, token: int) -> str | None:
-        """A token as the vocabulary has it; None for one that `decode` leaves out."""
+        """A token as the vocabulary spells it; None for one that `decode` omits."""
         found = self.fast.id_to_token(token)
         return None if found in self._special else found
 
     def is_special(self, token: int) -> bool:
-        """Whether `decode` leaves the token out."""
+        """Whether `decode` omits the token."""
         return self.shown(token) is None
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token adds inside a text; of an added token, its name's.
+        """The bytes that a token adds inside a text; for an added token, those of its name.
 
-        Those of an id that the tokenizer does not have are b"".
+        b"" for an id that the tokenizer does not have.
         """
         name = self.fast.id_to_token(token)
         if name is None or token in self._added:
@@ -219,7 +219,7 @@ class Tokenizer:
             return b"".join(_bytes_of(character) for character in name)
         if "ByteFallback" in kinds and (byte := re.fullmatch("<0x([0-9A-F]{2})>", name)):
             return bytes.fromhex(byte[1])
-        # Decoders treat the first token of a text in ways of their own.
+        # Decoders treat the first token of a text specially.
         return self.decode([token, token])[len(self.decode([token])) :].encode()
 
     @functools.cached_property
@@ -236,13 +236,13 @@ class Tokenizer:
 
     @property
     def fast(self):
-        """The `tokenizers.Tokenizer` behind it, if there is one."""
+        """The underlying `tokenizers.Tokenizer`, or None."""
         return getattr(self._backend, "backend_tokenizer", None)
 
 
 class _Plain:
-    """A `tokenizers.Tokenizer`, called as one of transformers, which takes seconds to import
-    and is needed for chats alone."""
+    """A `tokenizers.Tokenizer` with transformers' API; transformers itself, which takes seconds
+    to import, is loaded only for chats."""
 
     def __init__(self, tokenizer, eos: int, chat_template: str | None):
         self.backend_tokenizer, self.eos_token_id = tokenizer, eos
@@ -268,7 +268,7 @@ class _Plain:
 
 @functools.cache
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's: printable bytes are themselves, the others follow from U+0100 on."""
+    """GPT-2's byte alphabet: printable bytes are themselves, others map to U+0100 and up."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {

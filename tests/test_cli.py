@@ -87,7 +87,7 @@ def test_a_prompt_that_cannot_be_used_is_named_and_the_others_are_answered(
     assert code == FAULT and "left out: prompt 1: a prompt of 60 tokens and 12 new ones" in err
     ids.write_text("[[99], [98]]")
     code, out, err = run(capsys, *common)
-    assert code == BAD_INPUT and "none of the 2 prompts can be used; prompt 0 has token" in err
+    assert code == BAD_INPUT and "none of the 2 prompts is usable; prompt 0 has token" in err
 
 
 def test_a_row_that_cannot_be_read_keeps_its_place(tmp_path):

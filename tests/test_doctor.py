@@ -43,7 +43,7 @@ def test_a_look_that_fails_is_a_finding():
 def test_a_gpu_that_jax_does_not_see(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     found = doctor.devices()
-    assert found.found.endswith("the machine has an NVIDIA GPU that JAX does not see")
+    assert found.found.endswith("JAX does not see the machine's NVIDIA GPU")
     assert found.advice.startswith("pip install 'jax[cuda13]'")
 
 

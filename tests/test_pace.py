@@ -103,23 +103,23 @@ def test_what_it_says(measured):
     pace.rounds, pace.tokens = np.array([10, 40]), 130
     assert pace.gain == pytest.approx(130 * 0.010 / (10 * 0.010 + 40 * 0.015))
     assert str(pace) == (
-        "speculation pays: 1.9x plain decoding (2.60 tokens a round; a round of 4 nodes costs "
-        "1.50 plain ones)"
+        "speculation pays: 1.9x plain decoding (2.60 tokens a round; a round of 4 nodes takes "
+        "1.50 times a plain one)"
     )
     pace.rounds, pace.tokens = np.array([90, 10]), 100
     assert str(pace) == (
-        "speculation does not pay here: 0.95x plain decoding (a round of 4 nodes costs 1.50 "
-        "plain ones, and drafts were too seldom right); 90% of the rounds were plain"
+        "speculation does not pay here: 0.95x plain decoding (a round of 4 nodes takes 1.50 "
+        "times a plain one, and too few drafts were accepted); 90% of the rounds were plain"
     )
 
 
 def test_it_serves_what_it_was_measured_for(measured):
     other = LoadedDrafter(dataclasses.replace(LOOKUP.drafter, min_match=2))
-    with pytest.raises(ValueError, match="measured for another target, dtype, drafter or way"):
+    with pytest.raises(ValueError, match="measured for another target, dtype, drafter or acc"):
         jaxspec.generate(target(), [[1]], drafter=other, budget=measured)
     with pytest.raises(ValueError, match="capacity is 256; .* depth need 768"):
         jaxspec.generate(
             target(), [[1] * 450], drafter=LOOKUP, budget=measured, max_new_tokens=60
         )
-    with pytest.raises(ValueError, match="drafts nothing, so there is nothing to decide"):
+    with pytest.raises(ValueError, match="drafts nothing, so there is no budget to choose"):
         jaxspec.measure_pace(target(), [[1]], drafter=PLAIN)

@@ -57,7 +57,7 @@ def test_raw_texts_have_no_template(target):
 @pytest.mark.parametrize(
     "prompts, options, message",
     [
-        (user("a"), {}, "the prompts are one message; a conversation is a list of them"),
+        (user("a"), {}, "prompts is a single message; a conversation is a list of messages"),
         ([user("a")], dict(raw=True), "prompt 0 is a conversation, .* leave raw out"),
         ([user(" ")], {}, "prompt 0 is empty; expected a message with some text"),
         ([{"role": "tutor", "content": "a"}], {}, "prompt 0: message 0: 'role' is 'tutor'"),

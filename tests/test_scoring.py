@@ -108,12 +108,12 @@ def test_scoring_holds_the_logits_of_few_positions():
 @pytest.mark.parametrize(
     "ids, message",
     [
-        ([1, 11], "there is token id 11; the target's vocabulary is 0 … 10"),
-        ([[1], [2, 3]], r"rows of \[1, 2\] tokens; expected one length"),
+        ([1, 11], "ids has token id 11; the target's vocabulary is 0 … 10"),
+        ([[1], [2, 3]], r"rows of \[1, 2\] tokens; expected equal lengths"),
         ([0.5], "dtype float64; expected integers"),
-        ([], "there are 0 tokens; expected 1 … 512|expected integers"),
-        ([1] * 513, "there are 513 tokens; expected 1 … 512"),
-        (None, "expected token ids or embeddings, one of the two"),
+        ([], "the text has 0 tokens; expected 1 … 512|expected integers"),
+        ([1] * 513, "the text has 513 tokens; expected 1 … 512"),
+        (None, "give either ids or embeddings"),
     ],
 )
 def test_what_cannot_be_run(ids, message):

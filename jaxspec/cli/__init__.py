@@ -71,11 +71,11 @@ def _parse(words: list[str]):
     """The command with its options; exits with code 2, or 0 after help."""
     if words[0] in COMMANDS:
         command = COMMANDS[words[0]]
-        whole = inspect.getdoc(command)  # with its examples, which tyro would leave out
+        whole = inspect.getdoc(command)  # tyro would leave out the examples
         prog = f"jaxspec {words[0]}"
         words = expanded(command, words[1:])
         return tyro.cli(command, prog=prog, description=whole, args=words)
-    # All commands: for help, where each has one line, completion, and words that are none.
+    # All commands: for the list in --help, tab completion, and unknown commands.
     each = (
         Annotated[
             command, tyro.conf.subcommand(name, description=command.__doc__.splitlines()[0])

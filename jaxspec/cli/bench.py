@@ -16,7 +16,7 @@ class Bench:
     """Choose a drafter: tokens per round, milliseconds by phase, and speed against plain.
 
     All drafters answer the same prompts, interleaved with plain decoding; one table compares
-    them. A drafter is given as for `generate --drafter`, with options of its own after commas:
+    them. Name a drafter as for `generate --drafter`; its own options follow after commas:
     DRAFTER[,tree=KIND][,head=none][,width=W][,candidates=C]. `evaluate` runs larger
     comparisons, which can be resumed.
 
@@ -27,29 +27,29 @@ class Bench:
     """
 
     drafters: tuple[str, ...]
-    """ngram, shipped, small:NAME, folders or hub names of trained drafters, each also joined
-    with prompt lookup (DRAFTER+ngram)."""
+    """ngram, shipped, small:NAME, or the folder or hub name of a trained drafter; DRAFTER+ngram
+    joins prompt lookup."""
     prompts: tuple[str, ...]
-    """Prompt sets, each a source of any format of docs/training.md; the first turn of every row
-    is used."""
+    """Prompt sets, in any format of docs/training.md; the first turn of every row is used."""
     target: str | None = None
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
-    drafters' files name (speculators' format), else smollm2-135m."""
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. Default: the target
+    that the drafters' files name (speculators' format), else smollm2-135m."""
     dtype: Dtype = "auto"
     """Dtype of weights and caches; see `generate`."""
     budgets: tuple[int, ...] = (8,)
-    """Nodes verified per round, root included; every drafter is measured with each."""
+    """Nodes verified per round, root included; every drafter is measured at each budget."""
     count: int = 4
     """Prompts per set, evenly spaced; 0 takes all."""
     max_new_tokens: int = 128
+    """Maximum tokens per answer."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     thinking: bool | None = None
     """Turn a Qwen3 chat template's thinking on or off."""
     output: Path | None = None
-    """New file of JSON lines for the measurements, which `report` draws."""
+    """Write the measurements to this new file, as JSON lines that `report` draws."""
     json: bool = False
-    """One JSON object per row of the table on standard output, and nothing else there."""
+    """Print one JSON object per row of the table on standard output, and nothing else."""
 
     def run(self) -> int:
         import jaxspec
@@ -96,4 +96,4 @@ class Bench:
                 )
         if self.output is not None and self.output.exists():
             raise ValueError(f"{self.output} exists already; choose another name or delete it")
-        Sampling(temperature=self.temperature)  # refuses what cannot be
+        Sampling(temperature=self.temperature)  # raises if out of range

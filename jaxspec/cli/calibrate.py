@@ -12,12 +12,12 @@ from jaxspec.data.prompts import read_prompts
 
 @dataclasses.dataclass(frozen=True)
 class Calibrate:
-    """Fit the temperatures of a drafter's confidence head, and store them with it.
+    """Fit the temperatures of a drafter's confidence head, and store them in its config.
 
     The target answers the prompts; temperatures are fitted on half of the answers and assessed
-    on the other half: calibration error (ECE) by slot, beside the error that a perfectly
-    calibrated head would show on as many rounds, AUROC and Brier score. Temperatures that do
-    not lower the mean error there are not stored.
+    on the other half. The table gives, per slot, the calibration error (ECE), the error that a
+    perfectly calibrated head would show by chance on as many rounds, AUROC and Brier score.
+    Temperatures are stored only if they lower the mean ECE on that other half.
 
     Examples:
       python -m jaxspec calibrate --drafter run/drafter --prompts prompts.jsonl
@@ -30,14 +30,17 @@ class Calibrate:
     target: str = "smollm2-135m"
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and caches."""
     max_new_tokens: int = 128
+    """Maximum tokens per answer."""
     temperature: float = 0.0
     """Sampling temperature of the answers; 0 is greedy."""
     batch_size: int = 8
+    """Prompts decoded together."""
     thinking: bool | None = None
     """Turn a Qwen3 chat template's thinking on or off."""
     picture: Path | None = None
-    """File of the reliability diagram; needs the extra 'plots'."""
+    """Write a reliability diagram to this file; needs the extra 'plots'."""
     dry_run: bool = False
     """Measure only; store nothing."""
 
@@ -54,7 +57,7 @@ class Calibrate:
         prompts = read_prompts(self.prompts, unread)
         if len(prompts) < 2:
             raise ValueError(
-                f"{self.prompts} holds one prompt; expected two or more, one held out"
+                f"{self.prompts} holds one prompt; expected at least two: half are held out"
             )
         jaxspec.enable_compilation_cache()
         target = jaxspec.load_target(self.target, dtype=self.dtype)
@@ -94,7 +97,7 @@ class Calibrate:
         if self.picture is not None:
             calibration.draw_reliability([("raw", raw), ("scaled", scaled)], self.picture)
         if not after < before:
-            print("nothing stored: the head is no better for these temperatures")
+            print("nothing stored: the temperatures do not lower the mean ECE")
         elif not self.dry_run:
             save_temperatures(self.drafter, temperatures)
             print(f"stored in {self.drafter}/config.json")
@@ -102,7 +105,7 @@ class Calibrate:
 
 
 def _print_slots(temperatures, raw, scaled) -> None:
-    """A line per slot: its temperature, and its quality before and after scaling."""
+    """One line per slot: its temperature, and its calibration before and after scaling."""
     print("slot  temperature  rounds  survival  ECE raw  ECE scaled  by chance  AUROC  Brier")
     for slot, (t, r, s) in enumerate(zip(temperatures, raw, scaled, strict=True), 1):
         print(

@@ -33,7 +33,7 @@ CHECK_PROMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Check that a trained drafter fits its target, and that decoding runs it as training did.
+    """Check that a trained drafter fits its target and decodes as it was trained.
 
     Compares the drafter's logits in training and in decoding, slot by slot; replays the
     target's own answers (or --text) for tau; and tries the usual mistakes: taps off by one, the
@@ -50,12 +50,13 @@ class Check:
     drafter: str
     """Folder or hub name of a trained drafter (repo::subfolder too)."""
     target: str | None = None
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
-    drafter's files name (speculators' format), else smollm2-135m."""
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. Default: the target
+    that the drafter's files name (speculators' format), else smollm2-135m."""
     beside: str | None = None
-    """Second target to measure tau on, for comparison: the unquantised original of an fp8
-    target, to see what quantisation costs the drafter."""
+    """Second target to measure tau on; the unquantised original of an fp8 target shows what
+    quantisation costs the drafter."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and caches."""
     text: Path | None = None
     """File whose text is replayed instead of the target's answers to a few questions."""
     max_new_tokens: int = 48
@@ -63,7 +64,7 @@ class Check:
     thinking: bool | None = None
     """Turn a Qwen3 chat template's thinking on or off."""
     json: bool = False
-    """The report as one JSON object on standard output."""
+    """Print the report as one JSON object on standard output."""
 
     def run(self) -> int:
         import jaxspec
@@ -87,7 +88,7 @@ class Check:
         return exits.FAULT if report.findings else exits.DONE
 
     def _report(self, name: str, text: str | None):
-        """The `Report` on a target."""
+        """The drafter's `Report` on one target."""
         import jaxspec
         from jaxspec.check import Text, check, check_answers
         from jaxspec.prompts import as_token_ids

@@ -10,10 +10,10 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Convert a target to an Orbax store (fast to load, on any mesh), safetensors, or fp8.
+    """Convert a target to an Orbax store (loads fast, on any mesh), safetensors, or fp8.
 
-    Every command takes the output folder as --target. All that is written is read back and
-    compared bit for bit.
+    Every command takes the output folder as --target. The output is read back and compared bit
+    for bit.
 
     Examples:
       python -m jaxspec convert --target Qwen/Qwen3-8B --output qwen3-8b
@@ -22,16 +22,16 @@ class Convert:
     """
 
     target: str
-    """Hugging Face folder or hub name, or a folder that was converted before."""
+    """Hugging Face folder or hub name, or a folder that `convert` wrote."""
     output: Path
     """A new folder."""
     to: Literal["orbax", "safetensors"] | None = None
-    """Orbax by default; fp8 is always safetensors."""
+    """Output format; orbax by default, safetensors with --dtype fp8."""
     dtype: Literal["float32", "bfloat16", "float16", "fp8"] | None = None
     """Dtype of the written weights; the input's by default. fp8 stores linear layers in 8 bits
-    with a scale per block of 128 x 128, as Qwen3-*-FP8 does (docs/quantised.md)."""
+    with one scale per 128 x 128 block, as Qwen3-*-FP8 does (docs/quantised.md)."""
     fp8_lm_head: bool = False
-    """With --dtype fp8: the LM head in fp8 too, no longer tied to the embedding."""
+    """With --dtype fp8: store the LM head in fp8 too, untied from the embedding."""
     json: bool = False
     """Print a summary as one JSON object on standard output."""
 
@@ -49,7 +49,7 @@ class Convert:
             print(json.dumps(dataclasses.asdict(done) | {"folder": str(done.folder)}))
         else:
             for layer, error in (done.errors or {}).items():
-                print(f"{layer}: rounding changed {error:.2%} of its weights' size")
+                print(f"{layer}: relative rounding error {error:.2%}")
             print(
                 f"{done.folder}: {done.bytes / 1e9:.2f} GB of {done.dtype}, {done.arrays} "
                 "arrays read back and equal bit for bit"

@@ -12,8 +12,8 @@ from typing import Literal
 class ConvertDrafter:
     """Convert a trained drafter to another published format, and list what is lost.
 
-    The output is read back and compared before it appears. A format that cannot express the
-    drafter is refused.
+    The output is read back and compared before it appears. The command fails if the format
+    cannot express the drafter.
 
     Examples:
       python -m jaxspec convert-drafter --drafter run/drafter --to speculators \\
@@ -27,10 +27,10 @@ class ConvertDrafter:
     output: Path
     """A new folder."""
     to: Literal["dflash", "treeflash", "deepspec", "speculators", "eagle3"]
-    """dflash: z-lab's format, for DFlash, DFlash2, JetSpec and DSpark; eagle3: SpecForge's and
-    the EAGLE repository's."""
+    """dflash: z-lab's format, for DFlash, DFlash2, JetSpec and DSpark; eagle3: the format of
+    SpecForge and the EAGLE repository."""
     target: str | None = None
-    """Target of the drafter; by default the one that its files name."""
+    """The drafter's target; by default the one that its files name."""
     json: bool = False
     """Print a summary as one JSON object on standard output."""
 

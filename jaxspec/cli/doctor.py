@@ -10,7 +10,7 @@ from jaxspec.cli import exits
 
 @dataclasses.dataclass(frozen=True)
 class Doctor:
-    """Report devices, speeds, caches and installed packages of this machine, with advice.
+    """Report this machine's devices, speeds, caches and packages, with advice.
 
     Exit code 1 when something keeps jaxspec from working.
 
@@ -19,7 +19,7 @@ class Doctor:
     """
 
     json: bool = False
-    """One JSON object per finding on standard output."""
+    """Print one JSON object per finding on standard output."""
 
     def run(self) -> int:
         from jaxspec.doctor import examine

@@ -20,10 +20,9 @@ class Evaluate:
 
     A decoder is NAME=DRAFTER[,tree=KIND][,head=none][,budget=N][,width=W][,candidates=C]
     [,dtype=D], with drafters as for `generate`; head=none drops the sequential head, which
-    gives the trees of DDTree and JetSpec. Plain decoding is always among those timed.
+    gives the trees of DDTree and JetSpec. Plain decoding is always timed too.
 
-    An interrupted run resumes when started again: results already in its output are not
-    measured again.
+    An interrupted run resumes when started again: it keeps the results in its output.
 
     Examples:
       python -m jaxspec evaluate --prompts ../shared/prompts/*.jsonl --output results.jsonl \\
@@ -34,28 +33,30 @@ class Evaluate:
     """
 
     prompts: tuple[str, ...]
-    """Prompt sets, each a source of any format of docs/training.md; the first turn of every row
-    is used."""
+    """Prompt sets, in any format of docs/training.md; the first turn of every row is used."""
     decoders: tuple[str, ...]
+    """Decoders to compare, in the form above."""
     output: Path
-    """JSON lines of results (`jaxspec.evaluation.results`); `report` draws them. An existing
-    file must hold results of the same setup."""
+    """File of results as JSON lines, which `report` draws. An existing file must hold results
+    of the same setup."""
     target: str | None = None
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
-    drafter's files name (speculators' format), else smollm2-135m."""
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. Default: the target
+    that the drafters' files name (speculators' format), else smollm2-135m."""
     weights: Weights = "dequantised"
-    """How an fp8 target's weights are held: dequantised to the decoders' dtypes, or stored in 8
+    """How to hold an fp8 target's weights: dequantised to the decoders' dtypes, or stored in 8
     bits with their scales."""
     count: int = 16
     """Prompts per set, evenly spaced; 0 takes all."""
     max_new_tokens: int = 256
+    """Maximum tokens per answer."""
     temperatures: tuple[float, ...] = (0.0,)
+    """Sampling temperatures; 0 is greedy."""
     budgets: tuple[int, ...] = ()
-    """Budgets to walk besides each decoder's own; 1 is plain decoding."""
+    """Further budgets to report tau for, besides each decoder's own; 1 is plain decoding."""
     tau_only: bool = False
     """Skip timing: report tau, acceptance and calibration from recorded answers alone."""
     batch_size: int = 8
-    """Answers recorded and walked together; timed decoding runs one prompt at a time."""
+    """Answers recorded and replayed together; timed decoding runs one prompt at a time."""
     timed: int | None = None
     """Prompts per set to time; all of `count` by default."""
     plain_dtypes: tuple[Literal["float32", "bfloat16"], ...] = ()
@@ -132,11 +133,10 @@ class Evaluate:
         from jaxspec.decoding.sampling import Sampling
 
         for temperature in self.temperatures:
-            Sampling(temperature=temperature)  # refuses what cannot be
+            Sampling(temperature=temperature)  # raises if out of range
 
     def _setup(self, texts: dict[str, list[str]], target: str) -> dict:
-        """Settings that all results of one file share. Temperatures and timing may be added
-        later."""
+        """Settings that all results of one file share; temperatures and timings may differ."""
         from jaxspec.evaluation.comparison import machine
 
         return {

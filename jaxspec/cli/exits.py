@@ -1,4 +1,4 @@
-"""Exit codes, and how a command ends: with one line for whatever a user can cause."""
+"""Exit codes, and errors as one line."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ SEE = "--debug shows where it came from"
 def run(command: Callable[[], int], *, debug: bool = False) -> int:
     """Runs a command; returns its exit code.
 
-    Errors are one line on standard error.
+    An error becomes one line on standard error.
 
     Args:
-      debug: their traceback before it.
+      debug: print its traceback first.
     """
     raised: list[int] = []
     try:
         with bounded() as raised, _plain_output():
             code = command()
-            sys.stdout.flush()  # or a full disk would go unnoticed
+            sys.stdout.flush()  # a full disk raises here
             return code
     except BaseException as error:
         if raised or isinstance(error, KeyboardInterrupt):
@@ -52,7 +52,7 @@ def left_out(reasons: Iterable[str]) -> int:
 
 
 def _explain(error: BaseException, debug: bool) -> int:
-    """The exit code of an error, which is printed as one line."""
+    """Prints an error as one line; returns its exit code."""
     said = (str(error).strip() or "no reason given").splitlines()[0]
     match error:
         case BrokenPipeError():
@@ -77,8 +77,7 @@ def _end(code: int, line: str, debug: bool) -> int:
 
 @contextlib.contextmanager
 def _plain_output() -> Iterator[None]:
-    """Output that any terminal or file takes: what its encoding lacks is escaped; a warning is
-    one line."""
+    """Escapes characters that the output's encoding lacks; prints warnings as one line."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -91,7 +90,7 @@ def _plain_output() -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """Ends the process; after an interrupt without waiting for what devices still compute."""
+    """Ends the process; after an interrupt, without waiting for the devices."""
     if code == BROKEN_PIPE:  # or Python complains about what it could not write
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if code == INTERRUPTED:

@@ -29,48 +29,54 @@ class Generate:
 
     drafter: Annotated[DrafterOptions, tyro.conf.arg(name="")] = DrafterOptions()
     target: str | None = None
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
-    drafter's files name (speculators' format), else smollm2-135m."""
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. Default: the target
+    that the drafter's files name (speculators' format), else smollm2-135m."""
     dtype: Dtype = "auto"
-    """Dtype of weights and cache. float32 reproduces plain decoding token for token, on GPUs
-    too (products do not use TF32); bfloat16 may flip near-ties. auto measures once which is
-    fastest on this machine, keeps the result, and prints its choice."""
+    """Dtype of weights and caches. float32 reproduces plain decoding token for token, on GPUs
+    too (products do not use TF32); bfloat16 may flip near-ties. auto takes the faster one on
+    this machine, measured once and kept, and prints its choice."""
     weights: Weights = "dequantised"
-    """How an fp8 target's weights are held: dequantised to --dtype, or stored in 8 bits with
-    their scales, which halves their memory and, on a GPU, the bytes that a step reads."""
+    """How to hold an fp8 target's weights: dequantised to --dtype, or stored in 8 bits with
+    their scales, which halves memory and, on a GPU, the bytes read per step."""
     prompt: str | None = None
     """One prompt, as a user's turn."""
     prompts: Path | None = None
-    """JSON lines, each {"turns": [...]} or {"prompt": ...}; the first turn is used."""
+    """File of JSON lines, each {"turns": [...]} or {"prompt": ...}; the first turn is used."""
     prompt_ids: Path | None = None
-    """A JSON list of lists of token ids; needs no tokenizer."""
+    """File with a JSON list of lists of token ids; needs no tokenizer."""
     raw: bool = False
-    """Give the text to the model as it is, without the chat template."""
+    """Pass the text to the model as it is, without the chat template."""
     thinking: bool | None = None
     """Turn a Qwen3 chat template's thinking on or off."""
     max_new_tokens: int = 256
+    """Maximum tokens per answer."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer; they are not part of it."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_k: int = 0
+    """Sample among the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
+    """Sample among the most likely tokens that together reach this probability; 1 keeps all."""
     min_p: float = 0.0
+    """Drop tokens less likely than this fraction of the most likely one; 0 keeps all."""
     seed: int = 0
+    """Seed of sampling; prompt i of a file uses seed + i."""
     schedule: Literal["adaptive", "fixed"] = "adaptive"
-    """adaptive: each round verifies as many nodes as pay for their time, down to none (plain
-    decoding); step times are measured at the first start and kept. fixed: each round verifies
-    the whole budget, and one program less is compiled. Several devices always use fixed."""
+    """adaptive: each round verifies as many nodes as pay for their time, down to the root alone
+    (plain decoding); round times are measured at the first start and kept. fixed: each round
+    verifies the whole budget, which compiles fewer programs. Several devices always use
+    fixed."""
     rejection: bool = False
-    """Draw chains from a trained drafter and verify them by rejection sampling."""
+    """Sample chains from a trained drafter and verify them by rejection sampling."""
     batch_size: int = 1
-    """Prompts decoded together; `seconds` is then the time of the whole batch."""
+    """Prompts decoded together; the printed time is the whole batch's."""
     devices: int = 1
-    """Devices to shard the target and its caches over, counted over all processes."""
+    """Devices of all processes to shard the target and its caches over."""
     distributed: bool = False
-    """This process is one of several (docs/multi-host.md); the first one prints."""
+    """Run as one of several processes (docs/multi-host.md); the first one prints."""
     json: bool = False
-    """One JSON object per prompt on standard output, and nothing else there; {"error": ...} for
+    """Print one JSON object per prompt on standard output, and nothing else; {"error": ...} for
     a prompt that cannot be used."""
 
     def run(self) -> int:
@@ -123,7 +129,7 @@ class Generate:
         hidden = len(starts) == 1 or not leads
         for start in tqdm(starts, unit="batch", disable=hidden, file=sys.stderr):
             batch = places[start : start + self.batch_size]
-            # Each prompt's seed follows from its place in the file, whatever the batches.
+            # A prompt's seed depends on its place in the file, not on its batch.
             seeds = [self.seed + place for place in batch]
             ids, interrupt = [rows[place] for place in batch], None
             try:
@@ -142,8 +148,8 @@ class Generate:
         return code
 
     def _prepare(self, target, rows: list[list[int]], options: dict):
-        """Compiles what `generate` runs, and adds to the options what decides its budget: one
-        number, or what measurements say (returned too) on one device."""
+        """Compiles what `generate` runs, and sets its budget in the options: a number, or a
+        measured `Pace` on one device, which is returned too."""
         import jaxspec
         from jaxspec.drafters.joined import with_survival
 
@@ -178,7 +184,8 @@ class Generate:
         return rows
 
     def _print_refused(self, refused: dict[int, str], *, before: int) -> None:
-        """An object for each, so that line i answers prompt i; takes them out of `refused`."""
+        """Prints an error object per refused prompt, so that line i answers prompt i; removes
+        them from `refused`."""
         for place in [place for place in refused if place < before]:
             reason = refused.pop(place)
             if self.json:

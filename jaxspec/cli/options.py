@@ -12,7 +12,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 def chosen_dtype(dtype: Dtype) -> str:
-    """The dtype of an option; says on standard error what "auto" is here."""
+    """The dtype that an option means; prints the choice of "auto" to standard error."""
     if dtype != "auto":
         return dtype
     from jaxspec.dtypes import fastest
@@ -27,7 +27,7 @@ def chosen_dtype(dtype: Dtype) -> str:
 
 
 def target_name(target: str | None, *drafters: str | None) -> str:
-    """What --target says; without it the target that the drafters' files name, or the default.
+    """The target of --target; without it the one that the drafters' files name, or the default.
 
     Raises:
       ValueError: two drafters name different targets, or one that cannot be found.
@@ -50,26 +50,26 @@ class DrafterOptions:
     """The drafter, which proposes tokens, and the shape of its trees."""
 
     drafter: str | None = None
-    """none (plain decoding) | ngram (prompt lookup) | mtp (the layer for it in the target's own
-    checkpoint) | small:NAME (a small model with the same vocabulary) | shipped | folder or hub
-    name of a trained drafter (repo::subfolder too). The last four may be joined with prompt
-    lookup: shipped+ngram, the default for the default target; for others it is ngram."""
+    """none (plain decoding) | ngram (prompt lookup) | mtp (the multi-token-prediction layer in
+    the target's checkpoint) | small:NAME (a small model with the same vocabulary) | shipped |
+    folder or hub name of a trained drafter (repo::subfolder too). +ngram after the last four
+    joins prompt lookup. Default: shipped+ngram for the default target, ngram for others."""
     tree: TreeKind | None = None
-    """How a tree is grown from the drafter's scores; by default path_conditioned for drafters
-    with a sequential head, and chain for others."""
+    """How a tree grows from the drafter's scores. Default: path_conditioned for drafters with a
+    sequential head, chain for others."""
     width: int = 4
-    """Children per expanded node (best_first) or per tabulated parent (transitions)."""
+    """Children per expanded node (best_first) or per scored parent (transitions)."""
     budget: int = 8
     """Nodes verified per round, root included."""
     candidates: int = 16
     """Parents scored per depth (path_conditioned, transitions)."""
     threshold: float = 0.0
-    """End a chain before the first token whose confidence is below this."""
+    """End a chain before the first token whose confidence is below this; 0 keeps all."""
     survival: float = 0.0
-    """End a chain where the product of its confidences falls below this."""
+    """End a chain where the product of its confidences falls below this; 0 keeps all."""
 
     def load(self, target, *, chain: bool = False):
-        """The drafter; `chain` where its kind of tree is left open: no branches."""
+        """Loads the drafter. Args: chain: draft a chain where --tree is not given."""
         from jaxspec.checkpoints.catalog import DEFAULT
         from jaxspec.loading import load_drafter
 
@@ -82,10 +82,10 @@ class DrafterOptions:
             raise ValueError(f"--budget is {self.budget}; expected at least 1 (the root)")
         if self.tree and name == "ngram":
             raise ValueError(
-                f"--tree {self.tree} needs a drafter with scores; ngram merges its matches "
-                "into a tree of its own: leave --tree out"
+                f"--tree {self.tree} needs a drafter with scores, and ngram has none: leave "
+                "--tree out"
             )
-        # The verified size is static, a power of two; the budget within it is not.
+        # The verified size is static, a power of two; the budget within it is an array.
         size = 1 << (self.budget - 1).bit_length()
         rules = dict(threshold=self.threshold, survival=self.survival)
         kind = self.tree or ("chain" if chain else None)
@@ -96,11 +96,10 @@ class DrafterOptions:
         return load_drafter(name, target, tree=tree, **rules)
 
     def _check_open(self) -> None:
-        """Raises ValueError for options of a tree that is not named."""
+        """Raises ValueError for options of one kind of tree when --tree is not given."""
         default = DrafterOptions()
         for name in ("width", "candidates"):
             if getattr(self, name) != getattr(default, name):
                 raise ValueError(
-                    f"--{name} {getattr(self, name)} is for one kind of tree; name it with "
-                    "--tree"
+                    f"--{name} {getattr(self, name)} is for one kind of tree; give --tree too"
                 )

@@ -24,11 +24,11 @@ class OverlapCheck:
     prompts: tuple[str, ...]
     """Evaluation prompts; every turn counts."""
     ngram: int = 13
-    """Shortest run of words in common that counts as overlap."""
+    """Shortest run of common words that counts as overlap."""
     clean: Path | None = None
     """Write the rows without overlap here, as JSON lines."""
     json: bool = False
-    """One JSON object on standard output: the overlaps, and how each source was read."""
+    """Print one JSON object on standard output: the overlaps, and how each source was read."""
 
     def run(self) -> int:
         from jaxspec.data.sources import open_source
@@ -64,7 +64,7 @@ class OverlapCheck:
 
 
 def _line(row: dict) -> str:
-    """A row as a line of JSON; half a surrogate pair, which UTF-8 lacks, is escaped."""
+    """A row as a line of JSON; lone surrogates, which UTF-8 cannot encode, are escaped."""
     line = json.dumps(row, ensure_ascii=False, default=str)
     if any("\ud800" <= character <= "\udfff" for character in line):
         line = json.dumps(row, default=str)

@@ -14,11 +14,11 @@ from jaxspec.config import TreeKind
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Estimate the memory a setup needs on H100s and the fastest it can be, without a GPU.
+    """Estimate a setup's memory and fastest possible step on H100s, without a GPU.
 
-    Compiles the programs that would run, from shapes alone: no weights, no GPU. Needs the
-    environment that `make h100` builds, or --no-compile, which does not count temporaries.
-    Floors are estimates from datasheet numbers, not timings. Exit code 1 when something does
+    Compiles the real programs from shapes alone, without weights. Needs the environment that
+    `make h100` builds, or --no-compile, which does not count temporaries. Floors (lower bounds
+    on time) are computed from datasheet numbers, not measured. Exit code 1 when something does
     not fit.
 
     Examples:
@@ -28,33 +28,36 @@ class Plan:
     """
 
     target: str
-    """Qwen3's hub name or preset, smollm2-135m, a folder with a config.json, or a GGUF file."""
+    """Hub name or preset of a Qwen3, smollm2-135m, a folder with a config.json, or a GGUF
+    file."""
     drafter: str = "published"
-    """published (DFlash's and JetSpec's proportions) | none | ngram | mtp (the layer for it in
-    checkpoints of hybrids) | folder of a trained drafter. All but none and ngram may be joined
-    with prompt lookup: published+ngram."""
+    """published (sized as DFlash's and JetSpec's) | none | ngram | mtp (the
+    multi-token-prediction layer of hybrids) | folder of a trained drafter. +ngram after any but
+    none and ngram joins prompt lookup."""
     tree: TreeKind = "best_first"
+    """How a tree grows from the drafter's scores."""
     width: int = 4
-    """Children per expanded node (best_first) or per tabulated parent (transitions)."""
+    """Children per expanded node (best_first) or per scored parent (transitions)."""
     candidates: int = 16
     """Parents scored per depth (path_conditioned, transitions)."""
     budget: int = 64
     """Nodes verified per round, root included; rounded up to a power of two."""
     context: int = 4096
-    """Tokens per row, prompt and answer."""
+    """Tokens per sequence, prompt and answer together."""
     batch: int = 1
+    """Sequences decoded together."""
     devices: tuple[int, ...] = (1,)
     """Numbers of H100s to plan for."""
     fp8: bool = False
-    """The target's attention and feed-forward layers stay in fp8, with blocks of 128 x 128."""
+    """Hold attention and feed-forward weights in fp8, with one scale per 128 x 128 block."""
     fp8_lm_head: bool = False
-    """With --fp8: the LM head too."""
+    """With --fp8: hold the LM head in fp8 too."""
     tau: tuple[float, ...] = (2.0, 4.0, 6.0)
     """Acceptance lengths (tokens per round) to report speedups for."""
     compile: bool = True
     """Compile a round and a prefill chunk to count their temporaries."""
     json: bool = False
-    """One JSON object per number of devices on standard output."""
+    """Print one JSON object per number of devices on standard output."""
 
     def run(self) -> int:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the plan is for GPUs that are not here
@@ -168,7 +171,7 @@ class Plan:
 
 
 def _target_config(name: str):
-    """Of a preset, of a hub name that has one, or of a checkpoint that is here."""
+    """The configuration of a preset, of its hub name, or of a local checkpoint."""
     from jaxspec import checkpoints
     from jaxspec.checkpoints import catalog
     from jaxspec.models.presets import PRESETS
@@ -179,7 +182,7 @@ def _target_config(name: str):
         return PRESETS[preset]
     if name != catalog.DEFAULT and not Path(name).exists():
         raise ValueError(
-            f"there is no preset and no folder {name}; expected one of {', '.join(PRESETS)}, "
+            f"no preset and no folder is called {name}; expected {', '.join(PRESETS)}, "
             f"their hub names, {catalog.DEFAULT}, a folder with a config.json, or a GGUF file"
         )
     return checkpoints.read_config(name)

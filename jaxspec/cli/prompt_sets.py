@@ -9,8 +9,11 @@ from jaxspec.data.sources import open_source
 
 
 def chosen(names: Sequence[str], count: int, unread: list[str]) -> dict[str, list[str]]:
-    """Prompts of each source, `count` evenly apart or all if 0; a line for each row that cannot
-    be read goes into `unread`.
+    """Reads the prompts of each source.
+
+    Args:
+      count: prompts per source, evenly spaced; 0 takes all.
+      unread: receives a line per row that cannot be read.
 
     Raises:
       ValueError: two sources have one label.
@@ -18,14 +21,14 @@ def chosen(names: Sequence[str], count: int, unread: list[str]) -> dict[str, lis
     sources = [open_source(name) for name in names]
     labels = [source.label for source in sources]
     if len(set(labels)) < len(labels):
-        raise ValueError(f"--prompts: two sets are called alike ({', '.join(labels)})")
+        raise ValueError(f"--prompts: two sets have the same name ({', '.join(labels)})")
     return {x.label: spread(read_prompts(x, unread), count) for x in sources}
 
 
 def encoded(
     target, texts: dict[str, list[str]], *, thinking: bool | None, max_new_tokens: int
 ) -> tuple[dict[str, list[list[int]]], list[str]]:
-    """Prompts of each set as token ids, and why others cannot be used."""
+    """Prompts of each set as token ids, and a reason per prompt that cannot be used."""
     from jaxspec.prompts import usable_prompts
 
     sets, refused = {}, []

@@ -12,7 +12,7 @@ FAULT = 1  # exit code
 
 @dataclasses.dataclass(frozen=True)
 class Regenerate:
-    """Create training data: the target's answers to prompts, or to questions of its own.
+    """Create training data: the target's answers to prompts, or to questions it writes.
 
     An interrupted run resumes when started again; failed conversations are retried. Exit code 1
     if conversations failed.
@@ -26,11 +26,11 @@ class Regenerate:
     """
 
     output: Path
-    """JSON lines of conversations, as text and as tokens; failures go to
+    """File of conversations as JSON lines, with text and tokens; failures go to
     NAME.errors.jsonl beside it."""
     prompts: tuple[str, ...] = ()
-    """Prompts or conversations, in any format of docs/training.md; answers are dropped. A row
-    {"opening": ...} begins a question that the target completes."""
+    """Prompts or conversations, in any format of docs/training.md; their answers are dropped. A
+    row {"opening": ...} begins a question that the target completes."""
     questions: int = 0
     """Without --prompts: number of questions the target writes and answers."""
     question_tokens: int = 96
@@ -38,9 +38,11 @@ class Regenerate:
     target: str = "smollm2-135m"
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and caches."""
     drafter: str = "none"
-    """Only affects speed; as for `generate`."""
+    """As for `generate`; changes speed only, not the answers."""
     max_new_tokens: int = 512
+    """Maximum tokens per answer."""
     max_length: int = 1024
     """Maximum tokens per conversation."""
     temperature: float = 0.0
@@ -48,15 +50,19 @@ class Regenerate:
     sampled: float = 1.0
     """Share of the conversations answered at that temperature; the others are greedy."""
     top_k: int = 0
+    """Sample among the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
+    """Sample among the most likely tokens that together reach this probability; 1 keeps all."""
     min_p: float = 0.0
+    """Drop tokens less likely than this fraction of the most likely one; 0 keeps all."""
     thinking: bool | None = None
     """Turn a Qwen3 chat template's thinking on or off; written into every row."""
     rows: int = 16
     """Conversations decoded together."""
     seed: int = 0
+    """Seed of sampling."""
     json: bool = False
-    """One JSON object on standard output: the counts, and how each source was read."""
+    """Print one JSON object on standard output: the counts, and how each source was read."""
 
     def run(self) -> int:
         import jaxspec

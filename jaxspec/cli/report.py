@@ -18,15 +18,15 @@ class Report:
     """
 
     results: tyro.conf.Positional[tuple[Path, ...]]
-    """Files that `evaluate` wrote; several are read as one."""
+    """Files that `evaluate` wrote; several are merged."""
     output: Path | None = None
     """Folder for tables.md and the plots; without it the tables are printed."""
     against: tuple[str, ...] = ()
-    """Decoders that all others are compared with, at equal budget."""
+    """Baselines: decoders that all others are compared with, at equal budget."""
     into: Path | None = None
-    """Markdown file to update: the summary goes between its lines `<!-- results -->` and
-    `<!-- end of results -->`, and tau by budget between `<!-- taus -->` and
-    `<!-- end of taus -->` if it has these."""
+    """Markdown file to update: the summary replaces what is between the lines
+    `<!-- results -->` and `<!-- end of results -->`, and tau by budget what is between
+    `<!-- taus -->` and `<!-- end of taus -->` if present."""
 
     def run(self) -> int:
         from jaxspec.evaluation.plots import save_all

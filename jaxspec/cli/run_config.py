@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 OPTION = "--config"
-ONCE = ("config", "resume_step")  # of one call: a repeated run does not get them
+ONCE = ("config", "resume_step")  # flags of one call, not repeated with the run
 
 
 def expanded(command: type, words: Sequence[str]) -> list[str]:
-    """A command line with the flags of its `--config` file before those it gives itself.
+    """The command line, preceded by the flags of its `--config` file.
 
-    Flags given on the command line are left out of the file's.
+    Flags on the command line replace those of the file.
 
     Raises:
-      ValueError: the file cannot be read, or has a key that is no flag of the command.
+      ValueError: the file cannot be read, or a key is not a flag of the command.
     """
     words = list(words)
     names = {field.name for field in dataclasses.fields(command)}
@@ -31,7 +31,7 @@ def expanded(command: type, words: Sequence[str]) -> list[str]:
     if not equals:
         path = next(iter(words[place + 1 : place + 2]), "")
     if not path:
-        return words  # the parser says what is missing
+        return words  # the parser reports what is missing
     kinds = typing.get_type_hints(command)
     settings = _read(Path(path), names - {"config"})
     given = {_name(word) for word in words if word.startswith("--")}
@@ -43,7 +43,7 @@ def expanded(command: type, words: Sequence[str]) -> list[str]:
 
 
 def settings_of(command: Any) -> dict[str, Any]:
-    """The flags of a command as TOML holds them; those that are None are left out."""
+    """The flags of a command as TOML values, without those that are None."""
     settings = {}
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)

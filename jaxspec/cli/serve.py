@@ -18,9 +18,9 @@ from jaxspec.cli.options import DrafterOptions, Dtype, chosen_dtype, target_name
 class Serve:
     """Serve a model over an OpenAI-compatible HTTP API, with speculative decoding.
 
-    Needs the extra 'serve'. It answers as soon as one request at a time can be; the programs of
-    larger batches are compiled beside it, and for the adaptive schedule the time of a round of
-    every size is measured while there are no requests, once for a setup.
+    Needs the extra 'serve'. The server answers as soon as the programs for one request are
+    compiled, and compiles those for larger batches meanwhile. The adaptive schedule then
+    measures, while idle, how long rounds of each size take; the times are kept.
 
     Examples:
       python -m jaxspec serve
@@ -31,58 +31,62 @@ class Serve:
 
     drafter: Annotated[DrafterOptions, tyro.conf.arg(name="")] = DrafterOptions()
     target: str | None = None
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. By default what the
-    drafter's files name (speculators' format), else smollm2-135m."""
+    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. Default: the target
+    that the drafter's files name (speculators' format), else smollm2-135m."""
     dtype: Dtype = "auto"
-    """Dtype of weights and cache; auto is the fastest here, and says which that is."""
+    """Dtype of weights and caches; see `generate`."""
     weights: Weights = "dequantised"
-    """Of a target in fp8: dequantised to --dtype, or stored, in 8 bits with their scales, which
-    halves memory and, on a GPU, what a step reads."""
+    """How to hold an fp8 target's weights: dequantised to --dtype, or stored in 8 bits with
+    their scales, which halves memory and, on a GPU, the bytes read per step."""
     served_model_name: tuple[str, ...] = ()
-    """Model names that requests may use; responses carry the first. By default --target and its
+    """Model names that requests may use; responses carry the first. Default: --target, and its
     last part."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000
-    """0 picks a free port."""
+    """Port to listen on; 0 picks a free one."""
     slots: int = 8
-    """Requests decoded together."""
+    """Maximum requests decoded together."""
     room: int = 1024
     """Maximum tokens of prompt and answer together. Caches hold up to (1.5 slots + 1) times as
     many."""
     queue: int = 64
     """Maximum waiting requests; further ones get status 429."""
     schedule: Literal["adaptive", "fixed"] = "adaptive"
-    """adaptive: a round verifies the nodes, of all requests, that are worth their time; fixed:
-    every request has the whole budget."""
+    """adaptive: each round verifies the nodes, over all requests, that pay for their time.
+    fixed: each round verifies every request's whole budget."""
     max_nodes: int = 128
-    """Nodes of all requests in one adaptive round."""
+    """Maximum nodes of all requests in one adaptive round."""
     chunk: int = 64
-    """Prompt tokens per prefill chunk; running requests wait for one chunk at a time."""
+    """Prompt tokens per prefill chunk. Running requests wait for one chunk at a time, so
+    smaller chunks delay them less."""
     rounds: int = 1
     """Decode rounds between scheduling steps."""
     prefix_cache_mb: float | None = None
-    """MiB for prefixes of prompts, which are then not run again; 0 keeps none. By default half
-    of what the rows of all slots take."""
+    """MiB of cache for prompt prefixes, so that repeated ones are not computed again; 0 keeps
+    none. Default: half of the memory of all slots' caches."""
     top_logprobs: int = 20
-    """Alternatives whose log-probabilities requests may ask for; 0 has none to give."""
+    """Maximum alternative tokens per position that a request may ask log-probabilities for; 0
+    turns log-probabilities off."""
     rejection: bool = False
-    """Draw chains from a trained drafter and verify them by rejection sampling."""
+    """Sample chains from a trained drafter and verify them by rejection sampling."""
     curve: Path | None = None
-    """File of step times: read if it is there, written once they are measured. By default they
-    are kept in the cache."""
+    """File of measured round times: read if it exists, else written after measuring. By
+    default they are kept in the cache folder."""
     api_key: str | None = None
-    """What requests must bring, as Authorization: Bearer KEY; by default the environment's
-    JAXSPEC_API_KEY, else none. /health and /ready need none."""
+    """Key that requests must send, as Authorization: Bearer KEY; /health and /ready need none.
+    Default: the environment variable JAXSPEC_API_KEY, else no key."""
     open_metrics: bool = False
-    """/metrics needs no key."""
+    """Serve /metrics without a key."""
     cors_origins: tuple[str, ...] = ()
-    """Origins whose web pages may use the server in a browser, as https://chat.example."""
+    """Web origins whose pages may call the server from a browser, such as
+    https://chat.example."""
     drain_seconds: float = 30.0
-    """Seconds that answers may take to end after SIGTERM; what is left ends with an error."""
+    """Seconds that running answers get to finish after SIGTERM; then they end with an error."""
     body_bytes: int = 1 << 20
-    """Largest body of a request."""
+    """Maximum bytes of a request body."""
     connections: int = 256
+    """Maximum open connections; further requests get status 503, except /health."""
 
     def run(self) -> int:
         self._check()
@@ -107,8 +111,8 @@ class Serve:
         access = Access(key, self.open_metrics, self.cors_origins)
         if key is None and self.host not in LOOPBACK:
             print(
-                f"warning: --host {self.host} may be reached by others, and they need no key; "
-                "set --api-key, or put something in front that asks for one",
+                f"warning: --host {self.host} may be reached by others without a key; set "
+                "--api-key, or put a proxy in front that asks for one",
                 file=sys.stderr,
             )
         bound = listen(self.host, self.port)
@@ -153,11 +157,11 @@ class Serve:
             raise ValueError(f"--drain-seconds is {self.drain_seconds}; expected at least 0")
 
     def _start(self) -> str:
-        """Which programs are needed follows from this, as long as nothing else changes."""
+        """Identifies the programs that this start needs."""
         return repr(dataclasses.replace(self, api_key=None, port=0))
 
     def _engine(self, target, curve, kept):
-        """The engine that the options describe, not yet warmed up."""
+        """The engine of these options, not yet warmed up."""
         from jaxspec.decoding.schedule import Adaptive, Fixed
         from jaxspec.drafters.joined import with_survival
         from jaxspec.serving.config import EngineConfig
@@ -182,13 +186,13 @@ class Serve:
 
     def _names(self, target: str) -> tuple[str, ...]:
         last = Path(target).absolute().name.removesuffix(".gguf")
-        # A path tells where files lie, which is nobody's business.
+        # Clients need not learn where the server's files lie.
         first = last if Path(target).exists() else target
         return self.served_model_name or tuple(dict.fromkeys((first, target, last)))
 
 
 def kept_programs():
-    """Where an engine's programs are kept for the next start; nowhere without a cache."""
+    """The store of an engine's programs for the next start; None without a cache folder."""
     from jaxspec.checkpoints import catalog
     from jaxspec.dtypes import cpu_id
     from jaxspec.serving.kept_programs import KeptPrograms

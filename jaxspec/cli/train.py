@@ -14,8 +14,9 @@ EAGLES = ("eagle3", "peagle")  # families without blocks
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a drafter on the target's own conversations; an interrupted run resumes, and so
-    does a finished one that is given more steps.
+    """Train a drafter on the target's own answers.
+
+    An interrupted run resumes when started again, and so does a finished one with more --steps.
 
     Examples:
       python -m jaxspec train --data data.jsonl --output run --steps 2000
@@ -28,7 +29,7 @@ class Train:
 
     data: tuple[str, ...]
     """Conversations, in any format of docs/training.md: from `regenerate`, with token ids, or
-    other people's, whose text is rendered by the target's chat template."""
+    from elsewhere, as text that the target's chat template renders."""
     output: Path
     """Folder of the run: run.toml, metrics.jsonl, checkpoints, and at the end `drafter` with
     its model card."""
@@ -43,29 +44,34 @@ class Train:
     family: Literal[
         "dspark", "dflash", "jetspec", "treeflash", "dflash2", "eagle3", "peagle"
     ] = "dspark"
-    """Published recipe for slots, heads and losses; the next four options change the drafter,
-    other than eagle3's and peagle's."""
+    """Published recipe for slots, heads and losses. The next four options change the drafter,
+    except eagle3 and peagle."""
     sequential: Literal["none", "markov", "gated", "rnn", "mlp"] | None = None
     """Sequential head, which conditions each slot on the token before it."""
     confidence_head: Literal["none", "hidden", "hidden_and_previous"] | None = None
+    """Inputs of the confidence head: the slot's hidden state, or also the token before it."""
     causal: bool | None = None
-    """Whether a slot attends only to earlier slots of its block, or to all."""
+    """Let a slot attend to earlier slots of its block only, rather than to all."""
     block_size: int | None = None
+    """Slots per block, the anchor's included; the family's by default."""
     taps: tuple[int, ...] = ()
     """Target layers that the drafter reads, 0-based; the family's by default."""
     unroll: int | None = None
-    """Tokens that eagle3 and peagle are trained to draft, one after another or all at once; 7
+    """Tokens that eagle3 (one after another) and peagle (all at once) are trained to draft; 7
     by default."""
     validation: str | None = None
-    """Held-out prompts, in any format; the weights with the best walked tau are exported."""
+    """Held-out prompts, in any format of docs/training.md; the weights with the best tau on
+    them are exported."""
     steps: int = 1000
+    """Optimizer steps in all."""
     batch_size: int = 8
+    """Rows per optimizer step."""
     micro_batch: int = 8
     """Rows per forward; gradients are accumulated over the batch."""
     anchors: int = 512
     """Training blocks per row."""
     packed: int = 0
-    """Row length for packing several sequences into one row; 0 gives each its own row."""
+    """Tokens per row into which several sequences are packed; 0 gives each its own row."""
     max_length: int = 1024
     """Maximum tokens per sequence; longer ones are truncated."""
     min_supervised: int = 14
@@ -81,42 +87,47 @@ class Train:
     """Initial weights: target (its last layers) | random | folder or hub name of a drafter,
     whose configuration is then used; the losses remain the family's."""
     layers: int | None = None
+    """Layers of the drafter; the family's by default."""
     rank: int | None = None
+    """Width of the sequential head's token embedding; the family's by default."""
     mask_token_id: int | None = None
-    """An embedding row that no text uses; needed for targets without a preset."""
+    """Token id that no text uses, whose embedding fills the slots; needed for targets without a
+    preset."""
     cross_entropy: float | None = None
+    """Weight of the cross-entropy loss; the family's by default."""
     kl: float | None = None
+    """Weight of the KL divergence from the target; the family's by default."""
     total_variation: float | None = None
-    """Loss weights, instead of the family's."""
+    """Weight of the total variation distance from the target; the family's by default."""
     weighting: Literal["exponential", "uniform", "dpace"] | None = None
-    """Weighting of a block's slots, instead of the family's."""
+    """Weighting of a block's slots; the family's by default."""
     truth: Literal["data", "target"] | None = None
-    """Label of each slot, instead of the family's: the token in the data, or the target's
-    argmax."""
+    """Label of each slot: the token in the data, or the target's argmax; the family's by
+    default."""
     missing: Literal["inject", "skip"] | None = None
-    """Slots of a selector whose label is no candidate: the label replaces the last one, or
-    the slot is skipped."""
+    """For slots of dflash2's selector whose label is not a candidate: replace the last
+    candidate by the label, or skip the slot."""
     validate_every: int = 0
     """Steps between validations; 0 validates only at the end."""
     checkpoint_every: int = 100
+    """Steps between checkpoints."""
     resume_step: int | None = None
-    """Checkpoint to resume from, the newest by default; later ones are removed. The learning
-    rate may be changed."""
+    """Step of the checkpoint to resume from, the newest by default; later checkpoints are
+    deleted. The learning rate may be changed."""
     tensorboard: bool = False
     """Also write the metrics to OUTPUT/tensorboard."""
     wandb: str | None = None
     """Weights & Biases project that also receives the metrics."""
     devices: int = 1
-    """Devices to train on, counted over all processes; rows, the drafter and its optimizer are
-    sharded over them."""
+    """Devices of all processes to train on; rows, the drafter and its optimizer are sharded
+    over them."""
     target_devices: int = 1
     """Devices that share one copy of the target (tensor parallelism)."""
     distributed: bool = False
-    """This process is one of several (docs/multi-host.md); all share OUTPUT."""
+    """Run as one of several processes (docs/multi-host.md), which all share OUTPUT."""
     features: Path | None = None
-    """Folder that caches the target's features, for data that is trained on more than once.
-    Missing features are computed first (their size is printed). By default every step computes
-    its own."""
+    """Folder that caches the target's features, for data used more than once. Missing features
+    are computed first, and their size is printed. Without it every step computes its own."""
     features_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of a new feature cache; the target's dtype by default."""
     seed: int = 0
@@ -161,7 +172,7 @@ class Train:
             mesh=mesh,
         )
         if folder is None:
-            print(f"interrupted, saved in {self.output}; the same command goes on")
+            print(f"interrupted, saved in {self.output}; the same command resumes")
             return exits.INTERRUPTED
         print(f"drafter: {folder}")
         return exits.DONE
@@ -191,7 +202,7 @@ class Train:
         if self.devices < 1 or self.target_devices < 1 or self.devices % self.target_devices:
             raise ValueError(
                 f"--devices is {self.devices} and --target-devices {self.target_devices}; "
-                "expected a multiple of the second"
+                "expected a multiple of --target-devices"
             )
         if self.devices == 1:
             return None
@@ -215,13 +226,13 @@ class Train:
         if self.initial not in ("target", "random"):
             if sizes or changes:
                 raise ValueError(
-                    f"--initial {self.initial} says what the drafter is; leave out "
+                    f"--initial {self.initial} fixes the drafter's configuration; leave out "
                     f"{', '.join(sizes | changes)}"
                 )
             return read_drafter_config(self.initial, target)
         if self.unroll is not None:
             raise ValueError(
-                f"--unroll is of --family eagle3 and peagle, not of {self.family}; leave it out"
+                f"--unroll is for --family eagle3 and peagle, not {self.family}; leave it out"
             )
         sizes["mask_token_id"] = self._mask()
         preset = dataclasses.replace(find_preset(self.target) or Preset(**sizes), **sizes)
@@ -237,7 +248,7 @@ class Train:
         foreign = [name for name in names if getattr(self, name) is not None]
         if foreign:
             raise ValueError(
-                f"--family {self.family} has no blocks or heads of its own; leave out "
+                f"--family {self.family} has no blocks or separate heads; leave out "
                 f"{', '.join(foreign)}"
             )
         changes = dict(taps=self.taps or None, steps=self.unroll, num_layers=self.layers)
@@ -246,7 +257,7 @@ class Train:
         return eagle_config(target, **_given(**changes))
 
     def _mask(self) -> int:
-        """The id given, or the target's preset.
+        """The mask token id: as given, or of the target's preset.
 
         Raises:
           ValueError: there is neither.
@@ -256,8 +267,8 @@ class Train:
         preset = find_preset(self.target)
         if preset is None and self.mask_token_id is None:
             raise ValueError(
-                f"there is no preset for target {self.target!r} (only {', '.join(PRESETS)}); "
-                "give --mask-token-id, an embedding row that no text uses"
+                f"target {self.target!r} has no preset (only {', '.join(PRESETS)}); give "
+                "--mask-token-id, a token id that no text uses"
             )
         return preset.mask_token_id if self.mask_token_id is None else self.mask_token_id
 
@@ -274,5 +285,5 @@ class Train:
 
 
 def _given(**options):
-    """Those that were."""
+    """The options that are not None."""
     return {name: value for name, value in options.items() if value is not None}

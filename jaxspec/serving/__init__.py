@@ -1,1 +1,1 @@
-"""Many requests at once: continuous batching, one verification budget, an HTTP server."""
+"""Serving: continuous batching under one verification budget, and an HTTP server."""

@@ -15,20 +15,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jaxspec.serving.shapes import error_body
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# What supervises a server has no key, nor a browser that opens the page: what the page asks
-# for needs it.
+# Supervisors and a browser that opens the page have no key; the page's own requests need it.
 OPEN_PATHS = frozenset({"/health", "/ready", "/"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """What a request must present.
+    """Who may use the server.
 
     Attributes:
-      key: sent as `Authorization: Bearer KEY`; None asks for none.
+      key: required as `Authorization: Bearer KEY`; None: no key is required.
       open_metrics: `/metrics` needs no key.
-      origins: of web pages that may read answers, as `https://chat.example`; "*" is any.
-      hosts: names the server may be addressed by; () takes any.
+      origins: origins of web pages that may read answers, as `https://chat.example`; "*": any.
+      hosts: host names that the server answers to; (): any.
     """
 
     key: str | None = None
@@ -43,7 +42,7 @@ class Access:
     def middleware(self) -> list[Middleware]:
         """Middleware, outermost first: a browser sends its CORS preflight without the key."""
         found = []
-        if self.hosts:  # a page must not reach a reader's own machine under another name
+        if self.hosts:  # against DNS rebinding: a page reaching a local server by its own name
             found.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(self.hosts)))
         if self.origins:
             found.append(
@@ -75,7 +74,7 @@ class _NeedsKey:
 
     def _knows(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
-        # Digests have one length, so that the time of a comparison tells nothing of the key.
+        # Digests have equal lengths, so the comparison's duration does not reveal the key's.
         return len(given) == 1 and hmac.compare_digest(_digest(given[0]), self._key)
 
 

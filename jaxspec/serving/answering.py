@@ -1,5 +1,4 @@
-"""From submitted requests to the objects of an answer: its choices side by side, whole or as a
-stream."""
+"""Submitted requests to OpenAI's response objects, whole or streamed."""
 
 from __future__ import annotations
 
@@ -32,13 +31,13 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Text that a choice grew by; the last of a choice has the reason why it ended.
+    """Text added to a choice; the last piece of a choice says why it ended.
 
     Attributes:
-      tokens: of the answer so far.
-      cached: tokens of the prompt that were not run again.
-      logprobs: of the tokens that it grew by, in the answer's shape, where they are asked for.
-      calls: of tools, what they grew by (`CallReader`).
+      tokens: number of tokens of the answer so far.
+      cached: prompt tokens taken from the prefix cache.
+      logprobs: of the new tokens, in the answer's shape, if the request asks for them.
+      calls: new parts of tool calls (`CallReader`).
     """
 
     choice: int
@@ -52,13 +51,13 @@ class Piece:
 
 
 class Stuck(Exception):
-    """An answer cannot go on: its grammar allows no token of this model's, or its parser has
-    reached a limit. The request's fault, which no retry helps."""
+    """An answer cannot go on: its grammar allows none of this model's tokens, or its parser has
+    reached a limit. This is the request's fault; a retry does not help."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answering:
-    """The answer to one body.
+    """The answer to one request body.
 
     Attributes:
       choices: in the order of `asked.requests`.
@@ -70,7 +69,7 @@ class Answering:
     shape: Shape
 
     async def whole(self) -> dict:
-        """The object that holds all choices."""
+        """The response object with all choices."""
         found: list[list[Piece]] = [[] for _ in self.choices]
         async with contextlib.aclosing(self._pieces()) as pieces:
             async for piece in pieces:
@@ -90,7 +89,7 @@ class Answering:
         return self.shape.whole(answers, self._usage(last))
 
     async def events(self) -> AsyncGenerator[dict]:
-        """The objects of a stream; an error, if there is one, is the last."""
+        """The objects of a stream; an error, if any, comes last."""
         last: dict[int, Piece] = {}
         try:
             async with contextlib.aclosing(self._pieces()) as pieces:
@@ -126,12 +125,12 @@ class Answering:
             sum(own.nodes for own in found),
         )
         tokens = sum(piece.tokens for piece in last.values())
-        # A prompt is counted once; further choices find what the first one left.
+        # A prompt is counted once; its further choices find the first one's pages.
         cached = sum(p.cached for i, p in last.items() if i % self.asked.choices == 0)
         return usage(self.asked.prompt_tokens, tokens, stats, cached)
 
     async def _pieces(self) -> AsyncGenerator[Piece]:
-        """The pieces of all choices as they come; the first error ends them."""
+        """The pieces of all choices as they come, up to the first error."""
         news: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
 
         async def follow(choice: int) -> None:
@@ -177,14 +176,14 @@ class Answering:
                     if update.finish and not answer.stopped:
                         text += answer.finish()
                     laws += update.logprobs[: answer.taken - before]
-                if answer.stopped and not cut:  # the counts of the rest are awaited alone
+                if answer.stopped and not cut:  # then wait only for the last update's counts
                     cut = "stop"
                     ticket.cancel()
                 finish = update.finish and (cut or update.finish)
-                if asked.silent and finish == "stop":  # at a token that is not given
+                if asked.silent and finish == "stop":  # at a token that is not returned
                     finish = "length"
                 if finish == "stuck":
-                    raise Stuck(f"the answer cannot go on as it must look: {update.failure}")
+                    raise Stuck(f"the answer cannot go on in its format: {update.failure}")
                 calls: Sequence[dict] = ()
                 if reader is not None:
                     text, calls = reader.add(text, last=bool(finish))

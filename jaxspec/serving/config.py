@@ -12,28 +12,27 @@ from jaxspec.decoding.schedule import Adaptive, Fixed, Schedule
 class EngineConfig:
     """Limits of an engine; its memory follows from them.
 
-    Caches hold `room` tokens for every slot and for the prompt being prefilled; while a batch
-    grows they also hold half of the slots a second time. `Engine.warm_up` reaches that peak.
+    Caches hold `room` tokens for every slot and for one prompt in prefill, and half of the
+    slots a second time while a batch grows. `Engine.warm_up` reaches that peak.
 
     Attributes:
-      slots: requests decoded together, at most.
+      slots: maximum requests decoded together.
       room: maximum tokens of a prompt and its answer together.
       queue: maximum requests that wait for a slot.
-      schedule: `Fixed` or `Adaptive`; None is adaptive where there is something to draft.
+      schedule: `Fixed` or `Adaptive`; None is adaptive if there is a drafter.
       budget: nodes per row, root included, with a fixed schedule; the whole tree if None.
-      max_nodes: of all rows in one round, with an adaptive schedule.
-      chunk: prompt tokens per forward. Between two bursts, chunks run for at most as long as a
-        burst took, and at least one does.
+      max_nodes: maximum nodes of all rows in one round, with an adaptive schedule.
+      chunk: prompt tokens per forward. Between two bursts at least one chunk runs, and more for
+        at most as long as the last burst took.
       rounds: decode rounds per burst; tokens are returned after each burst.
       rejection: see `jaxspec.generate`.
-      throughput: nobody waits for a single answer. The batch then always has a row for every
-        slot, so that one set of programs is compiled, and free rows are filled before the
+      throughput: optimises for many answers rather than latency. The batch always has a row for
+        every slot, so one set of programs is compiled, and free rows are filled before the
         others go on.
-      top_logprobs: alternatives whose log-probabilities requests may ask for, beside those of
-        the answer's tokens; 0 keeps none of either. What is kept takes 8 bytes for each of them
-        at every place of `room`.
-      prefix_cache_mb: MiB for prefixes of prompts that need not be run again
-        (`serving.prefix_cache`); None is half of what the slots' rows take, 0 keeps none.
+      top_logprobs: maximum alternative tokens whose log-probabilities requests may ask for; 0
+        turns log-probabilities off. Each takes 8 bytes per position of `room` and row.
+      prefix_cache_mb: MiB for prompt prefixes (`serving.prefix_cache`); None: half of the
+        memory of the slots' rows; 0: no prefix cache.
     """
 
     slots: int = 8
@@ -58,10 +57,10 @@ class EngineConfig:
         at_least(1, self, "slots", "room", "queue", "max_nodes", "chunk", "rounds")
 
     def resolved(self, target: TargetConfig, size: int) -> EngineConfig:
-        """With a schedule and a budget, for a drafter whose trees have `size` nodes.
+        """Fills in schedule and budget, for a drafter whose trees have `size` nodes.
 
         Raises:
-          ValueError: the room passes the target's positions, or the budget or the schedule does
+          ValueError: `room` exceeds the target's positions, or the budget or the schedule does
             not fit the drafter.
         """
         schedule = self.schedule or (Adaptive() if size > 1 else Fixed())

@@ -12,16 +12,16 @@ from jaxspec.config import check_field
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Limits on a client.
+    """Limits on clients.
 
     Attributes:
-      body_bytes: of a request.
-      request_seconds: to send a request's headers, and again for its body.
-      stall_seconds: longest time that a stream's reader may read nothing before it is
+      body_bytes: maximum bytes of a request body.
+      request_seconds: maximum seconds to send a request's headers, and again for its body.
+      stall_seconds: maximum seconds that a stream's client may read nothing before it is
         disconnected.
-      idle_seconds: a connection may stay open between requests.
-      connections: open at a time; more are answered 503, but for `/health`, and beyond twice
-        as many cut off.
+      idle_seconds: maximum seconds that a connection may stay open between requests.
+      connections: maximum open connections; further requests get status 503, except `/health`,
+        and connections beyond twice as many are closed.
     """
 
     body_bytes: int = 1 << 20
@@ -57,7 +57,7 @@ def timed_protocol(limits: Limits) -> type[H11Protocol]:
         def connection_made(self, transport) -> None:
             super().connection_made(transport)
             if len(self.connections) > 2 * limits.connections:
-                transport.abort()  # before silent ones use up the process's files
+                transport.abort()  # before idle connections use up the process's files
             else:
                 self._await_request()
 

@@ -35,14 +35,14 @@ from jaxspec.serving.running import Running, RunningRows
 
 @dataclasses.dataclass
 class _Prompt:
-    """The prompt being run.
+    """The prompt in prefill.
 
     Attributes:
-      chunk: the next to run.
-      pages: of its prefix, that are kept; None once no more can be.
-      cached: tokens that need not be run.
+      chunk: index of the next chunk to run.
+      pages: pages of its prefix in the prefix cache; None once no more can be added.
+      cached: tokens taken from the prefix cache.
       waited: seconds that the request was in the queue.
-      batch: once it is done and waits for a row.
+      batch: its batch of one row once prefill is done and it waits for a row; else None.
     """
 
     running: Running
@@ -56,18 +56,16 @@ class _Prompt:
 
 
 class Engine:
-    """Decodes requests as they come.
+    """Decodes requests as they arrive.
 
-    Whatever else is in the batch, a request gets the tokens that `jaxspec.generate` gives at
-    its seed (in float32; with rejection sampling it gets other tokens of the same
-    distribution).
+    A request gets the tokens of `jaxspec.generate` at its seed, whatever else is in the batch
+    (in float32; with rejection sampling, other tokens of the same distribution).
 
     Attributes:
       config, target, drafter: as given.
-      ready: what of its programs is compiled, and step times.
-      burst_seconds: of the last burst of rounds.
-      rounds_by_size: rounds so far with the first, second, … verify size that their batch had
-        then.
+      ready: its compiled programs and step times (`Readiness`).
+      burst_seconds: duration of the last burst of rounds.
+      rounds_by_size: rounds so far at the first, second, … verify size of their batch.
     """
 
     def __init__(
@@ -79,7 +77,7 @@ class Engine:
         curve: Curve | None = None,
         kept: KeptPrograms | None = None,
     ):
-        """Args: kept: where its programs may be found, for this engine alone.
+        """Args: kept: store of compiled programs, not shared with another engine.
 
         Raises ValueError: see `EngineConfig.resolved` and `Curve.check`.
         """
@@ -110,14 +108,17 @@ class Engine:
         request.check(self.target.config, self.config.room, self.config.top_logprobs)
         grammar = request.grammar
         if grammar is not None and self.config.rejection:
-            raise ValueError("with rejection sampling answers cannot keep to a grammar")
+            raise ValueError(
+                "this server uses rejection sampling, which grammars do not work with; leave "
+                "the grammar out, or start it without --rejection"
+            )
         matcher = None if grammar is None else grammar.matcher()
         if matcher is not None:
             self.ready.ask_for_grammars()
         with self._lock:
             if len(self._waiting) >= self.config.queue:
                 raise QueueFull(
-                    f"{len(self._waiting)} requests are waiting, as many as may; try later"
+                    f"the queue is full ({len(self._waiting)} waiting requests); try later"
                 )
             number = next(self._numbers)
             now, length = time.perf_counter(), len(request.prompt)
@@ -125,7 +126,7 @@ class Engine:
         return number
 
     def cancel(self, id: int) -> None:
-        """Ends a request at the next step; one that has ended is left alone."""
+        """Ends a request at the next step, unless it has ended."""
         with self._lock:
             self._cancelled.add(id)
 
@@ -136,18 +137,17 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Requests whose prompt is being run or that are being decoded."""
+        """Requests in prefill or decoding."""
         return self._rows.running + (self._prompt is not None)
 
     # The engine's own thread.
 
     def setup(self) -> dict:
-        """Everything that step times depend on; a stored curve must have been measured for the
-        same."""
+        """Everything that step times depend on; a stored curve is valid for an equal setup."""
         return self._programs.setup()
 
     def open(self) -> None:
-        """Compiles what one request at a time needs soonest; `ready.prepare` adds the rest."""
+        """Compiles the programs for one request at a time; `ready.prepare` adds the rest."""
         self._open(few=True)
 
     def _open(self, *, few: bool) -> None:
@@ -155,8 +155,8 @@ class Engine:
         self._rows.open()
 
     def warm_up(self, **options) -> None:
-        """Compiles every program but those for grammars and, for an adaptive schedule without
-        one, measures the curve.
+        """Compiles all programs except those for grammars; measures the step-time curve if an
+        adaptive schedule lacks one.
 
         Args: options: of `Readiness.measure`.
         """
@@ -167,12 +167,13 @@ class Engine:
             pass
 
     def step(self) -> list[Update]:
-        """One turn: cancellations, prompt chunks (as long as a burst takes), a burst of rounds.
+        """One turn: cancellations, prompt chunks, a burst of rounds.
 
-        So running requests wait for prompts at most half of the time, or for one chunk.
+        Chunks take about as long as a burst, so running requests wait for prompts at most half
+        of the time, or for one chunk.
 
         Returns:
-          The requests' updates; none when there is nothing to do.
+          The requests' updates.
         """
         if self._rows.batch is None:
             self.warm_up()
@@ -193,12 +194,12 @@ class Engine:
 
     @property
     def pressed(self) -> bool:
-        """Whether a request waits for a row, or for programs of grammars."""
+        """Whether a request waits for a row, or for grammar programs."""
         prompt = self._prompt
         return self.ready.lacks_grammars or (prompt is not None and prompt.batch is not None)
 
     def device_bytes(self) -> int:
-        """Bytes of the arrays held for requests; weights are not among them."""
+        """Bytes of the arrays held for requests, without weights."""
         held = [self._rows.batch]
         if self._prompt is not None:
             held += [self._prompt.prefilling, self._prompt.batch]
@@ -207,7 +208,7 @@ class Engine:
 
     @property
     def prefix_pages(self) -> tuple[int, int]:
-        """Pages of prefixes in use, and that fit."""
+        """Pages of the prefix cache in use, and its capacity in pages."""
         prefixes = self._prefixes
         return (0, 0) if prefixes is None else (len(prefixes), prefixes.places)
 
@@ -231,7 +232,7 @@ class Engine:
         return updates
 
     def _advance_prompts(self) -> list[Update]:
-        """A chunk, and more while they have taken less time than the last burst."""
+        """Runs a chunk, and more while they have taken less time than the last burst."""
         most = math.inf if self.config.throughput else self.burst_seconds
         began = time.perf_counter()
         updates = self._advance_prompt()
@@ -240,26 +241,26 @@ class Engine:
         return updates
 
     def _prompt_runs(self) -> bool:
-        """Whether there is a chunk to run; a prompt may also be waiting for a row."""
+        """Whether there is a chunk to run, rather than a prompt that waits for a row."""
         if self._prompt is None:
             return self._next_waiting() is not None
         return self._prompt.batch is None
 
     def _next_waiting(self) -> Running | None:
-        """The first request in the queue that may begin; where programs for grammars are
-        missing, those that need them may not yet."""
+        """The first request in the queue that may begin; those with a grammar wait until its
+        programs are compiled."""
         with self._lock:
             lacking = self.ready.lacks_grammars
             every = (r for r in self._waiting if r.matcher is None or not lacking)
             return next(every, None)
 
     def _advance_prompt(self) -> list[Update]:
-        """One chunk of the prompt at hand, its first token, or its place in the batch."""
+        """Runs one chunk of the current prompt, chooses its first token, or gives it a row."""
         if self._prompt is None:
             waiting = self._next_waiting()
             if waiting is None:
                 return []
-            prompt = self._begin_prompt(waiting)  # nobody else takes from the queue
+            prompt = self._begin_prompt(waiting)  # only this thread takes from the queue
             with self._lock:
                 self._prompt = prompt
                 self._waiting.remove(waiting)
@@ -286,7 +287,7 @@ class Engine:
         if self._prefixes is None:
             return prompt
         prompt.pages = []
-        if not request.prompt_logprobs:  # which only running all of it gives
+        if not request.prompt_logprobs:  # they need the whole prompt to be run
             found = request.prompt, request.cache_salt
             prompt.prefilling, prompt.pages = self._prefixes.begin(prefilling, *found)
         prompt.chunk = len(prompt.pages)
@@ -294,7 +295,7 @@ class Engine:
         return prompt
 
     def _keep_page(self, prompt: _Prompt) -> None:
-        """Keeps the chunk that has just run, if it was full and those before it are kept."""
+        """Caches the chunk that has just run, if it was full and those before it are cached."""
         request = prompt.running.request
         full = prompt.chunk * self.config.chunk <= len(request.prompt)
         if prompt.pages is None or not full:
@@ -356,8 +357,8 @@ class Engine:
         return updates
 
     def _burst(self) -> tuple[np.ndarray, LogProbs | None, np.ndarray, np.ndarray]:
-        """Rounds of all rows: tokens decided [B, n], their log-probabilities if a request asks
-        for them, lengths [B] and whether rows are done [B]."""
+        """Runs rounds of all rows. Returns the new tokens [B, n], their log-probabilities if a
+        request asks for them, lengths [B], and whether rows are done [B]."""
         rows, start = self._rows, self._rows.lengths()
         matchers = [None if x is None else x.matcher for x in rows.requests]
         given = rows.batch, self._habit

@@ -16,7 +16,7 @@ class EventStream(Response):
 
     Args:
       events: JSON values.
-      tickets: of the requests; they are cancelled when the stream ends before them.
+      tickets: of the requests; cancelled if the stream ends before they do.
     """
 
     def __init__(self, events: AsyncGenerator[dict], tickets: AbstractContextManager):
@@ -44,10 +44,10 @@ def _body(text: str, *, last: bool = False) -> dict:
 
 
 async def unless_gone(work: Coroutine, receive) -> Any:
-    """Awaits the work; None, and the work cancelled, once the client has gone.
+    """Awaits the work; cancels it and returns None if the client disconnects.
 
     Args:
-      receive: of ASGI; the request's body has been read.
+      receive: ASGI's, after the request's body has been read.
     """
     working = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(receive))

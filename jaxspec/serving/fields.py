@@ -1,4 +1,4 @@
-"""The fields of a request's body: what is known, what changes nothing, what is refused."""
+"""Fields of a request's body: known, without effect, or refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# Fields that change nothing here, and values at which unsupported ones change nothing.
+# Fields without effect, and values at which unsupported fields have no effect.
 IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "request_id", "priority",
@@ -46,7 +46,7 @@ class BadRequest(Exception):
     """The request body is refused.
 
     Attributes:
-      param: the field at fault, if one is.
+      param: the field at fault, or None.
       status: HTTP status.
     """
 
@@ -66,7 +66,7 @@ class Fields:
         *,
         within: str = "",
     ):
-        """Args: within: the path to it, "" for the body itself."""
+        """Args: within: path of the object in the body; "" for the body itself."""
         if not isinstance(body, dict):
             raise BadRequest(f"{within or 'the body'} must be a JSON object", within or None)
         self._body, self._prefix = body, within and f"{within}."
@@ -80,7 +80,7 @@ class Fields:
                 raise BadRequest(f"{path} = {value!r} is not supported; leave it out", path)
 
     def part(self, name: str, known: set[str]) -> Fields:
-        """An object within, {} if it is left out."""
+        """A nested object; {} if it is left out."""
         return Fields(self.get(name, {}), known, {}, within=self._prefix + name)
 
     def get(self, name: str, default: Any) -> Any:
@@ -121,7 +121,7 @@ def is_number(value: Any) -> bool:
 
 
 def same(value: Any, other: Any) -> bool:
-    """Equal as JSON: 1 and 1.0 are, 1 and true are not.
+    """Equality as JSON: 1 equals 1.0, but not true.
 
     >>> same(1, 1.0), same(0, False), same({"a": [1]}, {"a": [True]})
     (True, False, False)

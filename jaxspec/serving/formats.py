@@ -1,7 +1,7 @@
-"""What an answer must look like, as the texts of grammars: JSON, regular expressions, choices.
+"""Formats of answers as texts of grammars: JSON, regular expressions, choices.
 
-The JSON of answers has one form, that of Python's `json.dumps`: `{"a": [1, 2]}`. Blanks that
-may go on for ever are what small models fill their answers with.
+JSON answers are spaced as by Python's `json.dumps`: `{"a": [1, 2]}`. If a grammar allowed any
+number of blanks, small models would fill their answers with them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jaxspec.serving.fields import BadRequest, Fields
 from jaxspec.serving.grammars import llguidance
 
 STYLE = dict(whitespace_flexible=False, item_separator=", ", key_separator=": ")
-# What vLLM called the fields of `structured_outputs` before.
+# vLLM's older names of the fields of `structured_outputs`.
 GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice"}
 FORMATS = {"response_format", "structured_outputs", *GUIDED}
 KINDS = set(GUIDED.values()) | {"json_object"}
@@ -21,8 +21,7 @@ MAX_CHOICES = 1000
 
 
 def read_format(fields: Fields) -> tuple[str, str] | None:
-    """The field that says what the answer must look like, and the grammar's text; None if it
-    may be anything."""
+    """The field that sets the answer's format, and the grammar's text; None without one."""
     found = {}
     if (grammar := _response_format(fields)) is not None:
         found["response_format"] = grammar
@@ -38,7 +37,7 @@ def read_format(fields: Fields) -> tuple[str, str] | None:
 
 
 def _response_format(fields: Fields) -> str | None:
-    """OpenAI's kinds, and `regex` with a `pattern`, as Together has it."""
+    """OpenAI's kinds, and Together's `regex` with a `pattern`."""
     name = "response_format"
     if fields.get(name, None) is None:
         return None
@@ -90,19 +89,19 @@ def _of_kind(kind: str, value: Any, path: str) -> str:
 
 
 def regex_text(pattern: str) -> str:
-    """The grammar of the texts that a regular expression (of Rust's `regex`) matches whole."""
+    """The grammar of texts that a regular expression (of Rust's `regex`) matches in full."""
     return llguidance().LLMatcher.grammar_from_regex(pattern)
 
 
 def _escaped(text: str) -> str:
-    """The regular expression of one text."""
+    """A regular expression that matches just this text."""
     plain = lambda c: c.isascii() and c.isalnum()  # noqa: E731
     return "".join(c if plain(c) else f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def json_text(schema: Any, path: str) -> str:
-    """The grammar of the JSON values of a schema, an object or its text."""
-    if isinstance(schema, str):  # as vLLM takes it, too
+    """The grammar of the JSON values that match a schema, given as an object or its text."""
+    if isinstance(schema, str):  # vLLM takes both
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
@@ -113,7 +112,7 @@ def json_text(schema: Any, path: str) -> str:
 
 
 def lark_json(schema: dict, path: str) -> str:
-    """A schema in a grammar; what it says of itself about blanks does not count."""
+    """A schema as part of a grammar; overrides the schema's own rules for blanks."""
     try:
         return f"%json {json.dumps(schema | {'x-guidance': STYLE}, ensure_ascii=False)}"
     except RecursionError as error:
@@ -121,5 +120,5 @@ def lark_json(schema: dict, path: str) -> str:
 
 
 def lark_text(text: str) -> str:
-    """A text of printable ASCII and line feeds in a grammar."""
+    """A text of printable ASCII and line feeds as part of a grammar."""
     return json.dumps(text)

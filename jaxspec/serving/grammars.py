@@ -1,8 +1,8 @@
-"""Grammars that answers keep to.
+"""Grammars of answers: parsing them, once for all requests.
 
-A `Grammar` is made once for a text and shared by the requests that ask for it; a `Matcher` is
-where one answer is in it. The parsers are llguidance's (https://github.com/guidance-ai/llguidance),
-which bound their own steps, so a hostile grammar is refused or ends its own answer.
+A `Grammar` is parsed once and shared by all requests with its text; a `Matcher` is one answer's
+position in it. The parsers are llguidance's (https://github.com/guidance-ai/llguidance), which
+limit their own steps, so a hostile grammar is refused or ends its own answer.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from jaxspec.config import TargetConfig
 from jaxspec.serving.matcher import Matcher, following
 from jaxspec.tokenizer import Tokenizer
 
-KEPT = 64  # grammars, the last ones used
+KEPT = 64  # most recently used grammars that are kept
 MAX_CHARACTERS = 1 << 17  # of a grammar's text
 CPU_SECONDS = 1.0  # to parse a grammar and to find the first tokens
 LIMITS = dict(max_lexer_states=20_000, step_lexer_fuel=50_000, step_max_items=20_000)
 
 
 class Grammar:
-    """What answers may be.
+    """The set of allowed answers.
 
     Attributes:
       text: in llguidance's format; equal grammars have equal texts.
     """
 
     def __init__(self, text: str, start: Any, first: np.ndarray, ends: Sequence[int]):
-        """Args: start: an `llguidance.LLMatcher` that has seen nothing; first: bits of what may
-        come first; ends: stop ids."""
+        """Args: start: a new `llguidance.LLMatcher`; first: bits of the allowed first tokens;
+        ends: stop ids."""
         self.text, self._start, self._first = text, start, first
         self._ends = frozenset(ends)
 
@@ -45,12 +45,12 @@ class Grammar:
         return hash(self.text)
 
     def matcher(self) -> Matcher:
-        """One at the start of an answer."""
+        """A matcher at the start of an answer."""
         return Matcher(self._start, self._first, self._ends)
 
 
 class Grammars:
-    """The grammars of one target's tokens."""
+    """Parses and keeps grammars over one target's tokens."""
 
     def __init__(self, tokenizer: Tokenizer, config: TargetConfig):
         self._tokenizer, self._config = tokenizer, config
@@ -61,11 +61,11 @@ class Grammars:
         """The grammar of a text in llguidance's format.
 
         Raises:
-          ValueError: it is none, it is too large, or it takes too long; or the target has no
-            stop ids.
+          ValueError: the text is not a grammar, is too large or takes too long to parse; or the
+            target has no stop ids.
         """
         if not self._config.eos_token_ids:
-            raise ValueError("the target has no stop ids to end with")
+            raise ValueError("the target has no stop ids, which a grammar's answers end with")
         if len(text) > MAX_CHARACTERS:
             raise ValueError(
                 f"the grammar has {len(text)} characters; expected up to {MAX_CHARACTERS}"
@@ -82,27 +82,28 @@ class Grammars:
         mask = None if start.is_error() else following(start, words)
         if mask is None:
             why = start.get_error().partition("<non-verbose")[0].strip()
-            raise ValueError(why or "no text of this model's tokens fits it")
+            raise ValueError(why or "no sequence of this model's tokens matches the grammar")
         seconds = time.thread_time() - began
         if seconds > CPU_SECONDS:
             raise ValueError(
-                f"it takes {seconds:.1f} s of computing to begin; expected up to {CPU_SECONDS}"
+                f"the grammar takes {seconds:.1f} s of CPU time to start; expected up to "
+                f"{CPU_SECONDS}"
             )
         return Grammar(text, start, mask, self._config.eos_token_ids)
 
     @functools.cached_property
     def _tokens(self):
-        """The tokens as llguidance knows them."""
+        """The vocabulary in llguidance's form."""
         library, config = llguidance(), self._config
         wrapped = library.TokenizerWrapper(_Vocabulary(self._tokenizer, config))
         return library.LLTokenizer(wrapped, config.vocab_size, list(config.eos_token_ids))
 
 
 class _Vocabulary:
-    """A tokenizer in the shape that `llguidance.TokenizerWrapper` takes.
+    """A tokenizer with the interface of `llguidance.TokenizerWrapper`.
 
-    Tokens that are names in angle brackets but part of a text, as Qwen3's `<tool_call>`, are
-    their bytes; llguidance's own reading of a tokenizer takes them for special ones.
+    Tokens in angle brackets that are part of the text, as Qwen3's `<tool_call>`, stand for
+    their bytes; llguidance's own reader of tokenizers takes them for special tokens.
     """
 
     bos_token_id = None
@@ -118,11 +119,11 @@ class _Vocabulary:
 
 
 def llguidance():
-    """The library; ValueError if it is not there."""
+    """Imports llguidance; raises ValueError if it is not installed."""
     try:
         import llguidance
     except ModuleNotFoundError as error:
         raise ValueError(
-            "the server has no grammars: llguidance is not installed (pip install llguidance)"
+            "grammars need llguidance, which is not installed (pip install llguidance)"
         ) from error
     return llguidance

@@ -1,10 +1,9 @@
-"""Compiled programs in a folder: the next process runs them without tracing or compiling.
+"""A folder of compiled programs, which the next process runs without tracing or compiling.
 
-A program is found by all that it depends on: this package's sources, JAX and its settings, the
-machine, the static arguments, and the shapes of the others. A file holds what XLA's client
-serialises, native code, as a file of JAX's own compilation cache does; so the folder must be
-one that only its user can write. Nothing is unpickled: trees of arguments and results are the
-caller's.
+A program's key is a hash of all it depends on: this package's sources, JAX and its settings,
+the machine, the static arguments, and the shapes of the others. A file holds native code as
+XLA's client serialises it, like JAX's own compilation cache, so only the user may be able to
+write the folder. Nothing is unpickled: the caller gives the pytrees of arguments and results.
 """
 
 from __future__ import annotations
@@ -30,24 +29,24 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 PACKAGES = ("jaxspec", "pallas_kernels")
-MOST = 256 * 2**20  # bytes in the folder; the least recently used give way
-# A debugging option without effect, by which JAX's own cache never has the program: the client
-# serialises only what it has compiled, and not yet run.
+MOST = 256 * 2**20  # bytes in the folder; the least recently used programs are deleted
+# A debugging option without effect, which makes JAX's own cache miss: XLA's client can only
+# serialise a program that it has compiled itself and not yet run.
 UNIQUE = "xla_debug_buffer_assignment_show_max"
-KEY_IMPL = "threefry2x32"  # of all keys (`jaxspec.settings`)
+KEY_IMPL = "threefry2x32"  # of all random keys (`jaxspec.settings`)
 
 
 class Program:
-    """A program on one device, called with pytrees.
+    """A compiled program on one device, called with pytrees.
 
-    A call takes and gives what the jitted function does, and donates what that donates.
+    Arguments, results and donations are those of the jitted function.
     """
 
     def __init__(self, executable: Any, used: Sequence[int], like: Any):
         """Args:
-        executable: XLA's.
-        used: which of the arguments' leaves it takes.
-        like: what it returns, or its shapes.
+        executable: XLA's executable.
+        used: indices of the argument leaves that it takes.
+        like: a pytree like its result, or its shapes.
         """
         self.executable, self.used = executable, tuple(used)
         self._device = executable.local_devices()[0]
@@ -70,16 +69,16 @@ class Program:
 
 
 class KeptPrograms:
-    """The programs of one engine, some of them from a folder.
+    """The programs of one engine, loaded from a folder or compiled.
 
     Attributes:
-      loaded, compiled: how many were found in the folder, and how many were not.
+      loaded, compiled: number of programs found in the folder, and compiled here.
     """
 
     def __init__(self, folder: Path | None = None, machine: str = ""):
         """Args:
-        folder: None keeps nothing; made if need be. One that others can write is not used.
-        machine: what native code depends on beside the device's kind.
+        folder: created if missing; not used if others can write it. None keeps nothing.
+        machine: what native code depends on besides the kind of device.
         """
         self._folder = None if folder is None else _own_folder(folder)
         self._machine = machine
@@ -101,9 +100,9 @@ class KeptPrograms:
 
         Args:
           function: jitted.
-          which: tells apart calls of the function with other static arguments or other shapes.
+          which: distinguishes calls of one function with different static arguments or shapes.
           like: a pytree like the result, or its shapes.
-          options: static too.
+          options: further static arguments.
         """
         if self._folder is None:
             return function(*static, *arrays, **options)
@@ -115,9 +114,9 @@ class KeptPrograms:
         return program(arrays)
 
     def expect(self, start: str) -> None:
-        """Loads the programs that this start needed the last time, beside the caller.
+        """Loads, in the background, the programs that this start needed the last time.
 
-        They are used only where they are found as all others are.
+        They are used only when `call` asks for the same keys.
         """
         if self._folder is None:
             return
@@ -128,19 +127,19 @@ class KeptPrograms:
         thread.shutdown(wait=False)
 
     def remember(self, start: str) -> None:
-        """What this start needed, for `expect`; what was expected in vain is dropped."""
+        """Records what this start needed, for `expect`; drops programs expected in vain."""
         for future in self._expected.values():
             future.cancel()
         self._expected.clear()
         if self._folder is not None:
-            with contextlib.suppress(OSError):  # then nothing is expected
+            with contextlib.suppress(OSError):  # the next start then expects nothing
                 names = json.dumps(self._names).encode()
                 _replace(self._folder / _start_file(start), names)
 
     def bind(self, weights: Any) -> Any:
-        """Weights as programs that are kept take them: bound to the device they are on.
+        """Commits weights to the device they are on, as kept programs need.
 
-        Others stay as they are: those on a mesh, and all if nothing is kept.
+        Weights on a mesh, and all weights if nothing is kept, stay as they are.
         """
         leaves = jax.tree.leaves(weights)
         place = leaves[0].sharding
@@ -149,7 +148,7 @@ class KeptPrograms:
         return jax.device_put(weights, place)
 
     def _find(self, function, like, static, arrays, options) -> Callable:
-        """From the folder, or compiled; the function itself where it cannot be kept."""
+        """The program, loaded or compiled; the function itself if it cannot be kept."""
         leaves = jax.tree.leaves(arrays)
         if not _bound(leaves) or not _of_this_package(static):
             return lambda arrays: function(*static, *arrays, **options)
@@ -186,7 +185,7 @@ class KeptPrograms:
 
 
 def _program(compiled: jax.stages.Compiled, like: Any) -> Program | None:
-    """None where a call would differ from one of the jitted function."""
+    """A kept program; None if calling it would differ from calling the jitted function."""
     executable = compiled.runtime_executable()
     given = compiled.in_tree.flatten_up_to(compiled.input_shardings)
     used = [i for i, sharding in enumerate(given) if sharding is not None]
@@ -203,7 +202,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _bound(leaves: Sequence[Any]) -> bool:
-    """Whether the arrays are on the first device of the only process, and bound to it."""
+    """Whether the arrays are committed to the first device of the only process."""
     if jax.process_count() > 1:
         return False
     arrays = [x for x in leaves if isinstance(x, jax.Array)]
@@ -213,7 +212,7 @@ def _bound(leaves: Sequence[Any]) -> bool:
 
 
 def _of_this_package(static: Any) -> bool:
-    """Whether all code is among the sources hashed; that of one's own drafter is not."""
+    """Whether all its code is in the hashed sources; a user's own drafter is not."""
     if isinstance(static, (tuple, list)):
         return all(map(_of_this_package, static))
     if not dataclasses.is_dataclass(static):
@@ -224,7 +223,7 @@ def _of_this_package(static: Any) -> bool:
 
 @functools.cache
 def _surroundings() -> dict[str, Any]:
-    """What any program depends on, of this process."""
+    """The properties of this process that every program depends on."""
     device = jax.devices()[0]
     settings = {k: repr(v) for k, v in jax.config.values.items() if "cache" not in k}
     return {
@@ -239,7 +238,7 @@ def _surroundings() -> dict[str, Any]:
 
 
 def _sources() -> str:
-    """A hash of all code of the packages."""
+    """A hash of all source code of the packages."""
     root, found = Path(__file__).parents[2], hashlib.sha256()
     for path in sorted(path for name in PACKAGES for path in (root / name).rglob("*.py")):
         found.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
@@ -247,7 +246,7 @@ def _sources() -> str:
 
 
 def _own_folder(folder: Path) -> Path | None:
-    """The folder, if nobody else can write it."""
+    """The folder, if only this user can write it; else None, with a warning."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
@@ -257,7 +256,7 @@ def _own_folder(folder: Path) -> Path | None:
         others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         if found.st_uid == os.getuid() and not others:
             return folder
-        why = f"{folder} can be written by others, and holds native code; chmod go-w, or own it"
+        why = f"{folder} holds native code and is writable by others; chmod go-w it, or own it"
     warnings.warn(f"compiled programs are not kept: {why}", stacklevel=3)
     return None
 
@@ -267,7 +266,7 @@ def _start_file(start: str) -> str:
 
 
 def _listed(path: Path) -> list[Path]:
-    """The files beside a list that are named there and still exist."""
+    """The files that a list names, in its folder, as far as they exist."""
     try:
         names = set(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -276,9 +275,9 @@ def _listed(path: Path) -> list[Path]:
 
 
 def _load(path: Path) -> tuple[Any, Sequence[int]] | None:
-    """An executable, and which of the arguments' leaves it takes.
+    """An executable, and the indices of the argument leaves that it takes.
 
-    None where there is no file; with a warning, also where it is damaged.
+    None if the file is missing or, with a warning, damaged.
     """
     try:
         data = path.read_bytes()
@@ -292,7 +291,7 @@ def _load(path: Path) -> tuple[Any, Sequence[int]] | None:
         device = jax.devices()[0]
         executable = device.client.deserialize_executable(zlib.decompress(code), [device])
         found = executable, json.loads(used)
-    except Exception as error:  # whatever the client raises
+    except Exception as error:  # XLA's client may raise anything
         warnings.warn(f"{path} is not a program ({error}); it is compiled again", stacklevel=2)
         return None
     path.touch()
@@ -300,7 +299,7 @@ def _load(path: Path) -> tuple[Any, Sequence[int]] | None:
 
 
 def _write(folder: Path, name: str, program: Program) -> None:
-    """Whole or not at all; then the files least recently used go, as far as need be."""
+    """Writes a program atomically; then deletes the least recently used files beyond MOST."""
     code = zlib.compress(program.executable.serialize(), 1)
     body = json.dumps(program.used).encode() + b"\n" + code
     _replace(folder / name, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
@@ -313,7 +312,7 @@ def _write(folder: Path, name: str, program: Program) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all; what cannot be written leaves nothing behind."""
+    """Writes a file atomically; a failure leaves nothing behind."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
         try:
             stream.write(data)

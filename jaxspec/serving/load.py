@@ -1,4 +1,4 @@
-"""A load generator: sends requests as users would and records their latencies."""
+"""A load generator: sends requests as users would, and records their latencies."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Send = Callable[[Any], AsyncIterator[int]]
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """One request as its user saw it; times are seconds since the load began.
+    """One request as its user saw it; times are in seconds since the load began.
 
     Attributes:
-      sent, first, last: when the request was sent, its first token came, and its last. None
-        where no token came.
-      tokens: in all.
-      error: why it failed; None if it did not.
+      sent, first, last: times of sending, of the first token and of the last; None without
+        tokens.
+      tokens: number of tokens received.
+      error: why the request failed, or None.
     """
 
     sent: float
@@ -38,7 +38,7 @@ class Seen:
 
     @property
     def seconds_per_token(self) -> float | None:
-        """After the first token; None for a single one."""
+        """Mean after the first token; None for a single token."""
         return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else None
 
 
@@ -55,7 +55,7 @@ def arrivals(rate: float, count: int, *, seed: int = 0) -> list[float]:
 
 
 def mix(prompts: Sequence[Any], count: int, *, seed: int = 0) -> list[Any]:
-    """`count` requests that cycle through the prompts, each cycle in a new random order."""
+    """`count` prompts in cycles through all of them, each cycle in a new random order."""
     dice, drawn = random.Random(seed), []
     while len(drawn) < count:
         drawn += dice.sample(list(prompts), len(prompts))
@@ -63,8 +63,7 @@ def mix(prompts: Sequence[Any], count: int, *, seed: int = 0) -> list[Any]:
 
 
 async def open_loop(send: Send, requests: Sequence[Any], times: Sequence[float]) -> list[Seen]:
-    """Sends request i at times[i], whether or not earlier ones are answered, as independent
-    users would."""
+    """Sends request i at times[i], whether or not earlier ones are answered."""
     began = time.perf_counter()
 
     async def one(request, at):
@@ -75,7 +74,7 @@ async def open_loop(send: Send, requests: Sequence[Any], times: Sequence[float])
 
 
 async def closed_loop(send: Send, requests: Sequence[Any], users: int) -> list[Seen]:
-    """`users` at a time, each sending the next request when its last is answered."""
+    """Keeps `users` requests in flight: each user sends the next when the last is answered."""
     if users < 1:
         raise ValueError(f"users is {users}; expected at least 1")
     began, left, seen = time.perf_counter(), iter(requests), []
@@ -96,17 +95,17 @@ async def _watch(send: Send, request: Any, began: float) -> Seen:
             last = clock()
             first = last if first is None else first
             tokens += count
-    except Exception as error:  # one user's failure is a result, not the end of the load
+    except Exception as error:  # a failed request is a result and does not end the load
         return Seen(sent, first, last, tokens, f"{type(error).__name__}: {error}")
     return Seen(sent, first, last, tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A load in numbers.
+    """Statistics of a load.
 
     Attributes:
-      requests, failed: counts; the other fields are of those that did not fail.
+      requests, failed: counts; the other fields leave failed requests out.
       tokens_per_second: all tokens over the time from the first request to the last token.
       first_token: percentiles 50, 90, 99 of seconds to the first token.
       per_token: percentiles 50, 90, 99 of seconds per token after the first.
@@ -120,7 +119,7 @@ class Summary:
 
 
 def summarise(seen: Sequence[Seen]) -> Summary:
-    """Raises ValueError when no request got a token."""
+    """Statistics of a load. Raises ValueError if no request got a token."""
     good = [s for s in seen if s.error is None and s.tokens]
     if not good:
         errors = {s.error for s in seen}
@@ -141,7 +140,7 @@ def summarise(seen: Sequence[Seen]) -> Summary:
 
 
 def to_runner(runner) -> Send:
-    """Sends `serving.requests.Request`s to a runner in this process."""
+    """A `Send` of `serving.requests.Request`s to a runner in this process."""
 
     async def send(request) -> AsyncIterator[int]:
         with runner.submit(request) as ticket:
@@ -153,9 +152,9 @@ def to_runner(runner) -> Send:
 
 
 def to_server(client, model: str) -> Send:
-    """Sends keyword arguments of a completion to an `openai.AsyncOpenAI` client.
+    """A `Send` of keyword arguments of a completion to an `openai.AsyncOpenAI` client.
 
-    A chunk counts as one token; the last one's usage corrects the sum.
+    A chunk counts as one token; the last chunk's usage corrects the sum.
     """
 
     async def send(options: dict) -> AsyncIterator[int]:

@@ -10,18 +10,18 @@ from jaxspec.tokenizer import Tokenizer
 
 
 class LogProbShape:
-    """The log-probabilities of one choice, a few tokens at a time.
+    """Formats the log-probabilities of one choice, a few tokens at a time.
 
-    A token is shown as its text, or, if its bytes are no text alone, as `bytes:\\xe2\\x82`.
+    A token is shown as its text, or as `bytes:\\xe2\\x82` if its bytes alone are not text.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, chat: bool):
         self._tokenizer, self._chat = tokenizer, chat
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = 0  # in the text of all tokens
+        self._offset = 0  # characters of the tokens so far
 
     def of(self, found: Sequence[TokenLogProb]) -> dict:
-        """The object of the next tokens."""
+        """The log-probability object of the next tokens."""
         return self._of_chat(found) if self._chat else self._of_completion(found)
 
     def _of_chat(self, found: Sequence[TokenLogProb]) -> dict:
@@ -44,7 +44,7 @@ class LogProbShape:
             raw = self._tokenizer.token_bytes(one.token)
             likeliest: dict[str, float] = {}
             for token, logprob in (*one.top, (one.token, one.logprob)):
-                # Of tokens that read alike the likeliest counts.
+                # Of tokens with equal text, the likeliest counts.
                 likeliest.setdefault(shown(self._tokenizer.token_bytes(token)), logprob)
             lists["tokens"].append(shown(raw))
             lists["token_logprobs"].append(one.logprob)
@@ -67,7 +67,7 @@ def shown(raw: bytes) -> str:
 
 
 def joined(parts: Sequence[dict]) -> dict:
-    """One object of those of consecutive tokens."""
+    """Joins the objects of consecutive tokens into one."""
     lists = {name: [] for name, value in parts[0].items() if isinstance(value, list)}
     for part in parts:
         for name, values in lists.items():

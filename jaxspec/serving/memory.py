@@ -1,4 +1,4 @@
-"""Memory that is free in the process, and not yet the system's again."""
+"""Returning freed memory to the operating system."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 
 
 def trim_memory() -> None:
-    """Gives back what compilers and loaders have freed, where the C library can (glibc)."""
+    """Returns memory that compilers and loaders have freed to the system (glibc only)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""The messages of a chat: what clients send to what chat templates take."""
+"""Chat messages, from clients' form to that of chat templates."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ROLES = {
 
 
 def read_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages; those of assistants with `tool_calls` have their arguments as objects."""
+    """The messages as templates take them: arguments of `tool_calls` become objects."""
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list of at least one message", "messages")
     return [_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
 
 
 def _message(where: str, message: Any) -> dict[str, Any]:
-    # Who speaks under which name is not told by chat templates, here or elsewhere.
+    # `name` is accepted and ignored: chat templates do not show it.
     known, neutral = {"role", "content", "name"}, dict(NEUTRAL_IN_MESSAGES)
     role = message.get("role") if isinstance(message, dict) else None
     if role == "assistant":

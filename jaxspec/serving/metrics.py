@@ -1,4 +1,4 @@
-"""Counts of a server, as Prometheus reads them."""
+"""Prometheus metrics of a server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 class ServerMetrics:
-    """One registry per server."""
+    """The metrics of one server, in a registry of their own."""
 
     def __init__(self, runner: Runner):
         self.registry = registry = CollectorRegistry()
@@ -26,7 +26,7 @@ class ServerMetrics:
         runner.on_step = self.step
         self.step_seconds = Histogram(
             "jaxspec_step_seconds",
-            "Of one turn of the engine: prompt chunks and a burst of rounds",
+            "Seconds of one turn of the engine: prompt chunks and a burst of rounds",
             buckets=SECONDS_PER_STEP,
             registry=registry,
         )
@@ -38,7 +38,7 @@ class ServerMetrics:
         )
         self.cached_tokens = Counter(
             "jaxspec_prompt_tokens_cached",
-            "Tokens of prompts that were not run again",
+            "Prompt tokens taken from the prefix cache",
             registry=registry,
         )
         self.tokens = Counter("jaxspec_tokens", "Tokens generated", registry=registry)
@@ -46,31 +46,31 @@ class ServerMetrics:
         self.nodes = Counter("jaxspec_nodes_verified", "Nodes verified", registry=registry)
         self.accepted = Counter(
             "jaxspec_accepted",
-            "Rounds, summed over rows, that accepted this many drafted tokens at least",
+            "Rounds, summed over rows, that accepted at least this many drafted tokens",
             ["depth"],
             registry=registry,
         )
         self.queue_seconds = Histogram(
             "jaxspec_queue_seconds",
-            "From the request until its prompt was run",
+            "Seconds from the request to the start of its prefill",
             buckets=SECONDS,
             registry=registry,
         )
         self.first_token = Histogram(
             "jaxspec_first_token_seconds",
-            "From the request to its first token",
+            "Seconds from the request to its first token",
             buckets=SECONDS,
             registry=registry,
         )
         self.token_seconds = Histogram(
             "jaxspec_seconds_per_token",
-            "Time per token after the first, of one request",
+            "Seconds per token after the first, of one request",
             buckets=SECONDS_PER_TOKEN,
             registry=registry,
         )
 
     def _read_from(self, runner: Runner) -> None:
-        """What is read when somebody asks."""
+        """Registers gauges that are read from the runner on each request of /metrics."""
 
         def gauge(name: str, text: str, read):
             Gauge(name, text, registry=self.registry).set_function(read)
@@ -80,7 +80,7 @@ class ServerMetrics:
         gauge("jaxspec_healthy", "1 while requests are served", lambda: int(runner.healthy))
         gauge(
             "jaxspec_burst_seconds",
-            "Time of the last burst of rounds",
+            "Seconds of the last burst of rounds",
             lambda: runner.engine.burst_seconds,
         )
         gauge(
@@ -91,12 +91,12 @@ class ServerMetrics:
         for i, state in enumerate(("used", "room")):
             gauge(
                 f"jaxspec_prefix_pages_{state}",
-                "Pages of prompts' prefixes: in use, and that fit",
+                "Pages of the prefix cache: in use, and its capacity",
                 lambda i=i: runner.engine.prefix_pages[i],
             )
 
     def step(self, seconds: float, tokens: int) -> None:
-        """Counts one turn of the engine, and the tokens it decided; by the engine's thread."""
+        """Counts one turn of the engine and its new tokens; called by the engine's thread."""
         self.step_seconds.observe(seconds)
         self._recent.append((time.perf_counter(), tokens))
         while self._recent[0][0] < time.perf_counter() - WINDOW_SECONDS:
@@ -111,7 +111,7 @@ class ServerMetrics:
         self.requests.labels(why).inc()
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """The metrics in Prometheus' exposition format."""
         return generate_latest(self.registry)
 
     def follow(self) -> Watch:
@@ -120,7 +120,7 @@ class ServerMetrics:
 
 
 class Watch:
-    """The clock of one request."""
+    """Times one request."""
 
     def __init__(self, metrics: ServerMetrics):
         self._metrics, self._began = metrics, time.perf_counter()

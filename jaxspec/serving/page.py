@@ -1,4 +1,4 @@
-"""The page at `/`, and the events it draws: one answer's trees as they grow."""
+"""The page at `/`, which draws one answer's trees, and the events it reads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def page_routes(
     """GET / and POST /watch.
 
     Args:
-      body: reads a request's body, within the server's limits; raises `BadRequest`.
+      body: reads a request's body within the server's limits; raises `BadRequest`.
     """
     html = importlib.resources.files("jaxspec.serving").joinpath("page.html").read_text("utf-8")
     headers = {
@@ -64,7 +64,7 @@ def page_routes(
         except ValueError as error:
             return JSONResponse(error_body(str(error), "invalid_request_error"), 400)
         if not watcher.reserve():
-            busy = error_body("somebody watches already; try later", "rate_limit_error")
+            busy = error_body("another answer is being watched; try later", "rate_limit_error")
             return JSONResponse(busy, 429)
         gone = threading.Event()
         news = _started(events, watcher, gone)
@@ -74,10 +74,10 @@ def page_routes(
 
 
 def read_watch(body) -> dict:
-    """The arguments of `Watcher.events`, its prompt a text.
+    """The arguments of `Watcher.events`, with the prompt as text.
 
     Raises:
-      BadRequest: a field is unknown, or its value is none.
+      BadRequest: a field is unknown or its value invalid.
     """
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object")
@@ -89,7 +89,7 @@ def read_watch(body) -> dict:
             expected = "text" if kind is str else "a number"
             raise BadRequest(f"{name} is {value!r}; expected {expected}", name)
     if "prompt" not in body:
-        raise BadRequest("there is no prompt", "prompt")
+        raise BadRequest("prompt is missing; expected a text", "prompt")
     count = body.get("max_tokens")
     if count is not None and not 1 <= count <= MOST_TOKENS:
         raise BadRequest(f"max_tokens is {count}; expected 1 … {MOST_TOKENS}", "max_tokens")
@@ -102,8 +102,8 @@ def read_watch(body) -> dict:
 
 
 def _started(events: Iterator[dict], watcher: Watcher, gone: threading.Event) -> asyncio.Queue:
-    """A queue that a thread fills with the events, up to None at their end; the thread stops
-    when nobody is there to read, and then releases the watcher."""
+    """A queue that a thread fills with the events, then None. The thread stops once `gone` is
+    set, and releases the watcher when it ends."""
     loop, news = asyncio.get_running_loop(), asyncio.Queue()
 
     def work() -> None:
@@ -138,7 +138,7 @@ def _set_at_the_end(gone: threading.Event):
 
 
 def policy(html: str) -> str:
-    """A content security policy under which the page's own style and script alone run."""
+    """A content security policy that allows only the page's own style and script."""
 
     def hashes(tag: str) -> str:
         texts = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)

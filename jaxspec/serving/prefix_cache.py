@@ -1,9 +1,8 @@
-"""Prefixes of prompts that need not be run again: what target and drafter keep of them, in
-pages of one prompt chunk.
+"""Prefix cache: the target's and drafter's caches of prompt prefixes, in pages of one chunk.
 
-A page holds what a chunk of a prompt left behind, so a prompt that starts from pages goes on
-with the very numbers that running it from its start gives: the same chunks, at the same places.
-What decoding committed is not kept: its forwards have other shapes, and other last bits.
+A page holds the cache rows of one prefilled chunk, so a prompt that starts from pages continues
+with exactly the numbers of a full prefill: the same chunks at the same positions. Rows
+committed by decoding are not kept: its forwards have other shapes, and so other rounding.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ class Page:
     """One chunk of tokens after a certain prefix.
 
     Attributes:
-      id: never used twice.
-      place: where it is in the pool.
+      id: unique, never reused.
+      place: its index in the pool.
     """
 
     id: int
@@ -39,17 +38,17 @@ class Page:
 
 
 class PrefixIndex:
-    """Which places of a pool hold which prefixes; the least recently used give way.
+    """Maps prefixes to places of a pool; evicts the least recently used.
 
-    A page is found by the page before it and its own tokens, which are compared as such: what
-    is found is the prefix that was asked for, whatever the hashes.
+    The key of a page is the page before it and its own tokens, which are compared in full, so a
+    hash collision cannot return another prefix.
     """
 
     def __init__(self, places: int, chunk: int):
-        """Args: places: pages that fit; chunk: tokens of each."""
+        """Args: places: capacity in pages; chunk: tokens per page."""
         self._chunk, self._free = chunk, list(range(places))
         self._ids = itertools.count()
-        # A page is used whenever one after it is, so those after it give way before it does.
+        # Using a page uses those before it too, so later pages are evicted first.
         self._pages: OrderedDict[Hashable, Page] = OrderedDict()
 
     def __len__(self) -> int:
@@ -59,7 +58,7 @@ class PrefixIndex:
         """The pages of the longest known prefix that leaves at least one token to run.
 
         Args:
-          salt: prefixes are found under the salt that they were kept under.
+          salt: only prefixes stored with an equal salt are found.
         """
         chain: list[Page] = []
         while (len(chain) + 1) * self._chunk < len(tokens):
@@ -73,9 +72,9 @@ class PrefixIndex:
     def extend(
         self, chain: Sequence[Page], tokens: Sequence[int], salt: str = ""
     ) -> Page | None:
-        """The page after those of `chain`, for the next of `tokens`; it is to be filled.
+        """A new page after those of `chain`, for the next of `tokens`, to be filled.
 
-        None if there is no place but those of the chain itself.
+        None if every place holds a page of the chain itself.
         """
         own = self._key(chain, tokens, salt)
         page = self._pages.get(own)
@@ -102,12 +101,12 @@ class PrefixIndex:
 
 @dataclasses.dataclass(frozen=True)
 class PageShape:
-    """What a page holds of a prompt's states.
+    """The part of a prompt's cache and drafter state that a page holds.
 
     Attributes:
-      axes: of every array the axis of positions, of which a page has `chunk`; None for one
-        without, as a recurrent state, of which a page has the whole as it is at its end.
-      chunk: tokens.
+      axes: per array, the axis of positions, of which a page has `chunk`; None for an array
+        without, such as a recurrent state, which a page holds whole, as at its end.
+      chunk: tokens per page.
     """
 
     axes: tuple[int | None, ...]
@@ -115,7 +114,7 @@ class PageShape:
 
     @classmethod
     def of(cls, decoder: Decoder, params: Params) -> PageShape:
-        """Positions are along the axis that grows with the capacity."""
+        """Finds the axes of positions: those that grow with the capacity."""
 
         def shapes(chunks):
             capacity = chunks * decoder.chunk
@@ -139,7 +138,7 @@ class PageShape:
         return tree.unflatten(map(one, leaves, self.axes))
 
     def write(self, held: Any, page: Any, i: jax.Array) -> Any:
-        """(cache, drafter's state) with its page i."""
+        """(cache, drafter's state) with page i written."""
 
         def one(x, new, axis):
             put = jax.lax.dynamic_update_slice_in_dim
@@ -151,7 +150,7 @@ class PageShape:
 
 @functools.partial(jax.jit, static_argnames=("decoder", "shape", "places"))
 def empty_pool(decoder: Decoder, params: Params, *, shape: PageShape, places: int) -> Any:
-    """Pages side by side: arrays like those of (cache, drafter's state), places in front."""
+    """An empty pool: arrays of pages of (cache, drafter's state), places on the first axis."""
     begun = _held(begin_prefill(decoder, params, 1, 2 * decoder.chunk))
     page = shape.read(begun, 0)
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (places, *x.shape)), page)
@@ -161,7 +160,7 @@ def empty_pool(decoder: Decoder, params: Params, *, shape: PageShape, places: in
 def save_page(
     pool: Any, prefilling: Prefilling, i: jax.Array, place: jax.Array, *, shape: PageShape
 ) -> Any:
-    """The pool with page i of a prompt, whose chunk has just run, in a place."""
+    """Writes page i of a prompt, whose chunk has just run, to a place of the pool."""
     put = jax.lax.dynamic_update_index_in_dim
     page = shape.read(_held(prefilling), i)
     return jax.tree.map(lambda x, new: put(x, new, place, 0), pool, page)
@@ -171,7 +170,7 @@ def save_page(
 def load_pages(
     pool: Any, prefilling: Prefilling, places: jax.Array, count: jax.Array, *, shape: PageShape
 ) -> Prefilling:
-    """A prompt whose first `count` chunks are those in `places` [n]."""
+    """Fills the first `count` chunks of a prompt from the pool's `places` [n]."""
     take = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
 
     def one(i, held):
@@ -186,11 +185,11 @@ def _held(prefilling: Prefilling) -> tuple:
 
 
 class PrefixCache:
-    """The pages of one engine: a pool on the device, made once, and the index of its places.
+    """The prefix cache of one engine: a pool on the device, allocated once, and its index.
 
     Attributes:
-      chunk: tokens of a page.
-      places: pages that fit.
+      chunk: tokens per page.
+      places: capacity in pages.
     """
 
     def __init__(
@@ -203,10 +202,10 @@ class PrefixCache:
         kept: KeptPrograms,
     ):
         """Args:
-          capacity: of the prompts' rows.
-          megabytes: of memory, for the pool.
+          capacity: tokens per row of a prompt's caches.
+          megabytes: MiB of memory for the pool.
 
-        Raises ValueError when not one page fits.
+        Raises ValueError if not a single page fits.
         """
         self._kept, self._shape = kept, PageShape.of(decoder, params)
         self.chunk, self._most = decoder.chunk, capacity // decoder.chunk
@@ -216,8 +215,8 @@ class PrefixCache:
         self.places = int(megabytes / size)
         if not self.places:
             raise ValueError(
-                f"prefix_cache_mb is {megabytes:g}; a page of {self.chunk} tokens takes "
-                f"{size:.2g}. Give it more, or 0 to keep no prefixes"
+                f"prefix_cache_mb is {megabytes:g} MiB, but a page of {self.chunk} tokens "
+                f"takes {size:.2g} MiB; give more, or 0 to keep no prefixes"
             )
         shape, given = self._shape, ((decoder,), (params,))
         pool = kept.call(empty_pool, (), one, *given, shape=shape, places=self.places)
@@ -235,14 +234,14 @@ class PrefixCache:
     def begin(
         self, prefilling: Prefilling, tokens: Sequence[int], salt: str
     ) -> tuple[Prefilling, list[Page]]:
-        """An empty prompt with the longest known prefix of its tokens, and the pages of it."""
+        """Fills an empty prompt with its longest cached prefix; also returns the pages used."""
         chain = self._index.match(tokens, salt)
         return (self._load(prefilling, chain) if chain else prefilling), chain
 
     def keep(
         self, prefilling: Prefilling, chain: list[Page], tokens: Sequence[int], salt: str
     ) -> bool:
-        """Adds to the chain the page whose chunk has just run; whether there was room."""
+        """Adds the page of the last chunk run to the chain; returns whether it fits."""
         page = self._index.extend(chain, tokens, salt)
         if page is None:
             return False
@@ -251,7 +250,7 @@ class PrefixCache:
         return True
 
     def compile(self, prefilling: Prefilling) -> None:
-        """Runs its programs once, on an empty prompt, which is used up."""
+        """Compiles its programs by running them once on an empty prompt, which is donated."""
         self._save(prefilling, 0, 0)
         self._load(prefilling, [])
 

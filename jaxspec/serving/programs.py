@@ -1,4 +1,4 @@
-"""The compiled programs of an engine: one set per number of rows, made before it serves."""
+"""The compiled programs of an engine, one set per number of rows."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ Staircase = tuple[tuple[VerifySize, ...], StepTimes]
 
 
 class Programs:
-    """The device programs of one target, drafter and configuration; it holds no request.
+    """The device programs of one target, drafter and configuration; holds no request state.
 
     Attributes:
-      adaptive: whether step times decide what a round verifies.
+      adaptive: whether step times choose the verify size of a round.
       buckets: numbers of rows that a batch may have, ascending.
       sizes: verify sizes by number of rows.
-      width: maximum tokens that a burst decides per row.
-      kept: all but those of grammars.
+      width: maximum new tokens of a row per burst.
+      kept: store of all programs except those of grammars.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Programs:
         config: EngineConfig,
         kept: KeptPrograms,
     ):
-        """Args: config: resolved."""
+        """Args: config: from `EngineConfig.resolved`."""
         self.kept = kept
         decoder, params = decoder_for(target, drafter, config.implementation, config.rejection)
         self._params = kept.bind(params)
@@ -82,7 +82,7 @@ class Programs:
         }
 
     def setup(self) -> dict[str, Any]:
-        """What step times depend on; a stored curve must have been measured for the same."""
+        """Everything that step times depend on; a stored curve is valid for an equal setup."""
         return setup_of(self._target, self._decoder, self._params, self.sizes, self._capacity)
 
     def pack(self, request: Request) -> Requests:
@@ -115,7 +115,7 @@ class Programs:
     def end_prompt(
         self, requests: Requests, prefilling: Prefilling, allowed: np.ndarray | None = None
     ) -> Batch:
-        """Args: allowed: [ceil(V / 32)] uint32, bits of the tokens that may come first."""
+        """Args: allowed: [ceil(V / 32)] uint32, bits of the allowed first tokens."""
         held = prefilling.cache, prefilling.drafter, prefilling.logprobs
         age = self._config.schedule.age
         allowed = None if allowed is None else allowed[None, None]
@@ -123,9 +123,9 @@ class Programs:
         return self._run(end_prompt, allowed is None, self._row, *given, age=age)
 
     def prefix_cache(self) -> PrefixCache | None:
-        """Room for prefixes; None where none are kept.
+        """An empty prefix cache; None if the configuration has none.
 
-        Raises ValueError when the memory given is too little.
+        Raises ValueError if its memory does not hold one page.
         """
         megabytes = self._config.prefix_cache_mb
         if megabytes is None:
@@ -144,22 +144,22 @@ class Programs:
 
     @functools.cached_property
     def _row(self) -> Batch:
-        """The shapes of a batch of one row."""
+        """Shapes of a batch of one row."""
         age, capacity = self._config.schedule.age, self._capacity
         make = functools.partial(empty_rows, self._decoder, rows=1, capacity=capacity, age=age)
         return jax.eval_shape(make, self._params)
 
     def habit(self) -> Habit:
-        """The habit before the first round."""
+        """Acceptance records before the first round."""
         unlearned = init_habit(self._decoder.drafter.size, self._decoder.drafter.depth)
         return beside(unlearned, self._params)
 
     def staircase(self, rows: int, times: StepTimes, *, few: bool = False) -> Staircase:
-        """The verify sizes of a batch of so many rows.
+        """The verify sizes of a batch of `rows` rows.
 
         Args:
-          times: of all of them.
-          few: takes the least and the largest alone.
+          times: step times of all sizes.
+          few: only the smallest and the largest size.
         """
         sizes = self.sizes[rows]
         if not few:
@@ -177,7 +177,7 @@ class Programs:
         return self._run(decode_rows, which, (batch, habit), *given, **options)
 
     def place_row(self, batch: Batch, fresh: Batch, row: int) -> Batch:
-        """See `rows.place_row`, as for those below."""
+        """See `rows.place_row`; the next methods too are those of `rows`."""
         given = batch, fresh, np.int32(row)
         return self.kept.call(place_row, _rows_of(batch), batch, (), given)
 
@@ -210,7 +210,7 @@ class Programs:
         times: StepTimes,
         matchers: Sequence[Matcher | None],
     ) -> tuple[Batch, Habit]:
-        """A round whose rows with a matcher keep to their grammars."""
+        """One round in which rows with a matcher follow their grammars."""
         schedule, sizes = self._config.schedule, self.sizes[len(matchers)]
         decoder, params = self._decoder, self._params
         forced = any(matcher is not None and matcher.forces for matcher in matchers)
@@ -222,12 +222,13 @@ class Programs:
         return judge_rows(decoder, params, *given, schedule=schedule, sizes=sizes)
 
     def compile_prompts(self) -> None:
-        """Runs every program of prompts once."""
+        """Compiles the prompt programs by running each once."""
         requests = self.pack(Request((0,), 1))
         self.end_prompt(requests, self.run_chunk(requests, 0, self.begin_prompt()))
 
     def compile_rows(self, rows: int, *, few: bool = False) -> None:
-        """Runs every program of batches of so many rows once, and from and to those before.
+        """Compiles the programs of batches of `rows` rows, and those that move rows between
+        them and the next smaller batches.
 
         Args: few: as for `staircase`.
         """
@@ -241,12 +242,12 @@ class Programs:
             self.move_rows(batch, np.zeros(fewer, np.int32))
 
     def compile_rounds(self, rows: int, *, few: bool = False) -> Batch:
-        """Runs the rounds' program on rows that are done, so without a round; these rows."""
+        """Compiles the rounds' program by running it on finished rows, which it returns."""
         staircase = self.staircase(rows, only(self.sizes[rows], 0), few=few)
         return self.decode(self.empty(rows), self.habit(), staircase, 1)[0]
 
     def compile_restricted(self, rows: int) -> None:
-        """Runs the programs of requests with grammars once, in a batch of so many rows."""
+        """Compiles the programs of requests with grammars for batches of `rows` rows."""
         requests = self.pack(Request((0,), 1))
         every = np.full(-(-self._decoder.config.vocab_size // 32), ALL, np.uint32)
         self.end_prompt(requests, self.run_chunk(requests, 0, self.begin_prompt()), every)
@@ -254,7 +255,7 @@ class Programs:
         self.restricted_round(self._half_full(rows), self.habit(), times, [None] * rows)
 
     def turn(self) -> dict[int, list[float]]:
-        """Seconds of a round by number of rows and size, once; for `curve.least`."""
+        """Times one round per number of rows and verify size, in seconds; for `curve.least`."""
         return {rows: self._turn(rows) for rows in self.sizes}
 
     def _turn(self, rows: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's completions and chats: JSON to requests."""
+"""Bodies of OpenAI's completion and chat requests, parsed to engine requests."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Asked:
     """A parsed request body.
 
     Attributes:
-      requests: of every prompt as many as there are choices, next to each other.
-      prompt_tokens: of all prompts.
-      echo: text that precedes the answer to every prompt.
-      silent: nothing of the answers is given, only what precedes them.
-      tools: the answers may call some.
+      requests: one per choice of every prompt; those of a prompt are adjacent.
+      prompt_tokens: number of tokens of all prompts.
+      echo: per prompt, the text that precedes its answer.
+      silent: return only the echo, without the answers.
+      tools: whether answers may call tools.
     """
 
     requests: tuple[Request, ...]
@@ -55,7 +55,7 @@ class Asked:
 
     @property
     def choices(self) -> int:
-        """Answers to every prompt."""
+        """Number of answers per prompt."""
         return len(self.requests) // len(self.echo)
 
 
@@ -63,7 +63,7 @@ def parse_body(data: bytes) -> Any:
     """The JSON value of a request's body."""
     try:
         value = json.loads(data.decode())
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        json.dumps(value, ensure_ascii=False).encode()  # raises on lone surrogates
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON ({error})") from error
     return value
@@ -72,8 +72,7 @@ def parse_body(data: bytes) -> Any:
 def read_completion(
     body: Any, target: Target, config: EngineConfig, grammars: Grammars
 ) -> Asked:
-    """`POST /v1/completions`: a prompt, which is a text or a list of token ids, or a list of
-    them."""
+    """Reads `POST /v1/completions`, whose prompts are texts or lists of token ids."""
     fields = Fields(body, COMMON | {"prompt", "echo"})
     prompts = fields.get("prompt", None)
     if not isinstance(prompts, list) or not any(isinstance(p, (str, list)) for p in prompts):
@@ -92,7 +91,7 @@ def read_completion(
 def _grammar(
     fields: Fields, asked: tuple[str, str] | None, grammars: Grammars
 ) -> Grammar | None:
-    """Args: asked: the field that asks for it, and its text."""
+    """Args: asked: the field that asks for a grammar, and the grammar's text."""
     if asked is None:
         return None
     field, text = asked
@@ -101,11 +100,11 @@ def _grammar(
         "min_tokens": fields.integer("min_tokens", 0),
     }
     for name in filter(longer.get, longer):
-        raise BadRequest(f"{name} excludes {field}, which says where the answer ends", name)
+        raise BadRequest(f"{name} excludes {field}, which decides where the answer ends", name)
     try:
         return grammars.of(text)
     except ValueError as error:
-        raise BadRequest(f"{field} cannot be kept to: {error}", field) from error
+        raise BadRequest(f"{field} cannot be used: {error}", field) from error
 
 
 def _top_logprobs(fields: Fields, name: str, config: EngineConfig) -> int:
@@ -121,12 +120,12 @@ def _ids(prompt: Any, target: Target) -> list[int]:
             raise BadRequest("prompt is empty; expected some text", "prompt")
         return target.tokenizer.encode(prompt)
     if not isinstance(prompt, list) or not all(type(t) is int for t in prompt) or not prompt:
-        raise BadRequest("prompt must be a text or a list of token ids, or several", "prompt")
+        raise BadRequest("prompt must be a text, token ids, or a list of either", "prompt")
     return prompt
 
 
 def read_chat(body: Any, target: Target, config: EngineConfig, grammars: Grammars) -> Asked:
-    """`POST /v1/chat/completions`: text messages, and tools."""
+    """Reads `POST /v1/chat/completions`: text messages, and tools."""
     fields = Fields(body, CHAT)
     messages = read_messages(fields.get("messages", None))
     tools, asked = read_tools(fields), read_format(fields)
@@ -156,13 +155,13 @@ def _chat(
 ) -> list[int]:
     """Token ids of a chat.
 
-    Args: strict: the answer has no room for thoughts.
+    Args: strict: the answer has a given format, which leaves no place for thinking.
     """
     options = fields.part("chat_template_kwargs", {"enable_thinking"})
     thinking, tokenizer = options.flag("enable_thinking", None), target.tokenizer
     if strict and thinking:
         raise BadRequest(
-            "an answer in a given form has no room for thoughts; leave out enable_thinking",
+            "an answer in a given format cannot begin with thinking; leave out enable_thinking",
             "chat_template_kwargs.enable_thinking",
         )
     if strict and tokenizer.switches_thinking:
@@ -170,7 +169,7 @@ def _chat(
     calls = any("tool_calls" in m or m["role"] == "tool" for m in messages)
     if (calls or tools) and not tokenizer.takes_tools:
         field = "tools" if tools else "messages"
-        raise BadRequest("the chat template of this model has no tools", field)
+        raise BadRequest("this model's chat template does not support tools", field)
     try:
         offered = tools.offered if tools else ()
         return tokenizer.chat(messages, thinking=thinking, tools=offered)
@@ -194,7 +193,7 @@ def _asked(
     left = room - longest
     if left < 1:
         raise BadRequest(
-            f"the prompt has {longest} tokens; this server has room for {room} with the answer",
+            f"the prompt has {longest} tokens; this server allows {room} with the answer",
             "prompt",
         )
     choices = fields.integer("n", 1)
@@ -208,8 +207,8 @@ def _asked(
     sampling = _sampling(fields, target)
     if sampling.min_tokens > new_tokens:
         raise BadRequest(
-            f"min_tokens is {sampling.min_tokens}; expected at most as many as may be "
-            f"generated, {new_tokens}",
+            f"min_tokens is {sampling.min_tokens}; expected at most the maximum of new tokens, "
+            f"{new_tokens}",
             "min_tokens",
         )
     request = Request(
@@ -223,7 +222,7 @@ def _asked(
     )
     return Asked(
         requests=tuple(
-            # Seeds of further choices are beyond those that people give.
+            # Seeds of further choices lie beyond the 64 bits of users' seeds.
             dataclasses.replace(request, prompt=tuple(prompt), seed=seed + (choice << 64))
             for prompt in prompts
             for choice in range(choices)
@@ -240,17 +239,16 @@ def _asked(
 
 
 def _longest(fields: Fields, left: int, default: int | None, least: int) -> int:
-    """New tokens, at most; -1 asks for all that there is room for."""
+    """Maximum new tokens; -1 asks for as many as fit."""
     default = left if default is None else min(default, left)
     longest = default
-    for name in sorted(LENGTHS, reverse=True):  # the newer name has the last word
+    for name in sorted(LENGTHS, reverse=True):  # the newer name wins
         longest = fields.integer(name, longest)
         if longest == -1:
             longest = left
         if not least <= longest <= left:
             raise BadRequest(
-                f"{name} is {longest}; after this prompt the server has room for {least} … "
-                f"{left} tokens",
+                f"{name} is {longest}; expected {least} … {left}, which fit after this prompt",
                 name,
             )
     return longest
@@ -259,7 +257,7 @@ def _longest(fields: Fields, left: int, default: int | None, least: int) -> int:
 def _sampling(fields: Fields, target: Target) -> Sampling:
     options = {
         "temperature": fields.number("temperature", 1.0),
-        "top_k": max(fields.integer("top_k", 0), 0),  # -1 keeps all, as elsewhere
+        "top_k": max(fields.integer("top_k", 0), 0),  # -1 keeps all, as in vLLM
         "top_p": fields.number("top_p", 1.0),
         "min_p": fields.number("min_p", 0.0),
         "stop_ids": _stop_ids(fields, target),

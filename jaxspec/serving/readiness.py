@@ -1,7 +1,7 @@
-"""What of an engine is ready: compiled programs, and the times of rounds.
+"""Compiling and timing an engine's programs while it serves.
 
-An engine answers as soon as the programs of one request at a time are there. The rest is
-compiled beside it, and rounds are timed while nobody asks.
+An engine answers as soon as the programs for one request at a time are compiled. The others are
+compiled meanwhile, and rounds are timed while it is idle.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from jaxspec.serving.memory import trim_memory
 from jaxspec.serving.prefix_cache import PrefixCache
 from jaxspec.serving.programs import Programs, Staircase
 
-REPEATS = 10  # of every size, when step times are measured
+REPEATS = 10  # timings of every verify size
 
 
 class Readiness:
     """Compiles and measures the programs of one engine, piece by piece.
 
     Attributes:
-      beside: whether another thread calls `prepare`; the engine compiles nothing itself then.
-      curve: step times, measured or given; None until they are, and with a fixed schedule.
-      times: of a round, by number of rows; guessed where there is no curve.
+      beside: whether another thread calls `prepare`; the engine then compiles nothing itself.
+      curve: step times, given or measured; None before that, and with a fixed schedule.
+      times: step times by number of rows; guessed without a curve.
     """
 
     def __init__(self, programs: Programs, curve: Curve | None):
         """Raises ValueError: see `Curve.check`."""
         self._programs = programs
-        self._rows: list[int] = []  # whose programs are compiled
-        self._few = False  # of the first rows' verify sizes
-        self._restricted: set[int] = set()  # rows whose rounds grammars may restrict
-        self._grammars = False  # whether such rounds are asked for
-        self._turns: list[dict[int, list[float]]] = []  # of `measure`
+        self._rows: list[int] = []  # numbers of rows whose programs are compiled
+        self._few = False  # whether the first of them lacks some verify sizes
+        self._restricted: set[int] = set()  # as `_rows`, for grammar programs
+        self._grammars = False  # whether grammar programs are wanted
+        self._turns: list[dict[int, list[float]]] = []  # timings by `measure`
         self._known = not programs.adaptive
         self.beside = False
         self.curve: Curve | None = None
@@ -43,9 +43,9 @@ class Readiness:
             self.use(curve)
 
     def open(self, prefixes: PrefixCache | None, *, few: bool = False) -> None:
-        """Compiles what one request at a time needs; `prepare` adds the rest.
+        """Compiles the programs for one request at a time; `prepare` adds the rest.
 
-        Args: few: compiles the least and the largest verify size alone, in half the time.
+        Args: few: compile only the smallest and the largest verify size, in half the time.
         """
         first = self._programs.buckets[0]
         self._few = few and len(self._programs.sizes[first]) > 2
@@ -62,29 +62,28 @@ class Readiness:
         trim_memory()
 
     def has(self, rows: int) -> bool:
-        """Whether a batch may have so many rows."""
+        """Whether the programs for batches of `rows` rows are compiled."""
         return rows in self._rows
 
     def staircase(self, rows: int) -> Staircase:
-        """The verify sizes that a round of so many rows may have by now, and their times."""
+        """The compiled verify sizes of a round of `rows` rows, and their times."""
         few = self._few and rows == self._rows[0]
         return self._programs.staircase(rows, self.times[rows], few=few)
 
     @property
     def lacks_grammars(self) -> bool:
-        """Whether requests with grammars must wait: in some of the batches that may be, they
-        could not run."""
+        """Whether requests with grammars must wait: some batch size lacks their programs."""
         return self._grammars and not self._restricted.issuperset(self._rows)
 
     def ask_for_grammars(self) -> None:
-        """Has `prepare` compile what requests with grammars need as well."""
+        """Makes `prepare` compile the programs of requests with grammars too."""
         self._grammars = True
 
     def prepare(self) -> bool:
-        """Compiles the next programs that are missing; False if none are.
+        """Compiles the next missing programs; returns False if none are missing.
 
-        Any thread may call it while another steps the engine. Meanwhile requests that need the
-        programs wait, and no others do.
+        Any thread may call it while another steps the engine. Only requests that need these
+        programs wait.
         """
         piece = self._next_piece()
         if piece is None:
@@ -108,7 +107,7 @@ class Readiness:
 
     def _add_rows(self, rows: int) -> None:
         self._programs.compile_rows(rows)
-        if self._grammars:  # of a request that runs, perhaps, so they must be there before
+        if self._grammars:  # before larger batches: a running request may need them there
             self._add_grammars(rows)
         self._rows.append(rows)
 
@@ -117,19 +116,19 @@ class Readiness:
         self._few = False
 
     def measure(self, *, repeats: int = REPEATS) -> bool:
-        """Measures rounds of every size once; False once that was done `repeats` times, if the
-        step times are known, or while programs are missing."""
+        """Times a round of every size once. Returns False if there is nothing to measure: after
+        `repeats` calls, if step times are known, or while programs are missing."""
         if self._known or not self._rows or self._next_piece() is not None:
             return False
         self._turns.append(self._programs.turn())
         if len(self._turns) == repeats:
-            self._known = True  # also if the curve is of no use
+            self._known = True  # even if the curve turns out unusable
             self.use(Curve(self._programs.setup(), least(self._turns)))
             trim_memory()
         return True
 
     def use(self, curve: Curve) -> None:
-        """Chooses by these step times. Raises ValueError: see `Curve.check`."""
+        """Makes the schedule use these step times. Raises ValueError: see `Curve.check`."""
         curve.check(self._programs.setup())
         self.curve, self._known = curve, True
         self.times = {rows: curve.times(rows) for rows in self._programs.buckets}

@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out."""
+"""Requests to an engine, and its updates."""
 
 from __future__ import annotations
 
@@ -30,13 +30,12 @@ class Request:
 
     Attributes:
       prompt: token ids.
-      seed: decides what is sampled, as `jaxspec.generate(seed=[seed])` does; or the typed key
-        that would follow from it.
-      logprobs: alternatives whose log-probabilities come beside those of the new tokens; None
-        for neither.
-      prompt_logprobs: they come for the prompt's tokens too; all of the prompt is run for it.
-      cache_salt: prefixes of prompts are shared by requests with the same one.
-      grammar: what the answer keeps to; it ends with one of the target's own stop ids.
+      seed: seed of sampling, as in `jaxspec.generate(seed=[seed])`, or a typed key.
+      logprobs: number of alternative tokens whose log-probabilities are returned, besides those
+        of the new tokens; None returns no log-probabilities.
+      prompt_logprobs: also for the prompt's tokens, all of which are then run.
+      cache_salt: prefix cache entries are shared only by requests with equal salts.
+      grammar: grammar of the answer, which ends with one of the target's own stop ids.
     """
 
     prompt: Sequence[int]
@@ -50,14 +49,14 @@ class Request:
 
     @property
     def asked(self) -> int:
-        """Which log-probabilities are kept on the device."""
+        """Which log-probabilities the device keeps (`decoding.logprobs`)."""
         if self.logprobs is None:
             return logprobs.NONE
         return logprobs.ALL if self.prompt_logprobs else logprobs.NEW
 
     @property
     def keys(self) -> jax.Array:
-        """[1] typed, the key of its samples."""
+        """The typed key [1] of its samples."""
         return request_keys([self.seed], 1) if type(self.seed) is int else self.seed[None]
 
     def check(self, config: TargetConfig, room: int, top_logprobs: int) -> None:
@@ -79,8 +78,8 @@ class Request:
         if places > room:
             raise ValueError(
                 f"a prompt of {len(self.prompt)} tokens and {self.max_new_tokens} new ones "
-                f"need {places} places; requests have {room} here. Shorten the prompt or ask "
-                "for fewer tokens"
+                f"exceed the {room} tokens that this engine allows per request; shorten the "
+                "prompt or ask for fewer tokens"
             )
         keyed = isinstance(self.seed, jax.Array) and jnp.issubdtype(
             self.seed.dtype, jax.dtypes.prng_key
@@ -99,31 +98,31 @@ class Request:
             if self.prompt_logprobs:
                 raise ValueError("prompt_logprobs needs logprobs, the number of alternatives")
         elif not top_logprobs:
-            raise ValueError("log-probabilities are not kept here: top_logprobs is 0")
+            raise ValueError("this engine keeps no log-probabilities: its top_logprobs is 0")
         elif not 0 <= self.logprobs <= top_logprobs:
             raise ValueError(f"logprobs is {self.logprobs}; expected 0 … {top_logprobs} here")
 
 
 def _check_ends(sampling: Sampling, config: TargetConfig) -> None:
-    """An answer that is complete has no other token to go on with."""
+    """A complete answer must be able to stop: the grammar allows nothing but a stop id."""
     if not set(config.eos_token_ids) <= set(stop_ids_of(sampling, config)):
         raise ValueError(
-            "an answer that keeps to a grammar ends with the target's own stop ids; stop_ids "
-            "must have them"
+            "an answer with a grammar ends with one of the target's own stop ids; stop_ids "
+            "must include them"
         )
     if sampling.min_tokens:
         raise ValueError(
-            f"min_tokens is {sampling.min_tokens}; a grammar decides where its answer ends. "
-            "Leave it out"
+            f"min_tokens is {sampling.min_tokens}, but a grammar decides where its answer "
+            "ends; leave min_tokens out"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogProb:
-    """The target's law where a token stands.
+    """Log-probabilities of the target at one position.
 
     Attributes:
-      logprob: of the token; None for the first of a text.
+      logprob: of `token`; None for the first token of a text.
       top: the likeliest tokens and their log-probabilities, best first.
     """
 
@@ -135,11 +134,11 @@ class TokenLogProb:
 def read_logprobs(
     laws: LogProbs, row: int, places: Sequence[int], tokens: Sequence[int], top: int
 ) -> tuple[TokenLogProb, ...]:
-    """Those of some places of a row, with `top` alternatives each.
+    """Log-probabilities at some positions of a row, with `top` alternatives each.
 
     Args:
       laws: fetched from the device.
-      tokens: by place.
+      tokens: the row's tokens by position.
     """
     return tuple(
         TokenLogProb(
@@ -163,14 +162,14 @@ class Update:
 
     Attributes:
       id: what `Engine.submit` returned.
-      tokens: decided since the last update, a final stop id included.
-      finish: why it ended; None while it goes on.
+      tokens: new tokens since the last update, a final stop id included.
+      finish: why the request ended; None while it goes on.
       stats: counts of the whole request, with `finish`; None before, or if it never ran.
-      logprobs: of `tokens`, where they were asked for.
-      prompt_logprobs: of the prompt's tokens, with the first update.
-      cached: tokens of the prompt that were not run again, with the first tokens.
-      waited: seconds in the queue, with the first tokens.
-      failure: why a "stuck" one could not go on.
+      logprobs: of `tokens`, if asked for.
+      prompt_logprobs: of the prompt's tokens, in the first update.
+      cached: prompt tokens taken from the prefix cache, in the first update with tokens.
+      waited: seconds in the queue, in the first update with tokens.
+      failure: why a request that ended as "stuck" could not go on.
     """
 
     id: int

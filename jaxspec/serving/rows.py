@@ -1,8 +1,8 @@
-"""The device's side of continuous batching: rows that are filled, moved and emptied.
+"""The device side of continuous batching: filling, moving and freeing rows.
 
-A batch has as many rows as a bucket (1, 2, 4, … slots) and grows or shrinks to the next one,
-so that a single request does not pay for empty slots. Prompts run in a batch of their own, of
-one row, a chunk at a time, and are copied into a free row when they are done.
+A batch has one of a few numbers of rows (1, 2, 4, … slots) and grows or shrinks to the next,
+so that a single request does not pay for empty slots. A prompt runs chunk by chunk in its own
+batch of one row, which is copied into a free row when it is done.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def end_prompt(
     """The first new token, and a batch of one row ready to `place_row`.
 
     Args:
-      final: of `Prefilling`.
-      held: its cache, its drafter's state and its log-probabilities.
+      final: `Prefilling.final`.
+      held: the cache, drafter's state and log-probabilities of `Prefilling`.
       allowed: as for `end_prefill`.
     """
     state = end_prefill(params, requests, Prefilling(*held, final), allowed)
@@ -92,20 +92,20 @@ def place_row(batch: Batch, fresh: Batch, row: jax.Array) -> Batch:
 
 @jax.jit
 def move_rows(batch: Batch, rows: jax.Array) -> Batch:
-    """A batch of the given rows [B'] of another; -1 is an empty row."""
+    """A batch of the given rows [B'] of another; -1 gives an empty row."""
     moved = jax.tree.map(lambda x: x[rows], batch)
     return _with_done(moved, moved.state.done | (rows < 0))
 
 
 @functools.partial(jax.jit, donate_argnames="batch")
 def stop_rows(batch: Batch, stopped: jax.Array) -> Batch:
-    """Makes the rows of a mask [B] done."""
+    """Marks the rows of a mask [B] as done."""
     return _with_done(batch, batch.state.done | stopped)
 
 
 @functools.partial(jax.jit, static_argnames="width")
 def recent_tokens(batch: Batch, start: jax.Array, *, width: int) -> jax.Array:
-    """[B, width] tokens from position `start` [B] on."""
+    """The tokens [B, width] from position `start` [B] on."""
     index = start[:, None] + jnp.arange(width)
     return batch.state.tokens.at[jnp.arange(start.shape[0])[:, None], index].get(
         mode="fill", fill_value=NO_TOKEN
@@ -114,7 +114,7 @@ def recent_tokens(batch: Batch, start: jax.Array, *, width: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="width")
 def recent_logprobs(batch: Batch, start: jax.Array, *, width: int) -> LogProbs | None:
-    """Those of `recent_tokens`; past the end of a row they are those of its last place."""
+    """Log-probabilities of `recent_tokens`; past a row's end, those of its last position."""
     index = start[:, None] + jnp.arange(width)
     row = jnp.arange(start.shape[0])[:, None]
     return jax.tree.map(lambda x: x.at[row, index].get(mode="clip"), batch.state.logprobs)

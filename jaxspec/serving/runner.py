@@ -12,8 +12,8 @@ from jaxspec.decoding.curve import Curve
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.requests import Request, Update
 
-QUIET_SECONDS = 1.0  # without requests, after which programs are prepared
-PATIENCE = 30.0  # seconds that preparing waits for such a moment
+QUIET_SECONDS = 1.0  # idle time after which programs are prepared
+PATIENCE = 30.0  # maximum seconds that preparing waits for idle time
 
 log = logging.getLogger("uvicorn.error")
 
@@ -23,9 +23,9 @@ class EngineFailed(Exception):
 
 
 class Ticket:
-    """One submitted request: iterate over its updates, the last of which has `finish`.
+    """A submitted request: iterate over its updates; the last one has `finish`.
 
-    As a context manager it cancels the request unless that has ended.
+    As a context manager it cancels the request on exit, unless it has ended.
     """
 
     def __init__(self, runner: Runner, request: Request):
@@ -70,22 +70,22 @@ class Runner:
     `max_new_tokens`.
 
     Attributes:
-      engine: it may be asked for its counts; only this class steps it.
-      on_step: is called after every step with its seconds and the tokens it decided.
+      engine: others may read its counts; only this class steps it.
+      on_step: called after every step with its seconds and its number of new tokens.
     """
 
     def __init__(self, engine: Engine, on_curve: Callable[[Curve], object] | None = None):
         """Args:
-        engine: warm, or `open`; the rest is then compiled beside its requests, and step times
-          are measured while there are none.
-        on_curve: is called with step times that were measured.
+        engine: after `warm_up` or `open`. After `open` the remaining programs are compiled
+          while it serves, and step times are measured while it is idle.
+        on_curve: called with the measured step times.
         """
         self.engine, self._on_curve = engine, on_curve
         self.on_step: Callable[[float, int], object] = lambda seconds, tokens: None
         self._lock = threading.Lock()
         self._tickets: dict[int, Ticket] = {}
         self._wake = threading.Event()
-        self._news = threading.Event()  # for the compiler: a request, or a step was made
+        self._news = threading.Event()  # wakes the compiling thread: a request or a step
         self._closing = False
         self._failure: Exception | None = None
         engine.ready.beside = True
@@ -123,7 +123,7 @@ class Runner:
         return ticket
 
     def close(self) -> None:
-        """Stops the thread after the step at hand; requests that run are given up."""
+        """Stops the thread after the current step; running requests fail."""
         self._closing = True
         self._news.set()
         self._wake.set()
@@ -157,7 +157,7 @@ class Runner:
                 decided = sum(len(update.tokens) for update in updates)
                 self.on_step(time.perf_counter() - began, decided)
                 self._give_out(updates)
-        except Exception as error:  # told to everyone who waits, and to /health
+        except Exception as error:  # passed on to all waiting clients and to /health
             self._failure = error
         finally:
             self._closing = True
@@ -172,7 +172,7 @@ class Runner:
             while not self._closing:
                 self._give_way()
                 if self.engine.ready.prepare():
-                    self._wake.set()  # somebody may wait for it
+                    self._wake.set()  # a request may wait for these programs
                     continue
                 self._wake.set()  # there is time to measure
                 self._news.wait()
@@ -182,7 +182,7 @@ class Runner:
         self._wake.set()
 
     def _give_way(self) -> None:
-        """Waits for a moment without requests; not while one needs what is to be prepared."""
+        """Waits until the engine is idle, unless a request needs the next programs."""
         until = time.monotonic() + PATIENCE
         while True:
             self._news.clear()
@@ -194,12 +194,12 @@ class Runner:
                 return
 
     def _measured(self) -> bool:
-        """Measures for a moment, if there is something to measure."""
+        """Measures once, if there is something to measure; returns whether it did."""
         try:
             if not self.engine.ready.measure():
                 return False
         except ValueError as error:
-            log.warning("the schedule goes on with guessed step times: %s", error)
+            log.warning("step times are unusable, the schedule keeps guessing them: %s", error)
             return False
         curve = self.engine.ready.curve
         if self._on_curve is not None and curve is not None:

@@ -1,5 +1,4 @@
-"""The running batch as the host sees it: which request has which row, and how many rows there
-are."""
+"""The host's view of the running batch: its number of rows, and each row's request."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from jaxspec.serving.matcher import Matcher
 from jaxspec.serving.programs import Programs
 from jaxspec.serving.requests import Request, Update, read_logprobs
 
-SHRINK_AFTER = 8  # rounds with too many rows
+SHRINK_AFTER = 8  # consecutive rounds with too many rows
 
 
 @dataclasses.dataclass
@@ -24,9 +23,9 @@ class Running:
     """A request that has a row, or waits for one.
 
     Attributes:
-      submitted: time.perf_counter().
-      length: tokens decided and given out, prompt included.
-      matcher: where the answer is in its grammar, if it has one.
+      submitted: time of submission, by time.perf_counter().
+      length: tokens returned so far, prompt included.
+      matcher: the answer's position in its grammar, if it has one.
     """
 
     id: int
@@ -36,7 +35,7 @@ class Running:
     matcher: Matcher | None = None
 
     def advance(self, tokens: Sequence[int]) -> str | None:
-        """After these tokens; why the answer cannot go on, if so."""
+        """Advances the grammar by tokens; returns why the answer cannot go on, or None."""
         self.length += len(tokens)
         if self.matcher is None:
             return None
@@ -44,11 +43,11 @@ class Running:
         return self.matcher.failure
 
     def progress(self, tokens: np.ndarray, laws: LogProbs | None, row: int) -> Update:
-        """What a burst decided for it.
+        """The request's update after a burst.
 
         Args:
           tokens: [n] int32.
-          laws, row: recent log-probabilities, and the request's row of them.
+          laws, row: recent log-probabilities, and the request's row in them.
         """
         ids, top = tokens.tolist(), self.request.logprobs
         found = () if top is None else read_logprobs(laws, row, range(len(ids)), ids, top)
@@ -56,11 +55,11 @@ class Running:
 
 
 class RunningRows:
-    """The rows of a batch, as many as one of the programs' buckets.
+    """The rows of a batch, in one of the programs' bucket sizes.
 
     Attributes:
-      batch: the device's side; None before `open`.
-      requests: of every row; None for a free one.
+      batch: the batch on the device; None before `open`.
+      requests: the request of every row; None for a free row.
     """
 
     def __init__(self, programs: Programs):
@@ -74,35 +73,35 @@ class RunningRows:
 
     @property
     def taken(self) -> Iterator[tuple[int, Running]]:
-        """Rows with a request, and these."""
+        """Pairs of row and request, without free rows."""
         return ((i, x) for i, x in enumerate(self.requests) if x is not None)
 
     @property
     def running(self) -> int:
-        """How many have a request."""
+        """Number of rows with a request."""
         return sum(1 for _ in self.taken)
 
     @property
     def grown(self) -> bool:
-        """Whether there are more than the fewest."""
+        """Whether there are more rows than in the smallest batch."""
         return len(self) > self._programs.buckets[0]
 
     def open(self) -> None:
-        """Makes the batch, all of its rows free."""
+        """Creates the batch, with all rows free."""
         self.batch = self._programs.empty(len(self))
 
     def lengths(self) -> np.ndarray:
-        """Tokens given out, [B] int32; 0 of free rows."""
+        """Tokens returned so far, [B] int32; 0 for free rows."""
         return np.array([x.length if x else 0 for x in self.requests], np.int32)
 
     def place(self, running: Running, fresh: Batch, may_have: Callable[[int], bool]) -> bool:
-        """Gives a request whose prompt has run a row, of a larger batch if need be.
+        """Gives a prefilled request a row, in a larger batch if need be.
 
         Args:
-          may_have: whether there may be so many rows.
+          may_have: whether a batch may have this number of rows.
 
         Returns:
-          Whether there is one for it.
+          Whether a row was found.
         """
         if self.running == len(self):
             larger = [n for n in self._programs.buckets if n > len(self)]
@@ -122,10 +121,10 @@ class RunningRows:
             self.batch = self._programs.stop_rows(self.batch, mask)
 
     def release(self, last: dict[int, Update]) -> list[Update]:
-        """Frees rows; their last updates, with counts.
+        """Frees rows; returns their last updates, completed with counts.
 
         Args:
-          last: by row, its last update without them.
+          last: last update of each row, without counts.
         """
         if not last:
             return []
@@ -139,11 +138,11 @@ class RunningRows:
         return updates
 
     def fit(self, rounds: int, *, awaited: bool) -> None:
-        """Shrinks a batch that has been too large for a while, or is empty.
+        """Shrinks a batch that is empty or has been too large for SHRINK_AFTER rounds.
 
         Args:
-          rounds: since the last call.
-          awaited: a request will need a row.
+          rounds: rounds since the last call.
+          awaited: whether a request will need a row.
         """
         smaller = [n for n in self._programs.buckets if n < len(self)]
         if not smaller or self.running > smaller[-1] or awaited:

@@ -1,13 +1,13 @@
 """An OpenAI-compatible HTTP server: completions and chat, whole or streamed.
 
 ======================  =======================================================
-GET  /                  a page that shows the trees of an answer, if it is offered
+GET  /                  a page that shows the trees of an answer, if enabled
 POST /v1/completions    prompts, texts or token ids
 POST /v1/chat/completions  text messages
 GET  /v1/models         the one model
 GET  /v1/models/{id}    the same
-GET  /health            200 while requests are served, however many; 503 after
-GET  /ready             200 while one more request would be taken, else 503
+GET  /health            200 while the engine runs, however busy; 503 once it has stopped
+GET  /ready             200 while the queue takes another request, else 503
 GET  /metrics           Prometheus
 ======================  =======================================================
 
@@ -48,7 +48,7 @@ from jaxspec.serving.runner import EngineFailed, Runner
 from jaxspec.serving.shapes import Shape, error_body
 from jaxspec.serving.watching import Watcher
 
-LAST_WORDS_SECONDS = 5  # for the errors of answers that are given up
+LAST_WORDS_SECONDS = 5  # to send errors to answers that are cut off
 
 
 def application(
@@ -62,8 +62,8 @@ def application(
     """The ASGI application; closing it closes the runner.
 
     Args:
-      names: of the model; requests may use any, responses carry the first.
-      page: offers `/`, where anybody who is let in may watch an answer.
+      names: names of the model; requests may use any, responses carry the first.
+      page: serve the page at `/`, which shows one answer's trees.
 
     Raises:
       ValueError: the target has no tokenizer.
@@ -101,7 +101,7 @@ def application(
 
 
 def check_servable(target: Target) -> None:
-    """Raises ValueError when the target has no tokenizer; nothing need be compiled for it."""
+    """Raises ValueError if the target has no tokenizer; call it before compiling."""
     if target.tokenizer is None:
         raise ValueError(f"target {target.name!r} has no tokenizer; a server needs one")
 
@@ -118,13 +118,13 @@ def server(
 ) -> uvicorn.Server:
     """A server, not yet running: `.run()` blocks.
 
-    On loopback it answers under the names of loopback alone. It offers its page on loopback,
-    and elsewhere to those who have the key.
+    On loopback it answers only to the host names of loopback. It serves its page on loopback
+    and, elsewhere, with an API key.
 
     Args:
       names: see `application`.
-      drain_seconds: that answers may take to end once the server is told to; what is not
-        ended by then ends with an error.
+      drain_seconds: seconds that running answers get to finish at shutdown; then they end with
+        an error.
     """
     if host in LOOPBACK:
         access = dataclasses.replace(access, hosts=(*LOOPBACK, "[::1]"))
@@ -146,8 +146,8 @@ def server(
 
 
 class _Draining(uvicorn.Server):
-    """Ends requests that are still running at the deadline with an error, so that their
-    connections close in order; uvicorn would just cancel them."""
+    """At the deadline, ends running requests with an error, so that their connections close in
+    order; uvicorn would just cancel them."""
 
     def __init__(self, config: uvicorn.Config, runner: Runner, seconds: float):
         super().__init__(config)
@@ -164,7 +164,7 @@ class _Draining(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket for `uvicorn.Server.run`; connections are refused until that listens.
+    """A bound socket for `uvicorn.Server.run`, which refuses connections until that listens.
 
     Raises:
       ValueError: the address is not available.
@@ -218,7 +218,7 @@ class _Service:
     def _check_name(self, name: Any) -> None:
         if name not in self.names:
             raise BadRequest(
-                f"there is no model {name!r}; this server has {self.names[0]!r}", "model", 404
+                f"model {name!r} is not here; this server has {self.names[0]!r}", "model", 404
             )
 
     async def health(self, request: Request) -> Response:
@@ -242,10 +242,10 @@ class _Service:
     async def _answer(self, request: Request, read: Callable, chat: bool) -> Response:
         try:
             data = await self.body(request)
-            # Tokenizing takes long for long texts; the other requests go on meanwhile.
+            # In a thread: tokenizing a long text would block the event loop.
             asked = await asyncio.to_thread(self._understand, data, read)
             tickets = contextlib.ExitStack()
-            with tickets:  # all of them, or none
+            with tickets:  # submit all requests or none
                 submitted = [
                     tickets.enter_context(self.runner.submit(own)) for own in asked.requests
                 ]
@@ -270,7 +270,7 @@ class _Service:
             raise
         self.metrics.prompt_tokens.inc(asked.prompt_tokens)
         choices = [Choice(ticket, self.metrics.follow()) for ticket in submitted]
-        for choice in choices:  # whatever has not ended when nobody reads on
+        for choice in choices:  # those not ended when the client disconnects
             tickets.callback(choice.watch.end, "disconnected")
         kind = "chatcmpl" if chat else "cmpl"
         shape = Shape(chat, f"{kind}-{uuid.uuid4().hex}", int(time.time()), self.names[0])
@@ -323,8 +323,8 @@ class _Service:
         understood = read(body, self.target, config, self.grammars)
         if len(understood.requests) > config.queue:
             raise BadRequest(
-                f"{len(understood.requests)} answers are asked for; this server takes up to "
-                f"{config.queue} at a time",
+                f"the body asks for {len(understood.requests)} answers; this server takes up "
+                f"to {config.queue} at a time",
                 "n",
             )
         return understood

@@ -1,4 +1,4 @@
-"""The answers of OpenAI's completions and chats as JSON: whole, in chunks, and errors."""
+"""OpenAI's completion and chat responses as JSON: whole, in chunks, and errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Answer:
 
     Attributes:
       finish: why it ended.
-      logprobs: in OpenAI's shape, as `calls` are: the calls of tools.
+      logprobs, calls: log-probabilities and tool calls, in OpenAI's format.
     """
 
     text: str
@@ -31,9 +31,9 @@ def _choice(index: int, body: dict, finish: str | None, logprobs: dict | None) -
 def usage(
     prompt_tokens: int, completion_tokens: int, stats: DecodeStats | None, cached: int
 ) -> dict:
-    """The usage object; `speculation` says what the answer took.
+    """The usage object; `speculation` has the counts of rounds and acceptance.
 
-    Args: cached: tokens of prompts that were not run again.
+    Args: cached: prompt tokens taken from the prefix cache.
     """
     stats = stats or DecodeStats((), 0)
     return {
@@ -89,7 +89,7 @@ class Shape:
         logprobs: dict | None = None,
         usage: dict | None = None,
     ) -> dict:
-        """Args: calls, logprobs, usage: told in this chunk, if they are given."""
+        """Args: calls, logprobs, usage: included in this chunk if given."""
         if self.chat:
             delta: dict[str, Any] = {"role": "assistant"} if first else {}
             if text or (first and not calls):

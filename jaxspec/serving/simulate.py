@@ -1,9 +1,9 @@
-"""Simulates the scheduler: its real code, with the estimated step times of another machine.
+"""Simulates the scheduler: its real code, with estimated step times of another machine.
 
-Nothing in it is a measurement. Requests arrive, every round takes what a step-time curve says,
-and drafts are accepted with probabilities drawn per request; which nodes are verified is
-decided by `decoding.budget`, the functions that the engine runs. It shows from which load on a
-fixed draft costs more than it gains, and how the schedule reacts.
+Nothing in it is a measurement. Requests arrive, every round takes the time that a step-time
+curve gives, and drafts are accepted with probabilities drawn per request. `decoding.budget`,
+the code that the engine runs, chooses the nodes to verify. The simulation shows from which load
+on a fixed draft costs more than it gains, and how the schedule reacts.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ admit_jit, best_size_jit = jax.jit(admit), jax.jit(best_size)
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Floors of a round: bytes that must move and products that must be made.
+    """Lower bounds on a round's time, from bytes moved and arithmetic.
 
     Defaults: one H100 SXM and Qwen3-8B in bfloat16, decoding at 2048 tokens of context.
 
     Attributes:
-      bytes_per_second, flops_per_second: what the machine can do; no kernel reaches them.
-      weight_bytes: read once per round.
-      cache_bytes: read per row and round.
-      flops_per_node: of the target.
-      draft_seconds: of a round's drafting with one row, and per further row.
+      bytes_per_second, flops_per_second: the machine's peak rates, which no kernel reaches.
+      weight_bytes: bytes of weights read once per round.
+      cache_bytes: bytes of cache read per row and round.
+      flops_per_node: the target's arithmetic per node.
+      draft_seconds: seconds of drafting per round with one row, and per further row.
     """
 
     bytes_per_second: float = 3.35e12
@@ -64,10 +64,10 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Simulated:
-    """A simulation's result; seconds are simulated ones.
+    """A simulation's result, in simulated seconds.
 
     Attributes:
-      tokens_per_second: of all requests.
+      tokens_per_second: over all requests.
       per_token: mean seconds per token as a request sees them, from its slot on.
       first_token: mean seconds from a request's arrival to the end of its first round, the
         wait for a slot included; a prompt itself takes no time.
@@ -102,10 +102,10 @@ def simulate(
       tokens: new tokens of each.
       depth: tokens drafted per round.
       max_nodes: of all rows in a round.
-      acceptance: parameters (a, b) of the Beta law that a request's chance per drafted token
-        is drawn from; 6, 2 has mean 0.75. Every round's own chances vary around it, and the
-        drafter's confidence knows them: it is calibrated.
-      age: rounds that lie between a draft and the size it informs.
+      acceptance: parameters (a, b) of the Beta distribution of a request's acceptance
+        probability per drafted token; (6, 2) has mean 0.75. Each round's probabilities vary
+        around it, and the drafter's confidence equals them: it is calibrated.
+      age: rounds between a draft and the verify size that it informs.
     """
     dice = np.random.default_rng(seed)
     chance = dice.beta(*acceptance, size=len(arrivals))
@@ -172,7 +172,7 @@ def _decide(rule, times, fresh, known, rows, depth) -> tuple[int, np.ndarray]:
 
 
 def _confidences(dice, chance: np.ndarray, depth: int) -> np.ndarray:
-    """This round's chances of every slot, around each request's own."""
+    """This round's acceptance probabilities per slot, around each request's own."""
     spread = 8.0
     return dice.beta(spread * chance, spread * (1 - chance), size=(depth, len(chance))).T
 

@@ -1,12 +1,12 @@
-"""Tools: what a request offers, the grammar of calls, and the calls read back from the text.
+"""Tool calls: the tools of a request, the grammar of calls, and parsing them from the answer.
 
-A call has the form that Qwen3's chat template asks for::
+A call has the form of Qwen3's chat template::
 
     <tool_call>
     {"name": "weather", "arguments": {"city": "Rome"}}
     </tool_call>
 
-Its arguments keep to the tool's schema, whoever decides whether there is a call.
+Its arguments always match the tool's schema.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ TEXT: /(.|\n)*/ & ~/(.|\n)*<tool_call>(.|\n)*/
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-    """What a request offers.
+    """The tools of a request.
 
     Attributes:
-      offered: for the chat template, as they were sent.
-      grammar: of answers, its text.
-      free: the answer may be without a call.
+      offered: the tools as they were sent, for the chat template.
+      grammar: text of the grammar of answers.
+      free: whether the answer may contain no call.
     """
 
     offered: tuple[dict, ...]
@@ -48,8 +48,8 @@ class Tools:
 
 
 def read_tools(fields: Fields) -> Tools | None:
-    """`tools`, `tool_choice` and `parallel_tool_calls`; None if nothing may be called, and then
-    the model is not told of any."""
+    """Reads `tools`, `tool_choice` and `parallel_tool_calls`; None if no tool may be called, so
+    that the model is shown none."""
     offered = fields.get("tools", [])
     if not isinstance(offered, list) or len(offered) > MAX_TOOLS:
         raise BadRequest(f"tools must be a list of up to {MAX_TOOLS} tools", "tools")
@@ -65,7 +65,7 @@ def read_tools(fields: Fields) -> Tools | None:
     if choice == "none" or (choice == "auto" and not schemas):
         return None
     if not schemas:
-        raise BadRequest("tool_choice asks for a call, and there are no tools", "tool_choice")
+        raise BadRequest("tool_choice asks for a call, but tools is empty", "tool_choice")
     callable_ = {named: schemas[named]} if named else schemas
     free = choice == "auto"
     grammar = calls_text(callable_, free=free, several=several and not named)
@@ -105,12 +105,12 @@ def _named(choice: Any, schemas: dict[str, dict]) -> str | None:
 
 
 def calls_text(schemas: dict[str, dict], *, free: bool, several: bool) -> str:
-    """The text of a grammar.
+    """The text of the grammar of answers with calls.
 
     Args:
-      schemas: of the arguments, by the tool's name.
+      schemas: schemas of the arguments, by tool name.
       free: any text may come before the calls, or instead of them.
-      several: more than one call may be made.
+      several: there may be more than one call.
     """
     more = f"({lark_text(chr(10) + OPEN)} call)*" if several else ""
     start = f"TEXT | lead call {more}" if free else f"{lark_text(OPEN)} call {more}"
@@ -123,19 +123,19 @@ def calls_text(schemas: dict[str, dict], *, free: bool, several: bool) -> str:
 
 
 class CallReader:
-    """Divides the text of an answer into what it says and the calls it makes, as it grows.
+    """Splits a growing answer into plain text and tool calls.
 
     Attributes:
-      count: calls so far.
+      count: number of calls so far.
     """
 
     def __init__(self):
         self._held, self._inside, self.count = "", False, 0
 
     def add(self, text: str, *, last: bool = False) -> tuple[str, list[dict]]:
-        """What is said, and what is new of calls, in the shape of a stream's `tool_calls`.
+        """The new plain text, and the new parts of calls as a stream's `tool_calls`.
 
-        Args: last: nothing comes after this text.
+        Args: last: no text comes after this one.
         """
         self._held += text
         said, calls = "", []
@@ -151,7 +151,7 @@ class CallReader:
                 return said, calls
 
     def _said(self, last: bool) -> tuple[str, bool]:
-        """Text up to a call, and whether one begins."""
+        """The text up to a call, and whether a call begins."""
         if (at := self._held.find(OPEN)) >= 0:
             said, self._held = self._held[:at], self._held[at:]
             return said.removesuffix("\n"), True
@@ -161,7 +161,7 @@ class CallReader:
         return said, False
 
     def _head(self, calls: list[dict]) -> bool:
-        """A call's name, once it is there in full."""
+        """Reads a call's name, once it is complete."""
         found = HEAD.match(self._held, len(OPEN))
         if found is None:
             return False
@@ -173,7 +173,7 @@ class CallReader:
         return True
 
     def _arguments(self, calls: list[dict], last: bool) -> bool:
-        """More of a call's arguments; whether the call has ended."""
+        """Reads more of a call's arguments; returns whether the call has ended."""
         at = self._held.find(CLOSE)
         keep = 0 if last else overlap(self._held, CLOSE)
         cut = at if at >= 0 else len(self._held) - keep
@@ -186,7 +186,7 @@ class CallReader:
 
 
 def joined_calls(parts: list[dict]) -> list[dict]:
-    """Whole calls, from those of a stream."""
+    """Joins a stream's parts of calls into whole calls."""
     calls: list[dict] = []
     for part in parts:
         if part["index"] == len(calls):

@@ -1,8 +1,8 @@
-"""One answer decoded for people to watch: every round's tree, who proposed each node, and what
-the target made of it.
+"""Decodes one answer for people to watch: every round's tree, which part of the drafter
+proposed each node, and what the target accepted.
 
-It runs beside the engine, with programs and a cache of its own, and shares the weights alone:
-ordinary requests pay for it only while it runs.
+It runs beside the engine with its own programs and cache, and shares only the weights: it slows
+other requests only while it runs.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from jaxspec.models.target import Target
 from jaxspec.trees.tree import NO_PARENT, DraftTree
 
 TARGET, DRAFTER, LOOKUP = "target", "drafter", "lookup"
-PLAIN_EVERY = 2  # rounds: a machine that is busy for a while then slows both alike
-USUAL = 128  # new tokens of an answer
+PLAIN_EVERY = 2  # rounds per timed plain round: interleaved, load slows both alike
+USUAL = 128  # default maximum of new tokens
 Path = tuple[int, ...]
 
 
@@ -58,7 +58,7 @@ class Watcher:
         self._free, self._compiled = threading.Lock(), set()
 
     def reserve(self) -> bool:
-        """Whether nobody else watches; the one who does must `release`."""
+        """Reserves the watcher; returns False if it is taken. The holder must `release` it."""
         return self._free.acquire(blocking=False)
 
     def release(self) -> None:
@@ -72,25 +72,25 @@ class Watcher:
         sampling: Sampling,
         seed: int = 0,
     ) -> Iterator[dict[str, Any]]:
-        """The answer as JSON values: "start", a "round" each, "end".
+        """The answer as JSON values: a "start", one "round" per round, an "end".
 
-        A "start" has the first token; a "round" its tree (`nodes`), the tokens decided, its
-        milliseconds, and now and then those of a round of plain decoding beside it
-        (`plain_ms`, else None); an "end" the counts.
+        A "start" has the first token; a "round" its tree (`nodes`), the new tokens, its
+        milliseconds, and in every PLAIN_EVERY-th round those of a plain round (`plain_ms`, else
+        None); an "end" the counts.
 
         Args:
-          max_new_tokens: `USUAL`, or what there is room for, by default.
+          max_new_tokens: by default `USUAL`, or as many as fit.
 
         Raises:
-          ValueError: the prompt and its answer have no room.
+          ValueError: the prompt and its answer do not fit.
         """
         if max_new_tokens is None:
             max_new_tokens = max(1, min(USUAL, self.room - len(prompt)))
         check_positions(self.target.config, len(prompt), max_new_tokens)
         if len(prompt) + max_new_tokens > self.room:
             raise ValueError(
-                f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones need more "
-                f"than the {self.room} places of a request here"
+                f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones exceed the "
+                f"{self.room} tokens that this server allows per request"
             )
         return self._events(list(prompt), max_new_tokens, sampling, seed)
 
@@ -175,7 +175,7 @@ class Watcher:
 
 
 class _PlainRounds:
-    """Rounds of plain decoding from a state on, timed beside those that are watched."""
+    """Rounds of plain decoding from a given state, timed for comparison."""
 
     def __init__(self, decoder: Decoder, params: Params, state, sampling):
         self._decoder, self._params = decoder, params
@@ -185,7 +185,7 @@ class _PlainRounds:
         self._sampling = dataclasses.replace(sampling, stop_ids=stops)
 
     def milliseconds(self) -> float:
-        """Of one more round; fewer of them run than there are tokens to decode."""
+        """Milliseconds of one more round; call it fewer times than there are tokens left."""
         open_end = dict(done=jnp.zeros_like(self._state.done), limit=self._state.length + 2)
         state = dataclasses.replace(self._state, **open_end)
         began = time.perf_counter()
@@ -195,7 +195,7 @@ class _PlainRounds:
 
 
 def paths(tree: DraftTree) -> dict[int, Path]:
-    """The tokens from the root to each valid node of the first row, by node."""
+    """By node, the tokens from the root to each valid node of the first row."""
     found: dict[int, Path] = {}
     for i in np.flatnonzero(tree.valid[0]).tolist():
         parent = int(tree.parents[0, i])
@@ -206,8 +206,8 @@ def paths(tree: DraftTree) -> dict[int, Path]:
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="state")
 def _watch_round(decoder: Decoder, params: Params, state, sampling):
-    """`decode_round`, and what was seen of it: its tree, the trees of the drafter's parts, and
-    the accepted nodes [P + 1], 0 beyond them."""
+    """`decode_round`, which also returns its tree, the trees of the drafter's parts, and the
+    accepted nodes [P + 1], padded with 0."""
     draft, proposed = propose(decoder, params, state, sampling)
     sizes = own_sizes(decoder.drafter, draft.tree)
     size = smallest(sizes, draft.tree, state.done)
@@ -220,7 +220,7 @@ def _watch_round(decoder: Decoder, params: Params, state, sampling):
 
 
 def _proposals(decoder: Decoder, params: Params, state) -> tuple[DraftTree, ...]:
-    """What each part of the drafter drafts alone; XLA drafts once for this and the tree."""
+    """The tree of each part of the drafter; XLA shares this drafting with the joined tree's."""
     parts = decoder.drafter.parts
     single = len(parts) == 1
     own_params = (params.drafter,) if single else params.drafter
@@ -233,5 +233,5 @@ def _proposals(decoder: Decoder, params: Params, state) -> tuple[DraftTree, ...]
 
 
 def _copy(state):
-    """Another one, as compiled programs use up what they are given."""
+    """A copy, as compiled programs donate their argument."""
     return jax.tree.map(jnp.copy, state)

@@ -113,7 +113,7 @@ def test_fp8_in_blocks(tmp_path, capsys):
     assert main(["convert", "--target", str(tmp_path / "source"), "--dtype", "fp8",
                  "--output", str(tmp_path / "fp8")]) == 0  # fmt: skip
     out = capsys.readouterr().out
-    assert "layers.1: rounding changed 2." in out and "fp8, 39 arrays read back" in out
+    assert "layers.1: relative rounding error 2." in out and "fp8, 39 arrays read back" in out
 
     found = SafetensorsFolder(tmp_path / "fp8", quantised=True)
     assert len(found.shapes) == 39  # 25, and the scales of 14

@@ -17,7 +17,7 @@ from tests import tiny
 @pytest.mark.parametrize(
     "prompts, options, message",
     [
-        ([], {}, "no prompts were given; expected a text, a list of ids"),
+        ([], {}, "prompts is empty; expected a text, a list of token ids"),
         ([[]], {}, "prompt 0 is empty; expected at least one token id"),
         ([[1], [3, 11]], {}, r"prompt 1 has token id 11; the target's vocabulary is 0 … 10"),
         ([[-1]], {}, "prompt 0 has token id -1"),
@@ -34,7 +34,7 @@ from tests import tiny
         ([[1]], dict(budget=0), "budget is 0; the drafter's trees have 1 … 16 nodes"),
         ([[1]], dict(batch_size=0), "batch_size is 0; expected at least 1"),
         ([[1], [2]], dict(seed=[1]), "1 seeds for 2 prompts; give one, or one each"),
-        ([[1], [2]], dict(sampling=[Sampling()]), "1 samplings for 2 prompts; give one"),
+        ([[1], [2]], dict(sampling=[Sampling()]), "1 entries for 2 prompts; give one"),
         (
             [[1]],
             dict(sampling=Sampling(stop_ids=tuple(range(9)))),

@@ -186,7 +186,7 @@ def test_command(capsys):
 
 def test_command_with_a_name_nothing_is_known_of(capsys):
     assert main(["plan", "--target", "Qwen/Qwen9", "--no-compile"]) == 2
-    assert "no preset and no folder Qwen/Qwen9" in capsys.readouterr().err
+    assert "no preset and no folder is called Qwen/Qwen9" in capsys.readouterr().err
     assert main(["plan", "--target", "qwen3-8b", "--no-compile", "--drafter", "nonsense"]) == 2
     assert "there is no drafter 'nonsense'; expected shipped" in capsys.readouterr().err
 

@@ -190,7 +190,7 @@ def test_one_model_under_its_names(port):
         assert status == 200 and json.loads(text)["id"] == name
         assert json.loads(text)["max_model_len"] == 60
     status, text = servers.get(port, "/v1/models/other")
-    assert status == 404 and "there is no model 'other'" in json.loads(text)["error"]["message"]
+    assert status == 404 and "model 'other' is not here" in json.loads(text)["error"]["message"]
 
 
 def test_it_is_ready_until_its_queue_is_full():

@@ -232,7 +232,7 @@ def test_a_dead_end_is_not_drafted_and_ends_its_answer_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(sampling=Sampling(stop_ids=())), "ends with the target's own stop ids"),
+        (dict(sampling=Sampling(stop_ids=())), "ends with one of the target's own stop ids"),
         (dict(sampling=Sampling(min_tokens=2)), "a grammar decides where its answer ends"),
     ],
 )

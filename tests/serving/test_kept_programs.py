@@ -151,7 +151,7 @@ def test_a_folder_that_others_can_write_is_not_used(tmp_path):
     folder = tmp_path / "programs"
     folder.mkdir()
     folder.chmod(0o777)
-    with pytest.warns(UserWarning, match="programs can be written by others"):
+    with pytest.warns(UserWarning, match="holds native code and is writable by others"):
         kept = KeptPrograms(folder)
     result, (_, state, _) = run(kept)
     assert equal(result, step(*arguments(), power=2)) and state["x"].is_deleted()

@@ -176,5 +176,5 @@ def test_a_stop_text_ends_the_log_probabilities(client):
 def test_requests_that_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Request((1,), 5, **options).check(tiny.QWEN3, 60, 5)
-    with pytest.raises(ValueError, match="not kept here: top_logprobs is 0"):
+    with pytest.raises(ValueError, match="keeps no log-probabilities: its top_logprobs is 0"):
         Request((1,), 5, logprobs=0).check(tiny.QWEN3, 60, 0)

@@ -212,8 +212,8 @@ REFUSED = [
     (dict(response_format=REGEX | {"pattern": "("}), "unclosed group"),
     (dict(guided_json={"uniqueItems": True, "type": "array"}), "uniqueItems"),
     (dict(guided_json="{"), "guided_json is not JSON"),
-    (dict(guided_json={"type": "a"}), "guided_json cannot be kept to"),
-    (dict(guided_json={"$ref": "http://127.0.0.1:1/a"}), "guided_json cannot be kept to"),
+    (dict(guided_json={"type": "a"}), "guided_json cannot be used"),
+    (dict(guided_json={"$ref": "http://127.0.0.1:1/a"}), "guided_json cannot be used"),
     (dict(structured_outputs={"regex": "a", "json": {}}), "must have one of"),
     (dict(structured_outputs={"grammar": "a"}), "structured_outputs.grammar"),
     (dict(guided_regex="a", guided_choice=["a"]), "exclude each other"),
@@ -229,14 +229,14 @@ REFUSED = [
     (dict(tools=[WEATHER, WEATHER]), "tools has 'weather' twice"),
     (dict(tools=[{"type": "custom"}]), "tools[0].type must be 'function'"),
     (dict(tools=TOOLS, tool_choice="any"), "tool_choice is 'any'"),
-    (dict(tool_choice="required"), "there are no tools"),
+    (dict(tool_choice="required"), "tools is empty"),
     (
         dict(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "a"}}),
         "tool_choice names 'a'",
     ),
     (
         dict(guided_regex="a", chat_template_kwargs={"enable_thinking": True}),
-        "no room for thoughts",
+        "cannot begin with thinking",
     ),
     (
         dict(

@@ -79,7 +79,7 @@ def test_an_answer_without_room_is_refused(watcher):
     "body, message",
     [
         ([], "the body must be a JSON object"),
-        ({}, "there is no prompt"),
+        ({}, "prompt is missing"),
         ({"prompt": 3}, "prompt is 3; expected text"),
         ({"prompt": "a", "max_tokens": True}, "max_tokens is True; expected a number"),
         ({"prompt": "a", "max_tokens": 513}, "max_tokens is 513; expected 1 … 512"),

@@ -133,7 +133,7 @@ def test_failed_rows_are_tried_again(target, tmp_path):
     outcome = regenerate(short, target, jobs()[-1:], output)
     assert (outcome.rows, outcome.failed) == (0, 1) and not output.exists()
     (error,) = rows_of(outcome.errors).values()
-    assert "a prompt of 98 tokens and 12 new ones need 110 places" in error["error"]
+    assert "a prompt of 98 tokens and 12 new ones exceed the" in error["error"]
     outcome = regenerate(dataclasses.replace(CONFIG, max_length=120), target, jobs(), output)
     assert (outcome.rows, outcome.failed) == (8, 0)
     assert not outcome.errors.exists()
