@@ -1,1 +1,1 @@
-"""What people hand in: prompts and conversations. The only readers of their files."""
+"""Readers of users' files: prompts and conversations."""

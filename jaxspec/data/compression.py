@@ -1,4 +1,4 @@
-"""Compressed files, told by their first bytes and not by their names."""
+"""Compressed files, recognised by their first bytes rather than their names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def opened(path: str | Path) -> Iterator[tuple[io.BufferedReader, str | None]]:
 
     Raises:
       ValueError: the file cannot be read, its compressed data is damaged or cut off, or the
-        library for it is not installed. The last two are raised while it is read, too.
+        library for it is not installed; damage may be raised later, while reading.
     """
     try:
         raw = Path(path).open("rb")

@@ -41,21 +41,21 @@ def encode(
 ) -> list[Example]:
     """Tokenizes a conversation as the target saw it when it wrote each answer.
 
-    Which tokens are an answer follows from the chat template: from its `{% generation %}`
-    marks or, without them, from what the rendering of a conversation that ends with the answer
-    adds to the prompt that asked for it. Where a template renders earlier answers differently
-    from the last one (Qwen3 drops their thoughts), every answer has a sequence of its own.
+    Answer tokens are found by the chat template's `{% generation %}` marks. Without marks they
+    are the tokens that rendering the conversation up to the answer adds to rendering its
+    prompt. Where a template renders earlier answers differently from the last one (Qwen3 drops
+    their thinking), every answer becomes a separate sequence.
 
     Args:
-      messages: {'role': …, 'content': …} each; those with the role 'assistant' are answers.
-      thinking: as the answers were written.
+      messages: dicts {'role': …, 'content': …}; those with the role 'assistant' are answers.
+      thinking: the thinking mode in which the answers were written.
       finished: whether the last answer ended with a stop id; otherwise its end is not
         supervised.
       stop_ids: token ids that end an answer, besides the tokenizer's.
 
     Raises:
-      ValueError: there is no answer, the template does not put it after its prompt, or its
-        tokens are not the answer's text.
+      ValueError: there is no answer, the template does not render an answer after its prompt,
+        or the rendered tokens differ from the answer's text.
     """
     answers = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
     if not answers:
@@ -135,7 +135,7 @@ class _Rendering:
         return answer if stop is None else answer[: stop + finished]
 
     def _padding(self) -> tuple[str, str]:
-        """Blanks that the template puts around any answer (Llama 2's does)."""
+        """The white space that the template puts around every answer (Llama 2's does)."""
         probe = [{"role": USER, "content": "x"}, {"role": ASSISTANT, "content": "x"}]
         left, _, right = self._text(self._split(probe, True)[1]).partition("x")
         return ("", "") if (left + right).strip() else (left, right)

@@ -1,4 +1,4 @@
-"""Rows of one file: JSON lines, a JSON array or parquet, told by its content."""
+"""Rows of one file: JSON lines, a JSON array or parquet, recognised by content."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ EXPECTED = (
     "expected JSON lines, a JSON array, parquet, a folder of these, a folder that `datasets` "
     "saved, or OWNER/NAME of a dataset on the Hugging Face hub"
 )
-TRIED = 20  # first rows of a file of JSON, at least one of which must be readable
+TRIED = 20  # first rows of a JSON file, at least one of which must be readable
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of data and where it stands.
+    """A row of data and its location.
 
     Attributes:
-      where: file and line from 1, or row from 0.
-      number: its place in the source from 0.
-      content: its fields, or what is wrong with it.
+      where: file and line (from 1), or row (from 0).
+      number: index in the source, from 0.
+      content: its fields, or the error of an unreadable row.
     """
 
     where: str
@@ -44,10 +44,10 @@ class Row:
 
 
 def file_format(path: Path) -> tuple[str, str | None]:
-    """The format of a file, and of its compression (None without one), by its first bytes.
+    """The format and compression (None without one) of a file, by its first bytes.
 
     Raises:
-      ValueError: it cannot be read, or holds something else.
+      ValueError: the file cannot be read, or has another format.
     """
     with opened(path) as (stream, compression):
         head = stream.peek(512)
@@ -62,12 +62,12 @@ def file_format(path: Path) -> tuple[str, str | None]:
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a file's name is that of data."""
+    """Whether a file's name has the suffix of a data file."""
     return without_suffix(path.name).endswith(SUFFIXES)
 
 
 def file_rows(path: Path) -> Iterator[Row]:
-    """Rows of a file; those that are no JSON object hold an error.
+    """Rows of a file; a row that is not a JSON object holds an error.
 
     Raises:
       ValueError: the file is damaged, or none of its first rows is a JSON object.

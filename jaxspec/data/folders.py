@@ -31,11 +31,11 @@ T = TypeVar("T")
 def data_files(folder: Path) -> dict[str, list[Path]]:
     """The data files of a folder and its subfolders by split, in the order of their paths.
 
-    The split of a file is what stands before its shard number, or the word for one in its name
-    or its folder's; files without have the split "".
+    The split of a file is the name before its shard number, or a split's name in its own or its
+    folder's name, else "".
 
     Raises:
-      ValueError: there are none, or there is a program among them.
+      ValueError: the folder has no data files, or a Python program among them.
     """
     refuse_programs(folder)
     splits = defaultdict(list)
@@ -73,13 +73,14 @@ def split_of(path: PurePath) -> str:
 
 
 def choose_split(splits: Mapping[str, T], wanted: str | None, source: str) -> tuple[str, T]:
-    """A split by name; the only one by default.
+    """A split by name; by default the only one.
 
     Args:
-      source: named in errors; with "::" or "::SUBSET/", after which a split's name goes.
+      source: name of the source for errors, ending in "::" or "::SUBSET/", so that a split's
+        name can follow.
 
     Raises:
-      ValueError: it is not there, or there are several and none is named.
+      ValueError: there is no such split, or there are several and none is named.
     """
     if wanted is None and len(splits) == 1:
         return next(iter(splits.items()))
@@ -91,7 +92,7 @@ def choose_split(splits: Mapping[str, T], wanted: str | None, source: str) -> tu
         raise ValueError(
             f"{source.rstrip(':')} has several splits ({names}); name one: {source}{example}"
         )
-    raise ValueError(f"{source}{wanted} is no split; found {names}")
+    raise ValueError(f"{source}{wanted} is not a split; found {names}")
 
 
 def _files(folder: Path) -> list[Path]:

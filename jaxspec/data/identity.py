@@ -22,8 +22,8 @@ SAMPLED = 16  # values hashed per array
 def fingerprint(target: Target) -> str:
     """A hash of the first values of every weight, the same in float32 and bfloat16.
 
-    Renaming or moving a model does not change it, nor does the order in which its weights lie
-    in memory; fine-tuning does. Every array must be fully addressable in this process.
+    Renaming or moving a model, or the memory layout of its weights, does not change the hash;
+    fine-tuning does. Every array must be fully addressable in this process.
     """
     digest = hashlib.sha256()
     weights = jax.tree.leaves_with_path(
@@ -46,13 +46,13 @@ def _first_row(weight: jax.Array | OutputsFirst) -> jax.Array:
 
 
 def template_hash(target: Target) -> str:
-    """Of the chat template's text."""
+    """A hash of the chat template's text."""
     template = json.dumps(target.tokenizer.chat_template)
     return hashlib.sha256(template.encode()).hexdigest()[:16]
 
 
 def same_name(one: str, other: str) -> bool:
-    """Whether two names of a target are likely of one model: by the last part of each.
+    """Whether two names likely mean one model: their last parts are equal but for case.
 
     >>> same_name("Qwen/Qwen3-8B", "/models/qwen3-8b")
     True

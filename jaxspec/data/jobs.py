@@ -35,10 +35,10 @@ class Job:
     """A conversation that the target is answering.
 
     Attributes:
-      number: its place in the input; its random keys are derived from it.
+      number: index in the input, from which its random keys are derived.
       messages: the conversation so far.
       turns: user turns still to be asked; the target itself completes an `Opening`.
-      error: why it cannot be asked; empty if it can.
+      error: why the row cannot be used; "" if it can.
       prompt: token ids of the last request.
       sequences: token ids of all answers with their prompts.
       finished: whether the last answer ended with a stop id.
@@ -73,11 +73,11 @@ def read_jobs(*sources: str | Path | Source) -> list[Job]:
 
     A row is {"turns": [...]}, {"prompt": ...}, a conversation whose answers are dropped
     (`prompts.row_turns`), or {"opening": ..., "ending": ...}, a question the target writes
-    between the two. Its "id" is its place in the source from 0 if it has none, after "LABEL-"
-    where there are several sources. A row that is something else becomes a job with an error.
+    between the two. A row without "id" gets its index in the source, prefixed by "LABEL-" if
+    there are several sources. Any other row becomes a job with an error.
 
     Raises:
-      ValueError: a source cannot be read, two rows have the same id, or no row can be asked.
+      ValueError: a source cannot be read, two rows have the same id, or no row can be used.
     """
     jobs: dict[Any, Job] = {}
     sources = tuple(map(open_source, sources))
@@ -96,13 +96,13 @@ def read_jobs(*sources: str | Path | Source) -> list[Job]:
                 job.error = f"{row.where}: {error}"
             if job.id in jobs:
                 raise ValueError(
-                    f"{row.where}: id {job.id!r} was used before; ids tell which rows are done"
+                    f"{row.where}: id {job.id!r} occurs twice; expected a unique id per row"
                 )
             jobs[job.id] = job
     if not jobs:
         raise ValueError(
-            f"{', '.join(x.name for x in sources)}: no prompts; expected one JSON object per "
-            "line"
+            f"{', '.join(x.name for x in sources)}: no prompts found; expected one JSON object "
+            "per line"
         )
     if all(job.error for job in jobs.values()):
         raise ValueError(next(iter(jobs.values())).error)
@@ -110,7 +110,7 @@ def read_jobs(*sources: str | Path | Source) -> list[Job]:
 
 
 def own_questions(count: int) -> list[Job]:
-    """Conversations whose questions the target writes itself."""
+    """`count` conversations whose questions the target writes itself."""
     return [Job(number, number, [], [Opening()]) for number in range(count)]
 
 

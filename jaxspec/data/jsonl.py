@@ -1,4 +1,4 @@
-"""Files of JSON: one object per line, or one array of objects. Compressed files too."""
+"""JSON files, possibly compressed: one object per line, or one array of objects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BOM = codecs.BOM_UTF8
 
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1.
+    """Non-blank lines, with their numbers from 1.
 
     Raises:
       ValueError: the file cannot be read, or a line is not UTF-8.

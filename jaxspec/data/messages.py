@@ -1,5 +1,5 @@
-"""Conversations as people's files write them: OpenAI's messages, ShareGPT's turns, and pairs of
-a prompt and its completion."""
+"""Conversations in users' formats: OpenAI's messages, ShareGPT's turns, and pairs of a prompt
+and its completion."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 ROLES = (SYSTEM, "developer", USER, ASSISTANT, "tool")
 SHAREGPT = {"human": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT} | {x: x for x in ROLES}
-KEYS = ("conversations", "messages")  # of a row that holds a conversation
+KEYS = ("conversations", "messages")  # keys of a conversation in a row
 PROMPT, COMPLETION = "prompt", "completion"
 OURS, PROMPTS = "conversations", "prompts"
 PLAIN_SHAPES = (OURS, PROMPTS)  # what this project's own files hold
 
 
 def shape_of(row: dict[str, Any]) -> str | None:
-    """What a row holds, by its keys: the name of its shape, or None for none we read.
+    """The name of a row's format, by its keys; None for an unknown one.
 
     >>> shape_of({"messages": [{"role": "user", "content": "Hi"}]})
     "OpenAI's messages"
@@ -33,18 +33,18 @@ def shape_of(row: dict[str, Any]) -> str | None:
 
 
 def holds_conversation(row: dict[str, Any]) -> bool:
-    """Whether a row has answers too, so that `row_messages` reads it."""
+    """Whether a row has answers, so that `row_messages` reads it."""
     return any(key in row for key in KEYS) or (PROMPT in row and COMPLETION in row)
 
 
 def row_messages(row: dict[str, Any]) -> list[dict[str, str]]:
     """The conversation of a row, as `read_messages` gives it.
 
-    It is the list under "conversations" or "messages" (a table may hold it as JSON text), or a
-    "prompt" with its "completion", each text or a list of messages.
+    It is the list under "conversations" or "messages" (possibly as JSON text), or a "prompt"
+    with its "completion", each a text or a list of messages.
 
     Raises:
-      ValueError: the row holds none, or one that cannot be read.
+      ValueError: the row has no conversation, or an invalid one.
     """
     lists = (_listed(row.get(key)) for key in KEYS)
     found = next((x for x in lists if x is not None), None)
@@ -86,7 +86,7 @@ def read_messages(raw: list[Any]) -> list[dict[str, str]]:
     A content is text, or a list of parts {'type': 'text', 'text': …}, which are joined.
 
     Raises:
-      ValueError: a message is something else; it names which, and what was found.
+      ValueError: a message has another form.
 
     >>> read_messages([{"from": "human", "value": "Hi"}])
     [{'role': 'user', 'content': 'Hi'}]
@@ -116,7 +116,7 @@ def read_text(content: Any, where: str) -> str:
       where: names the message in an error.
 
     Raises:
-      ValueError: it is something else, or no Unicode text.
+      ValueError: the content has another form, or is not valid Unicode.
     """
     if isinstance(content, list):
         for i, part in enumerate(content):
@@ -138,8 +138,8 @@ def read_text(content: Any, where: str) -> str:
         content.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where}: the content holds half a surrogate pair, {content[error.start]!r}; "
-            "expected characters"
+            f"{where}: the content has a lone surrogate, {content[error.start]!r}; expected "
+            "valid Unicode text"
         ) from error
     return content
 

@@ -22,11 +22,11 @@ def read_prompts(source: str | Path | Source, refused: list[str] | None = None) 
     """First turns of the rows of a source; rows are as `row_turns` reads them.
 
     Args:
-      refused: gets a line for each row that is something else or has a system message; without
-        it, the first such row is an error.
+      refused: receives a line per row that cannot be used, which includes rows with a system
+        message; without it, the first such row raises an error.
 
     Raises:
-      ValueError: the source cannot be read, or holds no prompts.
+      ValueError: the source cannot be read, or has no prompts.
     """
     source = open_source(source)
     prompts, bad = [], []
@@ -46,12 +46,12 @@ def read_prompts(source: str | Path | Source, refused: list[str] | None = None) 
 
 
 def read_rows(source: str | Path | Source) -> Iterator[str | ValueError]:
-    """For every row its first turn, or what is wrong with it; see `read_prompts`."""
+    """The first turn of every row, or the error of an unusable one; see `read_prompts`."""
     for row in open_source(source):
         try:
             system, turns = row_turns(row.fields)
             if system:
-                raise ValueError("there is a system message; a prompt is a user's turn alone")
+                raise ValueError("the row has a system message; expected only user turns")
             yield turns[0]
         except ValueError as error:
             yield ValueError(f"{row.where}: {error}")
@@ -64,7 +64,7 @@ def row_turns(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
     (`messages.row_messages`).
 
     Raises:
-      ValueError: it is something else, or has no turn with text in it.
+      ValueError: the row has another form, or no turn with text.
     """
     asked = row.get(PROMPT)
     if any(key in row for key in KEYS) or ("turns" not in row and isinstance(asked, list)):
@@ -106,7 +106,7 @@ def read_prompt_ids(path: Path) -> list[list[int]]:
 
 
 def spread(rows: list, count: int) -> list:
-    """`count` of the rows, evenly apart; all if it is 0.
+    """`count` of the rows, evenly spaced; all if `count` is 0.
 
     >>> spread([0, 1, 2, 3, 4, 5], 3)
     [0, 2, 4]

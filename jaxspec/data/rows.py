@@ -1,10 +1,10 @@
-"""Training data: rows that hold a conversation, with its token ids where they are stored.
+"""Training data: rows with a conversation, and its token ids if stored.
 
-A row of `regenerate` has, beside the text for people,
+Besides the text, a row of `regenerate` has the tokens that the target saw and wrote,
 
     "sequences": [{"token_ids": [...], "answers": [[start, stop], ...]}, ...]
 
-the tokens that the target saw and wrote; `answers` are half-open ranges of what it wrote.
+where `answers` are the half-open ranges that it wrote.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from jaxspec.models.target import Target
 
 SEQUENCES = "sequences"
-SHOWN = 3  # of the rows that were skipped
+SHOWN = 3  # skipped rows that messages quote
 
 
 def stored_sequences(examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """Sequences as a row stores them."""
+    """Sequences in the form that a row stores."""
     return [
         {"token_ids": example.tokens.tolist(), "answers": answer_ranges(example)}
         for example in examples
@@ -47,7 +47,7 @@ def read_sequences(sequences: Any, vocab: int) -> list[Example]:
       vocab: size of the target's vocabulary.
 
     Raises:
-      ValueError: they are not what `stored_sequences` writes.
+      ValueError: they do not have the form of `stored_sequences`.
     """
     if not isinstance(sequences, list) or not all(isinstance(x, dict) for x in sequences):
         raise ValueError(f"'{SEQUENCES}' is {json.dumps(sequences)[:60]}; expected objects")
@@ -56,7 +56,7 @@ def read_sequences(sequences: Any, vocab: int) -> list[Example]:
         where = f"{SEQUENCES}[{number}]"
         ids, answers = sequence.get("token_ids"), sequence.get("answers")
         if not (isinstance(ids, list) and all(type(x) is int for x in ids)):
-            raise ValueError(f"{where}: 'token_ids' is no list of ids")
+            raise ValueError(f"{where}: 'token_ids' is not a list of token ids")
         bad = next((x for x in ids if not 0 <= x < vocab), None)
         if bad is not None:
             raise ValueError(
@@ -83,7 +83,7 @@ def row_examples(
     stop_ids: Collection[int] = (),
     known: bool = True,
 ) -> list[Example]:
-    """The sequences of a row: as they are stored or, of text alone, as it renders.
+    """The sequences of a row: its stored token ids, or else its rendered text.
 
     Args:
       vocab: size of the target's vocabulary.
@@ -91,7 +91,7 @@ def row_examples(
       known: whether this target wrote the row; stored ids of another target are not used.
 
     Raises:
-      ValueError: the row is not a conversation, or its rendering is not what was written.
+      ValueError: the row is not a conversation, or its rendering differs from the stored text.
     """
     if SEQUENCES in row and known:
         return read_sequences(row[SEQUENCES], vocab)
@@ -106,7 +106,7 @@ def row_examples(
     try:
         return encode(tokenizer, messages, thinking=thinking, **options)
     except ValueError:
-        # People's data does not say how it was written; without thoughts is a mode of its own.
+        # Other people's data does not name its thinking mode: try the one without thinking.
         if "thinking" in row or not tokenizer.switches_thinking:
             raise
         return encode(tokenizer, messages, thinking=False, **options)
@@ -120,16 +120,16 @@ def read_examples(
     min_supervised: int = 14,
     any_target: bool = False,
 ) -> list[Example]:
-    """Every sequence of conversations, cut at the right to `max_length` tokens.
+    """All sequences of conversations, truncated to `max_length` tokens.
 
-    Those with fewer than `min_supervised` tokens of the target's are left out. A row that
-    cannot be used is skipped; how many were, and the first of them, is said on standard error.
+    Sequences with fewer than `min_supervised` answer tokens are dropped. Unusable rows are
+    skipped; their number and the first of them are printed to standard error.
 
     Args:
       any_target: also use rows that another model wrote; their text is rendered.
 
     Raises:
-      ValueError: a source cannot be read, a row names another target, or nothing is left.
+      ValueError: a source cannot be read, a row names another target, or no sequence is left.
     """
     if isinstance(sources, str | Path | Source):
         sources = [sources]
@@ -155,8 +155,8 @@ def read_examples(
         if encoded is None:
             wrote = row.fields["metadata"].get("target")
             raise ValueError(
-                f"{row.where}: {wrote!r} wrote this, and the target is {target.name!r}; let "
-                "`regenerate` answer with this target, or give --any-target to train on "
+                f"{row.where}: {wrote!r} wrote this row, but the target is {target.name!r}; "
+                "regenerate the answers with this target, or give --any-target to train on "
                 "another model's answers"
             )
         cut = [Example(x.tokens[:max_length], x.supervised[:max_length]) for x in encoded]
@@ -169,7 +169,7 @@ def read_examples(
     if not examples:
         raise ValueError(
             f"{files}: none of {conversations} conversations can be trained on; {short} have "
-            f"fewer than {min_supervised} tokens of an answer within {max_length} (see "
+            f"fewer than {min_supervised} answer tokens within {max_length} (see "
             f"--max-length, --min-supervised)" + _shown(skipped)
         )
     if skipped:

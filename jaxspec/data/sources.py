@@ -1,7 +1,7 @@
-"""Rows of people's data, however they are kept: the one reader of all commands.
+"""Rows of users' data in any supported format; the reader of all commands.
 
 A source is a file, a folder of files, a folder that `datasets` saved, or the name of a dataset
-on the Hugging Face hub. After it, `::SPLIT` chooses a split, `::SUBSET/SPLIT` one of a subset
+on the Hugging Face hub. A suffix `::SPLIT` chooses a split, `::SUBSET/SPLIT` a subset's split
 on the hub, and `[:1000]` the first rows: `HuggingFaceH4/ultrachat_200k::train_sft[:1000]`.
 """
 
@@ -31,16 +31,16 @@ CHOICE = re.compile(
 
 @dataclasses.dataclass
 class Source:
-    """Rows of one source; every iteration reads them anew.
+    """Rows of one source; every iteration reads them again.
 
-    The format is printed to standard error with the first row, unless it is a `.jsonl` file of
-    our own rows.
+    The format is printed to standard error with the first row, unless it is a `.jsonl` file in
+    jaxspec's own format.
 
     Attributes:
-      name: as it was given.
-      label: its short name, without folders and suffixes.
-      format: what it is, in words.
-      shapes: number of rows read so far, by shape (`messages.shape_of`).
+      name: the name as given.
+      label: short name, without folders and suffixes.
+      format: description of the format.
+      shapes: number of rows read so far, by format (`messages.shape_of`).
     """
 
     name: str
@@ -65,16 +65,16 @@ class Source:
             print(f"{self.name}: read as {self.format}, {shape}", file=sys.stderr)
 
     def summary(self) -> dict[str, Any]:
-        """Name, format and rows by shape, for reports of commands."""
+        """Name, format and rows by format, for reports of commands."""
         return {"source": self.name, "format": self.format, "rows": dict(self.shapes)}
 
 
 def open_source(name: str | Path | Source) -> Source:
-    """A source by its name; it is looked at, but no row is read.
+    """Opens a source by name and recognises its format, without reading rows.
 
     Raises:
-      ValueError: it cannot be read, its format cannot be told, a split must be chosen, or a
-        library that it needs is not installed.
+      ValueError: it cannot be read, its format is unknown, a split must be chosen, or a library
+        that it needs is not installed.
     """
     if isinstance(name, Source):
         return name
@@ -104,7 +104,7 @@ def _parsed(name: str) -> tuple[str, str | None, str | None, int | None]:
         return name, None, None, None
     parts = CHOICE.fullmatch(name)
     if parts is None:
-        raise ValueError(f"{name!r} is no source of data; expected SOURCE::SPLIT[:1000]")
+        raise ValueError(f"{name!r} is not a source of data; expected SOURCE::SPLIT[:1000]")
     limit = parts["limit"]
     return parts["name"], parts["subset"], parts["split"], None if limit is None else int(limit)
 
@@ -136,7 +136,7 @@ def _table(rows: Any, source: str) -> Iterator[Row]:
 
 
 def _chained(files: list[Path]) -> Iterator[Row]:
-    """Rows of files, numbered through."""
+    """Rows of several files, numbered consecutively."""
     rows = itertools.chain.from_iterable(map(file_rows, files))
     return (dataclasses.replace(row, number=number) for number, row in enumerate(rows))
 

@@ -26,7 +26,7 @@ def parquet_rows(path: str | Path) -> Iterator[dict[str, Any]]:
         if compression is None:
             yield from _parquet_rows(parquet, arrow, stream, path)
             return
-        with tempfile.TemporaryFile() as whole:  # parquet is read from its end
+        with tempfile.TemporaryFile() as whole:  # parquet readers seek to the end first
             shutil.copyfileobj(stream, whole)
             yield from _parquet_rows(parquet, arrow, whole, path)
 
@@ -75,8 +75,8 @@ def hub_splits(name: str, subset: str | None) -> Mapping[str, Iterable[dict[str,
         return datasets.load_dataset(name, subset, streaming=True)
     except Exception as error:
         raise ValueError(
-            f"{name} is no file or folder here, and cannot be read as a dataset of the Hugging "
-            f"Face hub ({_line(error)}); a subset is chosen by {name}::SUBSET/SPLIT"
+            f"{name} is not a local file or folder, and cannot be read as a dataset of the "
+            f"Hugging Face hub ({_line(error)}); choose a subset by {name}::SUBSET/SPLIT"
         ) from error
 
 
@@ -84,7 +84,7 @@ def dataset_rows(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str
     """Rows of one split.
 
     Raises:
-      ValueError: one cannot be decoded or fetched; those after it are lost.
+      ValueError: a row cannot be decoded or fetched; later rows are then lost too.
     """
     rows, count = iter(rows), 0
     while True:
@@ -99,7 +99,7 @@ def dataset_rows(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str
 
 
 def without_nulls(value: Any) -> Any:
-    """A typed table writes null where a JSON row would not have the key.
+    """Removes null values, which a typed table has where a JSON row would lack the key.
 
     >>> without_nulls({"messages": [{"role": "user", "content": "Hi", "name": None}]})
     {'messages': [{'role': 'user', 'content': 'Hi'}]}
@@ -116,7 +116,7 @@ def _datasets(source: Any):
     major = int(datasets.__version__.split(".")[0])
     if major < 4:
         raise ValueError(
-            f"datasets {datasets.__version__} may run code that a dataset brings; expected 4 "
+            f"datasets {datasets.__version__} may run a dataset's own code; expected version 4 "
             "or newer: pip install --upgrade datasets"
         )
     return datasets

@@ -1,9 +1,9 @@
-"""The target's choice among the tokens that something beside it allows, as a grammar does.
+"""Restricting the target's choices to allowed tokens, as a grammar does.
 
-What may follow a node depends on the tokens on the path to it. The host says it once a draft
-is there (`Draft.allowed`), so a round is cut in two programs (`decoding.halves`). The target
-chooses among the allowed tokens after every node: the answer is that of plain decoding under
-the same masks, whatever was drafted.
+The allowed tokens depend on the path to a node, so the host computes them once the draft is
+known (`Draft.allowed`), and a round becomes two programs (`decoding.halves`). The target
+chooses among the allowed tokens after every node, so the output equals plain decoding under the
+same masks, whatever was drafted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxspec.trees.tree import unpack_bits
 
 
 def only_allowed(verified: Verified, allowed: jax.Array | None) -> Verified:
-    """The same, with logits of -inf for tokens that may not follow a node.
+    """Sets logits to -inf for tokens that may not follow a node.
 
     Args: allowed: as `Draft.allowed`.
     """

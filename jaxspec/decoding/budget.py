@@ -1,20 +1,20 @@
 """How much of every request's draft is verified: pure functions from survival probabilities.
 
 The nodes of all running requests compete for one batch budget. A row is described by its
-survival probabilities `[R, J]`: column j is the chance that node j + 1 of its tree is on the
-path that the target takes (the root, node 0, is always verified). They never rise along a
-row, so what a rule keeps of a row is a beginning of it, and trees are nested in that: a chain
-becomes shorter, a tree narrower.
+survival probabilities `[R, J]`: column j is the probability that node j + 1 of its tree is on
+the path that the target takes (the root, node 0, is always verified). They never increase
+along a row, so a rule keeps a prefix of each row, and smaller trees are nested in larger ones:
+a chain becomes shorter, a tree narrower.
 
-Rules for one row alone are `drafters.confidence.confident_prefix` (per-slot threshold) and
+Rules for a single row are `drafters.confidence.confident_prefix` (per-slot threshold) and
 `surviving_prefix` (longest prefix under a budget and a survival threshold).
 
 Losslessness (DSpark, arXiv 2607.05147, section 3.3 and appendix A). Trees verified by
 sample-then-match may be cut by any rule: they are fixed before the target chooses. Chains that
 were *drawn* from the drafter and are verified by rejection sampling may not: whether slot j is
 verified must not depend on the drawn token at j or later ones. `admit` ranks slots under a
-budget that comes from elsewhere, which is safe. `best_size` over the *current* draft's survival
-is not; over that of earlier rounds it is. `tests/decoding/test_budget.py` enumerates all cases.
+given budget, which is safe. `best_size` over the *current* draft's survival is not safe; over
+earlier rounds' it is. `tests/decoding/test_budget.py` enumerates all cases.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from jaxspec.trees.tree import DraftTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepTimes:
-    """Seconds of a round by what it verifies: a staircase, as shapes are static.
+    """Seconds of a round by the nodes it verifies: a staircase, as shapes are static.
 
-    A round that verifies T nodes in all, at most n of one row, costs `seconds[i]` of the first
+    A round that verifies T nodes in all and at most n per row takes `seconds[i]`, for the first
     size i with `totals[i] >= T` and `per_row[i] >= n`.
 
     Attributes:
       totals: [n] int32, ascending; nodes of all rows together, roots included.
       per_row: [n] int32, ascending; nodes of one row, root included.
-      seconds: [n] float32. The first size has room for the roots alone, and its time leaves
-        drafting out; the others include it.
+      seconds: [n] float32. The first size holds the roots alone, and its time excludes
+        drafting; the others include it.
     """
 
     totals: jax.Array
@@ -63,7 +63,7 @@ def admit(
     """How many nodes of each row are among the `nodes` most likely ones of the batch.
 
     Args:
-      survival: [R, J], never rising along a row; rows that take no part are 0.
+      survival: [R, J], never increasing along a row; 0 in rows that take no part.
       nodes: scalar int32, drafted nodes to admit in all.
       per_row: scalar int32, at most this many of one row.
 
@@ -80,9 +80,9 @@ def best_size(
 ) -> Int[Array, ""]:
     """The size with the most expected tokens per second: an index into `times`.
 
-    Every row commits its accepted nodes and one token more, so a size of T nodes is worth
-    (rows + the sum of the T - rows best survivals) / seconds. All sizes are compared: along a
-    staircase one more node often pays only if a whole step is filled.
+    Every row commits its accepted nodes and one more token, so a size of T nodes commits
+    (rows + the sum of the T - rows largest survivals) / seconds. All sizes are compared, since
+    along a staircase one more node often pays only if it fills a whole step.
 
     Args:
       survival: [R, J]; for drawn chains it must not be the current draft's (see the module).
@@ -101,9 +101,9 @@ def best_size(
 
 
 def _rank(survival: jax.Array) -> jax.Array:
-    """Place of every node among all, likeliest first: [R, J] int32.
+    """Rank of every node among all, likeliest first: [R, J] int32.
 
-    Ties go to the earlier node, then to the earlier row, never by what the tokens are.
+    Ties go to the earlier node, then to the earlier row, and never depend on tokens.
     """
     rows, nodes = survival.shape
     order = jnp.argsort(-survival.T.ravel(), stable=True)

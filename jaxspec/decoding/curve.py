@@ -18,8 +18,8 @@ from jaxspec.decoding.fitting import VerifySize
 from jaxspec.decoding.state import Decoder, Params
 from jaxspec.models.target import Target
 
-# A staircase whose slowest size takes less than this times its fastest has no step. One number
-# of rows may have such a one, where weights take longer to read than nodes to multiply.
+# Step times are flat if the slowest size takes less than this times the fastest. A single
+# number of rows may be flat, where reading weights takes longer than multiplying nodes.
 FLAT = 1.02
 NODES_AS_ROUND = 16
 
@@ -29,17 +29,17 @@ class Curve:
     """Seconds of a round for every number of rows and every verify size.
 
     Attributes:
-      setup: what was measured, see `setup_of`.
-      seconds: by rows, one number per size, in the order of `setup["totals"]`.
+      setup: the setup that was measured, see `setup_of`.
+      seconds: by number of rows, the seconds of each size in the order of `setup["totals"]`.
     """
 
     setup: dict[str, Any]
     seconds: dict[int, Sequence[float]]
 
     def check(self, setup: dict[str, Any]) -> None:
-        """Raises ValueError unless the curve is one for this setup.
+        """Raises ValueError unless the curve fits this setup.
 
-        A missing or flat one would make every round verify everything (SGLang#35413).
+        A missing or flat curve would make every round verify everything (SGLang#35413).
         """
         expected = json.loads(json.dumps(setup))
         own = json.loads(json.dumps(self.setup))
@@ -47,8 +47,8 @@ class Curve:
         if wrong:
             name = wrong[0]
             raise ValueError(
-                f"the step-time curve was measured for {name} = {own.get(name)!r}, this engine "
-                f"has {expected[name]!r}; measure it again"
+                f"the step-time curve was measured for {name} = {own.get(name)!r}, but this "
+                f"engine has {expected[name]!r}; measure it again"
             )
         values, flat = [], True
         for rows, totals in setup["totals"].items():
@@ -67,9 +67,9 @@ class Curve:
             )
         if flat:
             raise ValueError(
-                f"the step-time curve is flat ({min(values):.3g} … {max(values):.3g} s): it "
-                "says that verifying more costs nothing, and every round would verify "
-                "everything. Measure it again, or raise max_nodes until a round costs more"
+                f"the step-time curve is flat ({min(values):.3g} … {max(values):.3g} s): "
+                "verifying more nodes would cost nothing, so every round would verify "
+                "all. Measure it again, or raise max_nodes until a round takes longer"
             )
 
     def times(self, rows: int) -> StepTimes:
@@ -97,7 +97,7 @@ class Curve:
 
     @classmethod
     def parse(cls, raw: Any) -> Curve:
-        """From the JSON of `save`; raises ValueError when it is something else."""
+        """A curve from the JSON of `save`; raises ValueError if it is not one."""
         try:
             seconds = {
                 int(rows): [float(x) for x in row] for rows, row in raw["seconds"].items()
@@ -146,10 +146,10 @@ def take_turn(state: Any, steps: Sequence[Callable[[Any], Any]]) -> tuple[Any, l
 def measure(
     turns: Mapping[int, Callable[[], Sequence[float]]], repeats: int
 ) -> dict[int, list[float]]:
-    """Seconds of the steps that each of `turns` runs, all turns `repeats` times over.
+    """Seconds of the steps that each of `turns` runs, with all turns repeated `repeats` times.
 
-    Takes each step's minimum over interleaved repeats: interference only adds time, and a
-    machine that is slow for a while then affects all curves alike.
+    Takes each step's minimum over interleaved repeats: interference only adds time, and a slow
+    phase of the machine affects all curves alike.
     """
     return least([{name: turn() for name, turn in turns.items()} for _ in range(repeats)])
 
@@ -160,15 +160,15 @@ def least(found: Sequence[Mapping[int, Sequence[float]]]) -> dict[int, list[floa
 
 
 def guessed(sizes: tuple[VerifySize, ...]) -> StepTimes:
-    """Step times until some are measured: all that does not grow with the nodes of a round
-    takes as long as `NODES_AS_ROUND` of them."""
+    """Step times to use until some are measured: the fixed cost of a round is guessed to equal
+    that of `NODES_AS_ROUND` nodes."""
     totals, per_row = ([getattr(s, n) for s in sizes] for n in ("total", "per_row"))
     seconds = 1 + np.array(totals, np.float32) / NODES_AS_ROUND
     return StepTimes(np.array(totals, np.int32), np.array(per_row, np.int32), seconds)
 
 
 def only(sizes: tuple[VerifySize, ...], chosen: int) -> StepTimes:
-    """Step times that leave one size to choose."""
+    """Step times under which only one size can be chosen."""
     seconds = np.full(len(sizes), np.inf, np.float32)
     seconds[chosen] = 1.0
     totals, per_row = ([getattr(s, n) for s in sizes] for n in ("total", "per_row"))

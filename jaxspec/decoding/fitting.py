@@ -1,8 +1,8 @@
-"""Runs the verifying forward in the smallest of a few static sizes that holds its nodes.
+"""Runs verification in the smallest of a few static sizes that holds the nodes.
 
-Shapes are static, so a round with little to verify costs little only if a smaller program runs.
-A size cuts the rectangle of B rows and N nodes to its first columns, and packs the nodes of all
-rows into one axis when it has room for fewer than the rectangle.
+Shapes are static, so a round with few nodes is faster only if a smaller program runs. A size
+cuts the rectangle of B rows and N nodes to its first columns, and packs the nodes of all rows
+into one axis if it holds fewer nodes than the rectangle.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxspec.trees.tree import DraftTree
 
 @dataclasses.dataclass(frozen=True)
 class VerifySize:
-    """Room of a forward: nodes of all rows together, and of one row; roots included."""
+    """Maximum nodes of a forward, over all rows and per row, roots included."""
 
     total: int
     per_row: int
@@ -42,10 +42,9 @@ def doubling_sizes(rows: int, per_row: int, max_nodes: int) -> tuple[VerifySize,
 
     Args:
       rows: B.
-      per_row: N, the most one row may have; below the last size a row may have up to twice its
-        share. Attention has that many queries in every row, whether used or not.
-      max_nodes: of all rows; the last size has room for at most this many (for two nodes a row
-        in any case).
+      per_row: N, maximum nodes of a row; in all but the last size a row may have up to twice
+        its share. Attention computes that many queries in every row, used or not.
+      max_nodes: maximum nodes of all rows in the last size (at least two per row in any case).
     """
     most = rows * per_row
     most = min(most, max(max_nodes, 2 * rows))
@@ -61,7 +60,7 @@ def doubling_sizes(rows: int, per_row: int, max_nodes: int) -> tuple[VerifySize,
 def smallest(
     sizes: tuple[VerifySize, ...], tree: DraftTree, done: Bool[Array, " B"]
 ) -> Int[Array, ""]:
-    """Index, scalar int32, of the first size with room for the trees of all running rows."""
+    """Index, scalar int32, of the first size that holds the trees of all running rows."""
     running = tree.valid & ~done[:, None]
     longest = jnp.max(jnp.where(running, jnp.arange(1, tree.size + 1), 1))
     totals = jnp.array([size.total for size in sizes])
@@ -77,10 +76,10 @@ def fitted(
     sizes: tuple[VerifySize, ...],
     size: jax.Array | int,
 ) -> Verdict:
-    """step(draft, packing) on what `sizes[size]` has room for, in a program of that size.
+    """Runs step(draft, packing) on the part of the draft that `sizes[size]` holds.
 
     Args:
-      step: verifies and accepts; its path may be as long as the draft it is given is deep.
+      step: verifies and accepts; returns a path as long as its draft is deep.
       done: [B] bool; rows that are done have no nodes in a packing.
       sizes: ascending.
     """
@@ -114,7 +113,7 @@ def choose_in(
 
     Args:
       positions: [B] int32, absolute position of the token chosen after the root.
-      written: before the choices after all nodes.
+      written: the text before the choice after each node.
     """
     packing = verified.packing
     if packing is None:
@@ -129,7 +128,7 @@ def choose_in(
 
 
 def _padded(verdict: Verdict, width: int) -> Verdict:
-    """With zeros, so that its path has room for `width` nodes at least."""
+    """Pads a verdict with zeros to a path of at least `width` nodes."""
     missing = max(0, width - verdict.acceptance.path.shape[1])
 
     def pad(x):

@@ -1,7 +1,7 @@
-"""A round in two programs, for batches whose tokens something on the host restricts.
+"""A round in two programs, for batches in which the host restricts tokens.
 
-Between them the host restricts the drafted trees (`serving.matcher`). Batches without such rows
-run `decode_rows`, which the host does not interrupt.
+Between the programs the host restricts the drafted trees (`serving.matcher`). Other batches run
+`decode_rows`, which does not wait for the host.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def draft_rows(
     *,
     schedule: Schedule,
 ) -> tuple[Batch, Drafted]:
-    """The first half of a round whose tokens the host restricts: trees, not yet cut.
+    """The first half of a round: drafts trees, not yet restricted.
 
-    Args: forced: scalar bool, whether a draft pays in any case.
+    Args: forced: scalar bool, draft even if it is not expected to pay.
     """
 
     def drafted(carry):
@@ -91,7 +91,7 @@ def judge_rows(
     schedule: Schedule,
     sizes: tuple[VerifySize, ...],
 ) -> tuple[Batch, Habit]:
-    """The second half: verifies, accepts and commits what the host made of the trees."""
+    """The second half of a round: verifies, accepts and commits the restricted trees."""
     if isinstance(schedule, Fixed):
         return whole_round(decoder, params, batch, habit, draft, sizes)
 

@@ -1,5 +1,5 @@
-"""Log-probabilities of tokens under the target's own law: the softmax of its logits, before
-temperature, filters, biases and penalties."""
+"""Log-probabilities of tokens: the log-softmax of the target's logits, before temperature,
+filters, biases and penalties."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from jaxspec.models.params import TargetParams
 from jaxspec.trees.candidates import top_logits
 from jaxspec.trees.packing import Packing
 
-NONE, NEW, ALL = 0, 1, 2  # what a row asks for: no token's, new tokens', the prompt's too
-NODES_AT_ONCE = 32  # of a prompt; their logits are [., V]
+NONE, NEW, ALL = 0, 1, 2  # a row asks for none, those of new tokens, or the prompt's too
+NODES_AT_ONCE = 32  # prompt tokens whose logits [., V] are in memory at a time
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LogProbs:
-    """The law at every place of a row, given the tokens before it.
+    """Log-probabilities at every position of a row, given the tokens before it.
 
-    Places of rows that did not ask for them, and the first of a row, hold nothing meaningful.
+    Rows that did not ask for them, and each row's first position, hold meaningless values.
 
     Attributes:
       chosen: [B, S] float32, log-probability of the token there.
@@ -37,7 +37,7 @@ class LogProbs:
 
 
 def empty_logprobs(rows: int, places: int, top: int) -> LogProbs | None:
-    """Room for `top` alternatives at each of `places`; None, which holds nothing, for 0."""
+    """Empty arrays for `top` alternatives at each of `places` positions; None if `top` is 0."""
     if not top:
         return None
     shape = (rows, places, top)
@@ -49,7 +49,7 @@ def empty_logprobs(rows: int, places: int, top: int) -> LogProbs | None:
 
 
 def of_tokens(logits: jax.Array, tokens: jax.Array, top: int) -> LogProbs:
-    """The laws of logits [B, C, V], and the log-probabilities of tokens [B, C] under them."""
+    """Log-probabilities of tokens [B, C], and of the likeliest ones, from logits [B, C, V]."""
     ids, best, total = top_logits(logits, top)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return LogProbs(chosen - total, ids, best - total[..., None])
@@ -65,7 +65,7 @@ def of_path(
 ) -> LogProbs | None:
     """Log-probabilities of the tokens chosen after the nodes of a path.
 
-    Only rows that ask cost anything, one at a time: [C, V] in memory.
+    Only rows that ask cost anything; they run one at a time, with [C, V] in memory.
 
     Args:
       logits: of a forward over trees, [B, N, V], or [1, T, V] with a packing.
@@ -96,12 +96,12 @@ def of_prompts(
     asked: jax.Array,
     kept: LogProbs,
 ) -> LogProbs:
-    """`kept` with the log-probabilities of the tokens that follow those of a chunk.
+    """Adds to `kept` the log-probabilities of the tokens that follow those of a chunk.
 
     Args:
       hidden: [B, C, M], of the chunk.
       tokens: [B, S] int32, the prompts.
-      start: scalar, the place of the chunk's first token.
+      start: scalar, position of the chunk's first token.
     """
     asks = asked == ALL
     order = jnp.argsort(~asks)
@@ -124,10 +124,10 @@ def of_prompts(
 
 
 def _if_asked(asks: jax.Array, one_row: Callable, found: LogProbs) -> LogProbs:
-    """`one_row(i, found)` for as many i as rows ask [B].
+    """Applies `one_row(i, found)` for the first i up to the number of rows that ask [B].
 
-    XLA moves what is the same for every i out of a loop, and runs it even if no row asks: with
-    one row that is everything. So the loop is inside a conditional.
+    XLA hoists loop-invariant work out of the loop and runs it even if no row asks; with one row
+    that is all the work. So the loop is inside a conditional.
     """
 
     def every():

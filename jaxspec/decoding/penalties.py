@@ -1,11 +1,11 @@
-"""What a request changes in the target's logits before a choice: biases for tokens, a least
-length, and penalties for tokens that its text has.
+"""Changes to the target's logits before a choice: token biases, a minimum length, and penalties
+for tokens that the text already has.
 
-Every node of a tree continues a text of its own: what its row has decided, and the nodes above
-it. So the counts that decide its penalties are those that plain decoding has at that place, and
-output stays lossless. Source: the `repetition_penalty` is that of Keskar et al., "CTRL" (2019),
-section 4.1, with logits below zero multiplied; the others are OpenAI's. They apply in vLLM's
-order: bias, least length, repetition, frequency and presence.
+The text before a node is its row's decided tokens and the nodes above it. Its token counts are
+therefore those of plain decoding at that position, and output stays lossless. Source: the
+`repetition_penalty` is that of Keskar et al., "CTRL" (2019), section 4.1, with negative logits
+multiplied; the others are OpenAI's. They apply in vLLM's order: bias, minimum length,
+repetition, frequency and presence.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Written:
 
     Attributes:
       tokens: [B, S] int32, decided tokens of every row.
-      start, length: [B] int32, of the prompt, and of what is decided.
+      start, length: [B] int32, lengths of the prompt and of the decided tokens.
       drafted: [B, N'] int32, tokens of a tree whose root is decided.
       ancestors: uint32 bits [B, N', ceil(N' / 32)], of the tree.
-      row: [R] int32, whose choice it is.
-      node: [R, N] int32, after which node.
+      row: [R] int32, row of the choices.
+      node: [R, N] int32, node before each choice.
     """
 
     tokens: jax.Array
@@ -59,8 +59,8 @@ class Written:
         return cls(tokens, start, length, tree.tokens, ancestors, row, node)
 
     def counts(self, row: jax.Array, vocab: int) -> tuple[jax.Array, jax.Array]:
-        """Whether a token is in the prompt of some rows [R], bool [R, V], and how often it is
-        in what they have answered, float32 [R, V]."""
+        """For some rows [R]: whether each token is in the prompt, bool [R, V], and how often it
+        is in the answer, float32 [R, V]."""
         tokens, at = self.tokens[row], jnp.arange(self.tokens.shape[1])
         prompt = at < self.start[row, None]
         answer = (at < self.length[row, None]) & ~prompt
@@ -69,7 +69,7 @@ class Written:
         return in_prompt > 0, zeros.at[own, tokens].add(answer.astype(zeros.dtype))
 
     def drafted_above(self, row: jax.Array, node: jax.Array, counts: jax.Array) -> jax.Array:
-        """Counts [R, V] with the tokens of the path to each node [R, N]: [R, N, V]."""
+        """Adds the tokens on the path to each node [R, N] to counts [R, V]: [R, N, V]."""
         above = unpack_bits(self.ancestors[row[:, None], node], self.drafted.shape[1])
         above = above.at[..., 0].set(False)  # the root is decided
         counts = jnp.broadcast_to(counts[:, None], (*node.shape, counts.shape[-1]))
@@ -94,9 +94,9 @@ def adjusted(
     """The logits [R, N, V] after biases and penalties, from which a request chooses.
 
     Args:
-      rows: [R], already those of `row`.
+      rows: [R], options already gathered by `row`.
       row, node: [R] and [R, N] int32, of the choices, as in `Written`.
-      position: [R, N] int32, of the token chosen.
+      position: [R, N] int32, position of the chosen token.
     """
     vocab = logits.shape[-1]
     own = jnp.arange(row.shape[0])[:, None]

@@ -1,4 +1,4 @@
-"""Float32 means float32: GPUs multiply it in TF32, which keeps 10 bits, unless asked not to."""
+"""Exact float32 products: by default GPUs use TF32, which keeps 10 bits."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def precision_of(dtype) -> AbstractContextManager:
 
 
 def exact_in_float32(step: Callable) -> Callable:
-    """A part of decoding whose products are exact to float32 where the target is float32.
+    """Decorates a step of decoding: products are exact float32 if the target is float32.
 
-    Tokens then equal plain decoding's: forwards over trees of different sizes differ by the
-    rounding of float32 sums alone. A narrower target keeps the platform's own precision, and on
-    a CPU nothing changes.
+    Tokens then equal plain decoding's, as forwards over trees of different sizes differ only by
+    the rounding of float32 sums. Other dtypes keep the platform's precision; on a CPU nothing
+    changes.
 
     Args:
       step: has a `Params` among its positional arguments.

@@ -104,7 +104,7 @@ def end_prefill(
 ) -> DecodeState:
     """Decides the first new token of prompts whose chunks have all run.
 
-    Args: allowed: [B, 1, ceil(V / 32)] uint32, bits of the tokens it may be; None if all may.
+    Args: allowed: [B, 1, ceil(V / 32)] uint32, bits of the allowed tokens; None allows all.
     """
     batch, capacity = requests.tokens.shape
     logits = unembed(params.target, prefilling.final)[:, None]  # [B, 1, V]

@@ -1,8 +1,8 @@
-"""Rejection sampling for chains drawn from the drafter: exact for any draft law.
+"""Rejection sampling for chains sampled from the drafter: exact for any draft distribution.
 
-Only for drafts that were *sampled* from the law they are verified against. A draft that is an
-argmax or a top-k entry was not: accepting it with min(1, p / q) biases the output, so trees
-are accepted by `round.accept_matches` instead.
+Only for drafts that were *sampled* from the distribution q they are verified against. A draft
+that is an argmax or a top-k entry was not: accepting it with min(1, p / q) biases the output,
+so trees are accepted by `round.accept_matches` instead.
 
 Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023.
 """
@@ -25,7 +25,7 @@ from jaxspec.trees.tree import chain
 def propose(
     decoder: Decoder, params: Params, state: DecodeState, sampling: SamplingRows
 ) -> tuple[Draft, DecodeState]:
-    """A chain drawn from the drafter's law per row, at most the row's budget of nodes."""
+    """Samples a chain from the drafter per row, of at most the row's budget of nodes."""
     drafter, position = decoder.drafter, state.position
     keys, _ = round_keys(sampling.key, position)
     drawn, drafted = drafter.draft_sampled(
@@ -49,13 +49,13 @@ def accept(
     Args:
       drawn: the chain whose nodes were verified, cut to its `lengths`.
       position: [B] int32, of the anchor.
-      written: before the choices after all nodes.
+      written: the text before the choice after each node.
     """
     count = drawn.tokens.shape[1] + 1
     logits, packing = verified.logits, verified.packing
     logits = logits if packing is None else packing.spread(logits)
     laws = log_law(logits[:, :count], position + 1, sampling, written)
-    # Rows past the tree are past every chain as well: their laws are never read.
+    # Rows past the tree are past every chain too, so their distributions are never read.
     laws = jnp.pad(laws, ((0, 0), (0, count - laws.shape[1]), (0, 0)))
     _, keys = round_keys(sampling.key, position)
     laws_drawn = drawn.tokens, drawn.log_q, drawn.lengths, keys
@@ -103,7 +103,7 @@ def acceptance_probability(
 def scatter_law(
     log_q: Float[Array, "B C"], support: Int[Array, "B C"], vocab: int
 ) -> Float[Array, "B {vocab}"]:
-    """Log-laws over some tokens as laws over all: [B, C] -> [B, V], both arguments."""
+    """Log-probabilities over some tokens, scattered to all tokens: [B, C] -> [B, V]."""
     never = jnp.full((log_q.shape[0], vocab), -jnp.inf, log_q.dtype)
     return never.at[jnp.arange(log_q.shape[0])[:, None], support].set(log_q)
 
@@ -111,9 +111,9 @@ def scatter_law(
 def residual(
     target_log_probs: Float[Array, "*L V"], log_q: Float[Array, "*L V"]
 ) -> Float[Array, "*L V"]:
-    """max(p - q, 0), unnormalised, of log-laws [..., V]; p itself where that leaves nothing.
+    """max(p - q, 0), unnormalised, from log-probabilities [..., V]; p itself if that is 0.
 
-    What must be emitted in place of a rejected draft, for the sum over both to be p.
+    A rejected draft's token is drawn from it, so that the overall distribution is p.
     """
     p = jnp.exp(target_log_probs)
     excess = jnp.maximum(p - jnp.exp(log_q), 0.0)
@@ -133,19 +133,19 @@ def accept_by_rejection(
     """Accepts a prefix of a sampled chain and draws the token after it.
 
     Args:
-      target_log_probs: [B, P + 1, V] float32, normalised; row d is the target's law after d
-        drafted tokens.
+      target_log_probs: [B, P + 1, V] float32, normalised; row d is the target's distribution
+        after d drafted tokens.
       drafted: [B, P] int32.
-      log_q: [B, P, C] float32, the laws the drafts were drawn from.
+      log_q: [B, P, C] float32, the distributions that the drafts were sampled from.
       lengths: [B] int32, drafts to verify, 0 … P; whether slot j is verified must not depend
         on its own token or on later ones.
       keys: [B] typed keys, consumed.
       support: the tokens that `log_q` is over, int32 [B, P, C] or [C]; None for all, C = V.
-        Laws over the vocabulary are built for the row after the accepted ones alone.
+        Distributions over the vocabulary are built only for the slot after the accepted ones.
 
     Returns:
       accepted [B] int32, 0 … length; and the next token [B] int32: from the residual after a
-      rejection, from the target's own law after a whole chain.
+      rejection, from the target's distribution after a whole chain.
     """
     depth = drafted.shape[1]
     chance = acceptance_probability(target_log_probs[:, :-1], log_q, drafted, support)
@@ -155,7 +155,7 @@ def accept_by_rejection(
     passed = (verified & (draws < chance)).astype(jnp.int32)
     accepted = jnp.cumprod(passed, axis=1).sum(axis=1)
 
-    def after(laws):  # past the last slot q's row is any: it is replaced below
+    def after(laws):  # past the last slot any row of q will do: it is replaced below
         row = jnp.minimum(accepted, laws.shape[1] - 1)
         return jnp.take_along_axis(laws, row[:, None, None], axis=1)[:, 0]
 

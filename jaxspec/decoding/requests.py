@@ -1,5 +1,5 @@
-"""Between Python lists and the arrays of a batch; shapes come in buckets, so that few programs
-are compiled."""
+"""Converts Python lists to the arrays of a batch and back, in a few shapes, so that few
+programs are compiled."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.models.target import Target
 
 WORD = 32  # bits of a seed that a key takes at a time
-# Beyond these float32 knows no other law: the likeliest token alone, all tokens alike, and a
-# probability that is not rounded to 0.
+# Beyond these limits float32 sampling does not change: only the likeliest token, all tokens
+# alike, and the smallest probability not rounded to 0.
 TEMPERATURES, LEAST_TOP_P = (1e-30, 1e30), float(np.finfo(np.float32).tiny)
 REPETITIONS = (1e-6, 1e6)
 MAX_INT = np.iinfo(np.int32).max  # more than any vocabulary or text has tokens
 
 
 def capacity_for(tokens: int, decoder: Decoder) -> int:
-    """S for rows of `tokens` tokens: 2, 3, 4, 6, 8, 12, … chunks, P + 1 places to spare."""
+    """S for rows of `tokens` tokens: 2, 3, 4, 6, 8, 12, … chunks, with room for P + 1 more."""
     chunks = -(-(tokens + decoder.drafter.depth + 1) // decoder.chunk)
     power = 1 << (chunks - 1).bit_length()
     return decoder.chunk * max(2, power * 3 // 4 if power * 3 // 4 >= chunks else power)
@@ -51,14 +51,14 @@ def pack(
     keys: jax.Array,
     asked: int = logprobs.NONE,
 ) -> Requests:
-    """Arrays for `prompts`; rows beyond them are empty requests that are done at once.
+    """Arrays for `prompts`; further rows are empty requests that end at once.
 
     Args:
       batch: B, at least the number of prompts.
       capacity: S, from `capacity_for`.
       sampling: one per prompt.
       keys: [len(prompts)] typed keys.
-      asked: whose log-probabilities to keep.
+      asked: `logprobs.NONE`, `NEW` or `ALL`.
     """
     count = len(prompts)
     tokens = np.zeros((batch, capacity), np.int32)
@@ -121,24 +121,24 @@ def stop_ids_of(sampling: Sampling, config: TargetConfig) -> tuple[int, ...]:
     """A request's stop ids, or the target's own.
 
     Raises:
-      ValueError: too many, or one that the target cannot choose.
+      ValueError: there are too many, or one is outside the vocabulary.
     """
     stops = config.eos_token_ids if sampling.stop_ids is None else sampling.stop_ids
     if len(stops) > MAX_STOP_IDS:
-        raise ValueError(f"{len(stops)} stop ids were given; at most {MAX_STOP_IDS} fit")
+        raise ValueError(f"stop_ids has {len(stops)} ids; expected at most {MAX_STOP_IDS}")
     bad = next((token for token in stops if not 0 <= token < config.vocab_size), None)
     if bad is not None:
         raise ValueError(
-            f"there is stop id {bad}; the target's vocabulary is 0 … {config.vocab_size - 1}"
+            f"stop_ids has {bad}; the target's vocabulary is 0 … {config.vocab_size - 1}"
         )
     return tuple(stops)
 
 
 def seed_key(seed: int) -> jax.Array:
-    """A typed key, another one for every integer; below 2**32 it is `jax.random.key(seed)`.
+    """A distinct typed key for every integer; below 2**32 it is `jax.random.key(seed)`.
 
-    Of larger ones every further word is folded in. A negative one is its magnitude with a last
-    word of 0, which no other has.
+    Further words of larger seeds are folded in. A negative seed is its magnitude with a final
+    word of 0, which no positive seed has.
     """
     seed = operator.index(seed)
     words = [abs(seed) & (1 << WORD) - 1]
@@ -155,7 +155,7 @@ def seed_key(seed: int) -> jax.Array:
 def unpack(
     state: DecodeState, prompt_lengths: Sequence[int]
 ) -> list[tuple[list[int], DecodeStats]]:
-    """New token ids and counts of the first rows, fetched from the device in one go."""
+    """New token ids and counts of the first rows, fetched from the device in one transfer."""
     tokens, length, rounds, committed, nodes = jax.device_get(
         (state.tokens, state.length, state.rounds, state.committed, state.nodes)
     )
@@ -169,7 +169,7 @@ def unpack(
 
 
 def check_positions(config: TargetConfig, length: int, max_new_tokens: int) -> None:
-    """Raises ValueError if a prompt of that length has no room for its new tokens."""
+    """Raises ValueError if a prompt and its new tokens exceed the target's positions."""
     total, positions = length + max_new_tokens, config.max_positions
     if total > positions:
         raise ValueError(
@@ -183,7 +183,7 @@ def request_keys(seed: int | Sequence[int], count: int) -> jax.Array:
     if isinstance(seed, (int, np.integer)):
         return _fold_keys(seed_key(seed), np.arange(count))
     if len(seed) != count:
-        raise ValueError(f"{len(seed)} seeds for {count} prompts; give one, or one each")
+        raise ValueError(f"{len(seed)} seeds for {count} prompts; give one, or one per prompt")
     return jax.numpy.stack([jax.random.fold_in(seed_key(s), 0) for s in seed])
 
 
@@ -196,10 +196,10 @@ def decoder_for(
     implementation: str | None = None,
     rejection: bool = False,
 ) -> tuple[Decoder, Params]:
-    """The static half of decoding and its weights.
+    """The static part of decoding, and its weights.
 
     Raises:
-      ValueError: rejection sampling with a drafter that does not draw chains.
+      ValueError: rejection sampling with a drafter that cannot sample chains.
     """
     if rejection:
         drafter.drafter.check_sampled()

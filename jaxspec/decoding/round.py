@@ -1,9 +1,9 @@
 """One round: draft a tree, verify it in one forward, accept a path, commit it.
 
-Sample, then match: the target chooses after every node, and the tree decides only how much of
-that is already computed. Every token is the target's choice given the tokens before it, so the
-output is lossless for any tree that was fixed before the choices were made. Chains drawn from
-the drafter's law are accepted by `decoding.rejection` instead.
+Sample, then match: the target chooses a token after every node, and the tree only decides which
+choices are computed in advance. Every token is the target's choice given the tokens before it,
+so output is lossless for any tree that is fixed before the choices are made. Chains sampled
+from the drafter are accepted by `decoding.rejection` instead.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def decode_round(
 def propose(
     decoder: Decoder, params: Params, state: DecodeState, sampling: SamplingRows
 ) -> tuple[Draft, DecodeState]:
-    """The drafter's half: a tree per row, at most the row's budget of nodes."""
+    """The drafter's half: drafts a tree per row, of at most the row's budget of nodes."""
     if decoder.rejection:
         return rejection.propose(decoder, params, state, sampling)
     tree, drafted = decoder.drafter.draft(
@@ -69,10 +69,10 @@ def judge(
     sizes: tuple[VerifySize, ...],
     size: jax.Array | int,
 ) -> Verdict:
-    """The target's half: verifies and accepts in a forward of `sizes[size]`.
+    """The target's half: verifies and accepts, in a forward of `sizes[size]`.
 
     Args:
-      sizes, size: of a size with room for the drafts of all running rows (`fitting.smallest`).
+      sizes, size: `sizes[size]` holds the drafts of all running rows (`fitting.smallest`).
     """
 
     def in_size(draft: Draft, packing: Packing | None) -> Verdict:
@@ -101,7 +101,7 @@ def verify(
     tree: DraftTree,
     packing: Packing | None = None,
 ) -> Verified:
-    """One forward of the target over the nodes of every row, or over those that are packed."""
+    """One forward of the target over all nodes, or over the packed ones."""
     bits = ancestors(tree)
     output = forward(
         params.target,
@@ -155,8 +155,8 @@ def accept_matches(
     n = tree.size
     expected = jnp.take_along_axis(choices, jnp.maximum(tree.parents, 0), axis=1)
     matches = tree.valid & ((tree.tokens == expected) | (jnp.arange(n) == 0))
-    # A node is reached iff it and all its ancestors match: no mismatch among its bits, and as
-    # many bits as its depth says. One whose parent is gone would pass for its grandchild.
+    # A node is reached iff it and all its ancestors match: no mismatch among its bits, and
+    # depth + 1 bits. Without the second test a node whose parent was removed could pass.
     mismatches = pack_bits(~matches)[:, None, :]
     above = jnp.sum(jax.lax.population_count(ancestors), axis=-1, dtype=jnp.int32)
     reached = jnp.all((ancestors & mismatches) == 0, axis=-1) & (above == tree.depths + 1)
@@ -182,8 +182,8 @@ def commit(
     """Writes the P + 1 rows of the path at the anchor's position and moves `length`.
 
     Keys and values past the accepted ones are garbage that no later forward sees: visibility
-    ends at `length - 1`, and the next round writes over them. A row that is done keeps its
-    tokens, its length and the target's cache of them, but not its drafter's state.
+    ends at `length - 1`, and the next round overwrites them. A finished row keeps its tokens,
+    its length and its target cache, but not its drafter's state.
     """
     acceptance, running = verdict.acceptance, ~state.done
     anchor_position = state.length - 1
@@ -211,7 +211,7 @@ def commit(
         tokens=write(state.tokens, acceptance.tokens),
         length=length,
         done=state.done | stopped | (length >= state.limit),
-        # Without a draft nothing else that is written depends on what was read.
+        # Orders the write after all reads of the cache (`KVCache.write`).
         cache=state.cache.write(
             verdict.rows, anchor_position, observed.count, after=acceptance.tokens
         ),

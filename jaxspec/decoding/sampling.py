@@ -1,5 +1,5 @@
-"""The target's own choice at a node: argmax, or Gumbel-max with noise that depends only on
-the request and the absolute position, so that any way of decoding draws the same tokens."""
+"""The target's choice at a node: argmax, or Gumbel-max with noise that depends only on the
+request and the absolute position, so that plain and speculative decoding draw equal tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxspec.decoding.penalties import Written, adjusted, changes_logits
 NO_TOKEN = -1
 MAX_STOP_IDS, MAX_BIASES = 8, 300
 MAX_BIAS, MAX_PENALTY = 100.0, 2.0  # as OpenAI bounds them
-ROWS_AT_ONCE, NODES_AT_ONCE = 8, 16  # that sample; noise and filters take several [., ., V]
+ROWS_AT_ONCE, NODES_AT_ONCE = 8, 16  # sampled at a time, to bound the memory of [., ., V]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Sampling:
       top_p: keep the fewest most probable tokens whose probability reaches top_p; 1 keeps all.
       min_p: keep tokens with at least min_p times the largest probability; 0 keeps all.
       stop_ids: ids that end the output; None means the target's own end-of-text ids.
-      min_tokens: new tokens before which no stop id is chosen.
-      logit_bias: what is added to the logits of tokens, by id; a mapping, kept as its items.
-      presence_penalty: is taken from the logits of tokens that the output has.
-      frequency_penalty: the same, times how often the output has the token.
-      repetition_penalty: divides positive logits of tokens that the prompt or the output has,
-        and multiplies negative ones; 1 changes nothing.
+      min_tokens: no stop id is chosen before this many new tokens.
+      logit_bias: added to the logits of tokens, by id; a mapping, stored as its items.
+      presence_penalty: subtracted from the logits of tokens in the output.
+      frequency_penalty: the same, times the token's count in the output.
+      repetition_penalty: divides positive logits of tokens in the prompt or output, and
+        multiplies negative ones; 1 changes nothing.
     """
 
     temperature: float = 0.0
@@ -89,8 +89,8 @@ class SamplingRows:
       biased: [B, n] int32, tokens of `logit_bias`, padded with `NO_TOKEN`.
       bias: [B, n] float32.
       presence, frequency, repetition: [B] float32, the penalties.
-      key: [B] typed keys, one per request. They decide the output; drafters have their own.
-      logprobs: [B] int32, whose log-probabilities are kept (`decoding.logprobs`).
+      key: [B] typed keys, one per request. They decide the output; drafters use other keys.
+      logprobs: [B] int32, which log-probabilities are kept (`decoding.logprobs`).
     """
 
     temperature: jax.Array
@@ -109,7 +109,7 @@ class SamplingRows:
 
 
 def greedy_rows(key: jax.Array) -> SamplingRows:
-    """Rows [B] with these keys that are greedy and ask for nothing else."""
+    """Greedy rows with these keys [B] and no other options."""
     zeros = lambda dtype: jnp.zeros(key.shape, dtype)  # noqa: E731
     return SamplingRows(
         temperature=zeros(jnp.float32),
@@ -142,8 +142,8 @@ def choose(
       logits: [R, N, V] float32.
       depths: [R, N] int32, 0 … max_depth.
       positions: [R] int32, absolute position of the token chosen after depth 0.
-      rows: [B], of `written.row`; consumes `rows.key` folded with the absolute position of the
-        chosen token.
+      rows: [B], indexed by `written.row`; consumes `rows.key` folded with the absolute position
+        of the chosen token.
       written: the text before each choice.
 
     Returns:
@@ -153,7 +153,7 @@ def choose(
     drawn = ((rows.temperature > 0) | changes_logits(rows))[written.row]
 
     def draw(_):
-        order = jnp.argsort(~drawn)  # those that are drawn first: only they cost something
+        order = jnp.argsort(~drawn)  # sampled rows first: only they cost something
         together = math.gcd(logits.shape[0], ROWS_AT_ONCE)
 
         def some_rows(i, chosen):
@@ -200,11 +200,11 @@ def _law(logits, rows, written: Written, own, node, positions, depths) -> jax.Ar
 def log_law(
     logits: jax.Array, positions: jax.Array, rows: SamplingRows, written: Written
 ) -> jax.Array:
-    """The laws that `choose` draws from: log-probabilities [B, N, V]; greedy rows one-hot.
+    """The log-probabilities [B, N, V] that `choose` samples from; one-hot in greedy rows.
 
     Args:
       logits: [B, N, V] float32, after the first N nodes of a chain.
-      positions, rows, written: as in `choose`; of every row all nodes, in order.
+      positions, rows, written: as in `choose`, for all nodes of every row in order.
     """
     every, depths = jnp.arange(logits.shape[0]), jnp.arange(logits.shape[1])
     depths = jnp.broadcast_to(depths, logits.shape[:2])
@@ -237,7 +237,7 @@ def _noise(keys: jax.Array, positions: jax.Array, count: int, vocab: int) -> jax
 
 
 def _kept(logits: jax.Array, rows: SamplingRows) -> jax.Array:
-    """Which tokens top-k, then top-p, then min-p keep: bool [B, N, V]. Ties are all kept."""
+    """The tokens that top-k, then top-p, then min-p keep: bool [B, N, V]. Keeps all ties."""
     one = lambda x: x[:, None]  # a per-row option against [B, N]  # noqa: E731
     p = jax.nn.softmax(logits, axis=-1)
     vocab = p.shape[-1]
@@ -247,7 +247,7 @@ def _kept(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     p = jnp.where(p >= floor[..., None], p, 0.0)
     p = p / p.sum(-1, keepdims=True)
 
-    mass = jnp.where(rows.top_p < 1, rows.top_p, 0.0)  # 0: any threshold would do, see below
+    mass = jnp.where(rows.top_p < 1, rows.top_p, 0.0)  # 0: no filter, see below
     floor = _largest_threshold(
         p, lambda kept: jnp.sum(jnp.where(kept, p, 0.0), -1) >= one(mass)
     )

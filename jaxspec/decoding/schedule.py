@@ -1,9 +1,9 @@
-"""Rounds of many requests under one budget: which nodes are verified is decided on the device.
+"""Rounds of many requests under one budget; the device chooses the nodes to verify.
 
-An adaptive round first chooses its size from survivals of earlier rounds, so it knows before
-drafting whether drafting pays at all. It then ranks the fresh nodes of all rows and verifies
-the best that the size has room for. Both steps are lossless for drawn chains as well as for
-trees (`decoding.budget`): the size does not depend on the draft it cuts.
+An adaptive round first chooses its size from survivals of earlier rounds, and so knows before
+drafting whether drafting pays. It then ranks the new nodes of all rows and verifies the best
+that the size holds. Both steps are lossless for sampled chains as well as for trees
+(`decoding.budget`): the size does not depend on the draft it cuts.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from jaxspec.trees.tree import NO_PARENT, DraftTree, root_only
 
 UNKNOWN = -1.0
 MAX_SIZES = 16
-MEMORY = 0.98  # per drafting round, of how well survivals foretold acceptance
-PATIENCE = 4  # times that the wait for the next probe doubles
-PROBES = 0.01  # of the time, at most, beyond what plain rounds would take
-PRIOR = 8.0  # accepted nodes, as many as foretold
-# A request's kind is the number of these below its temperature: what sampled requests accept
-# says nothing of greedy ones.
+MEMORY = 0.98  # decay per drafting round of the statistics of past rounds
+PATIENCE = 4  # most doublings of the wait for the next probe
+PROBES = 0.01  # most extra time that probes may cost, as a share of plain rounds' time
+PRIOR = 8.0  # pseudo-count of accepted nodes, and of foretold ones
+# A request's kind is the number of these below its temperature: acceptance of sampled requests
+# does not predict that of greedy ones.
 TEMPERATURES = (0.0, 0.4, 0.8)
 KINDS = len(TEMPERATURES) + 1
 
@@ -46,10 +46,10 @@ class Adaptive:
     """The nodes of all rows compete for the size with the most expected tokens per second.
 
     Attributes:
-      age: rounds that lie between a draft and the choice of size it informs, at least 1.
-      probe: rounds without a draft after which one is drafted to see whether it pays again;
-        after each that says no, twice as many, `PATIENCE` times at most, but for requests that
-        are no older than this many rounds. More where drafts are dear (`PROBES`).
+      age: rounds between a draft and the choice of size that it informs, at least 1.
+      probe: plain rounds after which one draft is made to see whether drafting pays again. The
+        number doubles after each probe that does not pay, at most `PATIENCE` times, except for
+        requests younger than `probe` rounds. It is larger where drafts are slow (`PROBES`).
     """
 
     age: int = 2
@@ -67,11 +67,11 @@ Schedule = Fixed | Adaptive
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows between two rounds; every leaf has the rows in front.
+    """Rows between two rounds; rows are the first axis of every leaf.
 
     Attributes:
-      survivals: [B, age, N - 1] float32, of the row's last drafts, newest first; `UNKNOWN`
-        where there was none.
+      survivals: [B, age, N - 1] float32, survival probabilities of the row's last drafts,
+        newest first; `UNKNOWN` where there was none.
     """
 
     state: DecodeState
@@ -85,15 +85,15 @@ class Habit:
     """Statistics of past rounds, by kind of request (K kinds).
 
     Attributes:
-      usual: [K, N - 1] float32, mean survivals: what a row without a past is expected to have.
-      foretold, happened: [K, P] float32, verified nodes of each depth: the sum of their
-        survival probabilities, and how many were accepted. Their ratio corrects what drafters
-        that are not calibrated believe.
-      varied, lasted: [K] float32, by how much drafts' survivals differed from the usual ones,
-        squared, and how much of that the same row's drafts still shared when they informed a
-        choice: their ratio says what an old survival tells.
+      usual: [K, N - 1] float32, mean survivals, the estimate for rows without a past draft.
+      foretold, happened: [K, P] float32, over verified nodes of each depth: the sum of their
+        survival probabilities, and the number accepted. Their ratio corrects drafters that are
+        not calibrated.
+      varied, lasted: [K] float32, variance of drafts' survivals around the usual ones, and
+        their covariance with the survivals of the draft `age` rounds later: the ratio weighs an
+        old draft's survivals against the usual ones.
       idle: [K] int32, rounds since the last draft.
-      probes: [K] int32, drafts in a row that no size was chosen for.
+      probes: [K] int32, consecutive probes that did not pay.
       rounds: [MAX_SIZES] int32, rounds of every size so far.
     """
 
@@ -108,7 +108,7 @@ class Habit:
 
 
 def init_habit(size: int, depth: int) -> Habit:
-    """The habit before the first round: every draft is expected to be accepted."""
+    """Statistics before the first round: every draft is expected to be accepted."""
     return Habit(
         usual=jnp.ones((KINDS, size - 1), jnp.float32),
         foretold=jnp.zeros((KINDS, depth), jnp.float32),
@@ -137,10 +137,10 @@ def decode_rows(
     schedule: Schedule,
     sizes: tuple[VerifySize, ...],
 ) -> tuple[Batch, Habit]:
-    """Up to `rounds` (a scalar) rounds; fewer when a row becomes done, so that it can leave.
+    """Runs up to `rounds` (a scalar) rounds; stops early when a row finishes, so it can leave.
 
     Args:
-      times: of `sizes`.
+      times: step times of `sizes`.
     """
     before = batch.state.done
     step = adaptive_round if isinstance(schedule, Adaptive) else fixed_round
@@ -158,13 +158,13 @@ def decode_rows(
 
 
 def fixed_round(decoder, params, batch, habit, times, schedule, sizes):
-    """Every row's own budget."""
+    """A round in which every row verifies its own budget."""
     batch, draft = draft_of(decoder, params, batch)
     return whole_round(decoder, params, batch, habit, draft, sizes)
 
 
 def adaptive_round(decoder, params, batch, habit, times, schedule, sizes):
-    """One budget for all rows."""
+    """A round with one budget for all rows."""
     drafts = functools.partial(draft_of, decoder, params)
     size, pays = size_of_round(batch, habit, times, schedule)
     return sized_round(decoder, params, batch, habit, drafts, times, sizes, size, pays)
@@ -185,12 +185,12 @@ def whole_round(decoder, params, batch, habit, draft, sizes) -> tuple[Batch, Hab
 def sized_round(
     decoder, params, batch, habit, drafts, times, sizes, size, pays, allowed=None
 ) -> tuple[Batch, Habit]:
-    """A round of a size that was chosen: a plain one for the first, else of a draft.
+    """A round of a chosen size: plain decoding for the first size, else with a draft.
 
     Args:
-      drafts: gives the batch that has drafted, and its draft.
-      size, pays: of `size_of_round`.
-      allowed: of the roots in a plain round, as `Draft.allowed`.
+      drafts: a function that returns the batch after drafting, and its draft.
+      size, pays: from `size_of_round`.
+      allowed: tokens allowed after the roots in a plain round, as `Draft.allowed`.
     """
 
     def plain(carry):
@@ -215,23 +215,21 @@ def size_of_round(batch, habit, times, schedule) -> tuple[jax.Array, jax.Array]:
 
 
 def kind_of(batch: Batch) -> jax.Array:
-    """[B] int32, the kind of every row; `KINDS`, which is none, for those that are done."""
+    """The kind of every row, [B] int32; `KINDS`, which is no kind, for finished rows."""
     hotter = batch.sampling.temperature[:, None] > jnp.array(TEMPERATURES)
     return jnp.where(batch.state.done, KINDS, hotter.sum(axis=1, dtype=jnp.int32))
 
 
 def run_if(condition: jax.Array, step, carry):
-    """step(carry) if the condition holds, in place; a `cond` would copy what is carried."""
+    """step(carry) if the condition holds, in place; `lax.cond` would copy the carry."""
     once = lambda carry: (jnp.bool(False), step(carry[1]))  # noqa: E731
     return jax.lax.while_loop(lambda carry: carry[0], once, (condition, carry))[1]
 
 
 def plain_round(decoder, params, batch, habit, allowed=None):
-    """Plain decoding, whose choices have noise of their own (`round_keys`).
+    """A round of plain decoding, whose choices use separate noise (`round_keys`).
 
-    What is committed has room for one token.
-
-    Args: allowed: of the roots, as `Draft.allowed`.
+    Args: allowed: tokens allowed after the roots, as `Draft.allowed`.
     """
     kind = kind_of(batch)
     draft = Draft(root_only(batch.state.anchor), allowed=allowed)
@@ -243,9 +241,9 @@ def plain_round(decoder, params, batch, habit, allowed=None):
 
 
 def judged_round(decoder, params, batch, habit, draft, times, sizes, size, chosen):
-    """A round whose trees are drafted.
+    """A round with drafted trees.
 
-    Args: size, chosen: index into `sizes`, at least 1, and whether the draft was expected to
+    Args: size, chosen: index into `sizes`, at least 1; and whether the draft was expected to
       pay.
     """
     kind, before = kind_of(batch), batch.state.length
@@ -259,15 +257,15 @@ def judged_round(decoder, params, batch, habit, draft, times, sizes, size, chose
 
 
 def push(survivals: jax.Array, newest: jax.Array) -> jax.Array:
-    """`Batch.survivals` after a round, whose own are [B, N - 1]."""
+    """`Batch.survivals` with those of a new round, [B, N - 1], in front."""
     return jnp.concatenate([newest[:, None], survivals[:, :-1]], axis=1)
 
 
 def choose_size(old: jax.Array, habit: Habit, kind: jax.Array, times: StepTimes) -> jax.Array:
-    """The size of a round that is not drafted yet, an index into `times`.
+    """The size of a round before it drafts, an index into `times`.
 
     Args:
-      old: [B, N - 1], survivals of the rows' drafts as many rounds ago as their age.
+      old: [B, N - 1], survivals of the rows' drafts `age` rounds ago.
       kind: [B] int32, see `kind_of`.
     """
     running, usual = kind < KINDS, habit.usual[kind]
@@ -290,12 +288,12 @@ def probe(
 ) -> jax.Array:
     """The size of a round whose draft is not expected to pay: 0, or now and then 1.
 
-    So seldom that what such rounds take longer than plain ones is at most `PROBES` of all
-    time: among many requests some are always young.
+    Probes are so rare that their extra time is at most `PROBES` of all time, even if among many
+    requests some are always young.
 
     Args:
       kind: [B] int32, see `kind_of`.
-      young: [B] bool, rows that may differ from those which drafting did not pay for.
+      young: [B] bool, new rows, for which drafting may pay though it did not for others.
     """
     doublings = jnp.where(young, 0, jnp.minimum(habit.probes[kind], PATIENCE))
     plain, drafted = times.seconds[0], times.seconds[min(1, times.seconds.shape[0] - 1)]
@@ -305,7 +303,7 @@ def probe(
 
 
 def foresee(tree: DraftTree, habit: Habit, kind: jax.Array) -> jax.Array:
-    """Survivals of a fresh draft [B, N - 1], corrected by what became of such nodes before."""
+    """Survivals of a fresh draft [B, N - 1], corrected by past acceptance at each depth."""
     trust = ((habit.happened + PRIOR) / (habit.foretold + PRIOR))[kind]  # [B, P]
     depth = jnp.maximum(tree.depths[:, 1:] - 1, 0)
     found = survival(tree) * jnp.take_along_axis(trust, depth, axis=1)
@@ -313,7 +311,7 @@ def foresee(tree: DraftTree, habit: Habit, kind: jax.Array) -> jax.Array:
 
 
 def keep(fresh: jax.Array, running: jax.Array, size: jax.Array, times: StepTimes) -> jax.Array:
-    """Drafted nodes of each row [B] that a round of this size verifies."""
+    """Number of drafted nodes of each row [B] that a round of this size verifies."""
     return admit(
         jnp.where(running[:, None], fresh, 0.0),
         times.totals[size] - running.sum(),
@@ -333,10 +331,10 @@ def learn(
     """The habit after a round that drafted.
 
     Args:
-      tree: what of the draft was verified.
+      tree: the verified part of the draft.
       fresh: [B, N - 1], `foresee` of the whole draft.
-      old: [B, N - 1], what `choose_size` saw instead.
-      accepted: [B] int32, drafted tokens that were decided.
+      old: [B, N - 1], the older survivals that `choose_size` used.
+      accepted: [B] int32, number of drafted tokens accepted.
       kind: [B] int32, see `kind_of`.
       chosen: bool, whether the draft was expected to pay.
     """
@@ -374,7 +372,7 @@ def learn(
 
 
 def rested(habit: Habit, kind: jax.Array) -> Habit:
-    """The habit after a round without a draft, of rows [B] of these kinds."""
+    """The habit after a round without a draft, whose rows [B] have these kinds."""
     took_part = jnp.any(kind[:, None] == jnp.arange(KINDS), axis=0)
     return dataclasses.replace(habit, idle=habit.idle + took_part)
 

@@ -1,4 +1,4 @@
-"""The records of decoding: what is static, what a step hands on, what lasts between rounds."""
+"""The records of decoding: static settings, results of each step, state between rounds."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from jaxspec.trees.tree import DraftTree
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The static half of decoding: hashable, an argument of every jitted function of it.
+    """The static part of decoding: hashable, a static argument of its jitted functions.
 
     Attributes:
       config: of the target.
       drafter: proposes trees.
-      rejection: the drafter draws chains (`draft_sampled`), verified by rejection sampling;
+      rejection: the drafter samples chains (`draft_sampled`), verified by rejection sampling;
         otherwise trees are verified by sample-then-match. Both are lossless; only the latter
         gives plain sampling's tokens at the same seed.
       chunk: prompt tokens per forward; capacities are multiples of it.
       implementation: of tree attention.
-      cache_dtype: of the target's and the drafter's keys and values; None for that of the
+      cache_dtype: dtype of the target's and the drafter's keys and values; None: that of the
         target's weights. "float32" makes bfloat16 models faster on a CPU, where XLA converts
         whole caches to write rows.
-      top_logprobs: K, alternatives whose log-probabilities are kept beside every token's, for
-        rows that ask; 0 keeps none of either.
+      top_logprobs: K, alternatives whose log-probabilities are kept besides every token's, for
+        rows that ask; 0 keeps no log-probabilities.
     """
 
     config: TargetConfig
@@ -62,8 +62,8 @@ class Requests:
     """A batch to decode.
 
     Attributes:
-      tokens: [B, S] int32, prompts at the left; S is the capacity, a multiple of the chunk, and
-        leaves P + 1 places after the last token of every row.
+      tokens: [B, S] int32, prompts at the left; S is the capacity, a multiple of the chunk that
+        leaves P + 1 positions after the last token of every row.
       length: [B] int32, prompt lengths, at least 1.
       max_new_tokens: [B] int32, at least 1.
       budget: [B] int32, nodes verified per round, root included, 1 … N.
@@ -80,7 +80,7 @@ class Requests:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefilling:
-    """A batch of prompts on its way through the target.
+    """A batch of prompts during prefill.
 
     Attributes:
       cache, drafter, logprobs: as in `DecodeState`.
@@ -103,15 +103,15 @@ class DecodeState:
 
     Attributes:
       tokens: [B, S] int32.
-      start: [B] int32, tokens of the prompt.
-      length: [B] int32, tokens decided.
+      start: [B] int32, length of the prompt.
+      length: [B] int32, number of decided tokens, prompt included.
       limit: [B] int32, length at which the row is full.
       done: [B] bool.
       budget: [B] int32, nodes verified per round, root included.
       cache: the target's.
       drafter: the drafter's state.
       rounds: [B] int32.
-      committed: [B, S] int32, tokens decided by each round, bonus included. A round cut short
+      committed: [B, S] int32, tokens committed by each round, bonus included. A round cut short
         by `limit` counts in full, as published acceptance lengths do; one that meets a stop
         id counts up to it.
       nodes: [B] int32, nodes verified in all, padding excluded.
@@ -133,8 +133,8 @@ class DecodeState:
 
     @property
     def position(self) -> Int[Array, " B"]:
-        """Of the anchor, and so the rows that a round reads of its cache; 0 in rows
-        that are done: what they compute is dropped, and attention walks the longest row."""
+        """Position of the anchor [B], which is also the number of cache rows a round reads; 0
+        in finished rows, as attention takes as long as the longest row needs."""
         return jnp.where(self.done, 0, self.length - 1)
 
     @property
@@ -150,8 +150,8 @@ class Draft:
 
     Attributes:
       tree: N nodes per row.
-      drawn: with rejection sampling, the chain the tree holds and the laws it was drawn from
-        (`SampledChain`).
+      drawn: with rejection sampling, the chain in the tree and the distributions that it was
+        sampled from (`SampledChain`).
       allowed: [B, N, ceil(V / 32)] uint32, bits of the tokens that may follow each node; None
         if all may.
     """
@@ -168,10 +168,10 @@ class Verified:
 
     Attributes:
       ancestors: uint32 bits [B, N, ceil(N / 32)], of the tree.
-      logits: [B, N, V] float32; packed, [1, T, V], with a packing.
+      logits: [B, N, V] float32; [1, T, V] with a packing.
       taps: [B, N, len(taps) * M] float32.
-      rows: what the target's layers may keep of the nodes.
-      packing: of the nodes the target ran on; None if it ran on all.
+      rows: new cache rows of the nodes.
+      packing: packing of the nodes that the target ran on; None if it ran on all.
     """
 
     ancestors: jax.Array
@@ -189,8 +189,8 @@ class Acceptance:
     Attributes:
       path: [B, P + 1] int32, node at each depth of the accepted path, root first; 0 past it.
       count: [B] int32, nodes on the path, root included (1 … P + 1).
-      tokens: [B, P + 1] int32, the tokens decided: those of nodes path[1:count], then the bonus
-        at index count - 1; what follows is meaningless.
+      tokens: [B, P + 1] int32, the decided tokens: those of nodes path[1:count], then the bonus
+        at index count - 1; later entries are meaningless.
     """
 
     path: jax.Array
@@ -201,14 +201,14 @@ class Acceptance:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the target made of a draft: the accepted path, and what it computed along it.
+    """The accepted path of a draft, and what the target computed along it.
 
     Attributes:
       tokens: [B, P + 1] int32, the path's own tokens, root first.
       taps: [B, P + 1, len(taps) * M] float32.
-      rows: what the target's layers may keep of the path's P + 1 nodes.
+      rows: new cache rows of the path's P + 1 nodes.
       nodes: [B] int32, nodes of the tree, padding excluded.
-      logprobs: [B, P + 1, .] of the tokens decided; None if none are kept.
+      logprobs: [B, P + 1, .] of the decided tokens; None if none are kept.
     """
 
     acceptance: Acceptance
@@ -228,7 +228,7 @@ def write_tokens(
     """tokens[b, start[b]:stop[b]] = new[b, :stop[b] - start[b]]; the rest stays.
 
     Args:
-      tokens: or what goes with tokens.
+      tokens: tokens, or values per token.
       start, stop: at most C apart.
     """
     index = start[:, None] + jnp.arange(new.shape[1])

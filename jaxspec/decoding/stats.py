@@ -1,4 +1,4 @@
-"""Rounds and tokens of one request, from which all published metrics follow."""
+"""Counts of one request's rounds and tokens, from which all published metrics follow."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class DecodeStats:
     """Counts of one request.
 
     Attributes:
-      committed: tokens decided by each round, bonus included. The last round counts in full
-        when it was cut short by `max_new_tokens`, up to the stop id when it met one.
+      committed: tokens committed by each round, bonus included. A last round counts in full if
+        `max_new_tokens` cut it short, and up to the stop id if it met one.
       nodes: nodes verified in all, roots included, padding excluded.
     """
 
@@ -29,9 +29,10 @@ class DecodeStats:
         return sum(self.committed) / self.rounds if self.rounds else 0.0
 
     def first(self, tokens: int) -> DecodeStats:
-        """Of the rounds that decided the first `tokens` of an answer, whose first one none did.
+        """Counts of the rounds that committed the first `tokens` of an answer.
 
-        The nodes of the others were verified all the same: they stay counted.
+        The answer's first token comes from prefill. `nodes` stays the same, as the other
+        rounds' nodes were verified too.
         """
         kept, left = [], tokens - 1
         for count in self.committed:

@@ -1,4 +1,4 @@
-"""Lower bounds of a step's time: every byte read once, every product at the full rate."""
+"""Lower bounds on a step's time: every byte read once, all arithmetic at peak rate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Floor:
     """Work of one device that a step cannot avoid.
 
     Attributes:
-      bytes: weights and states of layers that it reads, each once.
+      bytes: bytes of weights and layer states read, each once.
       flops: multiplications and additions of its matrix products.
     """
 
@@ -36,16 +36,16 @@ class Floor:
 
     @property
     def milliseconds(self) -> float:
-        """An estimate from datasheet numbers, never a timing: the larger of the two."""
+        """The larger of memory and arithmetic time; an estimate from datasheet numbers."""
         return 1e3 * max(self.bytes / BYTES_PER_SECOND, self.flops / FLOPS_PER_SECOND)
 
 
 def target_floor(setup: Setup, tokens: int, *, predicted: int | None = None) -> Floor:
-    """Of one forward of the target at full context.
+    """Floor of one forward of the target at full context.
 
     Args:
-      tokens: of all rows.
-      predicted: those of them that are unembedded; all if left out.
+      tokens: tokens of all rows.
+      predicted: number of tokens whose logits are computed; all by default.
     """
     c, params = setup.target, setup.target_params
     vocabulary = math.prod(params.unembed.shape)
@@ -64,7 +64,7 @@ def target_floor(setup: Setup, tokens: int, *, predicted: int | None = None) -> 
 
 
 def _layer_work(c: TargetConfig, layer: LayerParams, tokens: int) -> tuple[float, float]:
-    """Bytes of a layer's weights that so many tokens read, and values that each multiplies."""
+    """Bytes of a layer's weights that `tokens` tokens read, and values per token multiplied."""
     attention, mlp = layer.attention, layer.mlp
     size = _bytes(attention)
     if isinstance(attention, DeltaNetParams):
@@ -81,7 +81,7 @@ def _layer_work(c: TargetConfig, layer: LayerParams, tokens: int) -> tuple[float
 
 
 def draft_floor(setup: Setup) -> Floor:
-    """Of the drafter's passes; nothing where it has no weights."""
+    """Floor of the drafter's passes; zero for a drafter without weights."""
     block = setup.block
     eagle = next((x for x in setup.drafter.parts if isinstance(x, EagleDrafter)), None)
     if eagle is not None:
@@ -98,7 +98,7 @@ def draft_floor(setup: Setup) -> Floor:
 
 
 def _eagle_floor(setup: Setup, drafter: EagleDrafter) -> Floor:
-    """Every pass reads the layer, the LM head and the cache once more."""
+    """Floor of EAGLE's passes, each of which reads the layer, the LM head and the cache."""
     c, rows = drafter.config, setup.batch * drafter.pass_tokens
     weights = drafter.abstract_params(setup.target_params).head
     if isinstance(c, MtpConfig):
@@ -115,7 +115,7 @@ def _eagle_floor(setup: Setup, drafter: EagleDrafter) -> Floor:
 
 
 def program_floor(setup: Setup, program: str) -> Floor:
-    """Of one step of a compiled program (`programs.PROGRAMS`): a round, a chunk, a draft."""
+    """Floor of one step of a program of `programs.PROGRAMS`: a round, chunk or draft."""
     if program == "draft":
         return draft_floor(setup)
     if program == "prefill":
@@ -125,19 +125,19 @@ def program_floor(setup: Setup, program: str) -> Floor:
 
 
 def state_bytes(setup: Setup) -> list[int]:
-    """Of every array that the target's layers keep between forwards, on all devices: keys and
-    values, and of gated delta nets what is independent of the context."""
+    """Bytes, on all devices, of every array that layers keep between forwards: keys and values,
+    and the states of gated delta nets, which are independent of the context."""
     make = functools.partial(init_states, setup.target, setup.batch, setup.context, DTYPE)
     return [_bytes(x) for x in jax.tree.leaves(jax.eval_shape(make))]
 
 
 def _row_bytes(c: DrafterConfig | EagleConfig | MtpConfig) -> int:
-    """Of keys and values of one token."""
+    """Bytes of the keys and values of one token."""
     return 2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(DTYPE).itemsize
 
 
 def _values(tree: Any) -> int:
-    """Of matrices; the scales of 8 bits are none."""
+    """Number of values of matrices, without the scales of 8-bit ones."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree, is_leaf=is_scaled))
 
 

@@ -22,14 +22,14 @@ PLANNED = ("round", "prefill")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a setup needs; bytes are of one device.
+    """Memory and floors of a setup; bytes are per device.
 
     Attributes:
-      parts: arguments of a round by what they are.
-      repeated: bytes of them that are passed twice and take memory once: the vocabulary, which
-        is the target's and given to the drafter too.
-      programs: those compiled, by name.
-      floors: milliseconds at least, of a "plain" step (one token per row), of "draft" and
+      parts: bytes of a round's arguments, by kind.
+      repeated: bytes passed twice but held once: embedding and LM head, passed to both target
+        and drafter.
+      programs: memory of the compiled programs, by name.
+      floors: lower bounds in milliseconds of a "plain" step (one token per row), of "draft" and
         "verify", and of a "round", which is both.
     """
 
@@ -41,12 +41,12 @@ class Plan:
 
     @property
     def state(self) -> int:
-        """Weights and caches, without the compiled programs' own needs."""
+        """Bytes of weights and caches, without the compiled programs' temporaries."""
         return sum(self.parts.values()) - self.repeated
 
     @property
     def peak(self) -> int:
-        """The most that a compiled program needs; the state alone where none was compiled."""
+        """Maximum bytes that a compiled program needs; `state` if none was compiled."""
         needs = [program.peak - self.repeated for program in self.programs.values()]
         return max([self.state, *needs])
 
@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def most_rows(self) -> int:
-        """An estimate of the largest batch that fits: all but weights grows with the batch."""
+        """An estimate of the largest batch that fits: everything but weights grows with it."""
         weights = sum(size for name, size in self.parts.items() if name.endswith("weights"))
         return most_rows(self.setup, self.peak, growing=self.peak + self.repeated - weights)
 
@@ -67,10 +67,10 @@ class Plan:
 
 
 def most_rows(setup: Setup, peak: int, *, growing: int) -> int:
-    """The largest batch, from the bytes that this one needs.
+    """Estimates the largest batch that fits from the peak bytes of this one.
 
     Args:
-      growing: bytes of the peak that are shared evenly by the rows of the batch.
+      growing: the part of the peak that grows in proportion to the batch.
     """
     row = growing / setup.batch
     return max(0, setup.batch + math.floor((MEMORY_BYTES - peak) / row))
@@ -80,11 +80,11 @@ def plan(setup: Setup, programs: tuple[str, ...] = PLANNED) -> Plan:
     """Plans a setup.
 
     Args:
-      programs: which to compile, of `PLANNED`; with none, no compiler is needed. A setup whose
-        weights and caches alone do not fit is not compiled.
+      programs: programs of `PLANNED` to compile; () needs no compiler. A setup whose weights
+        and caches alone do not fit is not compiled.
 
     Raises:
-      ValueError: there is no compiler for H100s here.
+      ValueError: no compiler for H100s is installed.
     """
     mesh = AbstractMesh((setup.heads, setup.devices // setup.heads), (MODEL, REST))
     params, requests, state = abstract_arguments(setup, mesh)

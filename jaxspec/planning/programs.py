@@ -21,7 +21,7 @@ PROGRAMS = ("round", "prefill", "draft")
 
 
 def compile_program(setup: Setup, name: str, cache: pathlib.Path | None = None) -> Program:
-    """Compiles one of `PROGRAMS` for `setup.devices` H100s; figures are those of one of them.
+    """Compiles one of `PROGRAMS` for `setup.devices` H100s; figures are per device.
 
     Args:
       name: "round" (drafting, verification and commit, in their loop), "prefill" (a prompt's
@@ -48,7 +48,7 @@ def program_memory(setup: Setup, name: str) -> Memory:
 
 
 def device_mesh(setup: Setup) -> Mesh:
-    """The H100s of a setup, which do not exist.
+    """A mesh of the setup's H100s, which need not exist.
 
     Raises:
       RuntimeError: there is no compiler for H100s here.

@@ -21,7 +21,7 @@ from jaxspec.sharding import shardings
 from pallas_kernels.tree_attention.config import Shape, unsupported
 
 DTYPE = jnp.bfloat16
-FP8_BLOCK = (128, 128)  # outputs and inputs that share a scale, as in Qwen3-*-FP8
+FP8_BLOCK = (128, 128)  # outputs and inputs per scale, as in Qwen3-*-FP8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Setup:
       batch: B, sequences decoded together.
       devices: the model is sharded over them.
       chunk: prompt tokens per forward.
-      fp8: matrices of the target that may stay in 8 bits do (`models.params.SCALABLE`).
-      fp8_lm_head: the LM head too, apart from the embedding.
+      fp8: hold the target's `models.params.SCALABLE` matrices in 8 bits.
+      fp8_lm_head: hold the LM head in 8 bits too, untied from the embedding.
     """
 
     target: TargetConfig
@@ -49,7 +49,7 @@ class Setup:
 
     def __post_init__(self):
         if self.fp8_lm_head and not self.fp8:
-            raise ValueError("an LM head in fp8 is for a target in fp8; set fp8 too")
+            raise ValueError("fp8_lm_head is set without fp8; set fp8 too")
         for name in ("context", "batch", "devices", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -70,8 +70,8 @@ class Setup:
         for name, count in wide.items():
             if count % self.devices:
                 raise ValueError(
-                    f"{count} {name} cannot be cut evenly over {self.devices} devices; "
-                    "expected a number that divides them"
+                    f"{count} {name} cannot be sharded evenly over {self.devices} devices; "
+                    "expected a number of devices that divides them"
                 )
 
     @property
@@ -92,18 +92,18 @@ class Setup:
 
     @property
     def heads(self) -> int:
-        """Devices over which key/value heads are cut; the others hold the same ones."""
+        """Number of devices that key/value heads are sharded over; others hold copies."""
         return math.gcd(self.devices, self.target.num_kv_heads)
 
     @property
     def block(self) -> DrafterConfig | None:
-        """Of a drafter with weights, alone or joined with prompt lookup."""
+        """Configuration of a block drafter, alone or joined with prompt lookup; else None."""
         configs = (part.head_config for part in self.drafter.parts)
         return next((config for config in configs if config is not None), None)
 
 
 def published_drafter(target: TargetConfig) -> DrafterConfig:
-    """A drafter of DFlash's and JetSpec's proportions: five layers, five taps, blocks of 16."""
+    """A drafter sized as DFlash's and JetSpec's: five layers, five taps, blocks of 16."""
     return DrafterConfig(
         vocab_size=target.vocab_size,
         hidden_size=target.hidden_size,
@@ -124,7 +124,7 @@ def published_drafter(target: TargetConfig) -> DrafterConfig:
 def abstract_arguments(
     setup: Setup, mesh: Mesh | AbstractMesh
 ) -> tuple[Params, Requests, DecodeState]:
-    """What `prefill` and `decode` take, as shapes placed on a mesh."""
+    """The arguments of `prefill` and `decode`, as shapes sharded over a mesh."""
     decoder = setup.decoder
     target = setup.target_params
     params = Params(target, decoder.drafter.abstract_params(target))
@@ -143,7 +143,7 @@ def _abstract_requests(setup: Setup) -> Requests:
 
 
 def placed(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-    """Shapes with their places on a mesh (`jaxspec.sharding`)."""
+    """Shapes with their shardings on a mesh (`jaxspec.sharding`)."""
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         tree,

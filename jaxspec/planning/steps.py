@@ -61,13 +61,13 @@ DRAFT_BLOCK = 16
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What is compiled.
+    """A step to compile.
 
     Attributes:
       model: one of `PRESETS`.
-      kind: "decode" (one token per round), "verify" (a tree that costs nothing to draft),
-        "prefill" (one chunk of a prompt), "draft" (the drafter's pass and its tree) or "round"
-        (the two together); all but "draft" inside their loops, as they run.
+      kind: "decode" (one token per round), "verify" (a given tree), "prefill" (one chunk of a
+        prompt), "draft" (the drafter's pass and its tree) or "round" (draft and verify); all
+        but "draft" inside their loops, as they run.
       nodes: N of the tree.
       context, batch, devices, fp8, fp8_lm_head: as in `Setup`.
     """
@@ -109,7 +109,7 @@ class Step:
 
     @property
     def program(self) -> str:
-        """Of `programs.PROGRAMS`: plain decoding and verification are rounds."""
+        """The program of the step: plain decoding and verification are rounds."""
         return self.kind if self.kind in ("prefill", "draft") else "round"
 
 
@@ -127,8 +127,11 @@ KINDS = (
 
 
 def steps(quick: bool = False) -> list[Step]:
-    """The gated steps of Qwen3-8B and of a hybrid; with the rest, verification by two hybrids,
-    and of Qwen3 every size, context and device count."""
+    """The steps to compile.
+
+    Args: quick: only the gated steps of Qwen3-8B and of one hybrid; else also verification by
+      two hybrids, and every size, context and device count of Qwen3.
+    """
     gated = [Step("qwen3-8b", "verify", nodes) for nodes in (64, 128, 256)]
     gated += [
         Step("qwen3-8b", "decode"),
@@ -160,7 +163,7 @@ def steps(quick: bool = False) -> list[Step]:
 
 @dataclasses.dataclass(frozen=True)
 class Given(Drafter):
-    """A drafter whose tree comes from its state: what is left of a round is verification."""
+    """A drafter whose tree comes from its state, so that a round is only verification."""
 
     size: int
     depth: int = DRAFT_BLOCK - 1
@@ -176,18 +179,18 @@ class Given(Drafter):
 
 
 def compile_step(step: Step, cache: pathlib.Path | None = None) -> Program:
-    """Compiles it for `step.devices` H100s; memory and traffic are those of one of them."""
+    """Compiles a step for `step.devices` H100s; memory and traffic are per device."""
     return compile_program(step.setup, step.program, cache)
 
 
 def report(step: Step, program: Program) -> dict:
-    """What the compiled step needs and moves, beside its floor; bytes are of one device.
+    """Memory and traffic of the compiled step, beside its floor; bytes are per device.
 
     `floor_ms_estimate` is an estimate from datasheet numbers, never a timing.
     """
     setup = step.setup
     floor = program_floor(setup, step.program)
-    # A draft alone is not given the target, so nothing is passed to it twice.
+    # A draft alone does not take the target, so nothing is passed twice.
     repeated = 0 if step.kind == "draft" else plan(setup, ()).repeated
     peak, moved = program.peak - repeated, program.module.moved_bytes()
     growing = program.aliased + program.temporaries
@@ -214,7 +217,7 @@ def report(step: Step, program: Program) -> dict:
 
 
 def faults(step: Step, program: Program) -> list[str]:
-    """What breaks the gate; numbers are bounded for the models of `MOST_LAUNCHES`."""
+    """Violations of the gate; launches are bounded for the models of `MOST_LAUNCHES`."""
     found = [
         fault
         for kernel in program.kernels
@@ -250,7 +253,7 @@ def faults(step: Step, program: Program) -> list[str]:
 
 
 def _faults_of_fp8(step: Step, program: Program, moved: float) -> list[str]:
-    """A weight that the step widens in memory, or too many bytes."""
+    """Faults of an fp8 step: a weight widened in memory, or too many bytes moved."""
     leaves = jax.tree.leaves(step.setup.target_params, is_leaf=is_scaled)
     smallest = min(math.prod(x.shape) for x in leaves if is_scaled(x)) // step.devices
     found = [f"widens a weight: {op}" for op in program.module.large_floats(smallest)]
@@ -263,7 +266,7 @@ def _faults_of_fp8(step: Step, program: Program, moved: float) -> list[str]:
 def _smallest_state(setup: Setup) -> int:
     """Bytes of the smallest matrix or cache on a device; smaller copies are activations.
 
-    Of gated delta nets that is the memory: their windows and convolutions are small.
+    For gated delta nets this is the memory matrix; their windows and convolutions are small.
     """
     leaves = jax.tree.leaves(setup.target_params, is_leaf=is_scaled)
     arrays = [x.values if is_scaled(x) else x for x in leaves]

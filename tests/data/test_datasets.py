@@ -35,7 +35,7 @@ def test_folders_of_files_and_their_splits(tmp_path, capsys):
     )
     with pytest.raises(ValueError, match="several splits .train, test.; name one: .*::train"):
         open_source(folder)
-    with pytest.raises(ValueError, match="v1.5::dev is no split; found train, test"):
+    with pytest.raises(ValueError, match="v1.5::dev is not a split; found train, test"):
         open_source(f"{folder}::dev")
     source = open_source(f"{folder}::train")
     assert source.label == "v1.5-train"
@@ -131,7 +131,7 @@ def test_datasets_of_the_hub_are_streamed(tmp_path, monkeypatch, capsys):
         in (capsys.readouterr().err)
     )
     assert open_source("owner/name::main/test").label == "name-main-test"
-    with pytest.raises(ValueError, match="owner/name::main/dev is no split; found train, test"):
+    with pytest.raises(ValueError, match="owner/name::main/dev is not a split; found train, test"):
         open_source("owner/name::main/dev")
     with pytest.raises(ValueError, match=r"hard.*; a subset is chosen by owner/name::SUBSET"):
         open_source("owner/name")
@@ -143,7 +143,7 @@ def test_without_the_hub_a_name_is_one_error(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    message = "owner/name is no file or folder here, and cannot be read as a dataset of the"
+    message = "owner/name is not a local file or folder, and cannot be read as a dataset of the"
     with pytest.raises(ValueError, match=message) as raised:
         open_source("owner/name::train")
     assert "\n" not in str(raised.value)

@@ -49,7 +49,7 @@ def test_conversations_are_read(raw):
         ),
         ({"role": "user", "content": ["x"]}, "part 0 of the content is 'x'"),
         ({"role": "user", "content": [TEXT | {"text": None}]}, "part 0 of the content is"),
-        ({"role": "user", "content": "a\ud83d b"}, "half a surrogate pair, '.ud83d'"),
+        ({"role": "user", "content": "a\ud83d b"}, "lone surrogate, '.ud83d'"),
     ],
 )
 def test_what_is_no_text_is_refused(message, error):

@@ -96,7 +96,7 @@ def test_sequences_are_cut_and_short_ones_left_out(target, tmp_path):
     (example,) = read(path, target, min_supervised=5)
     assert (len(example), example.supervised.sum()) == (16, 10)
     message = (
-        "none of 2 conversations can be trained on; 2 have fewer than 90 tokens of an answer "
+        "none of 2 conversations can be trained on; 2 have fewer than 90 answer tokens "
         r"within 16 \(see --max-length, --min-supervised\)"
     )
     with pytest.raises(ValueError, match=message):
@@ -142,7 +142,7 @@ def test_rows_of_another_target_are_refused_or_rendered(target, tmp_path, metada
         "metadata": metadata,
     }
     path = write(tmp_path / "data.jsonl", [row])
-    message = f"line 1: '{metadata['target']}' wrote this, and the target is 'tiny'"
+    message = f"line 1: '{metadata['target']}' wrote this row, but the target is 'tiny'"
     with pytest.raises(ValueError, match=message + ".*--any-target"):
         read(path, target)
     (example,) = read(path, target, any_target=True)

@@ -33,17 +33,17 @@ from tests import tiny
         ([[1]], dict(budget=17), "budget is 17; the drafter's trees have 1 … 16 nodes"),
         ([[1]], dict(budget=0), "budget is 0; the drafter's trees have 1 … 16 nodes"),
         ([[1]], dict(batch_size=0), "batch_size is 0; expected at least 1"),
-        ([[1], [2]], dict(seed=[1]), "1 seeds for 2 prompts; give one, or one each"),
+        ([[1], [2]], dict(seed=[1]), "1 seeds for 2 prompts; give one, or one per prompt"),
         ([[1], [2]], dict(sampling=[Sampling()]), "1 entries for 2 prompts; give one"),
         (
             [[1]],
             dict(sampling=Sampling(stop_ids=tuple(range(9)))),
-            "9 stop ids were given; at most 8 fit",
+            "stop_ids has 9 ids; expected at most 8",
         ),
         (
             [[1]],
             dict(sampling=Sampling(stop_ids=(2**40,))),
-            "there is stop id 1099511627776; the target's vocabulary is 0 … 10",
+            "stop_ids has 1099511627776; the target's vocabulary is 0 … 10",
         ),
     ],
 )

@@ -175,7 +175,7 @@ def test_rows_that_cannot_be_asked_fail_alone(target, tmp_path):
     outcome = regenerate(CONFIG, target, read_jobs(prompts), tmp_path / "data.jsonl")
     assert (outcome.rows, outcome.failed) == (1, 3)
     errors = {name: row["error"] for name, row in rows_of(outcome.errors).items()}
-    assert "line 2: turn 0: the content holds half a surrogate pair" in errors[1]
+    assert "line 2: turn 0: the content has a lone surrogate" in errors[1]
     assert "line 3: expected" in errors["x"] and "line 4: not JSON" in errors[3]
 
 
@@ -311,7 +311,7 @@ def test_files_without_a_prompt_say_what_they_hold(tmp_path, line, message):
 def test_ids_are_used_once(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}')
-    with pytest.raises(ValueError, match="id 1 was used before"):
+    with pytest.raises(ValueError, match="id 1 occurs twice"):
         read_jobs(path)
 
 
