@@ -131,9 +131,9 @@ def test_datasets_of_the_hub_are_streamed(tmp_path, monkeypatch, capsys):
         in (capsys.readouterr().err)
     )
     assert open_source("owner/name::main/test").label == "name-main-test"
-    with pytest.raises(ValueError, match="owner/name::main/dev is not a split; found train, test"):
+    with pytest.raises(ValueError, match="name::main/dev is not a split; found train, test"):
         open_source("owner/name::main/dev")
-    with pytest.raises(ValueError, match=r"hard.*; a subset is chosen by owner/name::SUBSET"):
+    with pytest.raises(ValueError, match=r"hard.*; choose a subset by owner/name::SUBSET"):
         open_source("owner/name")
     assert asked == [{"streaming": True}] * len(asked)
 

@@ -46,7 +46,7 @@ def test_one_number_of_rows_may_have_no_step():
 
 
 def test_a_curve_of_something_else_is_refused():
-    with pytest.raises(ValueError, match="measured for target = 'tiny', but this engine has 'big'"):
+    with pytest.raises(ValueError, match="for target = 'tiny', but this engine has 'big'"):
         CURVE.check(SETUP | {"target": "big"})
 
 
