@@ -1,4 +1,4 @@
-"""What a drafter is. A drafter proposes; only the target decides."""
+"""The interface of drafters. A drafter proposes; only the target decides."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxspec.trees.tree import DraftTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Committed:
-    """Consecutive tokens the target has run on, with what it saw there.
+    """Consecutive tokens that the target has run on, with their features.
 
     Row i of a sequence is its token at absolute position `position + i`; only the first
     `count` rows are committed, the others are padding to be ignored or overwritten.
@@ -35,10 +35,10 @@ class Committed:
 
 
 class Drafter:
-    """What every drafter is: a static, hashable object; its params and its state are pytrees.
+    """A drafter: a static, hashable object, with params and state as pytrees.
 
-    A drafter of one's own is a frozen dataclass that inherits from this one, with `size`,
-    `depth`, `init`, `observe` and `draft`; the rest has defaults. See examples/own_drafter.py.
+    To write one, inherit a frozen dataclass from this class and define `size`, `depth`, `init`,
+    `observe` and `draft`; the rest has defaults. See examples/own_drafter.py.
 
     State belongs to a batch and is donated from round to round: `observe` and `draft` return
     the new one. A drafter never uses the random keys that decide the output.
@@ -47,12 +47,12 @@ class Drafter:
       size: N, nodes of its trees, root included (static).
       depth: P, the deepest node it can draft (static).
       taps: target layers whose outputs it reads (`models.decoder.forward`).
-      verify_sizes: sizes below N that its trees may fit into; a round verifies in the smallest
-        that holds every row's tree. Each is one more forward to compile.
-      head_config: of the draft head, for the drafter that runs one on the target's features
-        (`drafters.block`); None for all others, joined ones included.
-      path_conditioned: what it drafts after a node depends on the node's path, so that trees of
-        this kind serve it best.
+      verify_sizes: sizes below N; a round verifies in the smallest one that holds every row's
+        tree. Each is one more forward to compile.
+      head_config: configuration of the draft head of a block drafter (`drafters.block`); None
+        for all others, joined drafters included.
+      path_conditioned: whether its scores depend on a node's path, so that path_conditioned
+        trees suit it best.
     """
 
     size: int
@@ -65,13 +65,13 @@ class Drafter:
     def init(self, params: Any, batch: int, capacity: int) -> Any:
         """An empty state for sequences of up to `capacity` tokens.
 
-        An axis of its arrays that grows with `capacity` is that of positions: at p is what
-        observing the token at position p wrote (`serving.prefix_cache` cuts states there).
+        An axis that grows with `capacity` must be indexed by position: entry p is written when
+        the token at position p is observed (`serving.prefix_cache` cuts states there).
         """
         raise NotImplementedError
 
     def observe(self, params: Any, state: Any, committed: Committed) -> Any:
-        """Takes in tokens that were committed, in order, prompt chunks included."""
+        """Updates the state by committed tokens, in order, prompt chunks included."""
         raise NotImplementedError
 
     def draft(
@@ -82,7 +82,7 @@ class Drafter:
         position: Int[Array, " B"],
         budget: Int[Array, " B"],
     ) -> tuple[DraftTree, Any]:
-        """Proposes continuations of the anchor, the token decided but not yet observed.
+        """Proposes continuations of the anchor, which is decided but not yet observed.
 
         Args:
           anchor: [B] int32, token at absolute position `position`.
@@ -94,11 +94,11 @@ class Drafter:
     def check_sampled(self) -> None:
         """Raises ValueError unless the drafter has `draft_sampled`, for rejection sampling.
 
-        A drafter that draws chains has it beside this: draft_sampled(params, state, anchor,
-        position, temperature, keys) -> (`rollout.SampledChain`, state).
+        A drafter that samples chains overrides this method and defines draft_sampled(params,
+        state, anchor, position, temperature, keys) -> (`rollout.SampledChain`, state).
         """
         raise ValueError(
-            "rejection sampling needs a drafter that draws its chains; "
+            "rejection sampling needs a drafter that samples its chains; "
             f"{type(self).__name__} does not. Use a trained block drafter, or leave rejection "
             "out: sample-then-match is lossless with any drafter"
         )
@@ -123,10 +123,10 @@ class Drafter:
 
     def with_tree(self, tree: TreeConfig) -> Drafter:
         """The drafter with trees of `tree.size` nodes, of `tree.kind` if it has a choice."""
-        raise ValueError(f"{self} has a tree of its own; leave the options of trees out")
+        raise ValueError(f"{self} has a fixed tree; leave the tree options out")
 
     def abstract_params(self, target: TargetParams) -> Any:
-        """Shapes of its params beside a target, whose weights may be shapes too."""
+        """Shapes of its params for a target, whose weights may be shapes too."""
         return ()
 
     @property

@@ -1,7 +1,7 @@
 """The block drafter in a decoding loop: one pass of the head drafts a whole tree.
 
 Context enters as keys and values of committed tokens, projected once when they commit and kept
-in a cache of the drafter's own; a pass reads it and writes nothing.
+in the drafter's cache, which a pass only reads.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class BlockParams:
     """Weights and settings of a block drafter.
 
     Attributes:
-      head: its own weights (`weights.abstract_weights`); with a draft vocabulary W2 has
-        its rows alone.
+      head: the head's weights (`weights.abstract_weights`); with a draft vocabulary W2 has only
+        the rows of its tokens.
       vocabulary: the target's embedding and LM head, and which tokens are drafted.
-      threshold: scalar float32; a chain ends before the first slot less confident than this.
+      threshold: scalar float32; a chain ends before the first slot of lower confidence.
       survival: scalar float32; a chain ends before its survival falls below this. 0 turns
         either rule off; both need a confidence head.
       temperatures: scalar or [P] float32, divide the confidence logits of each slot
         (`evaluation.calibration`).
-      whole_output: [V, R], W2 as a checkpoint holds it, where the head's has fewer rows; read
-        by `whole_head` alone.
+      whole_output: [V, R], W2 as in the checkpoint, if the head's has fewer rows; only
+        `whole_head` reads it.
     """
 
     head: nnx.State
@@ -61,7 +61,7 @@ class BlockParams:
 
     @property
     def whole_head(self) -> nnx.State:
-        """The head's weights as `block_params` got them, and as a checkpoint holds them."""
+        """The head's weights as in a checkpoint, as given to `block_params`."""
         if self.whole_output is None:
             return self.head
         flat = dict(nnx.to_flat_state(self.head))
@@ -79,12 +79,12 @@ def block_params(
     survival: float = 0.0,
     temperatures: Sequence[float] | float = 1.0,
 ) -> BlockParams:
-    """A head's weights joined with the target's embedding and LM head, which are not copied.
+    """Joins a head's weights with the target's embedding and LM head, without copying these.
 
     Args:
-      head: weights as a checkpoint holds them.
-      kept: [V'] int32, the tokens to draft, ascending: the rows they need are gathered here,
-        once. None drafts all.
+      head: weights as in a checkpoint.
+      kept: [V'] int32, the tokens to draft, ascending; their rows are gathered once, here. None
+        drafts all tokens.
       unembed: [V', M], the drafter's own LM head; None for the target's.
     """
     kept = None if kept is None else jnp.asarray(kept, jnp.int32)
@@ -102,10 +102,11 @@ class BlockDrafter(Drafter):
     """A drafter of whole blocks: DFlash, DFlash2, JetSpec, DSpark or TreeFlash, by `config`.
 
     With a sequential head, `chain`, `best_first` and `top_budget` score along the head's own
-    greedy choices, `path_conditioned` scores what follows the `tree.candidates` best nodes of
-    every depth given all of their ancestors, and `transitions` (TreeFlash's) tabulates
-    `tree.width` children of as many likely tokens of every depth. Without one, depths are
-    scored alone. DFlash2's selector has a table of its candidates (`selector.lattice_tree`).
+    greedy choices; `path_conditioned` scores the children of the `tree.candidates` best nodes
+    of every depth given all of their ancestors; `transitions` (TreeFlash's) tabulates
+    `tree.width` children of the `tree.candidates` likeliest tokens of every depth. Without a
+    head, each depth is scored independently. DFlash2's selector has a table of its candidates
+    (`selector.lattice_tree`).
 
     The state is the `KVCache` of the context.
 
@@ -126,8 +127,8 @@ class BlockDrafter(Drafter):
     def __post_init__(self):
         if self.tree.kind == "transitions" and self.config.sequential in (None, "rnn"):
             raise ValueError(
-                "tree kind 'transitions' needs a sequential head that looks at the previous "
-                f"token alone, and the drafter's is {self.config.sequential!r}; use "
+                "tree kind 'transitions' needs a sequential head that reads only the previous "
+                f"token, but the drafter's is {self.config.sequential!r}; use "
                 + ("path_conditioned" if self.config.sequential else "top_budget")
             )
         conditioned = self.tree.kind == "path_conditioned" and self.config.sequential
@@ -170,8 +171,8 @@ class BlockDrafter(Drafter):
     def check_sampled(self) -> None:
         if self.tree.kind != "chain" or self.size <= self.depth:
             raise ValueError(
-                f"rejection sampling needs a chain of {self.depth + 1} nodes for all that the "
-                f"drafter draws; its tree is {self.tree.kind!r} with {self.size}. Use such a "
+                f"rejection sampling needs a chain of {self.depth + 1} nodes, the whole sample "
+                f"of the drafter; its tree is {self.tree.kind!r} with {self.size}. Use such a "
                 "chain, or leave rejection out: sample-then-match is lossless with any drafter"
             )
 
@@ -180,8 +181,8 @@ class BlockDrafter(Drafter):
         return init_cache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, dtype)
 
     def observe(self, params: BlockParams, state: KVCache, committed: Committed) -> KVCache:
-        # Rows past `count` are written too: nobody sees rows at or past the anchor's position,
-        # and the next call overwrites them.
+        # Rows past `count` are written too: rows at or past the anchor's position are never
+        # read, and the next call overwrites them.
         offsets = jnp.arange(committed.tokens.shape[1])
         positions = committed.position[:, None] + offsets
         rows = bind(self.config, params.head).context(committed.features, positions)
@@ -236,12 +237,12 @@ class BlockDrafter(Drafter):
         temperature: Float[Array, " B"],
         keys: Key[Array, " B"],
     ) -> tuple[SampledChain, KVCache]:
-        """A chain drawn from the drafter, for `decoding.rejection.accept_by_rejection`.
+        """Samples a chain, for `decoding.rejection.accept_by_rejection`.
 
         Args:
           anchor, position: as in `draft`.
-          temperature: at 0 the likeliest token is taken, with probability one.
-          keys: consumed; not those that decide the target's own choices.
+          temperature: at 0 the likeliest token has probability one.
+          keys: consumed; separate from those of the target's choices.
         """
         head, vocabulary = bind(self.config, params.head), params.vocabulary
         stream = self.stream(params, state, anchor, position)
@@ -308,7 +309,7 @@ class BlockDrafter(Drafter):
     ) -> DraftTree:
         vocabulary = params.vocabulary
 
-        def ids(slot, nodes):  # the root of a tree over indices is a token already
+        def ids(slot, nodes):  # nodes are draft indices, but the root is a token id
             if vocabulary.kept is None:
                 return nodes
             return jnp.where(slot == 0, nodes, vocabulary.ids(nodes))
@@ -322,7 +323,7 @@ class BlockDrafter(Drafter):
 
         step = corrected
         if self.config.sequential != "mlp" and not self.survival_scores:
-            # Over a mesh that cuts weights the kernels would want the whole of W2.
+            # On a mesh that shards weights the kernels would need W2 whole.
             step = LowRank(
                 base,
                 head.sequential.output[...],

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 
 def split(arrays: Any, size: int) -> Any:
-    """Arrays [B, R, ...] in pieces of `size`, [ceil(R / size), B, size, ...]; the last one is
-    filled up with zeros."""
+    """Splits arrays [B, R, ...] into pieces [ceil(R / size), B, size, ...], zero-padded."""
 
     def one(x):
         batch, length, *rest = x.shape

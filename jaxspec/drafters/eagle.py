@@ -1,8 +1,8 @@
 """The EAGLE-3 drafter in a decoding loop: the layer runs once per drafted level.
 
 Pair i is the target's feature of position i and the token at i + 1. Its keys and values are
-kept once both are committed; those of drafted rows, which differ, last for one draft. The last
-pair of a prefix holds the anchor, so it runs first in every draft.
+cached once both are committed; those of drafted rows, which differ, last for one draft. The
+last pair of a prefix contains the anchor, so every draft runs it first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class EagleParams:
     """Weights of an EAGLE-3 drafter or an MTP layer, with an embedding and an LM head.
 
     Attributes:
-      head: its own weights (`weights.abstract_weights`, `mtp.abstract_mtp`).
+      head: the network's weights (`weights.abstract_weights`, `mtp.abstract_mtp`).
       vocabulary: embedding and LM head, the target's or its own, and which tokens are drafted.
     """
 
@@ -43,7 +43,7 @@ class EagleParams:
 
     @property
     def whole_head(self) -> nnx.State:
-        """The head's weights as a checkpoint holds them."""
+        """The head's weights as in a checkpoint."""
         return self.head
 
 
@@ -84,7 +84,7 @@ class EagleState:
 
     Attributes:
       cache: keys and values of the pairs; row i needs the token at i + 1.
-      features: `keys` [B, 1, S, M] alone: `PairHead.fuse` of every position.
+      features: only `keys` is used, [B, 1, S, M]: `PairHead.fuse` of every position.
     """
 
     cache: KVCache
@@ -94,15 +94,15 @@ class EagleState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Level:
-    """The F rows that are run next, and what the levels before left for them.
+    """The F rows to run next, with what they need of earlier levels.
 
     Attributes:
       rows: keys and values of all drafted rows, levels side by side.
       features: [B, F, M].
       tokens: [B, F] int32.
-      seen: [B, F, N'] bool, which of the N' drafted rows each sees, itself among them.
+      seen: [B, F, N'] bool, which of the N' drafted rows each attends to, itself included.
       scores: [B, F] float32, log-probability of each row's path; -inf where there is no row.
-      places: [B, F] int32, which candidate each row is (`levels.best_nodes`).
+      places: [B, F] int32, index of each row among the candidates (`levels.best_nodes`).
     """
 
     rows: KVRows
@@ -118,8 +118,8 @@ class EagleDrafter(Drafter):
     """Drafts with EAGLE-3, as a chain or as its dynamic tree.
 
     The tree is EAGLE-2's, `path_conditioned`: every level runs the `tree.candidates` best nodes
-    of the level above and keeps `tree.width` children of each; the best of all of them are
-    verified. EAGLE-2 and SGLang have one number k for both.
+    of the level above and keeps `tree.width` children of each; the best of all levels are
+    verified. EAGLE-2 and SGLang use one number k for both.
 
     Attributes:
       implementation: of tree attention.
@@ -134,9 +134,8 @@ class EagleDrafter(Drafter):
     def __post_init__(self):
         if self.tree.kind not in ("chain", "path_conditioned"):
             raise ValueError(
-                f"tree kind {self.tree.kind!r} needs a drafter that scores each depth alone or "
-                "by the previous token; this one looks at the whole path: use chain or "
-                "path_conditioned"
+                f"tree kind {self.tree.kind!r} needs scores by depth or by the previous token, "
+                "but this drafter's depend on the whole path; use chain or path_conditioned"
             )
 
     @property
@@ -195,8 +194,8 @@ class EagleDrafter(Drafter):
         head, position = self.head(params), committed.position
         batch, count = committed.tokens.shape
         own = head.fuse(committed.features)
-        # C features have C - 1 tokens after them here; the pair before them is complete now,
-        # unless they are the first. Rows past the committed ones are any, as are the caches'.
+        # C - 1 of the C features are followed by a token here; the pair before them is complete
+        # now, unless they are the first. Rows past the committed ones are garbage.
         before = feature_at(state, position - 1)
         features = jnp.concatenate([before[:, None], own], axis=1)
         tokens = jnp.pad(committed.tokens, ((0, 0), (0, 1)))
@@ -214,7 +213,7 @@ class EagleDrafter(Drafter):
             rows[layer] = k, v
             return self._attend(layer, q, k, v, state.cache, start, bits, depths)
 
-        # The last layer's output is not needed, and so not computed.
+        # XLA drops the last layer's output, which is not needed.
         head(params.vocabulary, features, tokens, start[:, None] + depths, attend)
         keys, values = zip(*(rows[i] for i in range(self.config.num_layers)), strict=True)
         cache = state.cache.write(KVRows(keys, values), start, after=keys[-1])
@@ -246,7 +245,7 @@ class EagleDrafter(Drafter):
         temperature: jax.Array,
         keys: jax.Array,
     ) -> tuple[SampledChain, EagleState]:
-        """A chain drawn from the drafter; arguments as `BlockDrafter.draft_sampled`."""
+        """Samples a chain; arguments as in `BlockDrafter.draft_sampled`."""
 
         def choose(slot, logits):
             log_q = tempered(logits, temperature)
@@ -314,7 +313,7 @@ class EagleDrafter(Drafter):
         return best_nodes(anchor, *nodes, size=self.size, budget=budget)
 
     def _start(self, state: EagleState, anchor, position, frontier: int) -> _Level:
-        """The first level: the last pair, and no other rows."""
+        """The first level: only the last pair."""
         c, batch, first = self.config, anchor.shape[0], jnp.arange(frontier) == 0
         shape = (batch, self.depth * frontier, c.num_kv_heads, c.head_dim)
         empty = tuple(jnp.zeros(shape, keys.dtype) for keys in state.cache.keys)
@@ -338,9 +337,9 @@ class EagleDrafter(Drafter):
         count = self.depth * frontier
         first, last = slot * frontier, jnp.maximum(position - 1, 0)
         put = jax.lax.dynamic_update_slice_in_dim
-        # A window counts from the last pair, as in training: drafted rows see what it sees.
+        # A window counts from the last pair, as in training, for drafted rows too.
         depths = jnp.zeros((batch, count), jnp.int32)
-        # Attention takes as many queries as rows: those of other levels see themselves.
+        # Attention needs as many queries as rows: those of other levels attend to themselves.
         seen = jnp.broadcast_to(jnp.eye(count, dtype=bool), (batch, count, count))
         bits = pack_bits(put(seen, level.seen, first, axis=1))
         keys, values = list(level.rows.keys), list(level.rows.values)
@@ -375,13 +374,13 @@ class EagleDrafter(Drafter):
 
 
 def feature_at(state: EagleState, position: jax.Array) -> jax.Array:
-    """[B, M] at positions [B]; any where a position is negative."""
+    """Features [B, M] at positions [B]; arbitrary where a position is negative."""
     features = state.features.keys[0][:, 0]
     index = jnp.maximum(position, 0)[:, None, None]
     return jnp.take_along_axis(features, index, axis=1)[:, 0].astype(jnp.float32)
 
 
 def _own(slot: jax.Array, frontier: int, levels: int) -> jax.Array:
-    """bool [F, N']: each row of level `slot` among those of all levels."""
+    """bool [F, N']: the place of each row of level `slot` among the rows of all levels."""
     place = slot * frontier + jnp.arange(frontier)
     return place[:, None] == jnp.arange(levels * frontier)

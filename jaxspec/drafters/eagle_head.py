@@ -1,8 +1,8 @@
-"""The network of an EAGLE-3 drafter: one layer that reads a token beside a feature.
+"""The network of an EAGLE-3 drafter: a layer that reads pairs of a feature and a token.
 
 A row is a pair: a feature and the token that follows it. Features of committed tokens come from
-the target, through `fuse`; a drafted token's is the output of the row before, so that drafting
-needs no target.
+the target, through `fuse`; a drafted token's feature is the output of the row before, so that
+drafting needs no target.
 
 Sources: EAGLE-3 (arXiv 2503.01840); vLLM's `speculators` for the flags.
 """
@@ -37,16 +37,16 @@ class EagleConfig:
     Attributes:
       hidden_size: M, of the drafter.
       target_hidden_size: M_t, of the target.
-      target_layers: layers of the target it was made for; None where its file does not say.
+      target_layers: number of layers of its target; None where its file does not say.
       taps: target layers whose outputs it reads, 0-based, in this order; -1 is the embedding.
-      steps: tokens drafted one after another; the layer runs so often per round.
+      steps: tokens drafted one after another, and runs of the layer per round.
       qk_norm: RMSNorm over the head dimension of queries and keys (Qwen3-shaped layers).
       tap_norm: RMSNorm before `fc`: None, "joined" over all taps at once, or "each" tap's own.
       residual_after_norm: the layer adds to the normed feature instead of the feature.
       feedback_after_norm: the next row's feature is the output after the final norm.
-      logits_after_norm: the LM head reads the output after the final norm; otherwise as it is.
-      window: of every layer, or one for all: a pair sees pairs less than `window` before it,
-        and a drafted row what the last pair sees; None sees all.
+      logits_after_norm: the LM head reads the output after the final norm, else before it.
+      window: per layer, or one for all: a pair attends to pairs less than `window` before it,
+        and a drafted row to those of the last pair; None: to all.
       rope_scaling: None for plain rotary positions.
     """
 
@@ -91,7 +91,7 @@ class EagleConfig:
 
     @property
     def depth(self) -> int:
-        """P: positions that are drafted."""
+        """P: number of drafted positions."""
         return self.steps
 
     @property
@@ -120,7 +120,7 @@ class EagleLayer(nnx.Module):
         self.config = config
 
     def __call__(self, embedded: jax.Array, x: jax.Array, angles, attend) -> jax.Array:
-        """Rows [..., n, M] -> [..., n, M]; `attend(q, k, v)` knows who sees whom."""
+        """Rows [..., n, M] -> [..., n, M]; `attend(q, k, v)` masks."""
         eps = self.config.rms_norm_eps
         residual = x
         if self.hidden_norm is None:
@@ -152,13 +152,13 @@ class EagleLayer(nnx.Module):
 
 
 class PairHead(Protocol):
-    """A network that reads pairs of a feature and the token after it, with its weights.
+    """A network with weights that reads pairs of a feature and the token after it.
 
-    What `drafters.eagle.EagleDrafter` runs: an EAGLE-3 head, or an MTP layer.
+    `drafters.eagle.EagleDrafter` runs it: an EAGLE-3 head, or an MTP layer.
     """
 
     def fuse(self, taps: jax.Array) -> jax.Array:
-        """Features [..., M] of the target's outputs [..., len(taps) * M_t]."""
+        """Features [..., M] from the target's outputs [..., len(taps) * M_t]."""
 
     def __call__(
         self,
@@ -171,7 +171,7 @@ class PairHead(Protocol):
         """Runs pairs of a feature [B, n, M] and the token after it [B, n].
 
         Args:
-          positions: [B, n] int32, where the features stand.
+          positions: [B, n] int32, positions of the features.
           attend: attention of a layer.
 
         Returns:
@@ -179,10 +179,10 @@ class PairHead(Protocol):
         """
 
     def logits(self, vocabulary: Vocabulary, output: jax.Array) -> jax.Array:
-        """Float32 [..., V'] of outputs [..., M]: of the token after the row's own."""
+        """Logits, float32 [..., V'], of the token after the row's, from outputs [..., M]."""
 
     def feedback(self, output: jax.Array) -> jax.Array:
-        """The feature of the next row, [..., M], of outputs [..., M]."""
+        """The feature of the next row, [..., M], from outputs [..., M]."""
 
 
 class EagleHead(nnx.Module):
@@ -242,10 +242,10 @@ class EagleHead(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ParallelEagleConfig(EagleConfig):
-    """A P-EAGLE drafter; `steps` tokens are drafted at once.
+    """A P-EAGLE drafter, which drafts `steps` tokens at once.
 
     Attributes:
-      mask_token_id: what rows after the first read in place of a token.
+      mask_token_id: token that rows after the first read.
     """
 
     mask_token_id: int = 0
@@ -265,7 +265,7 @@ class ParallelEagleConfig(EagleConfig):
 
 
 class ParallelEagleHead(EagleHead):
-    """`EagleHead`, and the outputs of the target that rows after the first read instead."""
+    """`EagleHead` with a learned feature for rows after the first."""
 
     def __init__(self, config: ParallelEagleConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         super().__init__(config, rngs=rngs, dtype=dtype)

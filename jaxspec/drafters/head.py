@@ -53,8 +53,8 @@ class Vocabulary:
     Attributes:
       embed: [V, M].
       unembed: [V', M], rows of the LM head.
-      kept: [V'] int32, the tokens these rows stand for, ascending; None for all of them.
-      judge: [V', M], the target's rows where `unembed` is the drafter's own; None elsewhere.
+      kept: [V'] int32, token ids of these rows, ascending; None: all tokens.
+      judge: [V', M], the target's rows if `unembed` is the drafter's own, else None.
       own_embed: `embed` is the drafter's own (static).
     """
 
@@ -65,18 +65,18 @@ class Vocabulary:
     own_embed: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     def ids(self, index: Int[Array, "*S"]) -> Int[Array, "*S"]:
-        """Tokens of indices."""
+        """Token ids of draft indices."""
         return index if self.kept is None else self.kept[index]
 
     def of_tree(self, tree: DraftTree) -> DraftTree:
-        """A tree grown over indices, its root a token, with tokens throughout."""
+        """Converts a tree over draft indices, whose root is a token id, to token ids."""
         if self.kept is None:
             return tree
         tokens = jnp.where(tree.depths > 0, self.ids(tree.tokens), tree.tokens)
         return dataclasses.replace(tree, tokens=tokens)
 
     def index(self, tokens: Int[Array, "*S"]) -> tuple[Int[Array, "*S"], Bool[Array, "*S"]]:
-        """Indices of tokens, and which tokens have one; other indices are any."""
+        """Draft indices of tokens, and whether each has one; other indices are arbitrary."""
         if self.kept is None:
             return tokens, jnp.ones(tokens.shape, bool)
         index = jnp.minimum(jnp.searchsorted(self.kept, tokens), self.kept.shape[0] - 1)
@@ -86,8 +86,8 @@ class Vocabulary:
 class DraftLayer(nnx.Module):
     """A pre-norm layer whose slots also attend to the context.
 
-    Queries and keys/values are separate weights, because the context needs no queries. It
-    passes through them without `norm`, which belongs to the slots.
+    Queries and keys/values are separate weights, because the context needs no queries. The
+    context is projected without `norm`, which applies to slots only.
     """
 
     def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs, dtype):
@@ -111,8 +111,8 @@ class DraftLayer(nnx.Module):
         self, x: Float[Array, "*S M"], angles
     ) -> tuple[Float[Array, "*S K D"], Float[Array, "*S K D"]]:
         """Rotated keys, and values, of context or of normed slots."""
-        # XLA joins products that share an operand and concatenates their weights, in every
-        # round: the queries' with these, and these of all layers.
+        # Without the barrier XLA joins products that share an operand, concatenating their
+        # weights in every round: queries with these, and these of all layers.
         x, weight = jax.lax.optimization_barrier((x, self.kv[...]))
         kv = project("...m,mkcd->...kcd", x, weight)
         k = rms_norm(kv[..., 0, :], self.k_norm[...], self.eps)
@@ -183,7 +183,7 @@ class DraftHead(nnx.Module):
         Args:
           anchors: [...] int32, token of each block's anchor.
           positions: [...] int32, its absolute position.
-          attend: attention of a layer, which knows the context and who sees whom.
+          attend: attention of a layer, with its context and masks.
 
         Returns:
           [..., P, M] float32.
@@ -200,7 +200,7 @@ class DraftHead(nnx.Module):
     def logits(
         self, vocabulary: Vocabulary, stream: Float[Array, "*S M"]
     ) -> Float[Array, "*S V"]:
-        """Base logits of a stream, float32; V is V' of the vocabulary."""
+        """Base logits of a stream, float32, over the draft vocabulary."""
         return self.unembed(vocabulary, self.normed(stream))
 
     def unembed(
@@ -210,7 +210,7 @@ class DraftHead(nnx.Module):
         return self.scaled(project("...m,vm->...v", hidden, vocabulary.unembed))
 
     def scaled(self, logits: Float[Array, "*S"]) -> Float[Array, "*S"]:
-        """Products with the LM head, scaled and capped."""
+        """Scales and caps products with the LM head."""
         logits, cap = self.config.logit_scale * logits, self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -261,7 +261,7 @@ class DraftHead(nnx.Module):
     ) -> Float[Array, "*S V"]:
         """Logits given the previous token, float32.
 
-        A bilinear head's are -inf outside of the candidates, the likeliest by base logits.
+        A bilinear head's are -inf outside the candidates, the likeliest by base logits.
         """
         if self.config.sequential == "mlp":
             return self.unembed(vocabulary, latent)
@@ -279,10 +279,11 @@ class DraftHead(nnx.Module):
         index: Int[Array, "*#S k"],
         latent: Float[Array, "*#S R"],
     ) -> Float[Array, "*S k"]:
-        """A bilinear head's scores of candidates, whose base logits are `top`.
+        """A bilinear head's scores of candidates.
 
         Args:
-          index: the candidates, in the draft vocabulary.
+          top: base logits of the candidates.
+          index: draft indices of the candidates.
         """
         rows = lookup_whole(self.sequential.output[...], index)
         return top + jnp.einsum("...r,...kr->...k", latent, rows)
@@ -304,13 +305,13 @@ class DraftHead(nnx.Module):
 def restrict(
     weights: nnx.State, vocabulary: Vocabulary, kept: jax.Array | None
 ) -> tuple[nnx.State, Vocabulary]:
-    """Weights and vocabulary for a draft vocabulary: the rows of its tokens, gathered.
+    """Weights and vocabulary restricted to a draft vocabulary, by gathering its tokens' rows.
 
-    Of the weights it is the output table W2 [V, R] that becomes [V', R]; the previous token may
-    be any.
+    The output table W2 [V, R] becomes [V', R]. W1 stays whole, as any token may be the previous
+    one.
 
     Args:
-      vocabulary: the whole one.
+      vocabulary: the full vocabulary.
       kept: see `Vocabulary`; None leaves both as they are.
     """
     if kept is None:

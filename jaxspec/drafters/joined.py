@@ -20,7 +20,7 @@ DEEPEST_MATCH = 15  # tokens that prompt lookup copies at a time beside another 
 
 @dataclasses.dataclass(frozen=True)
 class Together(Drafter):
-    """Several drafters that observe one pass of the target; it drafts nothing itself."""
+    """Several drafters that observe the same target forward; it does not draft."""
 
     drafters: tuple[Drafter, ...]
     size: int = 1
@@ -58,17 +58,17 @@ class Together(Drafter):
 
 @dataclasses.dataclass(frozen=True)
 class Joined(Together):
-    """Two drafters with scores; their best nodes by either's score make one tree.
+    """Two drafters with scores, whose best nodes make one tree.
 
-    A trained drafter and prompt lookup complete each other: the one knows the language, the
-    other what was said before, and goes on deeper than a block.
+    A trained drafter and prompt lookup complement each other: one models language, the other
+    copies earlier text, and goes deeper than a block.
     """
 
     def __post_init__(self):
         sizes = [drafter.size for drafter in self.drafters]
         if sizes != [self.size, self.size]:
             raise ValueError(
-                f"joined drafters have trees of {sizes} nodes; expected two of {self.size}"
+                f"the joined drafters have trees of {sizes} nodes; expected two of {self.size}"
             )
 
     def with_tree(self, tree: TreeConfig) -> Joined:
@@ -96,10 +96,10 @@ def with_lookup(loaded: LoadedDrafter) -> LoadedDrafter:
 
 
 def beside_lookup(drafter: Drafter) -> Joined:
-    """The static part of a drafter and prompt lookup in trees of the same size.
+    """The static part of a drafter joined with prompt lookup, in trees of the same size.
 
     Raises:
-      ValueError: it drafts nothing.
+      ValueError: the drafter drafts nothing.
     """
     if drafter.size < 2:
         raise ValueError(f"{drafter} has nothing to join with prompt lookup; leave +ngram out")
@@ -110,7 +110,7 @@ def beside_lookup(drafter: Drafter) -> Joined:
 def change_drafter(
     loaded: LoadedDrafter, change: Callable[[LoadedDrafter], LoadedDrafter]
 ) -> LoadedDrafter:
-    """change(loaded); where prompt lookup is joined with a drafter, that drafter changes."""
+    """change(loaded); of a drafter joined with prompt lookup, only the drafter is changed."""
     first, *others = loaded.drafter.parts
     if not others:
         return change(loaded)
@@ -118,7 +118,7 @@ def change_drafter(
 
 
 def with_survival(loaded: LoadedDrafter) -> LoadedDrafter:
-    """The drafter, scored by its confidence head if it has one."""
+    """The drafter with scores from its confidence head, if it has one."""
 
     def change(loaded):
         drafter, config = loaded.drafter, loaded.drafter.head_config

@@ -1,10 +1,9 @@
 """Multi-token prediction (MTP): the drafter that checkpoints of hybrid targets contain.
 
-One layer of the target's attention kind reads the embedding of a token beside the target's
-output at the position before, past its final norm, and predicts the token after. Where the
-target has not run, the layer's own output, past its own norm, stands for the target's: so it
-drafts as EAGLE does, and shares that drafter's loop and trees. Embedding and LM head are the
-target's.
+One layer of the target's attention kind reads the embedding of a token and the target's output
+at the position before, after its final norm, and predicts the next token. Where the target has
+not run, the layer's own normed output replaces the target's. So it drafts as EAGLE does, and
+shares that drafter's loop and trees. Embedding and LM head are the target's.
 
 Sources: DeepSeek-V3 (arXiv 2412.19437, section 2.2) for the module; vLLM's `qwen3_next_mtp` and
 `qwen3_5_mtp` for which outputs are normed, and in which order they are joined.
@@ -34,9 +33,9 @@ class MtpConfig:
     """The MTP layer of a target.
 
     Attributes:
-      layer: the target's configuration, with this layer in place of all others.
+      layer: the target's configuration, with this as the only layer.
       target_layers: L, of the target.
-      steps: tokens drafted one after another; the layer runs so often per round.
+      steps: tokens drafted one after another, and runs of the layer per round.
     """
 
     layer: TargetConfig
@@ -76,12 +75,12 @@ def mtp_config(target: TargetConfig) -> MtpConfig:
     """The MTP layer that a hybrid target of this shape is published with.
 
     Raises:
-      ValueError: the target is no hybrid.
+      ValueError: the target is not a hybrid.
     """
     if target.delta_net is None:
         raise ValueError(
-            "the target has no gated delta nets, and no MTP layer is known for others; draft "
-            "with 'mtp' for Qwen3.5, 3.6, 3.8 or Qwen3-Next, or with another drafter"
+            "'mtp' needs a hybrid target (Qwen3.5, 3.6, 3.8 or Qwen3-Next), and this one has "
+            "no gated delta nets; use another drafter"
         )
     layer = dataclasses.replace(
         target,
@@ -132,7 +131,7 @@ class MtpHead:
     weights: MtpWeights
 
     def fuse(self, taps: jax.Array) -> jax.Array:
-        return taps  # past the target's final norm already
+        return taps  # already after the target's final norm
 
     def __call__(
         self,

@@ -1,7 +1,7 @@
-"""Prompt lookup: what followed the longest earlier match of the current suffix.
+"""Prompt lookup: drafts the text that followed the longest earlier match of the suffix.
 
-No model and no training. After Saxena, "Prompt Lookup Decoding" (2023); here the matching runs
-on the device over prompt and output, and several continuations are merged into one tree.
+No model and no training. After Saxena, "Prompt Lookup Decoding" (2023); here matching runs on
+the device over prompt and output, and several continuations are merged into one tree.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from jaxspec.drafters.base import Committed, Drafter
 from jaxspec.trees.merge import merge
 from jaxspec.trees.tree import DraftTree
 
-# How often the token after a match of 1, 2, … tokens, the longest and latest, is the target's
-# own next: counted in 240 greedy answers of SmolLM2-135M-Instruct to training prompts, 32,000
-# tokens, and made to rise. In 240 others, 40,000 tokens, examples/shipped_drafter/counts.py
-# finds the same within 0.03. `evaluate` says how well calibrated such paths are.
+# How often the token after the longest and latest match, of 1, 2, … tokens, is the target's
+# next token: counted in 240 greedy answers of SmolLM2-135M-Instruct to training prompts, 32,000
+# tokens, and made monotone. In 240 others, 40,000 tokens, examples/shipped_drafter/counts.py
+# finds the same within 0.03. `evaluate` reports the calibration of such paths.
 AGREEMENT = (0.26, 0.57, 0.61, 0.67, 0.72, 0.78, 0.80, 0.83, 0.85, 0.92)
 
 
@@ -28,16 +28,16 @@ AGREEMENT = (0.26, 0.57, 0.61, 0.67, 0.72, 0.78, 0.80, 0.83, 0.85, 0.92)
 class PromptLookup(Drafter):
     """Drafts the continuations of the longest, then most recent, earlier matches.
 
-    A token that is accepted makes the match longer by one, so a path's probability is the
-    product of the agreements from its match on, and that all better matches fail.
+    An accepted token lengthens the match by one, so a path's probability is the product of the
+    agreements from its match on, times the probability that all better matches fail.
 
     Attributes:
       size: N, nodes of the tree, root included.
       depth: P, tokens copied from each match.
       continuations: C, matches merged into the tree, best first.
       min_match: tokens that must agree.
-      agreement: probability of the next token after matches of 1, 2, … tokens; beyond the last
-        longer is not better.
+      agreement: probability that the token after a match of 1, 2, … tokens is right; the last
+        one also holds for longer matches.
     """
 
     size: int = 8
@@ -82,14 +82,14 @@ class PromptLookup(Drafter):
         return dataclasses.replace(self, size=tree.size)
 
     def _look_up(self, history: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Continuations [C, P] of the best earlier matches, and log-probabilities of their
-        paths [C, P].
+        """Continuations [C, P] of the best earlier matches, and their paths' log-probabilities
+        [C, P].
 
         Args:
-          history: [S] tokens, decided up to and including index `last`.
+          history: [S] tokens, decided up to index `last`, included.
         """
         end = jnp.arange(history.shape[0])  # where an earlier match would end
-        length = jnp.zeros_like(end)  # of the common suffix, up to the longest of interest
+        length = jnp.zeros_like(end)  # of the common suffix, up to len(agreement)
         longest = len(self.agreement)
         unbroken = end < last
         for back in range(longest):
@@ -99,7 +99,7 @@ class PromptLookup(Drafter):
         rank = jnp.where(length >= self.min_match, length * history.shape[0] + end, -1)
         best, end = jax.lax.top_k(rank, self.continuations)  # longest first, then latest
 
-        # A match that runs into the suffix itself is a repetition; go on repeating it.
+        # A match that overlaps the suffix is a repetition: continue repeating it.
         period = jnp.maximum(last - end, 1)[:, None]
         take = end[:, None] + 1 + jnp.arange(self.depth) % period
         tokens = history.at[take].get(mode="fill", fill_value=0)

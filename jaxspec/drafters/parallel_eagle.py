@@ -1,7 +1,7 @@
 """P-EAGLE: an EAGLE-3 drafter that drafts all its tokens in one pass.
 
-In place of a drafted token and the output of the row before it, a row that is not the first
-reads the mask token and one learned feature. Its scores depend on the depth alone.
+All rows but the first read the mask token and one learned feature, instead of a drafted token
+and the output of the row before. So scores depend only on the depth.
 
 Source: vLLM's `speculators`, "peagle".
 """
@@ -33,8 +33,8 @@ class ParallelEagleDrafter(EagleDrafter):
     def __post_init__(self):
         if self.tree.kind not in TREES:
             raise ValueError(
-                f"tree kind {self.tree.kind!r} needs scores given the tokens before; P-EAGLE "
-                f"scores each depth alone: use one of {', '.join(TREES)}"
+                f"tree kind {self.tree.kind!r} needs scores given the tokens before, but "
+                f"P-EAGLE's depend only on the depth; use one of {', '.join(TREES)}"
             )
 
     @property

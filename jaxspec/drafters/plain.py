@@ -1,4 +1,4 @@
-"""No drafter: every round decides one token. Plain decoding is the loop with this."""
+"""No drafter: every round commits one token, which is plain decoding."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Plain(Drafter):
     """Drafts nothing.
 
     Attributes:
-      size: nodes verified, 1 real and the rest padding. XLA:CPU multiplies one row by a
-        matrix more slowly than two in some shapes and dtypes; the benchmark tries both.
+      size: nodes verified, one real and the rest padding. XLA:CPU multiplies one row by a
+        matrix more slowly than two in some shapes and dtypes; benchmarks try both.
     """
 
     size: int = 1

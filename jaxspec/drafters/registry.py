@@ -1,8 +1,8 @@
 """Drafters by name.
 
-A spec is a name of `NAMES` ("ngram"), a name that takes an argument ("small:NAME"), or whatever
-the last factory, for trained drafters, makes of it (a folder). `register` adds names; "+ngram"
-after a spec joins prompt lookup.
+A spec is a name of `NAMES` ("ngram"), a name with an argument ("small:NAME"), or else the
+folder or hub name of a trained drafter. `register` adds names; "+ngram" after a spec joins
+prompt lookup.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOOKUP_TOO = "+ngram"
 
 
 class Factory(Protocol):
-    """Makes the drafter of a name."""
+    """Makes the drafter of a registered name."""
 
     def __call__(
         self, argument: str, target: Target, *, tree: TreeConfig | None, dtype: str
@@ -37,12 +37,12 @@ class Factory(Protocol):
         """A drafter for a target.
 
         Args:
-          argument: what follows the name in the spec; "" for names without a colon.
-          tree: what it shall draft; None for its default.
+          argument: the part of the spec after the name; "" for names without a colon.
+          tree: tree to draft; None for the default.
           dtype: of its weights.
 
         Raises:
-          ValueError: it cannot be had, or does not fit the target.
+          ValueError: the drafter cannot be made, or does not fit the target.
         """
 
 
@@ -58,7 +58,7 @@ def ngram(argument, target, *, tree, dtype):
 
 
 def python(argument, target, *, tree, dtype):
-    """A factory of one's own, "MODULE:FUNCTION", which Python can import."""
+    """A user's factory, "MODULE:FUNCTION", which Python can import."""
     module, _, name = argument.partition(":")
     try:
         factory = vars(importlib.import_module(module))[name]
@@ -70,7 +70,8 @@ def python(argument, target, *, tree, dtype):
     return factory("", target, tree=tree, dtype=dtype)
 
 
-# By the type of its configuration, a trained drafter and what joins its weights with a target.
+# By type of configuration: a trained drafter, and the function that joins its weights with a
+# target.
 TRAINED = {
     DrafterConfig: (BlockDrafter, block_params),
     EagleConfig: (EagleDrafter, eagle_params),
@@ -81,7 +82,7 @@ NAMES: dict[str, Factory] = {"none": none, "ngram": ngram, "python:": python}
 
 
 def of_config(config: DrafterConfig | EagleConfig | MtpConfig, tree: TreeConfig) -> Drafter:
-    """The drafter that a trained one's configuration describes."""
+    """The drafter of a trained drafter's configuration."""
     return TRAINED[type(config)][0](config, tree)
 
 
@@ -92,10 +93,10 @@ def trained(
     tree: TreeConfig,
     **own: Any,
 ) -> LoadedDrafter:
-    """A trained drafter's weights, joined with the tables of its target.
+    """Joins a trained drafter's weights with the embedding and LM head of its target.
 
     Args:
-      own: what the drafter has itself (`block_params`, `eagle_params`).
+      own: options of `block_params` or `eagle_params`.
     """
     _, join = TRAINED[type(config)]
     return LoadedDrafter(of_config(config, tree), join(weights, target, **own))
@@ -105,10 +106,10 @@ def register(name: str, factory: Factory) -> None:
     """Adds a name; one that ends in a colon takes an argument.
 
     Raises:
-      ValueError: it is taken.
+      ValueError: the name is taken.
     """
     if NAMES.get(name, factory) is not factory:
-        raise ValueError(f"there is a drafter called {name!r} already; choose another name")
+        raise ValueError(f"a drafter {name!r} is registered already; choose another name")
     NAMES[name] = factory
 
 
@@ -118,10 +119,10 @@ def make(
     """The drafter of a spec.
 
     Args:
-      trained: makes what is no registered name.
+      trained: factory of specs that are not registered names.
 
     Raises:
-      ValueError: as its factory says, or it has nothing to join with prompt lookup.
+      ValueError: the factory raises it, or the drafter cannot be joined with prompt lookup.
     """
     if spec.endswith(LOOKUP_TOO):
         alone = spec.removesuffix(LOOKUP_TOO)

@@ -10,25 +10,26 @@ import jax.numpy as jnp
 
 from jaxspec.drafters.head import DraftHead, Vocabulary
 
-# choose(slot, logits [B, V']) -> (index [B] int32 of the choice in the vocabulary, the law it
-# was made by [B, V']).
+# choose(slot, logits [B, V']) -> (draft index [B] int32 of the choice, the distribution [B, V']
+# it was drawn from).
 Choose = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SampledChain:
-    """A chain whose tokens were drawn from the drafter, with the law they were drawn from.
+    """A chain sampled from the drafter, with the distributions it was sampled from.
 
     Attributes:
       tokens: [B, P] int32.
-      log_q: [B, P, C] float32, normalised; each slot's law given the tokens before it.
-      support: the tokens that `log_q` is over, int32 [B, P, C] or [C], none twice;
-        None for all, C = V. Others are never drawn.
-      lengths: [B] int32, tokens to verify, 0 … P. Slot j is kept or dropped without a look at
-        its own token or at later ones.
+      log_q: [B, P, C] float32, normalised; each slot's log-probabilities given the tokens
+        before it.
+      support: the tokens that `log_q` is over, int32 [B, P, C] or [C], without repeats; None
+        for all, C = V. Others are never drawn.
+      lengths: [B] int32, tokens to verify, 0 … P. Whether slot j is kept must not depend on its
+        own token or later ones.
       log_confidence: [B, P] float32, log-probability that each token is accepted if those
-        before it are; 0 without a confidence head. It does not look at the slot's own token.
+        before it are; 0 without a confidence head. It does not depend on the slot's own token.
     """
 
     tokens: jax.Array
@@ -55,10 +56,10 @@ def rollout(
       choose: see `Choose`.
 
     Returns:
-      tokens [B, P] int32, their ids, and the laws [B, P, V'].
+      token ids [B, P] int32, and their distributions [B, P, V'].
     """
     slots = jnp.arange(base.shape[1])
-    if head.sequential is None:  # no choice changes the next
+    if head.sequential is None:  # slots are independent
         chosen, laws = jax.vmap(choose, in_axes=(0, 1), out_axes=1)(slots, base)
         return vocabulary.ids(chosen), laws
 
@@ -77,7 +78,7 @@ def rollout(
 
 
 def tempered(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """log softmax(logits / T) in float32: the one law that is both drawn from and verified.
+    """log softmax(logits / T) in float32, used both to sample and to verify.
 
     Args:
       logits: [B, V'].
@@ -90,7 +91,7 @@ def tempered(logits: jax.Array, temperature: jax.Array) -> jax.Array:
 
 
 def draw(key: jax.Array, slot: jax.Array, log_q: jax.Array) -> jax.Array:
-    """An index from a log-law [V']; consumes `key` folded with the slot."""
+    """Samples an index from log-probabilities [V']; consumes `key` folded with the slot."""
     chosen = jax.random.categorical(jax.random.fold_in(key, slot), log_q)
     return chosen.astype(jnp.int32)
 

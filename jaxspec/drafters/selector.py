@@ -1,8 +1,8 @@
 """DFlash2's selector: the likeliest tokens of every slot, scored given the token before it.
 
-The scores of all pairs of candidates of neighbouring slots are one small table, the lattice: a
-chain is a walk through it and a tree grows over it. Once the candidates are found, nothing has
-the size of the vocabulary.
+The scores of all pairs of candidates of adjacent slots form a small table, the lattice: a chain
+is a walk through it, and a tree grows over it. Once the candidates are found, no array has the
+size of the vocabulary.
 
 Source: "DFlash 2: Keep Drafting Parallel" (Inco AI, August 2026).
 """
@@ -31,9 +31,9 @@ class Candidates:
     """The k likeliest tokens of every slot by base logits, likeliest first.
 
     Attributes:
-      index: [..., k] int32, in the draft vocabulary; of equal logits the lower index first.
+      index: [..., k] int32 draft indices; of equal logits the lower index first.
       logits: [..., k] float32.
-      log_mass: [...] float32, log of the probability that the base logits give all of them.
+      log_mass: [...] float32, log of their total probability under the base logits.
     """
 
     index: jax.Array
@@ -54,8 +54,8 @@ class Lattice:
 
     Attributes:
       tokens: [B, P, k] int32, the candidates' ids.
-      scores: [B, P, k, k] float32: slot, candidate of the slot before, candidate of the slot;
-        unnormalised logits. In slot 0 every row is the anchor's.
+      scores: [B, P, k, k] float32 unnormalised logits: slot, candidate of the slot before,
+        candidate of the slot. In slot 0 all rows are the anchor's.
       log_mass: [B, P], see `Candidates`.
     """
 
@@ -96,10 +96,10 @@ def walk(
 
     Args:
       scores: [B, P, k, k], of a lattice.
-      choose: (slot, scores [B, k]) -> (index [B] of a candidate, the law it was made by).
+      choose: (slot, scores [B, k]) -> (index [B] of a candidate, its distribution [B, k]).
 
     Returns:
-      indices [B, P] int32 of the candidates chosen, and the laws [B, P, k].
+      indices [B, P] int32 of the chosen candidates, and their distributions [B, P, k].
     """
 
     def step(above, inputs):
@@ -127,17 +127,17 @@ def lattice_tree(
     *,
     count_mass: bool = False,
 ) -> DraftTree:
-    """The configured tree over the candidates; its scores are log-laws of the selector.
+    """The configured tree over the candidates, scored by the selector's log-probabilities.
 
-    `path_conditioned` knows every node's own parent: the lattice has its row already.
-    `transitions` is the same tree, cut to `tree.candidates` parents and `tree.width` children
-    of each. The others score along the greedy walk.
+    `path_conditioned` scores every node given its own parent, from its row of the lattice.
+    `transitions` is the same tree, limited to `tree.candidates` parents and `tree.width`
+    children of each. The others score along the greedy walk.
 
     Args:
       anchor: [B] int32.
       budget: [B] int32, nodes per row, root included, 1 … tree.size.
-      count_mass: add to the scores of a depth the log of its candidates' mass. A selector's law
-        has none outside of them.
+      count_mass: add the log of the candidates' mass to the scores of a depth. The selector's
+        own distribution gives other tokens no mass.
     """
     k = table.tokens.shape[-1]
     mass = table.log_mass if count_mass else jnp.zeros_like(table.log_mass)

@@ -1,8 +1,8 @@
 """Sequential heads, which correct a slot's logits given the token before it.
 
-A head turns the slot's hidden state, the previous token and what it remembers of the block into
-one short vector, the latent; the corrected logits are affine in it (`DraftHead.correct`). So
-any subset of the vocabulary is re-scored by multiplying the latent with those rows alone.
+A head turns the slot's hidden state, the previous token and its own state into a short vector,
+the latent; the corrected logits are affine in it (`DraftHead.correct`). So any subset of the
+vocabulary can be re-scored by multiplying the latent with the subset's rows.
 
 All methods take any leading axes. Equations: DSpark, section 3.1 (arXiv 2607.05147); TreeFlash
 (arXiv 2606.03819); DFlash2 ("Keep Drafting Parallel", Inco AI, August 2026).
@@ -21,7 +21,7 @@ from jaxspec.models.layers import lookup_whole, project, rms_norm
 class Markov(nnx.Module):
     """latent = W1[x_{k-1}]: the bias W2 · latent is a low-rank table of token pairs.
 
-    The parent of the heads that shape this latent further; it remembers nothing.
+    It has no state. Base class of the heads that modify this latent.
     """
 
     def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs, dtype):
@@ -81,7 +81,7 @@ class Recurrent(Markov):
 class Bilinear(Markov):
     """latent = W1[x_{k-1}] * (H h_k): DFlash2's selector, whose W1 and W2 are its codebooks.
 
-    Its correction is meant for the likeliest tokens of a slot alone (`drafters.selector`).
+    Its correction applies only to the likeliest tokens of a slot (`drafters.selector`).
     """
 
     def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs, dtype):
@@ -89,7 +89,7 @@ class Bilinear(Markov):
         self.hidden = weight(rngs, dtype, config.hidden_size, config.rank)  # H
 
     def advance(self, hidden, previous, state):
-        # XLA joins products that share an operand, and would copy the LM head beside H for it.
+        # Without the barrier XLA joins this product with the LM head's, and copies that for it.
         hidden, kernel = jax.lax.optimization_barrier((hidden, self.hidden[...]))
         return self.embed(previous) * project("...m,mr->...r", hidden, kernel), state
 

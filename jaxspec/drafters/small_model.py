@@ -19,7 +19,7 @@ from jaxspec.trees.tree import DraftTree, causal_bits
 
 @dataclasses.dataclass(frozen=True)
 class SmallModel(Drafter):
-    """Runs the small model greedily for P tokens and grows the tree over what it scored.
+    """Runs the small model greedily for P tokens and grows the tree over its scores.
 
     The scores at each depth are those along its own greedy chain: exact for the chain and the
     siblings of its nodes, an approximation below them. A draft costs P forwards of one row.
@@ -37,8 +37,8 @@ class SmallModel(Drafter):
     def __post_init__(self):
         if self.config.delta_layers:
             raise ValueError(
-                "a small model with gated delta nets cannot draft: its state cannot give up "
-                "again what was drafted; expected one with attention only"
+                "a small model with gated delta nets cannot draft, as its state cannot be "
+                "rolled back; expected a model with attention only"
             )
 
     @property
@@ -51,8 +51,8 @@ class SmallModel(Drafter):
     def observe(
         self, params: TargetParams, state: LayerStates, committed: Committed
     ) -> LayerStates:
-        # Rows that drafting wrote for the accepted tokens are not reused: off its own greedy
-        # chain they would be missing, and a row of C tokens costs little more than one.
+        # Cache rows from drafting are not reused: accepted tokens off the greedy chain have
+        # none, and a forward of C tokens costs little more than one.
         where = committed.position, committed.count
         return self._run(params, state, committed.tokens, *where)[1]
 
@@ -72,7 +72,7 @@ class SmallModel(Drafter):
             logits = unembed(params, hidden[:, 0])
             return (jnp.argmax(logits, axis=-1).astype(jnp.int32), cache), logits
 
-        # Drafted rows lie past the committed ones; `observe` writes over them.
+        # Drafted rows lie past the committed ones; `observe` overwrites them.
         (_, state), logits = jax.lax.scan(step, (anchor, state), jnp.arange(self.depth))
         return build(self.tree, logits.swapaxes(0, 1), anchor, budget), state
 

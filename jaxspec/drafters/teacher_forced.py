@@ -57,18 +57,18 @@ def run_blocks(
 ) -> BlockOutput:
     """Runs the head on one block per anchor.
 
-    Context keys and values are computed once per sequence. A block sees the features strictly
-    before its anchor, whose own the target has not computed when it drafts, and itself;
-    blocks never see each other. Attention runs over `chunk` anchors of every sequence at a
-    time and is recomputed in the backward pass, so that memory holds chunk · T scores per slot
-    and head, not A · T.
+    Context keys and values are computed once per sequence. A block attends to itself and to the
+    features strictly before its anchor, as the anchor's own feature does not exist yet when
+    decoding drafts; blocks never attend to each other. Attention runs over `chunk` anchors of
+    every sequence at a time and is recomputed in the backward pass, so that memory holds
+    chunk · T scores per slot and head, not A · T.
 
     Args:
       tokens: [B, T] int32.
       features: [B, T, len(taps) * M].
       anchors: [B, A] int32, 0 … T - 1.
       starts: [B, T] int32, where a row holds several sequences: the first index of the one a
-        token belongs to. Positions count from there, and a block sees nothing before it; its
+        token belongs to. Positions count from there, and a block attends to nothing before it;
         slots past the end of the sequence have labels of the next one.
     """
     config, length = head.config, tokens.shape[1]
@@ -111,7 +111,7 @@ def block_attention(
 ) -> jax.Array:
     """Every block attends to the context strictly before its anchor, and to itself.
 
-    The two parts are scored apart, each with its own small mask, and merged by log-sum-exp.
+    The two parts are scored separately, each with a small mask, and merged by log-sum-exp.
 
     Args:
       q: [B, A, b, H, D]; k, v: [B, A, b, K, D], of the blocks.

@@ -3,7 +3,7 @@
 At step j, index i stands for the row that decoding would run j tokens after the pair of
 feature i and token i + 1, if it drafted the true tokens: its feature is the output of index i
 at step j - 1, its token is i + 1 + j, and it sees the pairs up to i and its own earlier steps.
-P-EAGLE reads the mask's feature and token at every step but the first, whatever was put out.
+P-EAGLE reads the mask's feature and token at every step but the first.
 
 Sources: training-time test of EAGLE-3 (arXiv 2503.01840); vLLM's `speculators`, "peagle".
 """

@@ -1,4 +1,4 @@
-"""What a slot of a block sees of its own block, layer by layer."""
+"""Which slots of its block a slot attends to, by layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxspec.config import DrafterConfig
 
 
 def block_visibility(config: DrafterConfig, layer: int) -> Bool[Array, "b b"]:
-    """bool [b, b]; row i: the slots that slot i sees, itself among them.
+    """Attention mask within a block, bool [b, b]: row i has the slots that slot i attends to.
 
     A window bounds the distance both ways. Causal, window 2, and bidirectional, window 2:
 

@@ -1,4 +1,4 @@
-"""Drafters of one target beside each other, for people who choose one."""
+"""Compares drafters of one target, to choose one."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ def bench_entries(
     """Every drafter with every budget.
 
     Args:
-      drafters: each DRAFTER[,tree=KIND][,head=none][,width=W][,candidates=C]; without a tree it
-        drafts as `jaxspec.load_drafter` has it by default.
+      drafters: each DRAFTER[,tree=KIND][,head=none][,width=W][,candidates=C]; without a tree,
+        the default tree of `jaxspec.load_drafter`.
       budgets: nodes verified per round, root included.
 
     Raises:
-      ValueError: a drafter cannot be loaded, does not fit, or is there twice.
+      ValueError: a drafter cannot be loaded, does not fit, or is given twice.
     """
     contenders = []
     for text in drafters:
         if "budget=" in text or "dtype=" in text:
             raise ValueError(
-                f"drafter {text!r} has an option of all drafters; give --budgets and --dtype"
+                f"drafter {text!r} sets budget or dtype, which all drafters share; use "
+                "--budgets and --dtype"
             )
         one = Contender.parse(f"drafter={text}", dtype=dtype)
         for budget in budgets:
@@ -45,7 +46,7 @@ def bench_entries(
 
 
 def _suited(entry: Entry) -> Entry:
-    """With a tree in place of the chain, where the drafter is best served by one."""
+    """Replaces the chain by a tree for drafters that do better with one."""
     parts = entry.drafter.drafter.parts
     if entry.contender.head == "none" or not any(part.path_conditioned for part in parts):
         return entry
@@ -60,22 +61,22 @@ def bench(
     temperature: float = 0.0,
     max_new_tokens: int = 128,
 ) -> Iterator[Row]:
-    """Decodes every prompt with every drafter and plainly, by turns, and times the phases."""
+    """Decodes every prompt with every drafter and plainly, in turn, and times the phases."""
     yield from measure.speed(
         entries, sets, temperature=temperature, max_new_tokens=max_new_tokens
     )
-    # How verifying scales with other numbers of nodes says nothing of a drafter.
+    # The cost of verifying other numbers of nodes is not needed.
     forwards = {("verify", entry.contender.dtype) for entry in entries}
     yield from measure.costs(entries, done=forwards)
 
 
 def bench_rows(view: View) -> list[dict[str, Any]]:
-    """A row per drafter and budget, after one of the fastest plain decoding.
+    """A row per drafter and budget, after a row of the fastest plain decoding.
 
-    Each has the drafter, its tree and nodes; `tau` by set and over all prompts; the
-    milliseconds of each phase of a round at batch 1 (null where a drafter has not the phase or
-    it cannot be told from the one before); `tokens_per_second`, `speedup` over the plain row
-    with its 95 % interval over prompts; and how many answers are plain decoding's.
+    Each has the drafter, its tree and nodes; `tau` by set and over all prompts; milliseconds of
+    each phase of a round at batch 1 (null if a drafter lacks the phase or it cannot be
+    separated); `tokens_per_second`; `speedup` over the plain row with its 95 % interval over
+    prompts; and the number of answers equal to plain decoding's.
     """
     (temperature,) = view.temperatures
     lines = view.select("decode", temperature)

@@ -1,9 +1,9 @@
 """Calibration of a confidence head: sequential temperature scaling, and calibration error.
 
 The head predicts, slot by slot, whether a drafted token is accepted if all before it are. Its
-survival probability for slot k is the product up to k; a schedule that compares requests by it
-needs it to be true. Temperatures are fitted left to right on rounds of real decoding in which
-the whole chain was verified.
+survival probability for slot k is the product up to k, which must be calibrated for a schedule
+to compare requests by it. Temperatures are fitted left to right on rounds of real decoding in
+which the whole chain was verified.
 
 Source: DSpark (arXiv 2607.05147) §3.2.1.
 """
@@ -24,8 +24,8 @@ from jaxspec.evaluation.walk import RecordedAnswer, observe, tabulate, walk
 from jaxspec.models.target import Target
 
 BINS = 20
-GRID = np.geomspace(0.25, 4.0, 81)  # holds 1: scaling never makes the fitted rounds worse
-DRAWS = 400  # of what chance does to the calibration error
+GRID = np.geomspace(0.25, 4.0, 81)  # contains 1: scaling never makes the fitted rounds worse
+DRAWS = 400  # simulated draws of the calibration error by chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Rollouts:
     Attributes:
       logits: [R, P] float64, of the head.
       accepted: [R] int, drafted tokens accepted, 0 … P.
-      limit: [R] int, slots whose fate is known: a text that ends within the block says nothing
-        of the slots past its end.
+      limit: [R] int, number of slots with a known outcome: if a text ends within the block, it
+        is unknown for later slots.
     """
 
     logits: np.ndarray
@@ -50,8 +50,8 @@ class Rollouts:
             )
 
     def survived(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
-        """Masks [R] bool: rounds that show whether a slot survives, and rounds in which it
-        does."""
+        """Masks [R] bool: rounds in which the slot's outcome is known, and in which it
+        survives."""
         return self.limit > slot, self.accepted > slot
 
     def take(self, rounds: np.ndarray) -> Rollouts:
@@ -68,9 +68,9 @@ def fit_temperatures(rollouts: Rollouts) -> np.ndarray:
     """Sequential temperature scaling: [P], each the best of `GRID` given those before it.
 
     T_k minimises the calibration error of the survival of slot k, T_1 … T_{k-1} held fixed.
-    Ties go to the temperature nearest 1. It stays 1 where the error at temperature 1 is within
-    the 95th percentile for true probabilities (`chance_error`): there is then nothing to
-    correct, and the best of 81 temperatures would only fit noise.
+    Ties go to the temperature nearest 1. T_k stays 1 if the error at temperature 1 is within
+    the 95th percentile of a calibrated head (`chance_error`): the best of 81 temperatures would
+    then only fit noise.
     """
     grid = sorted(GRID, key=lambda t: abs(np.log(t)))
     temperatures, before = [], np.ones(len(rollouts.logits))
@@ -93,12 +93,12 @@ class Quality:
     """Quality of one slot's survival probabilities.
 
     Attributes:
-      rounds: in which the slot's fate is known.
-      predicted, happened: means.
-      ece: expected calibration error, `BINS` equal bins.
-      chance: the `ece` that true probabilities would show on as many rounds, on average.
-      auroc: chance that a round that survived was given more than one that did not; nan if all
-        or none did.
+      rounds: number of rounds in which the slot's outcome is known.
+      predicted, happened: mean predicted survival, and share that survived.
+      ece: expected calibration error, with `BINS` equal bins.
+      chance: mean `ece` of calibrated probabilities on as many rounds.
+      auroc: probability that a survival gets a higher prediction than a non-survival; nan if
+        all or none survived.
       brier: mean squared error.
       bins: [BINS, 3], see `metrics.reliability_bins`: the reliability diagram.
     """
@@ -138,9 +138,9 @@ def assess(rollouts: Rollouts, temperatures: Sequence[float] | float = 1.0) -> l
 
 
 def chance_error(predicted: np.ndarray) -> tuple[float, float]:
-    """Calibration error of these probabilities [R] if they were true: mean, 95th percentile.
+    """Mean and 95th percentile of the calibration error if these probabilities [R] were true.
 
-    A finite sample shows an error even then; it shrinks with more rounds.
+    It is not zero on a finite sample, and shrinks with more rounds.
     """
     dice = np.random.default_rng(0)
     errors = [
@@ -179,8 +179,8 @@ def rollouts(
     """The rounds in which decoding would write these answers, with the head's logits.
 
     Args:
-      drafter: a block drafter with a confidence head; its greedy chain of full depth is
-        followed, whatever tree it grows.
+      drafter: a block drafter with a confidence head; its greedy chain of full depth is used,
+        whatever its tree.
       answers: the target's own (`walk.record`).
 
     Raises:
@@ -189,8 +189,8 @@ def rollouts(
     static = drafter.drafter
     if static.head_config is None or static.head_config.confidence is None:
         raise ValueError(
-            f"{static} has no confidence head, so there is nothing to calibrate; train one "
-            "with confidence (family dspark)"
+            f"{static} has no confidence head to calibrate; train a drafter with one (family "
+            "dspark)"
         )
     depth = static.depth
     chain = dataclasses.replace(
@@ -229,7 +229,7 @@ def draw_reliability(rows: Sequence[tuple[str, Sequence[Quality]]], path: str | 
     """Writes a picture: predicted against observed survival, one panel per slot.
 
     Args:
-      rows: named assessments, drawn over one another: before and after calibration.
+      rows: named assessments, drawn in one plot: before and after calibration.
       path: of a PNG or SVG; needs the extra 'plots'.
     """
     from matplotlib.figure import Figure

@@ -41,11 +41,11 @@ def measurements(
 
     Args:
       sets: prompts as token ids.
-      timed: prompts per set that are decoded with a clock; all if None, none if 0.
-      plain_dtypes: of targets that decode plainly besides the contenders' own; they are loaded
-        by the name of the first.
-      weights: theirs, of a target in fp8; see `load_target`.
-      done: keys of rows that are known (`results.key`), and left out.
+      timed: prompts per set to time; all if None, none if 0.
+      plain_dtypes: further dtypes to time plain decoding in; their targets are loaded by the
+        first one's name.
+      weights: how to hold these targets' weights, see `load_target`.
+      done: keys of known rows (`results.key`), which are left out.
     """
     for temperature in temperatures:
         yield from measure.tau(
@@ -80,7 +80,7 @@ def measurements(
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Evaluation:
-    """What an evaluation measured.
+    """The results of an evaluation.
 
     Attributes:
       rows: as `python -m jaxspec evaluate` writes them, see `evaluation.results`.
@@ -129,14 +129,14 @@ def evaluate(
 
     Args:
       target: loaded, or a name; a name is loaded in every dtype that the decoders ask for.
-      decoders: by the names that tables show, what follows NAME= on the command line
+      decoders: by name, a decoder as after NAME= on the command line
         ("shipped+ngram,tree=path_conditioned,budget=16"), or a loaded drafter, whose whole tree
-        is verified. The dtype of a loaded target is that of all.
+        is verified. With a loaded target, all have its dtype.
       prompts: of one set, or of several by name; as for `jaxspec.generate`.
-      budgets: budgets to walk besides each decoder's own; 1 is plain decoding.
-      timed: prompts per set to time; all if None, none if 0: tau alone is then measured.
-      plain_dtypes: times plain decoding in these dtypes too.
-      batch_size: answers recorded and walked together; timed decoding runs one at a time.
+      budgets: further budgets to measure tau for; 1 is plain decoding.
+      timed: prompts per set to time; all if None; 0 measures only tau.
+      plain_dtypes: further dtypes to time plain decoding in.
+      batch_size: answers recorded and replayed together; timed decoding runs one at a time.
 
     Raises:
       ValueError: a decoder cannot be loaded or does not fit, a prompt cannot be used, or an
@@ -178,7 +178,7 @@ def evaluate(
 
 
 def check_options(max_new_tokens: int, batch_size: int, budgets: Sequence[int]) -> None:
-    """Raises ValueError for what is out of range."""
+    """Raises ValueError for options out of range."""
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 2),
         ("batch_size", batch_size, 1),
@@ -189,7 +189,7 @@ def check_options(max_new_tokens: int, batch_size: int, budgets: Sequence[int]) 
 
 
 def machine() -> dict[str, Any]:
-    """What results depend on besides the settings."""
+    """The machine and versions that results depend on, besides the settings."""
     import jaxspec
 
     return {
@@ -205,7 +205,8 @@ def _entries(target: Target | str, decoders: Mapping[str, str | LoadedDrafter]) 
     dtype = str(target.params.embed.dtype) if loaded else "float32"
     if not loaded and any(isinstance(x, LoadedDrafter) for x in decoders.values()):
         raise ValueError(
-            f"target is the name {target!r}, but a drafter is loaded for one; give the target"
+            f"target is the name {target!r}, but a drafter is loaded already; give its loaded "
+            "target"
         )
     named = {
         name: Contender.parse(f"{name}={text}", dtype=dtype)

@@ -1,4 +1,4 @@
-"""What is compared: a drafter, the tree it drafts, how much of it is verified, the dtype."""
+"""The decoders of a comparison: drafter, tree, budget and dtype."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ class Contender:
       name: as tables show it.
       drafter: as for `jaxspec.load_drafter`, "…+ngram" included.
       tree: one of `config.TREE_KINDS`; None for prompt lookup, which has its own.
-      head: "own", or "none" to leave a block drafter's sequential head out: every depth is then
-        scored alone, as DFlash, DDTree and JetSpec do.
+      head: "own", or "none" to drop a block drafter's sequential head, so that every depth is
+        scored independently, as in DFlash, DDTree and JetSpec.
       width, candidates: see `TreeConfig`.
-      budget: nodes verified per round, root included; several budgets are walked with
-        `measure.tau`.
+      budget: nodes verified per round, root included; `measure.tau` takes several budgets.
       dtype: of the target and the drafter.
     """
 
@@ -52,7 +51,7 @@ class Contender:
                 )
 
         if self.drafter == "ngram":
-            check("tree", self.tree is None, "none: prompt lookup has a tree of its own")
+            check("tree", self.tree is None, "none: prompt lookup has a fixed tree")
         else:
             check("tree", self.tree in TREE_KINDS, f"one of {', '.join(TREE_KINDS)}")
         check("head", self.head in ("own", "none"), "own or none")
@@ -62,10 +61,10 @@ class Contender:
 
     @classmethod
     def parse(cls, text: str, *, dtype: str = "float32") -> Contender:
-        """From `NAME=DRAFTER[,tree=KIND][,head=none][,budget=N][,width=W][,candidates=C]
+        """Parses `NAME=DRAFTER[,tree=KIND][,head=none][,budget=N][,width=W][,candidates=C]
         [,dtype=D]`.
 
-        Without a tree, a drafter drafts its chain. `dtype` is for a text without one.
+        The default tree is a chain. Args: dtype: the default dtype.
 
         >>> Contender.parse("ours=run/drafter,tree=path_conditioned,budget=16").budget
         16
@@ -91,12 +90,12 @@ class Contender:
         return cls(name, drafter, **given)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # told apart by identity: it holds arrays
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: it holds arrays
 class Entry:
     """A contender with its models loaded.
 
     Attributes:
-      drafter: as loaded; `sized` gives it the contender's tree.
+      drafter: as loaded; `sized` returns it with the contender's tree.
     """
 
     contender: Contender
@@ -104,7 +103,7 @@ class Entry:
     drafter: LoadedDrafter
 
     def sized(self, budget: int | None = None, *, tree: str | None = None) -> LoadedDrafter:
-        """The drafter of trees that hold `budget` nodes (the contender's by default)."""
+        """The drafter with trees of `budget` nodes (the contender's by default)."""
         c, loaded = self.contender, self.drafter
         size = 1 << (max(budget or c.budget, 2) - 1).bit_length()
         config = TreeConfig(tree or c.tree or "chain", size, c.width, c.candidates)
@@ -117,10 +116,10 @@ class Entry:
 
 
 def without_head(loaded: LoadedDrafter) -> LoadedDrafter:
-    """A block drafter that scores every depth alone: no sequential and no confidence head.
+    """Drops a block drafter's sequential and confidence head: depths are then independent.
 
     Raises:
-      ValueError: it is no block drafter.
+      ValueError: it is not a block drafter.
     """
     drafter, params = loaded.drafter, loaded.params
     config = drafter.head_config
@@ -136,10 +135,10 @@ def without_head(loaded: LoadedDrafter) -> LoadedDrafter:
 
 
 def entry_of(name: str, target: Target, loaded: LoadedDrafter) -> Entry:
-    """An entry whose drafter is loaded already: its own tree, all of it verified.
+    """An entry of a loaded drafter, whose whole tree is verified.
 
     Raises:
-      ValueError: its trees cannot have another size (`Drafter.with_tree`), as walks need.
+      ValueError: its tree cannot be resized (`Drafter.with_tree`), as replays need.
     """
     first, dtype = loaded.drafter.parts[0], str(target.params.embed.dtype)
     size = loaded.drafter.size
@@ -157,14 +156,14 @@ def entry_of(name: str, target: Target, loaded: LoadedDrafter) -> Entry:
 def load_entries(
     target: Target | str, contenders: Iterable[Contender], *, weights: str = "dequantised"
 ) -> list[Entry]:
-    """Loads each target and drafter once per dtype; a target that is loaded has one.
+    """Loads each target and drafter once per dtype; a loaded target has only its own dtype.
 
     Args:
-      weights: of a target in fp8, see `load_target`.
+      weights: how to hold an fp8 target's weights, see `load_target`.
 
     Raises:
-      ValueError: two contenders have one name, a model cannot be loaded or does not fit, or a
-        contender asks for another dtype than a loaded target has.
+      ValueError: two contenders have equal names, a model cannot be loaded or does not fit, or
+        a contender asks for another dtype than the loaded target's.
     """
     targets: dict[str, Target] = {}
     if isinstance(target, Target):
@@ -185,5 +184,5 @@ def load_entries(
         if key not in drafters:
             drafters[key] = load_drafter(c.drafter, targets[c.dtype], dtype=c.dtype)
         entries[c.name] = Entry(c, targets[c.dtype], drafters[key])
-        entries[c.name].sized()  # refuses a tree its drafter cannot draft
+        entries[c.name].sized()  # raises if the drafter cannot draft the tree
     return list(entries.values())

@@ -45,15 +45,13 @@ def tau(
 ) -> Iterator[Rounds | Reliability | Branches]:
     """Measures tau of every contender along the target's own answers; nothing is timed.
 
-    Contenders that differ only in their budget are walked once, at all of their budgets, under
-    the name of the first.
+    Contenders that differ only in budget are replayed once, at all of their budgets, under the
+    first one's name.
 
     Args:
-      budgets: walked besides each contender's own.
-      stride: anchors between the branches that are compared with the target; 0 leaves the
-        comparison out.
-      done: keys of rows that are known (`results.key`); a set whose rounds are all among them
-        is left out.
+      budgets: further budgets, besides each contender's own.
+      stride: anchors between the branches compared with the target; 0 compares none.
+      done: keys of known rows (`results.key`); a set whose rounds are all known is left out.
     """
     for dtype in dict.fromkeys(entry.contender.dtype for entry in entries):
         group = [entry for entry in entries if entry.contender.dtype == dtype]
@@ -102,7 +100,7 @@ class _Walks:
                 capacity=self.capacity,
             )
             tables, gaps = self._tables(answers, stride, name)
-            # The rounds come last: where they are known, all of the set is.
+            # Rounds come last: if they are known, all rows of the set are.
             for entry in self.entries:
                 bins = self._bins(entry, answers, tables[entry])
                 if bins is not None:
@@ -120,7 +118,7 @@ class _Walks:
         return self.entries[0].contender.dtype
 
     def _tables(self, answers: list[w.RecordedAnswer], stride: int, name: str):
-        """Per contender the tables of all answers, and per drafter the gaps of its branches."""
+        """The tables of all answers per contender, and the branch gaps per drafter."""
         tables: dict[Entry, list[w.Table]] = {entry: [] for entry in self.entries}
         gaps: dict[str, list[float]] = {}
         chains = {
@@ -183,10 +181,10 @@ def speed(
     """Times every contender, and every form of plain decoding, taking turns.
 
     Args:
-      plain_targets: by dtype, targets that decode plainly besides the contenders' own.
+      plain_targets: further targets to decode plainly, by dtype.
       others: further decoders to time, for example another library's.
-      done: keys of rows that are known (`results.key`); a set whose rounds are all among them
-        is left out. One that lacks a row is decoded again by all, who take turns.
+      done: keys of known rows (`results.key`); a set whose rounds are all known is left out. If
+        a row is missing, all decoders run the set again, in turn.
     """
     targets = {**(plain_targets or {}), **{e.contender.dtype: e.target for e in entries}}
     # What is decoded: a contender, its target, its drafter and its budget.
@@ -223,7 +221,7 @@ def speed(
 def _timed(
     runs: Mapping[Contender, Run], name: str, rows: Sequence[list[int]], temperature: float
 ) -> Iterator[Rounds]:
-    """Decodes one set with every contender, by turns."""
+    """Decodes one set with every contender, in turn."""
     answers = take_turns(
         runs, rows, progress=lambda x: tqdm(x, desc=f"decode {name}", leave=False)
     )

@@ -1,7 +1,7 @@
 """Numbers of an evaluation: ratios of sums over prompts, with bootstrap intervals.
 
-Every metric here is a sum over prompts divided by another, so that a resampling of prompts is a
-row of weights: `weights @ numerator / weights @ denominator`.
+Every metric here is a ratio of two sums over prompts, so a resampling of prompts is a row of
+weights: `weights @ numerator / weights @ denominator`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def resamplings(sizes: Sequence[int], *, seed: int = 0) -> np.ndarray:
     """How often each prompt is drawn: [1 + RESAMPLES, sum(sizes)], the first row all ones.
 
     Prompts are drawn with replacement within each set (a stratified bootstrap). The draws
-    depend on the sizes alone, so decoders that answered the same prompts are compared on the
-    same resamplings: their ratio's interval is a paired one.
+    depend only on the sizes, so decoders that answered the same prompts share resamplings, and
+    intervals of their ratios are paired.
     """
     random = np.random.default_rng(seed)
     parts = [random.multinomial(n, np.full(n, 1 / n), RESAMPLES) for n in sizes]
@@ -122,7 +122,7 @@ def _expected(alpha: float, drafted: float) -> float:
 def reliability_bins(
     predicted: np.ndarray, happened: np.ndarray, *, count: int = 10
 ) -> np.ndarray:
-    """What a reliability diagram shows: [count, 3] of nodes, sum predicted, sum happened.
+    """Bins of a reliability diagram, [count, 3]: nodes, sum predicted, sum happened.
 
     Args:
       predicted: probabilities, any shape.

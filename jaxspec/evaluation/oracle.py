@@ -1,8 +1,8 @@
-"""What a perfect choice among a drafter's candidates would accept: does budget limit, or they?
+"""Upper bound on tau: a perfect choice among a drafter's k likeliest candidates.
 
-Given the true path before it, a token has a rank: how many tokens the drafter finds likelier.
-A tree that held every token where it is among the k likeliest would accept all up to the first
-one of rank k or more. No tree with k children a node accepts more, whatever its budget.
+Given the true path before it, a token's rank is the number of tokens that the drafter finds
+likelier. A tree that contains every token of rank below k accepts all tokens up to the first
+one of rank k or more. No tree with k children per node accepts more, at any budget.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from jaxspec.evaluation.walk import Observed, RecordedAnswer, Table, at_every_an
 def ranks(
     observed: Observed, answers: Sequence[RecordedAnswer], drafter: LoadedDrafter, state: Any
 ) -> list[Table]:
-    """The highest rank up to every depth, as tables to be walked (`walk.walk`) with a budget of
-    k: that is the oracle over the k likeliest. A budget of the target's vocabulary's size
-    leaves the drafter's depth and draft vocabulary as the only limits.
+    """The highest rank up to every depth, as tables for `walk.walk`, whose budget is then k.
 
-    No nodes are counted, and there are no scores.
+    A budget of the vocabulary's size is limited only by the drafter's depth and draft
+    vocabulary. The tables count no nodes and have no scores.
 
     Args:
-      drafter: one that scores its vocabulary token by token (`Drafter.rollout`): trained, not
-        joined.
-      state: its own, one of `observed.states`.
+      drafter: a trained drafter, not joined, which scores its vocabulary token by token
+        (`Drafter.rollout`).
+      state: the drafter's, one of `observed.states`.
 
     Raises:
       ValueError: the drafter has no such scores.
@@ -41,8 +40,8 @@ def ranks(
 
 
 def highest_ranks(drafter, params, state, anchor, position, path):
-    """[B, P] int32: of the true path [B, P] up to each depth; the largest int32 from a token
-    on that is not drafted at all."""
+    """Highest ranks of the true path [B, P] up to each depth, [B, P] int32; the largest int32
+    from the first token outside the draft vocabulary on."""
 
     def follow(slot, logits):
         index, drafted = params.vocabulary.index(path[:, slot])
@@ -59,11 +58,11 @@ def highest_ranks(drafter, params, state, anchor, position, path):
 
 
 def with_other(table: Table, other: Table, budget: int) -> Table:
-    """A table whose walks accept what the better of the two accepts.
+    """A table that accepts as much as the better of two tables.
 
     Args:
-      table: to be walked with any budget.
-      other: always with `budget`.
+      table: used with any budget.
+      other: always used with `budget`.
     """
     width = max(table.nodes.shape[1], other.nodes.shape[1])
     missing = ((0, 0), (0, width - table.nodes.shape[1]))

@@ -1,8 +1,8 @@
 """Are training data and evaluation prompts disjoint?
 
-Two rules over normalised words (lower case, no punctuation): the same text, or a run of `NGRAM`
-words in common. Text that several evaluation prompts share ("please reason step by step …") is
-format, not content, and does not count.
+Two texts overlap if their normalised words (lower case, no punctuation) are equal, or share a
+run of `NGRAM` words. Text that several evaluation prompts share ("please reason step by step
+…") is format, not content, and does not count.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from jaxspec.data.sources import Source, open_source
 
 NGRAM = 13  # words; the length GPT-3's decontamination used
 FORMAT_NGRAM, FORMAT_PROMPTS = 6, 3
-SHORTEST = 5  # words of content; below, only the same text counts
+SHORTEST = 5  # words of content; of shorter prompts only equal texts count
 
 Words = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """A text that is not disjoint from the prompts.
+    """A text that overlaps with a prompt.
 
     Attributes:
-      text: its index among the texts.
-      prompt: index of the first prompt it meets.
-      words: what they share; the whole of it when the texts are the same.
+      text: index of the text.
+      prompt: index of the first prompt that it overlaps with.
+      words: the shared words; the whole text if the texts are equal.
     """
 
     text: int
@@ -42,7 +42,7 @@ class Overlap:
 
 
 def words(text: str) -> Words:
-    """Lower case, compatibility forms made plain, punctuation dropped.
+    """Normalised words: lower case, NFKC, without punctuation.
 
     >>> words("How many  CLIPS, then?")
     ('how', 'many', 'clips', 'then')
@@ -54,7 +54,7 @@ class Index:
     """An index of evaluation prompts, to search other texts for."""
 
     def __init__(self, prompts: Sequence[str], *, ngram: int = NGRAM):
-        """Args: ngram: words a run must have in common."""
+        """Args: ngram: shortest run of shared words that counts."""
         split = [words(prompt) for prompt in prompts]
         self.whole: dict[Words, int] = {}
         self.grams: dict[int, dict[Words, int]] = collections.defaultdict(dict)
@@ -82,7 +82,7 @@ class Index:
 def overlaps(
     texts: Iterable[Sequence[str]], prompts: Sequence[str], *, ngram: int = NGRAM
 ) -> Iterator[Overlap]:
-    """Texts that share something with a prompt.
+    """Texts that overlap with a prompt.
 
     Args:
       texts: each given as its parts (a conversation's messages).
@@ -115,10 +115,10 @@ def texts_of(source: str | Path | Source, refused: list[str]) -> Iterator[Texts]
     (`prompts.row_turns`).
 
     Args:
-      refused: gets a line for each row that is something else.
+      refused: receives a line per unreadable row.
 
     Raises:
-      ValueError: the source cannot be read, or none of its rows.
+      ValueError: the source, or every row of it, is unreadable.
     """
     source, read, bad = open_source(source), 0, []
     for row in source:
@@ -138,7 +138,7 @@ def texts_of(source: str | Path | Source, refused: list[str]) -> Iterator[Texts]
 
 
 def _format(rows: Sequence[Words]) -> set[Words]:
-    """Runs of words that several prompts have: their format."""
+    """Runs of words that several prompts share: their format."""
     seen = collections.Counter(gram for row in rows for gram in set(_grams(row, FORMAT_NGRAM)))
     return {gram for gram, count in seen.items() if count >= FORMAT_PROMPTS}
 

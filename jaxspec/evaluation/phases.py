@@ -1,4 +1,4 @@
-"""Times the phases of a round, each compiled and timed alone, at batch size 1."""
+"""Times the phases of a round, each compiled and timed separately, at batch size 1."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def verify_costs(
     """Milliseconds of one forward with its logits over n nodes, after `length` tokens.
 
     Args:
-      sizes: values of n; `VERIFY_SIZES` if left out.
+      sizes: values of n; `VERIFY_SIZES` by default.
     """
     sizes = VERIFY_SIZES if sizes is None else sizes
     c, params = target.config, target.params
@@ -57,10 +57,10 @@ def phase_costs(
     """Milliseconds of the phases of a round after a prompt of `length` tokens.
 
     Returns:
-      draft: the drafter's pass with its base logits. grow: the sequential head and the tree;
-      what the whole proposal takes beyond the pass, by subtraction, or None if the drafter is
-      not a block drafter, where `draft` is the whole. verify: the forward over the tree, and
-      acceptance. commit: with what the drafter observes.
+      draft: the drafter's pass with its base logits. grow: the sequential head and the tree,
+      which is the whole proposal's time minus the pass; None if the drafter is not a block
+      drafter, whose `draft` is the whole proposal. verify: the forward over the tree, and
+      acceptance. commit: cache writes and the drafter's `observe`.
     """
     parts = phase_programs(target, drafter, budget=budget, length=length)
     commit = parts.pop("commit")
@@ -70,9 +70,9 @@ def phase_costs(
 def phase_programs(
     target: Target, drafter: LoadedDrafter, *, budget: int | None, length: int
 ) -> dict[str, Callable[[], Any]]:
-    """The programs of a round, each to be called again and again; see `phases_of`.
+    """The programs of a round, which may be called repeatedly; see `phases_of`.
 
-    All but "commit" start from the state after the prompt; it goes on from its own last state.
+    All but "commit" start from the state after prefill; "commit" continues from its last state.
     """
     decoder, params = decoder_for(target, drafter)
     prompt = np.random.default_rng(0).integers(0, target.config.vocab_size, length).tolist()
@@ -109,8 +109,8 @@ def phase_programs(
 def phases_of(ms: Mapping[str, float]) -> dict[str, float | None]:
     """Phases of a round from the milliseconds of its programs.
 
-    Growing a tree has no program of its own: it is what the proposal takes beyond the drafter's
-    pass, and 0 where the pass alone was timed slower.
+    Growing a tree is not a separate program: its time is the proposal's minus the drafter's
+    pass, and 0 if the pass alone was slower.
 
     >>> phases_of({"propose": 5.0, "pass": 3.0, "verify": 7.0, "commit": 1.0})
     {'draft': 3.0, 'grow': 2.0, 'verify': 7.0, 'commit': 1.0}
@@ -123,10 +123,10 @@ def phases_of(ms: Mapping[str, float]) -> dict[str, float | None]:
 def medians_ms(
     functions: Mapping[Name, Callable[[], Any]], repeats: int | None = None
 ) -> dict[Name, float]:
-    """Median milliseconds of each call, timed by turns: interference then falls on all alike.
+    """Median milliseconds of each call, timed in turn, so that interference affects all alike.
 
     Args:
-      repeats: timed calls of each; `REPEATS` if left out.
+      repeats: timed calls of each; `REPEATS` by default.
     """
     repeats = REPEATS if repeats is None else repeats
     times: dict[Name, list[float]] = {name: [] for name in functions}

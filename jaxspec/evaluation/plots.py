@@ -12,7 +12,7 @@ from jaxspec.evaluation import metrics as m
 from jaxspec.evaluation.results import Rounds
 from jaxspec.evaluation.view import ALL, View, best_plain, is_plain, largest_budgets
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; then dashes.
+# Okabe and Ito's colours, which are safe for colour-blind readers; then dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 QUIET = "#5f6b76"
@@ -100,7 +100,7 @@ def acceptance_by_depth(view: View, temperature: float):
         depth = np.arange(1, len(survival) + 1)
         label = f"{decoder} (budget {line.label.budget})"
         left.plot(depth, survival, label=label, markersize=4, **style)
-        # Rates of a handful of rounds say nothing.
+        # Rates of a handful of rounds are noise.
         before = np.concatenate([[1], survival[:-1]]) * line.column(Rounds.rounds).sum()
         rates = np.where(before >= 30, m.conditional(survival), np.nan)
         right.plot(depth, rates, markersize=4, **style)

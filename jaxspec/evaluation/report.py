@@ -65,7 +65,7 @@ def summary(view: View) -> str:
     temperature = view.temperatures[0]
     lines = view.select("decode", temperature)
     if not lines:
-        raise ValueError("nothing was decoded with a clock; evaluate without --tau-only")
+        raise ValueError("the results have no timed decoding; evaluate without --tau-only")
     best, rows = best_plain(lines), []
     for line in lines:
         cells = []
@@ -100,7 +100,7 @@ def into(text: str, tables: str, marks: tuple[str, str] = MARKS) -> str:
     """
     begin, end = marks
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"expected one line {begin!r} and after it one line {end!r}")
+        raise ValueError(f"expected one line {begin!r} and, after it, one line {end!r}")
     return text[: text.index(begin) + len(begin)] + f"\n{tables}\n" + text[text.index(end) :]
 
 
@@ -159,7 +159,7 @@ def acceptance_table(lines: Sequence[Line]) -> str:
 
 
 def speed_table(view: View, lines: Sequence[Line]) -> str:
-    """Tokens per second and times the best plain decoding of the run, over all and by set."""
+    """Tokens per second, and speedup over the run's best plain decoding, by set and overall."""
     best, rows = best_plain(lines), []
     for line in lines:
         for name in (ALL, *line.sets):

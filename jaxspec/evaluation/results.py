@@ -1,11 +1,11 @@
-"""Measurements as JSON lines: one object per line, told apart by its `kind`.
+"""Measurements as JSON lines: one object per line, whose `kind` is one of
 
-- ``setup``: what was run; target, options, versions, machine.
-- ``rounds``: one decoder on one prompt set (`Rounds`). Everything about tau follows from these
-  counts and, with `seconds`, everything about speed.
-- ``reliability``: what a decoder's scores predict, and what happened (`Reliability`).
+- ``setup``: target, options, versions, machine.
+- ``rounds``: one decoder on one prompt set (`Rounds`). Tau follows from these counts and, with
+  `seconds`, speed.
+- ``reliability``: a decoder's predicted and actual acceptance (`Reliability`).
 - ``joint``: rounds by what two decoders would have accepted in them (`Joint`).
-- ``copies``: how much of the answers was written before (`Copies`).
+- ``copies``: share of the answers that repeats earlier text (`Copies`).
 - ``branches``: how faithful a drafter's likeliest branch is to the target (`Branches`).
 - ``costs``: milliseconds of the phases of a round (`Costs`).
 - ``verify``: milliseconds of a forward over n nodes (`Verify`).
@@ -33,17 +33,17 @@ class Rounds:
     """One decoder on the prompts of one set; lists have one entry per prompt.
 
     Attributes:
-      set, temperature: which prompts, and how the target chooses.
-      decoder: its name; with `budget` it is unique for a set and temperature.
+      set, temperature: the prompt set, and the sampling temperature.
+      decoder: its name; with `budget` unique per set and temperature.
       drafter, tree, head, dtype: see `contenders.Contender`.
-      budget: nodes a round may verify, root included.
-      how: "walk" (tau alone, along recorded answers) or "decode" (with a clock).
-      committed: per prompt, rounds that committed 0, 1, 2, … tokens, bonus included.
-      nodes: verified in all, roots included, padding excluded.
+      budget: maximum nodes verified per round, root included.
+      how: "walk" (replayed along recorded answers, for tau) or "decode" (timed).
+      committed: per prompt, number of rounds that committed 0, 1, 2, … tokens, bonus included.
+      nodes: nodes verified in all, roots included, padding excluded.
       tokens: new tokens of the answer.
-      seconds: wall-clock time of the answer, prompt included; None for a walk.
-      equal: the answer is plain decoding's, token for token; None for a walk.
-      prompt_seconds: time of the prompt, where `seconds` leaves it out; otherwise None.
+      seconds: wall-clock time of the answer, prefill included; None for a walk.
+      equal: whether the answer equals plain decoding's, token for token; None for a walk.
+      prompt_seconds: time of prefill if `seconds` excludes it, else None.
     """
 
     set: str
@@ -69,11 +69,11 @@ class Rounds:
         return np.array([[*row, *[0] * (width - len(row))] for row in self.committed])
 
     def rounds(self) -> np.ndarray:
-        """[prompts]."""
+        """Number of rounds, [prompts]."""
         return self.histogram().sum(axis=1)
 
     def decided(self) -> np.ndarray:
-        """[prompts] tokens committed, a last round counted in full as `DecodeStats` does."""
+        """Tokens committed, [prompts]; the last round counts in full, as in `DecodeStats`."""
         histogram = self.histogram()
         return histogram @ np.arange(histogram.shape[1])
 
@@ -99,8 +99,8 @@ class Reliability:
     """How well a decoder's scores predict what the target accepts.
 
     Attributes:
-      bins: [bins, 3], see `metrics.reliability_bins`: drafted nodes by the probability their
-        drafter gave the path to them, and how many were on the target's path.
+      bins: [bins, 3], see `metrics.reliability_bins`: drafted nodes, by the drafter's
+        probability of their path, and how many were on the target's path.
     """
 
     set: str
@@ -113,11 +113,11 @@ class Reliability:
 
 @dataclasses.dataclass(frozen=True)
 class Branches:
-    """How faithful a drafter's likeliest branch, of full depth, is to the target.
+    """How faithful a drafter's likeliest branch of full depth is to the target.
 
     Attributes:
-      gaps: nats by which the drafter's log-probability of the branch exceeds the target's (its
-        law at temperature 1), at anchors evenly apart.
+      gaps: nats by which the drafter's log-probability of the branch exceeds the target's (at
+        temperature 1), at evenly spaced anchors.
     """
 
     set: str
@@ -133,8 +133,8 @@ class Joint:
     """What two decoders would have accepted in the rounds of a third.
 
     Attributes:
-      decoder: whose rounds; `budget` is of all three.
-      first, second: names of the two.
+      decoder: the third decoder; `budget` is that of all three.
+      first, second: names of the other two.
       counts: [prompts, P + 1, P' + 1], rounds in which the first would have accepted 0, 1, …
         drafted tokens and the second 0, 1, ….
     """
@@ -151,13 +151,13 @@ class Joint:
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """How much of the target's answers was written before; lists have one entry per prompt.
+    """How much of the target's answers repeats earlier text; lists have one entry per prompt.
 
     Attributes:
-      gram: a token counts where it ends so many tokens of the answer that stood elsewhere.
-      tokens: of the answer.
-      from_prompt: those that end a gram of the prompt.
-      from_answer: of the others, those that end a gram that the answer held before.
+      gram: a token counts as copied if the last `gram` tokens occurred before.
+      tokens: tokens of the answer.
+      from_prompt: tokens copied from the prompt.
+      from_answer: further tokens copied from earlier in the answer.
     """
 
     set: str
@@ -174,7 +174,7 @@ class Costs:
     """Milliseconds of each phase of a round at batch 1, medians.
 
     Attributes:
-      phases: draft, grow (None where it cannot be told from draft), verify, commit.
+      phases: draft, grow (None if it cannot be separated from draft), verify, commit.
     """
 
     decoder: str
@@ -204,7 +204,7 @@ class RunSettings:
 Row = Rounds | Reliability | Joint | Copies | Branches | Costs | Verify | RunSettings
 KINDS = {cls.kind: cls for cls in Row.__args__}
 
-# What tells a row from the others of its kind in one run.
+# Fields that identify a row among those of its kind in one run.
 IDENTITY = {
     "rounds": ("how", "set", "temperature", "decoder", "budget"),
     "reliability": ("set", "temperature", "decoder", "budget"),
@@ -246,17 +246,17 @@ def read_rows(path: str | Path) -> list[Row]:
     """All rows of a file.
 
     Raises:
-      ValueError: it cannot be read, or a line is something else.
+      ValueError: the file cannot be read, or a line is not a row.
     """
     rows = [_parse(path, number, line) for number, line in numbered_lines(path)]
     if not any(isinstance(row, Rounds) for row in rows):
-        raise ValueError(f"{path} holds no measurement; run `python -m jaxspec evaluate`")
+        raise ValueError(f"{path} has no measurements; run `python -m jaxspec evaluate`")
     return rows
 
 
 def held(path: Path, setup: RunSettings) -> set[Key]:
     """Keys of the rows already in a file of the same setup; none without a file. An incomplete
-    last line does not count, see `cut_torn`.
+    last line is ignored, see `cut_torn`.
 
         Raises:
           ValueError: the file is another setup's, or no evaluation's.
@@ -280,7 +280,7 @@ def held(path: Path, setup: RunSettings) -> set[Key]:
             if old != new:
                 raise ValueError(
                     f"{path} holds results of another setup: {name} was {old!r}, now it is "
-                    f"{new!r}; choose another name, or give the options of then to go on"
+                    f"{new!r}; choose another name, or give the original options to resume"
                 )
     return {key(row) for row in rows}
 
@@ -304,6 +304,6 @@ def _parse(path: str | Path, number: int, line: str) -> Row:
         return KINDS[fields["kind"]](**fields)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}, line {number}: expected a row of an evaluation (`python -m jaxspec "
-            f"evaluate` writes them), found {line[:60]!r}"
+            f"{path}, line {number}: expected a row written by `python -m jaxspec evaluate`, "
+            f"found {line[:60]!r}"
         ) from error

@@ -13,7 +13,7 @@ from jaxspec.drafters.plain import Plain
 from jaxspec.models.target import Target
 from jaxspec.results import Completion
 
-# Answers one prompt, given as token ids, with the seed of its sampling.
+# Answers one prompt, given its token ids and a sampling seed.
 Run = Callable[[list[int], int], Completion]
 Name = TypeVar("Name")
 
@@ -58,8 +58,7 @@ def take_turns(
     """Every decoder's answer to every prompt.
 
     Decoders answer a prompt one after another, in a new random order each time, so that
-    interference from other processes, or from what ran before, does not always hit the same
-    one. Prompt i is sampled with seed i.
+    interference does not always hit the same one. Prompt i is sampled with seed i.
     """
     order, shuffle = list(runs), random.Random(0).shuffle
     done: dict[Name, list[Completion]] = {name: [] for name in runs}

@@ -1,4 +1,4 @@
-"""Results by decoder, with the prompts of all sets side by side."""
+"""Results by decoder, with the prompts of all sets concatenated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxspec.evaluation.results import (
 ALL = "all"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # told apart by identity
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity
 class Line:
     """One decoder at one temperature and budget: one `Rounds` per set, in the file's order."""
 
@@ -30,7 +30,7 @@ class Line:
 
     @property
     def label(self) -> Rounds:
-        """Any part; the decoder's own fields are the same in all."""
+        """Any part; the decoder's fields are equal in all."""
         return self.parts[0]
 
     @property
@@ -46,7 +46,7 @@ class Line:
         return m.resamplings([len(part.nodes) for part in self.parts])
 
     def column(self, get) -> np.ndarray:
-        """[prompts of all parts], from `get(part)`."""
+        """Values of `get(part)`, concatenated over parts, [prompts]."""
         return np.concatenate([np.asarray(get(part), float) for part in self.parts])
 
     @functools.cached_property
@@ -63,7 +63,7 @@ class Line:
 
     @property
     def nodes(self) -> float:
-        """Verified per round, root included."""
+        """Nodes verified per round, root included."""
         return self.column(lambda p: p.nodes).sum() / self.column(Rounds.rounds).sum()
 
     @property
@@ -97,7 +97,7 @@ class View:
     """The rows of a file.
 
     Raises:
-      ValueError: decoders that are compared did not answer the same prompts, once each.
+      ValueError: the decoders did not answer the same prompts, once each.
     """
 
     def __init__(self, rows: Iterable[Row]):
@@ -128,17 +128,17 @@ class View:
         ]
 
     def tau_lines(self, temperature: float) -> list[Line]:
-        """Walked rounds where there are any, otherwise decoded ones; without plain decoding."""
+        """Replayed rounds if there are any, else decoded ones; without plain decoding."""
         lines = self.select("walk", temperature) or self.select("decode", temperature)
         return [line for line in lines if not is_plain(line)]
 
     def cost(self, line: Line) -> Costs | None:
-        """Of a line's decoder."""
+        """Costs of a line's decoder."""
         key = line.label.decoder, line.label.budget
         return next((c for c in self.costs if (c.decoder, c.budget) == key), None)
 
     def plain_ms(self) -> float | None:
-        """A round of the fastest plain decoding."""
+        """Milliseconds of a round of the fastest plain decoding."""
         rounds = [total(c) for c in self.costs if c.decoder == "plain"]
         return min(rounds, default=None)
 
@@ -162,8 +162,8 @@ def _check_prompts(lines: Sequence[Line]) -> None:
         if found != expected:
             raise ValueError(
                 f"decoder {one.decoder!r} with budget {one.budget} has {one.how} rows of "
-                f"{found}, {other.label.decoder!r} of {expected} (set, prompts): a run was cut "
-                "short, or runs on different prompts were joined; measure again, or remove "
+                f"{found}, but {other.label.decoder!r} of {expected} (set, prompts): a run was "
+                "cut short, or runs on different prompts were merged; measure again, or remove "
                 "the lines that do not match"
             )
         if len(set(line.sets)) < len(line.sets):
@@ -188,7 +188,7 @@ def best_plain(lines: Sequence[Line]) -> Line:
 
 
 def largest_budgets(lines: Iterable[Line]) -> list[Line]:
-    """Of each decoder's lines the one with the largest budget, in order of decoders."""
+    """Each decoder's line with the largest budget, in order of decoders."""
     found: dict[str, Line] = {}
     for line in lines:
         known = found.setdefault(line.label.decoder, line)
@@ -203,11 +203,11 @@ def total(cost: Costs) -> float:
 
 
 def pairs(lines: Sequence[Line], against: Sequence[str] = ()) -> list[tuple[Line, Line]]:
-    """Lines worth a paired comparison, each with what it is compared with.
+    """Pairs of lines for a paired comparison.
 
-    A tree with the chains and `top_budget` trees of its own drafter, with the sequential head
-    or without, at equal budget and dtype; and every decoder with those named in `against`, at
-    equal budget.
+    Every tree is compared with the chains and `top_budget` trees of its drafter, with or
+    without the sequential head, at equal budget and dtype; and every decoder with those named
+    in `against`, at equal budget.
     """
 
     def compared(line: Line, other: Line) -> bool:

@@ -1,12 +1,11 @@
-"""Measures tau without decoding: rounds are replayed along answers the target wrote before.
+"""Measures tau without decoding, by replaying rounds along recorded answers of the target.
 
-Sample-then-match commits what plain decoding would have written, so a round accepts the longest
-prefix of the rest of the recorded answer that is a path of the drafted tree. That gives the
-next anchor without running the target. A drafter's tree depends on its anchor alone, and a
+Sample-then-match commits exactly what plain decoding writes, so a round accepts the longest
+path of the drafted tree that is a prefix of the rest of the recorded answer. That gives the
+next anchor without running the target. A drafter's tree depends only on its anchor, and a
 larger budget's tree contains a smaller one's with the same node numbers. So one pass drafts the
-largest tree at every token of an answer and writes down which nodes the true path goes through;
-every budget is then walked on that table, exactly as decoding would
-(`tests/evaluation/test_walk.py`).
+largest tree at every token of an answer and records the nodes on the true path; every budget is
+then replayed on that table, exactly as decoding would (`tests/evaluation/test_walk.py`).
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ from jaxspec.models.state import LayerStates
 from jaxspec.models.target import Target
 from jaxspec.trees.tree import DraftTree, ancestors
 
-ANCHORS = 32  # drafted by one call of a compiled program
+ANCHORS = 32  # anchors drafted from by one call of a compiled program
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordedAnswer:
-    """What the target wrote after a prompt.
+    """An answer that the target wrote to a prompt.
 
     Attributes:
       tokens: prompt and answer, up to a stop id or some tokens past `limit`, which the last
         round may accept.
       start: position of the answer's first token.
-      limit: new tokens asked for.
+      limit: maximum of new tokens.
     """
 
     tokens: tuple[int, ...]
@@ -71,7 +70,7 @@ def record(
 
     Args:
       rows: prompts, token ids.
-      spare: tokens beyond `max_new_tokens`, at least the depth of the trees to be walked + 1.
+      spare: tokens beyond `max_new_tokens`, at least the depth of the trees to replay + 1.
       seeds: one per prompt; 0, 1, … by default.
     """
     done = generate(
@@ -96,11 +95,11 @@ class Observed:
 
     Attributes:
       tokens: [B, S] int32.
-      truth: [B, S] int32, the same; `NO_TOKEN` past each answer's end.
+      truth: [B, S] int32, the same tokens, but `NO_TOKEN` past each answer's end.
       start: [B] int32, position of each answer's first token.
       cache: the target's.
-      states: the drafters', every token of the answers observed. What they draft at a position
-        depends on the rows before it alone.
+      states: the drafters' states after observing all tokens; drafts at a position depend only
+        on the rows before it.
     """
 
     tokens: jax.Array
@@ -150,12 +149,12 @@ def observe(
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What a drafter drafts at every anchor of one answer.
+    """A drafter's trees at every anchor of one answer.
 
     Attributes:
-      nodes: [A, P] int32, number of the node at depth 1 … P of the true path; `size` from where
-        the tree does not follow it.
-      sizes: [A] int32, nodes of the tree.
+      nodes: [A, P] int32, index of the node at depth 1 … P of the true path; `size` from the
+        first depth that the tree lacks.
+      sizes: [A] int32, number of nodes of the tree.
       scores: [A, N] float32, see `DraftTree`.
     """
 
@@ -176,8 +175,8 @@ def tabulate(
     return [Table(nodes[i], sizes[i], scores[i]) for i in range(len(answers))]
 
 
-# What is found at an anchor: (drafter, its params, its state, anchor [B], position [B], true
-# path [B, P]) -> arrays of [B, ...].
+# Function evaluated at an anchor: (drafter, its params, its state, anchor [B], position [B],
+# true path [B, P]) -> arrays [B, ...].
 AtAnchor = Callable[..., Any]
 
 
@@ -188,10 +187,10 @@ def at_every_anchor(
     drafter: LoadedDrafter,
     state: Any,
 ) -> Any:
-    """What `find` finds at every anchor of the answers, as NumPy arrays [B, A, ...].
+    """The results of `find` at every anchor of the answers, as NumPy arrays [B, A, ...].
 
     Args:
-      find: static, and compiled with the drafter.
+      find: a static function, compiled with the drafter.
       state: the drafter's, one of `observed.states`.
     """
     anchors = max(answer.new_tokens for answer in answers)
@@ -226,7 +225,7 @@ def _at_anchors(find, drafter, params, state, tokens, truth, first):
 
 
 def drafted(drafter, params, state, anchor, position, path):
-    """`Table`'s arrays, of the drafter's whole tree."""
+    """`Table`'s arrays for the drafter's whole tree."""
     budget = jnp.full(anchor.shape, drafter.size, jnp.int32)
     tree, _ = drafter.draft(params, state, anchor, position, budget)
     return nodes_of_path(tree, path), tree.valid.sum(axis=1), tree.scores
@@ -253,10 +252,10 @@ def nodes_of_path(tree: DraftTree, path: jax.Array) -> jax.Array:
 
 
 def walk(answer: RecordedAnswer, table: Table, budget: int) -> tuple[DecodeStats, list[int]]:
-    """The rounds that decoding would have taken, counted as it counts them.
+    """Replays the rounds that decoding would have taken.
 
     Returns:
-      Its counts, and the anchor of each round as an index into the table.
+      The counts of decoding, and the anchor of each round as an index into the table.
     """
     nodes, committed, visited = 0, [], []
     end = len(answer.tokens) - answer.start
@@ -266,7 +265,7 @@ def walk(answer: RecordedAnswer, table: Table, budget: int) -> tuple[DecodeStats
 
     for anchor, accepted in rounds_along(accepted_at, 0, answer.new_tokens):
         visited.append(anchor)
-        # Up to a stop id: there is no bonus after it.
+        # A stop id ends the answer without a bonus.
         committed.append(min(accepted + 1, end - anchor - 1))
         nodes += min(budget, int(table.sizes[anchor]))
     return DecodeStats(tuple(committed), nodes), visited
@@ -278,9 +277,9 @@ def rounds_along(
     """(anchor, drafts accepted) of every round along a known text.
 
     Args:
-      accepted_at: how many drafts the text accepts after an anchor.
-      anchor: the first one.
-      end: of the text; a token past it is not drafted for.
+      accepted_at: number of drafts that the text accepts after an anchor.
+      anchor: the first anchor.
+      end: end of the text, past which no round starts.
 
     >>> list(rounds_along(lambda anchor: 2, 0, 7))
     [(0, 2), (3, 2)]
@@ -294,7 +293,7 @@ def rounds_along(
 def predictions(
     table: Table, visited: Sequence[int], budget: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of the nodes drafted in a walk: probabilities, and which were accepted (both flat)."""
+    """Probabilities of the nodes drafted in a walk, and which were accepted (both flat)."""
     scores = table.scores[visited, 1:budget]  # node 0 is the anchor
     number = np.arange(1, 1 + scores.shape[1])
     accepted = (table.nodes[visited][:, None, :] == number[:, None]).any(axis=-1)
@@ -311,23 +310,23 @@ def branch_gaps(
     *,
     stride: int = 16,
 ) -> list[float]:
-    """How many nats the drafter overestimates the log-probability of its likeliest branch.
+    """Nats by which the drafter overestimates the log-probability of its likeliest branch.
 
     At every `stride`-th anchor the drafter's greedy chain of full depth is run through the
     target; the gap is the drafter's log-probability of the chain minus the target's. JetSpec
     calls a branch faithful when it is below 5 (arXiv 2606.18394).
 
     Args:
-      drafter: one whose tree is a chain.
+      drafter: a drafter whose tree is a chain.
 
     Raises:
-      ValueError: the target is a hybrid: what it keeps of a whole answer cannot be cut to the
-        tokens before an anchor, as keys and values can.
+      ValueError: the target is a hybrid, whose state, unlike keys and values, cannot be
+        truncated to the tokens before an anchor.
     """
     if target.config.delta_layers:
         raise ValueError(
             f"gaps need the target's state at every anchor; {target.name!r} has gated delta "
-            "nets, which keep the last state alone: leave the gaps out (stride 0)"
+            "nets, which keep only the last state: leave the gaps out (stride 0)"
         )
     gaps = []
     for offset in range(0, max(answer.new_tokens for answer in answers), stride):

@@ -1,4 +1,4 @@
-"""The file of conversations that `regenerate` adds to, and the errors beside it."""
+"""The file to which `regenerate` appends conversations, and its file of errors."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Written:
 
 
 class AnswersFile:
-    """One process at a time adds rows; a row is there whole or not at all.
+    """Appends rows atomically, from one process at a time.
 
     Attributes:
       errors: the file `NAME.errors.jsonl`, of rows that failed in the last run.
     """
 
     def __init__(self, path: str | Path):
-        """Opens it for this process alone, and cuts off half a row at its end.
+        """Opens and locks the file, and removes an incomplete row at its end.
 
         Raises:
-          ValueError: another process has it, or `regenerate` did not write it.
+          ValueError: another process has it open, or `regenerate` did not write it.
         """
         self.path = Path(path)
         self.errors = self.path.with_name(self.path.stem + ".errors.jsonl")
@@ -57,15 +57,15 @@ class AnswersFile:
         self._stream.truncate(_whole(self.path))
 
     def waiting(self, jobs: Sequence[Job], fields: Callable[[Job | None], Fields]) -> list[Job]:
-        """The jobs that have no row yet; rows of theirs must be what they would be now.
+        """The jobs without a row; existing rows must match the jobs and settings.
 
-        Errors of the jobs are forgotten: they are tried again.
+        Errors of the jobs are deleted, as they are tried again.
 
         Args:
-          fields: what a job's row says of how it was made, and what the row of any job does.
+          fields: metadata of a job's row, or with None those that all rows share.
 
         Raises:
-          ValueError: a row answers another prompt, or was made in another way.
+          ValueError: a row answers another prompt, or was made with other settings.
         """
         known = {job.id: job for job in jobs}
         for name, row in self.rows.items():
@@ -75,12 +75,12 @@ class AnswersFile:
                     (x["content"] for x in row.conversation if x["role"] == "user"), ""
                 )
                 raise ValueError(
-                    f"{where}: row {name!r} answers {first[:60]!r}, not the prompt that has "
-                    "this id now; give another output, or the prompts it began with"
+                    f"{where}: row {name!r} answers {first[:60]!r}, but this id has another "
+                    "prompt now; give another output, or the original prompts"
                 )
             if other := _differences(row.fields, fields(job)):
                 raise ValueError(
-                    f"{where} was made in another way ({'; '.join(other)}); give another "
+                    f"{where} was made with other settings ({'; '.join(other)}); give another "
                     "output, or the same options"
                 )
         kept = [row for row in self._failed if row["id"] not in known]
@@ -94,7 +94,7 @@ class AnswersFile:
         return [job for job in jobs if job.id not in self.rows]
 
     def add(self, row: dict[str, Any]) -> None:
-        """Appends a row; it is on the disk afterwards."""
+        """Appends a row and syncs it to disk."""
         _append(self._stream, row)
 
     def fail(self, row: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Assigns sequences to batches, deterministically for each epoch.
 
-Sequences of similar length go together, padded to a bucket's length, so that few shapes are
-compiled and little padding is computed. Packed, rows are of one length and hold as many
-sequences as fit, each from a multiple of `PACKED_UNIT` on.
+Sequences of similar length share a batch, padded to a bucket's length, so that few shapes are
+compiled and little padding is computed. Packed rows have one length and hold as many sequences
+as fit, each starting at a multiple of `PACKED_UNIT`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxspec.data.conversations import Example
 
-UNIT = 128  # bucket lengths are multiples of it; tokens per chunk of the target's forward
-PACKED_UNIT = 64  # the same for packed rows: a larger one wastes more of a row
+UNIT = 128  # bucket lengths are multiples of this; tokens per chunk of the target's forward
+PACKED_UNIT = 64  # the same for packed rows; smaller, as it wastes less of a row
 OPEN_ROWS = 64  # rows tried for each sequence; more would barely improve packing
 
 
@@ -35,7 +35,7 @@ class Position:
     index: int = 0
 
     def after(self, batches: int) -> Position:
-        """The position after this one in an epoch of so many batches."""
+        """The next position, in epochs of `batches` batches."""
         if self.index + 1 < batches:
             return Position(self.epoch, self.index + 1)
         return Position(self.epoch + 1, 0)
@@ -51,7 +51,7 @@ class Place:
     start: int
 
     def of(self, length: int) -> tuple[int, int, slice]:
-        """The index of so many tokens in an array [n, b, T, ...]."""
+        """The index of its `length` tokens in an array [n, b, T, ...]."""
         return self.micro_batch, self.row, slice(self.start, self.start + length)
 
 
@@ -67,8 +67,8 @@ def epoch_batches(
 ) -> list[BatchRows]:
     """The batches of an epoch; every sequence is in exactly one.
 
-    What is left over of a bucket joins the next longer one; only one batch, of the longest
-    left, has padding rows.
+    Sequences left over in a bucket move to the next longer one; only the last batch has padding
+    rows.
 
     Args:
       batch_size: rows of a batch.
@@ -78,7 +78,7 @@ def epoch_batches(
       ValueError: there are no sequences, or one does not fit a packed row.
     """
     if not lengths:
-        raise ValueError("there are no sequences to train on")
+        raise ValueError("no sequences to train on; expected at least one")
     random = np.random.default_rng((seed, epoch))
     order = random.permutation(len(lengths))
     if packed:
@@ -104,7 +104,7 @@ def epoch_batches(
 def pack_rows(
     lengths: Sequence[int], order: Sequence[int], row_length: int
 ) -> list[tuple[int, ...]]:
-    """Rows of sequences, each put in the first row that has room and is open.
+    """Packs sequences into rows, each into the first open row that has room.
 
     Raises:
       ValueError: a sequence does not fit a row.
@@ -115,8 +115,8 @@ def pack_rows(
     longest = max(lengths)
     if longest > row_length:
         raise ValueError(
-            f"a sequence of {longest} tokens does not fit a packed row of {row_length}; cut "
-            "sequences shorter or pack longer rows"
+            f"a sequence of {longest} tokens does not fit a packed row of {row_length}; "
+            "truncate sequences (max_length) or pack longer rows"
         )
     rows: list[list[int]] = []
     opened: dict[int, int] = {}  # row -> room
@@ -140,13 +140,13 @@ def places(
     micro_batch: int,
     rows: Sequence[int] | None = None,
 ) -> tuple[tuple[int, int], list[Place]]:
-    """Some rows of every micro-batch of a batch.
+    """Places of the sequences in some rows of every micro-batch of a batch.
 
     Args:
-      rows: which; all by default.
+      rows: row indices; all by default.
 
     Returns:
-      How many micro-batches, and rows of each; and where the sequences stand in these.
+      (number of micro-batches, rows of each), and the places of the sequences in them.
     """
     rows = range(micro_batch) if rows is None else rows
     shape = (len(batch.rows) // micro_batch, len(rows))
@@ -164,9 +164,9 @@ def places(
 def collate(
     examples: Sequence[Example], length: int, shape: tuple[int, int], found: Sequence[Place]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens int32, supervised bool, and where each token's sequence starts, [n, b, T].
+    """Tokens int32, supervised bool, and the start of each token's sequence, all [n, b, T].
 
-    The first token of a sequence is not supervised: nothing stands before it.
+    The first token of a sequence is not supervised, as it has no context.
 
     Args:
       length: T.

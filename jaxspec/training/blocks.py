@@ -11,10 +11,10 @@ from jaxspec.drafters.teacher_forced import take
 def sample_anchors(
     key: jax.Array, supervised: jax.Array, count: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Anchors drawn without replacement, uniformly, in ascending order.
+    """Samples anchors uniformly, without replacement, in ascending order.
 
-    A position may be an anchor if it and the next are supervised: the first token of an answer
-    comes from the prompt's own forward, so it is never drafted.
+    A position may be an anchor if it and the next are supervised: an answer's first token comes
+    from prefill and is never drafted.
 
     Args:
       key: consumed.
@@ -22,8 +22,8 @@ def sample_anchors(
       count: A.
 
     Returns:
-      anchors [B, A] int32, and which of them are real, [B, A] bool; the others, where a
-      sequence has too few candidates, are 0.
+      anchors [B, A] int32, and whether they are real, [B, A] bool; if a sequence has too few
+      candidates, the others are 0.
     """
     length = supervised.shape[1]
     possible = supervised & jnp.pad(supervised[:, 1:], [(0, 0), (0, 1)])

@@ -1,5 +1,4 @@
-"""The draft vocabulary of a run: the tokens that its drafter drafts
-(`drafters.head.Vocabulary`)."""
+"""The draft vocabulary of a run (`drafters.head.Vocabulary`)."""
 
 from __future__ import annotations
 
@@ -15,15 +14,15 @@ from jaxspec.data.conversations import Example
 def most_frequent(
     examples: Sequence[Example], size: int, *, vocab: int, always: Sequence[int] = ()
 ) -> np.ndarray:
-    """The tokens that the target wrote most often, ascending ids int32 [size].
+    """The tokens that the target wrote most often: ascending ids, int32 [size].
 
-    Of equally frequent ones, those never written included, the lowest ids.
+    Ties, tokens never written included, go to the lowest ids.
 
     Args:
-      always: ids to take whatever their frequency.
+      always: ids to include at any frequency.
 
     Raises:
-      ValueError: there are more of these than `size`.
+      ValueError: `always` has more than `size` ids.
     """
     if len(set(always)) > size:
         raise ValueError(
@@ -42,7 +41,7 @@ def coverage(examples: Sequence[Example], kept: np.ndarray, *, vocab: int) -> fl
 
 
 def save_tokens(path: Path, kept: np.ndarray, covered: float) -> None:
-    """Writes the draft vocabulary of a run; the file appears whole or not at all."""
+    """Writes the draft vocabulary of a run, atomically."""
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(
         json.dumps({"size": len(kept), "coverage": covered, "token_ids": kept.tolist()}) + "\n"

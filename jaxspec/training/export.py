@@ -16,11 +16,11 @@ from jaxspec.training.run_folder import DRAFTER
 def export(
     config: TrainConfig, drafter: LoadedDrafter, run: Path, *, target: str, step: int
 ) -> None:
-    """Writes the drafter of a run's folder; it appears whole or not at all.
+    """Writes a run's drafter, atomically.
 
     Args:
-      target: name or folder, which the checkpoint names where its format can.
-      step: after which its weights were taken.
+      target: name or folder, which the checkpoint records if its format can.
+      step: step after which the weights were taken.
 
     Raises:
       ValueError: a weight is not finite.
@@ -39,7 +39,7 @@ def export(
         )
     except ValueError as error:
         raise ValueError(
-            f"{error}; go on from an earlier checkpoint with --resume-step"
+            f"{error}; resume from an earlier checkpoint with --resume-step"
         ) from error
     (partial / "README.md").write_text(model_card(run, config, step=step), encoding="utf-8")
     os.rename(partial, folder)

@@ -60,9 +60,9 @@ def build_shards(
 def _computed(
     target: Target, examples: Sequence[Example], taps: tuple[int, ...], rows: Sequence[int]
 ) -> Iterator[tuple[int, Features]]:
-    """Every sequence's features, padded, in the order of `rows`, which is by length.
+    """Every sequence's padded features, in the order of `rows`, which is by length.
 
-    A batch is computed while the one before is copied and written.
+    A batch is computed while the previous one is copied and written.
     """
     lengths, before = [len(example) for example in examples], None
     with mesh_of(target.params) as mesh:
@@ -79,7 +79,7 @@ def _computed(
 
 
 def _batches(lengths: Sequence[int], rows: Sequence[int], mesh) -> Iterator[BatchRows]:
-    """Powers of two of sequences of a bucket, so that few shapes are compiled."""
+    """Batches of a bucket's sequences, with power-of-two sizes, so that few shapes compile."""
     divide = 1 if mesh is None else mesh.shape[DATA]
     for length, group in itertools.groupby(rows, key=lambda row: bucket(lengths[row])):
         waiting = [(row,) for row in group]

@@ -1,8 +1,8 @@
 """The frozen target's features of a whole data set, computed once and kept on disk.
 
 A folder holds `index.json`, which identifies the data and the target, and shards
-`features-00000.safetensors` of `taps` [R, n * M] and `hidden` [R, M]: the rows of some
-sequences, shortest first, one after another. Each shard appears whole or not at all.
+`features-00000.safetensors` with `taps` [R, n * M] and `hidden` [R, M]: the rows of some
+sequences, shortest first, concatenated. Shards are written atomically.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class FeatureCache:
             path = shard_path(self._folder, number)
             found = open_shard(path, self._layout.rows[number], self._format)
             if found is None:
-                raise ValueError(f"{path} was changed or removed; start again to rebuild it")
+                raise ValueError(f"{path} was changed or removed; run again to rebuild it")
             self._maps[number] = found
         return self._maps[number]
 
@@ -90,17 +90,17 @@ def open_features(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> FeatureCache:
-    """The features of sequences, from a folder; missing ones are computed first.
+    """Opens the features of sequences in a folder; missing ones are computed first.
 
-    After an interruption it resumes at the current shard; the files come out the same.
+    After an interruption it resumes at the current shard, with the same files as a result.
 
     Args:
-      dtype: they are stored in; that of the folder, or for a new one the target's, by default.
-      shard_bytes: size of a new folder's files, about.
+      dtype: storage dtype; by default the folder's, or the target's for a new folder.
+      shard_bytes: approximate size of a new folder's files.
 
     Raises:
-      ValueError: the folder is of another target, other taps or other sequences; the disk is
-        too small; or shards are missing and several processes would write them.
+      ValueError: the folder belongs to another target, other taps or other sequences; the disk
+        is too small; or shards are missing and there are several processes.
     """
     folder = Path(folder)
     lengths = [len(example) for example in examples]
@@ -150,7 +150,7 @@ def _index(
     ]
     if other:
         raise ValueError(
-            f"{folder} holds features of something else ({'; '.join(other)}); give --features "
+            f"{folder} holds features for another setup ({'; '.join(other)}); give --features "
             "another folder"
         )
     return index
@@ -181,7 +181,7 @@ def _check_room(
 
 
 def _digest(examples: Sequence[Example]) -> str:
-    """Of the tokens of all sequences."""
+    """A hash of the tokens of all sequences."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example).to_bytes(8, "little"))

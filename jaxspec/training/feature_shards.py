@@ -18,12 +18,12 @@ from jaxspec.training.features import Features
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which shard holds which rows; follows from lengths alone.
+    """Which shard holds which rows; depends only on lengths.
 
     Attributes:
-      shards: indices of the sequences in each.
+      shards: indices of the sequences in each shard.
       starts: first row of every sequence in its shard.
-      rows: of each shard.
+      rows: number of rows of each shard.
     """
 
     shards: tuple[tuple[int, ...], ...]
@@ -32,7 +32,7 @@ class Layout:
 
     @functools.cached_property
     def shard_of(self) -> dict[int, int]:
-        """Sequence to shard."""
+        """Shard of each sequence."""
         return {row: i for i, rows in enumerate(self.shards) for row in rows}
 
 
@@ -50,7 +50,7 @@ class ShardFormat:
 
 
 def plan_shards(lengths: Sequence[int], shard_rows: int) -> Layout:
-    """Sequences by length, as many to a shard as fit its rows, at least one.
+    """Assigns sequences, by length, to shards of up to `shard_rows` rows, at least one each.
 
     >>> plan_shards([5, 2, 3, 4], 6)
     Layout(shards=((1, 2), (3,), (0,)), starts=(0, 0, 2, 0), rows=(5, 4, 5))
@@ -75,7 +75,7 @@ def stored_dtype(dtype: str) -> str:
 
 
 def write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Whole or not at all, also when the machine goes down."""
+    """Writes a shard atomically and durably."""
     partial = path.with_suffix(".partial")
     save_file(tensors, partial)
     with partial.open("rb+") as stream:
@@ -84,7 +84,7 @@ def write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def open_shard(path: Path, rows: int, stored: ShardFormat) -> Features | None:
-    """Memory maps of a shard, or None if it is not there or not whole."""
+    """Memory maps of a shard; None if it is missing or incomplete."""
     if not path.exists():
         return None
     size = path.stat().st_size

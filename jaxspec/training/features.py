@@ -43,8 +43,8 @@ def target_features(
     Args:
       tokens: [B, T] int32; T is at most `chunk` or a multiple of it.
       starts: [B, T] int32, first position of the sequence a token belongs to, where rows hold
-        several; multiples of `chunk`. At a sequence's first chunk its row's cache is empty
-        again, so that no other mask is needed.
+        several; multiples of `chunk`. A sequence's first chunk sees an empty cache, so that no
+        other mask is needed.
 
     Returns:
       In the dtype of the weights.
@@ -52,7 +52,7 @@ def target_features(
     batch, length = tokens.shape
     size = min(chunk, length)
     if length % size:
-        raise ValueError(f"{length} tokens are not a multiple of the chunk of {size}")
+        raise ValueError(f"tokens has length {length}; expected a multiple of chunk = {size}")
     dtype = params.embed.dtype
     # One chunk has no prefix. A cache of one row, unseen, keeps XLA from folding masks of T².
     capacity = length if length > size else 1

@@ -26,7 +26,7 @@ class Rows:
       supervised: [..., b, T] bool, tokens the target wrote.
       starts: [..., b, T] int32, first position of the sequence a token belongs to; None if
         every row holds one.
-      features: [..., b, T, .] of the target, if they were computed before.
+      features: [..., b, T, .] of the target, if cached.
     """
 
     tokens: jax.Array
@@ -69,7 +69,7 @@ class Loader:
         return place_batch(self._mesh, rows, self._rows, self._config.micro_batch)
 
     def tokens(self, position: Position) -> int:
-        """Tokens of a whole batch, of all processes; padding does not count."""
+        """Number of tokens of a batch over all processes, without padding."""
         rows = self._plan(position.epoch)[position.index].rows
         return sum(self._lengths[i] for row in rows for i in row)
 

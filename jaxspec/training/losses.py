@@ -1,5 +1,4 @@
-"""Training losses of a drafter: over the vocabulary, of the confidence head, and position
-weights."""
+"""Training losses of a drafter, and the weights of slots."""
 
 from __future__ import annotations
 
@@ -30,21 +29,21 @@ class LossConfig:
     """The losses with their weights; defaults are DSpark's.
 
     Attributes:
-      mixture: of the losses over the vocabulary.
-      confidence: weight of the binary cross-entropy of the confidence head against 1 - L1 / 2;
+      mixture: weights of the losses over the vocabulary.
+      confidence: weight of the confidence head's binary cross-entropy against 1 - L1 / 2;
         ignored without such a head.
-      weighting: of slot j, counted from 0. "exponential": exp(-j / decay); "uniform": 1;
-        "dpace": the probability, smoothed, that the slot is reached and of all after it.
-      smoothing: share of certainty mixed into the label's probability by dpace.
-      reduction: what a weighted sum is divided by. "weights": their sum; "slots": how many are
-        supervised; "blocks": how many have one, so that under dpace blocks likely to be
-        accepted count more; "positions": how many there are. None: weights, or blocks with
-        dpace; slots for EAGLE-3.
-      truth: what a label is: "data": the token that the data go on with; "target": the
-        target's likeliest.
+      weighting: weight of slot j, counted from 0. "exponential": exp(-j / decay); "uniform": 1;
+        "dpace": the smoothed probability that the slot is reached, summed over it and later
+        slots.
+      smoothing: share of certainty that dpace mixes into the label's probability.
+      reduction: denominator of the weighted sum. "weights": the sum of weights; "slots": the
+        number of supervised slots; "blocks": the number of blocks with a supervised slot, so
+        that under dpace blocks likely to be accepted count more; "positions": the number of
+        all positions. None: weights; blocks with dpace; slots for EAGLE-3.
+      truth: the label: "data": the next token in the data; "target": the target's likeliest.
       selector: weight of a selector's cross-entropy among its candidates; ignored without one.
-      missing: of slots whose truth is no candidate: see `selector_loss.choices`; "skip" leaves
-        them out of the selector's loss, whose mean is then over the others of a micro-batch.
+      missing: slots whose label is not a candidate: see `selector_loss.choices`. "skip" leaves
+        them out of the selector's loss, whose mean is then over the other slots.
     """
 
     mixture: Mixture = Mixture()
@@ -78,21 +77,22 @@ class LossConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossSums:
-    """Sums over positions, so that micro-batches and hosts add up exactly.
+    """Sums over positions, which add up exactly over micro-batches and hosts.
 
     Attributes:
       total: weighted sum of the mixed losses; the loss is `total / weight`.
       weight: its denominator.
       cross_entropy, kl, total_variation, confidence: weighted sums of each.
       accepted: [P], sums of the probability that a slot is accepted if reached, or of the
-        label's where the target's distribution is not computed; 0 for labels outside the draft
-        vocabulary.
-      counted: [P], slots supervised.
+        label's probability if the target's distribution is not computed; 0 for labels outside
+        the draft vocabulary.
+      counted: [P], number of supervised slots.
       selector: weighted sum of the selector's cross-entropy.
-      recalled: [P], slots whose truth is a candidate.
-      oracle: sum over blocks of the leading slots whose truth is a candidate.
-      selected: sum over blocks of the leading slots where the selector picks the truth.
-      blocks: blocks with a slot supervised.
+      recalled: [P], number of slots whose label is a candidate.
+      oracle: sum over blocks of the number of leading slots whose label is a candidate.
+      selected: sum over blocks of the number of leading slots where the selector picks the
+        label.
+      blocks: number of blocks with a supervised slot.
     """
 
     total: jax.Array
@@ -121,14 +121,13 @@ def drafter_loss(
     """The loss of teacher-forced blocks.
 
     With a draft vocabulary the drafter and the target are compared on it alone: the target's
-    distribution is that of its kept tokens, renormalised. A slot whose label is outside is left
-    out of every loss, the confidence's too: its distribution is undefined there. The slots
-    after it still count: each is predicted given the true tokens, just as after a label that is
-    merely unlikely.
+    distribution is renormalised over the kept tokens. A slot whose label is outside is left out
+    of every loss, the confidence's too, as its distribution is undefined. Later slots still
+    count: each is predicted given the true tokens.
 
     Args:
       blocks: from `run_blocks`.
-      supervised: [B, A, P] bool, slots with a label that counts.
+      supervised: [B, A, P] bool.
       target: [B, A, P, M], the target's hidden state before each label, after its final norm.
     """
     batch = len(supervised)
@@ -218,7 +217,7 @@ def _confidence_loss(config, head, blocks, accepted, weights) -> jax.Array:
 
 
 def _no_selection(depth: int) -> dict[str, jax.Array]:
-    """What `LossSums` has of a selector, without one."""
+    """The selector's fields of `LossSums` for a head without one."""
     zero = jnp.float32(0)
     return dict(selector=zero, recalled=jnp.zeros(depth), oracle=zero, selected=zero)
 
@@ -226,14 +225,14 @@ def _no_selection(depth: int) -> dict[str, jax.Array]:
 def _selection(
     config: LossConfig, picks: Choices, judged: jax.Array, denominator: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The selector's weighted loss over the base loss's denominator, and what is counted."""
+    """The selector's weighted loss over the base loss's denominator, and its counts."""
     picks = jax.tree.map(lambda x: x.reshape(*judged.shape, *x.shape[2:]), picks)
     present, losses = picks.present & judged, picks.cross_entropy
     slots = present if config.missing == "skip" else judged
     probability = jax.lax.stop_gradient(jnp.exp(-losses))
     weights, own = position_weights(config, slots, probability)
     loss = jnp.sum(weights * losses)
-    if config.missing == "skip":  # a mean over other slots than the base loss's
+    if config.missing == "skip":  # the mean is over fewer slots than the base loss's
         loss = loss * denominator / jnp.maximum(own, 1e-6)
     sums = dict(
         selector=loss,
@@ -245,10 +244,10 @@ def _selection(
 
 
 def factors(head: DraftHead, vocabulary: Vocabulary, blocks: BlockOutput) -> Factors:
-    """The short vectors of every slot's final logits, [B, A, P, ...], without the table."""
+    """The factors of every slot's final logits, [B, A, P, ...], without the LM head."""
     c = head.config
     options = dict(scale=c.logit_scale, cap=c.logit_softcap, candidates=c.candidates)
-    if head.sequential is None or c.candidates:  # a selector's own loss is apart
+    if head.sequential is None or c.candidates:  # a selector has a separate loss
         return Factors(head.normed(blocks.stream), **options)
     latent = head.teacher_forced(vocabulary, blocks.stream, blocks.previous)
     if head.config.sequential == "mlp":  # it replaces the hidden state
@@ -275,10 +274,10 @@ def position_weights(
       supervised: [..., A, P] bool.
       label_probability: [..., A, P], the drafter's; only dpace needs it.
       known: [..., A, P] bool, labels that the drafter can draft; None: all. The others have
-        weight 0, and under dpace probability 0: what follows is hardly ever reached.
+        weight 0, and under dpace probability 0, as slots after them are hardly ever reached.
 
     Returns:
-      Weights [..., A, P], and what to divide the weighted sum by (`LossConfig.reduction`).
+      Weights [..., A, P], and the denominator of the weighted sum (`LossConfig.reduction`).
     """
     known = jnp.ones_like(supervised) if known is None else known
     judged, slots = supervised & known, jnp.arange(supervised.shape[-1])

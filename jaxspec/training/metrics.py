@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-OF_THE_MACHINE = ("tokens_per_second", "peak_memory")  # what a repeated run may have otherwise
+OF_THE_MACHINE = ("tokens_per_second", "peak_memory")  # may differ in a repeated run
 Scalars = Mapping[str, float]
 Writer = tuple[Callable[[int, Scalars], None], Callable[[], None]]  # writes a step; closes
 
@@ -32,11 +32,11 @@ class MetricsLog:
         settings: Mapping[str, Any] | None = None,
     ):
         """Args:
-        after: lines of later steps, which will be computed again, are dropped.
+        after: step; lines of later steps, which will be computed again, are dropped.
         tensorboard: folder of event files, which get the same numbers.
-        wandb: project of Weights & Biases, whose run is named after the folder of `path`. It
-          keeps what it has of steps that are computed again.
-        settings: of the run, for Weights & Biases.
+        wandb: project of Weights & Biases; its run is named after the folder of `path`. It
+          keeps earlier values of steps that are computed again.
+        settings: the run's settings, for Weights & Biases.
 
         Raises:
           ValueError: TensorBoard's writer or wandb is not installed.
@@ -74,7 +74,7 @@ class MetricsLog:
 
 
 def peak_memory() -> int:
-    """Peak bytes in use of the fullest device here; on a CPU, of the process."""
+    """Peak bytes in use on this process's fullest device; on a CPU, of the process."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [x["peak_bytes_in_use"] for x in stats if "peak_bytes_in_use" in x]
     unit = 1 if sys.platform == "darwin" else 1024
@@ -82,7 +82,7 @@ def peak_memory() -> int:
 
 
 def check_writers(*, tensorboard: bool, wandb: bool) -> None:
-    """Raises ValueError if the library of one that is asked for is not installed."""
+    """Raises ValueError if a requested library is not installed."""
     if tensorboard:
         _library("tensorboardX", "writing for TensorBoard")
     if wandb:
@@ -112,7 +112,7 @@ def _wandb(project: str, folder: Path, settings: Mapping[str, Any]) -> Writer:
     run = library.init(
         project=project,
         name=folder.name,
-        id=hashlib.sha256(where.encode()).hexdigest()[:16],  # a resumed run goes on with it
+        id=hashlib.sha256(where.encode()).hexdigest()[:16],  # the same for a resumed run
         resume="allow",
         dir=where,
         config=dict(settings),

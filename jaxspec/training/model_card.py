@@ -51,7 +51,7 @@ def model_card(run: Path, config: TrainConfig, *, step: int) -> str:
     """The card of a run's drafter, from the files in the run's folder.
 
     Args:
-      step: after which the drafter's weights were taken.
+      step: step after which the drafter's weights were taken.
     """
     identity, flags = read_json(run / CONFIG), _flags(run)
     target = identity["target"]
@@ -144,7 +144,7 @@ def _recipe(
 
 
 def _acceptance(path: Path, step: int) -> str:
-    """Tables of the walked taus and of the acceptance by slot."""
+    """Tables of tau by step and of acceptance by slot."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     taus = [(str(x["step"]), f"{x['tau']:.2f}") for x in lines if "tau" in x]
     text = "Not validated: no held-out prompts were given."

@@ -1,4 +1,4 @@
-"""What training needs of a kind of drafter; one row here per kind."""
+"""Initial weights and loss of each kind of drafter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Network:
     """A kind of drafter, as training sees it.
 
     Attributes:
-      of_target: (config, weights, target) -> the weights that its last layers give, by path.
+      of_target: (config, weights, target) -> weights taken from the target's last layers, by
+        path.
       loss: (TrainConfig, weights, target, rows, features, key, kept) -> sums.
     """
 
@@ -46,7 +47,7 @@ def network_of(config: DrafterConfig | EagleConfig) -> Network:
     """The kind of a drafter, by its configuration.
 
     Raises:
-      ValueError: such drafters are not trained here.
+      ValueError: this kind cannot be trained.
     """
     if type(config) not in NETWORKS:
         kinds = ", ".join(kind.__name__ for kind in NETWORKS)
@@ -59,7 +60,7 @@ def network_of(config: DrafterConfig | EagleConfig) -> Network:
 def copy_layers(
     config: DrafterConfig | EagleConfig, weights: nnx.State, target: TargetParams
 ) -> nnx.State:
-    """Takes the target's last layers over into a drafter's.
+    """Copies the target's last layers into a drafter's.
 
     Raises:
       ValueError: their shapes differ.
@@ -98,8 +99,8 @@ def trained_drafter(
     """Weights as a drafter for `jaxspec.generate`.
 
     Args:
-      tree: what it drafts; the whole chain by default.
-      kept: the tokens it drafts (`block_params`).
+      tree: tree to draft; the whole chain by default.
+      kept: the draft vocabulary (`block_params`).
     """
     if tree is None:
         tree = TreeConfig("chain", size=1 << config.depth.bit_length())
@@ -115,8 +116,8 @@ def _target_layers(
         attention, mlp = layer.attention, layer.mlp
         if isinstance(attention, DeltaNetParams) or attention.gated:
             raise ValueError(
-                "the target's last layers are gated delta nets or gated attention, which a "
-                "drafter has not; set initial to 'random'"
+                "the target's last layers are gated delta nets or gated attention, which "
+                "drafters do not have; set initial to 'random'"
             )
         qkv = by_value(attention.qkv)
         found = {
@@ -139,7 +140,7 @@ def _block_layers(config, weights, target):
 
 
 def _eagle_layers(config, weights, target):
-    """The first layer reads an embedding beside the feature: that half stays as it was."""
+    """Weights from the target's layers; the first layer's embedding half stays as it was."""
     taken, flat = _target_layers(config, target), dict(nnx.to_flat_state(weights))
     taken["layers", 0, "hidden_norm"] = taken.pop(("layers", 0, "norm"))
     for name in ("q", "kv"):
@@ -175,7 +176,7 @@ def _eagle_loss(
     bound = bind(config.drafter, params.head)
     steps, starts = config.drafter.steps, rows.starts
     outputs = unroll(bound, params.vocabulary, rows.tokens, features.taps, starts, steps=steps)
-    # A token counts if the target wrote it and the next: the last one's law is never drafted.
+    # A token counts if the target wrote it and the next one: nothing is drafted after the last.
     following = jnp.pad(rows.supervised[:, 1:], [(0, 0), (0, 1)])
     supervised = rows.supervised & following
     arguments = outputs, rows.tokens, supervised, features.hidden, starts

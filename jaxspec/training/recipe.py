@@ -22,8 +22,8 @@ from jaxspec.training.losses import LossConfig
 from jaxspec.training.unrolled_loss import check_loss
 from jaxspec.training.vocabulary_loss import Mixture
 
-# What each family's drafter has beyond a bidirectional block whose slots predict their own
-# positions, and what it was published to be trained on.
+# What each family adds to a bidirectional block whose slots predict their own positions, and
+# its published losses.
 BACKBONES = {
     "dspark": dict(
         block_size=7,
@@ -45,7 +45,7 @@ LOSSES = {
     "treeflash": LossConfig(Mixture(1.0, 0.0, 0.0), confidence=0.0, decay=7.0),
     # As `speculators` trains it; NeMo has missing="skip" and cross-entropy on the data.
     "dflash2": LossConfig(Mixture(0.0, 1.0, 0.0), confidence=0.0, truth="target"),
-    # Step j counts 0.8^j, as in SpecForge, NeMo and DeepSpec.
+    # Step j has weight 0.8^j, as in SpecForge, NeMo and DeepSpec.
     "eagle3": LossConfig(
         Mixture(0.0, 1.0, 0.0), confidence=0.0, truth="target", decay=-1 / math.log(0.8)
     ),
@@ -89,12 +89,12 @@ class TrainConfig:
       micro_batch: rows per forward; the gradients of a batch are summed in float32.
       anchors: blocks per row; EAGLE-3 and P-EAGLE are trained at every position.
       packed: length of rows that hold several sequences; 0 puts one sequence in each row.
-      draft_vocab: tokens drafted, the most frequent of the examples; 0 drafts all, or what the
-        drafter to go on from does.
-      initial: "target" copies the target's last layers, "random" draws them; anything else is
-        the folder or hub name of a drafter to go on from, of the configuration `drafter`.
-      validate_every, checkpoint_every: interval in steps; 0 means only at the end.
-      keep: newest checkpoints kept, beside the best.
+      draft_vocab: size of the draft vocabulary, the examples' most frequent tokens; 0 drafts
+        all tokens, or those of the initial drafter.
+      initial: "target" copies the target's last layers, "random" draws weights; else the folder
+        or hub name of an initial drafter, whose configuration must be `drafter`.
+      validate_every, checkpoint_every: interval in steps; 0: only at the end.
+      keep: number of newest checkpoints to keep, besides the best.
     """
 
     drafter: DrafterConfig | EagleConfig
@@ -135,8 +135,8 @@ class Preset:
     """Sizes of a drafter for one target.
 
     Attributes:
-      mask_token_id: an embedding row that no text uses.
-      rank: of the sequential head, where there is one.
+      mask_token_id: token id that no text uses.
+      rank: of the sequential head, if there is one.
     """
 
     mask_token_id: int
@@ -159,7 +159,7 @@ PRESETS = {
 
 
 def find_preset(target: str) -> Preset | None:
-    """By the last part of a name or path, in lower case.
+    """The preset of a target, by the last part of its name or path, in lower case.
 
     >>> find_preset("Qwen/Qwen3-8B") == QWEN3
     True
@@ -170,14 +170,14 @@ def find_preset(target: str) -> Preset | None:
 def drafter_config(
     family: str, target: TargetConfig, preset: Preset, **changes: Any
 ) -> DrafterConfig:
-    """A drafter of one of `BLOCKS`, its layers shaped like the target's.
+    """A drafter of one of the families `BLOCKS`, with layers shaped like the target's.
 
     Args:
-      changes: fields of `DrafterConfig` in place of the family's; the rank of a sequential head
-        is always the preset's.
+      changes: fields of `DrafterConfig` instead of the family's; a sequential head's rank is
+        always the preset's.
 
     Raises:
-      ValueError: the family is unknown, or the changes do not go with it.
+      ValueError: the family is unknown, or the changes do not fit it.
     """
     if family not in BLOCKS:
         raise ValueError(f"the drafter family is {family!r}; expected one of {BLOCKS}")
@@ -205,15 +205,15 @@ def drafter_config(
 
 
 def eagle_config(target: TargetConfig, **changes: Any) -> EagleConfig:
-    """An EAGLE-3 drafter, its layer of the target's sizes, unrolled for 7 steps.
+    """An EAGLE-3 drafter with a layer of the target's sizes, unrolled for 7 steps.
 
-    As all its formats can have it: a Llama layer, and no norms beside the published ones.
+    All its formats can express it: a Llama layer, and only the published norms.
 
     Args:
       changes: fields of `EagleConfig`.
 
     Raises:
-      ValueError: the changes make no sense.
+      ValueError: the changes are inconsistent.
     """
     layers = target.num_layers
     taps = (1, layers // 2 - 1, layers - 4) if layers >= 8 else spaced_taps(layers, 3)
@@ -242,18 +242,18 @@ def parallel_eagle_config(
     """A P-EAGLE drafter of 7 tokens at once: the layers of `eagle_config`, and a mask.
 
     Args:
-      mask_token_id: an embedding row that no text uses.
+      mask_token_id: token id that no text uses.
       changes: other fields of `ParallelEagleConfig`.
 
     Raises:
-      ValueError: the changes make no sense.
+      ValueError: the changes are inconsistent.
     """
     shape = vars(eagle_config(target, **changes))
     return ParallelEagleConfig(**shape, mask_token_id=mask_token_id)
 
 
 def loss_config(family: str) -> LossConfig:
-    """The loss each of `FAMILIES` was published with; DFlash's for TreeFlash, which names none.
+    """The published loss of each of `FAMILIES`; DFlash's for TreeFlash, whose paper names none.
 
     Raises:
       ValueError: the family is unknown.

@@ -1,7 +1,7 @@
 """Creates training data: the target's answers to given questions, or to questions it writes.
 
-A drafter learns what the target would say; training on other answers to the same prompts gives
-a much worse one (JetSpec's ablation: acceptance length 3.65 against 8.62 on GSM8K).
+A drafter learns to predict the target's answers; training on other answers to the same prompts
+gives a much worse one (JetSpec's ablation: acceptance length 3.65 against 8.62 on GSM8K).
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class RegenerateConfig:
     """How the target answers.
 
     Attributes:
-      sampled: share of the conversations answered by `sampling`; the others are greedy. Which
-        ones follows from the seed and their place in the input.
-      thinking: switch of the chat template; None leaves it to the template.
-      max_length: tokens a conversation may have; longer ones become errors.
-      question: how it writes its own questions, up to `question_tokens` long.
+      sampled: share of the conversations answered by `sampling`, chosen by the seed and their
+        index in the input; the others are greedy.
+      thinking: thinking switch of the chat template; None: the template's default.
+      max_length: maximum tokens per conversation; longer ones become errors.
+      question: sampling of the target's own questions, of up to `question_tokens` tokens.
       rows: conversations decoded together.
     """
 
@@ -77,9 +77,9 @@ class Outcome:
     """The result of a run of `regenerate`.
 
     Attributes:
-      rows: conversations in the file.
-      answered: of these, in this run.
-      failed: conversations among the errors, in the file `errors`.
+      rows: number of conversations in the file.
+      answered: number of those from this run.
+      failed: number of conversations in the file `errors`.
     """
 
     rows: int
@@ -98,15 +98,15 @@ def regenerate(
 ) -> Outcome:
     """Answers conversations, turn by turn, and appends each to a file when it is complete.
 
-    Rows already in the file are not answered again: a run that was killed goes on where it
-    was. What failed is in `NAME.errors.jsonl` beside it, and is tried again.
+    Rows already in the file are kept: a killed run resumes where it was. Failed conversations
+    go to `NAME.errors.jsonl` beside it, and are tried again.
 
     Args:
-      drafter: speeds it up and changes nothing else.
+      drafter: changes speed only.
 
     Raises:
-      ValueError: the target has no tokenizer, the file holds something else, answers to other
-        prompts or by another target, template or sampling, or another process writes it.
+      ValueError: the target has no tokenizer; the file has another format, or answers to other
+        prompts or by another target, template or sampling; or another process writes it.
     """
     if target.tokenizer is None:
         raise ValueError(f"target {target.name!r} has no tokenizer to read and write text with")
@@ -194,7 +194,7 @@ def user_header(tokenizer: Tokenizer) -> list[int]:
 
 
 def _request(config: RegenerateConfig, target: Target, job: Job) -> Request:
-    """The next request of a job: for a question of the target's own, or for an answer.
+    """The next request of a job: for the target's own question, or for an answer.
 
     Raises:
       ValueError: the job has an error, or the template refuses it.
@@ -207,7 +207,7 @@ def _request(config: RegenerateConfig, target: Target, job: Job) -> Request:
         opening = target.tokenizer.encode(turn.text, special=False)
         job.prompt = user_header(target.tokenizer) + opening
         length, sampling = config.question_tokens, config.question
-        step = 2**31 - 1  # apart from those of the answers
+        step = 2**31 - 1  # a key different from those of the answers
     else:
         asked = [*job.messages, {"role": "user", "content": turn}]
         job.prompt = target.tokenizer.chat(asked, thinking=config.thinking)
@@ -226,7 +226,7 @@ def _hear(target: Target, job: Job, answer: list[int]) -> bool:
     if isinstance(turn, Opening):
         question = (turn.text + text).strip()
         if not text.strip():
-            raise ValueError(f"the target wrote nothing after {turn.text!r}")
+            raise ValueError(f"the target wrote an empty question after {turn.text!r}")
         job.turns.insert(0, question + turn.ending)
         return False
     job.messages += [

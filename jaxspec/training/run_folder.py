@@ -22,7 +22,7 @@ from jaxspec.models.target import Target
 from jaxspec.training.recipe import TrainConfig
 
 CONFIG, FLAGS, METRICS, DRAFTER = "config.json", "run.toml", "metrics.jsonl", "drafter"
-FREE = ("validate_every", "checkpoint_every", "keep")  # change nothing that is trained
+FREE = ("validate_every", "checkpoint_every", "keep")  # settings without effect on weights
 
 
 @contextlib.contextmanager
@@ -50,12 +50,12 @@ def enter(
 ) -> bool:
     """Writes the settings of a new run, or checks those of an old one against them.
 
-    A run may be resumed with other `FREE` settings, with more steps, and, where the checkpoint
-    to resume from is given, with another optimizer. If a finished run is resumed, its drafter
-    is kept as `drafter-STEPS`.
+    A run may be resumed with other `FREE` settings, with more steps, and, if `resume_step` is
+    given, with another optimizer. If a finished run is resumed, its drafter is kept as
+    `drafter-STEPS`.
 
     Returns:
-      Whether the run is finished: there is nothing to train.
+      Whether the run is finished, so that nothing is left to train.
 
     Raises:
       ValueError: the folder holds a run with other settings, of another target, or on other
@@ -93,7 +93,7 @@ def write_flags(folder: Path, flags: Mapping[str, Any]) -> None:
 
 
 def data_hash(examples: Sequence[Example]) -> str:
-    """Of the tokens of all sequences, and of which the target wrote."""
+    """A hash of all sequences' tokens, and of which ones the target wrote."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example).to_bytes(8, "little"))
@@ -103,19 +103,19 @@ def data_hash(examples: Sequence[Example]) -> str:
 
 
 def _check_identity(folder: Path, old: dict[str, Any], now: dict[str, Any]) -> None:
-    """Fields that an older file lacks are not checked."""
+    """Checks the target and data of a run; fields that an older file lacks are not checked."""
     known = "fingerprint" if "fingerprint" in old else "target"  # a model may be moved
     if old.get(known, now[known]) != now[known]:
         raise ValueError(
             f"{folder} holds a run of another target, {old.get('target')!r} (now "
-            f"{now['target']!r}; their weights differ); train in a new folder"
+            f"{now['target']!r}, with other weights); train in a new folder"
         )
     if old.get("data", now["data"]) != now["data"]:
         raise ValueError(
             f"{folder} holds a run on other data, {old['sequences']} sequences (now "
-            f"{now['sequences']}; files, --max-length or --min-supervised differ); give it the "
-            f"data it began with, or train in a new folder: --initial {folder / DRAFTER} goes "
-            "on from the drafter of a finished run"
+            f"{now['sequences']}; files, --max-length or --min-supervised differ); give the "
+            f"original data, or train in a new folder: --initial {folder / DRAFTER} starts "
+            "from the drafter of a finished run"
         )
 
 
@@ -138,9 +138,9 @@ def _check_settings(
     if "optimizer" in different and resume_step is not None:
         different.remove("optimizer")
     if different:
-        remedy = "train in a new folder or use the same ones"
+        remedy = "train in a new folder or use the same settings"
         if different == ["optimizer"]:
-            remedy += ", or say with --resume-step from which checkpoint to go on otherwise"
+            remedy += ", or give the checkpoint to resume from with --resume-step"
         raise ValueError(
             f"{folder} holds a run with other settings ({', '.join(different)} differ); "
             + remedy

@@ -1,7 +1,7 @@
-"""What DFlash2's selector is trained on: to pick the truth among its candidates.
+"""The loss of DFlash2's selector: to pick the label among its candidates.
 
-The candidates of a position are known by then, from the pass over the vocabulary that the base
-loss makes (`vocabulary_loss`); only their own logits are computed again, to be differentiated.
+The base loss's pass over the vocabulary (`vocabulary_loss`) finds the candidates; only their
+logits are computed again, to be differentiated.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MISSING = ("inject", "skip")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """A selector's scores of what it may pick at every position, [B, R, ...].
+    """A selector's scores of its candidates at every position, [B, R, ...].
 
     Attributes:
       scores: [B, R, k] float32.
-      place: [B, R] int32, the truth's among them; any where it is not.
-      present: [B, R] bool, the truth is one of the likeliest by base logits.
+      place: [B, R] int32, index of the label among them; arbitrary if it is absent.
+      present: [B, R] bool, whether the label is one of the likeliest by base logits.
     """
 
     scores: jax.Array
@@ -35,13 +35,13 @@ class Choices:
 
     @property
     def cross_entropy(self) -> jax.Array:
-        """[B, R], of the candidate at `place`."""
+        """Cross-entropy [B, R] of the candidate at `place`."""
         log_p = jax.nn.log_softmax(self.scores, axis=-1)
         return -jnp.take_along_axis(log_p, self.place[..., None], axis=-1)[..., 0]
 
     @property
     def right(self) -> jax.Array:
-        """[B, R] bool: the best score is the truth's, and it was present."""
+        """[B, R] bool: the label was present and has the best score."""
         return self.present & (jnp.argmax(self.scores, axis=-1) == self.place)
 
 
@@ -59,11 +59,11 @@ def choices(
     """Scores positions for training.
 
     Args:
-      hidden: [B, R, M], what the LM head reads.
+      hidden: [B, R, M], input of the LM head.
       latent: [B, R, r], given the true tokens before.
-      candidates: [B, R, k] int32, likeliest first, in the draft vocabulary.
-      truth: [B, R] int32, likewise.
-      missing: "inject": a truth that is no candidate takes the place of the last one; "skip":
+      candidates: [B, R, k] int32 draft indices, likeliest first.
+      truth: [B, R] int32 draft indices of the labels.
+      missing: "inject": a label that is not a candidate replaces the last one; "skip":
         candidates stay as they are.
       chunk: positions whose rows of the LM head are gathered at a time.
     """
@@ -85,5 +85,5 @@ def choices(
 
 
 def leading_run(good: jax.Array) -> jax.Array:
-    """Slots before the first that is not: bool [..., P] -> int32 [...]."""
+    """Number of leading true slots: bool [..., P] -> int32 [...]."""
     return jnp.cumprod(good.astype(jnp.int32), axis=-1).sum(axis=-1)

@@ -1,7 +1,7 @@
-"""Where a training state lives on a mesh (`jaxspec.sharding`), and how processes share batches.
+"""Sharding of the training state over a mesh, and of batches over processes.
 
-Sequences are divided along `data`, and so are the drafter's weights and its optimizer (fully
-sharded data parallelism); the frozen target is divided along `model` (tensor parallelism). XLA
+Sequences are sharded along `data`, and so are the drafter's weights and its optimizer (fully
+sharded data parallelism); the frozen target is sharded along `model` (tensor parallelism). XLA
 inserts the communication; results equal those of one device up to rounding.
 """
 
@@ -19,7 +19,7 @@ from jaxspec.sharding import DATA
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """A sharding per array of a training state: its longest axis that divides evenly."""
+    """A sharding per array of a training state, along its longest axis that divides evenly."""
 
     def sharding(x):
         axes = sorted(range(x.ndim), key=lambda axis: -x.shape[axis])
@@ -33,7 +33,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 def local_rows(mesh: Mesh | None, micro_batch: int) -> list[int]:
     """The rows of a micro-batch that devices of this process hold, ascending.
 
-    Where a copy of the target is cut over devices of several processes, these hold the same.
+    Processes that share one copy of the target hold the same rows.
 
     Raises:
       ValueError: the mesh has no device of this process.
@@ -45,18 +45,18 @@ def local_rows(mesh: Mesh | None, micro_batch: int) -> list[int]:
     )
     if not held:
         raise ValueError(
-            f"the {mesh.size} devices of the mesh are all of other processes than number "
-            f"{jax.process_index()}; train on the {jax.device_count()} devices of all of them"
+            f"the mesh of {mesh.size} devices has none of process {jax.process_index()}; train "
+            f"on all {jax.device_count()} devices"
         )
     return sorted({i for (part,) in held.values() for i in range(micro_batch)[part]})
 
 
 def place_batch(mesh: Mesh | None, arrays: Any, rows: Sequence[int], micro_batch: int) -> Any:
-    """Micro-batches [n, b, T, ...] on the devices, each process giving what its own hold.
+    """Puts micro-batches [n, b, T, ...] on the devices; each process gives its own rows.
 
     Args:
       arrays: the `local_rows` of each micro-batch.
-      rows: which these are.
+      rows: their indices.
       micro_batch: b.
     """
     if mesh is None:
@@ -76,7 +76,7 @@ def place_batch(mesh: Mesh | None, arrays: Any, rows: Sequence[int], micro_batch
 
 
 def gather(mesh: Mesh | None, tree: Any) -> Any:
-    """Every array whole on every device, so that each process can read it."""
+    """Replicates every array on all devices, so that each process can read it."""
     if mesh is None:
         return tree
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -1,4 +1,4 @@
-"""What a run starts from: the first weights of its drafter, and the tokens that it drafts."""
+"""The initial weights of a run's drafter, and its draft vocabulary."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ DRAFT_VOCABULARY = "draft_vocabulary.json"
 
 
 def initial_drafter(config: TrainConfig, target: Target) -> tuple[nnx.State, np.ndarray | None]:
-    """The drafter that `config.initial` names: weights in float32, and the tokens it drafts.
+    """The drafter that `config.initial` names: weights in float32, and its draft vocabulary.
 
     Raises:
-      ValueError: it cannot be loaded, is not what `config.drafter` says, or has a draft
-        vocabulary where `config` asks for another.
+      ValueError: it cannot be loaded, differs from `config.drafter`, or has a draft vocabulary
+        and `config` asks for another.
     """
     drafter, params = load_drafter(config.initial, target.config, target.params, TreeConfig())
     found, wanted = (dataclasses.asdict(c) for c in (drafter.config, config.drafter))
@@ -44,13 +44,13 @@ def initial_drafter(config: TrainConfig, target: Target) -> tuple[nnx.State, np.
     for what, given in own.items():
         if given:
             raise ValueError(
-                f"the drafter in {config.initial} has {what} of its own; training is with the "
-                "target's, which is shared: start from another"
+                f"the drafter in {config.initial} has its own {what}, but training uses the "
+                "target's; start from another drafter"
             )
     if kept is not None and config.draft_vocab:
         raise ValueError(
-            f"draft_vocab is {config.draft_vocab}, but the drafter in {config.initial} has a "
-            f"draft vocabulary, of {len(kept)} tokens, and keeps it; leave draft_vocab 0"
+            f"draft_vocab is {config.draft_vocab}, but the drafter in {config.initial} keeps "
+            f"its draft vocabulary of {len(kept)} tokens; leave draft_vocab 0"
         )
     return params.whole_head, None if kept is None else np.asarray(kept)
 
@@ -62,14 +62,14 @@ def drafted_tokens(
     known: np.ndarray | None,
     folder: Path | None,
 ) -> jax.Array | None:
-    """The tokens that the run drafts, [V'], written down and printed; None for all.
+    """The run's draft vocabulary [V'], which is also saved and printed; None for all tokens.
 
     Args:
-      known: from the run's folder, or of the drafter to go on from.
-      folder: of the run, in the process that leads.
+      known: draft vocabulary from the run's folder or the initial drafter.
+      folder: the run's folder, in the leading process; None in others.
 
     Raises:
-      ValueError: the examples give others than those known.
+      ValueError: the examples give another vocabulary than `known`.
     """
     vocab, kept = config.drafter.vocab_size, known
     if config.draft_vocab:
@@ -78,8 +78,8 @@ def drafted_tokens(
         )
         if known is not None and not np.array_equal(kept, known):
             raise ValueError(
-                f"{DRAFT_VOCABULARY} of the run holds other tokens than are most frequent in "
-                "these examples; go on with the data that it began with"
+                f"the run's {DRAFT_VOCABULARY} differs from the most frequent tokens of these "
+                "examples; resume with the original data"
             )
     if kept is None:
         return None

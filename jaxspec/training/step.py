@@ -28,12 +28,12 @@ from jaxspec.training.sharding import state_shardings
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What an update changes.
+    """The state that an update changes.
 
     Attributes:
       weights: of the head, float32.
       optimizer: optax's state.
-      step: int32 scalar, updates so far; random numbers follow from it and the seed.
+      step: int32 scalar, updates so far; random keys are derived from it and the seed.
     """
 
     weights: nnx.State
@@ -67,10 +67,10 @@ def init_state(
 ) -> TrainState:
     """The state before the first update.
 
-    The final norm is always the target's: the LM head is, and expects inputs of that scale.
+    The final norm is always the target's, because the LM head is and expects its scale.
 
     Args:
-      weights: to start from, in place of random ones or the target's layers.
+      weights: initial weights, instead of random ones or the target's layers.
     """
     if weights is None:
         weights = random_weights(config.drafter, jax.random.key(config.seed))
@@ -96,12 +96,12 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
-    Products run in the target's dtype, sums and the weights themselves are float32.
+    Products run in the target's dtype; sums and weights are float32.
 
     Args:
       rows: [n, b, ...], n micro-batches.
       mesh: the devices the arrays are placed on (`sharding`); None for one device.
-      kept: [V'] int32, the tokens drafted (`drafters.head.Vocabulary`); None for all.
+      kept: [V'] int32, the draft vocabulary (`drafters.head.Vocabulary`); None for all tokens.
 
     Returns:
       The new state, and means over the batch: the loss and its parts, the acceptance of each
@@ -153,7 +153,7 @@ def batch_loss(
     key: jax.Array,
     kept: jax.Array | None = None,
 ) -> tuple[jax.Array, LossSums]:
-    """The loss of rows [b, ...], not yet divided, and its parts. Consumes `key`."""
+    """The undivided loss of rows [b, ...], and its parts. Consumes `key`."""
     dtype = target.embed.dtype
     features = rows.features
     if features is None:
@@ -195,8 +195,8 @@ def empty_sums(config: DrafterConfig | EagleConfig) -> LossSums:
 def _selector_metrics(
     config: DrafterConfig | EagleConfig, sums: LossSums
 ) -> dict[str, jax.Array]:
-    """Of a head with a selector: its loss, how often the truth is among its candidates in each
-    slot [P], and tokens per round if it picked the truth wherever it could, or as it does."""
+    """Metrics of a selector: its loss, how often the label is among its candidates by slot
+    [P], and tokens per round with perfect choices and with its own."""
     if not isinstance(config, DrafterConfig) or not config.candidates:
         return {}
     blocks = jnp.maximum(sums.blocks, 1)

@@ -63,28 +63,29 @@ def train(
 ) -> Path | None:
     """Trains a drafter, or resumes the run in the folder.
 
-    The folder gets `config.json`, `metrics.jsonl`, `checkpoints/` and, at the end, `drafter/`:
-    the best weights by walked tau, or the last ones without prompts, with a model card; with a
-    draft vocabulary also `draft_vocabulary.json`, its tokens and the share of the target's that
-    they cover. A run that was killed resumes from its newest checkpoint and ends with the same
-    weights, bit for bit on the same devices. A finished run resumes when it is given more
-    steps: its schedule is extended, its optimizer state kept, and its earlier drafter moved to
-    `drafter-STEPS`. SIGTERM or Ctrl-C ends a run after the current step, with a checkpoint.
+    The folder gets `config.json`, `metrics.jsonl`, `checkpoints/` and, at the end, `drafter/`
+    with a model card: the weights of best tau on the prompts, or the last ones without prompts.
+    With a draft vocabulary it also gets `draft_vocabulary.json`: the tokens, and the share of
+    the target's output that they cover. A killed run resumes from its newest checkpoint and
+    ends with the same weights, bit for bit on the same devices. A finished run resumes when
+    given more steps: its schedule is extended, its optimizer state kept, and its earlier
+    drafter moved to `drafter-STEPS`. SIGTERM or Ctrl-C ends a run after the current step, with
+    a checkpoint.
 
     Args:
       examples: from `data.rows.read_examples`.
-      prompts: held out, for validation.
-      resume_step: checkpoint to go on from, with another optimizer if need be; those after it
-        are removed. The newest by default.
-      features: folder of the target's features (`feature_cache`), filled first where it is not
-        whole; by default they are computed with every step and not kept.
-      features_dtype: what a new folder stores them in; the target's dtype by default.
-      tensorboard: writes the metrics to `tensorboard/` too.
-      wandb: project of Weights & Biases that gets the metrics too.
-      flags: of the command, written as `run.toml` into the folder and its model card.
+      prompts: held-out prompts for validation.
+      resume_step: step of the checkpoint to resume from, possibly with another optimizer; later
+        checkpoints are deleted. The newest by default.
+      features: folder of the target's features (`feature_cache`), completed first; by default
+        every step computes its own.
+      features_dtype: storage dtype of a new folder; the target's by default.
+      tensorboard: also write the metrics to `tensorboard/`.
+      wandb: Weights & Biases project that also gets the metrics.
+      flags: flags of the command, written as `run.toml` into the folder and its model card.
       mesh: devices to train on (`jaxspec.sharding`), of all processes if there are several:
-        each calls this function with the same arguments and a folder they share. A run may go
-        on with other devices.
+        each calls this function with the same arguments and a shared folder. A run may resume
+        on other devices.
 
     Returns:
       The folder of the drafter, or None if the run was interrupted.
@@ -98,8 +99,8 @@ def train(
     _check(config, prompts, mesh)
     if is_scaled(target.params.unembed):
         raise ValueError(
-            f"the LM head of {target.name} is in 8 bits, which training does not take; load it "
-            "with weights 'dequantised'"
+            f"the LM head of {target.name} is in 8 bits, which training does not support; load "
+            "the target with weights 'dequantised'"
         )
     check_writers(tensorboard=tensorboard, wandb=wandb is not None)
     with contextlib.ExitStack() as held:
@@ -110,7 +111,7 @@ def train(
             if flags is not None:
                 write_flags(folder, flags)
         if any_process(finished):
-            steps = f"{folder} has taken its {config.steps} steps; more --steps go on with it"
+            steps = f"{folder} has finished its {config.steps} steps; more --steps extend it"
             print(f"nothing to train: {steps}", file=sys.stderr)
             return folder / DRAFTER
         options = dict(resume_step=resume_step, mesh=mesh)
@@ -135,7 +136,7 @@ def _train(
     features_dtype: str | None,
     mesh: Mesh | None,
 ) -> Path | None:
-    """`train`, in a folder whose run is of these settings and this data and goes on."""
+    """`train`, in a folder whose settings and data were checked."""
     leads = jax.process_index() == 0
     store = Store(folder / CHECKPOINTS, keep=config.keep)
     run, state = _begin(config, target, examples, prompts, folder, mesh, new=not store.steps)
@@ -169,7 +170,7 @@ def _check(config: TrainConfig, prompts: Sequence[Prompt], mesh: Mesh | None) ->
     hosts = jax.process_count()
     if prompts and hosts > 1:
         raise ValueError(
-            f"{hosts} processes cannot decode together; train without prompts and validate "
+            f"{hosts} processes cannot validate together; train without prompts and validate "
             "the drafter afterwards"
         )
     if mesh is None and hosts > 1:
@@ -179,7 +180,7 @@ def _check(config: TrainConfig, prompts: Sequence[Prompt], mesh: Mesh | None) ->
         )
     if mesh is not None and config.micro_batch % mesh.shape[DATA]:
         raise ValueError(
-            f"a micro-batch of {config.micro_batch} rows cannot be divided among the "
+            f"micro_batch is {config.micro_batch}; expected a multiple of the "
             f"{mesh.shape[DATA]} devices of the mesh's axis '{DATA}'"
         )
     # Fail now if no checkpoint format can hold the trained drafter.
@@ -191,8 +192,8 @@ class _Run:
     """What every step and validation of a run reads.
 
     Attributes:
-      target: its params are on `mesh`.
-      prompts: held out, for validation.
+      target: the target, with params on `mesh`.
+      prompts: held-out prompts for validation.
       kept: the draft vocabulary, [V']; None for all tokens.
     """
 
@@ -203,7 +204,7 @@ class _Run:
     mesh: Mesh | None
 
     def drafter(self, state: TrainState, dtype: jnp.dtype | None = None) -> LoadedDrafter:
-        """The drafter as decoding runs it, its weights in `dtype` where that is given."""
+        """The drafter for decoding. Args: dtype: of its weights; the state's by default."""
         weights = gather(self.mesh, state.weights)
         if dtype is not None:
             weights = jax.tree.map(lambda x: x.astype(dtype), weights)
@@ -215,7 +216,7 @@ class _Run:
         return bool(self.prompts) and due
 
     def validate(self, state: TrainState, metrics: MetricsLog) -> float:
-        """Walked tau on the prompts."""
+        """Tau on the prompts."""
         with mesh_of(self.target.params):
             tau = walked_tau(self.target, self.drafter(state), self.prompts, shown=True)
         metrics.write(int(state.step), tau=tau)
@@ -235,7 +236,7 @@ def _begin(
     """The run and its state before the first step, placed on the mesh.
 
     Args:
-      new: the folder has no checkpoint yet, so initial weights are read where they are named.
+      new: whether the folder has no checkpoint yet, so that initial weights are loaded.
     """
     weights, known = None, load_tokens(folder / DRAFT_VOCABULARY)
     if config.initial not in ("target", "random") and new:
@@ -263,7 +264,7 @@ def _take_steps(
     rate = learning_rate(config.optimizer, config.steps)
     progress = tqdm(total=config.steps, initial=done, unit="step", file=sys.stderr)
     with progress, _stopping() as stopping:
-        if done and run.judged(done) and not store.scored(done):  # stopped while validated
+        if done and run.judged(done) and not store.scored(done):  # stopped during validation
             score = run.validate(state, metrics)
             store.save(done, state, dataclasses.asdict(position), score=score)
         upcoming = loader.at(position)
@@ -294,7 +295,7 @@ def _take_steps(
             if run.judged(done):
                 try:
                     score = run.validate(state, metrics)
-                except KeyboardInterrupt:  # of `generate`, at the signal that is in `stopping`
+                except KeyboardInterrupt:  # from `generate`; `stopping` has the signal too
                     stop, last = True, False
             if last or score is not None or stop or _due(done, config.checkpoint_every):
                 store.save(done, state, dataclasses.asdict(position), score=score)
@@ -304,7 +305,7 @@ def _take_steps(
 
 
 def _check_finite(means: dict[str, Any], step: int, config: TrainConfig, store: Store) -> None:
-    """Raises ValueError, with the way to go on, for a step that spoilt the weights."""
+    """Raises ValueError, with a remedy, if a step made the weights non-finite."""
     bad = next((x for x in ("loss", "gradient_norm") if not math.isfinite(means[x])), None)
     if bad is None:
         return
@@ -312,8 +313,8 @@ def _check_finite(means: dict[str, Any], step: int, config: TrainConfig, store: 
     remedy = f"start again in a new folder with a lower rate: --learning-rate {rate:g}"
     if store.steps:
         remedy = (
-            f"go on from a checkpoint before it was lost ({', '.join(map(str, store.steps))}) "
-            f"with a lower rate: --resume-step {store.steps[0]} --learning-rate {rate:g}"
+            f"resume from an earlier checkpoint ({', '.join(map(str, store.steps))}) with a "
+            f"lower rate: --resume-step {store.steps[0]} --learning-rate {rate:g}"
         )
     raise ValueError(f"the {bad.replace('_', ' ')} of step {step} is {means[bad]}; {remedy}")
 
@@ -328,5 +329,5 @@ def _stopping() -> contextlib.AbstractContextManager[list[int]]:
         signal.SIGTERM,
         signal.SIGINT,
         patient=True,
-        says="stopping: the current step is saved first; once more to stop without",
+        says="stopping after saving the current step; press again to stop without saving",
     )

@@ -1,4 +1,4 @@
-"""EAGLE-3's loss: every unrolled step against the target's law of the token after it."""
+"""EAGLE-3's loss: every unrolled step against the target's distribution of the next token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WEIGHTINGS, REDUCTIONS = ("uniform", "exponential"), (None, "slots", "weights", 
 
 
 def check_loss(config: LossConfig) -> None:
-    """Raises ValueError for what unrolled steps have no meaning for."""
+    """Raises ValueError for options that unrolled steps do not support."""
     for name, allowed in (("weighting", WEIGHTINGS), ("reduction", REDUCTIONS)):
         if getattr(config, name) not in allowed:
             raise ValueError(
@@ -38,13 +38,13 @@ def unrolled_loss(
     Step j at index i, which has read the tokens up to r = i + 1 + j, is compared with the
     target after r, where r is supervised. Each step's mean over its rows is weighted and
     summed; `reduction` "weights" divides by the sum of the weights, and "positions" takes means
-    over all indices instead. With a draft vocabulary the target's law is that of its kept
-    tokens, renormalised; with `truth` "data", rows whose next token is not drafted are out.
+    over all indices instead. With a draft vocabulary the target's distribution is renormalised
+    over the kept tokens; with `truth` "data", rows whose next token is outside are left out.
 
     Args:
       outputs: [B, J, T, M], from `unroll`.
       tokens: [B, T] int32.
-      supervised: [B, T] bool, tokens after which the target's law counts.
+      supervised: [B, T] bool, tokens after which the target's distribution counts.
       hidden: [B, T, M_t], the target's, after its final norm.
       starts: [B, T] int32, see `unroll`.
     """
@@ -105,7 +105,7 @@ def _step_weights(config: LossConfig, judged: jax.Array, counted: jax.Array):
         decay = jnp.exp(-jnp.arange(steps) / config.decay)
     if config.reduction == "positions":
         return judged * decay[:, None], everywhere
-    # Steps have means of their own; the sums of micro-batches add up by their rows at step 0.
+    # Each step has its own mean; micro-batches are weighted by their rows at step 0.
     each = decay * counted[0] / jnp.maximum(counted, 1e-6)
     denominator = counted[0] * (jnp.sum(decay) if config.reduction == "weights" else 1.0)
     return judged * each[:, None], denominator

@@ -1,4 +1,4 @@
-"""Validation: the acceptance length that decoding sees."""
+"""Validation by the acceptance length of real decoding."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def walked_tau(
 ) -> float:
     """Tokens per round of real greedy decoding, pooled over prompts.
 
-    Averaging over all positions as anchors would overstate it by a fifth: an easy stretch of
-    eight tokens would count eight times although it is one round.
+    Averaging over all positions as anchors would overstate it by a fifth: an easy run of eight
+    tokens would count eight times, although it is one round.
 
     Args:
-      shown: a progress bar of tokens on standard error, under the one of the steps.
+      shown: show a progress bar of tokens on standard error.
     """
     total = len(prompts) * max_new_tokens
     with tqdm(

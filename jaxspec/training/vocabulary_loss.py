@@ -1,15 +1,15 @@
 """Losses over the vocabulary that never hold all logits in memory.
 
 A position's logits are a product of short vectors with tables of V rows, so they are computed
-for a chunk of positions, used, and forgotten. The gradient with respect to logits z, in closed
-form with p = softmax(z) of the drafter and q of the target, is taken in the same pass:
+for a chunk of positions, used, and discarded. The gradient with respect to logits z, in closed
+form with p = softmax(z) of the drafter and q of the target, is computed in the same pass:
 
   cross-entropy          -log p[label]                 p - onehot(label)
   forward KL, squared T  T² Σ q_T (log q_T - log p_T)   T (p_T - q_T)
   total variation, L1    Σ |p - q|                     p (s - Σ p s),  s = sign(p - q)
 
-Each is projected onto the short vectors at once; what is kept from the forward pass for the
-backward one has the size of the inputs.
+Each gradient is projected onto the short vectors at once, so the residuals of the forward pass
+have the size of the inputs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Mixture:
 
     Attributes:
       temperature: T of the forward KL.
-      chunk: positions whose logits exist at a time, batch rows included.
+      chunk: positions, over all rows, whose logits are in memory at a time.
     """
 
     cross_entropy: float = 0.1
@@ -59,7 +59,7 @@ class Factors:
       latent: [B, R, r], or None.
       output: [V, r], or None.
       scale, cap: of the products with `unembed`, see `DrafterConfig.logit_scale`.
-      candidates: likeliest tokens to name of every position.
+      candidates: number of likeliest tokens to return per position.
     """
 
     hidden: jax.Array
@@ -73,12 +73,12 @@ class Factors:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PositionLosses:
-    """Every position's losses, float32 [B, R]; constants to differentiation.
+    """Every position's losses, float32 [B, R], without gradients.
 
     Attributes:
       cross_entropy: on the label.
       kl, total_variation: against the target's distribution; None without it.
-      labels: int32, those judged on.
+      labels: int32, the labels used.
       candidates: [B, R, k] int32, the drafter's likeliest tokens; None unless asked for.
     """
 
@@ -100,13 +100,13 @@ def vocabulary_loss(
 ) -> tuple[jax.Array, PositionLosses]:
     """The weighted sum over positions of the mixed losses.
 
-    Differentiable with respect to `drafter` alone: the LM head, the target and the weights are
+    Differentiable only with respect to `drafter`: the LM head, the target and the weights are
     constants.
 
     Args:
       unembed: [V, M], the frozen LM head.
-      target: [B, R, M], the target's hidden states after its final norm; None if neither KL nor
-        total variation is wanted.
+      target: [B, R, M], the target's hidden states after its final norm; None without KL and
+        total variation.
       labels: [B, R] int32; None for the target's likeliest tokens.
       weights: [B, R] float32.
       target_unembed: [V, M], the target's LM head where `unembed` is the drafter's own.
@@ -115,10 +115,10 @@ def vocabulary_loss(
       The sum, a float32 scalar, and the unweighted losses of every position.
 
     Raises:
-      ValueError: a loss is mixed in that needs the target, which is None.
+      ValueError: a loss needs the target, which is None.
     """
     if target is None and (mixture.kl or mixture.total_variation or labels is None):
-        raise ValueError("kl and total_variation compare with the target; target is None")
+        raise ValueError("kl and total_variation need the target's outputs; target is None")
     total, losses = _weighted_sum(
         mixture, drafter, unembed, target, labels, weights, target_unembed
     )
@@ -147,7 +147,7 @@ _weighted_sum.defvjp(_forward_rule, _backward_rule)
 def _scan(
     mixture, drafter, unembed, target, labels, weights, target_unembed, *, gradient: bool
 ):
-    """The sum with the positions' losses and, if asked for, its gradient by `drafter`."""
+    """The sum, the positions' losses and, if asked for, the gradient of the drafter."""
     table, cap = drafter.output, drafter.cap
     judge = unembed if target_unembed is None else target_unembed
 
@@ -183,7 +183,7 @@ def _scan(
     d_table = None
     if gradient and table is not None:
         d_table = jnp.zeros(table.shape, jnp.float32)
-    # What fills the last chunk up has weight 0.
+    # Padding of the last chunk has weight 0.
     chunks = split((drafter.hidden, drafter.latent, target, labels, weights), size)
     (total, d_table), stacked = jax.lax.scan(step, (jnp.float32(0), d_table), chunks)
     losses, d_hidden, d_latent = join(stacked, positions)

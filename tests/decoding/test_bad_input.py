@@ -103,7 +103,7 @@ def test_a_small_drafter_must_share_the_tokenizer(monkeypatch):
 @pytest.mark.parametrize(
     "spec, rules, message",
     [
-        ("ngram", dict(threshold=0.5), "'ngram' has no such head, or its tree is no chain"),
+        ("ngram", dict(threshold=0.5), "'ngram' has no such head, or its tree is not a chain"),
         ("ngram", dict(survival=1.5), "survival is 1.5; expected a probability, 0 … 1"),
     ],
 )

@@ -181,7 +181,7 @@ def test_rejection_is_greedy_at_temperature_zero():
 @pytest.mark.parametrize(
     "drafter, message",
     [
-        (MATCHED, "needs a drafter that draws its chains; RandomTrees does not. Use a trained"),
+        (MATCHED, "a drafter that samples its chains; RandomTrees does not. Use a trained"),
         (
             cases.loaded("dspark", TreeConfig("chain", size=4)),
             "needs a chain of 5 nodes .* its tree is 'chain' with 4. Use such",

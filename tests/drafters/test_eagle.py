@@ -170,7 +170,7 @@ def test_the_law_drawn_from_is_the_law_returned():
 
 @pytest.mark.parametrize("kind", ["best_first", "top_budget", "transitions"])
 def test_trees_it_has_not(kind):
-    with pytest.raises(ValueError, match="looks at the whole path: use chain or path_cond"):
+    with pytest.raises(ValueError, match="depend on the whole path; use chain or path_cond"):
         EagleDrafter(cases.PLAIN, TreeConfig(kind))
 
 

@@ -104,5 +104,5 @@ def test_it_reads_the_targets_last_layer_and_has_one_of_its_kind():
     assert config.taps == (tiny.HYBRID_MOE.num_layers - 1,)
     assert (config.layer.delta_layers, config.layer.sparse_layers) == ((), (0,))
     assert abstract_mtp(config).layer.attention.gated
-    with pytest.raises(ValueError, match="no MTP layer is known"):
+    with pytest.raises(ValueError, match="'mtp' needs a hybrid target"):
         mtp_config(tiny.QWEN3)

@@ -94,7 +94,7 @@ def test_speculative_equals_plain(params, kind):
 
 def test_what_it_has_not():
     with pytest.raises(
-        ValueError, match="scores each depth alone: use one of chain, best_first"
+        ValueError, match="depend only on the depth; use one of chain, best_first"
     ):
         ParallelEagleDrafter(CONFIG, TreeConfig("path_conditioned"))
     with pytest.raises(ValueError, match="window is .*expected None"):

@@ -44,7 +44,7 @@ def test_a_registered_name_is_one_line_of_ours(names):
     found = jaxspec.load_drafter("followers", tiny.target())
     assert found.drafter == Followers(tiny.QWEN3.vocab_size)
     registry.register("followers", followers)  # again: the same
-    with pytest.raises(ValueError, match="there is a drafter called 'ngram' already"):
+    with pytest.raises(ValueError, match="a drafter 'ngram' is registered already"):
         registry.register("ngram", followers)
 
 
@@ -106,7 +106,7 @@ def test_defaults_of_a_drafter():
     bare = Bare()
     assert (bare.taps, bare.verify_sizes, bare.head_config) == ((), (), None)
     assert bare.abstract_params(tiny.target().params) == ()
-    with pytest.raises(ValueError, match="has a tree of its own"):
+    with pytest.raises(ValueError, match="has a fixed tree"):
         bare.with_tree(TreeConfig())
     with pytest.raises(ValueError, match="Bare does not"):
         bare.check_sampled()

@@ -102,7 +102,7 @@ def test_one_command_measures_them_all(folder, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(drafters="run/a,budget=4"), "give --budgets and --dtype"),
+        (dict(drafters="run/a,budget=4"), "use --budgets and --dtype"),
         (dict(drafters="run/a,tree=oak"), "tree is 'oak'; expected one of"),
         (dict(drafters="run/a run/a"), "two decoders are called 'run/a, 4 nodes'"),
         (dict(drafters="nowhere"), "no drafter 'nowhere'"),

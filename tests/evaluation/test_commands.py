@@ -108,7 +108,7 @@ def test_python_gives_the_rows_of_the_command(file, tmp_path):
     [
         ({}, {}, "nothing to compare: give at least one decoder and one prompt"),
         ({"a": "ngram,dtype=bfloat16"}, {}, "'a' asks for bfloat16, but the target was loaded"),
-        ({"a": tiny.RANDOM}, {}, "RandomTrees.* has a tree of its own"),
+        ({"a": tiny.RANDOM}, {}, "RandomTrees.* has a fixed tree"),
         ({"a": "ngram"}, dict(max_new_tokens=1), "max_new_tokens is 1; expected at least 2"),
         ({"a": "ngram"}, dict(budgets=(0,)), "budgets is 0; expected at least 1"),
         ({"a": "ngram"}, dict(max_new_tokens=512), "need 5.* positions; the target has 512"),
@@ -314,7 +314,7 @@ def test_report_writes_its_summary_into_a_document(file, tmp_path, capsys):
         ({"--decoders": "a=run/a,budget=0"}, "budget is 0; expected at least 1"),
         ({"--decoders": "a=run/a,tree=oak"}, "tree is 'oak'; expected one of chain"),
         ({"--decoders": "a=run/a,head=no"}, "head is 'no'; expected own or none"),
-        ({"--decoders": "a=ngram,tree=chain"}, "prompt lookup has a tree of its own"),
+        ({"--decoders": "a=ngram,tree=chain"}, "prompt lookup has a fixed tree"),
         ({"--decoders": "a=run/b,tree=transitions"}, "needs a sequential head"),
         ({"--decoders": "a=run/a a=run/b"}, "two decoders are called 'a'"),
         ({"--max-new-tokens": "1"}, "--max-new-tokens is 1; expected at least 2"),

@@ -195,7 +195,7 @@ def test_other_options_do_not_go_on_with_a_file(target, tmp_path, change, messag
     output = tmp_path / "data.jsonl"
     regenerate(CONFIG, target, jobs()[:2], output)
     before = output.read_bytes()
-    with pytest.raises(ValueError, match=f"line 1 was made in another way .*{message}"):
+    with pytest.raises(ValueError, match=f"line 1 was made with other settings .*{message}"):
         regenerate(dataclasses.replace(CONFIG, **change), target, jobs(), output)
     assert output.read_bytes() == before
 
@@ -204,11 +204,11 @@ def test_another_target_or_template_does_not_go_on_with_a_file(target, tmp_path)
     output = tmp_path / "data.jsonl"
     regenerate(CONFIG, target, jobs()[:1], output)
     tuned = jax.tree.map(lambda x: x * 1.1, target.params)
-    with pytest.raises(ValueError, match="another way .*fingerprint .* now"):
+    with pytest.raises(ValueError, match="other settings .*fingerprint .* now"):
         regenerate(CONFIG, dataclasses.replace(target, params=tuned), jobs(), output)
     other = Letters()
     other.chat_template = "letters, otherwise"
-    with pytest.raises(ValueError, match="another way .*template .* now"):
+    with pytest.raises(ValueError, match="other settings .*template .* now"):
         regenerate(CONFIG, dataclasses.replace(target, tokenizer=other), jobs(), output)
     moved = dataclasses.replace(target, name="/elsewhere/model")
     assert regenerate(CONFIG, moved, jobs()[:2], output).rows == 2
@@ -226,7 +226,7 @@ def test_another_target_or_template_does_not_go_on_with_a_file(target, tmp_path)
 def test_other_prompts_do_not_go_on_with_a_file(target, tmp_path, other):
     output = tmp_path / "data.jsonl"
     regenerate(CONFIG, target, jobs()[:1], output)
-    with pytest.raises(ValueError, match="line 1: row 0 answers 'ab', not the prompt"):
+    with pytest.raises(ValueError, match="line 1: row 0 answers 'ab', but this id"):
         regenerate(CONFIG, target, [other], output)
 
 

@@ -285,8 +285,8 @@ def test_a_run_that_is_lost_says_how_to_go_on(whole_run, tmp_path, monkeypatch, 
 
     monkeypatch.setattr("jaxspec.training.trainer.train_step", spoilt)
     message = (
-        f"the {name.replace('_', ' ')} of step 7 is nan; go on from a checkpoint before it was "
-        r"lost \(2, 4, 6\) with a lower rate: --resume-step 2 --learning-rate 0.005"
+        f"the {name.replace('_', ' ')} of step 7 is nan; resume from an earlier checkpoint "
+        r"\(2, 4, 6\) with a lower rate: --resume-step 2 --learning-rate 0.005"
     )
     with pytest.raises(ValueError, match=message):
         train(tiny.CONFIG, tiny.target(), tiny.examples(), folder)
@@ -303,7 +303,7 @@ def test_weights_that_were_spoilt_are_not_exported(whole_run, tmp_path, monkeypa
         return step, state, position
 
     monkeypatch.setattr(Store, "restore", spoilt)
-    with pytest.raises(ValueError, match="'fc.weight' holds .*; go on from an earlier"):
+    with pytest.raises(ValueError, match="'fc.weight' holds .*; resume from an earlier"):
         train(tiny.CONFIG, tiny.target(), tiny.examples(), folder)
     assert not (folder / "drafter").exists()
 
