@@ -137,8 +137,8 @@ def test_what_would_be_gained_is_said():
     report = judge(Report(9, 2.1, (0.5,), (0.0,), 1e-3, {"causal blocks": other}, ()))
     assert "tau 2.44, gain +0.31 [+0.12, +0.50] with causal blocks" in str(report)
     assert report.findings[0].startswith(
-        "with causal blocks tau is 2.44 instead of 2.10, and an anchor gains 0.31 tokens, "
-        "0.12 at least"
+        "with causal blocks tau is 2.44 instead of 2.10 (gain per anchor 0.31 tokens, "
+        "at least 0.12)"
     )
 
 

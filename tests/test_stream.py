@@ -71,7 +71,8 @@ def test_a_stop_text_ends_text_and_tokens_where_plain_decoding_has_it(target, dr
 
 
 @pytest.mark.parametrize(
-    "stop, message", [("", "stop holds ''"), (["a", 3], "stop holds 3; expected texts")]
+    "stop, message",
+    [("", "stop holds ''"), (["a", 3], "stop holds 3; expected non-empty texts")],
 )
 def test_what_is_no_stop_text(target, stop, message):
     with pytest.raises(ValueError, match=message):

@@ -29,13 +29,13 @@ def load(
       name_or_path: a name of `checkpoints.catalog`, a GGUF file, a Hugging Face folder, or a
         name on the hub.
       dtype: of the weights.
-      devices: cuts the weights over so many, of all processes (`jaxspec.sharding`).
-      weights: "dequantised", or "stored": those of 8 bits stay so, with their scales.
+      devices: number of devices of all processes to shard the weights over
+        (`jaxspec.sharding`).
+      weights: "dequantised", or "stored" to hold fp8 weights in 8 bits with their scales.
 
     Raises:
-      ValueError: it cannot be found or read, or is a model the decoder does not implement; or
-        there are fewer devices;
-        or weights are to stay in 8 bits that are not stored so.
+      ValueError: the model cannot be found or read, or is not implemented; there are fewer
+        devices; or `weights` is "stored" and the checkpoint is not in fp8.
     """
     import jax
 
@@ -64,19 +64,19 @@ def load(
 
 
 def read_config(name_or_path: str | Path) -> TargetConfig:
-    """The configuration alone; arguments and errors as `load`."""
+    """Only the configuration; arguments and errors as `load`."""
     path = target_path(name_or_path)
     return _format(path).read_config(path)
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
-    """The tokenizer alone, without reading weights; arguments and errors as `load`."""
+    """Only the tokenizer, without reading weights; arguments and errors as `load`."""
     path = target_path(name_or_path)
     return _format(path).load_tokenizer(path)
 
 
 def target_path(name_or_path: str | Path) -> Path:
-    """The local file or folder behind a name, downloaded if need be; errors as `load`."""
+    """The local file or folder of a name, downloaded if necessary; errors as `load`."""
     from jaxspec.checkpoints import catalog, huggingface
 
     if name_or_path in catalog.names() and not Path(name_or_path).exists():
@@ -85,12 +85,13 @@ def target_path(name_or_path: str | Path) -> Path:
 
 
 def _agree_on_ends(config: TargetConfig, tokenizer: Tokenizer, path: Path) -> TargetConfig:
-    """Decoding and training data end a text at the same ids: all that either one names."""
+    """Sets the ids that end a text, in decoding and training data, to those that either the
+    configuration or the tokenizer names."""
     ids = tuple(dict.fromkeys((*config.eos_token_ids, *tokenizer.eos_token_ids)))
     try:
         config = dataclasses.replace(config, eos_token_ids=ids)
     except ValueError as error:
-        raise ValueError(f"the tokenizer in {path} and the configuration: {error}") from None
+        raise ValueError(f"the tokenizer in {path} does not fit: {error}") from None
     tokenizer.eos_token_ids = ids
     return config
 

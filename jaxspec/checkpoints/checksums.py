@@ -1,4 +1,4 @@
-"""Checksums of arrays where they are, whole or cut over devices and processes."""
+"""Checksums of arrays in place, also sharded over devices and processes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by bytes 
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by the names of their places, 'layers.0.norm'."""
+    """The leaves of a pytree by path, as 'layers.0.norm'."""
     flat, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat}
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """One number of 32 bits per array: its words, each times an odd number of its own.
+    """A 32-bit number per array: the sum of its words, each times an odd number by position.
 
-    Any change to one word changes it; so does exchanging two different words, unless these or
-    their places differ by multiples of large powers of two. Equal on any devices.
+    Any change to one word changes it; so does exchanging two different words, unless they or
+    their positions differ by multiples of large powers of two. It does not depend on sharding.
     """
     arrays = by_path(tree)
     sums = jax.device_get(jax.tree.map(_checksum, arrays))

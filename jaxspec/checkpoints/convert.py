@@ -1,7 +1,7 @@
-"""Checkpoints of a target from one kind of weights to the other: safetensors, Orbax, fp8.
+"""Converts a target's weights: safetensors, Orbax, fp8.
 
-A converted folder is the same Hugging Face folder with other weights in it, so that whatever
-loads the one loads the other.
+A converted folder is the same Hugging Face folder with other weights, so that the same loaders
+load it.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from jaxspec.models.params import TargetParams
 
 FORMATS = ("orbax", "safetensors")
 SHARD_BYTES = 4 * 10**9  # of one safetensors file
-COMPARED_BYTES = 256 * 10**6  # of a store, read back at a time
+COMPARED_BYTES = 256 * 10**6  # bytes of a store read back at a time
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """What `convert` wrote, every bit of it read back and compared.
+    """A checkpoint that `convert` wrote, read back and compared.
 
     Attributes:
-      bytes: of weights.
-      arrays: compared, bit for bit.
-      errors: of fp8, by layer (`Fp8Tensors`).
+      bytes: bytes of weights.
+      arrays: number of arrays compared bit for bit.
+      errors: rounding errors of fp8 by layer (`Fp8Tensors`); None for other dtypes.
     """
 
     folder: Path
@@ -60,22 +60,21 @@ def convert(
     dtype: str | None = None,
     fp8_lm_head: bool = False,
 ) -> Converted:
-    """Writes a checkpoint again with its weights as an Orbax store, or as safetensors.
+    """Writes a copy of a checkpoint with its weights as an Orbax store or as safetensors.
 
-    The weights are held in the host's memory once, or a file of them at a time for fp8. The
-    output appears whole or not at all.
+    Host memory holds the weights once, or for fp8 one file at a time. The output is written
+    atomically.
 
     Args:
-      source: a Hugging Face folder or hub name, or a folder that was converted before.
+      source: a Hugging Face folder or hub name, or a converted folder.
       output: a new folder.
       format: one of `FORMATS`; by default orbax, and safetensors for fp8.
-      dtype: of the weights written; as stored by default. "fp8": linear maps in 8 bits with
-        a scale for each block of 128 x 128, all else as stored.
-      fp8_lm_head: the LM head in fp8 too, no longer tied to the embedding.
+      dtype: of the written weights; as stored by default. "fp8": linear layers in 8 bits with
+        one scale per 128 x 128 block, everything else as stored.
+      fp8_lm_head: the LM head in fp8 too, untied from the embedding.
 
     Raises:
-      ValueError: the source cannot be read, the output exists, or what was written reads back
-        otherwise.
+      ValueError: the source cannot be read, the output exists, or it reads back differently.
     """
     output = Path(output).absolute()
     if output.exists():
@@ -84,7 +83,7 @@ def convert(
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of {FORMATS}")
     if fp8_lm_head and dtype != "fp8":
-        raise ValueError(f"an LM head in fp8 is for dtype 'fp8'; dtype is {dtype!r}")
+        raise ValueError(f"fp8_lm_head needs dtype 'fp8'; dtype is {dtype!r}")
     folder = target_path(source)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected a Hugging Face checkpoint's folder")
@@ -116,8 +115,8 @@ def _convert_to_fp8(
     if stored is not None or (folder / huggingface.WEIGHTS).exists():
         how = stored.name if stored else "an Orbax store"
         raise ValueError(
-            f"{folder} is stored as {how}; fp8 is made of the unquantised checkpoint, in "
-            "safetensors (--dtype bfloat16 --to safetensors writes one)"
+            f"{folder} is stored as {how}; expected an unquantised checkpoint in safetensors "
+            "to make fp8 from (--dtype bfloat16 --to safetensors writes one)"
         )
     if format != "safetensors":
         raise ValueError(f"format is {format!r}; fp8 is written as safetensors")
@@ -133,14 +132,14 @@ def _convert_to_fp8(
 
 
 def _untied(folder: Path) -> dict[str, Any]:
-    """What config.json says of an LM head that is no longer the embedding."""
+    """Changes to config.json for an LM head untied from the embedding."""
     own = {"tie_word_embeddings": False}
     text = read_json(folder / "config.json").get("text_config")
     return own if text is None else own | {"text_config": text | own}
 
 
 def _empty_beside(output: Path) -> Path:
-    """A folder to write in, renamed to `output` when it is whole."""
+    """A temporary folder beside `output`, to be renamed to it when complete."""
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -148,10 +147,10 @@ def _empty_beside(output: Path) -> Path:
 
 
 def _compare(written: Iterable[tuple[str, Any, Any]], folder: Path) -> tuple[int, int]:
-    """Arrays and bytes that equal what was to be written, bit for bit.
+    """Compares written arrays bit for bit; returns the number of arrays and of bytes.
 
     Raises:
-      ValueError: one does not.
+      ValueError: an array differs.
     """
     count = size = 0
     for name, expected, found in written:
@@ -169,8 +168,7 @@ def _stored_dtype(folder: Path) -> str:
     quantisation = quantisation_of(folder)
     if quantisation is not None:
         raise ValueError(
-            f"{folder} is stored as {quantisation.name}; say what to write its weights as "
-            "(--dtype)"
+            f"{folder} is stored as {quantisation.name}; give the dtype to write (--dtype)"
         )
     dtypes = sorted(map(str, set(SafetensorsFolder(folder).dtypes.values())))
     if len(dtypes) > 1:
@@ -194,7 +192,7 @@ def _copy_side_files(folder: Path, output: Path, change: dict[str, Any]) -> None
 
 
 def _stored_arrays(store: Path, params: TargetParams) -> Iterator[tuple[str, Any, Any]]:
-    """Arrays in memory beside those of a store, of which only a group is held at a time."""
+    """Pairs of arrays in memory and in a store, which is read a group at a time."""
     groups: list[list] = [[]]
     for path, array in jax.tree.leaves_with_path(params):
         if sum(x.nbytes for _, x in groups[-1]) + array.nbytes > COMPARED_BYTES and groups[-1]:
@@ -209,13 +207,13 @@ def _stored_arrays(store: Path, params: TargetParams) -> Iterator[tuple[str, Any
 
 
 def save_safetensors(output: Path, config, params: TargetParams) -> None:
-    """Weights by value as the tensors of a Hugging Face folder, in files of `SHARD_BYTES`."""
+    """Writes unquantised weights as a Hugging Face folder's tensors, in `SHARD_BYTES` files."""
     named = ((parts[0].name, _tensor(parts, array)) for parts, array in _parts(config, params))
     _save_shards(output, named)
 
 
 def _save_shards(output: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Files of at most `SHARD_BYTES`, or one tensor each, written as the tensors come."""
+    """Writes files of at most `SHARD_BYTES`, or of one larger tensor, as the tensors come."""
     shard: dict[str, np.ndarray] = {}
     shards: list[list[str]] = []
     size = total = 0
@@ -251,8 +249,8 @@ def _stored_tensors(output: Path, config, params) -> Iterator[tuple[str, Any, An
 
 
 def _parts(config, params: TargetParams) -> Iterator[tuple[list[Part], jax.Array]]:
-    """Every tensor that makes up the weights, one expert each: its parts in the order of its
-    rows, and the array they are in."""
+    """Every tensor of the weights, one per expert: its parts in the order of its rows, and the
+    array that holds them."""
     table = target_parts(config, {})
     parts = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, tuple) and _all_parts(x))
     for group, array in zip(parts, jax.tree.leaves(params), strict=True):

@@ -1,4 +1,4 @@
-"""A drafter's checkpoint from one published format to another, and what that loses."""
+"""Converts a drafter's checkpoint to another published format, and lists what is lost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxspec.checkpoints.quantisation import quantisation_of
 from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import TreeConfig
 
-# What files of some formats do not say, although nothing computed depends on it.
+# Information that some formats lack, although no computation depends on it.
 SILENT = {
     "steps": "how many tokens to draft: readers take their own default",
     "target_layers": "the number of the target's layers",
@@ -31,11 +31,11 @@ FLOATS = {np.dtype(x).name for x in (np.float32, np.float16, ml_dtypes.bfloat16)
 
 @dataclasses.dataclass(frozen=True)
 class ConvertedDrafter:
-    """What `convert_drafter` wrote, read back and compared.
+    """A drafter that `convert_drafter` wrote, read back and compared.
 
     Attributes:
-      source, format: of the files before and after.
-      lost: what the new files do not say, or other programs do not read in them.
+      source, format: formats before and after.
+      lost: information that the new files lack, or that other programs ignore in them.
     """
 
     folder: Path
@@ -50,18 +50,18 @@ def convert_drafter(
     """Writes a drafter in another format; weights keep their dtype, quantised ones become
     bfloat16.
 
-    The output appears whole or not at all, after it was read back and gave the same drafter.
+    The output is read back and compared, and then appears atomically.
 
     Args:
       drafter: folder or hub name ("repo::subfolder" too).
       output: a new folder.
       format: one of `drafter_config.NAMES`.
-      target: that it drafts for, whose tables some formats repeat; by default the one that the
-        files name.
+      target: the drafter's target, whose embedding and LM head some formats repeat; by default
+        the one that the files name.
 
     Raises:
       ValueError: the drafter or the target cannot be read, the format cannot express the
-        drafter, the output exists, or it reads back otherwise.
+        drafter, the output exists, or it reads back differently.
     """
     output = Path(output).absolute()
     if output.exists():
@@ -73,7 +73,7 @@ def convert_drafter(
     source = recognise(raw, folder).name
     named = speculators.verifier(raw, folder)
     if target is None and named is None:
-        raise ValueError(f"{folder} does not name the target; say with --target what it is")
+        raise ValueError(f"{folder} does not name its target; give --target")
     quantisation = quantisation_of(folder)
     dtype = _stored_dtype(folder) if quantisation is None else "bfloat16"
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -98,7 +98,7 @@ def convert_drafter(
 
 
 def _stored_dtype(folder: Path) -> str:
-    """Of the weights; raises ValueError if there are several."""
+    """Dtype of the weights; raises ValueError if there are several."""
     tensors = SafetensorsFolder(folder, integers=INTEGERS)
     floats = sorted({np.dtype(dtype).name for dtype in tensors.dtypes.values()} & FLOATS)
     if len(floats) != 1:
@@ -107,15 +107,15 @@ def _stored_dtype(folder: Path) -> str:
 
 
 def _from(folder: Path, target: str) -> str:
-    """A target's name, or its path from a folder."""
+    """A target's name, or its path relative to a folder."""
     return os.path.relpath(target, folder) if Path(target).exists() else target
 
 
 def _lost(before: Any, after: Any, format: str, raw: dict[str, Any]) -> tuple[str, ...]:
-    """What the drafter read back lacks, or what other programs will not read.
+    """What the drafter read back lacks, and what other programs will not read.
 
     Raises:
-      ValueError: it is another drafter.
+      ValueError: the drafter read back differs.
     """
     (old, old_params), (new, new_params) = before, after
     found, fields = [], dataclasses.asdict(old.config)
@@ -135,7 +135,9 @@ def _lost(before: Any, after: Any, format: str, raw: dict[str, Any]) -> tuple[st
         old_params, new_params = drop(old_params), drop(new_params)
     same = jax.tree.map(np.array_equal, old_params, new_params)
     if not all(jax.tree.leaves(same)):
-        raise ValueError(f"format {format!r} reads weights back otherwise; nothing is written")
+        raise ValueError(
+            f"format {format!r} reads weights back differently; choose another format"
+        )
     if TEMPERATURES in raw:
         found.append("the confidence head's temperatures, which other programs do not read")
     kept = old_params.vocabulary.kept is not None

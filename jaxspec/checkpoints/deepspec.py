@@ -44,7 +44,7 @@ class DeepSpec(BlockFormat):
                 "mask_token_id": c.mask_token_id,
                 "target_layer_ids": list(c.taps),
                 "architectures": ["Qwen3DSparkModel"],
-                # It matters to training alone; 512 is what every published drafter has.
+                # Only training reads it; every published drafter has 512.
                 "num_anchors": 512,
             }
         )
@@ -65,6 +65,6 @@ class DeepSpec(BlockFormat):
         if vocabulary.kept is None:
             return {}
         raise ValueError(
-            "format 'deepspec' repeats the target's LM head, of which a drafter with a draft "
-            "vocabulary has some rows; choose another format"
+            "format 'deepspec' repeats the target's whole LM head, and a drafter with a draft "
+            "vocabulary has only some of its rows; choose another format"
         )

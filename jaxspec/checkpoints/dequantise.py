@@ -1,4 +1,4 @@
-"""How quantised linear maps are stored, and the weights they stand for.
+"""How quantised linear layers are stored, and their dequantised weights.
 
 Every format is a function from the stored arrays to float32 values, in NumPy, exact up to the
 last rounding to float32.
@@ -25,14 +25,14 @@ class Scaled:
     ModelOpt, and `float-quantized` and `int-quantized` of compressed-tensors.
 
     Attributes:
-      block: rows and columns that share a scale, the last ones perhaps fewer; None for scales
-        of a tensor or its rows.
+      block: rows and columns per scale, perhaps fewer at the end; None for one scale per tensor
+        or row.
     """
 
     block: tuple[int, int] | None = None
 
     def scale_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        """Shapes that the scales of a weight [..., O, I] may have."""
+        """Possible shapes of the scales of a weight [..., O, I]."""
         *leading, rows, columns = shape
         if self.block is not None:
             blocks = (-(-rows // self.block[0]), -(-columns // self.block[1]))
@@ -74,7 +74,7 @@ class Packed:
         """The weight [O, I], float32.
 
         Args:
-          groups: [I], the group of every input; None for consecutive ones.
+          groups: [I], the group of every input; None for consecutive groups.
         """
         rows, columns = shape
         integers = unpack(packed, self.bits, axis=1)[:, :columns]
@@ -93,7 +93,7 @@ class Gptq:
 
     Attributes:
       bits: 4 or 8.
-      add_one: zero points are stored one too small (`checkpoint_format` "gptq").
+      add_one: zero points are stored minus one (`checkpoint_format` "gptq").
     """
 
     bits: int

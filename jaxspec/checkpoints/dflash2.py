@@ -1,6 +1,6 @@
-"""What DFlash2 adds to DFlash's `config.json` and tensors: convolutions, a selector, scales.
+"""DFlash2's additions to DFlash's `config.json` and tensors: convolutions, a selector, scales.
 
-z-lab looks for every key in `dflash_config` first, then at the top; so do we.
+As in z-lab's programs, a key is looked up in `dflash_config` first, then at the top.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jaxspec.checkpoints.fuse import Part
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.config import DrafterConfig
 
-# Our field, their key, the value that means none.
+# Our field, their key, and the value without effect.
 SCALES = {
     "logit_scale": "output_multiplier",
     "embedding_scale": "input_embedding_scale",
@@ -49,7 +49,7 @@ def from_json(whole: JsonConfig, own: JsonConfig) -> dict[str, Any]:
 
 
 def to_json(c: DrafterConfig) -> dict[str, Any]:
-    """Keys of `dflash_config`; those that change nothing are left out."""
+    """Keys of `dflash_config`, without those that have no effect."""
     neutral = {"logit_scale": 1.0, "embedding_scale": 1.0, "logit_softcap": None}
     keys = {
         key: getattr(c, name)
@@ -103,7 +103,7 @@ def selector(c: DrafterConfig) -> dict[str, tuple[Part, ...]]:
 
 
 def renamed(name: str) -> str:
-    """A tensor's name as z-lab writes it: its classes hold the codebooks as embeddings."""
+    """A tensor's name as z-lab writes it, where codebooks are embedding modules."""
     if name.startswith("candidate_selector.") and name.endswith("codebook.weight"):
         return name.removesuffix(".weight")
     return name

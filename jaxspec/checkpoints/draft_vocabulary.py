@@ -1,7 +1,7 @@
-"""A drafter's own vocabulary and tables, as speculators' and EAGLE-3's files have them.
+"""Draft vocabularies, embeddings and LM heads in speculators' and EAGLE-3's files.
 
-`d2t` holds offsets (target id = draft id + offset), `t2d` which target ids have a draft id, and
-`lm_head` has a row per draft id.
+`d2t` holds offsets (target id = draft id + offset), `t2d` tells which target ids have a draft
+id, and `lm_head` has a row per draft id.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OFFSETS, MEMBERS = "d2t", "t2d"
 
 
 def draft_tokens(tensors: DrafterTensors, raw: dict[str, Any], vocab: int) -> np.ndarray | None:
-    """The draft vocabulary, ascending ids [V']; None for the whole one.
+    """The draft vocabulary, ascending ids [V']; None for the whole vocabulary.
 
     Args:
       raw: the file's `config.json`, whose `draft_vocab_size` is V'; without it V.
@@ -34,15 +34,15 @@ def draft_tokens(tensors: DrafterTensors, raw: dict[str, Any], vocab: int) -> np
     if found != wanted:
         holds = f"names {found} tokens" if kept is not None else "is missing"
         raise ValueError(
-            f"{tensors.origin}: 'draft_vocab_size' is {wanted}, tensor '{OFFSETS}' {holds}; "
-            "expected as many"
+            f"{tensors.origin}: 'draft_vocab_size' is {wanted}, but tensor '{OFFSETS}' {holds};"
+            " expected equal numbers"
         )
     if kept is None or found == vocab:
         return None
     if kept[-1] == found - 1:
         warnings.warn(
-            f"{tensors.origin}: tensor '{OFFSETS}' is all zeros, so that the first {found} "
-            "tokens alone are drafted; SpecForge writes that where no vocabulary was given",
+            f"{tensors.origin}: tensor '{OFFSETS}' is all zeros, so only the first {found} "
+            "tokens are drafted; SpecForge writes this if no vocabulary was given",
             stacklevel=2,
         )
     return kept
@@ -60,7 +60,7 @@ def named_tokens(tensors: DrafterTensors, vocab: int) -> np.ndarray | None:
     ids = np.arange(len(offsets)) + offsets
     if not (np.all(np.diff(ids) > 0) and 0 <= ids[0] and ids[-1] < vocab):
         raise ValueError(
-            f"{tensors.origin}: tensor '{OFFSETS}' does not lead to different token ids, 0 … "
+            f"{tensors.origin}: tensor '{OFFSETS}' does not give distinct token ids, 0 … "
             f"{vocab - 1}, in ascending order; expected offsets, target id - draft id"
         )
     if MEMBERS in tensors.shapes:
@@ -83,13 +83,14 @@ def vocabulary_tensors(kept: np.ndarray, vocab: int) -> dict[str, np.ndarray]:
 def own_table(
     tensors: DrafterTensors, name: str, shape: tuple[int, int], theirs: jax.Array, dtype
 ) -> np.ndarray | None:
-    """A table of the file; None where it is the target's, which is not copied.
+    """The file's own embedding or LM head; None if it equals the target's, which is not copied.
 
     Args:
-      theirs: what the target has in its place.
+      theirs: the target's.
 
     Raises:
-      ValueError: it is damaged, of another shape, or missing where the target's has another.
+      ValueError: it is damaged or has another shape; or it is missing and the target's has
+        another shape.
     """
     found = tensors.shapes.get(name)
     if found is None and theirs.shape == shape:
@@ -102,7 +103,7 @@ def own_table(
     stored = tensors.read(name)
     if equal_as_stored(stored, theirs):
         return None
-    with np.errstate(over="ignore"):  # found below, with the tensor's name
+    with np.errstate(over="ignore"):  # overflow is reported below, with the tensor's name
         stored = stored.astype(dtype)
     check_weights(stored, name, tensors.origin)
     return stored
@@ -112,6 +113,6 @@ def required(tensors: DrafterTensors, name: str, rows: int) -> None:
     """Raises ValueError if a file with a draft vocabulary of `rows` tokens lacks a table."""
     if name not in tensors.shapes:
         raise ValueError(
-            f"{tensors.origin}: tensor '{name}' is missing; a draft vocabulary of {rows} "
-            "tokens has rows of its own"
+            f"{tensors.origin}: tensor '{name}' is missing; expected {rows} rows, one per "
+            "token of the draft vocabulary"
         )

@@ -1,7 +1,6 @@
-"""`config.json` of published drafters, to their configurations and back: the table of formats.
+"""Reads and writes `config.json` of published drafters, and lists their formats.
 
-A format is recognised by the keys that only it has: the names of architectures are shared by
-several of them.
+A format is recognised by keys that only it has, as several share names of architectures.
 
 ===========  ============  ========================================  ====================
 format       drafters      recognised by                             module
@@ -40,7 +39,7 @@ from jaxspec.checkpoints.treeflash import TreeFlash
 from jaxspec.checkpoints.zlab import ZLab
 from jaxspec.config import DrafterConfig, TargetConfig
 
-# The first that recognises a configuration reads it.
+# The first format that recognises a configuration reads it.
 FORMATS: tuple[DrafterFormat, ...] = (
     EagleSpeculators(),
     ParallelEagleSpeculators(),
@@ -55,10 +54,10 @@ NAMES = tuple(dict.fromkeys(format.name for format in FORMATS))
 
 
 def format_of(config: Config, name: str) -> DrafterFormat:
-    """The format of a name, for a drafter.
+    """The format of this name for a kind of drafter.
 
     Raises:
-      ValueError: there is none for such drafters.
+      ValueError: this kind of drafter has no such format.
     """
     own = {format.name: format for format in FORMATS if format.kind is type(config)}
     if name not in own:
@@ -67,7 +66,7 @@ def format_of(config: Config, name: str) -> DrafterFormat:
 
 
 def default_format(config: Config) -> str:
-    """The name of the format that a drafter is written in unless another is asked for."""
+    """The name of a drafter's default format."""
     if not isinstance(config, DrafterConfig):
         return "speculators"
     return "treeflash" if config.sequential == "mlp" else "dflash"
@@ -96,11 +95,11 @@ def from_json(raw: dict[str, Any], origin: Any, target: TargetConfig | None = No
     Warns of keys that are not known (`JsonConfig.finish`).
 
     Args:
-      target: that it drafts for, whose depth not every file says; None leaves it open.
+      target: the drafter's target, whose depth some files lack; None if unknown.
 
     Raises:
-      ValueError: a key is missing, asks for something that is not implemented, contradicts
-        another, or is of a target of another shape.
+      ValueError: a key is missing, not implemented, contradicts another, or belongs to a target
+        of another shape.
     """
     format = recognise(raw, origin)
     whole = JsonConfig(raw, origin, "a drafter")
@@ -112,8 +111,8 @@ def from_json(raw: dict[str, Any], origin: Any, target: TargetConfig | None = No
     last = (config.target_layers or 0) - 1
     if last in config.taps and last >= 0 and not format.normed_last:
         raise ValueError(
-            f"{origin}: the drafter reads the last layer, {last}, which this format means "
-            "before the target's final norm; expected layers before it"
+            f"{origin}: the drafter reads the last layer, {last}, before the target's final "
+            "norm, which is not supported; expected earlier layers"
         )
     if target is not None:
         _check_target(config, target, origin)
@@ -131,8 +130,8 @@ def to_json(
     """`config.json` of a drafter in a published format.
 
     Args:
-      name: of the format, one of `NAMES`.
-      kept: tokens of the draft vocabulary, None for all.
+      name: name of the format, one of `NAMES`.
+      kept: size of the draft vocabulary; None for all tokens.
       verifier: the target's hub name or path, which speculators' format names.
 
     Raises:

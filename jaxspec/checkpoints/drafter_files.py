@@ -1,4 +1,4 @@
-"""What drafters' formats share: tensors by their names of today, weights from and to them."""
+"""Tensors of drafters' files by current names, and conversion from and to weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from jaxspec.models.scaled import ScaledWeight, is_scaled
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 
-# For every weight, by its path in the head, the tensors it is made of.
+# For every weight, by path in the head, the tensors it is made of.
 Table = Mapping[tuple, tuple[Part, ...]]
 
 
-# A tensor that holds the rows of several, one after another.
+# Tensors that hold the rows of several others, concatenated.
 FUSED = {
     "qkv_proj.weight": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
     "gate_up_proj.weight": ("gate_proj.weight", "up_proj.weight"),
@@ -31,14 +31,14 @@ FUSED = {
 
 
 class DrafterTensors:
-    """A folder's tensors under their names of today.
+    """A folder's tensors under their current names.
 
     Attributes:
-      shapes: of every tensor, by name.
+      shapes: shape of every tensor, by name.
 
     Args:
-      integers: tensors that are integers or booleans.
-      renamed: today's name of a tensor.
+      integers: names of tensors that are integers or booleans.
+      renamed: maps a tensor's name to its current name.
 
     Raises:
       ValueError: the folder cannot be read, or holds one tensor under two names.
@@ -63,14 +63,13 @@ class DrafterTensors:
         self.places: dict[str, np.ndarray] = {}
 
     def split_fused(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Puts the tensors that a fused one holds in its place (`FUSED`).
+        """Replaces fused tensors by those they hold (`FUSED`).
 
         Args:
-          expected: shapes of the tensors that are looked for.
+          expected: shapes of the expected tensors.
 
         Raises:
-          ValueError: one of them is there beside the fused tensor, or their rows are not all of
-            its own.
+          ValueError: a tensor exists besides the fused one, or their rows do not add up.
         """
         for fused in [name for name in self.shapes if name.endswith(tuple(FUSED))]:
             suffix = next(x for x in FUSED if fused.endswith(x))
@@ -98,10 +97,10 @@ class DrafterTensors:
                 first += count
 
     def spread(self, name: str, places: np.ndarray, rows: int) -> None:
-        """Takes the rows of a tensor for those at `places` of one of so many; the others are 0.
+        """Treats a tensor's rows as those at `places` of one with `rows` rows; others are 0.
 
         Raises:
-          ValueError: it has another number of rows.
+          ValueError: the tensor does not have a row for every place.
         """
         count, *rest = self.shapes[name]
         if count != len(places):
@@ -112,7 +111,7 @@ class DrafterTensors:
         self.shapes[name], self.places[name] = (rows, *rest), places
 
     def read(self, name: str) -> np.ndarray:
-        """Values; each tensor's rows alone of one that was fused."""
+        """A tensor's values; of a fused tensor only its own rows."""
         stored = self.tensors.read(self.names[name])[self.rows.get(name, slice(None))]
         if name not in self.places:
             return stored
@@ -127,7 +126,7 @@ def same(name: str, *shape: int) -> tuple[Part, ...]:
 
 
 def linear(name: str, outputs: int, inputs: int) -> tuple[Part, ...]:
-    """A linear map, which files hold [out, in] and we [in, out]."""
+    """A linear layer, [out, in] in files and [in, out] here."""
     return (Part(name, (outputs, inputs), np.s_[...], (1, 0)),)
 
 
@@ -139,7 +138,7 @@ def expected_shapes(table: Table) -> dict[str, tuple[int, ...]]:
 def check_names(
     tensors: DrafterTensors, expected: Mapping[str, tuple[int, ...]], known: Collection[str]
 ) -> None:
-    """Raises ValueError unless a file has the expected tensors, and else known ones alone."""
+    """Raises ValueError unless a file has all expected tensors, and else only known ones."""
     for name, shape in expected.items():
         found = tensors.shapes.get(name)
         if found != shape:
@@ -152,7 +151,7 @@ def check_names(
     if unknown:
         raise ValueError(
             f"{tensors.origin}: tensor '{unknown[0]}' has no place in the drafter its "
-            "configuration describes; leaving it out would change what it drafts"
+            "configuration describes; ignoring it would change the drafts"
         )
 
 
@@ -160,7 +159,7 @@ def read_weights(tensors: DrafterTensors, table: Table, abstract: nnx.State) -> 
     """The weights of a head, of the given shapes and dtypes.
 
     Raises:
-      ValueError: a tensor holds what no weight can be.
+      ValueError: a tensor has a value that no weight can have.
     """
 
     def build(path, spec):
@@ -188,7 +187,7 @@ def written_tensors(weights: nnx.State, table: Table) -> dict[str, np.ndarray]:
 
 
 def equal_as_stored(stored: np.ndarray, array: jax.Array | ScaledWeight) -> bool:
-    """Whether two tables are one: either may have been rounded, so in the narrower dtype."""
+    """Whether two arrays are equal in the narrower dtype, as either may have been rounded."""
     if stored.shape != array.shape:
         return False
     if is_scaled(array):
@@ -198,11 +197,11 @@ def equal_as_stored(stored: np.ndarray, array: jax.Array | ScaledWeight) -> bool
 
 
 def check_repeated(tensors: DrafterTensors, tables: Mapping[str, jax.Array]) -> None:
-    """Raises ValueError unless tables that a file repeats are the target's."""
+    """Raises ValueError unless the target's arrays that a file repeats equal the target's."""
     for name, array in tables.items():
         if not equal_as_stored(tensors.read(name), array):
             raise ValueError(
-                f"{tensors.origin}: tensor '{name}' is not the target's; the drafter was "
+                f"{tensors.origin}: tensor '{name}' differs from the target's; the drafter was "
                 "trained for other weights than those loaded"
             )
 
@@ -219,10 +218,10 @@ def write_folder(
     tensors: Mapping[str, np.ndarray],
     integers: Collection[str],
 ) -> None:
-    """Writes `config.json` and `model.safetensors`, once all is checked.
+    """Checks everything, then writes `config.json` and `model.safetensors`.
 
     Raises:
-      ValueError: a weight is no finite number or absurdly large.
+      ValueError: a weight is not finite or absurdly large.
     """
     # safetensors writes a strided view's memory as it lies; PyTorch readers want the metadata.
     tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}

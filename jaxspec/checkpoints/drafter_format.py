@@ -1,4 +1,4 @@
-"""What a published format of drafters says for itself; one object per format and kind."""
+"""The interface of published drafter formats; one object per format and kind."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class DrafterFormat:
     """One published format of one kind of drafters.
 
     Attributes:
-      name: as users give it; formats of different kinds may share one.
-      kind: type of the configurations that it describes.
-      normed_last: a tap of the target's last layer is its output after the final norm, as in
-        this package; otherwise the output before it, which no drafter here reads.
-      extra: names of tensors that may stand beside the head's.
+      name: name for users; formats of different kinds may share one.
+      kind: type of its configurations.
+      normed_last: whether a tap of the target's last layer is the output after the final norm,
+        as in this package, rather than before it, which no drafter here reads.
+      extra: names of tensors allowed besides the head's.
     """
 
     name: str
@@ -35,7 +35,7 @@ class DrafterFormat:
     extra: frozenset[str] = frozenset()
 
     def recognises(self, raw: dict[str, Any]) -> bool:
-        """Whether a `config.json` is of this format; formats before it in the table say no."""
+        """Whether a `config.json` that no earlier format recognises is of this format."""
         raise NotImplementedError
 
     def from_json(self, whole: JsonConfig, target: TargetConfig | None) -> Config:
@@ -49,36 +49,36 @@ class DrafterFormat:
         raise NotImplementedError
 
     def missing(self, c: Config, kept: int | None) -> Mapping[str, Any]:
-        """What the format has no key for, and whether the drafter needs it."""
+        """Features that the format has no key for, and whether the drafter needs each."""
         raise NotImplementedError
 
     def parts(self, c: Config) -> Table:
-        """The head's tensors, by their names of today."""
+        """The head's tensors, by their current names."""
         raise NotImplementedError
 
     def todays_name(self, name: str) -> str:
-        """A tensor's, of a file of any age and program."""
+        """The current name of a tensor in a file of any version or program."""
         return name
 
     def written_name(self, name: str) -> str:
-        """What a tensor is called in a file."""
+        """The name of a tensor in a written file."""
         return name
 
     def repeated(self, tables: TargetParams | Vocabulary) -> Mapping[str, jax.Array]:
-        """The target's tables that a file repeats, and that must be those of the target."""
+        """The target's arrays that a file repeats, which must equal the target's."""
         return {}
 
     def prepare(self, tensors: DrafterTensors, c: Config) -> None:
         """Gives a file's tensors the shapes of `parts`.
 
         Raises:
-          ValueError: they are of another kind of drafters with the same keys.
+          ValueError: they belong to another kind of drafter with the same keys.
         """
 
     def arranged(
         self, tensors: dict[str, np.ndarray], kept: np.ndarray | None
     ) -> dict[str, np.ndarray]:
-        """The inverse: the head's tensors as a file has them.
+        """The inverse of `prepare`: the head's tensors as in a file.
 
         Args:
           kept: the draft vocabulary, ids [V']; None for all.
@@ -93,11 +93,11 @@ class DrafterFormat:
         target: TargetParams,
         dtype,
     ) -> dict[str, Any]:
-        """The file's own tables, as arguments of `registry.trained`.
+        """The file's own draft vocabulary, embedding and LM head, as arguments of
+        `registry.trained`.
 
         Raises:
-          ValueError: one is damaged or of another shape than `raw`, the file's `config.json`,
-            says.
+          ValueError: one is damaged, or its shape contradicts `raw`, the `config.json`.
         """
         raise NotImplementedError
 
@@ -107,7 +107,7 @@ class DrafterFormat:
         """The tensors of a vocabulary, besides those of `repeated`.
 
         Raises:
-          ValueError: the format has none for it.
+          ValueError: the format cannot express it.
         """
         raise NotImplementedError
 
@@ -121,6 +121,6 @@ class DrafterFormat:
         for what, wanted in missing.items():
             if wanted:
                 raise ValueError(
-                    f"format {self.name!r} has no key for {what}, so that other programs would "
-                    "run the drafter differently; choose another format"
+                    f"format {self.name!r} has no key for {what}, so other programs would run "
+                    "the drafter differently; choose another format"
                 )

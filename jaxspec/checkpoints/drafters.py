@@ -46,8 +46,8 @@ from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.params import TargetParams
 from jaxspec.models.scaled import by_value
 
-INTEGERS = (DRAFT_TOKENS, OFFSETS, MEMBERS)  # tensors that are no weights
-MASK = "mask_embedding.pt"  # of MiMo's drafters: the mask's embedding is not the target's
+INTEGERS = (DRAFT_TOKENS, OFFSETS, MEMBERS)  # tensors that are not weights
+MASK = "mask_embedding.pt"  # of MiMo's drafters, whose mask embedding is not the target's
 SHIPPED = "shipped"  # name of the drafter in this package, for the catalog's default target
 
 
@@ -58,11 +58,11 @@ def load_drafter(
     tree: TreeConfig,
     dtype=jnp.float32,
 ) -> tuple[Drafter, BlockParams | EagleParams]:
-    """A published drafter for a target.
+    """Loads a published drafter for a target.
 
     Args:
-      name_or_path: a folder or a hub name, either with `::subfolder` after it.
-      tree: what it shall draft.
+      name_or_path: a folder or a hub name, optionally followed by `::subfolder`.
+      tree: tree to draft.
       dtype: of its weights in memory.
 
     Raises:
@@ -73,8 +73,8 @@ def load_drafter(
     raw = read_json(folder / "config.json")
     if (folder / MASK).exists():
         raise ValueError(
-            f"{folder} holds '{MASK}', an embedding of the mask beside the target's, which is "
-            "not supported; expected a drafter whose mask is a token of the target"
+            f"{folder} holds '{MASK}', a mask embedding of its own, which is not supported; "
+            "expected a drafter whose mask is a token of the target"
         )
     format, config = recognise(raw, folder), from_json(raw, folder, target_config)
     tensors = DrafterTensors(folder, INTEGERS, format.todays_name)
@@ -93,7 +93,7 @@ def load_drafter(
 
 
 def read_drafter_config(name_or_path: str | Path, target: TargetConfig) -> Config:
-    """The configuration alone of a published drafter for a target; errors as `load_drafter`."""
+    """Only the configuration of a published drafter for a target; errors as `load_drafter`."""
     folder = drafter_folder(name_or_path)
     return from_json(read_json(folder / "config.json"), folder, target)
 
@@ -105,24 +105,23 @@ def save_drafter(
     format: str | None = None,
     verifier: str | None = None,
 ) -> None:
-    """Writes `config.json` and `model.safetensors` as the original stack reads them.
+    """Writes `config.json` and `model.safetensors` as the format's own programs read them.
 
     Args:
       folder: must not hold a checkpoint yet.
-      params: the weights' dtype is the file's.
-      format: one of `drafter_config.NAMES`; None takes the one that can express the
-        configuration, without the target's vocabulary where the format leaves it out.
+      params: weights, whose dtype is also the file's.
+      format: one of `drafter_config.NAMES`; None: a format that can express the configuration.
       verifier: the target's hub name or path from the folder, which speculators' format names.
 
     Raises:
-      ValueError: the format cannot express the drafter, the folder is in use, or a weight
-        is no finite number or absurdly large.
+      ValueError: the format cannot express the drafter, the folder holds a checkpoint, or a
+        weight is not finite or absurdly large.
     """
     folder, config, vocabulary = Path(folder), drafter.config, params.vocabulary
     if isinstance(drafter, MtpDrafter):
         raise ValueError(
             f"{folder} is not written: an MTP layer is part of its target's checkpoint, and no "
-            "drafter's format has a place for it"
+            "drafter format can hold it"
         )
     name = format or default_format(config)
     check_unused(folder)
@@ -147,7 +146,7 @@ def save_temperatures(folder: str | Path, temperatures: Sequence[float]) -> None
     """Writes the confidence head's temperatures into the `config.json` of a drafter's folder.
 
     Raises:
-      ValueError: the folder holds no drafter, or one that they do not fit.
+      ValueError: the folder holds no drafter, or the temperatures do not fit it.
     """
     path = Path(folder) / "config.json"
     raw = read_json(path)
@@ -173,10 +172,10 @@ def _temperatures(found: Any, config: Config, origin: Any) -> list[float]:
 
 
 def drafter_folder(name_or_path: str | Path) -> Path:
-    """The folder of a drafter: `shipped`, `path`, `hub/name`, or one with `::subfolder`.
+    """The folder of a drafter: `shipped`, a path, or a hub name, optionally with `::subfolder`.
 
     Raises:
-      ValueError: there is none, or the subfolder leads out of it.
+      ValueError: it does not exist, or the subfolder leads out of it.
     """
     if name_or_path == SHIPPED:
         return Path(__file__).parents[1] / "shipped" / "smollm2-135m"

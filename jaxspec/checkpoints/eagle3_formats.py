@@ -11,9 +11,10 @@ eagle3       `eagle_aux_hidden_state_layer_ids` in
              layers 1, n/2 - 1 and n - 4
 ===========  ==============================================
 
-`eagle3` are the files of the EAGLE repository, AngelSlim, SpecForge and NeMo. The key
-`norm_output` means two things: that what is fed back has passed the final norm, or, in
-SpecForge's files (`LlamaForCausalLMEagle3`), whether the LM head reads it after the norm.
+`eagle3` is the format of the EAGLE repository, AngelSlim, SpecForge and NeMo. The key
+`norm_output` has two meanings: the fed-back output has passed the final norm, or, in
+SpecForge's files (`LlamaForCausalLMEagle3`), whether the LM head reads the output after the
+norm.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class EagleSpeculators(EagleFormat):
         return make(self.kind, whole, layer, taps, **self.own_fields(whole))
 
     def own_fields(self, whole: JsonConfig) -> dict[str, Any]:
-        """Fields that other formats of the kind read otherwise."""
+        """Fields that other formats of EAGLE-3 drafters read differently."""
         return {"steps": _steps(whole), "feedback_after_norm": whole.flag("norm_output")}
 
     def to_json(self, c, dtype, *, kept, verifier):
@@ -84,7 +85,7 @@ class EagleSpeculators(EagleFormat):
 
 
 class ParallelEagleSpeculators(EagleSpeculators):
-    """P-EAGLE's, which adds a mask; the file's embedding was trained with it."""
+    """P-EAGLE's format, which adds a mask; the file's embedding was trained too."""
 
     kind = ParallelEagleConfig
     type = "peagle"
@@ -100,7 +101,7 @@ class ParallelEagleSpeculators(EagleSpeculators):
 
 
 class EagleDeepSpec(EagleFormat):
-    """DeepSpec's: layers of a Qwen3, no norms of features, all keys at the top."""
+    """DeepSpec's format: Qwen3 layers, no feature norms, all keys at the top."""
 
     name = "deepspec"
 
@@ -138,7 +139,7 @@ class EagleDeepSpec(EagleFormat):
 
 
 class EagleOriginal(EagleFormat):
-    """The EAGLE repository's, as SpecForge and SGLang read it."""
+    """The EAGLE repository's format, as SpecForge and SGLang read it."""
 
     name = "eagle3"
     repeats_embedding = False
@@ -196,12 +197,12 @@ def _check_one_layer(whole: JsonConfig) -> None:
 
 
 def _beyond_one_layer(c: EagleConfig) -> dict[str, bool]:
-    """What files without layers of their own in the configuration cannot say."""
+    """Features that files of a single layer lack, and whether the drafter has each."""
     return {f"{c.num_layers} layers": c.num_layers > 1, "windows": any(c.window)}
 
 
 def _steps(whole: JsonConfig) -> int:
-    """Tokens drafted per round, where `speculators_config` says it."""
+    """Tokens drafted per round, by `speculators_config`."""
     found = whole.get("speculators_config", {})
     methods = found.get("proposal_methods") if isinstance(found, dict) else None
     if isinstance(methods, list) and methods and isinstance(methods[0], dict):

@@ -1,7 +1,7 @@
-"""What the formats of EAGLE-3 drafters share.
+"""Common parts of the formats of EAGLE-3 drafters.
 
-The embedding and the LM head of a file are used where they are not the target's own. Tensors
-are read under speculators' names: a layer is `layers.0`, prefixes are taken off.
+A file's embedding and LM head are used if they differ from the target's. Tensors are read under
+speculators' names: a layer is `layers.0`, and prefixes are removed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.models.scaled import by_value
 
 TAPS, OWN = "eagle_aux_hidden_state_layer_ids", "eagle_config"
-# Training, the target's own vocabulary, and what a drafter of one layer cannot look at.
+# Harmless keys: training, the target's vocabulary, and those without effect on one layer.
 EAGLE_HARMLESS = HARMLESS | {
     *("eos_token_id", "embed_requires_grad", "step_loss_decay", "draft_num_hidden_layers"),
     *("speculators_model_type", "speculators_config", "speculators_version"),
@@ -43,7 +43,7 @@ class EagleFormat(DrafterFormat):
     """A format of EAGLE-3 drafters.
 
     Attributes:
-      repeats_embedding: files hold the embedding even where it is the target's.
+      repeats_embedding: whether files hold the embedding even if it is the target's.
     """
 
     kind = EagleConfig
@@ -93,7 +93,7 @@ class EagleFormat(DrafterFormat):
 
 
 def layers_from_json(layer: JsonConfig) -> dict[str, Any]:
-    """What the drafter's layers are, from the keys of a Llama or a Qwen3."""
+    """Fields of the drafter's layers, from the keys of a Llama or a Qwen3."""
     kind = layer.one_of("model_type", ("llama", "qwen3"), "llama")
     layer.one_of("hidden_act", ("silu",), "silu")
     layer.one_of("attention_bias", (False,), False)
@@ -117,7 +117,7 @@ def layers_from_json(layer: JsonConfig) -> dict[str, Any]:
 
 
 def layers_to_json(c: EagleConfig) -> dict[str, Any]:
-    """The inverse."""
+    """The inverse of `layers_from_json`."""
     raw = layer_sizes.to_json(c) | {
         "attention_bias": False,
         "bos_token_id": None,
@@ -137,7 +137,7 @@ def layers_to_json(c: EagleConfig) -> dict[str, Any]:
 
 
 def norms_from_json(whole: JsonConfig) -> dict[str, Any]:
-    """Fields of the norms but what `norm_output` means, by the keys at the top and inside."""
+    """Fields of the norms, except `norm_output`, from keys at the top and inside."""
     places = [whole]
     if whole.has(OWN):
         places.append(whole.section(OWN))
@@ -158,7 +158,7 @@ def norms_to_json(c: EagleConfig) -> dict[str, Any]:
 
 
 def taps_from_json(whole: JsonConfig, target: TargetConfig | None) -> tuple[int, ...]:
-    """Outputs of target layers, 0-based; without a key, those of EAGLE's own programs."""
+    """The taps, 0-based; without a key, the default of EAGLE's own programs."""
     found = {}
     if whole.has(TAPS):
         found["at the top"] = tuple(i - 1 for i in whole.items(TAPS, int))
@@ -182,11 +182,11 @@ def make(
     taps: tuple[int, ...],
     **fields: Any,
 ) -> EagleConfig:
-    """The configuration, once every key is accounted for.
+    """Makes the configuration, after checking that every key is known.
 
     Args:
-      kind: its type.
-      layer: where the keys of the layers are.
+      kind: type of the configuration.
+      layer: the object with the keys of the layers.
     """
     shape = layers_from_json(layer)
     config = whole.make(

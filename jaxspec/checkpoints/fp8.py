@@ -1,4 +1,4 @@
-"""Linear maps in fp8, in blocks of 128 x 128 as Qwen3-*-FP8 has them."""
+"""Quantises linear layers to fp8, in blocks of 128 x 128 as in Qwen3-*-FP8."""
 
 from __future__ import annotations
 
@@ -25,30 +25,32 @@ EMBEDDING = re.compile(r"model\.(?:language_model\.)?embed_tokens\.weight")
 
 
 class Fp8Tensors:
-    """The tensors of an unquantised folder with its linear maps in fp8.
+    """The tensors of an unquantised folder, with linear layers quantised to fp8.
 
-    Those of attention and feed-forward layers, experts included, and the last one of each gated
-    delta net. Its others, embedding, norms and router stay as they are stored, and the LM head
-    unless asked for.
+    These are the linear layers of attention and feed-forward layers, experts included, and the
+    last one of each gated delta net. All others, embedding, norms and router stay as stored,
+    and so does the LM head unless asked for.
 
     Attributes:
-      errors: by layer, of the tensors given last: the root mean square of what rounding
-        changed over that of the weights.
-      section: `quantization_config` of what is given.
+      errors: relative RMS rounding error by layer, of the last pass over `tensors`.
+      section: `quantization_config` of the result.
     """
 
     def __init__(self, folder: Path, *, lm_head: bool = False, tied: bool = False):
         """
         Args:
-          lm_head: in fp8 too.
-          tied: it is the embedding, and becomes a tensor of its own.
+          lm_head: quantise the LM head too.
+          tied: whether the LM head is the embedding, and becomes a separate tensor.
         """
         self._tensors = SafetensorsFolder(folder)
         shapes = self._tensors.shapes
         linear = {name: LINEAR.fullmatch(name) for name in shapes}
         self._layers = {n: found[1] for n, found in linear.items() if found}
         if not self._layers:
-            raise ValueError(f"{folder} has no linear maps named as Hugging Face names them")
+            raise ValueError(
+                f"{folder} has no linear layers under Hugging Face names ('…q_proj.weight'); "
+                "expected a Hugging Face checkpoint"
+            )
         self._sources = dict(zip(shapes, shapes, strict=True))
         if lm_head:
             self._layers[LM_HEAD] = "LM head"
@@ -77,10 +79,10 @@ class Fp8Tensors:
         }
 
     def tensors(self, desc: str) -> Iterator[tuple[str, np.ndarray]]:
-        """Every tensor by name, a linear map followed by its scales.
+        """Every tensor by name, each quantised one followed by its scales.
 
         Raises:
-          ValueError: a linear map holds what no weight can be.
+          ValueError: a linear layer has a value that no weight can have.
         """
         self._squares = defaultdict(lambda: np.zeros(2))
         for name, source in tqdm(self._sources.items(), desc=desc, unit="tensor"):
@@ -103,7 +105,7 @@ class Fp8Tensors:
 
 
 def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float8_e4m3fn values, and float32 scales of blocks, of a weight [O, I] float32.
+    """Quantises a weight [O, I] float32 to float8_e4m3fn values and float32 block scales.
 
     The largest value of a block becomes the largest of the format.
     """
@@ -116,7 +118,7 @@ def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dequantised(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The weight [O, I] float32 that values and scales stand for."""
+    """The weight [O, I] float32 of values and scales."""
     return Scaled(BLOCK).weight(values, scale)
 
 

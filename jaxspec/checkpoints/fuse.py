@@ -1,8 +1,8 @@
-"""From the tensors of a checkpoint to arrays that are made of several of them.
+"""Builds arrays from several tensors of a checkpoint.
 
-A table says for every array which tensors, or rows of them, it is made of, where each goes, and
-in which order of axes (`Part`). Arrays are built one at a time, tensor by tensor, piece by
-piece; of an array that is cut over devices, a process reads and builds only its own shards.
+A table lists, for every array, its tensors or rows of them, with their places and orders of
+axes (`Part`). Arrays are built one at a time, tensor by tensor, piece by piece; of a sharded
+array, a process reads and builds only its own shards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Box = tuple[tuple[int, int], ...]  # first and one past the last, per axis
 ALIGNMENT = 64  # bytes; JAX on the CPU adopts an aligned buffer instead of copying it
 LARGEST = 1e6  # of any weight; those of trained models stay below a few thousand
 LARGE = 1_000_000_000  # bytes; loading more shows progress
-READERS = 2  # arrays at a time; of large checkpoints one, for the sake of memory
+READERS = 2  # arrays read at a time; one for large checkpoints, to save memory
 
 
 class Tensors(Protocol):
@@ -35,7 +35,7 @@ class Tensors(Protocol):
 
     Attributes:
       origin: the file or folder, for messages.
-      shapes: of every tensor, as stored; a linear map is [out, in].
+      shapes: shape of every tensor as stored; a linear layer is [out, in].
     """
 
     origin: str
@@ -44,8 +44,8 @@ class Tensors(Protocol):
     def pieces(
         self, name: str, shape: tuple[int, ...], box: Box, skip: int = 0
     ) -> Iterator[tuple[Box, np.ndarray]]:
-        """Boxes that make up `box` of a tensor, seen as `shape` past its first `skip` values,
-        and their values."""
+        """Boxes that together cover `box`, with their values. The tensor is viewed as `shape`
+        after its first `skip` values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Part:
     """The place of a tensor, or of some of its rows, in an array.
 
     Attributes:
-      name: of the tensor.
-      shape: that the tensor must have.
-      index: where it goes in the array.
+      name: name of the tensor.
+      shape: the shape that the tensor must have.
+      index: its place in the array.
       axes: the axes of `array[index]` in the tensor's order; adjacent ones may be merged in
         the tensor, as [K * D] for [K, D].
-      rows: first and one past the last, of the tensor's first axis; None for all.
+      rows: half-open range of the tensor's first axis; None for all.
       offset: added to the tensor's values.
     """
 
@@ -71,19 +71,19 @@ class Part:
 
     @property
     def own_shape(self) -> tuple[int, ...]:
-        """Of the rows of the tensor that are placed."""
+        """Shape of the tensor's rows that are placed."""
         if self.rows is None:
             return self.shape
         return (self.rows[1] - self.rows[0], *self.shape[1:])
 
     @property
     def size(self) -> int:
-        """Values that are placed."""
+        """Number of values that are placed."""
         return math.prod(self.own_shape)
 
     @property
     def skip(self) -> int:
-        """Values of the tensor before them."""
+        """Number of the tensor's values before those placed."""
         return self.rows[0] * math.prod(self.shape[1:]) if self.rows else 0
 
     def within(self, shape: tuple[int, ...]) -> Box:
@@ -105,13 +105,13 @@ class Part:
 
 
 def build(tensors: Tensors, table: Any, specs: Any, mesh: Mesh | None = None) -> Any:
-    """The arrays of a pytree.
+    """Builds the arrays of a pytree.
 
     Args:
-      table: in place of every array the `Part`s that make it; checked (`check_tensors`).
-      specs: their shapes and dtypes.
-      mesh: devices to cut the arrays over (`jaxspec.sharding`), of all processes if there are
-        several; each reads what its own devices hold. None is the default device.
+      table: the `Part`s of every array, checked by `check_tensors`.
+      specs: shapes and dtypes of the arrays.
+      mesh: devices of all processes to shard the arrays over (`jaxspec.sharding`); each process
+        reads the shards of its own devices. None: the default device.
 
     Raises:
       ValueError: a tensor holds a value that no weight can have.
@@ -166,7 +166,7 @@ def check_dtype(dtype) -> np.dtype:
 
 
 def check_weights(values: np.ndarray, name: str, origin: str) -> None:
-    """Raises ValueError if a tensor, in the dtype asked for, holds what no weight can be."""
+    """Raises ValueError if a tensor, in the requested dtype, has a value no weight can have."""
     # Magnitudes are in the order of their bits, NaN last: ten times as fast as max and min.
     bits = values.view(f"u{values.itemsize}") & ((1 << 8 * values.itemsize - 1) - 1)
     most = float(bits.max(initial=0).reshape(1).view(values.dtype)[0])
@@ -187,7 +187,7 @@ class _Boxes:
     """The shards of one array that this process holds.
 
     Attributes:
-      devices: of every box; several where an axis of the mesh does not cut the array.
+      devices: devices of every box; several if a mesh axis does not shard the array.
       sharding: None for the default device.
     """
 
@@ -220,8 +220,7 @@ def check_tensors(tensors: Tensors, table: Any, redundant: Sequence[str] = ()) -
     """Raises ValueError unless a checkpoint has the tensors of a table, and no others.
 
     Args:
-      redundant: others that it may have: they repeat what is known. Precomputed rotary
-        frequencies do too.
+      redundant: further tensors that it may have, besides precomputed rotary frequencies.
     """
     parts = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Part))
     expected = {part.name: part.shape for part in parts}
@@ -266,7 +265,7 @@ def _more(names: list[str]) -> str:
 def _place(
     tensors: Tensors, part: Part, shape: tuple[int, ...], shards: Mapping[Box, np.ndarray]
 ) -> Iterator[int]:
-    """Copies a tensor into the shards of an array; yields how many values were placed."""
+    """Copies a tensor into the shards of an array; yields the number of values placed."""
     place, order = part.within(shape), part.order(len(shape))
     origin = [place[axis][0] for axis in order]
     seen_as = tuple(place[axis][1] - place[axis][0] for axis in order)
@@ -295,7 +294,7 @@ def _place(
             for axis, (start, stop), low in zip(order, overlap, origin, strict=True):
                 rows[axis] = (start + low, stop + low)
             target = shards[box][slices(rows, box)]
-            with np.errstate(over="ignore"):  # found below, with the tensor's name
+            with np.errstate(over="ignore"):  # overflow is reported with the tensor's name
                 source = values[slices(overlap, piece)].astype(target.dtype, copy=False)
             target[...] = source.transpose(np.argsort(order)).reshape(target.shape)
             check_weights(target, part.name, tensors.origin)
@@ -310,7 +309,7 @@ def _overlap(a: Box, b: Box) -> Box | None:
 
 
 def slices(box: Sequence[tuple[int, int]], origin: Box) -> tuple[slice, ...]:
-    """Where `box` lies in an array that begins at the first corner of `origin`."""
+    """Slices of `box` in an array whose first corner is that of `origin`."""
     return tuple(
         slice(start - low, stop - low)
         for (start, stop), (low, _) in zip(box, origin, strict=True)

@@ -105,16 +105,16 @@ def load_params(
     """The weights, dequantised one tensor at a time, see `target_weights.load`."""
     if stored:
         raise ValueError(
-            f"{path} is a GGUF file; weights 'stored' keeps fp8 alone: leave it out"
+            f"{path} is a GGUF file; weights 'stored' is for fp8 checkpoints: leave it out"
         )
     return target_weights.load(config, _LlamaTensors(open_gguf(path), config), dtype, mesh)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer | None:
-    """The tokenizer in the metadata, None if it has none: byte-level BPE as SmolLM2's.
+    """The tokenizer in the metadata, byte-level BPE as SmolLM2's; None if there is none.
 
     Raises:
-      ValueError: it is of another kind.
+      ValueError: the tokenizer is of another kind.
     """
     file = open_gguf(path)
     if "tokenizer.ggml.model" not in file.metadata:
@@ -135,12 +135,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
         )
     except Exception as error:  # of many kinds: ids past the end, merges of unknown tokens
         raise ValueError(
-            f"the tokenizer in {path} cannot be made ({error}); download it again"
+            f"the tokenizer in {path} is damaged ({error}); download it again"
         ) from error
 
 
 class _LlamaTensors:
-    """The file's tensors as Hugging Face names and orders them."""
+    """The file's tensors under Hugging Face names and in its row order."""
 
     def __init__(self, file: GgufFile, config: TargetConfig):
         self.origin = str(file.path)
@@ -160,7 +160,7 @@ class _LlamaTensors:
 
 
 def _rename(name: str) -> str:
-    """A name without a counterpart stays, for `fuse` to refuse."""
+    """The Hugging Face name; an unknown name stays as it is, and `fuse` refuses it."""
     for pattern, replacement in NAMES.items():
         if re.fullmatch(pattern, name):
             return re.sub(pattern, replacement, name)

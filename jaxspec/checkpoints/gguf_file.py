@@ -22,7 +22,7 @@ import numpy as np
 
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 STRING, ARRAY = 8, 9
-ROWS = 16  # that are dequantised as one, where their number allows it
+ROWS = 16  # rows dequantised together, if their number allows it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +34,10 @@ class _Entry:
 
 
 def open_gguf(path: str | Path) -> GgufFile:
-    """The file, whose directory is parsed once as long as it stays the same; errors as there.
+    """Opens a file; an unchanged file is parsed only once. Errors as in `GgufFile`.
 
-    Configuration, tokenizer and weights are asked for one after another, and a vocabulary
-    takes most of a second to parse.
+    Configuration, tokenizer and weights are loaded one after another, and parsing a vocabulary
+    takes most of a second.
     """
     with contextlib.suppress(OSError):
         found = os.stat(path)
@@ -51,7 +51,7 @@ def _opened(path: Path, inode: int, size: int, modified: int) -> GgufFile:
 
 
 class GgufFile:
-    """Metadata and tensor directory, read at once; tensors on demand.
+    """Metadata and tensor directory of a file; tensors are read on demand.
 
     Attributes:
       metadata: key -> number, bool, string or list.
@@ -64,7 +64,7 @@ class GgufFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise ValueError(f"there is no file {path}; expected a GGUF file")
+            raise ValueError(f"{path} does not exist; expected a GGUF file")
         try:
             with open(self.path, "rb") as stream:
                 self.metadata, self._entries = _parse(_Cursor(stream, self.path))
@@ -79,7 +79,7 @@ class GgufFile:
         entry = self._entries[name]
         data = np.fromfile(self.path, np.uint8, entry.size, offset=entry.offset)
         row = gguf.quant_shape_to_byte_shape(entry.shape, entry.kind)[-1]
-        # The library works on 16 rows at a time; blocks do not know how long rows are.
+        # The library works on 16 rows at a time; blocks are independent of row lengths.
         row *= math.gcd(len(data) // row, ROWS)
         try:
             with np.errstate(all="ignore"):  # scales of a damaged file overflow
@@ -113,7 +113,7 @@ class _Cursor:
         return self.take(self.scalar("Q")).decode("utf-8")
 
     def strings(self, count: int) -> list[str]:
-        """`string` so many times; a vocabulary has 100,000."""
+        """`count` strings, read fast, as a vocabulary has 100,000."""
         data, size, found, end = self.data, self.size, [], self.position
         for _ in range(count):
             start = end + 8

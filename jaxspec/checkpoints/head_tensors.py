@@ -1,4 +1,4 @@
-"""The tensors of draft heads, and where each goes."""
+"""The tensors of draft heads, and their places in the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxspec.drafters.eagle_head import EagleConfig, ParallelEagleConfig
 
 
 def block_parts(c: DrafterConfig) -> Table:
-    """For every weight of a block drafter's head, by its path, the tensors it is made of."""
+    """The tensors of every weight of a block drafter's head, by path."""
     width = c.hidden_size
     table = {
         ("fc",): linear("fc.weight", width, len(c.taps) * width),
@@ -35,7 +35,7 @@ def block_parts(c: DrafterConfig) -> Table:
 
 
 def eagle_parts(c: EagleConfig) -> Table:
-    """Those of an EAGLE-3 or P-EAGLE drafter's head."""
+    """The tensors of every weight of an EAGLE-3 or P-EAGLE head, by path."""
     width, each, tapped = c.hidden_size, c.target_hidden_size, len(c.taps)
     table = {
         ("fc",): linear("fc.weight", width, tapped * each),
@@ -65,7 +65,7 @@ def _layer_parts(
     """The weights of a layer whose tensors' names begin with `layer`.
 
     Args:
-      inputs: width of what its attention reads.
+      inputs: width of its attention's input.
     """
     width, dim = c.hidden_size, c.head_dim
     queries, keys = c.num_heads * dim, c.num_kv_heads * dim

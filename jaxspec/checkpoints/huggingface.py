@@ -34,17 +34,17 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
 }
 MODEL_TYPES = (*ARCHITECTURES, *hybrid.MODEL_TYPES)
-OLDER_GPUS = ("7.0", "7.2", "7.5", "8.0", "8.6", "8.7")  # of NVIDIA, without fp8
-WEIGHTS = "weights.orbax"  # folder of a converted checkpoint, in place of safetensors
+OLDER_GPUS = ("7.0", "7.2", "7.5", "8.0", "8.6", "8.7")  # NVIDIA capabilities without fp8
+WEIGHTS = "weights.orbax"  # folder in a converted checkpoint, instead of safetensors
 
 
 def resolve(name_or_path: str | Path) -> Path:
     """A local file or folder as it is; a hub name as the folder of its downloaded snapshot.
 
-    The hub's cache is used where the hub cannot be reached. Pickled weights are not fetched.
+    The hub's cache is used if the hub cannot be reached. Pickled weights are not downloaded.
 
     Raises:
-      ValueError: there is no such path, and the hub cannot supply such a name.
+      ValueError: there is no such path, and the hub does not supply such a name.
     """
     path = Path(name_or_path).expanduser()
     if path.exists():
@@ -120,18 +120,18 @@ def read_config(folder: str | Path) -> TargetConfig:
 
 
 def config_to_json(c: TargetConfig) -> dict[str, Any]:
-    """`config.json` of a model that is no hybrid: what `read_config` reads the same of.
+    """`config.json` of a model that is not a hybrid; the inverse of `read_config`.
 
     Raises:
-      ValueError: none of the model types has such layers.
+      ValueError: no supported model type has such layers.
     """
     kind = "qwen3_moe" if c.sparse_layers else "qwen3" if c.qk_norm else "llama"
     kind = "qwen2" if c.attention_bias else kind
     hybrid_only = c.delta_net or c.attention_gate or c.zero_centered_norms or c.rotary_dim
     if hybrid_only or c.qk_norm != kind.startswith("qwen3") or c.shared_expert_size:
         raise ValueError(
-            f"there is no {kind!r} with the layers of {c}; expected a Qwen2, a Qwen3 (dense or "
-            "a mixture of experts) or a Llama"
+            f"{kind!r} does not have the layers of {c}; expected a Qwen2, a Qwen3 (dense or a "
+            "mixture of experts) or a Llama"
         )
     rope = rope_to_json(c.rope_theta, c.rope_scaling)
     if c.sliding_rope_theta is not None:
@@ -144,7 +144,7 @@ def config_to_json(c: TargetConfig) -> dict[str, Any]:
         "rope_parameters": rope,
         "tie_word_embeddings": c.tie_embeddings,
     }
-    if kind != "qwen2":  # whose biases no key says
+    if kind != "qwen2":  # Qwen2 has biases without a key
         raw["attention_bias"] = False
     if c.windows:
         raw |= windows_to_json(c.windows)
@@ -194,10 +194,10 @@ def load_params(
     See `target_weights.load` for memory, errors and `mesh`.
 
     Args:
-      stored: those of 8 bits stay so (`kept.keep`).
+      stored: hold fp8 weights in 8 bits (`kept.keep`).
 
     Raises:
-      ValueError: there are none to stay.
+      ValueError: `stored`, and the weights are not in fp8.
     """
     folder = Path(folder)
     if stored:
@@ -229,15 +229,15 @@ def _check_fp8(folder: Path) -> None:
     if quantisation is None or not quantisation.fp8:
         by = "by value" if quantisation is None else f"as {quantisation.name}"
         raise ValueError(
-            f"{folder} is stored {by}; weights 'stored' keeps fp8: leave it out, or make such "
-            "a checkpoint (python -m jaxspec convert --dtype fp8)"
+            f"{folder} is stored {by}; weights 'stored' needs fp8: leave it out, or make an "
+            "fp8 checkpoint (python -m jaxspec convert --dtype fp8)"
         )
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", "")
     if device.platform == "gpu" and capability in OLDER_GPUS:
         raise ValueError(
             f"{device.device_kind} has compute capability {capability}; weights 'stored' needs "
-            "8.9 or newer (Ada, Hopper), which converts fp8: leave it out"
+            "8.9 or newer (Ada, Hopper) for fp8: leave it out"
         )
 
 
@@ -256,12 +256,12 @@ def _config(path: Path) -> JsonConfig:
 def _refuse_unsupported(raw: JsonConfig, model_type: str) -> None:
     raw.one_of("hidden_act", ("silu",), "silu")
     raw.one_of("mlp_bias", (False,), False)
-    if model_type != "qwen2":  # elsewhere the flag adds a bias to the output projection too
+    if model_type != "qwen2":  # in others the flag adds a bias to the output projection too
         raw.one_of("attention_bias", (False,), False)
 
 
 def _rope(raw: JsonConfig, is_hybrid: bool) -> dict[str, Any]:
-    """Fields of `TargetConfig`; only layers that slide may have a base of their own."""
+    """Rotary fields of `TargetConfig`; only sliding layers may have another base."""
     theta, scaling = read_rope(raw, partial=is_hybrid)
     fields = {"rope_theta": theta, "rope_scaling": scaling}
     if is_hybrid:
@@ -280,7 +280,7 @@ def _rope(raw: JsonConfig, is_hybrid: bool) -> dict[str, Any]:
 
 
 def _eos_token_ids(folder: Path, *sources: JsonConfig) -> tuple[int, ...]:
-    """Those of config.json and its sections, then those only generation_config.json has."""
+    """Stop ids of config.json and its sections, then those only in generation_config.json."""
     sources = list(sources)
     if (folder / "generation_config.json").exists():
         sources.append(_config(folder / "generation_config.json"))

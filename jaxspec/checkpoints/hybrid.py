@@ -1,7 +1,7 @@
-"""Hybrid targets as Hugging Face packs them: Qwen3.5 and its successors, Qwen3-Next.
+"""Hybrid targets in Hugging Face's format: Qwen3.5 and its successors, Qwen3-Next.
 
-Qwen3.5's files hold a multimodal model, of which the text model is read, and a layer that
-predicts several tokens, which is a drafter (`checkpoints.mtp`).
+Qwen3.5's files hold a multimodal model, of which only the text model is read, and a
+multi-token-prediction layer, which is a drafter (`checkpoints.mtp`).
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ MODEL_TYPES = (*DENSE, *SPARSE, NEXT)
 NESTED, PLAIN = "model.language_model.", "model."
 PREDICTORS, VISION = ("mtp.", "model.mtp."), "model.visual."
 
-# Beside the text model's configuration: ids of images and videos, and what reads them.
+# Keys besides the text model's configuration: ids of images and videos, and their encoders.
 MULTIMODAL = (
     "vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id "
     "audio_token_id language_model_only"
 ).split()
 LINEAR, FULL = "linear_attention", "full_attention"
-DEFAULT_ROTARY = 0.25  # transformers', where a configuration does not say
+DEFAULT_ROTARY = 0.25  # transformers' default
 
 
 def text_section(raw: JsonConfig) -> JsonConfig:
-    """The text model's own configuration, of a multimodal one or a plain one.
+    """The text model's configuration, in a multimodal configuration or by itself.
 
     Raises:
-      ValueError: what both hold differs.
+      ValueError: a key differs between the two levels.
     """
     if not raw.has("text_config"):
         return raw
@@ -87,10 +87,10 @@ def _delta_net(text: JsonConfig, *, interleaved: bool) -> DeltaNetConfig:
 
 
 def layer_types(text: JsonConfig) -> tuple[str, ...]:
-    """Of every layer `LINEAR` or `FULL`; every fourth is full where only an interval is given.
+    """The type of every layer, `LINEAR` or `FULL`, listed or by an interval (default: 4).
 
     Raises:
-      ValueError: there are others, or too few.
+      ValueError: a type is unknown, or there are too few.
     """
     layers = text.integer("num_hidden_layers")
     interval = text.integer("full_attention_interval", 4)
@@ -102,7 +102,7 @@ def layer_types(text: JsonConfig) -> tuple[str, ...]:
 
 
 def _rotary_dim(text: JsonConfig) -> int:
-    """Dimensions of a head that rotate; the share may stand in `rope_parameters` or beside."""
+    """Rotated dimensions of a head; the share is in `rope_parameters` or beside it."""
     share = text.number("partial_rotary_factor", DEFAULT_ROTARY)
     for key in ("rope_parameters", "rope_scaling"):
         if text.has(key):
@@ -114,7 +114,7 @@ def _rotary_dim(text: JsonConfig) -> int:
 
 
 class NamedTensors:
-    """Some of a checkpoint's tensors, by names of our own.
+    """Some of a checkpoint's tensors, under other names.
 
     Attributes:
       origin, shapes: as in `Tensors`.

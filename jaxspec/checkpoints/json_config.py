@@ -1,5 +1,5 @@
-"""Values of a `config.json`: each refusal names the file, the key, what it is and what it
-should be; `JsonConfig.finish` accounts for the keys that nothing has read."""
+"""Reads values of a `config.json`. Errors name the file, the key, the value and what was
+expected; `JsonConfig.finish` checks the keys that were not read."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ REQUIRED = object()
 
 
 class JsonConfig:
-    """An object of a JSON file. A key that is absent or null takes the default of its reading.
+    """An object of a JSON file. A key that is absent or null has the default of the call.
 
-    Keys that are looked at count as read; `finish` accounts for the others.
+    Keys that were looked up count as read; `finish` checks the others.
 
     Attributes:
       values: the object itself.
       origin: the file or folder, for messages.
-      owner: whose configuration it is, for messages: "a target", "a drafter".
+      owner: "a target" or "a drafter", for messages.
     """
 
     def __init__(self, values: dict[str, Any], origin: Any, owner: str):
@@ -74,7 +74,7 @@ class JsonConfig:
         return tuple(value)
 
     def within(self, own: JsonConfig, key: str) -> JsonConfig:
-        """Where a key stands that programs look for in a section first, then at the top."""
+        """The object that has a key: the section `own` if it has it, else this one."""
         inside, top = own.has(key), self.has(key)
         return own if inside or not top else self
 
@@ -89,13 +89,13 @@ class JsonConfig:
         return self._sections[key]
 
     def finish(self, harmless: Collection[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
-        """Accounts for the keys that nothing has read, in the sections that were read too.
+        """Checks the keys that were not read, also in sections that were read.
 
-        Null is no value. Keys in neither table are named in one warning.
+        Null values are ignored. Keys in neither table are named in one warning.
 
         Args:
-          harmless: keys that may have any value; so may those that begin with "_".
-          neutral: values of keys at which they change nothing.
+          harmless: keys that may have any value, as may those that begin with "_".
+          neutral: by key, the values without effect.
 
         Raises:
           ValueError: a key of `neutral` has another value.
@@ -103,8 +103,8 @@ class JsonConfig:
         unknown = self._unknown(harmless, neutral)
         if unknown:
             warnings.warn(
-                f"{self.origin}: {', '.join(unknown)}: not known here and left out; if it "
-                "changes what the model computes, the output is not the model's",
+                f"{self.origin}: {', '.join(unknown)}: unknown and ignored; if it changes what "
+                "the model computes, the output is wrong",
                 stacklevel=2,
             )
 
@@ -128,7 +128,7 @@ class JsonConfig:
         )
 
     def make(self, config: type, **fields: Any) -> Any:
-        """`config(**fields)`; its own refusals begin with the file."""
+        """`config(**fields)`, with the file's name in front of its errors."""
         try:
             return config(**fields)
         except ValueError as error:
@@ -136,5 +136,5 @@ class JsonConfig:
 
 
 def _equal(value: Any, other: Any) -> bool:
-    """As JSON: true is not 1."""
+    """Equality as JSON: true is not 1."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)

@@ -16,11 +16,11 @@ from jaxspec.checkpoints.quantised import Stored
 from jaxspec.models.params import TargetParams, scaled_spec
 from jaxspec.models.scaled import ScaledWeight
 
-LEAST_BLOCK = 16  # values that share a scale: with fewer, scales take a quarter of the memory
+LEAST_BLOCK = 16  # fewest values per scale: below that, scales take a quarter of the memory
 
 
 class KeptTensors:
-    """Tensors of a checkpoint, some of them values of 8 bits, with their scales beside them.
+    """Tensors of a checkpoint, some of them 8-bit values, with their scales.
 
     Attributes:
       origin, shapes: as in `fuse.Tensors`.
@@ -34,13 +34,13 @@ class KeptTensors:
         self._scales: dict[str, np.ndarray] = {}
 
     def keep(self, part: Part, stored: Stored, block: tuple[int, int]) -> Part:
-        """From now on the values of a part are those of 8 bits.
+        """Makes a part's values the stored 8-bit ones.
 
         Args:
-          block: outputs and inputs that share a scale in the model; within those of the file.
+          block: outputs and inputs per scale in the model, at most those of the file.
 
         Returns:
-          The place of the scales, where the part is that of the values.
+          The part of the scales that belongs to this part of the values.
         """
         rows, columns = (
             np.arange(0, n, own) // of_file
@@ -67,13 +67,14 @@ class KeptTensors:
 def keep(
     specs: TargetParams, table: TargetParams, tensors: Any, devices: int
 ) -> tuple[TargetParams, TargetParams, KeptTensors]:
-    """Shapes, parts and tensors that load 8 bits where these are stored.
+    """Shapes, parts and tensors that load 8-bit values where they are stored.
 
-    A matrix stays if all tensors it is made of are float8_e4m3fn and it is one of
-    `models.params.SCALABLE`. A warning names what is dequantised all the same.
+    A matrix stays in 8 bits if all its tensors are float8_e4m3fn and it is one of
+    `models.params.SCALABLE`. A warning names matrices that are dequantised all the same.
 
     Args:
-      specs, table: of the weights by value (`abstract_params`, `target_weights.target_parts`).
+      specs, table: of the unquantised weights (`abstract_params`,
+        `target_weights.target_parts`).
       tensors: `QuantisedFolder`, or a view of one.
       devices: see `scaled_spec`.
     """
@@ -106,7 +107,7 @@ def keep(
 def _parts(
     scaled: ScaledWeight, parts: tuple[Part, ...], stored: list[Stored], kept: KeptTensors
 ) -> ScaledWeight:
-    """The parts of the values, and those of the scales."""
+    """The parts of a weight's values, and those of its scales."""
     ends = (-scaled.inputs - 1, -1)  # the last axis of outputs, and that of inputs
     block = tuple(scaled.values.shape[i] // scaled.scale.shape[i] for i in ends)
     values = tuple(_outputs_first(part, scaled) for part in parts)
@@ -115,7 +116,7 @@ def _parts(
 
 
 def _outputs_first(part: Part, scaled: ScaledWeight) -> Part:
-    """The part of an array by value in the values of 8 bits, whose outputs come first."""
+    """A part of an unquantised array as a part of the 8-bit values, stored outputs first."""
     index = part.index if isinstance(part.index, tuple) else (part.index,)
     index = () if part.index is ... else index
     index += (slice(None),) * (scaled.values.ndim - len(index))

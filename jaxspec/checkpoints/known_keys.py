@@ -1,8 +1,8 @@
-"""Keys of a `config.json` that no reader uses: which may hold anything, which one value only.
+"""Keys of a `config.json` that no reader uses: those with any value, and those with few.
 
-`JsonConfig.finish` looks here for every key that was not read. A key in `HARMLESS` describes
-the file, training or another program. A key in `NEUTRAL` changes what the model computes,
-except at the values listed: any other value is refused by the key's name.
+`JsonConfig.finish` looks up every key that was not read. A key in `HARMLESS` describes the
+file, training or another program. A key in `NEUTRAL` changes what the model computes except at
+the listed values: any other value is refused by the key's name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HARMLESS = frozenset(
     "transformers.js_config unsloth_fixed unsloth_version unsloth_tokenized seq_length "
     "is_llama_config max_sequence_length tokenizer_model_max_length model_max_length "
     "hf_version format_version "
-    # how another program computes the same
+    # how another program computes the same function
     "use_cache attn_implementation use_flash_attn use_flash_attention flash_attn "
     "pretraining_tp chunk_size_feed_forward torchscript use_bfloat16 use_mps return_dict "
     "return_dict_in_generate gradient_checkpointing cache_implementation low_cpu_mem_usage "
@@ -27,7 +27,7 @@ HARMLESS = frozenset(
     "initializer_factor init_std router_aux_loss_coef router_z_loss_coef "
     "output_router_logits router_jitter_noise problem_type id2label label2id num_labels "
     "finetuning_task ignore_index "
-    # ids that end nothing, and defaults of other programs' generation
+    # ids that do not end a text, and other programs' generation defaults
     "bos_token_id pad_token_id unk_token_id sep_token_id cls_token_id "
     "decoder_start_token_id forced_bos_token_id forced_eos_token_id suppress_tokens "
     "begin_suppress_tokens bad_words_ids prefix task_specific_params do_sample temperature "
@@ -36,9 +36,9 @@ HARMLESS = frozenset(
     "repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size "
     "exponential_decay_length_penalty remove_invalid_values output_attentions "
     "output_hidden_states output_scores "
-    # of no effect without the key that decides: use_sliding_window, a kind of rotary scaling
+    # without effect unless another key is set: use_sliding_window, a kind of rotary scaling
     "max_window_layers original_max_position_embeddings "
-    # of heads that predict several tokens, which are not loaded
+    # multi-token-prediction heads, which are not loaded
     "mtp mtp_num_hidden_layers mtp_use_dedicated_embeddings".split()
 )
 
@@ -121,6 +121,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "scoring_func": ("softmax",),
     "score_function": ("softmax",),
     "moe_router_enable_expert_bias": (False,),
-    # the weights are not what they seem
+    # changed weights
     "pruned_heads": ({}, []),
 }

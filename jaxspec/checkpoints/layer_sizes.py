@@ -1,5 +1,4 @@
-"""The keys of a `config.json` by which a Llama and a Qwen3 say their layers' sizes; targets and
-drafters share them."""
+"""Layer sizes in the `config.json` of a Llama or a Qwen3, target or drafter."""
 
 from __future__ import annotations
 
@@ -9,11 +8,11 @@ from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.drafters.eagle_head import EagleConfig
 
-MAX_POSITIONS = 40_960  # of a drafter whose configuration does not say
+MAX_POSITIONS = 40_960  # default for drafters
 
 
 def from_json(raw: JsonConfig) -> dict[str, Any]:
-    """Fields of a drafter's configuration, but the number of layers and a head's dimension."""
+    """Size fields of a drafter's configuration, except number of layers and head dimension."""
     heads = raw.integer("num_attention_heads")
     return dict(
         vocab_size=raw.integer("vocab_size"),
@@ -27,7 +26,7 @@ def from_json(raw: JsonConfig) -> dict[str, Any]:
 
 
 def to_json(c: TargetConfig | DrafterConfig | EagleConfig) -> dict[str, Any]:
-    """The keys of the sizes, with those that have one value in all models here."""
+    """The keys of the sizes, and those with the same value in all models here."""
     return {
         "attention_dropout": 0.0,
         "head_dim": c.head_dim,

@@ -1,4 +1,4 @@
-"""Multi-token prediction layers, read from their target's own checkpoint as its drafter."""
+"""Loads multi-token-prediction layers from their target's checkpoint, as its drafter."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def load(
     """The drafter inside a target's checkpoint.
 
     Args:
-      path: of the target's folder, as published.
-      tree: what it shall draft.
+      path: the target's folder, as published.
+      tree: tree to draft.
       dtype: of its weights in memory.
 
     Raises:
@@ -46,8 +46,8 @@ def load(
     further = next((name for name in tensors.shapes if name.startswith("mtp.layers.1.")), None)
     if further is not None:
         raise ValueError(
-            f"{path}: tensor '{further}' is of a second MTP layer; expected one, which is run "
-            "again for every token"
+            f"{path}: tensor '{further}' belongs to a second MTP layer; expected one, which "
+            "runs again for every token"
         )
     config = mtp_config(target)
     table = mtp_parts(config, tensors.shapes)
@@ -57,7 +57,7 @@ def load(
 
 
 def mtp_parts(config: MtpConfig, names) -> MtpWeights:
-    """`MtpWeights` with, in place of every array, the `Part`s that make it.
+    """`MtpWeights` with the `Part`s of every array in its place.
 
     Args:
       names: see `target_weights.target_parts`.

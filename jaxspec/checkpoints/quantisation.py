@@ -1,7 +1,7 @@
-"""How a configuration says that a checkpoint's weights are quantised.
+"""Reads from a configuration how a checkpoint's weights are quantised.
 
 ==================  =========================================================================
-`quant_method`      what is read
+`quant_method`      supported
 ==================  =========================================================================
 fp8                 float8_e4m3fn with a scale per block (Qwen3-*-FP8), row or tensor
 modelopt            FP8 with a scale per tensor, also told by `hf_quant_config.json`
@@ -22,10 +22,11 @@ from jaxspec.checkpoints.dequantise import Awq, Gptq, Packed, Scaled
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
 from jaxspec.checkpoints.tensors import read_json
 
-# Where programs say that the weights are stored in another way than by value.
+# Keys by which programs say that weights are quantised or sparse.
 KEYS = ("quantization_config", "compression_config", "quantization", "sparsity_config")
 MODELOPT = "hf_quant_config.json"  # beside config.json
-# Which layers were left out follows from the tensors; the others steer calibration or kernels.
+# The tensors themselves tell which layers were left out; other keys are for calibration or
+# kernels.
 HARMLESS = {
     *("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "producer"),
     *(
@@ -60,8 +61,8 @@ class Quantisation:
     """How the weights of a checkpoint are stored.
 
     Attributes:
-      name: for people: "fp8 in blocks of 128 x 128".
-      form: what turns stored arrays into weights.
+      name: description, as "fp8 in blocks of 128 x 128".
+      form: turns stored arrays into weights.
     """
 
     name: str
@@ -74,10 +75,10 @@ class Quantisation:
 
 
 def read_quantisation(raw: JsonConfig, folder: Path | None = None) -> Quantisation | None:
-    """The quantisation that a configuration tells; None where weights are stored by value.
+    """The quantisation of a configuration; None if weights are not quantised.
 
     Args:
-      folder: where to look for ModelOpt's own file too.
+      folder: folder to look for ModelOpt's own file in.
 
     Raises:
       ValueError: a method or a setting of it is not supported.
@@ -103,7 +104,7 @@ def read_quantisation(raw: JsonConfig, folder: Path | None = None) -> Quantisati
 
 
 def quantisation_of(folder: Path) -> Quantisation | None:
-    """That of a folder, by its config.json or ModelOpt's file; None where it has none."""
+    """The quantisation of a folder, by config.json or ModelOpt's file; None without one."""
     path = folder / "config.json"
     return read_quantisation(JsonConfig(read_json(path), path, "a checkpoint"), folder)
 

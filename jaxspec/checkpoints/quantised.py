@@ -1,7 +1,7 @@
-"""Quantised checkpoints: their weights as values, dequantised tensor by tensor on loading.
+"""Quantised checkpoints, dequantised tensor by tensor on loading.
 
-Only weights are dequantised. An engine that also rounds activations or cached keys and values
-computes something else; here they keep the dtype of the weights.
+Only weights are quantised here. An engine that also rounds activations or cached keys and
+values computes something else; here they keep the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxspec.checkpoints.quantisation import Form, quantisation_of
 from jaxspec.checkpoints.quantised_tensors import FINDERS, FP8, Finder
 from jaxspec.checkpoints.tensors import DTYPES, SafetensorsFolder
 
-# Of activations and cached keys and values, which are not rounded here.
+# Scales of activations and cached keys and values, which are not rounded here.
 ACTIVATIONS = ("input_scale", "output_scale", "k_scale", "v_scale", "q_scale", "kv_scale")
 
 Box = tuple[tuple[int, int], ...]  # first and one past the last, per axis
@@ -27,11 +27,11 @@ Box = tuple[tuple[int, int], ...]  # first and one past the last, per axis
 def open_weights(
     folder: Path, *, integers: Collection[str] = (), dequantise: bool = True
 ) -> SafetensorsFolder | QuantisedFolder:
-    """The tensors of a folder, by value: as stored, or dequantised as its config.json says.
+    """The tensors of a folder: as stored, or dequantised as its config.json says.
 
     Args:
-      integers: tensors that are integers or booleans.
-      dequantise: all of them, with a warning; else the caller keeps some as they are stored.
+      integers: names of tensors that are integers or booleans.
+      dequantise: warn that all weights are dequantised; else the caller keeps some in 8 bits.
     """
     quantisation = quantisation_of(folder)
     if quantisation is None:
@@ -39,22 +39,22 @@ def open_weights(
     if not dequantise:
         return QuantisedFolder(folder, quantisation.form, integers=integers)
     warnings.warn(
-        f"{folder} is stored as {quantisation.name}; its weights are dequantised while they "
-        "load, and take as much memory as those of the unquantised model",
+        f"{folder} is stored as {quantisation.name}; its weights are dequantised on loading, "
+        "and take as much memory as those of the unquantised model",
         stacklevel=2,
     )
     return QuantisedFolder(folder, quantisation.form, integers=integers)
 
 
 class QuantisedFolder:
-    """A folder's tensors as `SafetensorsFolder` gives them, but with quantised ones by value.
+    """A `SafetensorsFolder` that dequantises its quantised tensors.
 
     Attributes:
-      origin, shapes: as there; tensors that scale others are not listed.
+      origin, shapes: as there, without tensors of scales.
 
     Raises:
-      ValueError: as there; or a tensor that a quantised weight needs is missing, or has a
-        shape or dtype that it cannot have.
+      ValueError: as there; or a tensor that a quantised weight needs is missing, or has a wrong
+        shape or dtype.
     """
 
     def __init__(self, folder: Path, form: Form, *, integers: Collection[str] = ()):
@@ -69,14 +69,14 @@ class QuantisedFolder:
                 continue
             if name not in integers and dtype not in DTYPES.values():
                 raise ValueError(
-                    f"{self.origin}: tensor '{name}' is stored as {dtype}, and nothing says "
-                    "how to read it; the checkpoint is incomplete or of another method"
+                    f"{self.origin}: tensor '{name}' is stored as {dtype} without its scales; "
+                    "the checkpoint is incomplete, or of another method"
                 )
             shapes[name] = self._folder.shapes[name]
         self.shapes: Mapping[str, tuple[int, ...]] = shapes
 
     def read(self, name: str) -> np.ndarray:
-        """A whole tensor, float32 where it was quantised."""
+        """A whole tensor, float32 if it was quantised."""
         if name not in self._weights:
             return self._folder.read(name)
         weight = self._weights[name]
@@ -85,7 +85,7 @@ class QuantisedFolder:
     def pieces(
         self, name: str, shape: tuple[int, ...], box: Box, skip: int = 0
     ) -> Iterator[tuple[Box, np.ndarray]]:
-        """As `SafetensorsFolder.pieces`; of a quantised tensor the whole box at once."""
+        """As `SafetensorsFolder.pieces`; a quantised tensor gives the whole box at once."""
         if name not in self._weights:
             yield from self._folder.pieces(name, shape, box, skip)
             return
@@ -93,7 +93,7 @@ class QuantisedFolder:
         yield box, seen[tuple(slice(*ends) for ends in box)]
 
     def stored(self, name: str) -> Stored | None:
-        """A weight as it is stored, where that is float8_e4m3fn [O, I] with scales."""
+        """A weight as stored, if that is float8_e4m3fn [O, I] with scales; else None."""
         weight = self._weights.get(name)
         form, shape = self._form, self.shapes[name]
         if weight is None or len(shape) != 2 or self._folder.dtypes.get(name) != FP8:
@@ -110,10 +110,10 @@ class Stored:
     """A weight [O, I] in 8 bits, and its scales.
 
     Attributes:
-      name, scale_name: of the tensors of values and of scales.
-      block: outputs and inputs that share a scale, the last ones perhaps fewer.
+      name, scale_name: names of the tensors of values and of scales.
+      block: outputs and inputs per scale, perhaps fewer at the end.
       scale: float32 [ceil(O / block[0]), ceil(I / block[1])].
-      folder: gives the values.
+      folder: folder to read the values from.
     """
 
     name: str

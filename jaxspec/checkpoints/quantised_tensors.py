@@ -1,4 +1,4 @@
-"""The tensors that make up each quantised weight of a folder, looked up and checked."""
+"""Finds and checks the tensors of each quantised weight in a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FP8, INT8 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.int8)
 
 @dataclasses.dataclass(frozen=True)
 class QuantisedWeight:
-    """A weight of the model, and how to make it from stored tensors."""
+    """A weight of the model, and how to compute it from stored tensors."""
 
     shape: tuple[int, ...]
     parts: tuple[str, ...]
@@ -31,7 +31,7 @@ class Finder:
         self.folder = folder
 
     def part(self, name: str, *shapes: tuple[int, ...]) -> str:
-        """The name, of a tensor that must be there in one of the shapes."""
+        """Checks that a tensor exists with one of the shapes; returns its name."""
         found = self.folder.shapes.get(name)
         if found is None:
             raise ValueError(
@@ -46,7 +46,7 @@ class Finder:
         return name
 
     def matrix(self, name: str) -> tuple[int, int]:
-        """The shape of a tensor that must be there and have two axes."""
+        """The shape of a tensor, which must exist and have two axes."""
         shape = self.folder.shapes[self.part(name)]
         if len(shape) != 2:
             raise ValueError(
@@ -55,7 +55,7 @@ class Finder:
         return shape
 
     def even_groups(self, name: str, count: int, columns: int) -> None:
-        """Raises ValueError unless so many scales share the inputs evenly."""
+        """Raises ValueError unless `count` scales divide the inputs evenly."""
         if not 1 <= count <= columns or columns % count:
             raise ValueError(
                 f"{self.folder.origin}: tensor '{name}' has {count} scales a row; expected a "
@@ -63,7 +63,7 @@ class Finder:
             )
 
     def scale(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Scales, which must be positive numbers of a float type."""
+        """Scales as float32; they must be positive floats."""
         if values.dtype in (*map(np.dtype, INTEGERS.values()), FP8, INT8):
             raise ValueError(
                 f"{self.folder.origin}: tensor '{name}' is stored as {values.dtype}; scales "
@@ -78,7 +78,7 @@ class Finder:
         return values
 
     def groups(self, name: str, values: np.ndarray, count: int) -> np.ndarray:
-        """The group of every input, of so many groups."""
+        """The group of every input, which must be below `count`."""
         if values.min(initial=0) < 0 or values.max(initial=0) >= count:
             raise ValueError(
                 f"{self.folder.origin}: tensor '{name}' names groups {values.min()} … "
@@ -144,8 +144,8 @@ def _find_packed(form: Packed, folder: SafetensorsFolder) -> dict[str, Quantised
 def _qweights(
     form: Gptq | Awq, find: Finder
 ) -> Iterator[tuple[list[str], tuple[int, int], tuple[int, int]]]:
-    """For every weight the names of `qweight`, `qzeros` and `scales`, its shape [O, I], and the
-    shape of its zero points: words for every group of inputs."""
+    """For every weight: the names of `qweight`, `qzeros` and `scales`, its shape [O, I], and
+    the shape of its zero points, (groups of inputs, words)."""
     for name in find.folder.shapes:
         base, _, kind = name.rpartition(".")
         if kind != "qweight":

@@ -1,7 +1,7 @@
-"""Rotary positions as a `config.json` asks for them, in transformers 4's keys or 5's.
+"""Rotary positions in a `config.json`, with the keys of transformers 4 or 5.
 
-Where settings stand: `rope_parameters` (5) or `rope_theta` and `rope_scaling` (4), flat or one
-object per layer type. Inside, a value wins over the same key beside the object.
+Settings are in `rope_parameters` (5) or `rope_theta` and `rope_scaling` (4), flat or one object
+per layer type. A value inside the object wins over the same key beside it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from jaxspec.config import RopeScaling
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
 
 ORIGINAL = "original_max_position_embeddings"
-# Kinds that the models compute, and the keys each reads beside `rope_theta`. Another kind is a
-# row here and a formula in `models.rope`.
+# Supported kinds, and the keys each reads besides `rope_theta`. A new kind needs a row here and
+# a formula in `models.rope`.
 KINDS: dict[str, frozenset[str]] = {
     # Three position axes are all equal in text.
     "default": frozenset({ORIGINAL, "mrope_section", "mrope_interleaved"}),
@@ -28,7 +28,7 @@ KINDS: dict[str, frozenset[str]] = {
     "llama3": frozenset(f"factor {ORIGINAL} low_freq_factor high_freq_factor".split()),
 }
 PARTIAL = "partial_rotary_factor"
-# Of no effect at these values, whatever the kind.
+# Values without effect, for every kind.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     PARTIAL: (1.0,),
     "factor": (1.0,),
@@ -46,16 +46,16 @@ def read_rope(
     full_rotary: bool = False,
     partial: bool = False,
 ) -> tuple[float, RopeScaling | None]:
-    """Base of the rotary frequencies and how they are scaled, for layers of one type.
+    """Base and scaling of the rotary frequencies, for layers of one type.
 
     Args:
-      full_rotary: the whole head rotates whatever `partial_rotary_factor` says: a drafter's
-        configuration that was copied from its target's may hold the target's.
-      partial: `partial_rotary_factor` is honoured: the caller reads it.
+      full_rotary: ignore `partial_rotary_factor`, which a drafter's configuration may have
+        copied from its target's: the whole head rotates.
+      partial: allow `partial_rotary_factor`, which the caller reads.
 
     Raises:
-      ValueError: the kind is none of `KINDS`, a key in the object would change the positions,
-        or the settings contradict each other.
+      ValueError: the kind is not one of `KINDS`, an unknown key would change the positions, or
+        the settings contradict each other.
     """
     rope, key = _settings(raw, layer_type)
     if raw.has(key) and not rope.values and not raw.has("rope_theta"):
@@ -80,7 +80,7 @@ def read_rope(
 
 
 def rope_to_json(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """`rope_parameters`, with every key that the kind reads and that is not its default."""
+    """`rope_parameters`, with the keys of the kind that are not at their defaults."""
     if scaling is None:
         return {"rope_theta": theta, "rope_type": "default"}
     keys = {"rope_theta": theta, "rope_type": scaling.kind, "factor": scaling.factor}
@@ -99,7 +99,7 @@ def rope_to_json(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
 def _scaling(raw: JsonConfig, rope: JsonConfig, kind: str) -> RopeScaling:
     if kind == "linear":
         return rope.make(RopeScaling, kind=kind, factor=rope.number("factor"))
-    # Beside the object it wins over the one inside, as in transformers.
+    # As in transformers, this key beside the object wins over the one inside.
     place = raw if raw.has(ORIGINAL) else rope
     most = raw.get("max_position_embeddings", None)
     original = place.integer(ORIGINAL, REQUIRED if most is None else most)
@@ -112,7 +112,7 @@ def _scaling(raw: JsonConfig, rope: JsonConfig, kind: str) -> RopeScaling:
             low_freq_factor=rope.number("low_freq_factor"),
             high_freq_factor=rope.number("high_freq_factor"),
         )
-    # Without a factor it follows from the positions, if they say something.
+    # Without a factor it follows from the positions, if both are given.
     given = place.has(ORIGINAL) and isinstance(most, int)
     stretch = most / original if given else REQUIRED
 

@@ -1,12 +1,12 @@
 """The format of vLLM's `speculators`: DFlash, DFlash2 and DSpark heads.
 
-The drafter's own layers are described by a nested `transformer_layer_config`, everything else
-by flat keys. What differs from z-lab's files:
+A nested `transformer_layer_config` describes the drafter's layers, flat keys everything else.
+Differences from z-lab's files:
 
-- layer ids count streams that *enter* a layer, so that they are one more than ours;
-- the number of the target's layers is nowhere, its name is in `speculators_config`;
-- with a reduced vocabulary the file has its own LM head (`draft_vocabulary`), and a Markov head
-  has rows of the drafted tokens alone on its side of the output.
+- layer ids name the streams that *enter* a layer, so they are one more than ours;
+- the number of the target's layers is missing; its name is in `speculators_config`;
+- with a draft vocabulary the file has its own LM head (`draft_vocabulary`), and a Markov head's
+  output table has only the rows of the drafted tokens.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ MISSING = {
 CLASSES = {"dflash": "DFlash", "dflash2": "DFlash2", "dspark": "DSpark"}
 VERSION = "0.9.0"
 MARKOV_OUTPUT = "markov_head.markov_w2.weight"
-# Copies of the target's arrays that older versions wrote; so is a head of a full vocabulary.
+# Copies of the target's arrays that older versions wrote, as is an LM head of full vocabulary.
 COPIES = (EMBEDDING, "verifier_lm_head.weight", "verifier_norm.weight")
-# Otherwise its recurrence begins there, at a slot that predicts nothing.
+# Else the recurrence would begin at a slot that predicts nothing.
 RECURRENT = "a recurrent head ('markov_head_type': 'rnn')"
 DEFAULTS = {
     "conv_kernel_size": 2,
@@ -58,14 +58,14 @@ OWN_HARMLESS = HARMLESS | {
 
 
 def taps_from_json(whole: JsonConfig, key: str, target: TargetConfig | None) -> tuple[int, ...]:
-    """Outputs of target layers, of a key that names the streams that enter one; without it,
-    those that programs take by default, which follow from the target's depth."""
+    """The taps, from a key that names streams entering a layer; without it, the programs'
+    default, which depends on the target's depth."""
     if whole.has(key):
         return tuple(i - 1 for i in whole.items(key, int))
     if target is None:
         raise ValueError(
-            f"{whole.origin}: without '{key}' the layers that the drafter reads follow from "
-            "its target's depth, which is not given here"
+            f"{whole.origin} has no '{key}', so the drafter's taps depend on its target's "
+            "depth, which is unknown here; load it together with its target"
         )
     return (1, target.num_layers // 2 - 1, target.num_layers - 4)
 
@@ -73,10 +73,10 @@ def taps_from_json(whole: JsonConfig, key: str, target: TargetConfig | None) -> 
 def _fields(
     whole: JsonConfig, layer: JsonConfig, target: TargetConfig | None
 ) -> dict[str, Any]:
-    """Fields of `DrafterConfig` beyond the layers' shape; the target's depth is not known.
+    """Fields of `DrafterConfig` besides the layers' sizes; the target's depth is unknown.
 
     Raises:
-      ValueError: another kind of drafter, or a key asks for what is not implemented.
+      ValueError: the drafter is of another kind, or a key is not implemented.
     """
     kind = whole.get(KEY)
     if isinstance(kind, str) and kind in MISSING:
@@ -111,7 +111,7 @@ def _fields(
 
 
 def _around(c: DrafterConfig, layer: dict[str, Any], kept: int | None) -> dict[str, Any]:
-    """The flat keys around a configuration of the layers, which is nested."""
+    """The flat keys, with the layers' configuration nested."""
     kind = _kind(c)
     raw = {
         KEY: kind,
@@ -135,7 +135,7 @@ def _around(c: DrafterConfig, layer: dict[str, Any], kept: int | None) -> dict[s
 
 
 def proposal(kind: str, depth: int, verifier: str | None) -> dict[str, Any]:
-    """`speculators_config`, by which programs find the target and how much to draft."""
+    """`speculators_config`, which names the target and the number of tokens to draft."""
     greedy = {
         "proposal_type": "greedy",
         "speculative_tokens": depth,

@@ -15,18 +15,18 @@ from orbax.checkpoint import v1 as ocp
 from jaxspec.checkpoints.checksums import by_path, checksums
 
 STATE, POSITION, CHECKSUMS = "state", "position", "checksums"
-CHUNK_BYTES = 64 * 2**20  # least that is read of an array, where it is larger
-IN_FLIGHT_BYTES = 256 * 2**20  # copies of arrays while they are written or read
+CHUNK_BYTES = 64 * 2**20  # smallest chunk of a larger array
+IN_FLIGHT_BYTES = 256 * 2**20  # of copies while arrays are written or read
 
 
 class Store:
-    """Numbered checkpoints in a folder; one appears whole or not at all.
+    """Numbered checkpoints in a folder, written atomically.
 
-    Keeps the newest ones and the one with the best score.
+    It keeps the newest ones and the one with the best score.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 2):
-        """Args: keep: how many of the newest to keep."""
+        """Args: keep: number of newest checkpoints to keep."""
         self.folder = Path(folder).absolute()
         policies = ocp.training.preservation_policies
         best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
@@ -40,12 +40,12 @@ class Store:
     def save(
         self, step: int, state: Any, position: dict[str, int], *, score: float | None = None
     ) -> None:
-        """Writes a checkpoint over one of the same step; returns when it is on disk.
+        """Writes a checkpoint, replacing one of the same step; returns when it is on disk.
 
         Args:
           state: a pytree of arrays.
-          position: of the data; not empty.
-          score: the higher the better; None for a checkpoint that was not judged.
+          position: position in the data; not empty.
+          score: the higher the better; None if not validated.
         """
         self._checkpoints.save_checkpointables(
             step,
@@ -59,12 +59,12 @@ class Store:
         """A checkpoint's step, state and position.
 
         Args:
-          like: a state whose shapes, dtypes and shardings the result takes; the devices may be
-            others than those it was saved from.
-          step: the newest by default.
+          like: a state with the shapes, dtypes and shardings of the result; its devices may
+            differ from those at saving.
+          step: step of the checkpoint; the newest by default.
 
         Raises:
-          ValueError: there is no such checkpoint, it is damaged, or is of another model.
+          ValueError: there is no such checkpoint, it is damaged, or belongs to another model.
         """
         steps = self.steps
         if not steps:
@@ -96,25 +96,25 @@ class Store:
         return step, found[STATE], position
 
     def drop_after(self, step: int) -> None:
-        """Removes the checkpoints of later steps."""
+        """Deletes the checkpoints of later steps."""
         for later in [x for x in self.steps if x > step]:
             self._checkpoints.delete(later)
 
     @property
     def steps(self) -> list[int]:
-        """Of all checkpoints, ascending."""
+        """Steps of all checkpoints, ascending."""
         return sorted(checkpoint.step for checkpoint in self._checkpoints.checkpoints)
 
     @property
     def best(self) -> int | None:
-        """Step of the checkpoint with the highest score, the later one of equals."""
+        """Step of the checkpoint with the highest score, of equals the later one."""
         scored = [
             (_score(c.metrics), c.step) for c in self._checkpoints.checkpoints if c.metrics
         ]
         return max(scored)[1] if scored else None
 
     def scored(self, step: int) -> bool:
-        """Whether the checkpoint of that step was judged."""
+        """Whether the checkpoint of this step has a score."""
         return any(c.step == step and c.metrics for c in self._checkpoints.checkpoints)
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ class Store:
 
 
 def save_weights(folder: Path, params: Any) -> None:
-    """Writes a pytree of arrays as a new store, uncompressed; every process its own shards."""
+    """Writes a pytree of arrays as a new uncompressed store; each process writes its shards."""
     sums = checksums(params)
     stored = by_path(params) | {CHECKSUMS: _in_order(sums)}
     with _weights_context(params):
@@ -130,13 +130,13 @@ def save_weights(folder: Path, params: Any) -> None:
 
 
 def load_weights(folder: Path, like: Any) -> Any:
-    """The arrays of a store; every process reads what its devices hold.
+    """The arrays of a store; every process reads the shards of its devices.
 
     Args:
-      like: a pytree of shapes, dtypes and shardings; a part of what was saved will do.
+      like: a pytree of shapes, dtypes and shardings, possibly of only some of the arrays.
 
     Raises:
-      ValueError: the store is damaged, or is of another model.
+      ValueError: the store is damaged, or belongs to another model.
     """
     wanted = by_path(like)
     with _weights_context(like), _quiet():
@@ -150,7 +150,7 @@ def load_weights(folder: Path, like: Any) -> Any:
                         + ("missing" if found is None else f"of shape {found}")
                         + f", expected {x.shape}"
                     )
-            # As they are stored, for the checksums; cast below.
+            # In the stored dtype, for the checksums; cast below.
             abstract = {x: _abstract(like, stored[x].dtype) for x, like in wanted.items()}
             read = dict.fromkeys(stored, ocp.PLACEHOLDER) | abstract
             if CHECKSUMS in stored:  # older stores have none
@@ -170,7 +170,7 @@ def load_weights(folder: Path, like: Any) -> Any:
 
 
 def _sums(state: Any, position: dict[str, Any]) -> dict[str, int]:
-    """What is kept beside a checkpoint to know it by."""
+    """The checksums that are stored with a checkpoint."""
     return checksums(state) | {f"{POSITION}.{k}": int(x) for k, x in position.items()}
 
 

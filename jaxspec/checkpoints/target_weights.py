@@ -40,24 +40,24 @@ def load(
 ) -> TargetParams:
     """Builds the weights of a target.
 
-    Names and shapes are checked before a value is read, values while they stream. Host memory
-    peaks at the result plus `tensors`' largest piece; of the result, an accelerator leaves one
-    array on the host at a time.
+    Names and shapes are checked before values are read, and values while they stream. Host
+    memory peaks at the result plus the largest piece of `tensors`; with an accelerator the host
+    holds one array at a time.
 
     Args:
       mesh: see `fuse.build`.
-      keep: changes shapes, parts and tensors, given these and over how many devices channels
-        are cut, to load some weights otherwise (`kept.keep`).
+      keep: maps shapes, parts, tensors and the number of devices that shard channels to those
+        that hold some weights in 8 bits (`kept.keep`).
 
     Raises:
       ValueError: a tensor is missing, is not part of the model, has another shape than
         `config` says, or holds a value that is not finite in `dtype`.
     """
     dtype = check_dtype(dtype)
-    if config.num_layers > len(tensors.shapes):  # a damaged number may be very large
+    if config.num_layers > len(tensors.shapes):  # a damaged file's number may be huge
         raise ValueError(
-            f"{tensors.origin} holds {len(tensors.shapes)} tensors; its configuration asks for "
-            f"{config.num_layers} layers: the checkpoint is incomplete or damaged"
+            f"{tensors.origin} holds {len(tensors.shapes)} tensors, but its configuration asks "
+            f"for {config.num_layers} layers: the checkpoint is incomplete or damaged"
         )
     table = target_parts(config, tensors.shapes)
     check_tensors(tensors, table, redundant=(LM_HEAD,) if config.tie_embeddings else ())
@@ -71,11 +71,11 @@ def load(
 
 
 def target_parts(config: TargetConfig, names: Mapping[str, Any]) -> TargetParams:
-    """`TargetParams` with, in place of every array, the tuple of `Part`s that make it.
+    """`TargetParams` with the tuple of `Part`s of every array in its place.
 
     Args:
-      names: of the checkpoint's tensors; tells whether a mixture's experts are stored one
-        tensor each, as published, or stacked, as transformers 5 holds them in memory.
+      names: names of the checkpoint's tensors, which tell whether experts are stored as one
+        tensor each, as published, or stacked, as in transformers 5.
     """
     c = config
     return TargetParams(
@@ -89,7 +89,7 @@ def target_parts(config: TargetConfig, names: Mapping[str, Any]) -> TargetParams
 
 
 def layer_parts(c: TargetConfig, i: int, prefix: str, names: Mapping[str, Any]) -> LayerParams:
-    """Of layer i, whose tensors' names begin with the prefix; `names` as `target_parts`."""
+    """The parts of layer i, whose tensors' names begin with the prefix; see `target_parts`."""
     return LayerParams(
         _delta_net(c, prefix) if i in c.delta_layers else _attention(c, prefix),
         _moe(c, prefix, names) if i in c.sparse_layers else _mlp(c, prefix),
@@ -98,7 +98,7 @@ def layer_parts(c: TargetConfig, i: int, prefix: str, names: Mapping[str, Any]) 
 
 def _attention(c: TargetConfig, layer: str) -> AttentionParams:
     width, keys = c.hidden_size, c.num_kv_heads * c.head_dim
-    # With gates, a head's gate follows its query in the tensor too.
+    # With gates, a head's gate follows its query in the tensor.
     group = 2 * c.group_size if c.attention_gate else c.group_size
     queries = c.num_kv_heads * group * c.head_dim
     a = f"{layer}self_attn."
@@ -135,7 +135,7 @@ def _delta_net(c: TargetConfig, layer: str) -> DeltaNetParams:
     d, a, width = c.delta_net, f"{layer}linear_attn.", c.hidden_size
     keys, values = d.key_heads * d.key_dim, d.value_heads * d.value_dim
     heads, channels = d.value_heads, 2 * keys + values
-    # Where queries, keys, values, output gates, rates and decays begin, of one key head.
+    # Offsets of keys, values and output gates within one key head's rows.
     k, v, gate = d.key_dim, 2 * d.key_dim, d.channels
     rate = gate + d.group_size * d.value_dim
     step = rate + d.group_size
@@ -225,7 +225,7 @@ def _moe(c: TargetConfig, layer: str, names: Mapping[str, Any]) -> MoeParams:
 
 
 def norm_parts(c: TargetConfig, name: str, size: int) -> tuple[Part]:
-    """A norm's weights, which some models store less one."""
+    """A norm's weights, which some models store minus one."""
     return (dataclasses.replace(_same(name, size), offset=float(c.zero_centered_norms)),)
 
 
@@ -235,9 +235,9 @@ def _same(name: str, *shape: int) -> Part:
 
 
 def _check_tied(tensors: Tensors) -> None:
-    """Raises ValueError unless the head, stored too, is the embedding.
+    """Raises ValueError unless a stored LM head equals the embedding.
 
-    Either may have been rounded: equal is equal in the narrower dtype.
+    They are compared in the narrower dtype, as either may have been rounded.
     """
     shape, shapes = tensors.shapes[EMBEDDING], tensors.shapes
     equal = shapes[LM_HEAD] == shape
@@ -251,6 +251,6 @@ def _check_tied(tensors: Tensors) -> None:
         raise ValueError(
             f"{tensors.origin}: its configuration ties the LM head to the embedding "
             f"('tie_word_embeddings' is true), but tensor '{LM_HEAD}' differs from "
-            f"'{EMBEDDING}'; set the key to false if the head was trained apart, or remove "
-            "the tensor"
+            f"'{EMBEDDING}'; set the key to false if the head was trained separately, or "
+            "remove the tensor"
         )

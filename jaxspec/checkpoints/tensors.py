@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-PIECE = 32 * 2**20  # bytes that are read at once
+PIECE = 32 * 2**20  # bytes read at once
 ADAPTER = "adapter_config.json"
 WRAPPERS = {  # prefixes of names, and who gives them
     "module.": "torch's DataParallel",
@@ -46,24 +46,23 @@ class _Entry:
 class SafetensorsFolder:
     """The tensors of `model.safetensors`, or of the shards its index names.
 
-    A prefix that all names have in common, of a wrapper they were saved in (`WRAPPERS`), is
-    taken off.
+    A wrapper's prefix (`WRAPPERS`) that all names share is removed.
 
     Attributes:
       origin: the folder, for messages.
       shapes, dtypes: of every tensor, as stored.
-      bytes_read: of tensors, so far.
+      bytes_read: bytes of tensors read so far.
 
     Raises:
       ValueError: there are no safetensors; a file is missing, damaged, or outside the folder;
-        two files hold a tensor of one name; a tensor is not of a float type.
+        two files hold tensors of the same name; or a tensor is not of a float type.
     """
 
     def __init__(self, folder: Path, *, integers: Sequence[str] = (), quantised: bool = False):
         """
         Args:
-          integers: tensors that are integers or booleans instead.
-          quantised: tensors may be of the dtypes of quantised weights too.
+          integers: names of tensors that are integers or booleans.
+          quantised: also allow the dtypes of quantised weights.
         """
         self.origin = str(folder)
         known = DTYPES | QUANTISED if quantised else DTYPES
@@ -73,7 +72,7 @@ class SafetensorsFolder:
         self.bytes_read = 0
 
     def read(self, name: str) -> np.ndarray:
-        """A whole tensor, a fresh array."""
+        """A whole tensor, as a new array."""
         shape = self.shapes[name]
         return self._read(name, shape, tuple((0, n) for n in shape))
 
@@ -84,14 +83,14 @@ class SafetensorsFolder:
         box: tuple[tuple[int, int], ...],
         skip: int = 0,
     ) -> Iterator[tuple[tuple[tuple[int, int], ...], np.ndarray]]:
-        """Boxes of some rows, `PIECE` bytes or one row each, that make up `box`, with values.
+        """Boxes of some rows, `PIECE` bytes or one row each, that cover `box`, with values.
 
         Only the bytes of the box are read.
 
         Args:
-          shape: to see the tensor as; its values in their order.
-          box: first and one past the last, per axis of `shape`.
-          skip: values of the tensor before those seen.
+          shape: shape to view the tensor's values as.
+          box: half-open range per axis of `shape`.
+          skip: number of the tensor's values before the view.
         """
         if not shape:
             yield (), self._read(name, (), (), skip)
@@ -104,12 +103,12 @@ class SafetensorsFolder:
             yield piece, self._read(name, shape, piece, skip)
 
     def _read(self, name: str, shape, box, skip: int = 0) -> np.ndarray:
-        """Read from the file, not through a memory map of it: pages of a map count as memory
-        in use for as long as it is open."""
+        """Reads from the file rather than a memory map, whose pages count as used memory while
+        it is open."""
         entry = self._entries[name]
         extent = [stop - start for start, stop in box]
         values = np.empty(extent, entry.dtype)
-        # Axes from `inner` on are read whole, so that each run of bytes is as long as can be.
+        # Axes from `inner` on are read whole, so that runs of bytes are as long as possible.
         inner = len(shape)
         while inner and extent[inner - 1] == shape[inner - 1]:
             inner -= 1
@@ -163,7 +162,7 @@ def read_json(path: Path) -> dict:
 
 
 def _other(folder: Path) -> str:
-    """What a folder is that is not the checkpoint it was taken for."""
+    """Explains a folder that is not a checkpoint."""
     if (folder / ADAPTER).exists():
         with contextlib.suppress(ValueError):
             base = read_json(folder / ADAPTER).get("base_model_name_or_path")
@@ -178,7 +177,7 @@ def _other(folder: Path) -> str:
 
 
 def parse_json(text: str | bytes):
-    """As `json.loads`, but an object that has a key twice is refused."""
+    """`json.loads` that refuses objects with a repeated key."""
 
     def once(pairs):
         found = {}
@@ -205,8 +204,8 @@ def _entries(
         raise ValueError(f"{folder / INDEX} has no 'weight_map' from tensors to files")
     if (folder / SINGLE).exists() and SINGLE not in weight_map.values():
         raise ValueError(
-            f"{folder} has {SINGLE} and {INDEX}, which names other files: two saves in one "
-            "folder; remove the one that is not wanted"
+            f"{folder} has {SINGLE} and {INDEX}, which names other files: it holds two saves; "
+            "remove the one that is not wanted"
         )
     files = {name: _inside(folder, name) for name in sorted(set(weight_map.values()))}
     entries: dict[str, _Entry] = {}
@@ -215,14 +214,14 @@ def _entries(
             if name in entries:
                 raise ValueError(
                     f"tensor '{name}' is in {entries[name].file.name} and again in "
-                    f"{file.name} of {folder}; expected it once: the shards are of two saves"
+                    f"{file.name} of {folder}; expected it once: the shards are from two saves"
                 )
             entries[name] = entry
     for name, file in weight_map.items():
         if name not in entries or entries[name].file != files[file]:
             raise ValueError(
-                f"{folder / INDEX} says that tensor '{name}' is in {file}, which does not "
-                "hold it; the index and the shards are of two saves"
+                f"{folder / INDEX} says that tensor '{name}' is in {file}, which lacks it; the "
+                "index and the shards are from two saves"
             )
     return entries
 
@@ -237,7 +236,7 @@ def _unwrapped(entries: dict[str, _Entry]) -> dict[str, _Entry]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file of that name in the folder; a name or a link that leads outside is refused."""
+    """The file of this name in the folder; names and links that lead outside are refused."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(
@@ -246,7 +245,7 @@ def _inside(folder: Path, name: str) -> Path:
     try:
         root, target = folder.resolve(), (folder / name).resolve()
         found = target.is_file()
-    except (OSError, ValueError, RuntimeError):  # no name a file can have, or a link to itself
+    except (OSError, ValueError, RuntimeError):  # an impossible name, or a link to itself
         root, target, found = folder, folder, False
     if not any(target.is_relative_to(place) for place in _places(root)):
         raise ValueError(f"{folder / name} is a link to {target}, outside the folder; copy it")
@@ -258,9 +257,9 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _places(root: Path) -> list[Path]:
-    """Folders that the links of a folder, its real path given, may lead to.
+    """Folders that links in a folder, given by its real path, may lead to.
 
-    A snapshot in the Hugging Face cache, or a folder in one, holds links to `blobs`, beside
+    A snapshot in the Hugging Face cache, or a folder in one, has links to `blobs`, beside
     `snapshots` or shared by the whole cache; folders elsewhere may link to that cache too.
     """
     from huggingface_hub import constants

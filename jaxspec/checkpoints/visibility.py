@@ -1,7 +1,7 @@
-"""Who sees whom, by the keys of a `config.json`: windows, and in draft heads causality.
+"""Attention windows and, for draft heads, causality, from the keys of a `config.json`.
 
-In a draft head a layer that slides is causal and one that does not is bidirectional, unless one
-key says for all. A window W means that a token sees positions less than W away from its own.
+In a draft head sliding layers are causal and others bidirectional, unless a key sets all
+layers. A window W means that a token attends to positions less than W away.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ def windows(
     """Every layer's window, None without one.
 
     Args:
-      layers: how many; by default "num_hidden_layers".
-      switched: sliding layers need "use_sliding_window", as Qwen's do.
+      layers: number of layers; "num_hidden_layers" by default.
+      switched: sliding layers need "use_sliding_window", as in Qwen.
 
     Raises:
-      ValueError: `layer_types` names another kind of layer or too few, or a layer slides and
-        programs would disagree about its window.
+      ValueError: `layer_types` has an unknown type or too few, or programs would disagree about
+        a sliding layer's window.
     """
     layers = whole.integer("num_hidden_layers") if layers is None else layers
     kinds, slides = whole.items("layer_types", str, ()), whole.flag("use_sliding_window")
-    if not kinds and slides:  # as Qwen's configuration has it
+    if not kinds and slides:  # as in Qwen's configuration
         full = whole.integer("max_window_layers", 28, least=0)
         kinds = tuple(
             "full_attention" if i < full else "sliding_attention" for i in range(layers)
@@ -41,20 +41,20 @@ def windows(
             f"'full_attention' or 'sliding_attention' for each of the {layers} layers",
         )
     if "sliding_attention" not in kinds:
-        whole.has("sliding_window")  # of full attention it says nothing
+        whole.has("sliding_window")  # read, and without effect on full attention
         return (None,) * layers
     width = whole.integer("sliding_window")
     if switched and not slides:
         raise whole.refusal(
             "use_sliding_window",
-            "true beside sliding layers: without it transformers forgets the window of "
-            f"{width} that others apply",
+            "true with sliding layers: without it transformers ignores the window of "
+            f"{width} that other programs apply",
         )
     return tuple(width if kind == "sliding_attention" else None for kind in kinds)
 
 
 def causality(switch: bool | None, window: tuple[int | None, ...]) -> tuple[bool, ...]:
-    """Every layer's, by the switch for all or else by its window."""
+    """Every layer's causality: the switch for all, or else whether it has a window."""
     return tuple((w is not None) if switch is None else switch for w in window)
 
 
@@ -62,13 +62,13 @@ def to_json(window: tuple[int | None, ...]) -> dict[str, Any]:
     """The keys of transformers' Qwen3 for every layer's window.
 
     Raises:
-      ValueError: they are of several widths, which there is no key for.
+      ValueError: the windows have several widths, for which there is no key.
     """
     widths = sorted(set(window) - {None})
     if len(widths) > 1:
         raise ValueError(
-            f"a configuration has one 'sliding_window', the model's layers have {widths}; "
-            "expected one width"
+            f"'sliding_window' is one width, but the model's layers have {widths}; expected "
+            "one width"
         )
     return {
         "layer_types": [f"{'sliding' if w else 'full'}_attention" for w in window],
@@ -78,16 +78,16 @@ def to_json(window: tuple[int | None, ...]) -> dict[str, Any]:
 
 
 def switch(c: DrafterConfig) -> bool | None:
-    """The causality of all layers; None where it follows from their windows.
+    """The causality of all layers; None if it follows from their windows.
 
     Raises:
-      ValueError: neither is so.
+      ValueError: it differs by layer and does not follow from the windows.
     """
     if len(set(c.causal)) == 1:
         return c.causal[0]
     if c.causal == causality(None, c.window):
         return None
     raise ValueError(
-        f"no format has a key for causality layer by layer, {c.causal}; expected one value, or "
-        "causal layers where they have windows"
+        f"no format has a key for causality by layer, {c.causal}; expected one value, or "
+        "causal exactly where layers have windows"
     )

@@ -1,7 +1,7 @@
 """z-lab's format: DFlash, DFlash2 and JetSpec, and DSpark as SpecForge writes it.
 
-What the drafter adds to a Qwen3's keys stands in `dflash_config`. Slots predict their own
-position, unless it says `sample_from_anchor`; they are causal if it says so (JetSpec).
+`dflash_config` has the keys that a drafter adds to a Qwen3's. Slots predict their own position,
+unless `sample_from_anchor` is set; they are causal if it says so (JetSpec).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SECTION = "dflash_config"
 
 
 def section_fields(whole: JsonConfig, own: JsonConfig, predict_next: bool) -> dict[str, Any]:
-    """Fields of `DrafterConfig` but the heads', of a file with its own keys in `own`."""
+    """Fields of `DrafterConfig`, except the heads', of a file with its own keys in `own`."""
     own.one_of("projector_type", ("dspark",), "dspark")
     own.one_of("draft_shift", (False,), False)
     window, hidden = visibility.windows(whole), whole.integer("hidden_size")

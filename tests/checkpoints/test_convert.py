@@ -166,7 +166,7 @@ def test_an_lm_head_in_fp8(tmp_path, tied):
     (tmp_path / "fp8/config.json").write_text(json.dumps(written))
     with pytest.raises(ValueError, match=r"ties the LM head to the embedding.*differs from"):
         checkpoints.load(tmp_path / "fp8", weights="stored")
-    with pytest.raises(ValueError, match=r"LM head in fp8 is for dtype 'fp8'; dtype is None"):
+    with pytest.raises(ValueError, match=r"fp8_lm_head needs dtype 'fp8'; dtype is None"):
         convert(tmp_path / "source", tmp_path / "again", fp8_lm_head=True)
 
 

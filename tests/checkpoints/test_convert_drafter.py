@@ -134,7 +134,7 @@ def test_what_cannot_be_said_is_refused_and_nothing_written(
 
 def test_what_is_there_stays(tmp_path, target):
     save(tmp_path / "a", cases.KINDS["dflash"], target[1], "dflash")
-    with pytest.raises(ValueError, match="does not name the target; say with --target"):
+    with pytest.raises(ValueError, match="does not name its target; give --target"):
         convert_drafter(tmp_path / "a", tmp_path / "b", format="dflash")
     with pytest.raises(ValueError, match="a exists; give --output a new folder"):
         convert_drafter(tmp_path / "a", tmp_path / "a", format="dflash")

@@ -27,7 +27,7 @@ def test_legacy_tensor_names(tmp_path):
 def test_a_format_that_repeats_the_lm_head_has_no_draft_vocabulary(tmp_path):
     drafter, params = save(tmp_path / "whole", "dspark")
     params = block_params(params.head, tiny.target().params, kept=[0, 2, 3])
-    with pytest.raises(ValueError, match="'deepspec' repeats the target's LM head"):
+    with pytest.raises(ValueError, match="'deepspec' repeats the target's whole LM head"):
         save_drafter(tmp_path / "reduced", drafter, params, "deepspec")
     assert not (tmp_path / "reduced").exists()
 
@@ -39,7 +39,7 @@ def test_a_drafter_of_other_weights_is_refused(tmp_path, name):
     tensors = load_file(path)
     tensors[name][3, 5] += 1e-3
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=f"'{name}' is not the target's"):
+    with pytest.raises(ValueError, match=f"'{name}' differs from the target's"):
         load(tmp_path / "a")
 
 

@@ -200,7 +200,7 @@ def test_a_format_that_cannot_say_it_is_refused(tmp_path, kind, format, message)
 ANYTHING = ("x", None, -1, 0, 1.5, True, [], {}, [1], {"a": 1}, 1000, float("nan"))
 
 
-@pytest.mark.filterwarnings("ignore:.*not known here")
+@pytest.mark.filterwarnings("ignore:.*unknown and ignored")
 @pytest.mark.parametrize("kind", ["dflash", "gated", "treeflash"])
 def test_any_value_of_any_key_is_a_drafter_or_one_clear_refusal(kind):
     config = dataclasses.replace(cases.KINDS[kind], confidence=None)

@@ -246,7 +246,7 @@ def test_a_vocabulary_of_zeros_is_named(tmp_path):
         del tensors["t2d"]
 
     change_tensors(tmp_path / "a", zero)
-    with pytest.warns(UserWarning, match="the first 7 tokens alone are drafted"):
+    with pytest.warns(UserWarning, match="only the first 7 tokens are drafted"):
         assert load(tmp_path / "a")[1].vocabulary.kept.tolist() == list(range(7))
 
 

@@ -166,7 +166,7 @@ def test_what_is_not_supported_is_named(tmp_path, tensors, change, message):
 def test_what_is_not_known_is_named(tmp_path, tensors):
     change = {"llama.moon": 1, "llama.attention.value_length": 16, "llama.logit_scale": 1.0}
     path = write_gguf(tmp_path / "model.gguf", tensors, METADATA | change)
-    with pytest.warns(UserWarning, match=r"model.gguf: 'llama.moon': not known here"):
+    with pytest.warns(UserWarning, match=r"model.gguf: 'llama.moon': unknown and ignored"):
         read_config(path)
 
 
@@ -224,7 +224,7 @@ def test_file_that_is_not_there(tmp_path):
         read_config(tmp_path / "absent.gguf")
 
 
-@pytest.mark.filterwarnings("ignore:.*not known here")
+@pytest.mark.filterwarnings("ignore:.*unknown and ignored")
 @settings(deadline=None, max_examples=200)
 @given(at=st.integers(4, 2500), byte=st.integers(0, 255))
 @example(at=1074, byte=39)  # another quantisation, whose scales overflow

@@ -160,7 +160,7 @@ def test_written_then_read(tmp_path, name):
     ],
 )
 def test_what_no_model_type_has_is_not_written(config, kind):
-    with pytest.raises(ValueError, match=f"there is no '{kind}' with the layers of"):
+    with pytest.raises(ValueError, match=f"'{kind}' does not have the layers of"):
         config_to_json(config)
 
 
@@ -212,7 +212,7 @@ def test_ids_that_end_a_text(tmp_path, eos, generation, ids):
         ({"layer_types": ["linear_attention"] * 2}, r"'layer_types' is .*'full_attention'"),
         (
             {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8},
-            "'use_sliding_window' is .*true beside sliding layers",
+            "'use_sliding_window' is .*true with sliding layers",
         ),
         (
             {"quantization_config": {"bits": 4}},

@@ -108,15 +108,15 @@ def test_unknown_keys_are_named_in_one_warning(tmp_path):
     with pytest.warns(UserWarning) as caught:
         assert target(tmp_path, DENSE | {"moon_phase": 1, "tide": [2], "wind": None}) == plain
     assert [str(w.message) for w in caught] == [
-        f"{tmp_path}/config.json: 'moon_phase', 'tide': not known here and left out; if it "
-        "changes what the model computes, the output is not the model's"
+        f"{tmp_path}/config.json: 'moon_phase', 'tide': unknown and ignored; if it "
+        "changes what the model computes, the output is wrong"
     ]
 
 
 def test_sections_are_accounted_for_with_their_name():
     raw = JsonConfig({"a": {"b": 1, "c": 2}, "d": 3}, "file", "a thing")
     raw.section("a").get("b")
-    with pytest.warns(UserWarning, match=r"^file: 'd', 'c' in 'a': not known"):
+    with pytest.warns(UserWarning, match=r"^file: 'd', 'c' in 'a': unknown"):
         raw.finish((), {})
     with pytest.raises(ValueError, match=r"^file, 'a': 'c' is 2.*expected 1 or 3"):
         raw.finish({"d"}, {"c": (1, 3)})

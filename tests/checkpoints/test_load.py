@@ -50,7 +50,7 @@ def test_a_text_ends_where_any_of_three_files_says(
 def test_a_tokenizer_of_a_larger_vocabulary(tmp_path):
     raw = DENSE | {"vocab_size": 3}
     write_folder(with_tokenizer(tmp_path, 4), raw, random_tensors(raw))
-    message = r"the tokenizer in .* and the configuration: .*eos_token_ids names \[4\]"
+    message = r"the tokenizer in .* does not fit: .*eos_token_ids names \[4\]"
     with pytest.raises(ValueError, match=message):
         checkpoints.load(tmp_path)
 

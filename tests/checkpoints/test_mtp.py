@@ -91,7 +91,7 @@ def with_tensor(name, *shape):
         (without("mtp.fc.weight"), "no tensor 'mtp.fc.weight'"),
         (without("mtp.layers.0.self_attn.q_norm.weight"), "'mtp.layers.0.self_attn.q_norm"),
         (with_tensor("mtp.fc.weight", WIDTH, WIDTH), r"'mtp.fc.weight' has shape \(12, 12\)"),
-        (with_tensor("mtp.layers.1.mlp.up_proj.weight", 2), "of a second MTP layer"),
+        (with_tensor("mtp.layers.1.mlp.up_proj.weight", 2), "belongs to a second MTP layer"),
         (with_tensor("mtp.embed_tokens.weight", 11, WIDTH), "'mtp.embed_tokens.weight' has no"),
     ],
 )

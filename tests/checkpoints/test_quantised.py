@@ -235,7 +235,7 @@ def test_modelopts_own_file(tmp_path):
 def test_conversion_writes_values(tmp_path):
     meant = write(tmp_path / "quantised", CONFIG, "fp8 blocks")
     with pytest.raises(
-        ValueError, match=r"stored as fp8 in blocks of 20 x 24; say what to wri"
+        ValueError, match=r"stored as fp8 in blocks of 20 x 24; give the dtype to wri"
     ):
         convert.convert(tmp_path / "quantised", tmp_path / "out", format="safetensors")
     convert.convert(
@@ -421,5 +421,7 @@ def test_which_layers_are_quantised_follows_from_the_tensors(tmp_path, keys):
 def test_a_key_that_nobody_knows_is_told(tmp_path):
     section = {"quant_method": "fp8", "hadamard": 7}
     write_folder(tmp_path, CONFIG | {"quantization_config": section}, random_tensors(CONFIG))
-    with pytest.warns(UserWarning, match="'quantization_config': 'hadamard': not known here"):
+    with pytest.warns(
+        UserWarning, match="'quantization_config': 'hadamard': unknown and ignored"
+    ):
         huggingface.read_config(tmp_path)

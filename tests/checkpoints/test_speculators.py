@@ -87,7 +87,7 @@ def test_a_reduced_vocabulary_has_its_own_head(tmp_path):
     _, loaded = load(tmp_path / "a")
     assert loaded.vocabulary.kept.tolist() == kept.tolist()
     np.testing.assert_array_equal(loaded.vocabulary.unembed, np.ones((6, 32)))
-    with pytest.raises(ValueError, match="an LM head of its own, for which format 'dflash'"):
+    with pytest.raises(ValueError, match="its own LM head, for which format 'dflash'"):
         save_drafter(tmp_path / "b", BlockDrafter(KINDS["dflash"], TREE), loaded, "dflash")
 
 
@@ -115,8 +115,8 @@ def test_a_markov_head_has_rows_of_the_draft_vocabulary_alone(tmp_path, kind):
     ("change", "message"),
     [
         (lambda t: t["t2d"].__setitem__(0, True), "'d2t' and 't2d' name 6 and 7 tokens"),
-        (lambda t: t["d2t"].__setitem__(5, 9), "'d2t' does not lead to different token ids"),
-        (lambda t: t["d2t"].__setitem__(1, 0), "'d2t' does not lead to different token ids"),
+        (lambda t: t["d2t"].__setitem__(5, 9), "'d2t' does not give distinct token ids"),
+        (lambda t: t["d2t"].__setitem__(1, 0), "'d2t' does not give distinct token ids"),
         (lambda t: t.pop("lm_head.weight"), "'lm_head.weight' is missing"),
     ],
 )

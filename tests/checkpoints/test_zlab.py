@@ -126,7 +126,7 @@ def test_older_and_newer_keys_are_the_same_drafter():
         (
             "dflash",
             lambda c: own(c).update(block_size=7),
-            r"two values of 'block_size': \[5, 7\]",
+            r"two values of 'block_size', \[5, 7\]",
         ),
         ("dflash", lambda c: c.pop("dflash_config"), "is not a drafter's"),
         ("dflash", lambda c: c.update(attention_bias=True), "'attention_bias' is True"),
@@ -176,7 +176,7 @@ def test_older_and_newer_keys_are_the_same_drafter():
         (
             "window",
             lambda c: c.update(use_sliding_window=False),
-            "'use_sliding_window' is False.*true beside sliding layers",
+            "'use_sliding_window' is False.*true with sliding layers",
         ),
         ("dflash2", lambda c: own(c).pop("selector_rank"), "no 'selector_rank'"),
         ("dflash2", lambda c: own(c).pop("conv_group_size"), "no 'conv_group_size'"),
@@ -193,7 +193,7 @@ def test_older_and_newer_keys_are_the_same_drafter():
         (
             "dflash2",
             lambda c: own(c).update(markov_rank=4),
-            "'selector_rank' asks for DFlash2's selector, and 'markov_rank'",
+            "'selector_rank' asks for DFlash2's selector and 'markov_rank'",
         ),
         (
             "dflash2",

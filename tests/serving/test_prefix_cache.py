@@ -138,7 +138,9 @@ def test_memory_is_half_of_the_rows_by_default_or_what_is_asked_for():
     """Rows have room for 96 tokens here."""
     assert cold(megabytes=None, slots=4).prefix_pages == (0, 4 * 96 // 2 // 16)
     assert cold(megabytes=0).prefix_pages == (0, 0)
-    with pytest.raises(ValueError, match="mb is 0.001; a page of 16 tokens takes 0.012"):
+    with pytest.raises(
+        ValueError, match="mb is 0.001 MiB, but a page of 16 tokens takes 0.012"
+    ):
         cold(megabytes=0.001)
     with pytest.raises(ValueError, match="prefix_cache_mb is -1; expected at least 0"):
         EngineConfig(prefix_cache_mb=-1)

@@ -146,7 +146,7 @@ def test_features_of_something_else_are_refused(tmp_path):
         (dict(dtype="bfloat16"), "dtype 'float32', expected 'bfloat16'"),
         (dict(examples=other), "digest"),
     ]:
-        with pytest.raises(ValueError, match=f"of something else .*{message}"):
+        with pytest.raises(ValueError, match=f"for another setup .*{message}"):
             build(tmp_path, **change)
     target = dataclasses.replace(tiny.target(), name="another")
     with pytest.raises(ValueError, match="target 'tiny', expected 'another'"):

@@ -111,7 +111,7 @@ def test_heads_that_do_not_go_together_are_refused():
         drafter(family="dspark", sequential="none")
     with pytest.raises(ValueError, match="leave out causal"):
         drafter(initial="some/drafter", causal=True)
-    with pytest.raises(ValueError, match="no preset for target 'gpt2' .*--mask-token-id"):
+    with pytest.raises(ValueError, match="target 'gpt2' has no preset .*--mask-token-id"):
         Train(data=Path("x"), output=Path("y"), target="gpt2")._drafter(tiny.TARGET_CONFIG)
 
 
