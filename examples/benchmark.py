@@ -4,8 +4,8 @@
 
 Three tables: tokens per second and tau per prompt set and decoder; what each phase of a round
 costs; what verifying n nodes costs. Decoders take turns on each prompt. Without a trained
-drafter, block drafters have random weights: their phases cost the same, their tau says nothing,
-so only their phases are shown. PyTorch's `transformers` joins in when it is installed (extra
+drafter, block drafters have random weights: their phases cost the same, but their tau is
+meaningless and not shown. PyTorch's `transformers` takes part if it is installed (extra
 'parity'). `python -m jaxspec evaluate` compares trained drafters in full.
 """
 

@@ -1,11 +1,10 @@
-"""Throughput and time per token against offered load, one run on this machine.
+"""Throughput and time per token under load, in one run on this machine.
 
-Ways to serve the same replayed prompts, closed loop, 1 … 32 users at a time: no drafter, a
-fixed chain, fixed trees, and the adaptive schedule. At every load the ways take turns, in an
-order that rotates, so that a machine that slows down slows all of them. Every engine runs in
-this process, so HTTP is not in it; weights are shared, and an engine that waits keeps one row
-of caches. `--simulate` adds the same schedule against H100 floors, which is a simulation and
-labelled as one.
+Serves the same prompts in several ways, closed loop, with 1 … 32 users: no drafter, a fixed
+chain, fixed trees, and the adaptive schedule. At every load the ways take turns in a rotating
+order, so that a slow phase of the machine affects all of them. Every engine runs in this
+process, without HTTP; they share weights, and an idle engine keeps one row of caches.
+`--simulate` adds a simulation of the same schedule with H100 floors, labelled as such.
 
 With the shipped drafter and one fixed tree it takes about half an hour on two cores; its
 engines compile for ten minutes. `--turns`, `--max-new-tokens` and `--users` make it shorter.
@@ -56,12 +55,12 @@ ADAPTIVE = "adaptive"
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
     output: Path
-    """JSON of all results; beside it, with the same name, the picture."""
+    """JSON file of all results; a picture with the same name is written beside it."""
     drafter: str = "ngram"
     target: str = "smollm2-135m"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     tree: str = "path_conditioned"
-    """Of the fixed tree and the adaptive engine; drafters without scores have their own."""
+    """Kind of tree of the fixed and the adaptive engine; ignored by drafters without scores."""
     prompts: tuple[Path, ...] = ()
     """JSON lines; the first `--count` of each. By default a few questions of our own."""
     count: int = 8
@@ -79,12 +78,12 @@ class Benchmark:
     """Nodes per row of the fixed trees; the largest is the most of an adaptive row."""
     max_nodes: int = 128
     rounds: int = 4
-    """Between two looks of the host, in every way."""
+    """Decode rounds per burst, in every way."""
     room: int = 256
     top_logprobs: int = 20
-    """What a server has ready by default; no request here asks for them."""
+    """As the server's default; no request here asks for them."""
     schema: Path | None = None
-    """File of a JSON schema that all answers keep to, as `response_format` of a request."""
+    """File of a JSON schema for all answers, as a request's `response_format`."""
     simulate: bool = False
 
 
@@ -104,7 +103,7 @@ def main(options: Benchmark) -> None:
         engine.warm_up()
         runners[name] = Runner(engine)
         first = requests(options, prompts, grammar, 4)[:4]
-        measure(runners[name], first, 4)  # not counted
+        measure(runners[name], first, 4)  # a warm-up load
         print(f"{name}: ready after {time.perf_counter() - began:.0f} s", flush=True)
     turns = list(take_turns(options, prompts, grammar, runners))
     for runner in runners.values():
@@ -127,7 +126,7 @@ def main(options: Benchmark) -> None:
 
 
 def engines(options: Benchmark, target) -> Iterator[tuple[str, Engine]]:
-    """Every way's engine, by the way's name."""
+    """The engine of every way, with the way's name."""
     from jaxspec import TreeConfig, load_drafter
 
     def load(kind, size):
@@ -166,7 +165,7 @@ def grammar_of(schema: Path | None, target) -> Grammar | None:
 def take_turns(
     options: Benchmark, prompts, grammar, runners: dict[str, Runner]
 ) -> Iterator[dict]:
-    """One row per turn. Between two turns of one load a way moves one place on in the order."""
+    """One row per turn; the order of ways rotates by one between turns of one load."""
     names = list(runners)
     for load, users in enumerate(options.users):
         for turn in range(options.turns if users < 16 else -(-options.turns // 2)):
@@ -191,7 +190,7 @@ def requests(options: Benchmark, prompts, grammar, users: int) -> list[Request]:
 
 
 def measure(runner: Runner, asked: Sequence[Request], users: int) -> dict:
-    """A closed loop, and the engine at rest after it."""
+    """Runs a closed loop, then waits until the engine is idle."""
     before = list(runner.engine.rounds_by_size)
     seen = asyncio.run(closed_loop_of(runner, asked, users))
     while runner.engine.busy and runner.healthy:  # it gives its caches back
@@ -233,7 +232,7 @@ def medians(turns: Sequence[dict]) -> list[dict]:
 
 
 def ratios_of(turns: Sequence[dict]) -> list[dict]:
-    """Throughput of the adaptive way over that of the best other way, at each load.
+    """Throughput of the adaptive way relative to the best other way, at each load.
 
     The best has the largest median. Each turn is compared with the same turn of the best, which
     ran beside it; the ratio is the median of these.

@@ -1,10 +1,9 @@
-"""Training against a straightforward implementation that holds all logits.
+"""Compares training with a straightforward implementation that holds all logits.
 
 First the losses alone, then the whole gradient of a step on the small target: its forward, the
-drafter's, DSpark's losses and the way back; the optimizer, the same for both, is left out.
-Time and memory of one of each, as anchors and vocabulary grow. Memory is what the compiled
-program needs beside arguments and results. Sizes whose logits do not fit are compiled and not
-run.
+drafter's, DSpark's losses and the backward pass, without the optimizer, which is the same for
+both. Reports time and memory as anchors and vocabulary grow. Memory is the compiled program's
+temporaries. Sizes whose logits do not fit are compiled but not run.
 
   python examples/benchmark_training.py
 """
@@ -50,7 +49,7 @@ def full(drafter, unembed, target, labels, weights):
 
 
 def mixture(logits, teacher, labels):
-    """DSpark's losses of every position by the book, and the distance they are made of."""
+    """DSpark's losses of every position by definition, and their L1 distance."""
     log_p = jax.nn.log_softmax(logits)
     cross_entropy = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
     distance = jnp.abs(jnp.exp(log_p) - jax.nn.softmax(teacher)).sum(-1)
@@ -90,7 +89,7 @@ def filled(spec):
 
 
 def seconds(compiled, arguments, repeats):
-    """The fastest of some runs, after one that does not count, and what they compute."""
+    """The fastest of some runs after a warm-up, and their result."""
     out = jax.block_until_ready(compiled(*arguments))
     times = []
     for _ in range(repeats):

@@ -1,12 +1,11 @@
-"""What keeping prompts' prefixes is worth: a chat of several turns behind one system prompt.
+"""Measures the prefix cache on a chat of several turns with one system prompt.
 
     python -m jaxspec serve --room 2048 --slots 2 &
     python examples/chat_turns.py --model smollm2-135m
 
-The same chat is held twice in turn. Once all its requests share a `cache_salt`, so that every
-turn begins where the last prompt ended; once every request has one of its own, so that nothing
-is found and every prompt is run whole. Works with any server that knows `cache_salt`, vLLM's
-too.
+Runs the same chat twice, turn by turn. Once all requests share a `cache_salt`, so that every
+turn starts from the last prompt's prefix; once every request has its own salt, so that every
+prompt is computed in full. Works with any server that supports `cache_salt`, such as vLLM's.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ class Chat:
     """Measure a running server."""
 
     model: str
-    """As the server calls it."""
+    """Model name on the server."""
     url: str = "http://localhost:8000/v1"
     key: str = "none"
     """API key."""
     rules: int = 35
     """Sentences of the system prompt, of about 17 tokens each."""
     max_tokens: int = 48
-    """Of an answer."""
+    """Maximum tokens per answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,7 @@ def ask(client: openai.OpenAI, options: Chat, messages: list[dict], salt: str) -
 
 
 def main(options: Chat) -> Iterator[str]:
-    """Holds both chats turn by turn; the rows of a table in Markdown."""
+    """Runs both chats turn by turn; yields the rows of a Markdown table."""
     yield (
         "| turn | prompt tokens | of them kept | first token, s | run whole, s | answer, s "
         "| run whole, s |"

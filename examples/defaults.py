@@ -1,9 +1,9 @@
-"""Which way of decoding is fastest here: every drafter in both dtypes, fixed and adaptive.
+"""Finds the fastest setting here: every drafter in both dtypes, fixed and adaptive.
 
 python examples/defaults.py [--prompts FILE.jsonl] [--repeats N]
 
-All ways answer the same prompts by turns, and every answer's least time of the repeats counts:
-other processes only add to it. Float32's answers must equal plain decoding's.
+All settings answer the same prompts in turn, and each answer's minimum time over the repeats
+counts: interference only adds time. Float32 answers must equal plain decoding's.
 """
 
 import argparse

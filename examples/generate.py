@@ -3,7 +3,7 @@
 python examples/generate.py [PROMPT] [--target T] [--drafter D] [--nodes N] [--max-new-tokens N]
 
 First in the dtype that is fastest here, where near-ties may flip; then in float32, where the
-tokens must be the same.
+tokens must be equal.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from rich.panel import Panel
 import jaxspec
 from jaxspec.dtypes import fastest
 
-TURNS = 2  # of each, one after the other; the least time counts
+TURNS = 2  # runs of each, alternating; the minimum time counts
 
 
 def both(args, dtype, say):

@@ -1,12 +1,12 @@
-"""How an OpenAI-compatible server fares under load: tokens per second, and waiting times.
+"""Measures an OpenAI-compatible server under load: tokens per second, and waiting times.
 
     python -m jaxspec serve --port 8000 &
     python examples/load_server.py --url http://localhost:8000/v1 --model smollm2-135m \
         --users 1 4 16 --rates 0.5 2
 
 `--users` sends a new request whenever one is answered; `--rates` sends requests at random
-times, so many per second, however long answers take, as independent people would. Works with
-any server that streams completions, say vLLM's, so that servers can be compared.
+times, with this mean rate per second, however long answers take. Works with any server that
+streams completions, such as vLLM's, so that servers can be compared.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Load:
     """Measure a running server."""
 
     model: str
-    """As the server calls it."""
+    """Model name on the server."""
     url: str = "http://localhost:8000/v1"
     key: str = "none"
     """API key."""

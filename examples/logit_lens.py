@@ -1,4 +1,4 @@
-"""Logit lens (nostalgebraist, 2020): what each layer would say if it were the last one.
+"""Logit lens (nostalgebraist, 2020): each layer's prediction if it were the last one.
 
 python examples/logit_lens.py ["A TEXT TO GO ON WITH"]
 """

@@ -1,4 +1,4 @@
-"""A drafter of one's own: after every token it drafts what followed that token last.
+"""Your own drafter: after every token it drafts the token that followed it last.
 
 Used by name, with nothing of jaxspec changed:
 
@@ -19,7 +19,7 @@ from jaxspec.trees.tree import DraftTree, chain
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What was committed so far.
+    """The committed tokens so far.
 
     Attributes:
       tokens: [B, S] int32, by position.
@@ -55,7 +55,7 @@ class Followers(Drafter):
         batch, count = committed.tokens.shape
         rows, offsets = jnp.arange(batch)[:, None], jnp.arange(count)
         positions = committed.position[:, None] + offsets
-        # Rows past the count are padding: they go to a place that does not exist.
+        # Rows past the count are padding: they are written out of bounds, which drops them.
         inside = offsets < committed.count[:, None]
         to = jnp.where(inside, positions, state.tokens.shape[1])
         tokens = state.tokens.at[rows, to].set(committed.tokens, mode="drop")

@@ -1,5 +1,5 @@
-"""What fp8 costs: perplexity and tau of the default target in bfloat16, in fp8, and with its LM
-head in fp8 too, on prompts that the drafter was not trained on.
+"""Measures the quality cost of fp8: perplexity and tau of the default target in bfloat16, in
+fp8, and with its LM head in fp8 too, on prompts that the drafter was not trained on.
 
 python examples/quantised.py --prompts ../shared/prompts/*.jsonl
 """
@@ -70,7 +70,7 @@ def by_value(target, folder: Path) -> Path:
 
 
 def in_fp8(target, source: Path, *, head: bool = False):
-    """The target as its fp8 checkpoint loads, dequantised; prints the error of its layers."""
+    """The target from its fp8 checkpoint, dequantised; prints its layers' rounding errors."""
     folder = source.with_name(f"fp8-{head}")
     errors = convert(source, folder, dtype="fp8", fp8_lm_head=head).errors.values()
     print(f"rounding changed {min(errors):.2%} … {max(errors):.2%} of a layer's weights")

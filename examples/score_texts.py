@@ -1,4 +1,4 @@
-"""A jitted evaluation loop: accuracy of the target's next token on texts that are given.
+"""A jitted evaluation loop: accuracy of the target's next token on given texts.
 
 python examples/score_texts.py
 """

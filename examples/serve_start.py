@@ -3,8 +3,8 @@
     python examples/serve_start.py --cache /tmp/start      # cold: the folder is empty
     python examples/serve_start.py --cache /tmp/start      # warm
 
-Options after `--` go to `python -m jaxspec serve`. `--settle` keeps it for so many seconds
-more, in which the server compiles what larger batches need.
+Options after `--` go to `python -m jaxspec serve`. `--settle` keeps the server running for so
+many more seconds, in which it compiles the programs of larger batches.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ import tyro
 @dataclasses.dataclass(frozen=True)
 class Start:
     cache: Path
-    """Folder for what the server keeps: compiled programs, step times."""
+    """Cache folder of the server, for compiled programs and step times."""
     settle: float = 0.0
     limit: float = 280.0
-    """Seconds that the server may take until it is ready."""
+    """Maximum seconds until the server is ready."""
     serve: tyro.conf.Positional[tuple[str, ...]] = ()
 
 

@@ -1,4 +1,4 @@
-"""The choice between a kernel and its reference, by platform and shape."""
+"""Chooses between a kernel and its reference, by platform and shape."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def dispatch(
     arrays: tuple[jax.Array, ...],
     implementation: str | None,
 ) -> jax.Array:
-    """What a kernel or its reference makes of arrays, with the derivative of the reference.
+    """Calls a kernel or its reference, with the reference's derivative.
 
     Args:
-      reference: in XLA, for any platform.
-      load: the kernel, and why it does not take these arrays, or None. Called where it may be
-        used: Pallas takes a fifth of a second to import.
-      implementation: "xla", "triton", or None: triton where the program is compiled for an
-        NVIDIA GPU and the kernel takes the arrays, else xla.
+      reference: implementation in XLA, for any platform.
+      load: returns the kernel, and the reason why it does not support these arrays, or None.
+        Called only if the kernel may be used: Pallas takes a fifth of a second to import.
+      implementation: "xla", "triton", or None: triton if the program is compiled for an NVIDIA
+        GPU and the kernel supports the arrays, else xla.
 
     Raises:
-      ValueError: "triton" was asked for and does not take these arrays.
+      ValueError: "triton" is given and does not support these arrays.
     """
     if implementation not in (None, "xla", "triton"):
         raise ValueError(

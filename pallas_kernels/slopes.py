@@ -1,4 +1,4 @@
-"""Derivatives of kernels, which have none of their own: those of the reference."""
+"""Derivatives of kernels, taken from their references."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import jax
 
 
 def with_slope_of(reference: Callable, kernel: Callable) -> Callable:
-    """kernel(*arrays), differentiated as reference(*arrays) is.
+    """kernel(*arrays) with the derivative of reference(*arrays).
 
     Args:
-      reference: computes the same in XLA, without loops of unknown length.
-      kernel: any implementation; also one that chooses between some by platform.
+      reference: computes the same in XLA, without loops of dynamic length.
+      kernel: any implementation, possibly one that chooses by platform.
     """
 
     @jax.custom_jvp

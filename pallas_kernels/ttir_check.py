@@ -1,12 +1,11 @@
-"""Runs a Pallas kernel's lowered Triton IR in NumPy and faults where a GPU would not notice.
+"""Runs a Pallas kernel's lowered Triton IR in NumPy, and finds errors a GPU would not notice.
 
 Interpret mode clamps indices and runs programs in order, so it hides both an access outside an
 array and two programs that write the same element. Here the IR that a GPU would compile is
-executed program by program, every lane's address checked and every written element remembered.
-A program may read an element of an output again that it wrote before its last barrier: others
-may not have written it yet, and without a barrier nor may its own threads.
-What is not modelled: warps, shared memory, asynchronous copies, the GPU's rounding of exp2 and
-of TF32.
+executed program by program; every lane's address is checked and every written element recorded.
+A program may only read back output elements that it wrote before its last barrier: other
+programs, or without a barrier its own threads, may not have written theirs yet.
+Not modelled: warps, shared memory, asynchronous copies, the GPU's rounding of exp2 and of TF32.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ def run_kernel(
 ) -> None:
     """Runs every program of the grid, filling `outputs` in place.
 
-    Of the outputs `updated`, which are inputs too, programs may leave elements as they are.
+    In outputs `updated`, which are inputs too, programs may leave elements unwritten.
     """
     context = ir.Context()
     triton_dialect.register_dialect(context)
@@ -321,7 +320,7 @@ class _Program:
         return np.where(live, data[np.where(live, offset, 0)], other).astype(data.dtype)
 
     def check_written(self, buffer: _Buffer, offset: np.ndarray) -> None:
-        """That what it reads of an output stands there, whichever thread wrote it."""
+        """Checks that elements read from an output were written before the last barrier."""
         writer = buffer.writer[offset]
         free = (writer == NOBODY) & buffer.updated
         bad = (writer != self.number) & ~free

@@ -1,4 +1,4 @@
-"""Is the output on this machine right, at the optimisation level in use?
+"""Checks that the output on this machine is right, at the optimisation level in use.
 
     python examples/gpu/check.py [--golden ../shared/golden]
 
@@ -45,7 +45,7 @@ from jaxspec.trees.candidates import top_logits
 
 LEVEL = "--xla_backend_optimization_level"
 NEW_TOKENS = 40
-SIZES = (97, 7), (4096, 63), (151_936, 63)  # a vocabulary, and how many to find in it
+SIZES = (97, 7), (4096, 63), (151_936, 63)  # (vocabulary, tokens to find)
 
 # Head dims that the kernels take; logits far enough apart for any order of float32 sums.
 TARGETS = {

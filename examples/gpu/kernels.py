@@ -1,4 +1,4 @@
-"""What the device ran, kernel by kernel, from a profile of a few rounds."""
+"""The kernels that the device ran, from a profile of a few rounds."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
-"""Whole generations at an acceptance that is given: tokens per second, measured end to end.
+"""Times whole generations at a prescribed acceptance, end to end.
 
     python examples/gpu/replay.py --tau 4 6 8 10.8 --nodes 64 256
     python examples/gpu/replay.py --survival 0.9 0.8 0.7 --nodes 16 --draft none
 
 This is a replay, and every row says so. The target first continues its prompt plainly. Then it
-is decoded again with a drafter that knows that continuation and proposes a tree of N nodes:
-the known tokens down to a depth that is drawn anew for every position, wrong ones elsewhere. A
-depth of d or more has probability q_d, the survival profile: given, or the geometric one whose
-mean acceptance length 1 + q_1 + … + q_P is tau. Verification is the real one. So is drafting,
-unless --draft is none: a drafter of published shape makes its pass and grows its tree, and only
-then are its tokens replaced.
+decodes again with a drafter that knows this continuation and proposes a tree of N nodes: known
+tokens down to a depth that is drawn for every position, wrong tokens elsewhere. A depth of d or
+more has probability q_d, the survival profile: given, or geometric with mean acceptance length
+1 + q_1 + … + q_P = tau. Verification is real. So is drafting, unless --draft is none: a drafter
+of published shape makes its pass and grows its tree, and then its tokens are replaced.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ UNLIMITED = np.int32(2**30)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """What a replay reads.
+    """Params of a replay.
 
     Attributes:
       tokens: [B, S] int32, the prompt and its plain continuation.
       survival: [P] float32, q_1 … q_P; none is larger than the one before it.
-      keys: [B] typed keys; with the position they decide how deep a draft is right.
+      keys: [B] typed keys; with the position they decide the depth to which a draft is right.
       beside: the real drafter's weights.
     """
 
@@ -57,11 +56,11 @@ class Known:
 
 @dataclasses.dataclass(frozen=True)
 class Replay(Drafter):
-    """Drafts what is known to follow, as deep as the survival profile says.
+    """Drafts the known continuation, to a depth drawn from the survival profile.
 
-    A chain of P tokens, right down to the drawn depth and wrong below it, and siblings of its
-    nodes up to N in all, which are wrong. The state is the real drafter's, and tokens, parents
-    and depths of the tree that it drew last: none of its work can be left out.
+    A chain of P tokens, right down to the drawn depth and wrong below it, and wrong siblings of
+    its nodes up to N in all. The state is the real drafter's, with the tokens, parents and
+    depths of its last tree, so that XLA cannot drop its work.
 
     Attributes:
       beside: the real drafter, whose cost is kept; None drafts for nothing.
@@ -163,7 +162,7 @@ class Bench:
         return Replay(nodes, min(self.depth, nodes - 1), beside)
 
     def params(self, drafter, tokens=None, survival=None) -> Params:
-        """For a replay without tokens: of the same shapes, to compile with."""
+        """Params of a replay; without tokens, of the same shapes, to compile with."""
         if isinstance(drafter, Plain):
             return self.weights.params(drafter)
         if tokens is None:
@@ -205,7 +204,7 @@ class Bench:
         return jax.device_get((state.tokens, state.rounds, state.length)), spent[1:]
 
     def row(self, programs, nodes: int, plain=None, **known) -> dict:
-        """What a generation took; beside plain decoding, if that is given."""
+        """The row of a generation, compared with plain decoding if given."""
         (tokens, rounds, length), spent = self.generate(programs, nodes, **known)
         # The prompt's own forward decides the first token.
         decoded = int((length - self.options.length - 1).sum())

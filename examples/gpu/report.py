@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-UNSETTLED = ("commit", "at")  # a row of a later commit replaces one of the same settings
+UNSETTLED = ("commit", "at")  # not settings: a later row replaces one with equal settings
 SETTINGS = {
     "check": ("check", "target", "drafter", "tree", "case"),
     "steps": ("model", "dtype", "batch", "length", "case"),
@@ -189,7 +189,7 @@ def peer(rows: list[dict]) -> str:
 
 
 def check(rows: list[dict]) -> str:
-    """One line per kind of check, with how much passed; what failed has no row."""
+    """One line per kind of check, with the number that passed; failures have no row."""
     kinds: dict[str, list[dict]] = {}
     for row in rows:
         kinds.setdefault(row["check"], []).append(row)

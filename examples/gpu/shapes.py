@@ -1,9 +1,9 @@
 """Targets and drafters of published shapes with random weights, made on the device.
 
-The target counts: after token t it says t + 1, whatever came before, by a margin that no
-rounding bridges. Its embedding outweighs what the layers add, and its LM head is the embedding
-moved by one row (tied, it repeats t). What a round costs does not depend on the weights, and a
-long generation is the same in bfloat16 however many nodes are verified at a time.
+The target counts: after token t it predicts t + 1, whatever came before, by a margin larger
+than any rounding. Its embedding dominates the layers' outputs, and its LM head is the embedding
+shifted by one row (if tied, it repeats t). The cost of a round does not depend on weights, and
+a long bfloat16 generation does not depend on how many nodes are verified at a time.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def normal(key, scale, *, shape, dtype):
 
 
 def fill(spec, seed: int, scale=lambda name: 0.02):
-    """Random arrays for shapes; vectors are norms and biases, and ones."""
+    """Random arrays of given shapes; vectors, which are norms and biases, are ones."""
     leaves, tree = jax.tree.flatten_with_path(spec)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
 
@@ -128,7 +128,7 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Given(Drafter):
-    """A tree that costs nothing to draft: what is left of a round is its verification.
+    """A given tree, so that a round is only verification.
 
     Branches of `depth` random tokens hang from the root, in all `size` nodes.
     """

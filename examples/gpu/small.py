@@ -1,4 +1,4 @@
-"""The real small target with the shipped drafter: plain decoding beside every tree and budget.
+"""Times the real small target with the shipped drafter: plain decoding and every tree.
 
     python examples/gpu/small.py --prompts prompts.jsonl --trees chain8 top_budget64
 

@@ -8,15 +8,15 @@
 Cases, with a number of nodes (or of tokens) behind them:
 
     plain          one round of plain decoding
-    verify64       one forward over 64 nodes that cost nothing to draft
+    verify64       one forward over 64 given nodes, without drafting
     prefill512     the whole prompt, in chunks of 512
     pass           the drafter's pass over a block, logits included
     draft-chain16  pass and growth of a tree of 16 nodes
     chain16        a whole round; so best_first64, top_budget64, transitions64 and
                    path_conditioned64 (the last two with a Markov head of rank 256)
 
-The floor is the larger of two times, at rates measured in the same run: of moving every byte
-that must be read at a copy's rate, and of every product at a large product's.
+The floor is the larger of two times, at rates measured in the same run: reading every necessary
+byte at a copy's rate, and computing every product at a large product's rate.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ TABLE = (
     (32, 900, "plain verify8"),
 )
 CHUNK = 512  # prompt tokens at a time, and the unit of capacities
-ROOM = 1024  # places for new tokens
+ROOM = 1024  # cache rows for new tokens
 ROUNDS, DRAFTS, PROFILED = 32, 32, 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where steps are timed: rows, and the tokens behind each."""
+    """The batch that steps are timed on: rows, and tokens before each step."""
 
     batch: int
     length: int
@@ -72,7 +72,7 @@ class Place:
 
 @functools.partial(jax.jit, static_argnames="drafter")
 def drafts(drafter, params, state, anchor, position, budget, times):
-    """Drafts one after the other, each from a token of the one before it."""
+    """Drafts repeatedly, each from a token of the previous draft."""
 
     def again(_, tree):
         anchor = tree.tokens[:, min(1, drafter.size - 1)]
@@ -83,7 +83,7 @@ def drafts(drafter, params, state, anchor, position, budget, times):
 
 @functools.partial(jax.jit, static_argnames="drafter")
 def passes(drafter, params, state, anchor, position, times):
-    """The head's pass alone, from a token to the logits of a block."""
+    """Only the head's pass, from a token to the logits of a block."""
 
     def once(anchor):
         head = bind(drafter.config, params.head)
@@ -105,7 +105,7 @@ class Bench:
         self._prefilled: dict[Place, tuple] = {}
 
     def drafter(self, case: str):
-        """What drafts in a case; None where nothing does."""
+        """The drafter of a case, or None."""
         kind, n = case_parts(case.removeprefix("draft-"))
         if kind == "plain":
             return Plain()
@@ -341,7 +341,7 @@ def of(settings: dict, place: Place, case: str) -> dict:
 
 
 def check(case: str) -> None:
-    """Exits with one line about a case that is none."""
+    """Exits with one line if a case is unknown."""
     kind, n = case_parts(case.removeprefix("draft-"))
     trees = ("chain", "best_first", "top_budget", "path_conditioned", "transitions")
     numbered = kind in trees or kind in ("verify", "prefill")

@@ -1,4 +1,4 @@
-"""The one way these scripts time, compile, and write down what they found."""
+"""Timing, compiling and recording of results for these scripts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
 class Rows:
     """A file of rows, each one JSON line, written as soon as it is known.
 
-    A row is what was measured (its key: script, card, commit and settings) and what was found.
+    A row has a key (script, card, commit and settings) and results.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Rows:
         """Writes the run's header.
 
         Args:
-          rates: measure what the device reaches.
-          on: the card, where it is not JAX that uses it.
+          rates: measure the device's rates.
+          on: the card, if another library than JAX uses it.
         """
         self._start, self._seconds = time.monotonic(), options.seconds
         self._path, self._old = options.out, []
@@ -94,7 +94,7 @@ class Rows:
 
     @property
     def left(self) -> float:
-        """Seconds of the budget that are left."""
+        """Seconds left of the time budget."""
         return self._seconds - (time.monotonic() - self._start)
 
     def known(self, **settings) -> dict | None:
@@ -150,7 +150,7 @@ def milliseconds(
     Args:
       run: starts the work of one repeat and returns arrays that are ready when it is done;
         enough of it that starting it costs nothing beside it. Called once more to warm up.
-      units: done by the run before, asked for outside the time.
+      units: units of work of the last run; called outside the timed section.
     """
     jax.block_until_ready(run())
     count = units if callable(units) else lambda: units
@@ -171,13 +171,13 @@ def once(run: Callable[[], Any]) -> float:
 def compile_all(
     jobs: dict[Any, Callable[[], Any]], *, threads: int, seconds: float = float("inf")
 ) -> dict[Any, Callable[[], Any]]:
-    """Compiles programs side by side on the host's cores, and waits for all of them.
+    """Compiles programs in parallel on the host's cores, and waits for all of them.
 
-    Nothing is timed meanwhile: XLA tries its matrix products on the device as it compiles.
+    Nothing is timed meanwhile, as XLA autotunes matrix products on the device while compiling.
 
     Args:
-      jobs: by name, what compiles a program and returns it.
-      seconds: those not ready by then are given up.
+      jobs: by name, a function that compiles a program and returns it.
+      seconds: time limit, after which the remaining ones are dropped.
 
     Returns:
       By name, a function that returns the program, or raises what went wrong.
@@ -203,7 +203,7 @@ def _finished(future):
 
 
 def measure_rates() -> dict:
-    """What this device reaches: a copy, bytes read and written, and a bfloat16 product."""
+    """This device's rates: of a copy, in bytes read and written, and of a bfloat16 product."""
     gpu = jax.default_backend() == "gpu"
     size, width = (2**30, 8192) if gpu else (2**22, 256)
     steps = 10
@@ -228,7 +228,7 @@ def _products(x, steps):
 
 
 def floor_ms(floor: Floor, rates: dict) -> float:
-    """Milliseconds at least, at measured rates."""
+    """A floor in milliseconds, at measured rates."""
     reading = floor.bytes / rates["copy_gb_s"] / 1e6
     computing = floor.flops / rates["product_tflop_s"] / 1e9
     return max(reading, computing)
@@ -244,7 +244,7 @@ def driver() -> str | None:
 
 
 def commit() -> str | None:
-    """Of the working tree; $JAXSPEC_COMMIT where there is a copy without its repository."""
+    """Commit of the working tree; $JAXSPEC_COMMIT in a copy without its repository."""
     given = os.environ.get("JAXSPEC_COMMIT")
     return given or _output(["git", "-C", str(ROOT), "describe", "--always", "--dirty"])
 

@@ -30,11 +30,11 @@ from pallas_kernels.tree_attention.config import MIN_TILE, Shape, TileConfig, ch
 from pallas_kernels.tree_attention.reference import tree_attention_reference
 from pallas_kernels.tree_attention.triton import tree_attention_triton
 
-SECOND_LEVEL = 60e6  # bytes; more than the card's second-level cache
+SECOND_LEVEL = 60e6  # bytes; more than the GPU's L2 cache
 SHARED_MEMORY = 227 * 1024  # bytes that one program may have
 REGISTERS = 200  # of a thread, for scores and outputs in float32: above, they spill
-KEPT = 2  # tiles that are tried with other splits
-CALLS = 64  # timed in one program, at least
+KEPT = 2  # best tiles, which are tried with other splits
+CALLS = 64  # fewest calls timed in one program
 
 
 def inputs(shape: Shape) -> tuple:
@@ -71,7 +71,7 @@ def attend(q, cache, lengths, k_new, v_new, ancestors, tile: TileConfig):
 
 @functools.partial(jax.jit, static_argnames=("tile", "loops"))
 def walk(q, caches, *rest, tile: TileConfig, loops: int):
-    """Attends to cache after cache; each output is the next one's query: none is left out."""
+    """Attends to cache after cache; each output is the next query, so that all calls run."""
 
     def call(_, q):
         for cache in caches:
@@ -86,7 +86,7 @@ def loops(shape: Shape, caches: int) -> int:
 
 
 def candidates(shape: Shape) -> list[TileConfig]:
-    """Tiles with the table's splits; those that cannot run well are left out unseen."""
+    """Tiles with the table's splits, without those that cannot be fast."""
     table = from_table(shape)
     rows = shape.nodes * shape.group
     most = max(MIN_TILE, min(128, 1 << (rows - 1).bit_length()))
@@ -123,7 +123,7 @@ def variations(tile: TileConfig, shape: Shape) -> list[TileConfig]:
 
 
 class Tuning:
-    """One shape, and what its tiles took."""
+    """One shape, and the times of its tiles."""
 
     def __init__(self, shape: Shape):
         self.shape, self.inputs, self.ms = shape, inputs(shape), {}
@@ -133,7 +133,7 @@ class Tuning:
         return walk.lower(*self.inputs, tile=tile, loops=self.loops).compile()
 
     def time(self, tile: TileConfig, program) -> None:
-        """Notes a time; None for a tile that the compiler or the card refuses."""
+        """Records a time; None for a tile that the compiler or the GPU refuses."""
         if tile in self.ms:
             return
         try:
@@ -149,7 +149,7 @@ class Tuning:
         return sorted(timed, key=timed.get)[:count]
 
     def error(self, tile: TileConfig) -> float:
-        """Of a tile's output, relative to the definition's in float32."""
+        """Error of a tile's output, relative to the reference in float32."""
         q, caches, *rest = self.inputs
         found = attend(q, caches[0], *rest, tile)
         lengths, k_new, v_new, ancestors = rest
@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
 def search(
     tried: list[tuple[Tuning, list[TileConfig]]], rows: timing.Rows, threads: int
 ) -> None:
-    """Compiles tiles of all shapes side by side, then times them."""
+    """Compiles tiles of all shapes in parallel, then times them."""
     jobs = {
         (tuning, tile): functools.partial(tuning.compile, tile)
         for tuning, tiles in tried

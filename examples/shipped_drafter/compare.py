@@ -1,4 +1,4 @@
-"""Which of causal masking, sequential heads and conditioned trees moves tau, at equal training.
+"""Compares effects of causal masking, sequential heads and trees on tau, at equal training.
 
 Reads what `recipe.sh` measured and draws the table, the ratios that answer the question, and a
 picture. Intervals are 95% bootstrap intervals over prompts; ratios are paired by prompt.
@@ -62,11 +62,11 @@ class Compare:
     results: tyro.conf.Positional[tuple[Path, ...]]
     """JSON lines of `python -m jaxspec evaluate`, decoders named "KIND TREE"."""
     again: tuple[Path, ...] = ()
-    """The same of drafters trained from another seed, in tables of their own."""
+    """The same for drafters trained from another seed, in separate tables."""
     budget: int = 16
     """Nodes per round of trees; chains have as many as their drafter's block."""
     short: bool = False
-    """The taus of the first temperature alone, for a page that quotes them."""
+    """Only the taus of the first temperature, for a page that quotes them."""
     output: Path | None = None
     """Picture (PNG)."""
     into: Path | None = None
@@ -93,7 +93,7 @@ class Compare:
 
 
 def chosen(files: tuple[Path, ...], budget: int) -> dict[float, Lines]:
-    """What was walked with one budget, by temperature."""
+    """Replayed results of one budget, by temperature."""
     view = View([row for path in files for row in read_rows(path)])
     found = {
         t: {x.label.decoder: x for x in view.select("walk", t) if x.label.budget == budget}

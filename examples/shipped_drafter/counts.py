@@ -1,9 +1,9 @@
-"""Facts of a data set, counted: how much the target wrote, and what constants rest on.
+"""Counts in a data set: how much the target wrote, and the data behind constants.
 
-Of questions only what the target wrote counts, not the opening that `--prompts` gave it. The
-constants: how often the token after a match of 1, 2, … tokens is the target's own next
-(`drafters.ngram.AGREEMENT`; greedy answers only), and how much of held-out answers, one tenth,
-a draft vocabulary covers (`train --draft-vocab`).
+Of a question only the target's own tokens count, not the opening from `--prompts`. The
+constants: how often the token after a match of 1, 2, … tokens is the target's next token
+(`drafters.ngram.AGREEMENT`; greedy answers only), and the share of held-out answers (one tenth)
+that a draft vocabulary covers (`train --draft-vocab`).
 
     python examples/shipped_drafter/counts.py --data out/shipped/data.jsonl \
         --prompts out/shipped/prompts.jsonl
@@ -74,7 +74,7 @@ def main(options: Counts) -> None:
 
 
 def question_tokens(tokenizer, rows: list[dict], prompts: dict[int, dict]) -> int:
-    """Written by the target between a prompt's opening and its ending; none of a given one.
+    """Tokens that the target wrote between a prompt's opening and ending; 0 for a given one.
 
     Raises:
       ValueError: a conversation's question is not of its prompt.
@@ -88,7 +88,7 @@ def question_tokens(tokenizer, rows: list[dict], prompts: dict[int, dict]) -> in
             continue
         start, end = prompt["opening"].lstrip(), prompt.get("ending", "")
         if not asked.startswith(start) or not asked.endswith(end):
-            raise ValueError(f"conversation {row['id']} does not go on from {start!r}")
+            raise ValueError(f"conversation {row['id']} does not begin with {start!r}")
         total += len(tokenizer.encode(asked[len(start) : len(asked) - len(end)]))
     return total
 

@@ -1,4 +1,4 @@
-"""Draws what limits tau, from what `limits.py` measured: three tables and a picture.
+"""Draws three tables and a picture of what limits tau, from the results of `limits.py`.
 
 python draw_limits.py --into ../../docs/report.md --output ../../docs/evaluation
 """
@@ -83,7 +83,7 @@ class Found:
 
 
 def tau_table(found: Found) -> str:
-    """What trees get, and what oracles over candidates would get."""
+    """Tau of trees, and of oracles over candidates."""
     rows = []
     for named in found.joint:
         for shown, tree, best in (

@@ -1,4 +1,4 @@
-"""What limits tau: a drafter's candidates, the nodes verified, or what lookup sees already.
+"""Measures what limits tau: a drafter's candidates, nodes verified, or overlap with lookup.
 
 Walks along the target's own answers (nothing is timed):
 
@@ -37,10 +37,10 @@ RESULTS = Path(__file__).with_name("limits.jsonl")
 SETS = ("gsm8k", "math500", "humaneval", "mbpp", "mt-bench")
 BUDGETS = (8, 16, 32, 64, 128)
 CANDIDATES = (1, 2, 4, 8, 16)
-ANY = 1 << 30  # candidates: all that the drafter drafts
+ANY = 1 << 30  # candidates: the whole draft vocabulary
 JOINT_BUDGET = 16
 LOOKUP = "lookup"
-GRAM = 8  # tokens that are the same by copying, hardly by chance
+GRAM = 8  # run of equal tokens that counts as copied rather than chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +210,7 @@ def limits(
 
 
 def _last(name: str, temperature: float, entry: Entry) -> results.Joint:
-    """The last row of a set, without its counts: where it is known, all of the set is."""
+    """The last row of a set, without its counts: if it is known, the whole set is."""
     named = entry.contender.name
     return results.Joint(name, temperature, f"{named}, both", JOINT_BUDGET, named, LOOKUP, ())
 
@@ -227,7 +227,7 @@ def joint(answer: w.RecordedAnswer, both: w.Table, first: w.Table, second: w.Tab
 def copies(
     name: str, temperature: float, answers: Sequence[w.RecordedAnswer]
 ) -> results.Copies:
-    """How much of the answers stands in their prompts, or stood in themselves before."""
+    """How much of the answers is copied from their prompts, or from earlier in themselves."""
     tokens, from_prompt, from_answer = [], [], []
     for answer in answers:
         end = answer.start + answer.new_tokens

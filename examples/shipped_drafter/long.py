@@ -1,4 +1,4 @@
-"""What long prompts, to 7,000 tokens, do to a drafter and to lookup: tau, and ms of a round.
+"""Measures a drafter and lookup on prompts of up to 7,000 tokens: tau, and ms per round.
 
     cd examples/shipped_drafter
     python long.py walk   # tau; nothing is timed
@@ -63,7 +63,7 @@ ASKED = {
 
 
 def texts(folder: Path) -> dict[str, list[str]]:
-    """The texts by what they are called."""
+    """The texts by name."""
     names = _git("ls-tree", "-r", "--name-only", COMMIT).splitlines()
     pages = [_git("show", f"{COMMIT}:{name}") for name in names if name.endswith(".md")]
     blocks = [
@@ -167,7 +167,7 @@ class Walk:
 
 @dataclasses.dataclass(frozen=True)
 class Clock(Walk):
-    """What a round costs after the prompt, greedy: decoders take turns from one state.
+    """Times rounds after the prompt, greedy: decoders take turns from one state.
 
     In bfloat16 their answers part at near-ties, so their own taus are of different texts.
     """
@@ -215,9 +215,10 @@ def race(
     rows: list[list[int]],
     new_tokens: int,
 ) -> tuple[dict[Key, list[Completion]], list[float]]:
-    """Answers of all rivals, their seconds without the prompt, and the seconds of the prompts.
+    """Answers of all decoders, their seconds without prefill, and the seconds of prefill.
 
-    A prompt runs once, observed by all drafters; every rival goes on from a copy of the state.
+    A prompt runs once, observed by all drafters; every decoder continues from a copy of the
+    state.
     """
     target, shuffle = entries[0].target, random.Random(0).shuffle
     widest = [limits.forms(entry, BUDGETS[-1])[f"{_name(entry)}, both"] for entry in entries]

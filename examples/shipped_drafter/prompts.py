@@ -6,9 +6,9 @@
 
 Three sources, none of them an evaluation prompt: training prompts of public sets (`--folder`,
 GSM8K's training questions and Arena-Hard), tasks made by rule (reasoning-gym), and openings
-that the target goes on from in its own words ("Write a python function to …"). Everything
-follows from the seed, but reasoning-gym's polynomials also from $PYTHONHASHSEED; rows come
-shuffled, so that any first part of them has the same mixture.
+that the target completes ("Write a python function to …"). Everything follows from the seed,
+except that reasoning-gym's polynomials also depend on $PYTHONHASHSEED. Rows are shuffled, so
+that any prefix has the same mixture.
 """
 
 import argparse

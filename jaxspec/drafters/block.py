@@ -171,8 +171,8 @@ class BlockDrafter(Drafter):
     def check_sampled(self) -> None:
         if self.tree.kind != "chain" or self.size <= self.depth:
             raise ValueError(
-                f"rejection sampling needs a chain of {self.depth + 1} nodes, the whole sample "
-                f"of the drafter; its tree is {self.tree.kind!r} with {self.size}. Use such a "
+                f"rejection sampling needs a chain of {self.depth + 1} nodes for the drafter's "
+                f"whole sample; its tree is {self.tree.kind!r} with {self.size}. Use such a "
                 "chain, or leave rejection out: sample-then-match is lossless with any drafter"
             )
 

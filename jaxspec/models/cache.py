@@ -39,8 +39,8 @@ class KVCache:
 
         Args:
           rows: C new rows per layer.
-          starts: first row, a scalar for all alike. A start must leave room for all C rows: a
-            slice that does not fit would be shifted and overwrite committed rows.
+          starts: first row, or a scalar for all. All C rows must fit after it: a slice that
+            does not fit would be shifted and overwrite committed rows.
           after: an array that depends on every read of this cache in the same program, where
             `starts` does not. Without an order between the two, XLA:CPU copies the whole cache
             before it writes (and it drops `optimization_barrier` too early to help). Its
@@ -62,7 +62,7 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVRows:
-    """What a forward computed for its own nodes; tuples over layers of [B, C, K, D]."""
+    """Keys and values of a forward's nodes; tuples over layers of [B, C, K, D]."""
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
@@ -95,10 +95,10 @@ def _put(caches: tuple, news: tuple, start: jax.Array) -> tuple:
 
 
 def _put_rows(caches: tuple, news: tuple, starts: jax.Array) -> tuple:
-    """Overwrites rows of [B, K, S, D] arrays, every sequence at a start of its own.
+    """Overwrites rows of [B, K, S, D] arrays, every sequence at its own start.
 
-    Put together they are a scatter, before which XLA:CPU copies the whole cache. One by one
-    they are not, but there a bfloat16 cache would be converted to float32 for every row.
+    Batched, this is a scatter, before which XLA:CPU copies the whole cache. One by one it is
+    not, but then XLA:CPU converts a bfloat16 cache to float32 for every row.
     """
     if caches[0].dtype != jnp.float32:
         return write_rows(caches, news, starts)

@@ -33,19 +33,19 @@ from pallas_kernels.rotary_heads import rotary_heads
 from pallas_kernels.tree_attention import tree_attention
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-MIN_ROWS = 8  # of a product of narrow operands, for cuBLAS: XLA pads each that has fewer
-FEW_ROWS = 64  # whose products cost little to leave in float32
+MIN_ROWS = 8  # rows of a product of narrow operands, for cuBLAS: XLA pads each with fewer
+FEW_ROWS = 64  # up to this many rows, float32 results of products cost little
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ForwardOutput:
-    """What the target computed for N nodes.
+    """Outputs of the target for N nodes.
 
     Attributes:
       hidden: [B, N, M] float32, after the final norm; `unembed` turns it into logits.
       taps: [B, N, len(taps) * M] float32, outputs of the tapped layers side by side.
-      rows: what the layers may keep of the nodes, for `LayerStates.write`.
+      rows: new cache rows of the nodes, for `LayerStates.write`.
     """
 
     hidden: jax.Array
@@ -79,9 +79,9 @@ def forward(
       lengths: int32, tokens of the prefix.
       taps: layers whose outputs to return, 0-based; -1 is the embedding, and the last layer
         is tapped after the final norm (as Hugging Face's `hidden_states[-1]`).
-      packing: runs on the nodes it packs alone: `hidden` and `taps` come packed, [1, T, .], and
-        rows of other nodes are meaningless.
-      embeddings: float32, to run on in place of the tokens' own; without a packing.
+      packing: run only on the nodes it packs: `hidden` and `taps` are then packed, [1, T, .],
+        and `rows` of other nodes are meaningless.
+      embeddings: float32, instead of the tokens' own; not with a packing.
       implementation: of tree attention, see `pallas_kernels.tree_attention`; "triton" also
         runs the kernels around the products (`fuses`).
     """
@@ -233,13 +233,13 @@ def attention(
     dtype=None,
     results=jnp.float32,
 ) -> Float[Array, "B N M"]:
-    """What attention adds to rows.
+    """The output of attention, which is added to x.
 
     Args:
-      attend: who sees whom: queries [B, N, H, D], keys and values [B, N, K, D], all but values
-        rotated -> [B, N, H, D].
-      dtype: with one, a kernel for NVIDIA GPUs norms, rotates and rounds to it (`fuses`).
-      results: dtype that the product is rounded to before.
+      attend: attention proper, with masks: queries [B, N, H, D] and keys [B, N, K, D], both
+        rotated, and values [B, N, K, D] -> [B, N, H, D].
+      dtype: if given, a kernel for NVIDIA GPUs norms, rotates and rounds to it (`fuses`).
+      results: dtype to which the product is rounded first.
     """
     q, k, v, gate = _qkv(params, config, x, angles, dtype, results)
     attended = attend(q, k, v).reshape(*x.shape[:2], -1)
@@ -268,8 +268,8 @@ def _delta_layer(
 def fuses(params: TargetParams, config: TargetConfig, implementation: str | None) -> bool:
     """Whether a forward runs the kernels for NVIDIA GPUs around its products.
 
-    It does with bfloat16 weights on one device and heads whose size is a power of two. Float32
-    is for exactness: there everything but the attention is XLA's.
+    It does with bfloat16 weights on one device and heads whose size is a power of two. With
+    float32, for exactness, XLA computes everything but attention.
     """
     if implementation is None:
         implementation = "triton" if jax.default_backend() == "gpu" else "xla"
@@ -279,7 +279,7 @@ def fuses(params: TargetParams, config: TargetConfig, implementation: str | None
 
 
 def unembed(params: TargetParams, hidden: Float[Array, "*S M"]) -> Float[Array, "*S V"]:
-    """Logits, float32, of hidden states that passed the final norm."""
+    """Float32 logits of hidden states after the final norm."""
     return project("...m,vm->...v", hidden, params.unembed)
 
 
@@ -351,10 +351,10 @@ def mlp(
     count: int | None = None,
     results=jnp.float32,
 ) -> Float[Array, "B N M"]:
-    """What an MLP, or a mixture of experts, adds to rows.
+    """The output of an MLP or a mixture of experts, which is added to x.
 
     Args:
-      count: the first rows are real, the others padding; all if left out.
+      count: number of leading rows that are not padding; all by default.
       results: dtype that gates and ups of a dense MLP are rounded to.
     """
     normed = rms_norm(x, params.norm, config.rms_norm_eps)

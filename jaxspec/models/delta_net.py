@@ -1,6 +1,6 @@
 """Gated delta nets (arXiv 2412.06464) over trees: exact, without a state per node.
 
-A value head keeps a matrix S that decays with every token and takes in what it did not predict:
+A value head keeps a matrix S that decays with every token and adds what it did not predict:
 
     S <- exp(g_t) S,   u_t = beta_t (v_t - S^T k_t),   S <- S + k_t u_t^T,   o_t = S^T q_t
 
@@ -30,9 +30,9 @@ from jaxspec.models.params import DeltaNetParams
 from jaxspec.trees.tree import NO_PARENT, unpack_bits
 from pallas_kernels.tree_delta_rule import tree_delta_rule
 
-FEW_ROWS = 32  # of an accepted path; a prompt's chunk has more
-NORM_EPS = 1e-6  # under the root of the length of queries and keys
-FEW_NODES = 64  # for which XLA moves little; D and A of more are most of what it moves
+FEW_ROWS = 32  # most rows of an accepted path; a prompt's chunk has more
+NORM_EPS = 1e-6  # under the root in the norm of queries and keys
+FEW_NODES = 64  # up to this many nodes XLA moves little; beyond, D and A dominate
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +41,7 @@ class DeltaState:
     """State of a layer after the committed prefix; its size is independent of the length.
 
     Attributes:
-      memory: [B, J, dk, R dv] float32, S of the value heads of a key head side by side.
+      memory: [B, J, dk, R dv] float32, S, the value heads of a key head concatenated.
       window: [B, taps - 1, J, C] float32, the last inputs of the convolution, oldest first.
     """
 
@@ -75,8 +75,8 @@ class DeltaState:
 def _absorb(memory: jax.Array, keys: jax.Array, updates: jax.Array) -> jax.Array:
     """memory [B, J, dk, R dv] + the sum over n of keys [B, n, J, dk] times updates.
 
-    A few rows are added one by one, in the pass that lets the memory decay: a matrix product
-    would read and write it once more.
+    Few rows are added one by one, in the same pass as the decay: a matrix product would read
+    and write the memory once more.
     """
     if keys.shape[1] > FEW_ROWS:
         return memory + jnp.einsum("bnjd,bnje->bjde", keys, updates, precision="highest")
@@ -88,7 +88,7 @@ def _absorb(memory: jax.Array, keys: jax.Array, updates: jax.Array) -> jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DeltaRows:
-    """What a forward computed for its nodes, for `DeltaState.write`; all float32.
+    """Rows of a forward's nodes, for `DeltaState.write`; all float32.
 
     Attributes:
       keys: [B, N, J, dk], k.
@@ -114,7 +114,7 @@ class DeltaRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Kinship:
-    """Who stands above whom among the nodes of a forward.
+    """Ancestors and parents of the nodes of a forward.
 
     Attributes:
       ancestors: uint32 bits [B, N, ceil(N / 32)], ancestor-or-self (`trees.ancestors`).
@@ -128,7 +128,7 @@ class Kinship:
 
 
 def kinship(bits: jax.Array, lengths: jax.Array) -> Kinship:
-    """Who stands above whom.
+    """Ancestors and parents from ancestor bits.
 
     Args:
       bits: uint32 [B, N, ceil(N / 32)] (`trees.ancestors`).
@@ -163,8 +163,8 @@ def delta_net(
 ) -> tuple[jax.Array, DeltaRows]:
     """A gated delta net between its input and its output projection.
 
-    Under a mesh that cuts weights (`jax.set_mesh`), key heads and the value heads they serve
-    are cut over it, as far as its axes divide them.
+    Under a mesh that shards weights (`jax.set_mesh`), key heads with their value heads are
+    sharded over it, as far as its axes divide their number.
 
     Args:
       inputs: float32 [B, N, J, C + R dv + 2 R], normed activations times `params.inputs`.
@@ -193,7 +193,7 @@ def delta_net(
 
 
 def _axes_over(heads: int) -> tuple[str, ...]:
-    """Axes of the mesh that the heads are cut over, as `jaxspec.sharding` cuts weights."""
+    """Mesh axes that heads are sharded over, as `jaxspec.sharding` shards weights."""
     axes, mesh = cut_axes(), jax.sharding.get_abstract_mesh()
     while axes and heads % math.prod(mesh.shape[name] for name in axes):
         axes = axes[:-1]

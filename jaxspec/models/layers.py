@@ -1,5 +1,5 @@
-"""The pieces every layer is made of. Activations are float32; matrix products take their
-operands in the weights' dtype and accumulate in float32."""
+"""Building blocks of layers. Activations are float32; matrix products take operands in the
+weights' dtype and accumulate in float32."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def project_swiglu(
 ) -> jax.Array:
     """silu(gate) · up of activations [..., M] and a weight [M, 2, F]: [..., F].
 
-    Float32, but of a weight in 8 bits rounded to its dtype already: one kernel does both.
+    Float32, except that an 8-bit weight's kernel already rounds to the weight's dtype.
 
     Args:
-      result: dtype that gates and ups are rounded to before.
+      result: dtype to which gates and ups are rounded first.
     """
     if isinstance(gate_up, ScaledWeight):
         both = functools.partial(scaled_product, "...m,mcf->...f", function=scaled_swiglu)
@@ -75,8 +75,8 @@ def project_swiglu(
 def product(spec: str, x: jax.Array, y: jax.Array, dtype=jnp.float32) -> jax.Array:
     """einsum of operands of one dtype: float32 sums, rounded to `dtype`.
 
-    Differentiated, its slope is rounded to that dtype too. JAX's own rule multiplies a float32
-    slope with narrow operands, which are then widened: half as fast on CPUs, less on GPUs.
+    The cotangent is rounded to that dtype too. JAX's own rule multiplies a float32 cotangent
+    with narrow operands, which are then widened: half as fast on CPUs, slower still on GPUs.
     """
     return jnp.einsum(spec, x, y, preferred_element_type=dtype)
 
@@ -100,9 +100,9 @@ product.defvjp(_product_forward, _product_backward)
 def _where_it_stands(function, x: jax.Array, weight: jax.Array | ScaledWeight) -> jax.Array:
     """function(x, weight), whose work on a narrow weight stays where it is used.
 
-    Before a loop XLA:CPU would turn or widen the whole weight for the loop to use, in every
-    call of a program. It looks for no such work in a branch, so this is one; the other branch
-    is never taken (a NaN is none either).
+    XLA:CPU would hoist transposing or widening the whole weight out of a loop, in every call of
+    a program. It does not hoist out of branches, so this is one; the other branch is never
+    taken, not even for NaN.
     """
 
     def branch(x, weight):
@@ -119,8 +119,8 @@ def _where_it_stands(function, x: jax.Array, weight: jax.Array | ScaledWeight) -
 def lookup(table: Float[Array, "V M"], index: Int[Array, "*L"]) -> Float[Array, "*L M"]:
     """Rows of a table [V, M] in float32: index [...] -> [..., M].
 
-    Under a mesh that cuts weights, rows are: each device gives those it has, zeros for the
-    others, and a sum joins them. For a single index XLA would gather the whole table.
+    Under a mesh that shards weights, rows are sharded: each device gives its own rows and zeros
+    for the others, and a sum joins them. For a single index XLA would gather the whole table.
     """
     axes, mesh = cut_axes(), jax.sharding.get_abstract_mesh()
     if not axes or table.shape[0] % math.prod(mesh.shape[name] for name in axes):
@@ -139,7 +139,7 @@ def lookup(table: Float[Array, "V M"], index: Int[Array, "*L"]) -> Float[Array, 
 
 
 def lookup_whole(table: Float[Array, "V M"], index: Int[Array, "*L"]) -> Float[Array, "*L M"]:
-    """`lookup` in a table that every device has whole: nothing is joined."""
+    """`lookup` in a replicated table, without communication."""
     rows = lambda index, table: table[index].astype(jnp.float32)  # noqa: E731
     return _where_it_stands(rows, index, table)
 

@@ -1,13 +1,13 @@
-"""The axes of a mesh that cut weights, for programs that follow the cuts."""
+"""The mesh axes that shard weights."""
 
 from __future__ import annotations
 
 import jax
 
-WEIGHT_AXES = ("model", "rest")  # of a mesh; key/value heads are cut over the first alone
+WEIGHT_AXES = ("model", "rest")  # mesh axes; key/value heads are sharded over the first only
 
 
 def cut_axes() -> tuple[str, ...]:
-    """Axes that weights are cut over, of the mesh set by `jax.set_mesh` if there is one."""
+    """Axes of the mesh set by `jax.set_mesh`, if any, that weights are sharded over."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(name for name in WEIGHT_AXES if dict(mesh.shape).get(name, 1) > 1)

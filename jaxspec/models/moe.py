@@ -23,14 +23,14 @@ def mixture_of_experts(
 ) -> Float[Array, "T M"]:
     """The top k experts of every token, weighed by the router: normed [T, M] -> [T, M].
 
-    A shared expert, if there is one, adds its own, times a gate.
+    A shared expert, if there is one, is added, times a gate.
 
-    Under a mesh with axes "model" or "rest" (`jax.set_mesh`) experts are cut over both. Every
-    device sees all tokens and adds up what its own experts make of them; one sum over the
-    devices joins them, and no expert's weights move.
+    Under a mesh with axes "model" or "rest" (`jax.set_mesh`) experts are sharded over both.
+    Every device runs all tokens through its own experts; one sum over the devices joins the
+    results, and no expert's weights move.
 
     Raises:
-      ValueError: the mesh cuts the experts unevenly.
+      ValueError: the mesh does not divide the experts evenly.
     """
     routed = _routed(params, config, x)
     return routed if params.shared is None else routed + _shared(params.shared, x)
@@ -51,8 +51,8 @@ def _routed(params: MoeParams, config: TargetConfig, x: jax.Array) -> jax.Array:
     experts, devices = params.down.shape[0], math.prod(mesh.shape[name] for name in axes)
     if experts % devices:
         raise ValueError(
-            f"{experts} experts cannot be cut over {devices} devices; give the mesh's axes "
-            f"{axes} sizes whose product divides them"
+            f"{experts} experts cannot be sharded over {devices} devices; give the mesh's axes "
+            f"{axes} sizes whose product divides their number"
         )
 
     def of_this_device(x, gate_up, down, expert, weight):
@@ -82,7 +82,7 @@ def route(
 
 
 def _apply(x: jax.Array, gate_up: Matrix, down: Matrix, expert: jax.Array) -> jax.Array:
-    """What each token's experts make of it: [T, M], experts [T, k] -> [T, k, M].
+    """Outputs of each token's experts: [T, M], experts [T, k] -> [T, k, M].
 
     The T·k (token, expert) pairs are sorted by expert, so that each expert's rows are
     contiguous and a grouped product multiplies each group by its own matrix. Pairs whose

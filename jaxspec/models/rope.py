@@ -1,4 +1,4 @@
-"""Rotary positions: how fast each pair of channels turns, plain or scaled to long contexts.
+"""Rotary positions: frequencies of channel pairs, plain or scaled to long contexts.
 
 Frequencies are those of Hugging Face transformers. Sources: RoPE (arXiv 2104.09864), YaRN
 (arXiv 2309.00071), the rule of Llama 3.1's configuration.
@@ -71,7 +71,7 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
 
 
 def _yarn_share(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """How much of each pair is interpolated, 0 … 1, [D / 2]."""
+    """Share of interpolation of each pair, 0 … 1, [D / 2]."""
 
     def pair(turns: float) -> float:  # the one that turns so often within L positions
         ratio = scaling.original_positions / (2 * math.pi * turns)
@@ -87,7 +87,7 @@ def _yarn_share(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:
-    """What cosines and sines are multiplied by; 1 but for YaRN."""
+    """Factor of cosines and sines; 1 except for YaRN."""
     if scaling is None or scaling.kind != "yarn":
         return 1.0
     if scaling.attention_factor is not None:

@@ -1,5 +1,4 @@
-"""Weights whose outputs come first, as checkpoints store them: in 8 bits with scales, or by
-value."""
+"""Weights stored outputs first, as in checkpoints: in 8 bits with scales, or unquantised."""
 
 from __future__ import annotations
 
@@ -17,9 +16,9 @@ from jaxspec.models.mesh import WEIGHT_AXES, cut_axes
 from pallas_kernels.scaled_matmul import scaled_matmul
 from pallas_kernels.scaled_matmul.reference import scaled
 
-# What devices share of a weight, by the letter of its axis: key/value heads, these merged with
-# what each has (inputs of the output projection), feed-forward channels, the vocabulary, and
-# merged heads of gated delta nets.
+# Mesh axes that shard a weight, by the letter of its axis: key/value heads (k), these merged
+# with their query heads and dimensions (h), feed-forward channels (f), the vocabulary (v), and
+# merged heads of gated delta nets (j).
 CUT = dict.fromkeys("kh", WEIGHT_AXES[:1]) | dict.fromkeys("fvj", WEIGHT_AXES)
 
 
@@ -30,18 +29,18 @@ CUT = dict.fromkeys("kh", WEIGHT_AXES[:1]) | dict.fromkeys("fvj", WEIGHT_AXES)
 )
 @dataclasses.dataclass(frozen=True)
 class ScaledWeight:
-    """A weight as values of 8 bits, and scales that blocks of them share.
+    """A weight as 8-bit values, and scales of blocks of them.
 
-    It stands where `TargetParams` has an array by value; `layers.project` multiplies with both.
+    It replaces an array in `TargetParams`; `layers.project` multiplies with either.
 
     Attributes:
       values: float8_e4m3fn [*outputs, *inputs]: outputs first, as checkpoints store them.
       scale: float32, with as many axes. The last axis of outputs and the last of inputs are
         those of the values divided by the size of a block; the others are equal.
-      inputs: how many axes are inputs.
+      inputs: number of input axes.
       dtype: of the activations it is multiplied with.
-      leading: how many axes of outputs come before the inputs by value too: one of an LM head
-        [V, M], and of experts [E, ...].
+      leading: number of output axes that come before the inputs also in `TargetParams`: one for
+        an LM head [V, M] and for experts [E, ...].
     """
 
     values: jax.Array
@@ -52,18 +51,18 @@ class ScaledWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight by value."""
+        """Shape of the unquantised weight in `TargetParams`."""
         outputs, inputs = self.values.shape[: -self.inputs], self.values.shape[-self.inputs :]
         return (*outputs[: self.leading], *inputs, *outputs[self.leading :])
 
     def __getitem__(self, rows: jax.Array) -> ScaledWeight:
-        """Chosen outputs of an LM head [V, M], each with scales of its own."""
+        """Chosen outputs of an LM head [V, M], each with its own scales."""
         block = self.values.shape[0] // self.scale.shape[0]
         values, scale = self.values[rows], self.scale[rows // block]
         return dataclasses.replace(self, values=values, scale=scale)
 
     def rounds(self, weight: jax.Array) -> bool:
-        """Whether a weight, outputs first, becomes these values with these scales."""
+        """Whether quantising a weight, outputs first, with these scales gives these values."""
         scale = scaled(jnp.ones(self.values.shape), self.scale)
         return bool(jnp.array_equal((weight / scale).astype(self.values.dtype), self.values))
 
@@ -78,15 +77,15 @@ class ScaledWeight:
 )
 @dataclasses.dataclass(frozen=True)
 class OutputsFirst:
-    """A weight by value whose outputs come first: what CPUs multiply fastest.
+    """An unquantised weight stored outputs first, which CPUs multiply fastest.
 
-    It stands where `TargetParams` has an array [*inputs, *outputs]. XLA:CPU multiplies a few
-    rows with bfloat16 values in this order 1.3 to 2.5 times as fast: in the other one it first
-    has to bring pairs of inputs together.
+    It replaces an array [*inputs, *outputs] of `TargetParams`. XLA:CPU multiplies a few rows
+    with bfloat16 values in this order 1.3 to 2.5 times as fast: in the other order it first has
+    to interleave pairs of inputs.
 
     Attributes:
       values: [*outputs, *inputs].
-      inputs: how many axes are inputs.
+      inputs: number of input axes.
     """
 
     values: jax.Array
@@ -113,13 +112,12 @@ def _merged(x: jax.Array, inputs: int) -> jax.Array:
 
 
 def is_scaled(x) -> bool:
-    """Whether a value is a weight in 8 bits; for `is_leaf` of `jax.tree`."""
+    """Whether a value is an 8-bit weight; for `is_leaf` of `jax.tree`."""
     return isinstance(x, ScaledWeight)
 
 
 def by_value(weight: jax.Array | ScaledWeight | OutputsFirst) -> jax.Array:
-    """A weight as one array in the order of `TargetParams`, in the dtype of the activations it
-    is multiplied with."""
+    """A weight as one array in the order of `TargetParams`, in its activations' dtype."""
     if is_scaled(weight):
         values = scaled(weight.values, weight.scale).astype(weight.dtype)
     elif isinstance(weight, OutputsFirst):
@@ -139,10 +137,10 @@ def scaled_product(
     scales are float32.
 
     Args:
-      spec: contracts the last axis of x and the only one of inputs, in the letters of the
-        weight by value, of which CUT has at most one.
-      function: computes it from rows, values and scales; `scaled_swiglu` takes an axis of the
-        weight's away, which the result of `spec` lacks too.
+      spec: contracts the last axis of x with the only input axis, in the letters of the
+        unquantised weight, at most one of which is in CUT.
+      function: computes it from rows, values and scales; `scaled_swiglu` removes an axis of the
+        weight, which the result of `spec` lacks too.
     """
     rows, (letters, out) = spec.split(",")[0], spec.split(",")[1].split("->")
     letters = letters.replace(rows[-1], "") + rows[-1]  # as the values are stored

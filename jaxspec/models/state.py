@@ -1,7 +1,7 @@
 """State of the target's layers between forwards, for every kind of layer.
 
-A forward only reads it and returns what it computed for its nodes; `write` takes in the
-accepted ones. Attention keeps keys and values, a gated delta net its state.
+A forward only reads it and returns rows for its nodes; `write` commits the accepted ones.
+Attention keeps keys and values, a gated delta net its recurrent state.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class LayerStates:
     """The committed prefix of every sequence, as the layers of a target keep it.
 
     Attributes:
-      kv: of the attention layers, in their order.
-      delta: of every gated delta net, in their order; its size does not follow the capacity.
+      kv: keys and values of the attention layers, in their order.
+      delta: state of every gated delta net, in their order; independent of the capacity.
     """
 
     kv: KVCache
@@ -46,9 +46,9 @@ class LayerStates:
 
         Args:
           rows: C rows per layer.
-          starts: tokens committed before, a scalar for all alike; all C rows must fit. At 0 a
-            sequence begins, whatever was kept.
-          counts: 0 … C; at 0 a sequence stays as it is.
+          starts: number of tokens committed before, or a scalar for all; all C rows must fit.
+            At 0 a sequence begins anew, whatever was kept.
+          counts: 0 … C; at 0 a sequence does not change.
           after: see `KVCache.write`.
         """
         delta = tuple(
@@ -61,7 +61,7 @@ class LayerStates:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerRows:
-    """What a forward computed for its own nodes, for `LayerStates.write`.
+    """Rows of a forward's nodes, for `LayerStates.write`.
 
     Attributes:
       kv: of the attention layers.

@@ -25,11 +25,11 @@ class Target:
     """A loaded language model; a pytree of its weights, for `jax.jit` and `jax.grad`.
 
     Attributes:
-      name: what it was loaded from.
-      config: static description; a text ends at the ids of the configuration, of the
-        generation's configuration, and of the tokenizer.
+      name: the name or path it was loaded from.
+      config: static configuration; its stop ids are those of config.json, of
+        generation_config.json and of the tokenizer.
       params: weights in the fused layout.
-      tokenizer: None for a model that comes without one; its prompts are token ids.
+      tokenizer: None for a model without one, whose prompts must be token ids.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""JetSpec's tree: the best node gets its children, again and again."""
+"""JetSpec's tree: repeatedly expand the best node."""
 
 from __future__ import annotations
 

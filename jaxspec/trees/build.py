@@ -1,7 +1,7 @@
-"""From scores to a tree, by name.
+"""Builds a tree from scores, by kind.
 
 Every builder takes a static `size` N and a `budget` of nodes per row, the root included; a
-smaller budget's tree is the beginning of a larger one's.
+smaller budget's tree is a prefix of a larger one's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def build(
     root: Int[Array, " B"],
     budget: Int[Array, " B"],
 ) -> DraftTree:
-    """Grows the configured tree over scores that depend on the depth alone.
+    """Grows the configured tree over scores that depend only on the depth.
 
     Args:
       logits: [B, P, V]; row d scores the token at depth d + 1, whatever its parent.
@@ -63,8 +63,8 @@ def _width(tree: TreeConfig, most: int) -> int:
     }
     if tree.kind not in widths:
         raise ValueError(
-            f"tree kind {tree.kind!r} needs a drafter with a sequential head; "
-            "this one scores each depth alone: use chain, best_first or top_budget"
+            f"tree kind {tree.kind!r} needs a drafter with a sequential head, but this one "
+            "scores each depth independently; use chain, best_first or top_budget"
         )
     return min(widths[tree.kind], most)
 

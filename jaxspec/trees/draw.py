@@ -21,7 +21,7 @@ LABEL_LENGTH = 16
 
 
 def visible(text: str) -> str:
-    """A token's text on one line: a blank one, line breaks and tabs as symbols."""
+    """A token's text on one line, with blanks, line breaks and tabs as symbols."""
     if text and not text.strip(" "):
         return "␣" * len(text)
     return text.strip(" ").replace("\n", "⏎").replace("\t", "⇥")
@@ -59,7 +59,7 @@ def as_text(
          0.202    └─ dog
 
     Args:
-      row: which row of the batch.
+      row: row of the batch.
       label: text of a token id.
       accepted: nodes of the accepted path, root included, as `follow` gives them.
     """
@@ -193,7 +193,7 @@ def _children(tree: DraftTree, row: int) -> dict[int, list[int]]:
 
 
 def _heights(children: dict[int, list[int]]) -> tuple[dict[int, int], int]:
-    """A line for every node: leaves in order, a parent on the line of its best child."""
+    """The line of every node: leaves in order, a parent on the line of its best child."""
     height, lines = {}, 0
 
     def place(node):

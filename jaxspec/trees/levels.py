@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxspec.trees.tree import NO_PARENT, DraftTree, known, root_only
 
-ROOT = -1  # parent of nodes at depth 1, among nodes that are not numbered yet
+ROOT = -1  # parent of nodes at depth 1, before nodes are numbered
 
 # expand(slot, scores, state) -> (candidates, children)
 #   slot: int32, the drafted position; scores: [B, F] of the nodes above it, -inf where there is

@@ -21,9 +21,9 @@ from jaxtyping import Array, Bool, Int, Shaped
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Where each node of a rectangle [B, N] is in a packed axis of T, and back.
+    """Maps nodes of a rectangle [B, N] to a packed axis of T, and back.
 
-    What is absent on either side reads place 0: finite numbers that nobody uses.
+    Absent nodes, on either side, read entry 0: finite numbers that are not used.
 
     Attributes:
       index: [T] int32, into B * N.
@@ -35,7 +35,7 @@ class Packing:
 
     @property
     def rows(self) -> Int[Array, " T"]:
-        """[T] int32, whose node it is."""
+        """Row of each packed node, [T] int32."""
         return self.index // self.place.shape[1]
 
     def gather(self, x: Shaped[Array, "B N ..."]) -> Shaped[Array, "1 T ..."]:

@@ -16,13 +16,12 @@ from jaxspec.trees.levels import best_of_levels, grow_by_level
 from jaxspec.trees.tree import DraftTree, root_only
 from pallas_kernels.tree_level import empty_levels, grow_level
 
-# What a drafter's sequential head supplies, a pure function called inside a jit, n nodes at a
-# time, all at one depth:
+# A drafter's sequential head as a pure function, called inside a jit for n nodes of one depth:
 #
 #   step(slot, state, tokens [B, n]) -> (logits [B, n, V], state)
 #
 #   slot: traced int32, 0 … P - 1, the drafted position.
-#   state: pytree of [B, n, ...], what each node's path left behind before its own token.
+#   state: pytree of [B, n, ...], the state of each node's path before its own token.
 #   tokens: int32, each node's token, at the position before the slot (slot 0: the anchor).
 #   logits: float32, of the token that follows the node.
 #   the returned state: [B, n, ...], inherited by the node's children.
@@ -87,7 +86,7 @@ def path_conditioned(
     Args:
       root: [B] int32, the anchor.
       step: see `Step`; cheapest as a `LowRank` where logits are of that form.
-      state: pytree of [B, 1, ...], the root's; () for heads that remember nothing.
+      state: pytree of [B, 1, ...], the root's; () for heads without state.
       depth: P, levels below the root.
       parents: M.
       budget: [B] int32, nodes of each row, the root included.

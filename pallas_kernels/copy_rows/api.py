@@ -1,4 +1,4 @@
-"""The two calls behind which implementations of moving rows live."""
+"""Moving rows of many arrays: the kernel or its reference."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write_rows(
 
 
 def _one_kernel(arrays: tuple[jax.Array, ...], count: int) -> bool:
-    """XLA cannot cut a Pallas call over the devices of a mesh."""
+    """Whether the kernel can run: XLA cannot partition a Pallas call over a mesh."""
     dim, mesh = arrays[0].shape[-1], jax.sharding.get_abstract_mesh()
     whole = all(size == 1 for size in dict(mesh.shape).values())
     few = count * dim <= ELEMENTS and dim & (dim - 1) == 0

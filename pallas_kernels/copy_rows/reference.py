@@ -1,4 +1,4 @@
-"""Rows of many arrays moved alike, in plain XLA: the contract the kernel meets."""
+"""Moving the same rows of many arrays, in plain XLA: the kernel's contract."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, Shaped
 def take_rows_reference(
     arrays: tuple[Shaped[Array, "B N K D"], ...], index: Int[Array, "B C"]
 ) -> tuple[Shaped[Array, "B C K D"], ...]:
-    """The rows of chosen nodes, of every array.
+    """Gathers the rows of chosen nodes from every array.
 
     Args:
       arrays: each [B, N, K, D].
@@ -28,7 +28,7 @@ def write_rows_reference(
     news: tuple[Shaped[Array, "B C K D"], ...],
     starts: Int[Array, " B"],
 ) -> tuple[Shaped[Array, "B K S D"], ...]:
-    """Every cache with C rows overwritten, each sequence at a start of its own.
+    """Overwrites C rows of every cache, at each sequence's own start.
 
     Args:
       caches: each [B, K, S, D].

@@ -1,9 +1,9 @@
-"""Rows of many arrays moved by one Triton kernel, written in Pallas.
+"""Moves rows of many arrays in one Triton kernel, written in Pallas.
 
-A layer's keys and values are arrays of their own, so that no step slices a stack of them. What
-a round commits is small, and a kernel for each of them would be most of the work. Here program
-(b, k, g) moves the rows of sequence b and head k in the g-th group of arrays: all loads of a
-group, then all stores, so that they wait for memory together.
+Keys and values of each layer are separate arrays, so that no step slices a stack. A round
+commits few rows, so one kernel per array would mostly be launch overhead. Here program (b, k,
+g) moves the rows of sequence b and head k in the g-th group of arrays: all loads of a group,
+then all stores, so that their memory latencies overlap.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-ELEMENTS = 8192  # that a program holds in registers, of all arrays of its group
-ARRAYS = 16  # of a group at most: each has pointers of its own
-MOST_ARRAYS = 96  # of one call: a kernel's parameters are at most 4 KiB of pointers
+ELEMENTS = 8192  # elements of a group that a program holds in registers
+ARRAYS = 16  # most arrays in a group, as each needs its own pointers
+MOST_ARRAYS = 96  # most arrays in a call: a kernel's parameters are at most 4 KiB
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -109,7 +109,7 @@ def _call(kernel, name, shapes, grid, aliases, interpret):
 
 
 def _place(count: int, dim: int):
-    """Sequence, head, rows [C'], lanes [1, D], and which of [C', D] are real."""
+    """Sequence, head, rows [C'], lanes [1, D], and a mask [C', D] without padding."""
     row, lane = jnp.arange(pl.next_power_of_2(count)), jnp.arange(dim)[None, :]
     real = jnp.broadcast_to((row < count)[:, None], (row.size, dim))
     return pl.program_id(0), pl.program_id(1), row, lane, real

@@ -1,4 +1,4 @@
-"""The one call behind which implementations of the grouped matrix product live."""
+"""Grouped matrix product: the kernel or its reference."""
 
 from __future__ import annotations
 

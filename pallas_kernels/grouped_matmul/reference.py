@@ -1,4 +1,4 @@
-"""Grouped matrix product in plain XLA: the contract the kernel meets."""
+"""Grouped matrix product in plain XLA: the kernel's contract."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 def grouped_matmul_reference(
     rows: Float[Array, "R A"], weights: Float[Array, "E A F"], group_sizes: Int[Array, " E"]
 ) -> Float[Array, "R F"]:
-    """Each group's rows times its own matrix, accumulated in float32.
+    """Multiplies each group's rows by the group's matrix, accumulated in float32.
 
     Args:
       rows: [R, A], sorted by group.

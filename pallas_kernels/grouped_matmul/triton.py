@@ -1,12 +1,12 @@
 """Grouped matrix product as a Triton kernel, written in Pallas.
 
-XLA has no kernel for `ragged_dot` on a GPU: it multiplies all rows by every group's matrix and
-keeps the blocks it needs. Here a program multiplies one tile of one group's rows by one block
-of columns, so only matrices of groups that have rows are read, each once per tile of rows.
+XLA has no GPU kernel for `ragged_dot`: it multiplies all rows by every group's matrix and keeps
+the blocks it needs. Here a program multiplies one tile of one group's rows by one block of
+columns, so only matrices of groups with rows are read, each once per tile of rows.
 
-Groups end anywhere, so tiles are laid per group and the last of each is masked. Their number
-depends on the data and the grid may not: it is the most there can be, and those left over find
-an empty range of rows and do nothing.
+Groups end anywhere, so tiles are laid out per group and the last one of each is masked. Their
+number depends on the data, but the grid is static: it has the maximum number, and spare tiles
+have an empty range of rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MIN_ROWS = 16  # the smallest side of a Triton matrix product
 
 
 def unsupported(rows: jax.Array, weights: jax.Array) -> str | None:
-    """Why the Triton kernel does not take these shapes, or None if it does."""
+    """Why the Triton kernel does not support these shapes; None if it does."""
     _, depth, columns = weights.shape
     if rows.dtype != jnp.bfloat16 or weights.dtype != jnp.bfloat16:
         return f"rows are {rows.dtype} and weights {weights.dtype}; expected bfloat16"
@@ -80,7 +80,7 @@ def multiply_groups(
     interpret: bool,
     name: str,
 ) -> jax.Array:
-    """[R, columns] float32 of rows [R, A], each group's times its own matrix.
+    """Rows [R, A] times their group's matrix: [R, columns] float32.
 
     Args:
       product: product(x, group, columns, inputs, *refs) -> [tile, COLUMNS] float32, of `depth`

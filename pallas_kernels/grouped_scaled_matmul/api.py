@@ -1,4 +1,4 @@
-"""The one call behind which implementations of the grouped product with 8-bit values live."""
+"""Grouped matrix product with 8-bit values: the kernel or its reference."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ def grouped_scaled_matmul_reference(
     scale: Float[Array, "E A C"],
     group_sizes: Int[Array, " E"],
 ) -> Float[Array, "R O"]:
-    """Each group's rows times its own values times their scales, transposed.
+    """Multiplies each group's rows by the group's scaled values, transposed.
 
-    Nothing but the float32 sums is rounded: rows and values are exact in float32.
+    Only the float32 sums round: rows and values are exact in float32.
 
     Args:
       rows: [R, I], sorted by group, bfloat16 or float32.

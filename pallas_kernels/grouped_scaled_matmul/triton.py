@@ -16,7 +16,7 @@ from pallas_kernels.grouped_matmul.triton import COLUMNS, multiply_groups, tile_
 
 
 def unsupported(rows: jax.Array, values: jax.Array, scale: jax.Array) -> str | None:
-    """Why the Triton kernel does not take these shapes, or None if it does."""
+    """Why the Triton kernel does not support these shapes; None if it does."""
     _, columns, depth = values.shape
     if rows.dtype != jnp.bfloat16 or values.dtype != jnp.float8_e4m3fn:
         return (

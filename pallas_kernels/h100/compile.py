@@ -1,4 +1,4 @@
-"""Compiles a jitted function for an H100 from shapes alone and says what came out."""
+"""Compiles a jitted function for an H100 from shapes alone, and reports on the program."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Kernel:
     """One compiled GPU kernel, as ptxas and the launch sequence describe it.
 
     Attributes:
-      spills: bytes written to local memory for want of registers.
+      spills: bytes spilled to local memory.
       shared: bytes of shared memory of one program.
-      wgmma, mma: matrix instructions of a warpgroup (Hopper's) and of a warp.
-      async_copies: loads from global to shared memory that do not wait.
-      warnings: what ptxas says costs performance.
+      wgmma, mma: number of matrix instructions of a warpgroup (Hopper) and of a warp.
+      async_copies: number of asynchronous copies from global to shared memory.
+      warnings: ptxas's performance warnings.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Kernel:
     warnings: tuple[str, ...]
 
     def faults(self) -> list[str]:
-        """What a kernel of ours must not have."""
+        """Faults that a kernel of ours must not have: spills and warnings."""
         found = [f"{self.name}: {warning}" for warning in self.warnings]
         if self.spills:
             found.append(f"{self.name}: spills {self.spills} bytes")
@@ -74,7 +74,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Memory of a compiled program, bytes of one device.
+    """Memory of a compiled program, in bytes per device.
 
     Attributes:
       aliased: bytes that are both argument and output, updated in place.
@@ -95,7 +95,7 @@ class Program(Memory):
     """A compiled program, per device.
 
     Attributes:
-      kernels: those generated for it; the vendor's matrix products are not among them.
+      kernels: the generated kernels, without the vendor's matrix products.
       text: the optimised program, as HLO.
     """
 
@@ -124,8 +124,8 @@ def compile_for_h100(
       function: made by `jax.jit`.
       args, kwargs: static values, and `ShapeDtypeStruct`s whose shardings are on a mesh of
         `target.mesh`.
-      mesh: the one they are on, where the function cuts its work over it.
-      cache: a folder of results, found again by what was compiled and by which versions.
+      mesh: their mesh, if the function shards its work over it.
+      cache: a folder of results, keyed by the program and the compilers' versions.
 
     Raises:
       jax.errors.JaxRuntimeError: the compiler refuses, say for want of shared memory.
@@ -142,7 +142,7 @@ def compile_for_h100(
 
 
 def memory_on_h100(function, *args, mesh=None, **kwargs) -> Memory:
-    """The memory that `compile_for_h100` would report, without its look at every kernel."""
+    """The memory that `compile_for_h100` would report, without inspecting kernels."""
     return _memory(_lower(function, args, kwargs, mesh).compile(compiler_options=OPTIONS))
 
 
@@ -170,7 +170,7 @@ def _memory(compiled) -> Memory:
 
 
 def _digest(lowered: str) -> str:
-    """Of all that decides the result: the program, its target, compilers, and what is kept."""
+    """A hash of all that decides the result: program, target, compilers, and stored fields."""
     versions = [importlib.metadata.version(name) for name in _COMPILERS]
     kept = [field.name for kind in (Program, Kernel) for field in dataclasses.fields(kind)]
     parts = [lowered, DESCRIPTION, OPTIONS, versions, os.environ.get("XLA_FLAGS"), kept]

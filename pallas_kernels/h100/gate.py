@@ -12,7 +12,7 @@ from typing import Any
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """The options that gates share."""
+    """A parser with the options that gates share."""
     options = argparse.ArgumentParser(
         prog=prog,
         description=f"{description} Floors are estimates from datasheet numbers; nothing here "
@@ -38,7 +38,7 @@ def run(
     title: str,
     line: Callable[[dict], str],
 ) -> int:
-    """Compiles the chosen items; returns the exit code, 1 where one has faults.
+    """Compiles the chosen items; returns the exit code, 1 if one has faults.
 
     Args:
       options: of `parser`.

@@ -64,7 +64,7 @@ class Op:
 
     @property
     def dimensions(self) -> tuple[int, ...]:
-        """Of its result, or of the first array of a tuple."""
+        """Dimensions of its result, or of the first array of a tuple."""
         return tuple(int(n) for n in _ARRAY.search(self.type)[2].split(",") if n)
 
     @property
@@ -101,7 +101,7 @@ class Module:
                 current[op.name] = op
 
     def aliases(self) -> int:
-        """Outputs that reuse an input's memory."""
+        """Number of outputs that reuse an input's memory."""
         return len(_ALIAS.findall(self.header))
 
     def walk(self, computation: str | None = None, times: int = 1) -> Iterator[tuple]:
@@ -127,11 +127,11 @@ class Module:
                 yield op, name, times
 
     def launches(self) -> int:
-        """Kernels that one run starts, matrix products of the vendor's library included."""
+        """Number of kernels that one run starts, including the vendor's matrix products."""
         return sum(times for _, _, times in self.walk())
 
     def host_transfers(self) -> list[str]:
-        """Instructions that wait for the host, or send to it."""
+        """Instructions that transfer to or from the host."""
         return [
             op.name
             for op, _, _ in self.walk()

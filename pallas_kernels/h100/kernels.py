@@ -1,4 +1,4 @@
-"""Our kernels compiled over their shapes, and the static sweep their tiles come from."""
+"""Compiles our kernels over their shapes; and the static sweep that tiles were chosen by."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class ScaledCase:
     """One product with 8-bit values, scaled in blocks, or by output where `block` is None.
 
     Attributes:
-      halves: 2 where the columns are gates and ups, of which one kernel makes SwiGLU.
+      halves: 2 if the columns are gates and ups, for a kernel that computes SwiGLU.
     """
 
     rows: int
@@ -261,7 +261,7 @@ def _named(kernels: tuple[Kernel, ...], name: str) -> Kernel:
 
 
 def cases(quick: bool = False) -> list[Case]:
-    """Every kind of kernel that the library asks for.
+    """Cases of every kernel of the library.
 
     The gate has every tile of the table with and without a window, with and without splits,
     and the most nodes; the rest adds numbers of nodes between them, groups and capacities.
@@ -305,7 +305,7 @@ def cases(quick: bool = False) -> list[Case]:
 
 
 def resident(kernel: Kernel) -> int:
-    """Programs of this kernel that one multiprocessor holds at a time."""
+    """Number of programs of this kernel that fit one multiprocessor."""
     registers = -(-kernel.registers // 8) * 8 * kernel.threads
     return min(
         REGISTERS // registers,
@@ -315,7 +315,7 @@ def resident(kernel: Kernel) -> int:
 
 
 def sweep(cache: pathlib.Path | None = None) -> Iterator[dict]:
-    """Tiles for every class of shapes, those that fail included, as rows of a table."""
+    """Rows of a table of tiles for every class of shapes, including those that fail."""
     rows_of = {"bfloat16": (16, 32, 64, 128), "float32": (16, 32, 64)}
     for dtype, dim in itertools.product(rows_of, HEAD_DIMS):
         for rows, keys in itertools.product(rows_of[dtype], (32, 64, 128)):

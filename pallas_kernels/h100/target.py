@@ -1,4 +1,4 @@
-"""An H100 described by its datasheet, enough to compile for one without one."""
+"""An H100 described by its datasheet, sufficient to compile for it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DESCRIPTION = {
 
 @functools.cache  # arrays on two descriptions of one device would not mix
 def mesh(devices: int = 1, heads: int = 1) -> Mesh:
-    """A mesh of H100s that do not exist, with axes "model", of size `heads`, and "rest".
+    """A mesh of described H100s, with axes "model", of size `heads`, and "rest".
 
     Raises:
       RuntimeError: the compiler is not installed (`make h100`).
@@ -67,7 +67,7 @@ def mesh(devices: int = 1, heads: int = 1) -> Mesh:
 
 
 def lowering_for_h100(mesh: Mesh | None = None):
-    """A context in which Pallas lowers for an H100 although no GPU is found.
+    """A context in which Pallas lowers for an H100 without a GPU.
 
     Args:
       mesh: of `mesh`; without one, no compiler need be installed.

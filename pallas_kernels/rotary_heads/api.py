@@ -1,4 +1,4 @@
-"""The one call behind which implementations of the rotation of heads live."""
+"""Norm, rotation and rounding of heads: the kernel or its reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a fused projection to rotated queries and keys, in plain XLA: the contract."""
+"""Norm, rotation and rounding of a fused projection, in plain XLA: the kernel's contract."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Head norm, rotation and rounding of a fused projection as one Triton kernel, in Pallas.
 
-A program has the heads of one row and one key/value head. Both halves of a head are loaded
-apart, as the rotation pairs them; what does not rotate is shared between them.
+A program handles the heads of one row and one key/value head. The two halves of a head, which
+the rotation pairs, are loaded separately; elements that do not rotate are divided between them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 
 def unsupported(qkv: jax.Array) -> str | None:
-    """Why the kernel does not take these shapes, or None if it does."""
+    """Why the kernel does not support these shapes; None if it does."""
     dim = qkv.shape[-1]
     return f"heads have {dim} elements; expected a power of two" if dim & (dim - 1) else None
 

@@ -1,4 +1,4 @@
-"""The one call behind which implementations of the product with scaled values live."""
+"""Matrix product with 8-bit values and scales: the kernel or its reference."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def scaled_swiglu(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "R F"]:
-    """See `scaled_swiglu_reference` for shapes and meaning; else as `scaled_matmul`."""
+    """See `scaled_swiglu_reference` for shapes and meaning, `scaled_matmul` for the rest."""
     arrays = rows, values, scale
     return _call(scaled_swiglu_reference, "scaled_swiglu_triton", arrays, implementation)
 

@@ -1,4 +1,4 @@
-"""Shapes that the Triton kernel takes, and its tiles.
+"""Shapes that the Triton kernel supports, and its tiles.
 
 The tiles were chosen from compiled code (registers, shared memory, instructions) and from how
 many programs fill 132 multiprocessors; no GPU has timed them.
@@ -11,8 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-PROGRAMS = 128  # that a product should have at least, to use every multiprocessor
-LEAST_STEPS = 4  # of one part of a split product
+PROGRAMS = 128  # fewest programs of a product, to use every multiprocessor
+LEAST_STEPS = 4  # fewest steps of one part of a split product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Tile:
     Attributes:
       rows, columns: of the output.
       depth: contracted elements per step; one scale covers them.
-      splits: parts of the contracted axis, each summed by a program of its own.
+      splits: parts of the contracted axis, each summed by a separate program.
       warps, stages: of Triton.
     """
 
@@ -35,7 +35,7 @@ class Tile:
 
 
 def unsupported(rows: jax.Array, values: jax.Array, scale: jax.Array) -> str | None:
-    """Why the kernel does not take these shapes, or None if it does."""
+    """Why the kernel does not support these shapes; None if it does."""
     columns, depth = values.shape
     if rows.dtype != jnp.bfloat16 or values.dtype != jnp.float8_e4m3fn:
         return (
@@ -54,14 +54,14 @@ def choose(rows: int, columns: int, depth: int, scales: int, *, halves: int = 1)
     """The tile for [rows, depth] times [columns, depth], of so many scales along the depth.
 
     Args:
-      halves: 2 where a program has columns of both halves of the matrix, whole.
+      halves: 2 if a program computes columns of both halves of the matrix, without splits.
     """
     step = 128 if (depth // scales) % 128 == 0 else 64
     height = min(128, max(16, 1 << (rows - 1).bit_length()))
     widths = [width // halves for width in ((64, 32) if height <= 32 else (128, 64, 32))]
     fitting = [width for width in widths if columns // halves % width == 0]
     tall = -(-rows // height)
-    # Few rows are cheap to read again, for narrow tiles rather than splits.
+    # Few rows are cheap to reread, so narrow tiles are better than splits.
     least = PROGRAMS if height <= 32 else PROGRAMS // 2
     filling = [width for width in fitting if columns // halves // width * tall >= least]
     width = filling[0] if filling else fitting[-1]

@@ -1,4 +1,4 @@
-"""Product with 8-bit values and their scales in plain XLA: the contract the kernel meets."""
+"""Product with 8-bit values and their scales in plain XLA: the kernel's contract."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def scaled_matmul_reference(
 ) -> Float[Array, "R O"]:
     """rows times (values times their scales), transposed.
 
-    Nothing but the float32 sums is rounded: rows and values are exact in float32.
+    Only the float32 sums round: rows and values are exact in float32.
 
     Args:
       rows: [R, I], bfloat16 or float32.

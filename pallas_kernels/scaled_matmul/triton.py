@@ -1,9 +1,9 @@
 """Product with 8-bit values and their scales as a Triton kernel, written in Pallas.
 
 A program multiplies one tile of rows by one tile of the matrix's outputs. Each step reads 8-bit
-values, converts them to bfloat16, which is exact, multiplies into float32 sums of its own, and
-adds these times the scale. Outputs come first in the matrix: a step's values of one output are
-one line of memory, and in the order in which matrix instructions want them.
+values, converts them to bfloat16 (exact), sums their products in float32, and adds these sums
+times the scale. The matrix is stored outputs first: a step's values of one output are
+contiguous and in the order that matrix instructions need.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def scaled_swiglu_triton(
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `scaled_swiglu_reference`; a program has the same columns of gates and ups."""
+    """See `scaled_swiglu_reference`; a program computes the same columns of gates and ups."""
     return _call(rows, values, scale, tile, interpret, halves=2, dtype=rows.dtype)
 
 
 def _call(rows, values, scale, tile, interpret: bool, *, halves: int, dtype) -> jax.Array:
-    """[R, O / halves] in that dtype; the parts of a split product are added by XLA."""
+    """Runs the kernel: [R, O / halves] in `dtype`; XLA adds the parts of a split product."""
     (count, depth), outputs = rows.shape, values.shape[0]
     tile = tile or choose(count, outputs, depth, scale.shape[1], halves=halves)
     columns = outputs // halves
@@ -66,7 +66,7 @@ def _call(rows, values, scale, tile, interpret: bool, *, halves: int, dtype) -> 
 def multiply(rows_ref, values_ref, scale_ref, out_ref, *, tile: Tile):
     """One tile of rows times one tile of outputs, over one part of the inputs.
 
-    Of a matrix with twice as many outputs as there are columns, gates and ups.
+    If the matrix has twice as many outputs as columns, these are gates and ups.
     """
     count, depth = rows_ref.shape
     start_column, part = pl.program_id(0) * tile.columns, pl.program_id(2)

@@ -1,4 +1,4 @@
-"""The one call behind which implementations of tree attention live."""
+"""Tree attention: dispatch to XLA or Triton."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def tree_attention(
 ) -> Float[Array, "*nodes H D"]:
     """See `tree_attention_reference` for shapes and meaning.
 
-    Under a mesh with an axis "model" (`jax.set_mesh`), key/value heads are cut over it.
-    Whatever computes it, its derivative is the reference's.
+    Under a mesh with an axis "model" (`jax.set_mesh`), key/value heads are sharded over it.
+    The derivative is always the reference's.
 
     Args:
       implementation: "xla" (any platform), "triton" (NVIDIA GPUs), or None:
         triton where the program is compiled for an NVIDIA GPU and the shape is supported,
         else xla.
-      tile: how the Triton kernel cuts the work; chosen from the shapes if absent.
-      rows: at least B * N: the result is [rows, H, D], nodes side by side and zeros after them,
-        as a product of padded rows takes it. Not under a mesh.
+      tile: tile of the Triton kernel; chosen from the shapes by default.
+      rows: at least B * N: the result is then [rows, H, D], nodes first and zeros after them,
+        as input of a product of padded rows. Not supported under a mesh.
 
     Raises:
-      ValueError: "triton" was asked for and does not take this shape, or `window` came
+      ValueError: "triton" is given and does not support this shape, or `window` is given
         without `depths`.
     """
     if implementation not in (None, "xla", "triton"):
@@ -66,7 +66,7 @@ def tree_attention(
 def _over_heads(attend, arrays) -> jax.Array:
     """Each device of the mesh's axis "model" attends for its own key/value heads.
 
-    XLA cannot cut a Pallas call by itself: it would gather the caches on every device.
+    XLA cannot partition a Pallas call: it would gather the caches on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = dict(mesh.shape).get(HEADS_AXIS, 1)
@@ -75,8 +75,8 @@ def _over_heads(attend, arrays) -> jax.Array:
     kv_heads = arrays[1].shape[1]
     if kv_heads % devices:
         raise ValueError(
-            f"{kv_heads} key/value heads cannot be cut over {devices} devices; give the mesh's "
-            f"axis {HEADS_AXIS!r} a size that divides them"
+            f"{kv_heads} key/value heads cannot be sharded over {devices} devices; give the "
+            f"mesh's axis {HEADS_AXIS!r} a size that divides them"
         )
     cache, nodes, whole = (
         PartitionSpec(None, HEADS_AXIS),

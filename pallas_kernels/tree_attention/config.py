@@ -1,4 +1,4 @@
-"""Which tile a shape gets: one measured on this card for a shape like it, or the table's."""
+"""Chooses tiles: one measured on this GPU for a similar shape, or the table's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 # Written by `examples/gpu/tune.py`: a list of shapes, each with the card and its fastest tile.
 MEASURED = Path(__file__).with_name("tiles.json")
-ASSUMED_CARD = "NVIDIA H100 80GB HBM3"  # where a program is compiled without its GPU
-NEAR = 2  # a measured tile serves so many times more or fewer nodes, and places in the cache
+ASSUMED_CARD = "NVIDIA H100 80GB HBM3"  # when a program is compiled without its GPU
+NEAR = 2  # factor in nodes and in capacity within which a measured tile is used
 
 MULTIPROCESSORS = 132  # of an H100 SXM
 MIN_TILE = 16  # the smallest side of a Triton matrix product
@@ -23,7 +23,7 @@ MAX_SPLITS = 32
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """How one call is cut into programs.
+    """How one call is divided into programs.
 
     Attributes:
       rows: query rows (nodes x group) of a program.
@@ -58,7 +58,7 @@ class TileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a tile is chosen from; the letters are the project's legend."""
+    """The shape that a tile is chosen for; letters are the project's."""
 
     batch: int  # B
     nodes: int  # N
@@ -98,7 +98,7 @@ TILES = {
 
 
 def unsupported(shape: Shape) -> str | None:
-    """Why the Triton kernel does not take this shape, or None if it does."""
+    """Why the Triton kernel does not support this shape; None if it does."""
     dtypes = sorted({key[0] for key in TILES})
     dims = sorted({key[1] for key in TILES})
     if jnp.dtype(shape.dtype).name not in dtypes:
@@ -109,10 +109,10 @@ def unsupported(shape: Shape) -> str | None:
 
 
 def choose(shape: Shape, card: str | None = None) -> TileConfig:
-    """The tile for a shape that is not `unsupported`.
+    """The tile for a supported shape.
 
     Args:
-      card: as `device_kind` names it; this machine's by default.
+      card: the GPU's `device_kind`; this machine's by default.
     """
     if card is None:
         on_gpu = jax.default_backend() == "gpu"
@@ -121,10 +121,10 @@ def choose(shape: Shape, card: str | None = None) -> TileConfig:
 
 
 def measured(shape: Shape, card: str) -> TileConfig | None:
-    """The tile of the most similar shape that was measured on a card, if one is near enough.
+    """The tile of the most similar shape measured on a GPU, if near enough, else None.
 
-    Its nodes and its capacity may differ; cache dtype, head dim, group and how many key/value
-    heads of all rows there are may not.
+    Nodes and capacity may differ; cache dtype, head dim, group and the number of key/value
+    heads over all rows must be equal.
     """
 
     def kind(shape: Shape):
@@ -159,7 +159,7 @@ def read_measured(path: Path) -> tuple[tuple[str, Shape, TileConfig], ...]:
 
 
 def from_table(shape: Shape) -> TileConfig:
-    """The tile of `TILES`, and as many splits as fill an H100."""
+    """The tile of `TILES`, with as many splits as fill an H100."""
     dtype = jnp.dtype(shape.dtype).name
     rows = shape.nodes * shape.group
     sizes = sorted(key[2] for key in TILES if key[:2] == (dtype, shape.head_dim))

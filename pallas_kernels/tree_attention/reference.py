@@ -1,4 +1,4 @@
-"""Tree attention in plain XLA: the contract every other implementation meets."""
+"""Tree attention in plain XLA: the contract of all implementations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tree_attention_reference(
 ) -> Float[Array, "B N H D"]:
     """Attention of N tree nodes over a committed prefix and over their ancestors.
 
-    The softmax runs over both parts at once: their scores are computed apart and merged by
+    One softmax runs over both parts: their scores are computed separately and merged by
     log-sum-exp, in float32. Neither the cache nor the new rows are copied.
 
     Args:

@@ -1,12 +1,12 @@
 """Tree attention as two Triton kernels, written in Pallas.
 
 Prefix and tree form one sequence of key blocks: first the blocks of the cache that hold
-committed rows, then those of the new keys. `attend` shares it evenly among `splits` programs
-per tile of query rows, so a program does whatever part of the prefix and of the tree falls to
-it, and blocks past a row's length are nobody's. With one split the program writes the output
-itself; otherwise each leaves the output of its part and the log of its softmax's denominator,
-and `merge` weighs the parts by these. Sums are float32 throughout; parts are written in the
-cache's dtype, as the output is: in float32 they would be most of what attention writes.
+committed rows, then those of the new keys. `attend` divides it evenly among `splits` programs
+per tile of query rows; blocks past a row's length are skipped. With one split the program
+writes the output itself. Otherwise each writes its part of the output and the log of its
+softmax's denominator, by which `merge` weighs the parts. Sums are float32 throughout; parts are
+written in the cache's dtype, as the output is: in float32 they would be most of attention's
+writes.
 
 The softmax runs in base 2. A masked score is -inf while the running peak starts at a finite
 floor, so a program that saw no key contributes exp2(floor - peak) = 0 and never a NaN.
@@ -50,13 +50,12 @@ def tree_attention_triton(
 ) -> jax.Array:
     """See `tree_attention_reference` for shapes and meaning.
 
-    Everything is read and written in the cache's dtype: queries and new rows are rounded to it
-    where they are made, and the output, which a matrix product in that dtype consumes, where
-    it is divided. In float32 all four would be written, read and converted by kernels of their
-    own.
+    Everything is read and written in the cache's dtype: queries and new rows are rounded where
+    they are computed, and so is the output, which a matrix product in that dtype consumes. In
+    float32 separate kernels would write, read and convert all four.
 
     Args:
-      tile: how the work is cut, see `choose`.
+      tile: see `choose`.
       rows: see `tree_attention`.
       interpret: run on the CPU, program by program, to check numbers. Shapes, bounds and
         races are not checked: `pallas_kernels.ttir_check` does that.
@@ -241,7 +240,7 @@ def attend(
 
 
 def merge(out_ref, log_ref, result_ref, *, rows: int):
-    """Join the splits of `rows` queries: weigh each part by its share of the softmax.
+    """Joins the splits of `rows` queries, weighing each part by its share of the softmax.
 
     Results past the last query are zeros: equal shares of nothing.
     """

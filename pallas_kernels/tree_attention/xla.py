@@ -1,4 +1,4 @@
-"""Tree attention in XLA, in blocks of the prefix: what runs where the kernel does not."""
+"""Tree attention in XLA, by blocks of the prefix, for platforms without the kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pallas_kernels.tree_attention.reference import (
     tree_attention_reference,
 )
 
-BLOCK = 128  # cache rows at a time; of 128, 256 and all the fastest for 1 … 32 rows on a CPU
+BLOCK = 128  # cache rows at a time; fastest of 128, 256 and all for 1 … 32 rows on a CPU
 
 
 def tree_attention_xla(
@@ -31,9 +31,9 @@ def tree_attention_xla(
 ) -> jax.Array:
     """As `tree_attention_reference`, but its cost follows the longest row, not the capacity.
 
-    A loop over blocks of the prefix with a running softmax (as FlashAttention's) ends with the
-    last row that any request sees. It has no gradient: the number of blocks is not static.
-    Blocks past a row's own length leave its result as it is, bit for bit.
+    A loop over blocks of the prefix with a running softmax (as in FlashAttention) ends with the
+    last row that any request sees. It has no gradient, as the number of blocks is dynamic.
+    Blocks past a row's own length do not change its result, bit for bit.
     """
     batch, n, heads, _ = q.shape
     kv_heads, capacity = k_cache.shape[1:3]

@@ -1,4 +1,4 @@
-"""The one call behind which implementations of the delta rule over a tree live."""
+"""The gated delta rule over a tree: the kernel or its reference."""
 
 from __future__ import annotations
 

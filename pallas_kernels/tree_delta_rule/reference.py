@@ -26,7 +26,7 @@ def tree_delta_rule_reference(
     ancestors: UInt32[Array, "B N words"],
     begun: Bool[Array, " B"],
 ) -> tuple[Float[Array, "B N J R dv"], Float[Array, "B N J R dv"]]:
-    """What every node reads from the memory before the root and its ancestors: (O, U), float32.
+    """Outputs and updates (O, U), float32, of every node, from the memory and its ancestors.
 
     With S0 the memory, G_i the sum of g over i and its ancestors, and D_ij = exp(G_i - G_j)
     where j is i or above it, else 0:
@@ -37,7 +37,7 @@ def tree_delta_rule_reference(
 
     Args:
       decay, rate: g <= 0 and beta.
-      memory: S0 of the value heads of a key head side by side.
+      memory: S0, the value heads of a key head concatenated.
       ancestors: bits, ancestor-or-self; parents come before children.
       begun: whether there is a memory before the roots; if not, it counts as zeros.
 
@@ -71,7 +71,7 @@ def tree_delta_rule_reference(
 def decays_along(
     decay: jax.Array, related: jax.Array, begun: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What is left of a node's update further down, and of the state before the root.
+    """Decay of each node's update at its descendants, and of the state before the root.
 
     Args:
       related: [B, N, N] bool, [i, j]: node j is node i or above it.
@@ -89,9 +89,9 @@ def decays_along(
 def decay_sums(decay: jax.Array, related: jax.Array) -> jax.Array:
     """G [B, J, R, N] of g [B, N, J, R] in two parts: [2, B, J, R, N].
 
-    Differences of float32 sums would lose what is small beside the sums. So decays are split
-    into a coarse part, a multiple of a step so large that sums of N are exact, and the rest,
-    whose sums are small. Of a difference, each part is taken apart.
+    Differences of float32 sums would lose terms that are small beside the sums. So decays are
+    split into a coarse part, a multiple of a step so large that sums of N are exact, and a
+    rest, whose sums are small. Differences are taken of each part separately.
     """
     n = decay.shape[1]
     decay = jnp.maximum(jnp.moveaxis(decay, 1, -1), -LARGEST_DECAY)

@@ -1,13 +1,13 @@
 """The gated delta rule over a tree as one Triton kernel, written in Pallas.
 
-A program has some columns of one value head: the others are computed without them. It goes
-through the nodes a block at a time. A block starts from what it reads of the memory, takes off
-what the blocks before it wrote, solves its own triangle, and writes. So neither D nor A leaves
-the program, and updates are read again where they were written: a barrier stands between. The
-products k . k and q . k are XLA's: all programs of a key head share them.
+A program computes some columns of one value head, which are independent of the others, a block
+of nodes at a time. For each block it reads the memory, subtracts the contributions of earlier
+blocks, solves the block's own triangle, and writes its updates. So D and A stay inside the
+program; updates are read back after a barrier. XLA computes the products k . k and q . k, which
+all programs of a key head share.
 
-The triangle of a block is inverted in pieces of `PIECE` nodes, all at once, row after row; from
-piece to piece the solution is substituted in as many steps as there are pieces. Neither takes
+A block's triangle is inverted in pieces of `PIECE` nodes, all pieces at once, row by row;
+between pieces the solution is substituted, in as many steps as there are pieces. Neither uses
 powers of A, which lose digits where keys repeat.
 """
 
@@ -24,15 +24,15 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.tree_attention.reference import related_nodes
 from pallas_kernels.tree_delta_rule.reference import decay_sums
 
-BLOCK = 32  # nodes of a step: one word of ancestors; of 64 registers spill
+BLOCK = 32  # nodes of a step: one word of ancestors; with 64, registers spill
 PIECE = 16  # nodes whose triangle is inverted row by row
 STEP = 32  # elements of keys at a time
-COLUMNS = 32  # of a value head, of one program
+COLUMNS = 32  # columns of a value head per program
 WARPS, STAGES = 4, 1
 
 
 def unsupported(k: jax.Array, v: jax.Array) -> str | None:
-    """Why the kernel does not take these shapes, or None if it does."""
+    """Why the kernel does not support these shapes; None if it does."""
     key_dim, value_dim = k.shape[-1], v.shape[-1]
     if key_dim & (key_dim - 1) or key_dim < 16 or value_dim % COLUMNS:
         return (
@@ -103,7 +103,7 @@ def run_nodes(
     step = min(key_dim, STEP)
 
     def places(ref, *place, node, lanes):
-        """Elements of nodes [BLOCK], and a mask of those that are."""
+        """Elements of nodes [BLOCK], and a mask of those that exist."""
         real = jnp.broadcast_to((node < n)[:, None], (BLOCK, lanes.size))
         return ref.at[(b, node[:, None], head, *place, lanes[None, :])], real
 
@@ -124,7 +124,7 @@ def run_nodes(
         return lax.fori_loop(0, key_dim // step, add, zeros)
 
     def alike(ref, node, before):
-        """Keys or queries of a block times the keys of one."""
+        """Products of a block's keys or queries with the keys of an earlier block."""
         real = (node < n)[:, None] & (before < n)[None, :]
         at = ref.at[b, head, node[:, None], before[None, :]]
         return plgpu.load(at, mask=real, other=0.0)
@@ -135,7 +135,7 @@ def run_nodes(
         return tuple(plgpu.load(at, mask=real, other=0.0) for at in parts)
 
     def kept(node, j):
-        """D of nodes [BLOCK] and those of block j."""
+        """D between nodes [BLOCK] and those of block j."""
         other = jnp.arange(BLOCK)
         word = jnp.broadcast_to(j, node.shape)
         bits = plgpu.load(ancestors_ref.at[b, node, word], mask=node < n, other=0)
@@ -204,7 +204,7 @@ def invert_pieces(below: jax.Array) -> jax.Array:
     turned = below.T  # own rows of A lie along the axis that `inverse` is summed over
 
     def substitute(i, inverse):
-        """Row i of every piece: its own minus those above, as A weighs them."""
+        """Row i of every piece: the unit row minus the rows above, weighed by A."""
         own = jnp.where(place[None, :] == i, turned, 0.0).sum(1)
         taken = (own[:, None] * inverse).sum(0)
         same = node[:, None] // PIECE == node[None, :] // PIECE

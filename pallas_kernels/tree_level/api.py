@@ -1,4 +1,4 @@
-"""The one call behind which implementations of a tree's level live."""
+"""Growing one level of a tree: dispatch to XLA or Triton."""
 
 from __future__ import annotations
 

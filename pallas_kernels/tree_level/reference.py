@@ -1,4 +1,4 @@
-"""One level of a tree scored by a low-rank head, in plain XLA: the contract of all others."""
+"""One level of a tree scored by a low-rank head, in plain XLA: the kernels' contract."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """The best nodes of every depth: row 0 is the root's, row d that of depth d.
+    """The best nodes of every depth: row 0 is the root, row d has those of depth d.
 
     Attributes:
       scores: [B, P + 1, F] float32, best first; -inf where there is no node.
-      parents: [B, P + 1, F] int32, places in the row above.
+      parents: [B, P + 1, F] int32, indices in the row above.
       tokens: [B, P + 1, F] int32.
-      floor: [B] float32, the F-th best score of all rows but the root's: what does not
-        exceed it is not among the F best nodes.
+      floor: [B] float32, the F-th best score of all rows but the root's: a node must exceed it
+        to be among the F best.
     """
 
     scores: jax.Array
@@ -30,7 +30,7 @@ class Levels:
 
 
 def empty_levels(root: jax.Array, *, depth: int, width: int) -> Levels:
-    """The root alone: root [B] int32, P = depth, F = width."""
+    """Levels with only the root [B] int32; P = depth, F = width."""
     shape = (root.shape[0], depth + 1, width)
     zeros = jnp.zeros(shape, jnp.int32)
     return Levels(
@@ -51,10 +51,10 @@ def grow_level_reference(
     """Fills row slot + 1 with the F best children of the first M nodes of row slot.
 
     The children of node m are all tokens v, with logits base[slot, v] + latent[m] · output[v].
-    A child's score is its parent's plus the log-probability, which rounding does not let
-    exceed zero. Nodes that do not exceed the floor have no children: none could be among the
-    F best. A score that is NaN counts as -inf. Of equal children the one of the lower parent
-    comes first, then the lower token.
+    A child's score is its parent's plus the log-probability, capped at zero against rounding.
+    Nodes that do not exceed the floor get no children, as none could be among the F best. NaN
+    counts as -inf. Of equal children the one of the lower parent comes first, then the lower
+    token.
 
     Args:
       levels: rows after slot are empty.

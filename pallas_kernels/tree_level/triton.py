@@ -3,12 +3,12 @@
 `score` reads the head's matrix once: a program multiplies one tile of the vocabulary with all
 parents and writes the logits, their maximum and their sum of exponentials. `select` has one
 program per batch row: it joins the tiles' sums to each parent's normaliser, finds the F pairs
-of a parent and a chunk whose best children are best, then the F best children in them, sorts
-those, writes them where they stay, and raises the floor. A level without a parent above the
-floor costs two launches: neither reads the matrix.
+of parent and chunk with the best maxima, then the F best children in them, sorts and writes
+these, and raises the floor. A level without a parent above the floor costs two launches, and
+neither reads the matrix.
 
 Scores are at most zero, so float32 bits without the sign order them: the k-th best of an array
-is found by bisection over integers, with nothing sorted but the F that are kept.
+is found by bisection over integers, and only the F kept ones are sorted.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pallas_kernels.tree_level.reference import Levels
 TILE = 128  # tokens of a program of `score`
 DEPTH = 64  # contracted elements per step
 MIN_ROWS = 16  # the smallest side of a Triton matrix product
-MOST = 32_768  # scores that one program holds
-BLOCK = 4096  # scores of a step of those that go block by block
+MOST = 32_768  # most scores that one program holds
+BLOCK = 4096  # scores per step when going block by block
 INFINITE = 0x7F800000  # bits of infinity
 
 
 def unsupported(levels: Levels, latent: jax.Array, output: jax.Array) -> str | None:
-    """Why the Triton kernels do not take these shapes, or None if they do."""
+    """Why the Triton kernels do not support these shapes; None if they do."""
     children, parents, (vocab, rank) = levels.scores.shape[-1], latent.shape[1], output.shape
     if output.dtype != jnp.bfloat16:
         return f"the output matrix is {output.dtype}; expected bfloat16"
@@ -294,7 +294,7 @@ def _score_of(bits: jax.Array) -> jax.Array:
 
 
 def _cost(above, logits, log_total, live) -> jax.Array:
-    """Bits of the children's scores; infinite where there is none, or NaN."""
+    """Bits of the children's scores; infinite if there is no child, or for NaN."""
     bits = _bits(above + jnp.minimum(logits - log_total, 0.0))
     return jnp.where(live, jnp.minimum(bits, INFINITE), INFINITE)
 
@@ -304,7 +304,7 @@ def _both(rows, columns) -> jax.Array:
 
 
 def _kth(cost: jax.Array, k: int, *, exact: bool = True) -> jax.Array:
-    """The smallest bound that k of the costs do not exceed; inexact, one that only k meet."""
+    """The smallest bound that k of the costs do not exceed; unless exact, any such bound."""
 
     def halve(bounds):
         low, high = bounds
@@ -319,10 +319,10 @@ def _kth(cost: jax.Array, k: int, *, exact: bool = True) -> jax.Array:
 
 
 def _choose(costs_ref, b, k: int, synchronise, fill, write, rows: int, columns: int) -> None:
-    """Finds the k smallest of [rows, columns] costs; of those equal to the last, the first.
+    """Finds the k smallest of [rows, columns] costs; ties with the last go to the first.
 
     Args:
-      costs_ref: [B, rows * columns or more], where they are kept, in row b.
+      costs_ref: [B, rows * columns or more], scratch for the costs, in row b.
       fill: row indices [A] -> their costs [A, columns].
       write: (row indices, which are chosen, their places 0 … k - 1, costs) -> None.
     """

@@ -17,7 +17,7 @@ from jax import lax
 from pallas_kernels.log_sum_exp import log_sum_exp
 from pallas_kernels.tree_level.reference import Levels, live_scores, with_row
 
-STEPS = 4  # a CPU scores 1, 4, 16 … parents, as few as there are
+STEPS = 4  # a CPU scores 1, 4, 16 … parents, the fewest that suffice
 
 
 def grow_level_xla(
@@ -29,7 +29,7 @@ def grow_level_xla(
 
 
 def _score_the_live(levels, slot, base, latent, output) -> Levels:
-    """Scores no more parents than exceed the floor: they come first, being sorted."""
+    """Scores only parents above the floor, which come first in sorted order."""
     most = latent.shape[1]
     counts = [1]
     while counts[-1] < most:
@@ -50,7 +50,7 @@ def _score(levels, slot, base, latent, output) -> Levels:
     vocab, children = output.shape[0], levels.scores.shape[-1]
     above = live_scores(levels, slot, parents)
     if latent.size == latent.shape[-1] and latent.dtype != jnp.float32:
-        # XLA has no product of one row of narrow operands: it widens the whole matrix.
+        # XLA widens the whole matrix for a product of one row of narrow operands.
         latent = jnp.repeat(latent, 2, axis=1)
     bias = jnp.einsum("bmr,vr->bmv", latent, output, preferred_element_type=jnp.float32)
     logits = base[:, slot, None] + bias[:, :parents]
@@ -61,7 +61,7 @@ def _score(levels, slot, base, latent, output) -> Levels:
     log_total = log_sum_exp(logits, jnp.max(maxima, axis=-1))
     pairs = min(children, parents * (vocab // width))
     best = _number(above[..., None] + jnp.minimum(maxima - log_total[..., None], 0.0))
-    # In ascending order, so that equal children still come in the reference's order.
+    # In ascending order, so that equal children come in the reference's order.
     pair = jnp.sort(lax.top_k(best.reshape(batch, -1), pairs)[1], axis=-1)  # [B, pairs]
     parent = pair // (vocab // width)
     finalists = jnp.take_along_axis(chunks, pair[..., None], axis=1)  # [B, pairs, width]

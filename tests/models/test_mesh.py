@@ -145,4 +145,4 @@ def test_gated_delta_nets_are_cut_by_head_and_no_state_moves():
 def test_experts_and_vocabulary_are_cut_over_the_mesh():
     done = run(SCRIPT)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "12 experts cannot be cut over 8 devices" in done.stdout
+    assert "12 experts cannot be sharded over 8 devices" in done.stdout

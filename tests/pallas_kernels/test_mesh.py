@@ -50,4 +50,4 @@ def test_heads_are_cut_over_the_axis_model():
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 key/value heads cannot be cut over 3 devices" in done.stdout
+    assert "2 key/value heads cannot be sharded over 3 devices" in done.stdout

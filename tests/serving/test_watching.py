@@ -71,7 +71,7 @@ def test_paths_are_the_tokens_from_the_root():
 
 
 def test_an_answer_without_room_is_refused(watcher):
-    with pytest.raises(ValueError, match="a prompt of 5 tokens and 196 new ones need"):
+    with pytest.raises(ValueError, match="a prompt of 5 tokens and 196 new ones exceed"):
         watcher.events(PROMPT, max_new_tokens=196, sampling=Sampling())
 
 

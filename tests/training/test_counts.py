@@ -41,8 +41,8 @@ def test_openings_endings_and_given_questions_do_not_count(question_tokens):
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ((3, "How?"), "does not go on from 'Why'"),
-        ((2, "Find all real roots."), "does not go on from 'Find all real'"),
+        ((3, "How?"), "does not begin with 'Why'"),
+        ((2, "Find all real roots."), "does not begin with 'Find all real'"),
         ((9, "Why?"), "conversation 9 answers none"),
     ],
 )
