@@ -109,8 +109,8 @@ def block_size(whole: JsonConfig, own: JsonConfig) -> int:
         return 16
     if len(sizes) != 1:
         raise ValueError(
-            f"{whole.origin}: the drafter's configuration has "
-            f"{'two values' if sizes else 'no value'} of 'block_size', {sizes}; expected one"
+            f"{whole.origin}: expected one 'block_size' in the drafter's configuration, found "
+            f"{sizes}"
         )
     return sizes[0]
 

@@ -20,8 +20,8 @@ class Regenerate:
     Examples:
       python -m jaxspec regenerate --prompts prompts.jsonl --output data.jsonl
       python -m jaxspec regenerate --questions 500 --temperature 0.7 --output data.jsonl
-      python -m jaxspec regenerate --prompts a.jsonl b.jsonl --dtype bfloat16 --rows 64 \
-          --max-new-tokens 256 --max-length 510 --temperature 0.7 --sampled 0.25 \
+      python -m jaxspec regenerate --prompts a.jsonl b.jsonl --dtype bfloat16 --rows 64 \\
+          --max-new-tokens 256 --max-length 510 --temperature 0.7 --sampled 0.25 \\
           --output data.jsonl
     """
 

@@ -21,7 +21,7 @@ class Train:
     Examples:
       python -m jaxspec train --data data.jsonl --output run --steps 2000
       python -m jaxspec generate --drafter run/drafter --prompt "Why is the sky blue?"
-      python -m jaxspec train --data data.jsonl --output causal --family jetspec \
+      python -m jaxspec train --data data.jsonl --output causal --family jetspec \\
           --sequential rnn --features features --steps 2000
       python -m jaxspec train --data more.jsonl --output again --initial run/drafter
       python -m jaxspec train --config run/run.toml --output repeated

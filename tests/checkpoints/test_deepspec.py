@@ -47,7 +47,7 @@ def test_a_drafter_of_other_weights_is_refused(tmp_path, name):
     ("kind", "change", "message"),
     [
         ("dspark", lambda c: own(c).update(target_layer_ids=[0, 2]), "reads the last layer, 2"),
-        ("dspark", lambda c: c.pop("block_size"), "gives no 'block_size'"),
+        ("dspark", lambda c: c.pop("block_size"), "expected one 'block_size' .* found \\[\\]"),
         ("dspark", lambda c: c.update(markov_head_type="lstm"), "'markov_head_type' is 'lstm'"),
         (
             "dspark",

@@ -202,7 +202,7 @@ def test_layers_it_reads(tmp_path, changes, taps):
             "reads the last layer, 2",
         ),
         (dict(target_hidden_size=48), "hidden size is 48, the target's is 32"),
-        (dict(draft_vocab_size=9), "'draft_vocab_size' is 9, tensor 'd2t' is missing"),
+        (dict(draft_vocab_size=9), "'draft_vocab_size' is 9, but tensor 'd2t' is missing"),
         (dict(vocab_size=40), "vocabulary is 40, the target's is 11"),
         (dict(intermediate_size=25), "'midlayer|layers.0.mlp.*has shape"),
     ],

@@ -220,7 +220,7 @@ def test_garbage(path):
 
 
 def test_file_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no file .*absent.gguf"):
+    with pytest.raises(ValueError, match=r"absent.gguf does not exist"):
         read_config(tmp_path / "absent.gguf")
 
 
@@ -284,9 +284,7 @@ def test_damaged_tokenizer(tmp_path, tensors, change, metadata):
     path = write_gguf(
         tmp_path / "model.gguf", tensors, METADATA | metadata, tokens=TOKENS | change
     )
-    with pytest.raises(
-        ValueError, match=r"the tokenizer in .*model.gguf cannot be made .*again"
-    ):
+    with pytest.raises(ValueError, match=r"the tokenizer in .*model.gguf is damaged .*again"):
         load_tokenizer(path)
 
 

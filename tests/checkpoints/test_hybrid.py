@@ -212,7 +212,7 @@ def test_converted_there_and_back(tmp_path, raw, interleaved):
         ({"mamba_ssm_dtype": "bfloat16"}, "'mamba_ssm_dtype' is 'bfloat16'"),
         ({"layer_types": ["linear_attention"]}, "for each of 2 layers"),
         ({"layer_types": ["linear_attention", "sliding_attention"]}, "'layer_types' is"),
-        ({"layer_types": ["linear_attention"] * 2}, "expected one of attention at least"),
+        ({"layer_types": ["linear_attention"] * 2}, "expected at least one attention layer"),
         (
             {"linear_num_value_heads": 5},
             "value_heads is 5; .* a multiple of key_heads = 2",

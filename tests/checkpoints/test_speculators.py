@@ -176,7 +176,9 @@ def test_a_recurrence_that_begins_before_the_first_prediction(tmp_path):
 def test_a_vocabulary_is_as_large_as_the_configuration_says(tmp_path):
     save(tmp_path / "a", KINDS["dflash"])
     edit(tmp_path / "a", draft_vocab_size=6)
-    with pytest.raises(ValueError, match="'draft_vocab_size' is 6, tensor 'd2t' is missing"):
+    with pytest.raises(
+        ValueError, match="'draft_vocab_size' is 6, but tensor 'd2t' is missing"
+    ):
         load(tmp_path / "a")
 
 
@@ -193,7 +195,7 @@ def test_defaults_of_absent_keys(tmp_path):
     raw.pop("aux_hidden_state_layer_ids")
     deep = dataclasses.replace(tiny.QWEN3, num_layers=9, hidden_size=64, vocab_size=40)
     assert from_json(raw, "", deep).taps == (1, 3, 5)  # streams that enter 2, n / 2 and n - 3
-    with pytest.raises(ValueError, match="without 'aux_hidden_state_layer_ids' the layers"):
+    with pytest.raises(ValueError, match="has no 'aux_hidden_state_layer_ids', so"):
         from_json(raw, "")
     raw["aux_hidden_state_layer_ids"] = [1, 2]
     raw |= {"speculators_model_type": "dflash", "sample_from_anchor": True}
