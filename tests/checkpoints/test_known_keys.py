@@ -134,7 +134,7 @@ def test_sections_are_accounted_for_with_their_name():
         (
             {},
             {"causal": True, "causal_head": False},
-            r"'causal_head' of draft.* is False but 'causal' of draft.* is True; these keys mean the same",
+            r"'causal_head' of draft.* is False but 'causal' of draft.* is True; these keys",
         ),
         ({"is_causal": True}, {"causal": False}, "'is_causal' of draft is True but 'causal'"),
         (
