@@ -209,8 +209,8 @@ def test_a_full_queue_is_refused_and_loses_nothing():
         (Request((1,), 0), "max_new_tokens is 0"),
         (Request((1,) * 40, 30), "40 tokens and 30 new ones exceed the 60 tokens"),
         (Request((1,), 5, seed=1.0), "seed is 1.0"),
-        (Request((1,), 5, Sampling(stop_ids=tuple(range(9)))), "9 stop ids"),
-        (Request((1,), 5, Sampling(stop_ids=(11,))), "stop id 11; .* 0 … 10"),
+        (Request((1,), 5, Sampling(stop_ids=tuple(range(9)))), "stop_ids has 9 ids"),
+        (Request((1,), 5, Sampling(stop_ids=(11,))), "stop_ids has 11; .* 0 … 10"),
     ],
 )
 def test_requests_that_cannot_be_served(request_, message):
