@@ -1,8 +1,8 @@
 """Where an answer is in its grammar, and what the grammar makes of a drafted tree.
 
-Drafted nodes that the grammar forbids are left out. Tokens that it leaves no choice about, as
-the keys of a JSON schema, become nodes wherever the tree comes to them: the target still checks
-each of them, so the answer is that of plain decoding under the same masks.
+Drafted nodes that the grammar forbids are left out. Where it allows only one token, as within
+the keys of a JSON schema, that token becomes a node. (llguidance allows a forced text only as
+the tokenizer spells it.)
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -73,7 +73,7 @@ class Matcher:
     @property
     def forces(self) -> bool:
         """Whether the grammar leaves no choice about the next token."""
-        return not self._over and self._forced(self.allowed) is not None
+        return not self._over and _only_one(self.allowed) is not None
 
     def restrict(
         self, drafted: DraftTree, most: int, deepest: int
@@ -98,10 +98,14 @@ class Matcher:
         order = itertools.count()
 
         def wait_below(parent: int, own: Sequence[int]) -> None:
-            drafts = {int(drafted.tokens[i]): i for i in own}
-            for token, score in self._candidates(nodes[parent], drafts, drafted.scores):
-                below = children[drafts[token]] if token in drafts else ()
-                heapq.heappush(waiting, (-score, next(order), parent, token, below))
+            above, drafts = nodes[parent], {int(drafted.tokens[i]): i for i in own}
+            forced = _only_one(above.after)
+            for token in drafts if forced is None else (forced,):
+                if above.after[token // 32] >> (token % 32) & 1:
+                    node = drafts.get(token)
+                    score = above.score if forced == token else float(drafted.scores[node])
+                    below = () if node is None else children[node]
+                    heapq.heappush(waiting, (-score, next(order), parent, token, below))
 
         if deepest and not self._over:
             wait_below(0, children[0])
@@ -116,33 +120,6 @@ class Matcher:
                 wait_below(len(nodes) - 1, below)
         self._go_to(())
         return _as_tree(nodes, drafted.tokens)
-
-    def _candidates(
-        self, node: _Node, drafts: dict[int, int], scores: np.ndarray
-    ) -> Iterator[tuple[int, float]]:
-        """Tokens that may follow a node, at which the parser is, with their nodes' scores.
-
-        Args: drafts: the drafted ones, and where their scores are.
-        """
-        forced = self._forced(node.after)
-        for token in dict.fromkeys([*([] if forced is None else [forced]), *drafts]):
-            if node.after[token // 32] >> (token % 32) & 1:
-                yield token, node.score if token == forced else float(scores[drafts[token]])
-
-    def _forced(self, after: np.ndarray) -> int | None:
-        """The next token, if the grammar spells it out or allows one alone.
-
-        Args: after: bits of the tokens that may come next.
-        """
-        spelt = self._parser.compute_ff_tokens()
-        if self._parser.is_error():
-            self._start_again(self._path)
-        if spelt:
-            return spelt[0]
-        words = np.flatnonzero(after)
-        bits = int(after[words[0]])
-        one = len(words) == 1 and bits & (bits - 1) == 0
-        return 32 * int(words[0]) + bits.bit_length() - 1 if one else None
 
     def _after(self, path: tuple[int, ...]) -> np.ndarray | None:
         """Bits of what may follow a path whose last token may come; None if nothing may."""
@@ -176,6 +153,15 @@ def following(parser: Any, words: int) -> np.ndarray | None:
     """
     found = np.frombuffer(parser.compute_bitmask(), np.uint32)[:words]
     return None if parser.is_error() or not found.any() else found
+
+
+def _only_one(after: np.ndarray) -> int | None:
+    """The token of the one bit that is set; None if several are."""
+    words = np.flatnonzero(after)
+    bits = int(after[words[0]])
+    if len(words) > 1 or bits & (bits - 1):
+        return None
+    return 32 * int(words[0]) + bits.bit_length() - 1
 
 
 def _as_tree(nodes: Sequence[_Node], drafted: np.ndarray) -> tuple[DraftTree, np.ndarray]:

@@ -143,7 +143,7 @@ def drafted(tokens, parents, scores=None) -> DraftTree:
     """One row's tree on the host, its root first."""
     depths = [0]
     for parent in parents[1:]:
-        depths.append(depths[parent] + 1)
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
     scores = -np.arange(len(tokens)) if scores is None else scores
     nodes = np.array(tokens), np.array(parents), np.array(depths), np.array(scores, np.float32)
     return DraftTree(*nodes, np.array(parents) != -2)
@@ -201,6 +201,12 @@ def test_a_forced_node_that_was_drafted_keeps_what_was_drafted_below():
     found, _ = regex("xy[a-d]+!").matcher().restrict(tree, most=5, deepest=9)
     assert paths(found) == ["", "x", "xy", "xya", "xyab"]
     assert found.scores.tolist() == [0, 0, 0, -5, -6]
+
+
+def test_a_forced_text_is_spelt_as_the_tokenizer_does():
+    tree = drafted([1, 0, 0, 0], [-1, -2, -2, -2])
+    found, _ = regex("(tool){100}").matcher().restrict(tree, most=4, deepest=9)
+    assert paths(found) == ["", "tool", "tooltool", "tooltooltool"]
 
 
 def test_a_row_without_a_grammar_keeps_its_tree():
