@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -33,7 +34,8 @@ def _missing(module: str) -> bool:
 
 
 # What was compiled is kept, except for GPUs, where tests read what compilers say; `make clean`
-# removes it. The next run takes a third of the time.
+# removes it. The next run takes a third of the time. JAX packs it with `zstandard` if that is
+# installed, much faster than otherwise.
 if _missing(CUDA):
     CACHE = Path(__file__).parents[1] / ".pytest_cache/xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
@@ -67,6 +69,13 @@ def pytest_collection_modifyitems(items):
         for marker, reason in reasons.items():
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish():
+    """Tracing makes many objects that live long: without this, a tenth of the time of tests is
+    Python's collector reading all that was imported again and again."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)

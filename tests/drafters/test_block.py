@@ -17,10 +17,12 @@ from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.weights import bind
 from tests.drafters import cases
 from tests.drafters.oracle import Oracle
+from tests.slow import slow_but
 
 LENGTH, ROWS = 12, 5  # tokens per sequence, rows per `observe`
 CHAIN = TreeConfig("chain", size=8)
-kinds = pytest.mark.parametrize("kind", cases.KINDS)
+QUICK = ["jetspec", "rnn", "treeflash", "dflash2"]  # each part of a head is in one of them
+kinds = pytest.mark.parametrize("kind", slow_but(QUICK, cases.KINDS))
 
 
 @functools.partial(jax.jit, static_argnames="kind")

@@ -45,7 +45,7 @@ def outputs(**options):
     return [completion.token_ids for completion in done]
 
 
-@pytest.mark.parametrize("kind", slow_but(["rnn", "jetspec"], TREES))
+@pytest.mark.parametrize("kind", slow_but(["rnn"], TREES))
 def test_speculative_equals_plain(plain, kind):
     assert outputs(drafter=cases.loaded(kind, TREES[kind])) == plain
 

@@ -38,9 +38,9 @@ def assert_equals_heap(tokens, log_probs, budget, size):
         assert one.valid.sum() == len(nodes)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), shape=st.sampled_from(SHAPES))
-def test_equals_a_heap_on_3000_cases_with_ties(seed, shape):
+def test_equals_a_heap_on_1000_cases_with_ties(seed, shape):
     depth, width, size = shape
     draw = np.random.default_rng(seed)
     tokens, log_probs = random_top(draw, CASES_PER_EXAMPLE, depth, width)
