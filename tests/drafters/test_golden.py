@@ -154,7 +154,8 @@ def test_teacher_forced_blocks(golden, load, name):
     assert not (recorded["eval_mask"] & ~supervised).any()
 
 
-@pytest.mark.parametrize("name", slow_but(["jetspec_a"], TREES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TREES)
 def test_decoding(golden, load, name):
     """The target's own output, and as many tokens committed in every round."""
     _, trace = golden(name)
