@@ -267,8 +267,8 @@ def test_fields_are_checked():
     for change, message in (
         (dict(rank=0), "rank is 0; expected at least 1 with sequential = 'markov'"),
         (dict(sequential=None, confidence=None), "rank is 6; expected 0"),
-        (dict(sequential="lstm"), "sequential is lstm"),
-        (dict(confidence="yes"), "confidence is yes"),
+        (dict(sequential="lstm"), "sequential is 'lstm'"),
+        (dict(confidence="yes"), "confidence is 'yes'"),
         (dict(block_size=0), "depth is 0; expected a block with at least one"),
         (dict(taps=(1, 1)), r"taps is \(1, 1\); expected different layers"),
         (dict(window=0), r"window is \(0, 0\)"),
