@@ -1,8 +1,8 @@
-"""Where an answer is in its grammar, and what the grammar makes of a drafted tree.
+"""The state of an answer in its grammar, and drafted trees restricted by it.
 
-Drafted nodes that the grammar forbids are left out. Where it allows only one token, as within
-the keys of a JSON schema, that token becomes a node. (llguidance allows a forced text only as
-the tokenizer spells it.)
+Nodes that the grammar forbids are removed from a tree. Where it allows only one token, as inside
+the keys of a JSON schema, that token is added as a node. llguidance allows forced text only in
+the tokenizer's own spelling.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class _Node:
     """A node of a restricted tree.
 
     Attributes:
-      path: drafted tokens from the root to it, its own the last.
-      after: bits of the tokens that may follow it.
+      path: the drafted tokens from the root to this node.
+      after: bits of the tokens allowed after it.
     """
 
     parent: int
@@ -38,27 +38,27 @@ class _Node:
 
 
 class Matcher:
-    """Where one answer is in its grammar.
+    """The state of one answer in its grammar.
 
     Attributes:
-      allowed: [ceil(V / 32)] uint32, bits of the tokens that may come next; all of them once
-        the answer has ended, or is stuck.
-      failure: why no token may come next, if the answer is stuck; else None.
+      allowed: [ceil(V / 32)] uint32, bits of the tokens allowed next; all are set once the
+        answer has ended or failed.
+      failure: why no token is allowed next; None while the answer can go on.
     """
 
     def __init__(self, start: Any, first: np.ndarray, ends: frozenset[int]):
-        """Args: start: an `llguidance.LLMatcher` that has seen nothing; first: bits of what may
-        come first; ends: stop ids."""
+        """Args: start: an `llguidance.LLMatcher` at the start; first: bits of the tokens
+        allowed first; ends: stop ids."""
         self._start, self._ends = start, ends
         self._parser = start.deep_copy()
         self._decided: list[int] = []
-        self._path: tuple[int, ...] = ()  # drafted tokens that the parser has seen besides
+        self._path: tuple[int, ...] = ()  # drafted tokens that the parser has consumed too
         self._over = False
         self.failure: str | None = None
         self.allowed = first
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Goes on by the answer's next tokens, which were allowed."""
+        """Consumes the answer's next tokens, which must have been allowed."""
         for token in tokens:
             self._over |= token in self._ends
             if not self._over:
@@ -72,23 +72,24 @@ class Matcher:
 
     @property
     def forces(self) -> bool:
-        """Whether the grammar leaves no choice about the next token."""
+        """Whether the grammar allows only one token next."""
         return not self._over and _only_one(self.allowed) is not None
 
     def restrict(
         self, drafted: DraftTree, most: int, deepest: int
     ) -> tuple[DraftTree, np.ndarray]:
-        """The best allowed nodes of a drafted tree and of forced continuations.
+        """The best nodes among a drafted tree's allowed ones and forced ones.
 
         A forced node has its parent's score.
 
         Args:
-          drafted: of this row, [N] each, on the host; its root is the answer's last token.
-          most: nodes, the root included.
-          deepest: of a node.
+          drafted: this row's tree on the host, [N]; its root is the answer's last token.
+          most: maximum nodes, root included.
+          deepest: maximum depth.
 
         Returns:
-          The tree [N], best nodes first, and the bits after each node [N, ceil(V / 32)].
+          The tree [N], best nodes first, and the bits of the tokens allowed after each node
+          [N, ceil(V / 32)].
         """
         children: list[list[int]] = [[] for _ in drafted.tokens]
         for node in np.flatnonzero(drafted.valid[1:]) + 1:
@@ -122,7 +123,7 @@ class Matcher:
         return _as_tree(nodes, drafted.tokens)
 
     def _after(self, path: tuple[int, ...]) -> np.ndarray | None:
-        """Bits of what may follow a path whose last token may come; None if nothing may."""
+        """Bits of the tokens allowed after a path, whose last token is allowed; None if none."""
         self._go_to(path)
         found = following(self._parser, len(self.allowed))
         if found is None:
@@ -140,23 +141,23 @@ class Matcher:
         self._path = path
 
     def _start_again(self, path: tuple[int, ...]) -> None:
-        """After an error, which a parser never leaves: another one, at the path."""
+        """Replaces the parser, which cannot leave an error, by a new one at the path."""
         self._parser = self._start.deep_copy()
         self._parser.consume_tokens([*self._decided, *path])
         self._path = path
 
 
 def following(parser: Any, words: int) -> np.ndarray | None:
-    """Bits of the tokens that may come next [words]; None if the parser cannot go on.
+    """Bits of the tokens allowed next [words]; None if the parser cannot go on.
 
-    The library's have one bit more, which takes a word of its own where 32 divides V.
+    The library appends one bit, which takes another word where 32 divides V.
     """
     found = np.frombuffer(parser.compute_bitmask(), np.uint32)[:words]
     return None if parser.is_error() or not found.any() else found
 
 
 def _only_one(after: np.ndarray) -> int | None:
-    """The token of the one bit that is set; None if several are."""
+    """The token whose bit is the only one set; None if several are."""
     words = np.flatnonzero(after)
     bits = int(after[words[0]])
     if len(words) > 1 or bits & (bits - 1):
@@ -165,7 +166,7 @@ def _only_one(after: np.ndarray) -> int | None:
 
 
 def _as_tree(nodes: Sequence[_Node], drafted: np.ndarray) -> tuple[DraftTree, np.ndarray]:
-    """Args: drafted: the tokens [N] of the tree they come from."""
+    """Args: drafted: tokens [N] of the drafted tree."""
     tokens, parents, depths = np.zeros((3, len(drafted)), np.int32)
     tokens[0], parents[:] = drafted[0], NO_PARENT
     scores = np.full(len(drafted), -np.inf, np.float32)
@@ -182,10 +183,10 @@ def _as_tree(nodes: Sequence[_Node], drafted: np.ndarray) -> tuple[DraftTree, np
 def restrict(
     matchers: Sequence[Matcher | None], drafted: DraftTree, most: int, deepest: int, vocab: int
 ) -> Draft:
-    """A batch's trees [B, N], on the host, as their rows' grammars want them.
+    """A batch's trees [B, N], on the host, restricted by their rows' grammars.
 
     Args:
-      matchers: of every row; rows without one keep their tree.
+      matchers: one per row; rows without a grammar have None and keep their tree.
       most, deepest: see `Matcher.restrict`.
       vocab: V.
     """

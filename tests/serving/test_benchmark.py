@@ -60,7 +60,7 @@ def test_ways_take_turns_in_rotated_order(monkeypatch, tmp_path):
     monkeypatch.setattr(b, "measure", lambda runner, asked, users: {"tokens_per_second": 1.0})
     options = b.Benchmark(tmp_path / "x.json", users=(1, 2), turns=3)
     names = ["none", "fixed chain", "fixed tree", "adaptive"]
-    turns = list(b.take_turns(options, [[1]], dict.fromkeys(names)))
+    turns = list(b.take_turns(options, [[1]], None, dict.fromkeys(names)))
     assert len(turns) == 2 * 3 * 4
     for users in (1, 2):
         own = [row["way"] for row in turns if row["users"] == users]
