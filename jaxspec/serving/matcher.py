@@ -1,6 +1,6 @@
 """The state of an answer in its grammar, and drafted trees restricted by it.
 
-Nodes that the grammar forbids are removed from a tree. Where it allows only one token, as inside
+Nodes that the grammar forbids are removed from a tree. Where it allows only one token, as in
 the keys of a JSON schema, that token is added as a node. llguidance allows forced text only in
 the tokenizer's own spelling.
 """
@@ -123,7 +123,7 @@ class Matcher:
         return _as_tree(nodes, drafted.tokens)
 
     def _after(self, path: tuple[int, ...]) -> np.ndarray | None:
-        """Bits of the tokens allowed after a path, whose last token is allowed; None if none."""
+        """Bits of the tokens allowed after a path whose last token is allowed; None if none."""
         self._go_to(path)
         found = following(self._parser, len(self.allowed))
         if found is None:
