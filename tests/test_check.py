@@ -26,14 +26,14 @@ from jaxspec.drafters.plain import Plain
 from jaxspec.models.target import Target
 from tests import tiny
 from tests.drafters import cases
-from tests.slow import slow_but
 
 CHAIN = TreeConfig("chain", size=8)
 MORE = Alternative(tau=3.0, gain=1.2, low=0.9, high=1.5)
 LESS = Alternative(tau=1.05, gain=-0.2, low=-0.3, high=-0.1)
 
 
-@pytest.mark.parametrize("kind", slow_but(["dflash"], ["dflash", "rnn"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dflash", "rnn"])
 def test_training_and_decoding_agree(kind):
     drafter, prompts = cases.loaded(kind, CHAIN), tiny.prompts(9, 20)
     done = generate(tiny.target(), prompts, drafter=drafter, max_new_tokens=24)

@@ -171,6 +171,7 @@ def target_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+@pytest.mark.slow
 def test_formats():
     assert format_table() in PAGE.read_text("utf-8")
 

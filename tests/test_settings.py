@@ -38,6 +38,7 @@ def answers(target):
     return [completion.token_ids for completion in done]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_answers_do_not_depend_on_the_settings_of_the_process(name):
     target = tiny.target()

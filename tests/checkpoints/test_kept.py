@@ -90,6 +90,7 @@ def test_a_drafter_that_repeats_the_lm_head_fits_its_fp8_form(twins):
     assert not equal_as_stored(np.asarray(whole) * 1.2, head)
 
 
+@pytest.mark.slow
 @ONCE
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_trees_are_lossless(twins, temperature):

@@ -81,6 +81,7 @@ def test_neutral_values_change_nothing():
     assert tokens(MIXED)[0] == tokens(MIXED[0])[0]
 
 
+@pytest.mark.slow
 def test_chains_that_are_rejected_or_not():
     """Greedy rows of rejection sampling are plain decoding's."""
     greedy = [dataclasses.replace(s, temperature=0.0) for s in MIXED]

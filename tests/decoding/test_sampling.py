@@ -22,7 +22,6 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.trees.tree import ancestors, chain
 from tests import tiny
 from tests.drafters import cases
-from tests.slow import slow_but
 
 
 def rows(batch=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) -> SamplingRows:
@@ -116,10 +115,8 @@ MATCHED = LoadedDrafter(tiny.RandomTrees(size=8, depth=2))
 DRAWN = cases.loaded("dspark", TreeConfig("chain", size=8))
 
 
-@pytest.mark.parametrize(
-    "rejection, draws",
-    slow_but([(True, 6000)], [(True, 6000), (True, 20_000), (False, 20_000)]),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rejection, draws", [(True, 20_000), (False, 20_000)])
 def test_three_sampled_tokens_follow_the_enumerated_distribution(rejection, draws):
     """Speculative draws against p(a) p(b | a) p(c | a, b), computed by enumeration."""
     target, prompt, drafter = tiny.target(), tiny.prompts(5)[0], DRAWN if rejection else MATCHED

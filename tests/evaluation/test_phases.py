@@ -58,6 +58,7 @@ def test_a_median_is_of_the_calls_after_the_first():
     assert 20 <= found["slow"] < 400 and found["quick"] < found["slow"]
 
 
+@pytest.mark.slow
 def test_costs_are_positive():
     drafter = cases.loaded("rnn", TREE)
     phases = phase_costs(tiny.target(), drafter, budget=5, length=20)

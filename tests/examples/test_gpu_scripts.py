@@ -70,6 +70,7 @@ def test_what_is_not_begun_in_time_is_reported_and_done_the_next_time(run):
     assert row["ms"] > 0
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_is_written_and_makes_the_script_fail(run, script, monkeypatch):
     def fail(*_):
         raise RuntimeError("out of memory")

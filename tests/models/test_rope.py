@@ -16,7 +16,6 @@ from jaxspec.models.params import random_params
 from jaxspec.models.rope import attention_factor, frequencies, layer_angles, rotary_angles
 from jaxspec.models.target import Target
 from tests import tiny
-from tests.slow import slow_but
 
 YARN = RopeScaling("yarn", 4.0, 64)
 LLAMA3 = RopeScaling("llama3", 8.0, 512)
@@ -112,9 +111,8 @@ def test_decoding_past_the_original_context_is_a_fresh_forward(scaling):
         assert done.token_ids == own.tolist()
 
 
-@pytest.mark.parametrize(
-    "name", slow_but(["target_yarn_a"], ["target_yarn_a", "target_llama3_a"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["target_yarn_a", "target_llama3_a"])
 def test_golden_targets(golden, name):
     """Frequencies, logits at positions past the original context, and greedy tokens."""
     folder, trace = golden(name)

@@ -37,6 +37,7 @@ def test_parts_of_qwen3_8b_on_one_device():
     assert parts["other state"] < 10**6
 
 
+@pytest.mark.slow
 def test_fp8_halves_all_but_vocabulary_and_norms():
     whole, fp8 = (plan(setup("qwen3-8b", fp8=kept), ()) for kept in (False, True))
     matrices = 36 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 12_288)

@@ -226,6 +226,7 @@ def test_an_engine_that_fails_is_told_to_all(monkeypatch):
         assert sample(port, "jaxspec_healthy") == 0
 
 
+@pytest.mark.slow
 def test_a_server_that_ends_leaves_nobody_hanging():
     """Requests still running after the grace period end with an error; the engine stops."""
     with servers.serve(limits=LIMITS) as (port, runner):

@@ -81,15 +81,9 @@ def whole_run(tmp_path_factory):
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
-INTERRUPTIONS = {  # after so many steps
-    "killed": [(5, KILL)],
-    "in every way": [(1, KILL), (3, TERM), (5, INT), (7, KILL)],
-}
-
-
-@pytest.mark.parametrize("name", slow_but(["killed"], INTERRUPTIONS))
-def test_interrupted_runs_end_the_same(whole_run, tmp_path, name):
-    for lines, number in INTERRUPTIONS[name]:
+@pytest.mark.slow
+def test_interrupted_runs_end_the_same(whole_run, tmp_path):
+    for lines, number in ((1, KILL), (3, TERM), (5, INT), (7, KILL)):  # after so many steps
         process = start(tmp_path)
         signal_after(process, tmp_path, lines, number)
         assert process.returncode == (-number if number == KILL else 0)

@@ -48,7 +48,8 @@ def case(golden):
     return trace, np.load(folder / "train.npz"), target, *drafter
 
 
-@pytest.mark.parametrize("variant", slow_but(["kl_decay_08"], GOLDEN_LOSSES))
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", GOLDEN_LOSSES)
 def test_a_training_step_of_speculators(case, variant):
     trace, arrays, target, drafter, params = case
     expected, config = trace["train"][variant], drafter.config
