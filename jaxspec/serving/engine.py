@@ -123,6 +123,7 @@ class Engine:
             number = next(self._numbers)
             now, length = time.perf_counter(), len(request.prompt)
             self._waiting.append(Running(number, request, now, length, matcher))
+            self.ready.wanted = max(self.ready.wanted, len(self._waiting) + self.running)
         return number
 
     def cancel(self, id: int) -> None:
@@ -161,6 +162,7 @@ class Engine:
         Args: options: of `Readiness.measure`.
         """
         self._open(few=False)
+        self.ready.wanted = self.config.slots
         while self.ready.prepare():
             pass
         while self.ready.measure(**options):

@@ -25,6 +25,7 @@ class Readiness:
       beside: whether another thread calls `prepare`; the engine then compiles nothing itself.
       curve: step times, given or measured; None before that, and with a fixed schedule.
       times: step times by number of rows; guessed without a curve.
+      wanted: the most requests so far that were running or waiting at a time.
     """
 
     def __init__(self, programs: Programs, curve: Curve | None):
@@ -37,6 +38,7 @@ class Readiness:
         self._turns: list[dict[int, list[float]]] = []  # timings by `measure`
         self._known = not programs.adaptive
         self.beside = False
+        self.wanted = 0
         self.curve: Curve | None = None
         self.times = {rows: guessed(own) for rows, own in programs.sizes.items()}
         if curve is not None:
@@ -97,9 +99,21 @@ class Readiness:
             lacking = [rows for rows in self._rows if rows not in self._restricted]
             return functools.partial(self._add_grammars, lacking[0])
         larger = self._programs.buckets[len(self._rows) :]
-        if self._rows and larger:
+        if self._rows and larger and not self._can_wait:
             return functools.partial(self._add_rows, larger[0])
         return self._add_sizes if self._few else None
+
+    @property
+    def _can_wait(self) -> bool:
+        """Whether larger batches can be left until they are needed, as each takes memory: their
+        programs load at once, and one request more than ever would still fit."""
+        kept = self._programs.kept
+        return (
+            self._known
+            and kept.loaded > 0
+            and kept.compiled == 0
+            and self.wanted < self._rows[-1]
+        )
 
     def _add_grammars(self, rows: int) -> None:
         self._programs.compile_restricted(rows)
