@@ -75,7 +75,7 @@ def pytest_collection_finish():
     """Tracing makes many objects that live long: without this, a tenth of the time of tests is
     Python's collector reading all that was imported again and again."""
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(10_000, 10, 10)
 
 
 @pytest.fixture(scope="module", autouse=True)

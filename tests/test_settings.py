@@ -84,7 +84,7 @@ def test_a_command_under_all_of_them(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "[4 tokens, " in done.stdout
-    assert done.stderr.startswith("warning: compiled programs are not kept, every start")
+    assert done.stderr.startswith("warning: compiled programs are not kept, and every start")
     assert done.stderr.count("\n") == 1
 
 
