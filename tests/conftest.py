@@ -72,8 +72,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Tracing makes many objects that live long: without this, a tenth of the time of tests is
-    Python's collector reading all that was imported again and again."""
+    """Runs Python's collector less often, and not over what was imported: tracing makes many
+    objects that stay, and each collection would walk all of them."""
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
 

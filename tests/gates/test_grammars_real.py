@@ -3,11 +3,13 @@ shipped drafter and lookup; and what the grammar costs and gains."""
 
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import jaxspec
+from jaxspec.data.prompts import read_prompts
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.schedule import Adaptive, Fixed
 from jaxspec.drafters.plain import PLAIN
@@ -19,26 +21,9 @@ from jaxspec.serving.requests import Request
 from tests.serving import engines
 
 pytestmark = [pytest.mark.gate, pytest.mark.real]
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 40},
-        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        "hobbies": {"type": "array", "items": {"type": "string"}, "maxItems": 4},
-        "address": {
-            "type": "object",
-            "properties": {"street": {"type": "string"}, "city": {"type": "string"}},
-            "required": ["street", "city"],
-            "additionalProperties": False,
-        },
-    },
-    "required": ["name", "age", "hobbies", "address"],
-    "additionalProperties": False,
-}
-QUESTIONS = (
-    "Invent a person with name, age, hobbies and address, as JSON.",
-    "Give me the data of a retired sailor who lives in Lisbon, as JSON.",
-)
+EXAMPLE = Path(__file__).parents[2] / "examples/structured"
+SCHEMA = json.loads((EXAMPLE / "person.schema.json").read_text())
+QUESTIONS = read_prompts(EXAMPLE / "questions.jsonl")[:2]
 
 
 def engine(target, drafter, schedule):
