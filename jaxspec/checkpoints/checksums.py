@@ -23,9 +23,9 @@ def checksums(tree: Any) -> dict[str, int]:
     Any change to one word changes it; so does exchanging two different words, unless they or
     their positions differ by multiples of large powers of two. It does not depend on sharding.
     """
-    arrays = by_path(tree)
-    sums = jax.device_get(jax.tree.map(_checksum, arrays))
-    return {path: int(np.asarray(x)) for path, x in sums.items()}
+    # One at a time: over several processes each sum is a collective, and the CPU client hangs
+    # if it has more of them in flight than it allows (32).
+    return {path: int(_checksum(x)) for path, x in by_path(tree).items()}
 
 
 @jax.jit

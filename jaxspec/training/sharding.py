@@ -76,10 +76,13 @@ def place_batch(mesh: Mesh | None, arrays: Any, rows: Sequence[int], micro_batch
 
 
 def gather(mesh: Mesh | None, tree: Any) -> Any:
-    """Replicates every array on all devices, so that each process can read it."""
+    """Replicates every array on all devices, so that each process can read it.
+
+    It is one program: many small ones in flight can hang the CPU client (`checksums`).
+    """
     if mesh is None:
         return tree
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
 
 
 def any_process(flag: bool) -> bool:
