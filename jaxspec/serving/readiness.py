@@ -105,15 +105,14 @@ class Readiness:
 
     @property
     def _can_wait(self) -> bool:
-        """Whether larger batches can be left until they are needed, as each takes memory: their
-        programs load at once, and one request more than ever would still fit."""
+        """Whether larger batches can be left until they are needed, as each takes memory.
+
+        Their programs load within seconds, and there was one request at a time so far, or one
+        more than ever would still fit.
+        """
         kept = self._programs.kept
-        return (
-            self._known
-            and kept.loaded > 0
-            and kept.compiled == 0
-            and self.wanted < self._rows[-1]
-        )
+        loads = self._known and kept.loaded > 0 and kept.compiled == 0
+        return loads and (self.wanted <= 1 or self.wanted < self._rows[-1])
 
     def _add_grammars(self, rows: int) -> None:
         self._programs.compile_restricted(rows)

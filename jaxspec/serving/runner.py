@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 from jaxspec.decoding.curve import Curve
 from jaxspec.serving.engine import Engine
+from jaxspec.serving.memory import trim_memory
 from jaxspec.serving.requests import Request, Update
 
-QUIET_SECONDS = 1.0  # idle time after which programs are prepared
+QUIET_SECONDS = 1.0  # idle time after which programs are prepared and memory is returned
 PATIENCE = 30.0  # maximum seconds that preparing waits for idle time
 
 log = logging.getLogger("uvicorn.error")
@@ -145,10 +146,13 @@ class Runner:
 
     def _run(self) -> None:
         try:
-            while not self._closing:
+            while True:
                 self._wake.clear()
+                if self._closing:  # read after clearing, or its signal could be lost
+                    break
                 if not self.engine.busy:
-                    if not self._measured():
+                    if not self._measured() and not self._wake.wait(QUIET_SECONDS):
+                        trim_memory()
                         self._wake.wait()
                     continue
                 began = time.perf_counter()
