@@ -19,12 +19,12 @@ import numpy as np
 from jaxspec.config import DrafterConfig, TargetConfig, TreeConfig
 from jaxspec.decoding.sampling import greedy_rows
 from jaxspec.decoding.state import Params, Requests
-from jaxspec.drafters.base import Drafter
 from jaxspec.drafters.block import BlockDrafter, BlockParams, block_params
 from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.params import TargetParams, abstract_params
 from jaxspec.models.presets import PRESETS
 from jaxspec.planning.setup import published_drafter
+from jaxspec.planning.steps import Given
 from jaxspec.trees.tree import NO_PARENT, DraftTree
 
 TINY = TargetConfig(
@@ -127,16 +127,10 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
-class Given(Drafter):
-    """A given tree, so that a round is only verification.
+class Branches(Given):
+    """A given tree of `size` nodes: branches of `depth` random tokens hang from the root."""
 
-    Branches of `depth` random tokens hang from the root, in all `size` nodes.
-    """
-
-    size: int
     depth: int = 15
-    taps: tuple[int, ...] = ()
-    verify_sizes: tuple[int, ...] = ()
 
     def init(self, params, batch: int, capacity: int) -> DraftTree:
         node = np.arange(self.size)
@@ -152,12 +146,6 @@ class Given(Drafter):
             scores=row(-depths, jnp.float32),
             valid=row(node >= 0, bool),
         )
-
-    def observe(self, params, state, committed):
-        return state
-
-    def draft(self, params, state, anchor, position, budget):
-        return dataclasses.replace(state, tokens=state.tokens.at[:, 0].set(anchor)), state
 
 
 def requests(

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import kernels
 import timing
-from shapes import MODELS, Given, Weights, block_drafter, case_parts, dtype_here, requests
+from shapes import MODELS, Branches, Weights, block_drafter, case_parts, dtype_here, requests
 
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
@@ -110,7 +110,7 @@ class Bench:
         if kind == "plain":
             return Plain()
         if kind == "verify":
-            return Given(n)
+            return Branches(n)
         if kind == "prefill":
             return None
         return block_drafter(self.config, "chain" if kind == "pass" else kind, n or 16)
@@ -163,7 +163,7 @@ class Bench:
 
     def drafter_state(self, drafter, place: Place, caches):
         """A block drafter's is the base's caches; others make their own."""
-        if isinstance(drafter, Plain | Given):
+        if isinstance(drafter, Plain | Branches):
             return drafter.init((), place.batch, place.capacity)
         return caches
 

@@ -7,7 +7,16 @@ import json
 from pathlib import Path
 
 from jaxspec.cli import exits
-from jaxspec.cli.options import Dtype, chosen_dtype, target_name
+from jaxspec.cli.options import (
+    Count,
+    Dtype,
+    NewTokens,
+    PromptSets,
+    TargetName,
+    Thinking,
+    chosen_dtype,
+    target_name,
+)
 from jaxspec.cli.prompt_sets import chosen, encoded
 
 
@@ -29,23 +38,17 @@ class Bench:
     drafters: tuple[str, ...]
     """ngram, shipped, small:NAME, or the folder or hub name of a trained drafter; DRAFTER+ngram
     joins prompt lookup."""
-    prompts: tuple[str, ...]
-    """Prompt sets, in any format of docs/training.md; the first turn of every row is used."""
-    target: str | None = None
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. Default: the target
-    that the drafters' files name (speculators' format), else smollm2-135m."""
+    prompts: PromptSets
+    target: TargetName = None
     dtype: Dtype = "auto"
     """Dtype of weights and caches; see `generate`."""
     budgets: tuple[int, ...] = (8,)
     """Nodes verified per round, root included; every drafter is measured at each budget."""
-    count: int = 4
-    """Prompts per set, evenly spaced; 0 takes all."""
-    max_new_tokens: int = 128
-    """Maximum tokens per answer."""
+    count: Count = 4
+    max_new_tokens: NewTokens = 128
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
-    thinking: bool | None = None
-    """Turn a Qwen3 chat template's thinking on or off."""
+    thinking: Thinking = None
     output: Path | None = None
     """Write the measurements to this new file, as JSON lines that `report` draws."""
     json: bool = False

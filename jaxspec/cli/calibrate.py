@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxspec.cli import exits
+from jaxspec.cli.options import NewTokens, Thinking
 from jaxspec.data.prompts import read_prompts
 
 
@@ -31,14 +32,12 @@ class Calibrate:
     """Name in the catalog, GGUF file, Hugging Face folder, or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and caches."""
-    max_new_tokens: int = 128
-    """Maximum tokens per answer."""
+    max_new_tokens: NewTokens = 128
     temperature: float = 0.0
     """Sampling temperature of the answers; 0 is greedy."""
     batch_size: int = 8
     """Prompts decoded together."""
-    thinking: bool | None = None
-    """Turn a Qwen3 chat template's thinking on or off."""
+    thinking: Thinking = None
     picture: Path | None = None
     """Write a reliability diagram to this file; needs the extra 'plots'."""
     dry_run: bool = False

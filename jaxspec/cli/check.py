@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxspec.cli import exits
-from jaxspec.cli.options import target_name
+from jaxspec.cli.options import NewTokens, TargetName, Thinking, target_name
 from jaxspec.data.jsonl import read_text
 
 CHECK_PROMPTS = (
@@ -49,9 +49,7 @@ class Check:
 
     drafter: str
     """Folder or hub name of a trained drafter (repo::subfolder too)."""
-    target: str | None = None
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. Default: the target
-    that the drafter's files name (speculators' format), else smollm2-135m."""
+    target: TargetName = None
     beside: str | None = None
     """Second target to measure tau on; the unquantised original of an fp8 target shows what
     quantisation costs the drafter."""
@@ -59,10 +57,8 @@ class Check:
     """Dtype of weights and caches."""
     text: Path | None = None
     """File whose text is replayed instead of the target's answers to a few questions."""
-    max_new_tokens: int = 48
-    """Maximum tokens per answer."""
-    thinking: bool | None = None
-    """Turn a Qwen3 chat template's thinking on or off."""
+    max_new_tokens: NewTokens = 48
+    thinking: Thinking = None
     json: bool = False
     """Print the report as one JSON object on standard output."""
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from jaxspec.checkpoints import Weights
 from jaxspec.cli import exits
-from jaxspec.cli.options import target_name
+from jaxspec.cli.options import Count, NewTokens, PromptSets, TargetName, Thinking, target_name
 from jaxspec.cli.prompt_sets import chosen, encoded
 
 
@@ -32,23 +32,18 @@ class Evaluate:
       python -m jaxspec evaluate --tau-only --budgets 2 4 8 16 32 64 128 …   # no clock
     """
 
-    prompts: tuple[str, ...]
-    """Prompt sets, in any format of docs/training.md; the first turn of every row is used."""
+    prompts: PromptSets
     decoders: tuple[str, ...]
     """Decoders to compare, in the form above."""
     output: Path
     """File of results as JSON lines, which `report` draws. An existing file must hold results
     of the same setup."""
-    target: str | None = None
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. Default: the target
-    that the drafters' files name (speculators' format), else smollm2-135m."""
+    target: TargetName = None
     weights: Weights = "dequantised"
     """How to hold an fp8 target's weights: dequantised to the decoders' dtypes, or stored in 8
     bits with their scales."""
-    count: int = 16
-    """Prompts per set, evenly spaced; 0 takes all."""
-    max_new_tokens: int = 256
-    """Maximum tokens per answer."""
+    count: Count = 16
+    max_new_tokens: NewTokens = 256
     temperatures: tuple[float, ...] = (0.0,)
     """Sampling temperatures; 0 is greedy."""
     budgets: tuple[int, ...] = ()
@@ -61,8 +56,7 @@ class Evaluate:
     """Prompts per set to time; all of `count` by default."""
     plain_dtypes: tuple[Literal["float32", "bfloat16"], ...] = ()
     """Time plain decoding in these dtypes too, besides the decoders' own."""
-    thinking: bool | None = None
-    """Turn a Qwen3 chat template's thinking on or off."""
+    thinking: Thinking = None
 
     def run(self) -> int:
         import jaxspec

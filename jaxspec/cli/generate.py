@@ -12,7 +12,18 @@ import tyro
 
 from jaxspec.checkpoints import Weights
 from jaxspec.cli import exits
-from jaxspec.cli.options import DrafterOptions, Dtype, chosen_dtype, target_name
+from jaxspec.cli.options import (
+    DrafterOptions,
+    Dtype,
+    MinP,
+    NewTokens,
+    TargetName,
+    Thinking,
+    TopK,
+    TopP,
+    chosen_dtype,
+    target_name,
+)
 from jaxspec.data.prompts import read_prompt_ids, read_rows
 
 
@@ -28,9 +39,7 @@ class Generate:
     """
 
     drafter: Annotated[DrafterOptions, tyro.conf.arg(name="")] = DrafterOptions()
-    target: str | None = None
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. Default: the target
-    that the drafter's files name (speculators' format), else smollm2-135m."""
+    target: TargetName = None
     dtype: Dtype = "auto"
     """Dtype of weights and caches. float32 reproduces plain decoding token for token, on GPUs
     too (products do not use TF32); bfloat16 may flip near-ties. auto takes the faster one on
@@ -46,20 +55,15 @@ class Generate:
     """File with a JSON list of lists of token ids; needs no tokenizer."""
     raw: bool = False
     """Pass the text to the model as it is, without the chat template."""
-    thinking: bool | None = None
-    """Turn a Qwen3 chat template's thinking on or off."""
-    max_new_tokens: int = 256
-    """Maximum tokens per answer."""
+    thinking: Thinking = None
+    max_new_tokens: NewTokens = 256
     stop: tuple[str, ...] = ()
     """Texts that end an answer; they are not part of it."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
-    top_k: int = 0
-    """Sample among the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Sample among the most likely tokens that together reach this probability; 1 keeps all."""
-    min_p: float = 0.0
-    """Drop tokens less likely than this fraction of the most likely one; 0 keeps all."""
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
     seed: int = 0
     """Seed of sampling; prompt i of a file uses seed + i."""
     schedule: Literal["adaptive", "fixed"] = "adaptive"

@@ -4,11 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 from jaxspec.config import TreeConfig, TreeKind
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+
+TargetName = Annotated[
+    str | None,
+    arg(
+        help="Name in the catalog, GGUF file, Hugging Face folder, or hub name. Default: the "
+        "target that the drafters' files name (speculators' format), else smollm2-135m."
+    ),
+]
+NewTokens = Annotated[int, arg(help="Maximum tokens per answer.")]
+Thinking = Annotated[bool | None, arg(help="Turn a Qwen3 chat template's thinking on or off.")]
+PromptSets = Annotated[
+    tuple[str, ...],
+    arg(
+        help="Prompt sets, in any format of docs/training.md; the first turn of every row is "
+        "used."
+    ),
+]
+Count = Annotated[int, arg(help="Prompts per set, evenly spaced; 0 takes all.")]
+TopK = Annotated[int, arg(help="Sample among the k most likely tokens; 0 keeps all.")]
+TopP = Annotated[
+    float,
+    arg(
+        help="Sample among the most likely tokens that together reach this probability; 1 "
+        "keeps all."
+    ),
+]
+MinP = Annotated[
+    float,
+    arg(help="Drop tokens less likely than this fraction of the most likely one; 0 keeps all."),
+]
 
 
 def chosen_dtype(dtype: Dtype) -> str:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from jaxspec.cli.options import MinP, NewTokens, TopK, TopP
+
 FAULT = 1  # exit code
 
 
@@ -41,20 +43,16 @@ class Regenerate:
     """Dtype of weights and caches."""
     drafter: str = "none"
     """As for `generate`; changes speed only, not the answers."""
-    max_new_tokens: int = 512
-    """Maximum tokens per answer."""
+    max_new_tokens: NewTokens = 512
     max_length: int = 1024
     """Maximum tokens per conversation."""
     temperature: float = 0.0
     """Sampling temperature of the answers; 0 is greedy."""
     sampled: float = 1.0
     """Share of the conversations answered at that temperature; the others are greedy."""
-    top_k: int = 0
-    """Sample among the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Sample among the most likely tokens that together reach this probability; 1 keeps all."""
-    min_p: float = 0.0
-    """Drop tokens less likely than this fraction of the most likely one; 0 keeps all."""
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
     thinking: bool | None = None
     """Turn a Qwen3 chat template's thinking on or off; written into every row."""
     rows: int = 16

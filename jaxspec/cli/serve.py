@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxspec.checkpoints import Weights
-from jaxspec.cli.options import DrafterOptions, Dtype, chosen_dtype, target_name
+from jaxspec.cli.options import DrafterOptions, Dtype, TargetName, chosen_dtype, target_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,7 @@ class Serve:
     """
 
     drafter: Annotated[DrafterOptions, tyro.conf.arg(name="")] = DrafterOptions()
-    target: str | None = None
-    """Name in the catalog, GGUF file, Hugging Face folder, or hub name. Default: the target
-    that the drafter's files name (speculators' format), else smollm2-135m."""
+    target: TargetName = None
     dtype: Dtype = "auto"
     """Dtype of weights and caches; see `generate`."""
     weights: Weights = "dequantised"

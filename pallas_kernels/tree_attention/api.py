@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
-from pallas_kernels.slopes import with_slope_of
+from pallas_kernels.dispatch import dispatch
 from pallas_kernels.tree_attention.config import Shape, TileConfig, choose, unsupported
 from pallas_kernels.tree_attention.reference import tree_attention_reference
 from pallas_kernels.tree_attention.xla import tree_attention_xla
@@ -50,10 +50,6 @@ def tree_attention(
       ValueError: "triton" is given and does not support this shape, or `window` is given
         without `depths`.
     """
-    if implementation not in (None, "xla", "triton"):
-        raise ValueError(
-            f"implementation is {implementation!r}; expected 'xla', 'triton' or None"
-        )
     if window is not None and depths is None:
         raise ValueError("window is set but depths is None; a window needs the nodes' depths")
     options = dict(
@@ -88,18 +84,14 @@ def _over_heads(attend, arrays) -> jax.Array:
 
 
 def _dispatch(*arrays, implementation, tile, rows, **options) -> jax.Array:
-    shape = _shape(*arrays[:2])
     plain = functools.partial(_xla, tree_attention_xla, rows=rows, **options)
     reference = functools.partial(_xla, tree_attention_reference, rows=rows, **options)
-    reason = unsupported(shape)
-    if implementation == "xla" or (implementation is None and reason):
-        return with_slope_of(reference, plain)(*arrays)
-    if reason:
-        raise ValueError(f"implementation 'triton' does not take this: {reason}; use 'xla'")
-    kernel = functools.partial(_triton, rows=rows, **options, tile=tile or choose(shape))
-    if implementation is None:
-        kernel = functools.partial(jax.lax.platform_dependent, cuda=kernel, default=plain)
-    return with_slope_of(reference, kernel)(*arrays)
+
+    def load():
+        kernel = functools.partial(_triton, rows=rows, tile=tile, **options)
+        return kernel, unsupported(_shape(*arrays[:2]))
+
+    return dispatch(reference, load, arrays, implementation, xla=plain)
 
 
 def _shape(q: jax.Array, k_cache: jax.Array) -> Shape:
@@ -116,8 +108,9 @@ def _xla(attention, *arrays, rows, **options):
     return jnp.pad(result, ((0, rows - result.shape[0]), (0, 0), (0, 0)))
 
 
-def _triton(*arrays, **options):
+def _triton(*arrays, tile, **options):
+    tile = tile or choose(_shape(*arrays[:2]))
     # Pallas takes a fifth of a second to import: only where it is used.
     from pallas_kernels.tree_attention.triton import tree_attention_triton
 
-    return tree_attention_triton(*arrays[:-1], depths=arrays[-1], **options)
+    return tree_attention_triton(*arrays[:-1], depths=arrays[-1], tile=tile, **options)

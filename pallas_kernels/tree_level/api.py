@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import check_implementation, check_support
 from pallas_kernels.tree_level.reference import Levels
 from pallas_kernels.tree_level.xla import grow_level_xla
 
@@ -28,10 +29,7 @@ def grow_level(
     Raises:
       ValueError: "triton" was asked for and does not take this shape.
     """
-    if implementation not in (None, "xla", "triton"):
-        raise ValueError(
-            f"implementation is {implementation!r}; expected 'xla', 'triton' or None"
-        )
+    check_implementation(implementation)
     arrays = (levels, slot, base, latent.astype(output.dtype), output)
     if implementation == "xla":
         return grow_level_xla(*arrays)
@@ -40,8 +38,7 @@ def grow_level(
 
     reason = unsupported(levels, arrays[3], output)
     if implementation == "triton":
-        if reason:
-            raise ValueError(f"implementation 'triton' does not take this: {reason}; use 'xla'")
+        check_support(reason)
         return grow_level_triton(*arrays)
     if reason:
         return grow_level_xla(*arrays)
