@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 
 from jaxspec.api import generate
-from jaxspec.check import (
+from jaxspec.check.known_texts import Text, draft_everywhere, padded
+from jaxspec.check.report import (
     Alternative,
     Report,
-    Text,
     _alternative,
     check,
-    draft_everywhere,
     judge,
-    padded,
 )
 from jaxspec.checkpoints import huggingface
 from jaxspec.checkpoints.drafters import load_drafter

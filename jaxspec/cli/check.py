@@ -86,7 +86,8 @@ class Check:
     def _report(self, name: str, text: str | None):
         """The drafter's `Report` on one target."""
         import jaxspec
-        from jaxspec.check import Text, check, check_answers
+        from jaxspec.check.known_texts import Text
+        from jaxspec.check.report import check, check_answers
         from jaxspec.prompts import as_token_ids
 
         target = jaxspec.load_target(name, dtype=self.dtype)

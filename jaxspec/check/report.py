@@ -1,59 +1,29 @@
 """Does a drafter fit its target, and does decoding run it as training did?
 
-Runs the drafter over known texts twice, once as training does (all blocks in one pass) and once
-as decoding does (caches, round by round), and compares the logits slot by slot. Then tries the
-usual causes of low acceptance.
+Runs the drafter over known texts as training does and as decoding does, and compares the logits
+slot by slot. Then tries the usual causes of low acceptance.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.special import stdtrit
 
 from jaxspec.api import generate
+from jaxspec.check.known_texts import Text, accepted_everywhere, decoded_rounds
 from jaxspec.config import DrafterConfig, TargetConfig
-from jaxspec.drafters.base import Committed, LoadedDrafter
-from jaxspec.drafters.block import BlockDrafter, BlockParams
-from jaxspec.drafters.rollout import greedy, rollout
-from jaxspec.drafters.teacher_forced import run_blocks
-from jaxspec.drafters.weights import bind
-from jaxspec.evaluation.walk import rounds_along
-from jaxspec.models.decoder import forward
-from jaxspec.models.params import TargetParams
-from jaxspec.models.state import LayerStates, init_states
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt, as_token_ids
-from jaxspec.training.features import target_features
-from jaxspec.trees.tree import causal_bits
 
-CHUNK = 128  # texts are padded to a multiple of this
 PARTS = 8  # parts that a single text is cut into, for confidence intervals
-ANCHORS = 32  # anchors drafted from at a time
 LEVEL = 0.95  # of confidence intervals
 WORTH = 0.1  # least gain, in tokens per anchor, that counts as a finding
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}  # of logits, relative to the largest
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """Known tokens to replay.
-
-    Attributes:
-      tokens: ids.
-      start: position of the first anchor, at least 1. For an answer this is its first token,
-        which prefill decides.
-    """
-
-    tokens: tuple[int, ...]
-    start: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +106,7 @@ def check_answers(
     config, params = drafter.drafter.config, drafter.params
     found = {
         f"thinking turned {'on' if on else 'off'}": _alternative(
-            own, _accepted(config, target, params, answers(on))
+            own, accepted_everywhere(config, target, params, answers(on))
         )
         for on in (True, False)
         if on != thinking
@@ -174,13 +144,15 @@ def _check(
                 f"a text of {len(text.tokens)} tokens from position {text.start} on is too "
                 f"short; expected at least {config.depth + 1} after it"
             )
-    rounds = [r for text in texts for r in _decode(target, drafter.drafter, params, text)]
-    own = _accepted(config, target, params, texts)
+    rounds = [
+        r for text in texts for r in decoded_rounds(target, drafter.drafter, params, text)
+    ]
+    own = accepted_everywhere(config, target, params, texts)
     accepted = np.array([count for count, _ in rounds])
     reached = [(accepted >= slot).sum() for slot in range(config.depth + 1)]
     others = _alternatives(config, target.config) if diagnose else ()
     found = {
-        name: _alternative(own, _accepted(other, target, params, texts))
+        name: _alternative(own, accepted_everywhere(other, target, params, texts))
         for name, other in others
     }
     report = judge(
@@ -257,32 +229,8 @@ def _alternatives(
             yield f"mask id {token}", dataclasses.replace(config, mask_token_id=token)
 
 
-def padded(tokens: Sequence[int], config: DrafterConfig) -> jax.Array:
-    """Pads tokens to [1, T], a multiple of CHUNK and more than a block longer."""
-    length = -(-(len(tokens) + config.depth + 1) // CHUNK) * CHUNK
-    return jnp.asarray(np.pad(tokens, (0, length - len(tokens)))[None], jnp.int32)
-
-
-def _accepted(
-    config: DrafterConfig, target: Target, params: BlockParams, texts: Sequence[Text]
-) -> list[np.ndarray]:
-    """Drafts accepted at every anchor of every text, all blocks run as in training."""
-    found = []
-    for text in texts:
-        tokens = padded(text.tokens, config)
-        anchors = np.arange(text.start, len(text.tokens) - 1)
-        count = -(-len(anchors) // ANCHORS) * ANCHORS  # few programs
-        places = np.minimum(text.start + np.arange(count), tokens.shape[1] - 1)
-        chains, _ = draft_everywhere(
-            config, target.config, target.params, params, tokens, places
-        )
-        pairs = zip(anchors, np.asarray(chains), strict=False)
-        found.append(np.array([_matches(text, at, chain) for at, chain in pairs]))
-    return found
-
-
 def _alternative(own: list[np.ndarray], other: list[np.ndarray]) -> Alternative:
-    """Args: own, other: `_accepted` of the same texts, paired."""
+    """Args: own, other: `accepted_everywhere` of the same texts, paired."""
     rounds = [count for counts in other for count in _rounds(counts)]
     if len(own) == 1:
         own, other = (np.array_split(counts[0], PARTS) for counts in (own, other))
@@ -299,124 +247,3 @@ def _rounds(counts: np.ndarray) -> Iterator[int]:
     while at < len(counts):
         yield int(counts[at])
         at += int(counts[at]) + 1
-
-
-def _matches(text: Text, anchor: int, drafted: np.ndarray) -> int:
-    """Number of leading drafts that equal the text after an anchor."""
-    known = np.array(text.tokens[anchor + 1 : anchor + 1 + len(drafted)])
-    return int(np.cumprod(drafted[: len(known)] == known).sum())
-
-
-@functools.partial(jax.jit, static_argnames=("config", "target_config"))
-def draft_everywhere(
-    config: DrafterConfig,
-    target_config: TargetConfig,
-    target: TargetParams,
-    params: BlockParams,
-    tokens: jax.Array,
-    anchors: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Drafts as training does: greedy chains [A, P] after anchors, and hidden states [A, P, M].
-
-    Args:
-      tokens: [1, T], see `padded`.
-      anchors: [A] int32 positions in `tokens`; all of them by default.
-    """
-    features = target_features(target, target_config, tokens, taps=config.taps, chunk=CHUNK)
-    head = bind(config, params.head)
-    anchors = jnp.arange(tokens.shape[1]) if anchors is None else anchors
-    blocks = run_blocks(head, params.vocabulary, tokens, features.taps, anchors[None])
-
-    def chain(block):
-        stream, anchor = block[0][None], block[1][None]
-        base = head.logits(params.vocabulary, stream)
-        return rollout(head, params.vocabulary, stream, base, anchor, greedy)[0][0]
-
-    stream = blocks.stream[0]
-    return jax.lax.map(chain, (stream, tokens[0, anchors]), batch_size=8), stream
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Caches:
-    target: LayerStates
-    drafter: Any
-
-
-def _decode(
-    target: Target, drafter: BlockDrafter, params: BlockParams, text: Text
-) -> list[tuple[int, np.ndarray]]:
-    """Every round as decoding runs it: drafts accepted, and differences [P] from training."""
-    config = drafter.config
-    tokens = padded(text.tokens, config)
-    _, streams = draft_everywhere(config, target.config, target.params, params, tokens)
-    c, capacity = target.config, tokens.shape[1]
-    dtype = target.params.embed.dtype
-    caches = _Caches(
-        init_states(c, 1, capacity, dtype),
-        drafter.init(params, 1, capacity),
-    )
-    width, differences, at = config.depth + 1, [], 0
-
-    def draft(anchor):
-        nonlocal caches, at
-        while at < anchor:
-            count = min(width, anchor - at)
-            rows = tokens[:, at : at + width]
-            caches = _commit(drafter, c, target.params, params, caches, rows, at, count)
-            at += count
-        own, difference = _draft_cached(
-            drafter, params, caches.drafter, tokens[:, anchor], anchor, streams[anchor]
-        )
-        differences.append(np.asarray(difference))
-        return np.asarray(own)
-
-    def accepted_at(anchor):
-        return _matches(text, anchor, draft(anchor))
-
-    walked = rounds_along(accepted_at, text.start, len(text.tokens))
-    counts = [count for _, count in walked]
-    return list(zip(counts, differences, strict=True))
-
-
-@functools.partial(
-    jax.jit, static_argnames=("drafter", "target_config"), donate_argnames="caches"
-)
-def _commit(drafter, target_config, target, params, caches, tokens, start, count) -> _Caches:
-    """Runs the target on C tokens from position `start` and commits the first `count`."""
-    width, starts = tokens.shape[1], jnp.full(1, start)
-    output = forward(
-        target,
-        target_config,
-        tokens,
-        jnp.arange(width)[None],
-        causal_bits(width)[None],
-        caches.target,
-        starts,
-        taps=drafter.taps,
-    )
-    committed = Committed(tokens, output.taps, starts, jnp.full(1, count))
-    return _Caches(
-        caches.target.write(output.rows, starts, committed.count),
-        drafter.observe(params, caches.drafter, committed),
-    )
-
-
-@functools.partial(jax.jit, static_argnames="drafter")
-def _draft_cached(drafter, params, state, anchor, position, trained):
-    """The greedy chain [P], and its logits' distance from those of training's hidden states."""
-    head, vocabulary = bind(drafter.config, params.head), params.vocabulary
-    stream = drafter.stream(params, state, anchor, jnp.full(1, position))
-    base = head.logits(vocabulary, stream)
-    own, logits = rollout(head, vocabulary, stream, base, anchor, greedy)
-
-    expected = head.logits(vocabulary, trained[None])
-    if head.sequential is not None:
-        previous = jnp.concatenate([anchor[:, None], own[:, :-1]], axis=1)
-        latent = head.teacher_forced(vocabulary, trained[None], previous)
-        expected = head.correct(vocabulary, expected, latent)
-    # A bilinear head's logits are -inf outside its candidates.
-    scale = jnp.max(jnp.abs(jnp.where(jnp.isfinite(expected), expected, 0)))
-    same = logits == expected
-    difference = jnp.max(jnp.where(same, 0, jnp.abs(logits - expected)), axis=-1) / scale
-    return own[0], difference[0]

@@ -1,0 +1,1 @@
+"""Whether a drafter fits its target."""
