@@ -30,6 +30,7 @@ KINDS = {
     "treeflash": "TreeFlash, MLP head",
     "ours": "causal slots, RNN head",
     "dflash2": "DFlash2: convolutions, selector",
+    "dflash2-data": "DFlash2, labels from the data",
     "eagle3": "EAGLE-3",
 }
 CONTRASTS = (  # what changes, and the two decoders whose ratio of tau says what it does
@@ -52,6 +53,11 @@ CONTRASTS = (  # what changes, and the two decoders whose ratio of tau says what
     ("head and conditioned nodes", "markov path_conditioned", "dflash top_budget"),
     ("on the path, not a table", "treeflash path_conditioned", "treeflash transitions"),
     ("lookup in the same tree", "markov lookup", "markov path_conditioned"),
+    ("convolutions, no selector, tree", "dflash2 top_budget", "dflash top_budget"),
+    ("convolutions and selector, chain", "dflash2 chain", "dflash chain"),
+    ("DFlash2 in place of Markov, tree", "dflash2 path_conditioned", "markov path_conditioned"),
+    ("a conditioned tree, selector", "dflash2 path_conditioned", "dflash2 chain"),
+    ("labels from the data", "dflash2-data path_conditioned", "dflash2 path_conditioned"),
 )
 
 Lines = dict[str, Line]  # by the decoder's name, "KIND TREE"

@@ -17,7 +17,7 @@ prompts=${PROMPTS:-../shared/prompts}
 steps=${STEPS:-1400} seed=${SEED:-0} rate=${RATE:-3e-3}
 jaxspec() { "${PYTHON:-python}" -m jaxspec "$@"; }
 
-options() { # what makes each kind; all share data, steps, layers, taps, block and first weights
+options() { # what makes each kind; all share data, steps, layers, taps, slots and first weights
   case $1 in
     dflash)    echo "--family dspark --sequential none   --causal False --confidence-head none" ;;
     jetspec)   echo "--family dspark --sequential none   --causal True  --confidence-head none" ;;
@@ -25,7 +25,16 @@ options() { # what makes each kind; all share data, steps, layers, taps, block a
     rnn)       echo "--family dspark --sequential rnn    --causal False --confidence-head hidden_and_previous" ;;
     treeflash) echo "--family treeflash --block-size 8" ;;
     ours)      echo "--family dspark --sequential rnn    --causal True  --confidence-head hidden_and_previous" ;;
+    dflash2 | dflash2-data) echo "--family dflash2 --block-size 8" ;;
     *) echo "unknown kind $1" >&2; return 2 ;;
+  esac
+}
+
+losses() { # those of DFlash2 are its two published trainers', speculators' and NeMo's
+  case $1 in
+    dflash2)      echo "--kl 1 --cross-entropy 0 --total-variation 0 --truth target --missing inject" ;;
+    dflash2-data) echo "--kl 0 --cross-entropy 1 --total-variation 0 --truth data --missing skip" ;;
+    *)            echo "--cross-entropy 0.1 --total-variation 0.9 --kl 0" ;;
   esac
 }
 
@@ -52,16 +61,15 @@ for kind in "${kinds[@]}"; do
   # shellcheck disable=SC2086
   [ -s "$run/drafter/config.json" ] ||
     jaxspec train --data "$out/data.jsonl" --features "$out/features" --output "$run" $drafter \
-      --cross-entropy 0.1 --total-variation 0.9 --kl 0 --weighting exponential \
-      --max-length 384 --batch-size 8 --anchors 24 --dtype bfloat16 --learning-rate "$rate" \
-      --steps "$steps" --checkpoint-every 100 --seed "$seed"
+      $(losses "$kind") --weighting exponential --max-length 384 --batch-size 8 --anchors 24 \
+      --dtype bfloat16 --learning-rate "$rate" --steps "$steps" --checkpoint-every 100 --seed "$seed"
 
   decoder() { decoders+=("$kind $1=$run/drafter$3,tree=$2,budget=16"); }
   decoder chain chain ""
   decoder top_budget top_budget ,head=none # every depth scored alone, DDTree's and
   decoder best_first best_first ,head=none # JetSpec's trees
   case $kind in markov | treeflash) decoder transitions transitions "" ;; esac
-  case $kind in markov | rnn | treeflash | ours)
+  case $kind in markov | rnn | treeflash | ours | dflash2*)
     decoder path_conditioned path_conditioned ""
     decoder lookup path_conditioned +ngram ;;
   esac
