@@ -125,7 +125,8 @@ def without_head(loaded: LoadedDrafter) -> LoadedDrafter:
     config = drafter.head_config
     if config is None:
         raise ValueError(f"head=none: {drafter} has no sequential head; leave the option out")
-    config = dataclasses.replace(config, sequential=None, rank=0, confidence=None)
+    none = dict(sequential=None, rank=0, candidates=0, confidence=None)
+    config = dataclasses.replace(config, **none)
     kept = {name: params.head[name] for name in abstract_weights(config)}
     tree = TreeConfig()
     return LoadedDrafter(
