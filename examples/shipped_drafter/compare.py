@@ -26,6 +26,7 @@ KINDS = {
     "dflash": "DFlash: slots see each other",
     "jetspec": "JetSpec: causal slots",
     "markov": "DSpark, Markov head",
+    "markov-kl": "DSpark, Markov head, trained by KL",
     "rnn": "DSpark, RNN head",
     "treeflash": "TreeFlash, MLP head",
     "ours": "causal slots, RNN head",
@@ -57,6 +58,18 @@ CONTRASTS = (  # what changes, and the two decoders whose ratio of tau says what
     ("convolutions and selector, chain", "dflash2 chain", "dflash chain"),
     ("DFlash2 in place of Markov, tree", "dflash2 path_conditioned", "markov path_conditioned"),
     ("a conditioned tree, selector", "dflash2 path_conditioned", "dflash2 chain"),
+    ("KL in place of total variation, chain", "markov-kl chain", "markov chain"),
+    (
+        "KL in place of total variation, tree",
+        "markov-kl path_conditioned",
+        "markov path_conditioned",
+    ),
+    ("DFlash2 in place of Markov, both KL, chain", "dflash2 chain", "markov-kl chain"),
+    (
+        "DFlash2 in place of Markov, both KL, tree",
+        "dflash2 path_conditioned",
+        "markov-kl path_conditioned",
+    ),
     ("labels from the data", "dflash2-data path_conditioned", "dflash2 path_conditioned"),
 )
 

@@ -21,7 +21,7 @@ options() { # what makes each kind; all share data, steps, layers, taps, slots a
   case $1 in
     dflash)    echo "--family dspark --sequential none   --causal False --confidence-head none" ;;
     jetspec)   echo "--family dspark --sequential none   --causal True  --confidence-head none" ;;
-    markov)    echo "--family dspark --sequential markov --causal False --confidence-head hidden_and_previous" ;;
+    markov | markov-kl) echo "--family dspark --sequential markov --causal False --confidence-head hidden_and_previous" ;;
     rnn)       echo "--family dspark --sequential rnn    --causal False --confidence-head hidden_and_previous" ;;
     treeflash) echo "--family treeflash --block-size 8" ;;
     ours)      echo "--family dspark --sequential rnn    --causal True  --confidence-head hidden_and_previous" ;;
@@ -32,6 +32,7 @@ options() { # what makes each kind; all share data, steps, layers, taps, slots a
 
 losses() { # those of DFlash2 are its two published trainers', speculators' and NeMo's
   case $1 in
+    markov-kl)    echo "--kl 1 --cross-entropy 0 --total-variation 0" ;;
     dflash2)      echo "--kl 1 --cross-entropy 0 --total-variation 0 --truth target --missing inject" ;;
     dflash2-data) echo "--kl 0 --cross-entropy 1 --total-variation 0 --truth data --missing skip" ;;
     *)            echo "--cross-entropy 0.1 --total-variation 0.9 --kl 0" ;;
@@ -68,8 +69,8 @@ for kind in "${kinds[@]}"; do
   decoder chain chain ""
   decoder top_budget top_budget ,head=none # every depth scored alone, DDTree's and
   decoder best_first best_first ,head=none # JetSpec's trees
-  case $kind in markov | treeflash) decoder transitions transitions "" ;; esac
-  case $kind in markov | rnn | treeflash | ours | dflash2*)
+  case $kind in markov* | treeflash) decoder transitions transitions "" ;; esac
+  case $kind in markov* | rnn | treeflash | ours | dflash2*)
     decoder path_conditioned path_conditioned ""
     decoder lookup path_conditioned +ngram ;;
   esac
