@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import textwrap
 from pathlib import Path
 
 import tyro
@@ -177,8 +178,8 @@ def picture(found: dict[float, Lines], budget: int):
                 above = [e.high - e.value for e in found_taus]
                 look = dict(fmt="o", color=colour, ms=5, lw=1.4)
                 panel.errorbar(x, y, [below, above], label=tree, **look)
-        labels = [KINDS[kind].replace(", ", ",\n").replace(": ", ":\n") for kind in names]
-        panel.set_xticks(range(len(names)), labels)
+        labels = [textwrap.fill(KINDS[kind], 13) for kind in names]
+        panel.set_xticks(range(len(names)), labels, fontsize=9)
         panel.set_title(f"temperature {temperature:g}", loc="left", fontsize=10, color=QUIET)
         panel.set_ylabel("tokens per round (tau)")
         panel.grid(axis="y", color="#e3e7eb", lw=0.7)
