@@ -105,12 +105,7 @@ def generate(
         pace.check(decoder, params)
     capacity = check_capacity(decoder, prompts, max_new_tokens, capacity)
     budget = check_budget(decoder, budget)
-    sampling = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-    if len(sampling) != len(prompts):
-        raise ValueError(
-            f"sampling has {len(sampling)} entries for {len(prompts)} prompts; give one, or "
-            "one per prompt"
-        )
+    sampling = _one_each(sampling, len(prompts))
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     keys = request_keys(seed, len(prompts))
@@ -143,14 +138,12 @@ def generate(
         state, whole = _decode(step, state, cuts, progress)
         results = unpack(state, lengths)
         seconds = time.perf_counter() - began
-        stop_ids = [stop_ids_of(own, target.config) for own in sampling[rows]]
         for row, (ids, stats) in enumerate(results):
             text = target.tokenizer and target.tokenizer.decode(ids)
-            finish = _finish(ids, stop_ids[row], max_new_tokens)
-            if cuts and cuts[row].ended(ids):
-                ids, text, finish = ids[: cuts[row].seen], cuts[row].text, "stop"
-                stats = stats.first(len(ids))
-            completions.append(Completion(ids, text, stats, seconds, finish))
+            stop_ids = stop_ids_of(sampling[start + row], target.config)
+            finish = _finish(ids, stop_ids, max_new_tokens)
+            done = Completion(ids, text, stats, seconds, finish)
+            completions.append(_cut(done, cuts[row]) if cuts else done)
         if pace is not None:
             pace.count(max(len(ids) for ids, _ in results))
         if not whole:
@@ -174,6 +167,25 @@ def _stop_texts(target: Target, stop: str | Sequence[str]) -> tuple[str, ...]:
             "Sampling.stop_ids"
         )
     return stops
+
+
+def _one_each(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
+    found = [sampling] * count if isinstance(sampling, Sampling) else list(sampling)
+    if len(found) != count:
+        raise ValueError(
+            f"sampling has {len(found)} entries for {count} prompts; give one, or one per "
+            "prompt"
+        )
+    return found
+
+
+def _cut(done: Completion, cut: CutAnswer) -> Completion:
+    """The completion up to its stop text, if it has one."""
+    if not cut.ended(done.token_ids):
+        return done
+    ids = done.token_ids[: cut.seen]
+    changed = dict(token_ids=ids, text=cut.text, stats=done.stats.first(len(ids)))
+    return dataclasses.replace(done, **changed, finish="stop")
 
 
 def _finish(ids: list[int], stop_ids: Sequence[int], max_new_tokens: int) -> Finish:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 ROPE_KINDS = ("linear", "yarn", "llama3")
@@ -335,6 +335,28 @@ class DrafterConfig:
             0 <= self.mask_token_id < self.vocab_size,
             f"a row of the embedding, 0 … {self.vocab_size - 1}",
         )
+        self._check_heads(check)
+        check("window", all(w is None or w >= 1 for w in self.window), "None or at least 1")
+        check(
+            "conv_taps",
+            0 <= self.conv_taps <= self.block_size,
+            f"0, or up to block_size = {self.block_size}",
+        )
+        check(
+            "conv_group",
+            self.conv_group >= 1 and self.hidden_size % self.conv_group == 0
+            if self.conv_taps
+            else self.conv_group == 0,
+            f"a divisor of hidden_size = {self.hidden_size}"
+            if self.conv_taps
+            else "0 without convolutions (conv_taps = 0)",
+        )
+        for name in ("logit_scale", "embedding_scale"):
+            check(name, 0 < getattr(self, name) < float("inf"), "a positive number")
+        cap = self.logit_softcap
+        check("logit_softcap", cap is None or 0 < cap < float("inf"), "None or positive")
+
+    def _check_heads(self, check: Callable) -> None:
         check(
             "sequential",
             self.sequential in (None, *SEQUENTIAL_HEADS),
@@ -365,25 +387,6 @@ class DrafterConfig:
             if self.sequential == "bilinear"
             else f"0 with sequential = {self.sequential!r}",
         )
-        check("window", all(w is None or w >= 1 for w in self.window), "None or at least 1")
-        check(
-            "conv_taps",
-            0 <= self.conv_taps <= self.block_size,
-            f"0, or up to block_size = {self.block_size}",
-        )
-        check(
-            "conv_group",
-            self.conv_group >= 1 and self.hidden_size % self.conv_group == 0
-            if self.conv_taps
-            else self.conv_group == 0,
-            f"a divisor of hidden_size = {self.hidden_size}"
-            if self.conv_taps
-            else "0 without convolutions (conv_taps = 0)",
-        )
-        for name in ("logit_scale", "embedding_scale"):
-            check(name, 0 < getattr(self, name) < float("inf"), "a positive number")
-        cap = self.logit_softcap
-        check("logit_softcap", cap is None or 0 < cap < float("inf"), "None or positive")
 
     @property
     def group_size(self) -> int:
