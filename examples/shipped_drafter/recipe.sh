@@ -4,7 +4,8 @@
 #
 #   examples/shipped_drafter/recipe.sh [FOLDER] [KIND…]
 #
-# FOLDER is out/shipped by default; the kinds are those of `options` below, all by default.
+# FOLDER is out/shipped by default; the kinds are those of `options` below, by default the
+# six that are trained by the same losses.
 # Settings from the environment: STEPS, SEED, DRAFT_VOCAB, INITIAL (a drafter of that kind to go on
 # from; its draft vocabulary stays), RATE (of learning), COUNT (evaluation prompts per set), SETS,
 # NEW_TOKENS (of their answers), and PROMPTS, their folder.

@@ -23,8 +23,8 @@ def checksums(tree: Any) -> dict[str, int]:
     Any change to one word changes it; so does exchanging two different words, unless they or
     their positions differ by multiples of large powers of two. It does not depend on sharding.
     """
-    # One at a time: over several processes each sum is a collective, and the CPU client hangs
-    # if it has more of them in flight than it allows (32).
+    # One at a time: over several devices each sum is a collective, and the CPU client can hang
+    # with more of them in flight than it allows (32 per device).
     return {path: int(_checksum(x)) for path, x in by_path(tree).items()}
 
 

@@ -7,7 +7,8 @@ inserts the communication; results equal those of one device up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -80,9 +81,12 @@ def gather(mesh: Mesh | None, tree: Any) -> Any:
 
     It is one program: many small ones in flight can hang the CPU client (`checksums`).
     """
-    if mesh is None:
-        return tree
-    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+    return tree if mesh is None else _replication(mesh)(tree)
+
+
+@functools.cache
+def _replication(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def any_process(flag: bool) -> bool:
