@@ -71,8 +71,11 @@ class Joined(Together):
                 f"the joined drafters have trees of {sizes} nodes; expected two of {self.size}"
             )
 
-    def with_tree(self, tree: TreeConfig) -> Joined:
-        return Joined(tuple(part.with_tree(tree) for part in self.drafters), tree.size)
+    def with_tree(self, tree: TreeConfig) -> Joined | Mixed:
+        first, second = (part.with_tree(tree) for part in self.drafters)
+        if isinstance(second, PromptLookup):
+            return beside_lookup(first)
+        return Joined((first, second), tree.size)
 
     def draft(
         self,
@@ -90,12 +93,33 @@ class Joined(Together):
         return tree, states
 
 
+@dataclasses.dataclass(frozen=True)
+class Mixed(Together):
+    """A drafter that `mixes_copies`, and prompt lookup after every node of its tree."""
+
+    def with_tree(self, tree: TreeConfig) -> Joined | Mixed:
+        return beside_lookup(self.drafters[0].with_tree(tree))
+
+    def draft(
+        self,
+        params,
+        state,
+        anchor: Int[Array, " B"],
+        position: Int[Array, " B"],
+        budget: Int[Array, " B"],
+    ) -> tuple[DraftTree, tuple]:
+        (drafter, lookup), (own, text) = self.drafters, state
+        matches, text = lookup.matches(text, anchor, position)
+        tree, own = drafter.draft(params[0], own, anchor, position, budget, matches)
+        return tree, (own, text)
+
+
 def with_lookup(loaded: LoadedDrafter) -> LoadedDrafter:
     """A drafter joined with prompt lookup (`beside_lookup`)."""
     return LoadedDrafter(beside_lookup(loaded.drafter), (loaded.params, ()))
 
 
-def beside_lookup(drafter: Drafter) -> Joined:
+def beside_lookup(drafter: Drafter) -> Joined | Mixed:
     """The static part of a drafter joined with prompt lookup, in trees of the same size.
 
     Raises:
@@ -104,7 +128,8 @@ def beside_lookup(drafter: Drafter) -> Joined:
     if drafter.size < 2:
         raise ValueError(f"{drafter} has nothing to join with prompt lookup; leave +ngram out")
     lookup = PromptLookup(size=drafter.size, depth=min(drafter.size - 1, DEEPEST_MATCH))
-    return Joined((drafter, lookup), drafter.size)
+    join = Mixed if drafter.mixes_copies else Joined
+    return join((drafter, lookup), drafter.size)
 
 
 def change_drafter(

@@ -160,7 +160,7 @@ class Watcher:
         nodes = []
         for i, path in paths(tree).items():
             pairs = zip(names, known, strict=True)
-            proposers = [name for name, found in pairs if path in found] or [DRAFTER]
+            proposers = [name for name, found in pairs if path in found] or names
             nodes.append(
                 {
                     "index": i,
