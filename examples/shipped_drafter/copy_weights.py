@@ -29,7 +29,8 @@ from jaxspec.data.jsonl import numbered_lines, parse_object
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.joined import with_lookup
 from jaxspec.evaluation import walk
-from jaxspec.trees.copies import matches
+from jaxspec.trees.copies import find_copies
+from jaxspec.trees.tree import ancestors, chain, unpack_bits
 
 LENGTHS = 15  # of matches; longer ones count as these
 INSTRUCTION = " Explain your answer in a few sentences."
@@ -105,17 +106,14 @@ def scored(joined, params, state, anchor, position, path):
     _, log_q = drafter.rollout(params[0], own, anchor, position, choose)
     log_q = jnp.take_along_axis(log_q, index[..., None], axis=-1)[..., 0]
     text = text.at[jnp.arange(len(anchor)), position].set(anchor)
-    at = matches(text, position, weights=jnp.full(LENGTHS, 0.5), depth=drafter.depth)
-    lengths, right = [], []
-    for slot in range(drafter.depth):
-        copies = at.copies()
-        lengths.append(jnp.max(at.runs, axis=-1)[:, 0])
-        right.append((copies.tokens[:, 0] == path[:, slot]) & (lengths[-1] > 0))
-        at = at.follow(slot, jnp.zeros_like(anchor)[:, None], path[:, slot : slot + 1])
+    tree = chain(anchor, path, jnp.full_like(anchor, drafter.depth))
+    above = unpack_bits(ancestors(tree), tree.size)
+    copies = find_copies(tree, above, text, position, longest=LENGTHS, depth=drafter.depth)
+    length = copies.length[:, :-1]
     return {
         "real": path >= 0,
-        "length": jnp.stack(lengths, axis=1).astype(jnp.int32),
-        "right": jnp.stack(right, axis=1),
+        "length": length,
+        "right": (copies.tokens[:, :-1, 0] == path) & (length > 0),
         "log_q": jnp.where(known, jnp.maximum(log_q, UNKNOWN), UNKNOWN),
     }
 

@@ -53,8 +53,6 @@ class Drafter:
         for all others, joined drafters included.
       path_conditioned: whether its scores depend on a node's path, so that path_conditioned
         trees suit it best.
-      mixes_copies: whether `draft` takes `matches`, the anchor's `trees.copies.Matches`, to mix
-        copies of earlier text into its tree.
     """
 
     size: int
@@ -63,7 +61,6 @@ class Drafter:
     verify_sizes: tuple[int, ...] = ()
     head_config: DrafterConfig | None = None
     path_conditioned: bool = False
-    mixes_copies: bool = False
 
     def init(self, params: Any, batch: int, capacity: int) -> Any:
         """An empty state for sequences of up to `capacity` tokens.

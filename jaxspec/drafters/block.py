@@ -28,7 +28,6 @@ from jaxspec.models.mesh import cut_axes
 from jaxspec.models.params import TargetParams
 from jaxspec.trees.build import build
 from jaxspec.trees.candidates import top_log_probs
-from jaxspec.trees.copies import Matches
 from jaxspec.trees.path_conditioned import LowRank, path_conditioned
 from jaxspec.trees.transitions import from_transitions
 from jaxspec.trees.tree import DraftTree, chain, pack_bits
@@ -162,11 +161,6 @@ class BlockDrafter(Drafter):
     def path_conditioned(self) -> bool:
         return self.config.sequential is not None
 
-    @property
-    def mixes_copies(self) -> bool:
-        c = self.config
-        return self.tree.kind == "path_conditioned" and bool(c.sequential) and not c.candidates
-
     def with_tree(self, tree: TreeConfig) -> BlockDrafter:
         return dataclasses.replace(self, tree=tree)
 
@@ -201,7 +195,6 @@ class BlockDrafter(Drafter):
         anchor: Int[Array, " B"],
         position: Int[Array, " B"],
         budget: Int[Array, " B"],
-        matches: Matches | None = None,
     ) -> tuple[DraftTree, KVCache]:
         head, vocabulary = bind(self.config, params.head), params.vocabulary
         stream = self.stream(params, state, anchor, position)
@@ -210,8 +203,8 @@ class BlockDrafter(Drafter):
             table = lattice(head, vocabulary, stream, base, anchor)
             count_mass = self.count_mass
             tree = lattice_tree(self.tree, table, anchor, budget, count_mass=count_mass)
-        elif self.mixes_copies:
-            tree = self._path_conditioned(head, params, stream, base, anchor, budget, matches)
+        elif self.config.sequential and self.tree.kind == "path_conditioned":
+            tree = self._path_conditioned(head, params, stream, base, anchor, budget)
         elif self.tree.kind == "transitions":
             table = transition_table(
                 head,
@@ -312,15 +305,20 @@ class BlockDrafter(Drafter):
         return bind(c, params.head).stream(params.vocabulary, anchor, position, attend)
 
     def _path_conditioned(
-        self, head: DraftHead, params: BlockParams, stream, base, anchor, budget, matches
+        self, head: DraftHead, params: BlockParams, stream, base, anchor, budget
     ) -> DraftTree:
         vocabulary = params.vocabulary
 
-        def advance(slot, state, tokens):
-            return head.advance(vocabulary, stream[:, slot, None], tokens, state)
+        def ids(slot, nodes):  # nodes are draft indices, but the root is a token id
+            if vocabulary.kept is None:
+                return nodes
+            return jnp.where(slot == 0, nodes, vocabulary.ids(nodes))
 
-        def corrected(slot, state, tokens):
-            latent, state = advance(slot, state, tokens)
+        def advance(slot, state, nodes):
+            return head.advance(vocabulary, stream[:, slot, None], ids(slot, nodes), state)
+
+        def corrected(slot, state, nodes):
+            latent, state = advance(slot, state, nodes)
             return head.correct(vocabulary, base[:, slot, None], latent), state
 
         step = corrected
@@ -333,11 +331,11 @@ class BlockDrafter(Drafter):
                 implementation="xla" if cut_axes() else None,
             )
 
-        def confidence(slot, state, tokens):
-            logits = head.confidence_logits(stream[:, slot, None], tokens)
+        def confidence(slot, state, nodes):
+            logits = head.confidence_logits(stream[:, slot, None], ids(slot, nodes))
             return logits / jnp.broadcast_to(params.temperatures, (self.depth,))[slot]
 
-        return path_conditioned(
+        tree = path_conditioned(
             anchor,
             step,
             head.sequential.initial_state((*anchor.shape, 1)),
@@ -345,10 +343,9 @@ class BlockDrafter(Drafter):
             parents=self.tree.candidates,
             budget=budget,
             size=self.tree.size,
-            kept=vocabulary.kept,
             confidence=confidence if self.survival_scores else None,
-            matches=matches,
         )
+        return vocabulary.of_tree(tree)
 
 
 def _log_confidence(head: DraftHead, params: BlockParams, stream, anchor, tokens) -> jax.Array:

@@ -12,7 +12,6 @@ from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, Drafter, LoadedDrafter
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.models.params import TargetParams
-from jaxspec.trees.merge import union
 from jaxspec.trees.tree import DraftTree
 
 DEEPEST_MATCH = 15  # tokens that prompt lookup copies at a time beside another drafter
@@ -58,46 +57,13 @@ class Together(Drafter):
 
 @dataclasses.dataclass(frozen=True)
 class Joined(Together):
-    """Two drafters with scores, whose best nodes make one tree.
+    """A drafter with scores, and prompt lookup behind every node of its tree.
 
-    A trained drafter and prompt lookup complement each other: one models language, the other
-    copies earlier text, and goes deeper than a block.
+    The two complement each other: one models language, the other copies earlier text, and goes
+    deeper than a block.
     """
 
-    def __post_init__(self):
-        sizes = [drafter.size for drafter in self.drafters]
-        if sizes != [self.size, self.size]:
-            raise ValueError(
-                f"the joined drafters have trees of {sizes} nodes; expected two of {self.size}"
-            )
-
-    def with_tree(self, tree: TreeConfig) -> Joined | Mixed:
-        first, second = (part.with_tree(tree) for part in self.drafters)
-        if isinstance(second, PromptLookup):
-            return beside_lookup(first)
-        return Joined((first, second), tree.size)
-
-    def draft(
-        self,
-        params,
-        state,
-        anchor: Int[Array, " B"],
-        position: Int[Array, " B"],
-        budget: Int[Array, " B"],
-    ) -> tuple[DraftTree, tuple]:
-        whole = jnp.full_like(budget, self.size)
-        parts = zip(self.drafters, params, state, strict=True)
-        drafts = [drafter.draft(p, s, anchor, position, whole) for drafter, p, s in parts]
-        (first, second), states = zip(*drafts, strict=True)
-        tree = union(first, second, size=self.size, depth=self.depth, budget=budget)
-        return tree, states
-
-
-@dataclasses.dataclass(frozen=True)
-class Mixed(Together):
-    """A drafter that `mixes_copies`, and prompt lookup after every node of its tree."""
-
-    def with_tree(self, tree: TreeConfig) -> Joined | Mixed:
+    def with_tree(self, tree: TreeConfig) -> Joined:
         return beside_lookup(self.drafters[0].with_tree(tree))
 
     def draft(
@@ -109,8 +75,9 @@ class Mixed(Together):
         budget: Int[Array, " B"],
     ) -> tuple[DraftTree, tuple]:
         (drafter, lookup), (own, text) = self.drafters, state
-        matches, text = lookup.matches(text, anchor, position)
-        tree, own = drafter.draft(params[0], own, anchor, position, budget, matches)
+        whole = jnp.full_like(budget, self.size)
+        tree, own = drafter.draft(params[0], own, anchor, position, whole)
+        tree, text = lookup.behind(tree, text, position, budget)
         return tree, (own, text)
 
 
@@ -119,7 +86,7 @@ def with_lookup(loaded: LoadedDrafter) -> LoadedDrafter:
     return LoadedDrafter(beside_lookup(loaded.drafter), (loaded.params, ()))
 
 
-def beside_lookup(drafter: Drafter) -> Joined | Mixed:
+def beside_lookup(drafter: Drafter) -> Joined:
     """The static part of a drafter joined with prompt lookup, in trees of the same size.
 
     Raises:
@@ -128,8 +95,7 @@ def beside_lookup(drafter: Drafter) -> Joined | Mixed:
     if drafter.size < 2:
         raise ValueError(f"{drafter} has nothing to join with prompt lookup; leave +ngram out")
     lookup = PromptLookup(size=drafter.size, depth=min(drafter.size - 1, DEEPEST_MATCH))
-    join = Mixed if drafter.mixes_copies else Joined
-    return join((drafter, lookup), drafter.size)
+    return Joined((drafter, lookup), drafter.size)
 
 
 def change_drafter(

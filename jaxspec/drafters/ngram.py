@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from jaxspec.config import TreeConfig, at_least, check_field
 from jaxspec.drafters.base import Committed, Drafter
-from jaxspec.trees.copies import Matches, common_suffixes, matches
+from jaxspec.trees.copies import with_copies
 from jaxspec.trees.merge import merge
 from jaxspec.trees.tree import DraftTree
 
@@ -85,33 +85,41 @@ class PromptLookup(Drafter):
         budget: Int[Array, " B"],
     ) -> tuple[DraftTree, jax.Array]:
         history = _write(state, anchor[:, None], position)
-        length = common_suffixes(history, position, len(self.agreement))
-        continuations, scores = jax.vmap(self._look_up)(history, position, length)
+        continuations, scores = jax.vmap(self._look_up)(history, position)
         tree = merge(anchor, continuations, scores, size=self.size, budget=budget)
         return tree, history
 
-    def matches(
-        self, state: Int[Array, "B S"], anchor: Int[Array, " B"], position: Int[Array, " B"]
-    ) -> tuple[Matches, Int[Array, "B S"]]:
-        """The matches of the anchor, and the state with it."""
-        history = _write(state, anchor[:, None], position)
+    def behind(
+        self,
+        tree: DraftTree,
+        state: Int[Array, "B S"],
+        position: Int[Array, " B"],
+        budget: Int[Array, " B"],
+    ) -> tuple[DraftTree, Int[Array, "B S"]]:
+        """A drafter's tree with copies behind its nodes, and the state."""
+        history = _write(state, tree.tokens[:, :1], position)
         weights = jnp.array(self.weights)
-        return matches(history, position, weights=weights, depth=self.depth), history
+        options = dict(weights=weights, depth=self.depth, budget=budget)
+        return with_copies(tree, history, position, **options), history
 
     def with_tree(self, tree: TreeConfig) -> PromptLookup:
         return dataclasses.replace(self, size=tree.size)
 
-    def _look_up(
-        self, history: jax.Array, last: jax.Array, length: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def _look_up(self, history: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Continuations [C, P] of the best earlier matches, and their paths' log-probabilities
         [C, P].
 
         Args:
           history: [S] tokens, decided up to index `last`, included.
-          length: [S], `common_suffixes`.
         """
-        end, longest = jnp.arange(history.shape[0]), len(self.agreement)
+        end = jnp.arange(history.shape[0])  # where an earlier match would end
+        length = jnp.zeros_like(end)  # of the common suffix, up to len(agreement)
+        longest = len(self.agreement)
+        unbroken = end < last
+        for back in range(longest):
+            same = jnp.roll(history, back) == history[last - back]
+            unbroken = unbroken & same & (end >= back) & (last >= back)
+            length = length + unbroken
         rank = jnp.where(length >= self.min_match, length * history.shape[0] + end, -1)
         best, end = jax.lax.top_k(rank, self.continuations)  # longest first, then latest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -53,53 +52,3 @@ def merge(
     nodes = continuations, parents, depths, jnp.where(own & real, best, -jnp.inf)
     flat = (x.reshape(batch, -1) for x in nodes)
     return best_nodes(anchor, *flat, size=size, budget=budget)
-
-
-def union(
-    first: DraftTree, second: DraftTree, *, size: int, depth: int, budget: Int[Array, " B"]
-) -> DraftTree:
-    """The best nodes of two scored trees over the same anchors, best first.
-
-    A path that both contain has the better of its two scores.
-
-    Args:
-      first, second: of Na and Nb nodes.
-      size: N.
-      depth: a bound of both trees' depths.
-      budget: [B] int32, at most this many nodes per row, the root included.
-    """
-    same = first.tokens[:, :, None] == second.tokens[:, None]  # [B, Na, Nb]
-    same &= first.depths[:, :, None] == second.depths[:, None]
-    same &= first.valid[:, :, None] & second.valid[:, None]
-    rows = jnp.arange(same.shape[0])[:, None, None]
-    above = first.parents[:, :, None], second.parents[:, None]  # a root's is not looked at
-    is_root = first.depths[:, :, None] == 0
-    # Correct for paths of up to i tokens after i steps.
-    same = jax.lax.fori_loop(
-        0, depth, lambda _, paths: same & (is_root | paths[rows, *above]), same
-    )
-    twin, has_twin = jnp.argmax(same, axis=1), same.any(axis=1)  # [B, Nb]
-    first_scores, second_scores = known(first.scores), known(second.scores)
-    better = jnp.max(jnp.where(same, second_scores[:, None], -jnp.inf), axis=2)
-    ours = jnp.maximum(first_scores, better)
-
-    # Nodes without the root: the first tree's, then the second's own.
-    drafted = first.size - 1
-    parents = jnp.where(first.parents == 0, ROOT, first.parents - 1)
-    place = jnp.where(has_twin, twin - 1, drafted - 1 + jnp.arange(second.size))
-    place = place.at[:, 0].set(ROOT)
-    theirs = jnp.take_along_axis(place, jnp.maximum(second.parents, 0), axis=1)
-    own = jnp.where(has_twin | ~second.valid, -jnp.inf, second_scores)
-
-    def join(a, b):
-        return jnp.concatenate([a[:, 1:], b[:, 1:]], axis=1)
-
-    return best_nodes(
-        first.tokens[:, 0],
-        join(first.tokens, second.tokens),
-        join(parents, theirs),
-        join(first.depths, second.depths),
-        join(ours, own),
-        size=size,
-        budget=budget,
-    )

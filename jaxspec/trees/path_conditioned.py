@@ -12,10 +12,9 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxspec.trees.candidates import top_logits
-from jaxspec.trees.copies import Matches
-from jaxspec.trees.levels import best_of_levels
-from jaxspec.trees.tree import DraftTree, known, root_only
-from pallas_kernels.tree_level import Levels, empty_levels, grow_level, with_row
+from jaxspec.trees.levels import best_of_levels, grow_by_level
+from jaxspec.trees.tree import DraftTree, root_only
+from pallas_kernels.tree_level import empty_levels, grow_level
 
 # A drafter's sequential head as a pure function, called inside a jit for n nodes of one depth:
 #
@@ -70,9 +69,7 @@ def path_conditioned(
     parents: int,
     budget: Int[Array, " B"],
     size: int,
-    kept: Int[Array, " V"] | None = None,
     confidence: Confidence | None = None,
-    matches: Matches | None = None,
 ) -> DraftTree:
     """The best paths when a child's probability depends on all tokens above it.
 
@@ -86,105 +83,70 @@ def path_conditioned(
     DSpark's chains (arXiv 2607.05147). Any other child keeps q, scaled by (1 - c) / (1 - max q)
     where the children's total would exceed one. Where c = max q these are the log-probs.
 
-    With `matches`, q is mixed with a copy of what followed the end of the path earlier in the
-    text (`trees.copies`), and below depth P there are only copies.
-
     Args:
       root: [B] int32, the anchor.
       step: see `Step`; cheapest as a `LowRank` where logits are of that form.
       state: pytree of [B, 1, ...], the root's; () for heads without state.
-      depth: P, levels below the root that `step` scores.
+      depth: P, levels below the root.
       parents: M.
       budget: [B] int32, nodes of each row, the root included.
       size: N, the budget's upper bound.
-      kept: [V] int32, the tokens that logits score; None: 0 … V - 1.
       confidence: see `Confidence`; calibrated if scores are to be compared between requests.
-      matches: the anchor's.
     """
-    if size == 1:
-        return root_only(root)
-    batch, expanded = root.shape[0], min(parents, size - 1)
-    rows = jnp.arange(batch)[:, None]
     if isinstance(step, LowRank) and confidence is None:
-        score = _scored_by_low_rank(step)
-    else:
-        score = _scored_by_logits(step, confidence)
+        return _low_rank(root, step, state, parents=parents, budget=budget, size=size)
+    batch, frontier = root.shape[0], size - 1
+    expanded = min(parents, frontier)
+    rows = jnp.arange(batch)[:, None]
 
-    def drafted(levels: Levels, slot, state):
-        levels, state = score(levels, slot, state, levels.tokens[:, slot, :expanded])
-        if kept is not None:
-            row = kept[levels.tokens[:, slot + 1]]
-            levels = dataclasses.replace(levels, tokens=levels.tokens.at[:, slot + 1].set(row))
-        return levels, state
-
-    def level(slot, carry):
-        levels, state, matches = carry
-        if matches is None:
-            levels, state = drafted(levels, slot, state)
-        else:
-            copies = matches.copies()
-            below, state = drafted(copies.rest(levels, slot), slot, state)
-            levels = copies.beside(levels, slot, below)
-        above = levels.parents[:, slot + 1, :expanded]
-        state = jax.tree.map(lambda x: x[rows, above], state)
-        return levels, state, followed(levels, slot, matches)
-
-    def followed(levels, slot, matches):
-        if matches is None:
-            return None
-        above, tokens = (x[:, slot + 1, :expanded] for x in (levels.parents, levels.tokens))
-        return matches.follow(slot, above, tokens)
-
-    def copied_level(slot, carry):
-        levels, matches = carry
-        levels = matches.copies().beside(levels, slot, levels)  # whose row slot + 1 is empty
-        return levels, followed(levels, slot, matches)
-
-    state = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, expanded, *x.shape[2:])), state)
-    deepest = depth
-    if matches is not None:
-        deepest, matches = max(depth, matches.depth), matches.broadcast(expanded)
-    levels = empty_levels(root, depth=deepest, width=size - 1)
-    levels, _, matches = lax.fori_loop(0, depth, level, (levels, state, matches))
-    if matches is not None:
-        levels, _ = lax.fori_loop(depth, deepest, copied_level, (levels, matches))
-    found = levels.tokens[:, 1:], levels.parents[:, 1:], levels.scores[:, 1:]
-    return best_of_levels(root, *found, size=size, budget=budget)
-
-
-def _scored_by_low_rank(step: LowRank):
-    def score(levels: Levels, slot, state, tokens):
-        latent, state = step.latent(slot, state, tokens)
-        levels = grow_level(
-            levels, slot, step.base, latent, step.output, implementation=step.implementation
-        )
-        return levels, state
-
-    return score
-
-
-def _scored_by_logits(step: Step, confidence: Confidence | None):
-    def score(levels: Levels, slot, state, tokens):
-        frontier, count = levels.scores.shape[-1], tokens.shape[1]
+    def expand(slot, scores, nodes):
+        tokens, state = jax.tree.map(lambda x: x[:, :expanded], nodes)  # the best come first
         logits, inherited = step(slot, state, tokens)
-        width = min(frontier + 1, logits.shape[-1])  # confidence may put the first choice last
+        width = min(size, logits.shape[-1])  # confidence may put the first choice last
         likely, top, log_total = top_logits(logits, width)  # [B, M, K], [B, M, K], [B, M]
         gain = top - log_total[..., None]
         if confidence is not None:
             gain = _survival(gain, confidence(slot, state, tokens))
-        # First children of all nodes come first: partial sorts are two to three times as quick
-        # where the likely stand in front.
         gain = jnp.minimum(gain, 0.0).swapaxes(1, 2)  # [B, K, M]
-        found = (levels.scores[:, slot, None, :count] + gain).reshape(len(tokens), -1)
+        found = (scores[:, None, :expanded] + gain).reshape(batch, -1)
         missing = max(0, frontier - found.shape[1])
-        found = jnp.pad(known(found), [(0, 0), (0, missing)], constant_values=-jnp.inf)
-        scores, place = lax.top_k(found, frontier)
-        place = jnp.minimum(place, width * count - 1)
-        rank, above = place // count, place % count
-        tokens = likely[jnp.arange(len(tokens))[:, None], above, rank]
-        return with_row(levels, slot, scores, above, tokens), inherited
 
-    return score
+        def children(index):
+            rank, above = index // expanded, index % expanded
+            tokens = likely[rows, above, rank]
+            return above, tokens, (tokens, jax.tree.map(lambda x: x[rows, above], inherited))
+
+        return jnp.pad(found, [(0, 0), (0, missing)], constant_values=-jnp.inf), children
+
+    start = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (batch, frontier, *x.shape[2:])), (root[:, None], state)
+    )
+    return grow_by_level(expand, start, root, depth=depth, size=size, budget=budget)
+
+
+def _low_rank(root, step: LowRank, state, *, parents, budget, size) -> DraftTree:
+    """`path_conditioned` over a `LowRank` step."""
+    batch, depth, _ = step.base.shape
+    frontier = size - 1
+    if frontier == 0:
+        return root_only(root)
+    expanded = min(parents, frontier)
+    rows = jnp.arange(batch)[:, None]
+
+    def level(slot, carry):
+        levels, state = carry
+        latent, state = step.latent(slot, state, levels.tokens[:, slot, :expanded])
+        levels = grow_level(
+            levels, slot, step.base, latent, step.output, implementation=step.implementation
+        )
+        above = levels.parents[:, slot + 1, :expanded]
+        return levels, jax.tree.map(lambda x: x[rows, above], state)
+
+    state = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, expanded, *x.shape[2:])), state)
+    levels = empty_levels(root, depth=depth, width=frontier)
+    levels, _ = lax.fori_loop(0, depth, level, (levels, state))
+    found = levels.tokens[:, 1:], levels.parents[:, 1:], levels.scores[:, 1:]
+    return best_of_levels(root, *found, size=size, budget=budget)
 
 
 def _survival(log_q: jax.Array, confidence: jax.Array) -> jax.Array:

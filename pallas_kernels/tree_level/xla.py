@@ -29,13 +29,12 @@ def grow_level_xla(
 
 
 def _score_the_live(levels, slot, base, latent, output) -> Levels:
-    """Scores only the first parents, up to the last one above the floor."""
+    """Scores only parents above the floor, which come first in sorted order."""
     most = latent.shape[1]
     counts = [1]
     while counts[-1] < most:
         counts.append(min(most, STEPS * counts[-1]))
-    above = live_scores(levels, slot, most) > -jnp.inf
-    live = jnp.max(jnp.where(above, 1 + jnp.arange(most), 0))
+    live = jnp.max(jnp.sum(live_scores(levels, slot, most) > -jnp.inf, axis=1))
     branches = [lambda levels, *_: levels]
     branches += [functools.partial(_score_first, count) for count in counts]
     choice = jnp.sum(live > jnp.array([0, *counts[:-1]]))

@@ -9,7 +9,7 @@ from jaxspec.api import generate
 from jaxspec.checkpoints.drafters import save_drafter
 from jaxspec.config import TREE_KINDS, TreeConfig
 from jaxspec.decoding.sampling import Sampling
-from jaxspec.drafters.joined import Mixed, with_lookup
+from jaxspec.drafters.joined import with_lookup
 from jaxspec.loading import load_drafter
 from tests import tiny
 from tests.drafters import cases
@@ -51,20 +51,9 @@ def test_speculative_equals_plain(plain, kind):
     assert outputs(drafter=cases.loaded(kind, TREES[kind])) == plain
 
 
-MIXED = {  # kind of drafter: whether the confidence head scores
-    "rnn": False,
-    "gated": True,
-    "treeflash": False,
-}
-
-
-@pytest.mark.parametrize("kind", slow_but(["rnn"], MIXED))
-def test_copies_among_its_nodes_change_nothing(plain, kind):
-    loaded = cases.loaded(kind, TreeConfig("path_conditioned", size=16, candidates=6))
-    drafter = dataclasses.replace(loaded.drafter, survival_scores=MIXED[kind])
-    mixed = with_lookup(dataclasses.replace(loaded, drafter=drafter))
-    assert isinstance(mixed.drafter, Mixed)
-    assert outputs(drafter=mixed) == plain
+@pytest.mark.parametrize("kind", slow_but(["rnn"], TREES))
+def test_copies_behind_its_nodes_change_nothing(plain, kind):
+    assert outputs(drafter=with_lookup(cases.loaded(kind, TREES[kind]))) == plain
 
 
 @pytest.mark.parametrize(

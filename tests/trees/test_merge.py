@@ -1,4 +1,4 @@
-"""Tries of continuations and unions of trees, against dictionaries of paths."""
+"""Tries of continuations, against dictionaries of paths."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxspec.trees.merge import merge, union
-from jaxspec.trees.tree import chain
+from jaxspec.trees.merge import merge
 
 merged = jax.jit(merge, static_argnames="size")
-united = jax.jit(union, static_argnames=("size", "depth"))
 
 
 def rows(*values):
@@ -101,38 +99,3 @@ def test_equals_a_dictionary_of_paths(seed):
         got = paths_of(tree, b)
         assert list(got.values()) == best(expected, budget[b])
         assert got.items() <= expected.items()
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_a_union_equals_that_of_the_paths(seed):
-    batch, size, depth = 4, 9, 4
-    draw = np.random.default_rng(seed)
-    anchor = jnp.asarray(draw.integers(0, 9, batch), jnp.int32)
-    full = jnp.full(batch, size, jnp.int32)
-    parts = [
-        merged(anchor, *random_continuations(draw, batch, 3, depth), size=size, budget=full)
-        for _ in range(2)
-    ]
-    budget = draw.integers(1, size + 1, batch)
-    tree = united(*parts, size=size, depth=depth, budget=jnp.asarray(budget, jnp.int32))
-    assert tree.tokens[:, 0].tolist() == anchor.tolist()
-    for b in range(batch):
-        first, second = (paths_of(part, b) for part in parts)
-        both = {
-            path: max(first.get(path, -np.inf), second.get(path, -np.inf))
-            for path in first | second
-        }
-        got = paths_of(tree, b)
-        assert list(got.values()) == best(both, budget[b])
-        assert got.items() <= both.items()
-
-
-def test_a_union_with_a_deeper_chain_goes_on_below_the_tree():
-    tree = merged(
-        rows(9), rows([[1, 2], [3, 4]]), scores([-1, -2], [-3, -4]), size=5, budget=rows(5)
-    )
-    longer = chain(rows(9), rows([1, 2, 6, 7]), rows(4), jnp.full((1, 4), -0.25))
-    both = united(tree, longer, size=6, depth=4, budget=rows(6))
-    assert both.tokens[0].tolist() == [9, 1, 2, 6, 7, 3]
-    assert both.parents[0].tolist() == [-1, 0, 1, 2, 3, 0]

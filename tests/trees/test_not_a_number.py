@@ -7,7 +7,8 @@ import pytest
 
 from jaxspec.config import TreeConfig
 from jaxspec.trees.build import build
-from jaxspec.trees.merge import merge, union
+from jaxspec.trees.copies import with_copies
+from jaxspec.trees.merge import merge
 from jaxspec.trees.path_conditioned import path_conditioned
 from jaxspec.trees.transitions import from_transitions
 from jaxspec.trees.tree import chain
@@ -41,9 +42,16 @@ def looked_up(logits):
     return merge(ROOT, continuations, scores, size=SIZE, budget=BUDGET)
 
 
-def joined(logits):
-    tree = builder("top_budget")(GOOD)
-    return union(builder("chain")(logits), tree, size=SIZE, depth=DEPTH, budget=BUDGET)
+def joined(kind):
+    """Copies of 8 7 6 and of what follows behind a tree."""
+    text = jnp.array([[9, 8, 7, 6, 9], [5, 9, 8, 7, 9]])
+
+    def build(logits):
+        tree = builder(kind)(logits)
+        options = dict(weights=jnp.array([0.4, 0.6]), depth=DEPTH, budget=BUDGET)
+        return with_copies(tree, text, jnp.array([4, 4]), **options)
+
+    return build
 
 
 BUILDERS = {
@@ -51,7 +59,8 @@ BUILDERS = {
     "path_conditioned": conditioned,
     "transitions": transitions,
     "lookup": looked_up,
-    "joined": joined,
+    "chain and copies": joined("chain"),
+    "tree and copies": joined("top_budget"),
 }
 
 
@@ -64,7 +73,7 @@ def test_a_tree_ends_before_what_is_not_a_number(name, bad):
     found, expected = build(spoiled), build(GOOD)
     check_layout(row(found, 0), root=9, budget=SIZE)
     depths = np.asarray(found.depths[0])[np.asarray(found.scores[0]) > -np.inf]
-    assert depths.max() == (DEPTH if name == "joined" else bad)
+    assert depths.max() == (DEPTH if "copies" in name else bad)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one[1], other[1])
 
