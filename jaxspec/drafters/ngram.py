@@ -47,7 +47,8 @@ class PromptLookup(Drafter):
       min_match: tokens that must agree.
       agreement: probability that the token after a match of 1, 2, … tokens is right; the last
         one also holds for longer matches.
-      weights: of copies beside a drafter (`trees.copies`).
+      weights: of copies behind another drafter's nodes (`behind`), after 1, 2, … equal tokens;
+        `continuations` and `agreement` do not matter there.
     """
 
     size: int = 8
@@ -60,11 +61,11 @@ class PromptLookup(Drafter):
 
     def __post_init__(self):
         at_least(1, self, "size", "depth", "continuations", "min_match")
-        many = len(self.agreement) >= self.min_match
-        good = many and all(0 < x < 1 for x in self.agreement)
-        check_field(
-            self, "agreement", good, f"at least min_match = {self.min_match} probabilities"
-        )
+        for name in ("agreement", "weights"):
+            found = getattr(self, name)
+            good = len(found) >= self.min_match and all(0 < x < 1 for x in found)
+            expected = f"at least min_match = {self.min_match} probabilities"
+            check_field(self, name, good, expected)
 
     def init(self, params, batch: int, capacity: int) -> Int[Array, "B S"]:
         """The tokens seen so far: [B, S] int32."""
@@ -98,7 +99,8 @@ class PromptLookup(Drafter):
     ) -> tuple[DraftTree, Int[Array, "B S"]]:
         """A drafter's tree with copies behind its nodes, and the state."""
         history = _write(state, tree.tokens[:, :1], position)
-        weights = jnp.array(self.weights)
+        enough = jnp.arange(1, 1 + len(self.weights)) >= self.min_match
+        weights = jnp.where(enough, jnp.array(self.weights), 0.0)
         options = dict(weights=weights, depth=self.depth, budget=budget)
         return with_copies(tree, history, position, **options), history
 

@@ -35,8 +35,8 @@ def with_copies(
     Args:
       tree: of N nodes, as is the result; its scores are log-probabilities.
       text: decided up to index `last`, the anchor's, included.
-      weights: of a copy's first token after 1, 2, … L or more equal tokens, below 1; before
-        each further token of the copy one more token is equal.
+      weights: of a copy's first token after 1, 2, … L or more equal tokens, below 1, 0 for no
+        copy; before each further token of the copy one more token is equal.
       depth: D, levels below the anchor that copies may reach.
       budget: [B] int32, at most this many nodes per row, the root included.
     """

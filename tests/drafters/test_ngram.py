@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxspec.drafters.base import Committed
 from jaxspec.drafters.ngram import PromptLookup
-from jaxspec.trees.tree import NO_PARENT
+from jaxspec.trees.tree import NO_PARENT, root_only
 from tests.drafters import cases
 
 LOOKUP = PromptLookup(size=8, depth=4, continuations=2, min_match=1, agreement=(0.3, 0.5, 0.6))
@@ -70,6 +70,15 @@ def test_shorter_matches_than_the_least_are_ignored():
     tokens = [1, 2, 9, 9, 3, 2]
     assert draft(tokens, PromptLookup(min_match=1)) != set()
     assert draft(tokens, PromptLookup(min_match=2)) == set()
+
+
+@pytest.mark.parametrize("min_match, copied", [(1, 2), (2, 0)])
+def test_behind_a_drafter_shorter_matches_are_ignored_too(min_match, copied):
+    history, last = jnp.array([[1, 2, 9, 9, 3, 2, 0, 0]]), jnp.array([5])
+    drafted = root_only(jnp.array([2]), size=4)
+    lookup = PromptLookup(size=4, depth=2, min_match=min_match)
+    tree, _ = lookup.behind(drafted, history, last, jnp.array([4]))
+    assert tree.tokens[0, tree.valid[0]].tolist() == [2, 9, 9][: 1 + copied]
 
 
 def slow_lookup(tokens, drafter):

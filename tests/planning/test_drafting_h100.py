@@ -13,10 +13,11 @@ import pytest
 from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.eagle import EagleDrafter
+from jaxspec.drafters.joined import beside_lookup
 from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.presets import PRESETS
 from jaxspec.planning.programs import compile_program
-from jaxspec.planning.setup import Setup
+from jaxspec.planning.setup import Setup, published_drafter
 from jaxspec.planning.steps import Given
 from jaxspec.training.recipe import eagle_config
 from pallas_kernels.h100.target import BYTES_PER_SECOND
@@ -110,3 +111,13 @@ def test_eagle3(kind, launches):
     module = compiled("qwen3-8b", EagleDrafter(config, tree, implementation="triton"))
     assert module.launches() <= launches
     assert beyond_weights_ms(module, 5 * read_once(config)) <= 0.7
+
+
+@pytest.mark.parametrize(("nodes", "megabytes"), [(64, 30), (256, 250)])
+def test_lookup_behind_a_tree(nodes, megabytes):
+    """Two dozen kernels find the copies behind all nodes at a time."""
+    config = published_drafter(PRESETS["qwen3-8b"])
+    alone = BlockDrafter(config, TreeConfig("path_conditioned", size=nodes))
+    drafted, joined = (compiled("qwen3-8b", x) for x in (alone, beside_lookup(alone)))
+    assert joined.launches() - drafted.launches() <= 40
+    assert joined.moved_bytes() - drafted.moved_bytes() <= megabytes * 10**6
