@@ -28,11 +28,12 @@ from jaxspec.cli.prompt_sets import encoded
 from jaxspec.data.jsonl import numbered_lines, parse_object
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.joined import with_lookup
+from jaxspec.drafters.ngram import WEIGHTS
 from jaxspec.evaluation import walk
 from jaxspec.trees.copies import find_copies
 from jaxspec.trees.tree import ancestors, chain, unpack_bits
 
-LENGTHS = 15  # of matches; longer ones count as these
+LENGTHS = len(WEIGHTS)  # of matches; longer ones count as the last
 INSTRUCTION = " Explain your answer in a few sentences."
 UNKNOWN = np.log(1e-6)  # of a token outside the draft vocabulary
 STEPS = 100
@@ -123,7 +124,7 @@ def fitted(length, right, q) -> np.ndarray:
     weights = np.append(0.0, np.full(LENGTHS, 0.5))
     for _ in range(STEPS):
         w = weights[length]
-        copied = np.divide(w * right, mixed(w, right, q))
+        copied = w * right / mixed(w, right, q)
         for n in range(1, LENGTHS + 1):
             if (length == n).any():
                 weights[n] = copied[length == n].mean()

@@ -63,6 +63,15 @@ class Joined(Together):
     deeper than a block.
     """
 
+    def __post_init__(self):
+        kinds = [isinstance(drafter, PromptLookup) for drafter in self.drafters]
+        sizes = [drafter.size for drafter in self.drafters]
+        if kinds[1:] != [True] or sizes != [self.size, self.size]:
+            raise ValueError(
+                f"the joined drafters are {self.drafters}; expected one and a PromptLookup, "
+                f"with trees of {self.size} nodes (`beside_lookup` makes them)"
+            )
+
     def with_tree(self, tree: TreeConfig) -> Joined:
         return beside_lookup(self.drafters[0].with_tree(tree))
 

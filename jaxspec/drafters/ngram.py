@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from jaxspec.config import TreeConfig, at_least, check_field
 from jaxspec.drafters.base import Committed, Drafter
-from jaxspec.trees.copies import with_copies
+from jaxspec.trees.copies import common_suffixes, with_copies
 from jaxspec.trees.merge import merge
 from jaxspec.trees.tree import DraftTree
 
@@ -116,13 +116,9 @@ class PromptLookup(Drafter):
           history: [S] tokens, decided up to index `last`, included.
         """
         end = jnp.arange(history.shape[0])  # where an earlier match would end
-        length = jnp.zeros_like(end)  # of the common suffix, up to len(agreement)
         longest = len(self.agreement)
-        unbroken = end < last
-        for back in range(longest):
-            same = jnp.roll(history, back) == history[last - back]
-            unbroken = unbroken & same & (end >= back) & (last >= back)
-            length = length + unbroken
+        suffix = history[last - jnp.arange(longest)]
+        length = common_suffixes(history, suffix, last[None])
         rank = jnp.where(length >= self.min_match, length * history.shape[0] + end, -1)
         best, end = jax.lax.top_k(rank, self.continuations)  # longest first, then latest
 

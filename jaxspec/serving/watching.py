@@ -160,7 +160,8 @@ class Watcher:
         nodes = []
         for i, path in paths(tree).items():
             pairs = zip(names, known, strict=True)
-            proposers = [name for name, found in pairs if path in found] or names
+            proposers = [name for name, found in pairs if path in found]
+            proposers = proposers or names[-1:]  # lookup's, behind a drafted node
             nodes.append(
                 {
                     "index": i,

@@ -130,14 +130,28 @@ def find_copies(
 
     index = jnp.broadcast_to(jnp.arange(capacity + depth), (*shape[:2], capacity + depth))
     tokens, suffix = token(index), token(jnp.maximum(end - jnp.arange(longest), 0))
-    length, unbroken = jnp.zeros(index.shape, jnp.int32), index < end
-    for back in range(longest):
-        same = jnp.roll(tokens, back, axis=-1) == suffix[..., back, None]
-        unbroken &= same & (index >= back) & (end >= back)
-        length += unbroken
+    length = common_suffixes(tokens, suffix, end)
     best = jnp.argmax(length * index.shape[-1] + index, axis=-1)[..., None]
     length = jnp.take_along_axis(length, best, axis=-1)[..., 0]
     # A match that overlaps the end is a repetition: go on repeating it.
     period = jnp.maximum(end - best, 1)
     following = token(best + 1 + jnp.arange(depth) % period)
     return Copies(following, jnp.where(tree.valid & (tree.depths < depth), length, 0))
+
+
+def common_suffixes(
+    tokens: Int[Array, "*L X"], suffix: Int[Array, "*L K"], end: Int[Array, "*L 1"]
+) -> Int[Array, "*L X"]:
+    """How many tokens up to every earlier place equal the last ones: up to K.
+
+    Args:
+      suffix: the last tokens, the last one first.
+      end: index of the last token; places from it on have 0.
+    """
+    place = jnp.arange(tokens.shape[-1])
+    length, unbroken = jnp.zeros(tokens.shape, jnp.int32), place < end
+    for back in range(suffix.shape[-1]):
+        same = jnp.roll(tokens, back, axis=-1) == suffix[..., back, None]
+        unbroken &= same & (place >= back) & (end >= back)
+        length += unbroken
+    return length

@@ -113,11 +113,11 @@ def test_eagle3(kind, launches):
     assert beyond_weights_ms(module, 5 * read_once(config)) <= 0.7
 
 
-@pytest.mark.parametrize(("nodes", "megabytes"), [(64, 30), (256, 250)])
-def test_lookup_behind_a_tree(nodes, megabytes):
-    """Two dozen kernels find the copies behind all nodes at a time."""
+@pytest.mark.parametrize("nodes", [64, 256])
+def test_lookup_behind_a_tree(nodes):
+    """A few dozen kernels find the copies behind all nodes at once."""
     config = published_drafter(PRESETS["qwen3-8b"])
     alone = BlockDrafter(config, TreeConfig("path_conditioned", size=nodes))
     drafted, joined = (compiled("qwen3-8b", x) for x in (alone, beside_lookup(alone)))
     assert joined.launches() - drafted.launches() <= 40
-    assert joined.moved_bytes() - drafted.moved_bytes() <= megabytes * 10**6
+    assert joined.moved_bytes() - drafted.moved_bytes() <= 30e6
