@@ -23,6 +23,7 @@ from jaxspec.training.losses import LossSums
 from jaxspec.training.networks import copy_layers, network_of
 from jaxspec.training.recipe import OptimizerConfig, TrainConfig
 from jaxspec.training.sharding import state_shardings
+from jaxspec.training.transition import as_markov, slowed
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +51,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW."""
+    """Clipping by global norm, then AdamW; see `transition` for RNN heads."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(
@@ -59,6 +60,7 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
             b2=config.beta2,
             weight_decay=config.weight_decay,
         ),
+        optax.stateless(slowed),
     )
 
 
@@ -73,7 +75,7 @@ def init_state(
       weights: initial weights, instead of random ones or the target's layers.
     """
     if weights is None:
-        weights = random_weights(config.drafter, jax.random.key(config.seed))
+        weights = as_markov(random_weights(config.drafter, jax.random.key(config.seed)))
         weights.norm = weights.norm.replace(jnp.array(target.final_norm, jnp.float32))
         if config.initial == "target":
             weights = copy_layers(config.drafter, weights, target)
