@@ -68,8 +68,9 @@ class Train:
     """Rows per optimizer step."""
     micro_batch: int = 8
     """Rows per forward; gradients are accumulated over the batch."""
-    anchors: int = 512
-    """Training blocks per row."""
+    anchors: int | None = None
+    """Training blocks per row, 512 by default; for eagle3 and peagle the tokens after which
+    is drafted, all by default."""
     packed: int = 0
     """Tokens per row into which several sequences are packed; 0 gives each its own row."""
     max_length: int = 1024
@@ -178,16 +179,19 @@ class Train:
         return exits.DONE
 
     def _config(self, target):
+        from jaxspec.drafters.eagle_head import EagleConfig
         from jaxspec.training.recipe import OptimizerConfig, TrainConfig
 
+        drafter = self._drafter(target)
+        anchors = 0 if isinstance(drafter, EagleConfig) else TrainConfig.anchors
         return TrainConfig(
-            drafter=self._drafter(target),
+            drafter=drafter,
             loss=self._loss(),
             optimizer=OptimizerConfig(self.learning_rate, weight_decay=self.weight_decay),
             steps=self.steps,
             batch_size=self.batch_size,
             micro_batch=self.micro_batch,
-            anchors=self.anchors,
+            anchors=anchors if self.anchors is None else self.anchors,
             packed=self.packed,
             draft_vocab=self.draft_vocab,
             initial=self.initial,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxspec.drafters.chunks import map_chunks
 from jaxspec.drafters.eagle_head import EagleConfig, EagleHead, ParallelEagleConfig
 from jaxspec.drafters.head import Vocabulary
+from jaxspec.drafters.teacher_forced import take
 from jaxspec.models.layers import product
 
 
@@ -27,11 +28,12 @@ def unroll(
     tokens: jax.Array,
     taps: jax.Array,
     starts: jax.Array | None = None,
+    at: jax.Array | None = None,
     *,
     steps: int,
     chunk: int = 128,
 ) -> jax.Array:
-    """Outputs of every step at every index.
+    """Outputs of every step, at every index or at those given.
 
     Attention runs over `chunk` rows of every sequence at a time and is recomputed in the
     backward pass, as is the rest of a step.
@@ -41,38 +43,44 @@ def unroll(
       taps: [B, T, len(taps) * M_t], the target's outputs.
       starts: [B, T] int32, where a row holds several sequences: the first index of the one a
         token belongs to. Positions count from there, and a row sees nothing before it.
+      at: [B, A] int32, the indices that are unrolled; the first step always runs at all.
 
     Returns:
-      [B, J, T, M] float32. The output at step j and index i is that of the token i + 2 + j; it
-      means something while that token is in the sequence.
+      [B, J, A, M] float32, A = T by default. The output at step j and index i is that of the
+      token i + 2 + j; it means something while that token is in the sequence.
     """
     config, dtype = head.config, head.fc[...].dtype
     first = jnp.zeros_like(tokens) if starts is None else starts
-    positions = jnp.arange(tokens.shape[1]) - first
+    everywhere = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    positions = everywhere - first
     pairs, later = {}, {layer: [] for layer in range(config.num_layers)}
     masked = isinstance(config, ParallelEagleConfig)
 
+    def chosen(rows):
+        return rows if at is None else take(rows, at)
+
     @functools.partial(jax.checkpoint, static_argnums=0)
     def run(step, feature, pairs, later):
-        own = {}
+        own, here = {}, chosen if step else lambda rows: rows
 
         def attend(layer, q, k, v):
             q, k, v = (x.astype(dtype) for x in (q, k, v))
             own[layer] = k, v
             seen = pairs if step else own
             rows = [*later[layer], own[layer]] if step else []
-            return _attention(config, layer, q, *seen[layer], rows, first, chunk)
+            attend = functools.partial(_attend, config, layer, *seen[layer])
+            return map_chunks(attend, q, rows, here(everywhere), here(first), size=chunk)
 
-        following = _shifted(tokens, 1 + step)
+        following = here(_shifted(tokens, 1 + step))
         if masked and step:
-            following = jnp.full_like(tokens, config.mask_token_id)
-        return head(vocabulary, feature, following, positions + step, attend), own
+            following = jnp.full_like(following, config.mask_token_id)
+        return head(vocabulary, feature, following, here(positions) + step, attend), own
 
     feature, outputs = head.fuse(taps), []
     for step in range(steps):
         output, own = run(step, feature, pairs, later)
         if step == 0:
-            pairs = own
+            pairs, output = own, chosen(output)
         else:
             later = {layer: [*rows, own[layer]] for layer, rows in later.items()}
         outputs.append(output)
@@ -90,23 +98,16 @@ def _shifted(rows: jax.Array, by: int) -> jax.Array:
     return jnp.pad(rows, pad)[:, by:]
 
 
-def _attention(
-    config: EagleConfig, layer: int, q, keys, values, rows, first, chunk: int
-) -> jax.Array:
+def _attend(config: EagleConfig, layer: int, keys, values, q, rows, index, first) -> jax.Array:
     """Every index attends to the pairs up to it, and to its own rows of later steps.
 
     Args:
-      q: [B, T, H, D].
       keys, values: [B, T, K, D], of the pairs.
-      rows: of each step from 1 on, keys and values [B, T, K, D].
-      first: [B, T] int32, the first index that a row sees.
+      q: [B, A, H, D].
+      rows: of each step from 1 on, keys and values [B, A, K, D].
+      index: [B, A] int32.
+      first: [B, A] int32, the first index that a row sees.
     """
-    attend = functools.partial(_attend, config, layer, keys, values)
-    index = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
-    return map_chunks(attend, q, rows, index, first, size=chunk)
-
-
-def _attend(config: EagleConfig, layer: int, keys, values, q, rows, index, first):
     batch, count = q.shape[:2]
     window, length = config.window[layer], keys.shape[1]
     q = q.reshape(batch, count, config.num_kv_heads, config.group_size, -1)

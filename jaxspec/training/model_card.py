@@ -129,8 +129,8 @@ def _recipe(
         ),
         (
             "steps",
-            f"{config.steps} of {config.batch_size} rows with {config.anchors} blocks each; "
-            f"these weights are of step {step}",
+            f"{config.steps} of {config.batch_size} rows, drafting after "
+            f"{config.anchors or 'all'} tokens of each; these weights are of step {step}",
         ),
         ("first weights", config.initial),
         ("seed", str(config.seed)),

@@ -174,12 +174,18 @@ def _eagle_loss(
 ) -> LossSums:
     params = eagle_params(weights, target, kept=kept)
     bound = bind(config.drafter, params.head)
-    steps, starts = config.drafter.steps, rows.starts
-    outputs = unroll(bound, params.vocabulary, rows.tokens, features.taps, starts, steps=steps)
+    steps, starts, at = config.drafter.steps, rows.starts, None
+    if config.anchors:  # an anchor is the token after an index
+        anchors, real = sample_anchors(key, rows.supervised, config.anchors)
+        length = rows.tokens.shape[1]
+        at = jnp.where(real & (anchors > 0), anchors - 1, length)
+    outputs = unroll(
+        bound, params.vocabulary, rows.tokens, features.taps, starts, at, steps=steps
+    )
     # A token counts if the target wrote it and the next one: nothing is drafted after the last.
     following = jnp.pad(rows.supervised[:, 1:], [(0, 0), (0, 1)])
     supervised = rows.supervised & following
-    arguments = outputs, rows.tokens, supervised, features.hidden, starts
+    arguments = outputs, rows.tokens, supervised, features.hidden, starts, at
     return unrolled_loss(config.loss, bound, params.vocabulary, *arguments)
 
 

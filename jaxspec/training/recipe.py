@@ -87,7 +87,8 @@ class TrainConfig:
       steps: updates of the weights.
       batch_size: rows per update.
       micro_batch: rows per forward; the gradients of a batch are summed in float32.
-      anchors: blocks per row; EAGLE-3 and P-EAGLE are trained at every position.
+      anchors: tokens per row after which is drafted: blocks, or unrolled steps of EAGLE-3 and
+        P-EAGLE. These take every token with 0, as published.
       packed: length of rows that hold several sequences; 0 puts one sequence in each row.
       draft_vocab: size of the draft vocabulary, the examples' most frequent tokens; 0 drafts
         all tokens, or those of the initial drafter.
@@ -113,8 +114,10 @@ class TrainConfig:
     keep: int = 2
 
     def __post_init__(self):
-        at_least(1, self, "steps", "batch_size", "micro_batch", "anchors", "keep")
-        if isinstance(self.drafter, EagleConfig):
+        at_least(1, self, "steps", "batch_size", "micro_batch", "keep")
+        unrolled = isinstance(self.drafter, EagleConfig)
+        at_least(0 if unrolled else 1, self, "anchors")
+        if unrolled:
             check_loss(self.loss)
         check = functools.partial(check_field, self)
         even = self.batch_size % self.micro_batch == 0

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxspec.drafters.eagle_head import EagleHead
 from jaxspec.drafters.head import Vocabulary
+from jaxspec.drafters.teacher_forced import take
 from jaxspec.training.losses import LossConfig, LossSums, acceptance
 from jaxspec.training.vocabulary_loss import Factors, vocabulary_loss
 
@@ -32,6 +33,7 @@ def unrolled_loss(
     supervised: jax.Array,
     hidden: jax.Array,
     starts: jax.Array | None = None,
+    at: jax.Array | None = None,
 ) -> LossSums:
     """The loss of unrolled steps.
 
@@ -42,34 +44,37 @@ def unrolled_loss(
     over the kept tokens; with `truth` "data", rows whose next token is outside are left out.
 
     Args:
-      outputs: [B, J, T, M], from `unroll`.
+      outputs: [B, J, A, M], from `unroll`.
       tokens: [B, T] int32.
       supervised: [B, T] bool, tokens after which the target's distribution counts.
       hidden: [B, T, M_t], the target's, after its final norm.
       starts: [B, T] int32, see `unroll`.
+      at: [B, A] int32, the indices of `outputs`; `length` and more for none. All by default.
     """
-    batch, steps, length, _ = outputs.shape
-    step, index = jnp.arange(steps)[:, None], jnp.arange(length)
-    read = index + 1 + step  # [J, T]
+    batch, steps, count, _ = outputs.shape
+    length = tokens.shape[1]
+    at = jnp.broadcast_to(jnp.arange(length), tokens.shape) if at is None else at
+    read = at[:, None] + 1 + jnp.arange(steps)[:, None]  # [B, J, A]
     inside, read = read < length, jnp.minimum(read, length - 1)
-    judged = supervised[:, read] & inside
+    judged = take(supervised, read) & inside
     if starts is not None:
-        judged = judged & (starts[:, read] == starts[:, None])
+        own = take(starts, jnp.minimum(at, length - 1))
+        judged = judged & (take(starts, read) == own[:, None])
 
     labels = None
     if config.truth == "data":
         following = jnp.minimum(read + 1, length - 1)
-        labels, known = vocabulary.index(tokens[:, following])
+        labels, known = vocabulary.index(take(tokens, following))
         judged = judged & known & (read + 1 < length)
     counted = jnp.sum(judged.astype(jnp.float32), axis=(0, 2))  # [J]
     weights, denominator = _step_weights(config, judged, counted)
 
-    flat = lambda x: x.reshape(batch, steps * length, *x.shape[3:])  # noqa: E731
+    flat = lambda x: x.reshape(batch, steps * count, *x.shape[3:])  # noqa: E731
     total, losses = vocabulary_loss(
         config.mixture,
         Factors(head.read_out(flat(outputs))),
         vocabulary.unembed,
-        flat(hidden[:, read]),
+        flat(take(hidden, read)),
         None if labels is None else flat(labels),
         flat(weights),
         vocabulary.judge,
@@ -98,7 +103,7 @@ def unrolled_loss(
 
 
 def _step_weights(config: LossConfig, judged: jax.Array, counted: jax.Array):
-    """Weights [B, J, T] of the rows, and what to divide the weighted sum by."""
+    """Weights [B, J, A] of the rows, and what to divide the weighted sum by."""
     steps, everywhere = counted.shape[0], jnp.float32(judged[:, 0].size)
     decay = jnp.ones(steps)
     if config.weighting == "exponential":

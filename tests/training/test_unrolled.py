@@ -124,6 +124,36 @@ def test_a_step_is_a_chain_of_true_tokens(kind):
         np.testing.assert_allclose(outputs[0, :, anchor - 1], expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("truth", ["target", "data"])
+def test_some_indices_are_unrolled_as_all_are(truth):
+    """Outputs and loss are those of all indices; places after the end count nothing."""
+    params = cases.params("two layers", reduced=True)
+    random = np.random.default_rng(1)
+    tokens = jnp.asarray(random.integers(0, 11, (2, 14)), jnp.int32)
+    taps = jnp.asarray(random.standard_normal((2, 14, 96)), jnp.float32)
+    hidden = jnp.asarray(random.standard_normal((2, 14, 32)), jnp.float32)
+    starts = jnp.where(jnp.arange(14) < 6, 0, 6) * jnp.ones((2, 1), jnp.int32)
+    supervised = jnp.asarray(random.random((2, 14)) < 0.5)
+    some = jnp.asarray([[1, 4, 5, 9, 14], [0, 3, 10, 14, 14]])
+    config = LossConfig(Mixture(1.0, 1.0, 0.0), reduction="slots", confidence=0.0, truth=truth)
+    head, vocabulary = bind(cases.KINDS["two layers"], params.head), params.vocabulary
+
+    @jax.jit
+    def run(at):
+        outputs = unroll(head, vocabulary, tokens, taps, starts, at, steps=3, chunk=4)
+        arguments = outputs, tokens, supervised, hidden, starts, at
+        return outputs, unrolled_loss(config, head, vocabulary, *arguments)
+
+    whole, of_all = run(None)
+    outputs, sums = run(some)
+    for row, inside in enumerate(some < 14):
+        expected = whole[row][:, some[row][inside]]
+        np.testing.assert_allclose(outputs[row][:, inside], expected, rtol=1e-4, atol=1e-5)
+    assert 0 < sums.counted[0] < of_all.counted[0]
+    _, shuffled = run(jnp.asarray(random.permuted(np.tile(np.arange(14), (2, 1)), axis=1)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), shuffled, of_all)
+
+
 @pytest.mark.parametrize(
     ("reduction", "expected"),
     [
