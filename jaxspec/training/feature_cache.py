@@ -40,13 +40,22 @@ SHARD_BYTES = 256 * 10**6
 
 
 class FeatureCache:
-    """Precomputed features, memory-mapped."""
+    """Precomputed features, memory-mapped.
+
+    Args:
+      order: which of the stored taps to read, in this order.
+    """
 
     def __init__(
-        self, folder: Path, layout: Layout, lengths: Sequence[int], stored: ShardFormat
+        self,
+        folder: Path,
+        layout: Layout,
+        lengths: Sequence[int],
+        stored: ShardFormat,
+        order: Sequence[int],
     ):
         self._folder, self._layout = folder, layout
-        self._lengths, self._format = lengths, stored
+        self._lengths, self._format, self._order = lengths, stored, list(order)
         self._maps: dict[int, Features] = {}
 
     def read(self, length: int, shape: tuple[int, int], found: Sequence[Place]) -> Features:
@@ -62,14 +71,15 @@ class FeatureCache:
         stored = self._format
         out = Features(
             np.zeros((*shape, length, stored.hidden), stored.dtype),
-            np.zeros((*shape, length, stored.taps), stored.dtype),
+            np.zeros((*shape, length, len(self._order), stored.hidden), stored.dtype),
         )
         for place in found:
             start, count = (x[place.sequence] for x in (self._layout.starts, self._lengths))
             shard = self._shard(self._layout.shard_of[place.sequence])
             out.hidden[place.of(count)] = shard.hidden[start : start + count]
-            out.taps[place.of(count)] = shard.taps[start : start + count]
-        return out
+            tapped = shard.taps[start : start + count].reshape(count, -1, stored.hidden)
+            out.taps[place.of(count)] = tapped[:, self._order]
+        return Features(out.hidden, out.taps.reshape(*out.hidden.shape[:-1], -1))
 
     def _shard(self, number: int) -> Features:
         if number not in self._maps:
@@ -95,12 +105,13 @@ def open_features(
     After an interruption it resumes at the current shard, with the same files as a result.
 
     Args:
+      taps: the folder's, or some of them.
       dtype: storage dtype; by default the folder's, or the target's for a new folder.
       shard_bytes: approximate size of a new folder's files.
 
     Raises:
-      ValueError: the folder belongs to another target, other taps or other sequences; the disk
-        is too small; or shards are missing and there are several processes.
+      ValueError: the folder belongs to another target or other sequences, or lacks a tap; the
+        disk is too small; or shards are missing and there are several processes.
     """
     folder = Path(folder)
     lengths = [len(example) for example in examples]
@@ -115,7 +126,8 @@ def open_features(
         "digest": _digest(examples),
     }
     index = _index(folder, settings, dtype, {"dtype": computed, "shard_bytes": shard_bytes})
-    stored = ShardFormat(width, len(taps) * width, jnp.dtype(index["dtype"]))
+    held = tuple(index["taps"])
+    stored = ShardFormat(width, len(held) * width, jnp.dtype(index["dtype"]))
     layout = plan_shards(lengths, max(1, index["shard_bytes"] // stored.row_bytes))
     missing = [
         i
@@ -124,8 +136,8 @@ def open_features(
     ]
     if missing:
         _check_room(folder, layout, missing, stored)
-        build_shards(folder, target, examples, taps, layout, missing, stored)
-    return FeatureCache(folder, layout, lengths, stored)
+        build_shards(folder, target, examples, held, layout, missing, stored)
+    return FeatureCache(folder, layout, lengths, stored, [held.index(tap) for tap in taps])
 
 
 def _index(
@@ -143,6 +155,8 @@ def _index(
         os.replace(partial, path)
         return index
     index = read_json(path)
+    if set(settings["taps"]) <= set(index.get("taps", ())):
+        asked = asked | {"taps": index["taps"]}
     other = [
         f"{name} {index.get(name)!r}, expected {value!r}"
         for name, value in asked.items()

@@ -137,6 +137,19 @@ def test_a_killed_build_goes_on_and_ends_the_same(tmp_path, monkeypatch, capsys)
     assert shards(killed) == expected
 
 
+def test_a_folder_serves_drafters_that_read_fewer_taps(tmp_path):
+    lengths = [len(x) for x in tiny.examples()]
+    whole, before = build(tmp_path, taps=(0, 1, 2)), shards(tmp_path)
+    shape, found = places(BatchRows(((3,), (0,)), 128), lengths, micro_batch=2)
+    every, some = (
+        cache.read(128, shape, found) for cache in (whole, build(tmp_path, taps=(2, 0)))
+    )
+    first, _, last = np.split(every.taps, 3, axis=-1)
+    np.testing.assert_array_equal(some.taps, np.concatenate([last, first], axis=-1))
+    np.testing.assert_array_equal(some.hidden, every.hidden)
+    assert shards(tmp_path) == before
+
+
 def test_features_of_something_else_are_refused(tmp_path):
     build(tmp_path)
     before = read_json(tmp_path / "index.json")
