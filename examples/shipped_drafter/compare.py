@@ -29,6 +29,7 @@ KINDS = {
     "markov": "DSpark, Markov head",
     "markov-kl": "DSpark, Markov head, trained by KL",
     "rnn": "DSpark, RNN head",
+    "rnn-kl": "DSpark, RNN head started as Markov, KL",
     "treeflash": "TreeFlash, MLP head",
     "ours": "causal slots, RNN head",
     "dflash2": "DFlash2: convolutions, selector",
@@ -71,7 +72,20 @@ CONTRASTS = (  # what changes, and the two decoders whose ratio of tau says what
         "dflash2 path_conditioned",
         "markov-kl path_conditioned",
     ),
-    ("labels from the data", "dflash2-data path_conditioned", "dflash2 path_conditioned"),
+    ("labels from the data, chain", "dflash2-data chain", "dflash2 chain"),
+    ("labels from the data, tree", "dflash2-data path_conditioned", "dflash2 path_conditioned"),
+    ("RNN in place of Markov, both KL, chain", "rnn-kl chain", "markov-kl chain"),
+    (
+        "RNN in place of Markov, both KL, tree",
+        "rnn-kl path_conditioned",
+        "markov-kl path_conditioned",
+    ),
+    ("EAGLE-3 in place of Markov, both KL, chain", "eagle3 chain", "markov-kl chain"),
+    (
+        "EAGLE-3 in place of Markov, both KL, tree",
+        "eagle3 path_conditioned",
+        "markov-kl path_conditioned",
+    ),
 )
 
 Lines = dict[str, Line]  # by the decoder's name, "KIND TREE"

@@ -18,25 +18,28 @@ prompts=${PROMPTS:-../shared/prompts}
 steps=${STEPS:-1400} seed=${SEED:-0} rate=${RATE:-3e-3}
 jaxspec() { "${PYTHON:-python}" -m jaxspec "$@"; }
 
-options() { # what makes each kind; all share data, steps, layers, taps, slots and first weights
-  case $1 in
-    dflash)    echo "--family dspark --sequential none   --causal False --confidence-head none" ;;
-    jetspec)   echo "--family dspark --sequential none   --causal True  --confidence-head none" ;;
-    markov | markov-kl) echo "--family dspark --sequential markov --causal False --confidence-head hidden_and_previous" ;;
-    rnn)       echo "--family dspark --sequential rnn    --causal False --confidence-head hidden_and_previous" ;;
-    treeflash) echo "--family treeflash --block-size 8" ;;
-    ours)      echo "--family dspark --sequential rnn    --causal True  --confidence-head hidden_and_previous" ;;
-    dflash2 | dflash2-data) echo "--family dflash2 --block-size 8" ;;
+sizes="--layers 2 --rank 64"
+options() { # what makes each kind; all share data, steps, taps, labels and first weights
+  case ${1%-kl} in
+    dflash)    echo "$sizes --family dspark --sequential none   --causal False --confidence-head none" ;;
+    jetspec)   echo "$sizes --family dspark --sequential none   --causal True  --confidence-head none" ;;
+    markov)    echo "$sizes --family dspark --sequential markov --causal False --confidence-head hidden_and_previous" ;;
+    rnn)       echo "$sizes --family dspark --sequential rnn    --causal False --confidence-head hidden_and_previous" ;;
+    ours)      echo "$sizes --family dspark --sequential rnn    --causal True  --confidence-head hidden_and_previous" ;;
+    treeflash) echo "$sizes --family treeflash --block-size 8" ;;
+    dflash2 | dflash2-data) echo "$sizes --family dflash2 --block-size 8" ;;
+    eagle3)    echo "--family eagle3 --taps 1 8 14 20 27" ;; # the others' taps
     *) echo "unknown kind $1" >&2; return 2 ;;
   esac
 }
 
 losses() { # those of DFlash2 are its two published trainers', speculators' and NeMo's
   case $1 in
-    markov-kl)    echo "--kl 1 --cross-entropy 0 --total-variation 0" ;;
-    dflash2)      echo "--kl 1 --cross-entropy 0 --total-variation 0 --truth target --missing inject" ;;
-    dflash2-data) echo "--kl 0 --cross-entropy 1 --total-variation 0 --truth data --missing skip" ;;
-    *)            echo "--cross-entropy 0.1 --total-variation 0.9 --kl 0" ;;
+    *-kl)         echo "--kl 1 --cross-entropy 0 --total-variation 0 --weighting exponential" ;;
+    dflash2)      echo "--kl 1 --cross-entropy 0 --total-variation 0 --truth target --missing inject --weighting exponential" ;;
+    dflash2-data) echo "--kl 0 --cross-entropy 1 --total-variation 0 --truth data --missing skip --weighting exponential" ;;
+    eagle3)       echo "" ;; # its own
+    *)            echo "--cross-entropy 0.1 --total-variation 0.9 --kl 0 --weighting exponential" ;;
   esac
 }
 
@@ -58,20 +61,22 @@ kinds=("$@")
 decoders=()
 for kind in "${kinds[@]}"; do
   run=$out/$kind-$seed
-  drafter="$(options "$kind") --layers 2 --rank 64 --draft-vocab ${DRAFT_VOCAB:-16384}"
+  drafter="$(options "$kind") --draft-vocab ${DRAFT_VOCAB:-16384}"
   [ -z "${INITIAL:-}" ] || drafter="--initial $INITIAL"
   # shellcheck disable=SC2086
   [ -s "$run/drafter/config.json" ] ||
     jaxspec train --data "$out/data.jsonl" --features "$out/features" --output "$run" $drafter \
-      $(losses "$kind") --weighting exponential --max-length 384 --batch-size 8 --anchors 24 \
+      $(losses "$kind") --max-length 384 --batch-size 8 --anchors 24 \
       --dtype bfloat16 --learning-rate "$rate" --steps "$steps" --checkpoint-every 100 --seed "$seed"
 
   decoder() { decoders+=("$kind $1=$run/drafter$3,tree=$2,budget=16"); }
   decoder chain chain ""
-  decoder top_budget top_budget ,head=none # every depth scored alone, DDTree's and
-  decoder best_first best_first ,head=none # JetSpec's trees
-  case $kind in markov* | treeflash) decoder transitions transitions "" ;; esac
-  case $kind in markov* | rnn | treeflash | ours | dflash2*)
+  if [ "$kind" != eagle3 ]; then # whose nodes are always scored given their path
+    decoder top_budget top_budget ,head=none # every depth scored alone, DDTree's and
+    decoder best_first best_first ,head=none # JetSpec's trees
+  fi
+  case $kind in markov* | treeflash*) decoder transitions transitions "" ;; esac
+  case $kind in markov* | rnn* | treeflash* | ours* | dflash2* | eagle3)
     decoder path_conditioned path_conditioned ""
     decoder lookup path_conditioned +ngram ;;
   esac
