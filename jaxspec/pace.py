@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxspec.decoding.curve import Curve, measure, only, setup_of, take_turn
 from jaxspec.decoding.fitting import VerifySize, doubling_sizes
+from jaxspec.decoding.habit import UNKNOWN, Habit, init_habit
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import (
     check_budget,
@@ -19,14 +20,7 @@ from jaxspec.decoding.requests import (
     request_keys,
 )
 from jaxspec.decoding.sampling import Sampling, SamplingRows
-from jaxspec.decoding.schedule import (
-    UNKNOWN,
-    Adaptive,
-    Batch,
-    Habit,
-    decode_rows,
-    init_habit,
-)
+from jaxspec.decoding.schedule import Adaptive, Batch, decode_rows
 from jaxspec.decoding.state import Decoder, DecodeState, Params
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.kept_curves import keep_curve, kept_curve

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from jaxspec.decoding.budget import StepTimes
 from jaxspec.decoding.fitting import VerifySize
+from jaxspec.decoding.habit import Habit
 from jaxspec.decoding.schedule import (
     Batch,
     Fixed,
-    Habit,
     Schedule,
     draft_of,
     run_if,

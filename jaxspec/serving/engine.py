@@ -16,9 +16,10 @@ import jax
 import numpy as np
 
 from jaxspec.decoding.curve import Curve
+from jaxspec.decoding.habit import MAX_SIZES
 from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.requests import stop_ids_of
-from jaxspec.decoding.schedule import MAX_SIZES, Batch
+from jaxspec.decoding.schedule import Batch
 from jaxspec.decoding.state import Prefilling, Requests
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.drafters.base import LoadedDrafter

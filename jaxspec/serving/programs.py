@@ -13,10 +13,11 @@ import numpy as np
 from jaxspec.decoding.budget import StepTimes
 from jaxspec.decoding.curve import only, setup_of, take_turn
 from jaxspec.decoding.fitting import VerifySize, doubling_sizes
+from jaxspec.decoding.habit import Habit, init_habit
 from jaxspec.decoding.halves import draft_rows, judge_rows
 from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.requests import capacity_for, decoder_for, pack
-from jaxspec.decoding.schedule import Adaptive, Batch, Habit, decode_rows, init_habit
+from jaxspec.decoding.schedule import Adaptive, Batch, decode_rows
 from jaxspec.decoding.state import Prefilling, Requests
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.models.target import Target

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxspec.decoding.habit import UNKNOWN
 from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.prefill import begin_prefill, end_prefill, prefill_chunk
 from jaxspec.decoding.sampling import NO_TOKEN, greedy_rows
-from jaxspec.decoding.schedule import UNKNOWN, Batch
+from jaxspec.decoding.schedule import Batch
 from jaxspec.decoding.state import Decoder, DecodeState, Params, Prefilling, Requests
 from jaxspec.models.state import LayerStates
 

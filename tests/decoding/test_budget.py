@@ -14,8 +14,8 @@ import pytest
 
 from jaxspec.decoding import budget, schedule
 from jaxspec.decoding.budget import StepTimes, survival
+from jaxspec.decoding.habit import KINDS, UNKNOWN, choose_size, foresee, init_habit
 from jaxspec.decoding.round import accept_matches
-from jaxspec.decoding.schedule import KINDS, UNKNOWN, init_habit
 from jaxspec.decoding.state import Draft
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
 from jaxspec.trees.tree import DraftTree, ancestors, chain
@@ -146,9 +146,9 @@ def by_engine(survivals, older, times):
 
     def one(s, drafts):
         tree = chain(drafts[:, 0], drafts, jnp.full(2, DEPTH), jnp.log(conditional(s)))
-        fresh = schedule.foresee(tree, habit, kind)
+        fresh = foresee(tree, habit, kind)
         past = fresh if older is None else older[:, -1]
-        size = schedule.choose_size(past, habit, kind, times)
+        size = choose_size(past, habit, kind, times)
         return schedule.keep(fresh, running, size, times)
 
     return jax.vmap(one)(survivals, jnp.array(PAIRS))

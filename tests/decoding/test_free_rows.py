@@ -11,18 +11,12 @@ import pytest
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.curve import only
 from jaxspec.decoding.fitting import doubling_sizes
+from jaxspec.decoding.habit import UNKNOWN, init_habit
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, decoder_for, pack, request_keys
 from jaxspec.decoding.sampling import Sampling
-from jaxspec.decoding.schedule import (
-    UNKNOWN,
-    Adaptive,
-    Batch,
-    Fixed,
-    decode_rows,
-    init_habit,
-)
+from jaxspec.decoding.schedule import Adaptive, Batch, Fixed, decode_rows
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.small_model import SmallModel
 from pallas_kernels.tree_attention.xla import BLOCK, tree_attention_xla

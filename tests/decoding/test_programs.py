@@ -13,6 +13,7 @@ from jaxspec.config import TreeConfig
 from jaxspec.decoding import schedule
 from jaxspec.decoding.curve import only
 from jaxspec.decoding.fitting import doubling_sizes
+from jaxspec.decoding.habit import init_habit
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, decoder_for, pack, request_keys
@@ -145,7 +146,7 @@ def test_no_copy_of_a_cache_in_served_rounds(drafter, served, batch):
         decoder,
         params,
         schedule.Batch(state, requests.sampling, survivals),
-        schedule.init_habit(size, drafter.drafter.depth),
+        init_habit(size, drafter.drafter.depth),
         only(sizes, 0),
         np.int32(1),
         schedule=served,

@@ -9,23 +9,18 @@ import jax.numpy as jnp
 import pytest
 
 from jaxspec.decoding.budget import StepTimes
-from jaxspec.decoding.schedule import (
+from jaxspec.decoding.habit import (
     KINDS,
     PATIENCE,
     UNKNOWN,
-    Adaptive,
     choose_size,
-    cut,
     foresee,
     init_habit,
-    keep,
-    kind_of,
     learn,
     probe,
-    push,
     rested,
-    size_of_round,
 )
+from jaxspec.decoding.schedule import Adaptive, cut, keep, kind_of, push, size_of_round
 from jaxspec.decoding.state import Draft
 from jaxspec.trees.tree import chain
 
@@ -54,7 +49,7 @@ def test_drafts_that_do_not_pay_are_tried_ever_less_often(probes, young, wait):
     def at(idle, kinds=(1, KINDS)):
         known = habit(idle=idle, probes=probes)
         rows = jnp.array(kinds), jnp.array([young, False])
-        return int(probe(known, Adaptive(), *rows, times_of(1.0, 1.1)))
+        return int(probe(known, Adaptive().probe, *rows, times_of(1.0, 1.1)))
 
     assert PATIENCE == 4
     assert [at(wait - 1), at(wait)] == [0, 1]
@@ -122,7 +117,7 @@ def test_dear_drafts_are_tried_more_seldom(drafted, wait):
 
     def at(idle):
         rows = jnp.array([1, 1]), jnp.array([True, True])
-        return int(probe(habit(idle=idle), Adaptive(), *rows, times_of(1.0, drafted)))
+        return int(probe(habit(idle=idle), Adaptive().probe, *rows, times_of(1.0, drafted)))
 
     assert [at(wait - 1), at(wait + 1)] == [0, 1]
 
