@@ -26,8 +26,8 @@ class Bench:
 
     All drafters answer the same prompts, interleaved with plain decoding; one table compares
     them. Name a drafter as for `generate --drafter`; its own options follow after commas:
-    DRAFTER[,tree=KIND][,head=none][,width=W][,candidates=C]. `evaluate` runs larger
-    comparisons, which can be resumed.
+    DRAFTER[,tree=KIND][,head=none][,scores=confidence][,width=W][,candidates=C]. `evaluate`
+    explains them, and runs larger comparisons, which can be resumed.
 
     Examples:
       python -m jaxspec bench --drafters ngram shipped shipped+ngram --prompts prompts.jsonl

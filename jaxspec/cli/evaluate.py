@@ -18,9 +18,10 @@ from jaxspec.cli.prompt_sets import chosen, encoded
 class Evaluate:
     """Compare decoders on prompt sets: tokens per round, speed, and what each phase costs.
 
-    A decoder is NAME=DRAFTER[,tree=KIND][,head=none][,budget=N][,width=W][,candidates=C]
-    [,dtype=D], with drafters as for `generate`; head=none drops the sequential head, which
-    gives the trees of DDTree and JetSpec. Plain decoding is always timed too.
+    A decoder is NAME=DRAFTER[,tree=KIND][,head=none][,scores=confidence][,budget=N]
+    [,width=W][,candidates=C][,dtype=D], with drafters as for `generate`. head=none drops the
+    sequential head, which gives the trees of DDTree and JetSpec; scores=confidence ranks nodes
+    by the confidence head. Plain decoding is always timed too.
 
     An interrupted run resumes when started again: it keeps the results in its output.
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxspec.config import TREE_KINDS, TreeConfig
 from jaxspec.drafters.base import LoadedDrafter
-from jaxspec.drafters.joined import change_drafter
+from jaxspec.drafters.joined import change_drafter, with_survival
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.weights import abstract_weights
 from jaxspec.loading import load_drafter, load_target
@@ -28,6 +28,8 @@ class Contender:
       tree: one of `config.TREE_KINDS`; None for prompt lookup, which has its own.
       head: "own", or "none" to drop a block drafter's sequential head, so that every depth is
         scored independently, as in DFlash, DDTree and JetSpec.
+      scores: of a tree's nodes: "own", the drafter's probabilities, or "confidence", the
+        survival probabilities of its confidence head, as a server under load uses.
       width, candidates: see `TreeConfig`.
       budget: nodes verified per round, root included; `measure.tau` takes several budgets.
       dtype: of the target and the drafter.
@@ -37,6 +39,7 @@ class Contender:
     drafter: str
     tree: str | None = None
     head: str = "own"
+    scores: str = "own"
     width: int = 4
     candidates: int = 16
     budget: int = 8
@@ -55,14 +58,15 @@ class Contender:
         else:
             check("tree", self.tree in TREE_KINDS, f"one of {', '.join(TREE_KINDS)}")
         check("head", self.head in ("own", "none"), "own or none")
+        check("scores", self.scores in ("own", "confidence"), "own or confidence")
         check("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         for name in ("width", "candidates", "budget"):
             check(name, getattr(self, name) >= 1, "at least 1")
 
     @classmethod
     def parse(cls, text: str, *, dtype: str = "float32") -> Contender:
-        """Parses `NAME=DRAFTER[,tree=KIND][,head=none][,budget=N][,width=W][,candidates=C]
-        [,dtype=D]`.
+        """Parses `NAME=DRAFTER[,tree=KIND][,head=none][,scores=confidence][,budget=N]
+        [,width=W][,candidates=C][,dtype=D]`.
 
         The default tree is a chain. Args: dtype: the default dtype.
 
@@ -110,7 +114,8 @@ class Entry:
 
         def change(loaded):
             loaded = without_head(loaded) if c.head == "none" else loaded
-            return dataclasses.replace(loaded, drafter=loaded.drafter.with_tree(config))
+            loaded = dataclasses.replace(loaded, drafter=loaded.drafter.with_tree(config))
+            return by_confidence(loaded) if c.scores == "confidence" else loaded
 
         return change_drafter(loaded, change)
 
@@ -133,6 +138,21 @@ def without_head(loaded: LoadedDrafter) -> LoadedDrafter:
         dataclasses.replace(drafter, config=config, tree=tree, survival_scores=False),
         dataclasses.replace(params, head=nnx.State(kept)),
     )
+
+
+def by_confidence(loaded: LoadedDrafter) -> LoadedDrafter:
+    """Scores a block drafter's nodes by its confidence head.
+
+    Raises:
+      ValueError: it has no such head, or its tree cannot be scored so.
+    """
+    scored = with_survival(loaded)
+    if not getattr(scored.drafter, "survival_scores", False):
+        raise ValueError(
+            "scores=confidence: the drafter has no confidence head, or a tree that it does not "
+            "score; expected tree=chain or tree=path_conditioned, or leave the option out"
+        )
+    return scored
 
 
 def entry_of(name: str, target: Target, loaded: LoadedDrafter) -> Entry:

@@ -6,7 +6,7 @@ import pytest
 
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.weights import bind
-from jaxspec.evaluation.contenders import without_head
+from jaxspec.evaluation.contenders import Contender, Entry, without_head
 from tests.drafters import cases
 
 
@@ -23,3 +23,25 @@ def test_without_its_head_a_drafter_proposes_the_base_logits_argmax(kind):
     base = head.logits(whole.params.vocabulary, stream)
     tokens = drafted[0].tokens[0, 1 : depth + 1]
     np.testing.assert_array_equal(tokens, base[0].argmax(-1))
+
+
+@pytest.mark.parametrize("tree", ["chain", "path_conditioned"])
+def test_nodes_are_scored_by_the_confidence_head_where_asked(tree):
+    loaded = cases.loaded("dspark", TreeConfig())
+    for scores in ("own", "confidence"):
+        contender = Contender.parse(f"x=run,tree={tree},scores={scores}")
+        drafter = Entry(contender, None, loaded).sized().drafter
+        assert drafter.survival_scores == (scores == "confidence")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("dspark", "tree=top_budget"), ("jetspec", "tree=chain")]
+)
+def test_a_drafter_without_confidence_is_not_scored_by_it(kind, options):
+    entry = Entry(
+        Contender.parse(f"x=run,{options},scores=confidence"),
+        None,
+        cases.loaded(kind, TreeConfig()),
+    )
+    with pytest.raises(ValueError, match="scores=confidence: .* has no confidence head"):
+        entry.sized()
