@@ -34,7 +34,7 @@ KINDS = {
     "ours": "causal slots, RNN head",
     "dflash2": "DFlash2: convolutions, selector",
     "dflash2-data": "DFlash2, labels from the data",
-    "eagle3": "EAGLE-3",
+    "eagle3": "EAGLE-3, a pass per depth",
 }
 CONTRASTS = (  # what changes, and the two decoders whose ratio of tau says what it does
     ("causal masking, chain", "jetspec chain", "dflash chain"),
