@@ -175,7 +175,8 @@ def picture(found: dict[float, Lines], budget: int):
     """A panel per temperature: kinds side by side, a dot with its interval per tree."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.1 * len(found)), layout="constrained")
+    width = max(9, 1.1 * max(len(kinds(lines)) for lines in found.values()))
+    figure = Figure(figsize=(width, 3.1 * len(found)), layout="constrained")
     panels = figure.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0]
     for panel, (temperature, lines) in zip(panels, found.items(), strict=True):
         names = kinds(lines)
@@ -193,7 +194,7 @@ def picture(found: dict[float, Lines], budget: int):
                 look = dict(fmt="o", color=colour, ms=5, lw=1.4)
                 panel.errorbar(x, y, [below, above], label=tree, **look)
         labels = [textwrap.fill(KINDS[kind], 13) for kind in names]
-        panel.set_xticks(range(len(names)), labels, fontsize=9)
+        panel.set_xticks(range(len(names)), labels, fontsize=8)
         panel.set_title(f"temperature {temperature:g}", loc="left", fontsize=10, color=QUIET)
         panel.set_ylabel("tokens per round (tau)")
         panel.grid(axis="y", color="#e3e7eb", lw=0.7)
