@@ -118,14 +118,16 @@ def change_drafter(
 
 
 def with_survival(loaded: LoadedDrafter) -> LoadedDrafter:
-    """The drafter with scores from its confidence head, if it has one."""
+    """The drafter with chains scored by its confidence head, if it has one.
+
+    Trees keep the drafter's own probabilities, which rank their nodes better (docs/results.md).
+    """
 
     def change(loaded):
         drafter, config = loaded.drafter, loaded.drafter.head_config
         if config is None or config.confidence is None:
             return loaded
-        kind = drafter.tree.kind
-        if kind == "chain" or (kind == "path_conditioned" and config.sequential):
+        if drafter.tree.kind == "chain":
             drafter = dataclasses.replace(drafter, survival_scores=True)
         return dataclasses.replace(loaded, drafter=drafter)
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxspec.config import TREE_KINDS, TreeConfig
 from jaxspec.drafters.base import LoadedDrafter
-from jaxspec.drafters.joined import change_drafter, with_survival
+from jaxspec.drafters.joined import change_drafter
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.weights import abstract_weights
 from jaxspec.loading import load_drafter, load_target
@@ -29,7 +29,7 @@ class Contender:
       head: "own", or "none" to drop a block drafter's sequential head, so that every depth is
         scored independently, as in DFlash, DDTree and JetSpec.
       scores: of a tree's nodes: "own", the drafter's probabilities, or "confidence", the
-        survival probabilities of its confidence head, as a server under load uses.
+        survival probabilities of its confidence head, as a server scores chains.
       width, candidates: see `TreeConfig`.
       budget: nodes verified per round, root included; `measure.tau` takes several budgets.
       dtype: of the target and the drafter.
@@ -146,13 +146,13 @@ def by_confidence(loaded: LoadedDrafter) -> LoadedDrafter:
     Raises:
       ValueError: it has no such head, or its tree cannot be scored so.
     """
-    scored = with_survival(loaded)
-    if not getattr(scored.drafter, "survival_scores", False):
-        raise ValueError(
-            "scores=confidence: the drafter has no confidence head, or a tree that it does not "
-            "score; expected tree=chain or tree=path_conditioned, or leave the option out"
-        )
-    return scored
+    if loaded.drafter.head_config is None:
+        raise ValueError("scores=confidence: the drafter has no confidence head; leave it out")
+    try:
+        drafter = dataclasses.replace(loaded.drafter, survival_scores=True)
+    except ValueError as error:
+        raise ValueError(f"scores=confidence: {error}; leave the option out") from error
+    return dataclasses.replace(loaded, drafter=drafter)
 
 
 def entry_of(name: str, target: Target, loaded: LoadedDrafter) -> Entry:

@@ -43,5 +43,5 @@ def test_a_drafter_without_confidence_is_not_scored_by_it(kind, options):
         None,
         cases.loaded(kind, TreeConfig()),
     )
-    with pytest.raises(ValueError, match="scores=confidence: .* has no confidence head"):
+    with pytest.raises(ValueError, match="scores=confidence: survival_scores needs .*; leave"):
         entry.sized()

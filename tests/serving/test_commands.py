@@ -1,5 +1,6 @@
 """`serve` and `calibrate` as commands."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -54,10 +55,14 @@ def test_temperatures_that_do_not_fit_are_refused(folder, values):
     assert (folder / "config.json").read_text() == before
 
 
-def test_confidence_scores_where_there_is_a_head(folder):
+def test_confidence_scores_chains_where_there_is_a_head(folder):
     from jaxspec.drafters.base import LoadedDrafter
 
-    assert with_survival(LoadedDrafter(*load(folder))).drafter.survival_scores
+    loaded = LoadedDrafter(*load(folder))
+    for kind in ("chain", "path_conditioned"):
+        drafter = dataclasses.replace(loaded.drafter, tree=TreeConfig(kind, 8))
+        scored = with_survival(dataclasses.replace(loaded, drafter=drafter))
+        assert scored.drafter.survival_scores == (kind == "chain")
     for name in ("lookup", "itself"):
         assert with_survival(engines.DRAFTERS[name]) is engines.DRAFTERS[name]
 
