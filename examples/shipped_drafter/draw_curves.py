@@ -1,6 +1,6 @@
 """Draws what `curves.sh` measured: tau of drafters that differ from `base` in one thing each.
 
-    python draw_curves.py curves.jsonl --into README.md
+python draw_curves.py curves.jsonl --into README.md
 """
 
 from __future__ import annotations
