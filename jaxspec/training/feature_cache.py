@@ -155,8 +155,9 @@ def _index(
         os.replace(partial, path)
         return index
     index = read_json(path)
-    if set(settings["taps"]) <= set(index.get("taps", ())):
-        asked = asked | {"taps": index["taps"]}
+    held = index.get("taps")
+    if isinstance(held, list) and all(tap in held for tap in settings["taps"]):
+        asked = asked | {"taps": held}
     other = [
         f"{name} {index.get(name)!r}, expected {value!r}"
         for name, value in asked.items()

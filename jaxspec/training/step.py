@@ -52,7 +52,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW; see `transition` for RNN heads."""
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(
             learning_rate(config, steps),
@@ -60,8 +60,13 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
             b2=config.beta2,
             weight_decay=config.weight_decay,
         ),
-        optax.stateless(slowed),
     )
+
+    def update(slopes, state, weights=None):  # the state stays as in earlier checkpoints
+        updates, state = chain.update(slopes, state, weights)
+        return slowed(updates), state
+
+    return optax.GradientTransformation(chain.init, update)
 
 
 def init_state(

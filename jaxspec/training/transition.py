@@ -25,7 +25,7 @@ def as_markov(weights: nnx.State) -> nnx.State:
     return _changed(weights, only_previous)
 
 
-def slowed(updates: nnx.State, weights: nnx.State | None = None) -> nnx.State:
+def slowed(updates: nnx.State) -> nnx.State:
     """An optimizer's updates, those of an RNN head's transition times `RATE`."""
     return _changed(updates, lambda update: RATE * update)
 

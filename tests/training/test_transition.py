@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from jaxspec.drafters.weights import bind, random_weights
@@ -42,3 +43,11 @@ def test_only_the_transition_moves_slowly():
 def test_other_heads_are_left_alone():
     weights = random_weights(tiny.DRAFTER, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, as_markov(weights), weights)
+
+
+def test_the_optimizers_state_is_that_of_earlier_checkpoints():
+    """Orbax restores only what has the same structure."""
+    weights = random_weights(tiny.DRAFTER, jax.random.key(0))
+    earlier = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lambda step: 1.0))
+    found = optimizer(OptimizerConfig(), 10).init(weights)
+    assert jax.tree.structure(found) == jax.tree.structure(earlier.init(weights))
