@@ -22,7 +22,7 @@ def bench_entries(
     """Every drafter with every budget.
 
     Args:
-      drafters: each DRAFTER with options of `Contender.parse` but its budget; without a tree,
+      drafters: each DRAFTER with options of `Contender.parse`, not budget, dtype; without tree,
         the default tree of `jaxspec.load_drafter`.
       budgets: nodes verified per round, root included.
 
