@@ -67,10 +67,7 @@ GPU_PYTHON = $(BIN)/python
 GOLDEN := $(wildcard ../shared/golden)
 
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/gpu)   ## checks and timings on the GPU of this machine
-	PYTHONPATH=. $(GPU_PYTHON) examples/gpu/check.py $(GOLDEN:%=--golden %)
-	PYTHONPATH=. $(GPU_PYTHON) examples/gpu/steps.py
-	PYTHONPATH=. $(GPU_PYTHON) examples/gpu/replay.py
-	PYTHONPATH=. $(GPU_PYTHON) examples/gpu/small.py
+	PYTHON=$(GPU_PYTHON) GOLDEN=$(GOLDEN) examples/gpu/campaign.sh
 
 $(INTERCHANGE)/ready: tests/interchange/requirements.txt tests/interchange/programs.txt
 	$(PYTHON) -m venv $(INTERCHANGE)

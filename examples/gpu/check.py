@@ -4,8 +4,8 @@
 
 - kernels: `pytest -m gpu`, every kernel against its definition;
 - ties: of equal values the one of lowest index comes first, as trees and argmax rely on;
-- lossless: a small random target, every drafter and every tree, greedy and sampled: tokens
-  equal plain decoding's, in float32;
+- lossless: small random targets (dense, experts, gated delta nets), every drafter and every
+  tree, greedy and sampled: tokens equal plain decoding's, in float32;
 - golden: traces of the original implementations, tokens and tokens committed per round, where
   their folder is given.
 """
@@ -15,13 +15,16 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # pytest has a process of its own
 
@@ -31,10 +34,18 @@ import numpy as np
 import timing
 
 from jaxspec.api import generate
-from jaxspec.config import TREE_KINDS, DrafterConfig, TargetConfig, TreeConfig
+from jaxspec.config import (
+    TREE_KINDS,
+    DeltaNetConfig,
+    DrafterConfig,
+    TargetConfig,
+    TreeConfig,
+)
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter, block_params
+from jaxspec.drafters.eagle import EagleDrafter, eagle_params
+from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.drafters.joined import with_lookup
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.small_model import SmallModel
@@ -44,6 +55,7 @@ from jaxspec.models.target import Target
 from jaxspec.trees.candidates import top_logits
 
 LEVEL = "--xla_backend_optimization_level"
+WORKERS = 6  # processes of pytest, if pytest-xdist is installed
 NEW_TOKENS = 40
 SIZES = (97, 7), (4096, 63), (151_936, 63)  # (vocabulary, tokens to find)
 
@@ -68,6 +80,15 @@ TARGETS["experts"] = dataclasses.replace(
     norm_topk_prob=True,
     sparse_layers=(0, 2),
 )
+TARGETS["delta nets"] = dataclasses.replace(
+    TARGETS["dense"],
+    delta_net=DeltaNetConfig(
+        layers=(0, 2), key_heads=2, value_heads=4, key_dim=32, value_dim=32
+    ),
+    rotary_dim=16,
+    attention_gate=True,
+    zero_centered_norms=True,
+)
 SAMPLINGS = [Sampling(), Sampling(temperature=0.7), Sampling(), Sampling(1, top_p=0.9)]
 PROMPT_LENGTHS = (1, 5, 130, 30)
 
@@ -79,6 +100,15 @@ HEADS = {
     "rnn": dict(taps=(0, 1), causal=True, sequential="rnn"),
     "treeflash": dict(taps=(0, 2), block_size=8, sequential="mlp", confidence="hidden"),
     "window": dict(taps=(0, 1), block_size=8, window=4),
+    "dflash2": dict(
+        taps=(0, 1),
+        sequential="bilinear",
+        rank=6,
+        candidates=8,
+        conv_taps=2,
+        conv_group=16,
+        block_size=8,
+    ),
 }
 LOW_RANK = dict(predict_next=True, rank=6, confidence="hidden_and_previous", block_size=7)
 
@@ -88,17 +118,23 @@ GOLDEN_TREES = {
     "dspark_vanilla": TreeConfig("chain", size=8),
     "dspark_rnn": TreeConfig("chain", size=8),
     "treeflash_a": TreeConfig("transitions", size=40, width=6, candidates=5),
+    "dflash2_a": TreeConfig("chain", size=8),
+    "dflash2_window_a": TreeConfig("chain", size=8),
+    "eagle3_a": TreeConfig("chain", size=6),
+    "eagle3_speculators_a": TreeConfig("chain", size=6),
 }
 
 
 def kernels() -> dict:
-    """`pytest -m gpu` in a process of its own."""
+    """`pytest -m gpu` in processes of its own, several if pytest-xdist is installed."""
     flags = os.environ.get("XLA_FLAGS", "")
     if LEVEL not in flags:  # the tests' own default is the fastest to compile
         flags += f" {LEVEL}=3"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = "-m pytest -q -m gpu -p no:cacheprovider tests/pallas_kernels".split()
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
         subprocess.run(
             [sys.executable, *command, f"--junitxml={report}"],
             cwd=timing.ROOT,
@@ -158,13 +194,39 @@ def head(kind: str) -> DrafterConfig:
     )
 
 
-@functools.cache
-def block_weights(kind: str, of: str):
-    """Random, and large enough for every part to matter; none is left at zero or one."""
-    leaves, tree = jax.tree.flatten(random_weights(head(kind), jax.random.key(1)))
+def shaken(spec_weights):
+    """Weights large enough for every part to matter; none is left at zero or one."""
+    leaves, tree = jax.tree.flatten(spec_weights)
     random = np.random.default_rng(2)
     leaves = [x + 0.3 * random.standard_normal(x.shape).astype(np.float32) for x in leaves]
-    return block_params(jax.tree.unflatten(tree, leaves), target(of).params)
+    return jax.tree.unflatten(tree, leaves)
+
+
+@functools.cache
+def block_weights(kind: str, of: str):
+    return block_params(
+        shaken(random_weights(head(kind), jax.random.key(1))), target(of).params
+    )
+
+
+@functools.cache
+def eagle(of: str) -> tuple[EagleConfig, Any]:
+    """EAGLE-3's head for a target, and its params."""
+    c = TARGETS[of]
+    config = EagleConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        target_hidden_size=c.hidden_size,
+        intermediate_size=48,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=64,
+        target_layers=c.num_layers,
+        taps=(-1, 0, 1),
+        steps=5,
+    )
+    weights = shaken(random_weights(config, jax.random.key(1)))
+    return config, eagle_params(weights, target(of).params)
 
 
 def drafters(of: str, quick: bool) -> dict[tuple[str, str], LoadedDrafter]:
@@ -173,18 +235,25 @@ def drafters(of: str, quick: bool) -> dict[tuple[str, str], LoadedDrafter]:
     Args:
       quick: one block drafter with its trees, and those that need no training.
     """
+    small = "dense" if TARGETS[of].delta_net else of  # what drafts keeps keys and values
     found = {
         ("ngram", "merged"): LoadedDrafter(PromptLookup()),
-        ("small", "chain"): LoadedDrafter(SmallModel(TARGETS[of]), target(of).params),
+        ("small", "chain"): LoadedDrafter(SmallModel(TARGETS[small]), target(small).params),
     }
+
+    def grown(tree: str) -> TreeConfig:
+        return TreeConfig(tree, size=8 if tree == "chain" else 40, width=3, candidates=6)
+
     for kind in ("dspark",) if quick else HEADS:
         for tree in TREE_KINDS:
-            if tree == "transitions" and head(kind).sequential in (None, "rnn"):
+            if tree == "transitions" and head(kind).sequential in (None, "rnn", "bilinear"):
                 continue
-            size = 8 if tree == "chain" else 40
-            grown = TreeConfig(tree, size=size, width=3, candidates=6)
-            static = BlockDrafter(head(kind), grown)
+            static = BlockDrafter(head(kind), grown(tree))
             found[kind, tree] = LoadedDrafter(static, block_weights(kind, of))
+    if not quick:
+        config, params = eagle(of)
+        for tree in ("chain", "path_conditioned"):
+            found["eagle3", tree] = LoadedDrafter(EagleDrafter(config, grown(tree)), params)
     joined = found["dspark", "best_first"]
     found["dspark+ngram", "best_first"] = with_lookup(joined)
     return found
@@ -198,10 +267,10 @@ def completions(of: str, **options) -> list:
     )
 
 
-def lossless(plain: list, future) -> dict:
-    """Raises where a token differs from plain decoding's."""
+def lossless(plain, future) -> dict:
+    """Raises where a token of a future's completions differs from plain decoding's."""
     done = future.result()
-    expected = [completion.token_ids for completion in plain]
+    expected = [completion.token_ids for completion in plain.result()]
     found = [completion.token_ids for completion in done]
     for row, (ours, right) in enumerate(zip(found, expected, strict=True)):
         if ours != right:
@@ -231,43 +300,64 @@ def golden(folder: Path, name: str) -> dict:
             if completion.token_ids[:new] != prompt["ar"][:new]:
                 raise AssertionError(f"prompt {i}: {how} tokens differ from the original's")
         recorded = prompt.get("tree_accept") or prompt["accept"]
+        if "block_sizes" in prompt:  # the original shortens its last blocks
+            whole = max(prompt["block_sizes"])
+            sizes = prompt["block_sizes"]
+            recorded = [n for n, s in zip(recorded, sizes, strict=False) if s == whole]
         # The last round may be cut short by the limit of new tokens.
         committed = list(drafted.stats.committed)[:-1]
-        if committed != recorded[: len(committed)]:
+        both = min(len(committed), len(recorded))
+        if not both or committed[:both] != recorded[:both]:
             raise AssertionError(f"prompt {i} committed {committed}, the original {recorded}")
     tau = np.mean([completion.stats.tau for completion in done])
     return dict(prompts=len(prompts), tau=round(float(tau), 3))
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Everything runs at once: the tests in processes of their own, generations in threads."""
     options = parse(arguments)
     rows = timing.Rows("check", options, rates=False)
-    rows.measure(kernels, check="kernels")
-    rows.measure(ties, check="ties")
-    tiny = options.model == "tiny"
-    for of in ("dense",) if tiny else TARGETS:
-        settings = dict(check="lossless", target=of)
-        missing = {
-            (drafter, tree): loaded
-            for (drafter, tree), loaded in drafters(of, tiny or of == "experts").items()
-            if not rows.known(**settings, drafter=drafter, tree=tree)
+    with concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
+
+        def submit(known: dict, work: Callable, *args, **kwargs):
+            return None if rows.known(**known) else pool.submit(work, *args, **kwargs)
+
+        tested = submit(dict(check="kernels"), kernels)
+        traced = {
+            name: submit(dict(check="golden", case=name), golden, options.golden, name)
+            for name in (GOLDEN_TREES if options.golden else ())
         }
-        if not missing or rows.left <= 0:
-            continue
-        plain = completions(of)
-        with concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
-            futures = {
-                name: pool.submit(completions, of, drafter=loaded)
-                for name, loaded in missing.items()
-            }
-            for (drafter, tree), future in futures.items():
-                find = functools.partial(lossless, plain, future)
-                rows.measure(find, **settings, drafter=drafter, tree=tree)
-    for name in GOLDEN_TREES:
-        if options.golden:
-            find = functools.partial(golden, options.golden, name)
-            rows.measure(find, check="golden", case=name)
+        compared = [
+            (settings, plain, future)
+            for of in (("dense",) if options.model == "tiny" else TARGETS)
+            for settings, plain, future in _comparisons(of, options, pool, rows)
+        ]
+        rows.measure(ties, check="ties")
+        for name, future in traced.items():
+            rows.measure(_result(future), check="golden", case=name)
+        for settings, plain, future in compared:
+            rows.measure(functools.partial(lossless, plain, future), **settings)
+        rows.measure(_result(tested), check="kernels")
+        if rows.left <= 0:
+            pool.shutdown(cancel_futures=True)
     return rows.finish()
+
+
+def _comparisons(of: str, options, pool, rows: timing.Rows):
+    """(settings, the plain generations, those of a drafter) of one target, all begun."""
+    quick = options.model == "tiny" or of != "dense"
+    plain = None
+    for (drafter, tree), loaded in drafters(of, quick).items():
+        settings = dict(check="lossless", target=of, drafter=drafter, tree=tree)
+        if rows.known(**settings):
+            continue
+        plain = plain or pool.submit(completions, of)
+        yield settings, plain, pool.submit(completions, of, drafter=loaded)
+
+
+def _result(future: concurrent.futures.Future | None) -> Callable[[], dict]:
+    """What a row is measured by; a row that is known has no future and needs none."""
+    return dict if future is None else future.result
 
 
 def parse(arguments: list[str] | None):

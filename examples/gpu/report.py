@@ -32,6 +32,7 @@ SETTINGS = {
     ),
     "small": ("model", "dtype", "prompts", "new_tokens", "tree", "nodes"),
     "tune": ("batch", "nodes", "heads", "kv_heads", "head_dim", "capacity", "dtype"),
+    "products": ("model", "product", "nodes", "tile"),
     "peer": ("model", "length", "torch", "transformers", "way", "nodes"),
 }
 
@@ -60,7 +61,7 @@ def read(folder: Path, card: str | None) -> tuple[str, dict[str, list[dict]], di
         if row.get("header"):
             headers[script] = row
         elif not {"error", "skipped"} & row.keys():
-            rows[script][tuple(row.get(name) for name in SETTINGS[script])] = row
+            rows[script][tuple(str(row.get(name)) for name in SETTINGS[script])] = row
     return card, {script: list(kept.values()) for script, kept in rows.items()}, headers
 
 
@@ -178,6 +179,26 @@ def tune(rows: list[dict]) -> str:
     )
 
 
+def products(rows: list[dict]) -> str:
+    """XLA's time of each product beside the kernel's with its fastest tile."""
+    best: dict[tuple, dict] = {}
+    for row in rows:
+        both = best.setdefault((row["model"], row["product"], row["nodes"]), {})
+        kind = "kernel" if row["tile"] else "xla"
+        if kind not in both or row["us"] < both[kind]["us"]:
+            both[kind] = row
+
+    def line(key, both):
+        model, product, nodes = key
+        xla, kernel = both.get("xla", {}), both.get("kernel", {})
+        tile = "{columns} columns, {depth} deep, {steps} steps, {splits} splits"
+        described = tile.format(**kernel["tile"]) if kernel else None
+        return [f"{model}, {product}, {nodes}", xla.get("us"), kernel.get("us"), described]
+
+    columns = ["model, weight, nodes", "us, XLA", "us, kernel", "its tile"]
+    return table(columns, (line(*pair) for pair in best.items()))
+
+
 def peer(rows: list[dict]) -> str:
     return table(
         ["transformers", "nodes", "ms per round"],
@@ -282,6 +303,7 @@ def tables_of(
         ("replay", replay),
         ("small", small),
         ("tune", tune),
+        ("products", products),
         ("peer", peer),
     ):
         if rows[name]:

@@ -74,7 +74,7 @@ def fill(spec, seed: int, scale=lambda name: 0.02):
 
 def random_target(config: TargetConfig, dtype) -> TargetParams:
     """Weights of a target that counts."""
-    scales = dict(embed=1.0, out=5e-4, down=5e-4)
+    scales = dict(embed=1.0) | dict.fromkeys(("out", "output", "down", "shared_down"), 5e-4)
     spec = dataclasses.replace(abstract_params(config, dtype), lm_head=None)
     made = fill(spec, 0, lambda name: scales.get(name, 0.02))
     if config.tie_embeddings:

@@ -1,0 +1,208 @@
+"""Times the matrix products of a layer: XLA's, and a kernel for few rows (`skinny_matmul`).
+
+    python examples/gpu/products.py
+    cp out/gpu/products.json pallas_kernels/skinny_matmul/tiles.json
+
+With few nodes a product takes as long as reading its weight. XLA's products read at the
+memory's rate for one node, and at 0.7 … 0.9 of it for 64 (docs/h100.md). Every tile of the
+kernel that divides a product is tried; those that are faster than XLA are written for the
+library, which uses the kernel for no other product.
+
+Every call walks through more copies of the weight than the card's second-level cache holds.
+`share` compares with reading the weight at a copy's rate. Without a GPU only XLA is timed, on
+small shapes: times mean nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import timing
+from jax import lax
+from shapes import MODELS, dtype_here, normal
+
+from jaxspec.config import TargetConfig
+from jaxspec.models.params import abstract_params
+from pallas_kernels.skinny_matmul import skinny_matmul, skinny_swiglu
+from pallas_kernels.skinny_matmul.config import Tile, bucket, groups, padded
+from pallas_kernels.skinny_matmul.reference import (
+    skinny_matmul_reference,
+    skinny_swiglu_reference,
+)
+from pallas_kernels.tree_attention.config import MULTIPROCESSORS
+
+SECOND_LEVEL = 120e6  # bytes of weights per walk; more than twice the GPU's L2 cache
+CALLS = 160  # fewest calls timed in one program
+SHARED_MEMORY = 224 * 1024  # bytes that one program may have
+ACCUMULATED = 128 * 128  # float32 sums that the registers of a warp group hold
+BUSY = 0.6  # fewest multiprocessors with work, as a share, averaged over waves of programs
+GAIN = 0.98  # of XLA's time, at most, for the library to use the kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Some rows times a weight; with `swiglu` a weight [inner, 2, outer] and SwiGLU."""
+
+    inner: int
+    outer: int
+    swiglu: bool = False
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        return (self.inner, 2, self.outer) if self.swiglu else (self.inner, self.outer)
+
+    @property
+    def of_xla(self):
+        return jax.jit(skinny_swiglu_reference if self.swiglu else skinny_matmul_reference)
+
+    def of_kernel(self, tile: Tile):
+        call = skinny_swiglu if self.swiglu else skinny_matmul
+        return jax.jit(functools.partial(call, tile=tile))
+
+
+def products_of(config: TargetConfig) -> dict[str, Product]:
+    """The products of a model's layers, by the names of their weights."""
+    found = {}
+    for layer in abstract_params(config, jnp.bfloat16).layers:
+        for name in ("qkv", "out", "inputs", "output"):
+            if (weight := getattr(layer.attention, name, None)) is not None:
+                width = config.hidden_size
+                inner = weight.size // width if name in ("out", "output") else width
+                found[name] = Product(inner, weight.size // inner)
+        if hasattr(layer.mlp, "gate_up") and layer.mlp.gate_up.ndim == 3:
+            inner, _, outer = layer.mlp.gate_up.shape
+            found["swiglu"] = Product(inner, outer, swiglu=True)
+            found["down"] = Product(outer, inner)
+    return found
+
+
+def tiles(product: Product, nodes: int) -> list[Tile]:
+    """Those that divide a product and keep the card busy, with as many steps as fit."""
+    found, rows, weights = {}, padded(nodes), 2 if product.swiglu else 1
+    for columns, depth, splits, steps in itertools.product(
+        (64, 96, 128, 192, 256),
+        (64, 128),
+        (1,) if product.swiglu else (1, 2, 3, 4),
+        (3, 4, 6, 8),
+    ):
+        tile = Tile(columns, depth, steps, splits)
+        width = columns * weights
+        shared = (
+            2 * steps * (rows + width) * depth + 128 * rows
+        )  # as `skinny_matmul.mosaic` has
+        fits = shared <= SHARED_MEMORY and rows // groups(rows) * width <= ACCUMULATED
+        programs = product.outer // columns * splits
+        waves = programs / MULTIPROCESSORS
+        if (
+            tile.divides(product.inner, product.outer)
+            and fits
+            and waves / math.ceil(waves) > BUSY
+        ):
+            found[columns, depth, splits] = tile
+    return list(found.values())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def walk(call, rows, weights, times):
+    """Multiplies with one weight after another; each result decides the next operand."""
+
+    def once(_, rows):
+        for weight in weights:
+            out = call(rows, weight)
+            rows = rows + (1e-9 * out[:, :1]).astype(rows.dtype)
+        return rows
+
+    return lax.fori_loop(0, times, once, rows)
+
+
+def measure(product: Product, call, program, rows, weights, rates: dict) -> dict:
+    """us of a product, its share of the floor, and its difference from XLA's."""
+    right = product.of_xla(rows, weights[0]).astype(jnp.float32)
+    found = call(rows, weights[0]).astype(jnp.float32)
+    error = float(jnp.linalg.norm(found - right) / jnp.linalg.norm(right))
+    if not error < 1e-2:
+        raise ValueError(f"off by {error:.1e}, relative to XLA's product")
+    times = math.ceil(CALLS / len(weights))
+    run = functools.partial(program, rows, weights, jnp.int32(times))
+    found = timing.milliseconds(run, times * len(weights))
+    floor = weights[0].nbytes / rates["copy_gb_s"] / 1e6
+    us, share = 1e3 * found["ms"], floor / found["ms"]
+    return found | dict(us=round(us, 2), share=round(share, 3), difference=error)
+
+
+def compare(rows: timing.Rows, product: Product, settings: dict, options) -> list[dict]:
+    """Times XLA's product and every tile of the kernel, for every number of nodes.
+
+    Returns:
+      What the kernel does faster, as `pallas_kernels.skinny_matmul.config` reads it.
+    """
+    dtype = dtype_here()
+    copies = math.ceil(SECOND_LEVEL / (2 * math.prod(product.weight)))
+    *keys, key = jax.random.split(jax.random.key(0), 1 + (copies if options.kernel else 1))
+    weights = [normal(key, 0.02, shape=product.weight, dtype=dtype) for key in keys]
+    tried, jobs, found = {}, {}, []
+    for nodes in options.nodes:
+        x = normal(key, 1.0, shape=(nodes, product.inner), dtype=dtype)
+        for tile in [None, *(tiles(product, nodes) if options.kernel else [])]:
+            call = product.of_kernel(tile) if tile else product.of_xla
+            tried[nodes, tile] = call, x
+            jobs[nodes, tile] = functools.partial(_compile, call, x, weights)
+    programs = timing.compile_all(jobs, threads=options.threads, seconds=rows.left)
+
+    def find(case):
+        call, x = tried[case]
+        return measure(product, call, programs[case](), x, weights, rows.rates)
+
+    for nodes in options.nodes:
+        timed = {}
+        for case in (case for case in tried if case[0] == nodes):
+            tile = case[1] and dataclasses.asdict(case[1])
+            own = settings | dict(nodes=nodes, tile=tile)
+            timed[case[1]] = rows.measure(functools.partial(find, case), **own)
+        usual = timed.pop(None)
+        best = min(filter(None, timed.values()), key=lambda row: row["us"], default=None)
+        if usual and best and best["us"] <= GAIN * usual["us"]:
+            entry = dict(card=best["card"], rows=bucket(nodes), **dataclasses.asdict(product))
+            found.append(entry | dict(tile=best["tile"], us=best["us"], xla_us=usual["us"]))
+    return found
+
+
+def _compile(call, rows, weights):
+    return walk.lower(call, rows, weights, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    rows = timing.Rows("products", options)
+    faster = []
+    for name, product in products_of(MODELS[options.model]).items():
+        if name in (options.products or [name]):
+            settings = dict(model=options.model, product=name)
+            faster += compare(rows, product, settings, options)
+    options.tiles.parent.mkdir(parents=True, exist_ok=True)
+    options.tiles.write_text(json.dumps(faster, indent=1) + "\n")
+    print(f"wrote {len(faster)} tiles to {options.tiles}", file=sys.stderr)
+    return rows.finish()
+
+
+def parse(arguments: list[str] | None):
+    parser = timing.parser(__doc__.splitlines()[0], "products")
+    parser.add_argument("--model", choices=MODELS, default="qwen3-8b")
+    parser.add_argument("--products", nargs="+", help="names of weights; all by default")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--tiles", type=Path, default=Path("out/gpu/products.json"))
+    options = parser.parse_args(arguments)
+    options.kernel = jax.default_backend() == "gpu"
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

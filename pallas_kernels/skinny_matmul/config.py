@@ -1,0 +1,85 @@
+"""Chooses the kernel's tile for a product: one measured on this GPU, or none.
+
+XLA's own products are good, and only a measurement tells where the kernel is faster: without
+an entry for its card and shape a product stays XLA's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+
+# Written by `examples/gpu/products.py`: products that the kernel does faster than XLA.
+MEASURED = Path(__file__).with_name("tiles.json")
+ASSUMED_CARD = "NVIDIA H100 80GB HBM3"  # when a program is compiled without its GPU
+MIN_ROWS = 64  # of a warp group's product; fewer rows are padded
+FEWEST, MOST = 9, 256  # rows of products for which the kernel is considered
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """The work of one program.
+
+    Attributes:
+      columns: of the output.
+      depth: contracted elements per step.
+      steps: loads in flight.
+      splits: parts of the contracted axis, each summed by a separate program.
+    """
+
+    columns: int
+    depth: int
+    steps: int
+    splits: int = 1
+
+    def divides(self, inner: int, outer: int) -> bool:
+        """Whether it divides a product with a weight [inner, outer]."""
+        return outer % self.columns == 0 and inner % (self.depth * self.splits) == 0
+
+
+def groups(rows: int) -> int:
+    """Warp groups that share the rows of a program."""
+    return 1 if rows <= MIN_ROWS else 2
+
+
+def padded(rows: int) -> int:
+    """Rows that a product of so many computes."""
+    multiple = MIN_ROWS * groups(rows)
+    return -(-rows // multiple) * multiple
+
+
+def bucket(rows: int) -> int:
+    """Products of so many rows, up to a power of two, share a measurement."""
+    return 1 << (rows - 1).bit_length()
+
+
+def choose(
+    rows: int, inner: int, outer: int, *, swiglu: bool = False, card: str | None = None
+) -> Tile | None:
+    """The tile measured for rows [R, inner] and a weight [inner, outer]; None leaves it to XLA.
+
+    Args:
+      outer: outputs, of SwiGLU half as many as the weight has columns.
+      card: the GPU's `device_kind`; this machine's by default.
+    """
+    if not FEWEST <= rows <= MOST:
+        return None
+    if card is None:
+        on_gpu = jax.default_backend() == "gpu"
+        card = jax.devices()[0].device_kind if on_gpu else ASSUMED_CARD
+    return read_measured(MEASURED).get((card, bucket(rows), inner, outer, swiglu))
+
+
+@functools.cache
+def read_measured(path: Path) -> dict[tuple, Tile]:
+    """By (card, rows, inner, outer, swiglu), the tiles that were faster than XLA."""
+    return {
+        tuple(entry[name] for name in ("card", "rows", "inner", "outer", "swiglu")): Tile(
+            **entry["tile"]
+        )
+        for entry in json.loads(path.read_text())
+    }
