@@ -43,6 +43,7 @@ SECOND_LEVEL = 120e6  # bytes of weights per walk; more than twice the GPU's L2 
 CALLS = 160  # fewest calls timed in one program
 SHARED_MEMORY = 224 * 1024  # bytes that one program may have
 ACCUMULATED = 128 * 128  # float32 sums that the registers of a warp group hold
+STEPS = (3, 4, 5, 6, 8)  # loads in flight
 BUSY = 0.6  # fewest multiprocessors with work, as a share, averaged over waves of programs
 GAIN = 0.98  # of XLA's time, at most, for the library to use the kernel
 
@@ -85,33 +86,32 @@ def products_of(config: TargetConfig) -> dict[str, Product]:
 
 
 def tiles(product: Product, nodes: int) -> list[Tile]:
-    """Those that divide a product and keep the card busy, with as many steps as fit."""
+    """Those that divide a product and keep the card busy.
+
+    With as many steps as fit: of one program on a multiprocessor, and of two.
+    """
     found, rows, weights = {}, padded(nodes), 2 if product.swiglu else 1
-    for columns, depth, splits, steps in itertools.product(
-        (64, 96, 128, 192, 256),
-        (64, 128),
-        (1,) if product.swiglu else (1, 2, 3, 4),
-        (3, 4, 6, 8),
+    for columns, depth, splits, steps, beside in itertools.product(
+        (64, 96, 128, 192), (64, 128), (1,) if product.swiglu else (1, 2, 3, 4), STEPS, (1, 2)
     ):
         tile = Tile(columns, depth, steps, splits)
         width = columns * weights
-        shared = (
-            2 * steps * (rows + width) * depth + 128 * rows
-        )  # as `skinny_matmul.mosaic` has
-        fits = shared <= SHARED_MEMORY and rows // groups(rows) * width <= ACCUMULATED
-        programs = product.outer // columns * splits
-        waves = programs / MULTIPROCESSORS
+        # As `skinny_matmul.mosaic` has it.
+        shared = 2 * steps * (rows + width) * depth + 128 * rows + 1024
+        fits = beside * shared <= SHARED_MEMORY
+        fits &= beside * rows * width <= groups(rows) * ACCUMULATED
+        waves = product.outer // columns * splits / (beside * MULTIPROCESSORS)
         if (
             tile.divides(product.inner, product.outer)
             and fits
             and waves / math.ceil(waves) > BUSY
         ):
-            found[columns, depth, splits] = tile
-    return list(found.values())
+            found[columns, depth, splits, beside] = tile
+    return list(dict.fromkeys(found.values()))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def walk(call, rows, weights, times):
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def walk(call, rows, weights, times: int):
     """Multiplies with one weight after another; each result decides the next operand."""
 
     def once(_, rows):
@@ -130,9 +130,8 @@ def measure(product: Product, call, program, rows, weights, rates: dict) -> dict
     error = float(jnp.linalg.norm(found - right) / jnp.linalg.norm(right))
     if not error < 1e-2:
         raise ValueError(f"off by {error:.1e}, relative to XLA's product")
-    times = math.ceil(CALLS / len(weights))
-    run = functools.partial(program, rows, weights, jnp.int32(times))
-    found = timing.milliseconds(run, times * len(weights))
+    run = functools.partial(program, rows, weights)
+    found = timing.milliseconds(run, _times(weights) * len(weights))
     floor = weights[0].nbytes / rates["copy_gb_s"] / 1e6
     us, share = 1e3 * found["ms"], floor / found["ms"]
     return found | dict(us=round(us, 2), share=round(share, 3), difference=error)
@@ -145,7 +144,7 @@ def compare(rows: timing.Rows, product: Product, settings: dict, options) -> lis
       What the kernel does faster, as `pallas_kernels.skinny_matmul.config` reads it.
     """
     dtype = dtype_here()
-    copies = math.ceil(SECOND_LEVEL / (2 * math.prod(product.weight)))
+    copies = max(2, math.ceil(SECOND_LEVEL / (2 * math.prod(product.weight))))
     *keys, key = jax.random.split(jax.random.key(0), 1 + (copies if options.kernel else 1))
     weights = [normal(key, 0.02, shape=product.weight, dtype=dtype) for key in keys]
     tried, jobs, found = {}, {}, []
@@ -175,8 +174,12 @@ def compare(rows: timing.Rows, product: Product, settings: dict, options) -> lis
     return found
 
 
+def _times(weights: list) -> int:
+    return math.ceil(CALLS / len(weights))
+
+
 def _compile(call, rows, weights):
-    return walk.lower(call, rows, weights, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    return walk.lower(call, rows, weights, _times(weights)).compile()
 
 
 def main(arguments: list[str] | None = None) -> int:
