@@ -31,12 +31,9 @@ from shapes import MODELS, dtype_here, normal
 
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import abstract_params
-from pallas_kernels.skinny_matmul import skinny_matmul, skinny_swiglu
+from pallas_kernels.skinny_matmul import skinny_matmul
 from pallas_kernels.skinny_matmul.config import Tile, bucket, groups, padded
-from pallas_kernels.skinny_matmul.reference import (
-    skinny_matmul_reference,
-    skinny_swiglu_reference,
-)
+from pallas_kernels.skinny_matmul.reference import skinny_matmul_reference
 from pallas_kernels.tree_attention.config import MULTIPROCESSORS
 
 SECOND_LEVEL = 120e6  # bytes of weights per walk; more than twice the GPU's L2 cache
@@ -45,28 +42,16 @@ SHARED_MEMORY = 224 * 1024  # bytes that one program may have
 ACCUMULATED = 128 * 128  # float32 sums that the registers of a warp group hold
 STEPS = (3, 4, 5, 6, 8)  # loads in flight
 BUSY = 0.6  # fewest multiprocessors with work, as a share, averaged over waves of programs
+XLA = jax.jit(skinny_matmul_reference)
 GAIN = 0.98  # of XLA's time, at most, for the library to use the kernel
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Some rows times a weight; with `swiglu` a weight [inner, 2, outer] and SwiGLU."""
+    """Some rows times a weight [inner, outer]."""
 
     inner: int
     outer: int
-    swiglu: bool = False
-
-    @property
-    def weight(self) -> tuple[int, ...]:
-        return (self.inner, 2, self.outer) if self.swiglu else (self.inner, self.outer)
-
-    @property
-    def of_xla(self):
-        return jax.jit(skinny_swiglu_reference if self.swiglu else skinny_matmul_reference)
-
-    def of_kernel(self, tile: Tile):
-        call = skinny_swiglu if self.swiglu else skinny_matmul
-        return jax.jit(functools.partial(call, tile=tile))
 
 
 def products_of(config: TargetConfig) -> dict[str, Product]:
@@ -79,9 +64,8 @@ def products_of(config: TargetConfig) -> dict[str, Product]:
                 inner = weight.size // width if name in ("out", "output") else width
                 found[name] = Product(inner, weight.size // inner)
         if hasattr(layer.mlp, "gate_up") and layer.mlp.gate_up.ndim == 3:
-            inner, _, outer = layer.mlp.gate_up.shape
-            found["swiglu"] = Product(inner, outer, swiglu=True)
-            found["down"] = Product(outer, inner)
+            inner, both, outer = layer.mlp.gate_up.shape
+            found |= dict(gate_up=Product(inner, both * outer), down=Product(outer, inner))
     return found
 
 
@@ -90,16 +74,15 @@ def tiles(product: Product, nodes: int) -> list[Tile]:
 
     With as many steps as fit: of one program on a multiprocessor, and of two.
     """
-    found, rows, weights = {}, padded(nodes), 2 if product.swiglu else 1
+    found, rows = {}, padded(nodes)
     for columns, depth, splits, steps, beside in itertools.product(
-        (64, 96, 128, 192), (64, 128), (1,) if product.swiglu else (1, 2, 3, 4), STEPS, (1, 2)
+        (64, 96, 128, 192), (64, 128), (1, 2, 3, 4), STEPS, (1, 2)
     ):
         tile = Tile(columns, depth, steps, splits)
-        width = columns * weights
         # As `skinny_matmul.mosaic` has it.
-        shared = 2 * steps * (rows + width) * depth + 128 * rows + 1024
+        shared = 2 * steps * (rows + columns) * depth + 128 * rows + 1024
         fits = beside * shared <= SHARED_MEMORY
-        fits &= beside * rows * width <= groups(rows) * ACCUMULATED
+        fits &= beside * rows * columns <= groups(rows) * ACCUMULATED
         waves = product.outer // columns * splits / (beside * MULTIPROCESSORS)
         if (
             tile.divides(product.inner, product.outer)
@@ -123,10 +106,10 @@ def walk(call, rows, weights, times: int):
     return lax.fori_loop(0, times, once, rows)
 
 
-def measure(product: Product, call, program, rows, weights, rates: dict) -> dict:
+def measure(call, program, rows, weights, rates: dict) -> dict:
     """us of a product, its share of the floor, and its difference from XLA's."""
-    right = product.of_xla(rows, weights[0]).astype(jnp.float32)
-    found = call(rows, weights[0]).astype(jnp.float32)
+    right = XLA(rows, weights[0])
+    found = call(rows, weights[0])
     error = float(jnp.linalg.norm(found - right) / jnp.linalg.norm(right))
     if not error < 1e-2:
         raise ValueError(f"off by {error:.1e}, relative to XLA's product")
@@ -144,21 +127,22 @@ def compare(rows: timing.Rows, product: Product, settings: dict, options) -> lis
       What the kernel does faster, as `pallas_kernels.skinny_matmul.config` reads it.
     """
     dtype = dtype_here()
-    copies = max(2, math.ceil(SECOND_LEVEL / (2 * math.prod(product.weight))))
+    copies = max(2, math.ceil(SECOND_LEVEL / (2 * product.inner * product.outer)))
     *keys, key = jax.random.split(jax.random.key(0), 1 + (copies if options.kernel else 1))
-    weights = [normal(key, 0.02, shape=product.weight, dtype=dtype) for key in keys]
+    shape = product.inner, product.outer
+    weights = [normal(key, 0.02, shape=shape, dtype=dtype) for key in keys]
     tried, jobs, found = {}, {}, []
     for nodes in options.nodes:
         x = normal(key, 1.0, shape=(nodes, product.inner), dtype=dtype)
         for tile in [None, *(tiles(product, nodes) if options.kernel else [])]:
-            call = product.of_kernel(tile) if tile else product.of_xla
+            call = jax.jit(functools.partial(skinny_matmul, tile=tile)) if tile else XLA
             tried[nodes, tile] = call, x
             jobs[nodes, tile] = functools.partial(_compile, call, x, weights)
     programs = timing.compile_all(jobs, threads=options.threads, seconds=rows.left)
 
     def find(case):
         call, x = tried[case]
-        return measure(product, call, programs[case](), x, weights, rows.rates)
+        return measure(call, programs[case](), x, weights, rows.rates)
 
     for nodes in options.nodes:
         timed = {}
@@ -200,7 +184,7 @@ def parse(arguments: list[str] | None):
     parser = timing.parser(__doc__.splitlines()[0], "products")
     parser.add_argument("--model", choices=MODELS, default="qwen3-8b")
     parser.add_argument("--products", nargs="+", help="names of weights; all by default")
-    parser.add_argument("--nodes", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[64])
     parser.add_argument("--tiles", type=Path, default=Path("out/gpu/products.json"))
     options = parser.parse_args(arguments)
     options.kernel = jax.default_backend() == "gpu"

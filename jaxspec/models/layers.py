@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxspec.models.mesh import cut_axes
 from jaxspec.models.scaled import OutputsFirst, ScaledWeight, scaled_product
 from pallas_kernels.scaled_matmul import scaled_swiglu
-from pallas_kernels.skinny_matmul import skinny_matmul, skinny_swiglu
+from pallas_kernels.skinny_matmul import skinny_matmul
 
 
 def project(
@@ -61,7 +61,7 @@ def project_swiglu(
 ) -> jax.Array:
     """silu(gate) · up of activations [..., M] and a weight [M, 2, F]: [..., F].
 
-    Float32, except that kernels already round to the weight's dtype.
+    Float32, except that an 8-bit weight's kernel already rounds to the weight's dtype.
 
     Args:
       result: dtype to which gates and ups are rounded first.
@@ -69,10 +69,6 @@ def project_swiglu(
     if isinstance(gate_up, ScaledWeight):
         both = functools.partial(scaled_product, "...m,mcf->...f", function=scaled_swiglu)
         return _where_it_stands(both, x, gate_up)
-    if not isinstance(gate_up, OutputsFirst) and not cut_axes():
-        rows = x.reshape(-1, x.shape[-1]).astype(gate_up.dtype)
-        if (found := skinny_swiglu(rows, gate_up)) is not None:
-            return found.reshape(*x.shape[:-1], -1)
     return swiglu(project("...m,mcf->...cf", x, gate_up, result))
 
 

@@ -1,2 +1,1 @@
 from pallas_kernels.skinny_matmul.api import skinny_matmul as skinny_matmul
-from pallas_kernels.skinny_matmul.api import skinny_swiglu as skinny_swiglu

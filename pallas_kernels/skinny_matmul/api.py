@@ -9,10 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.skinny_matmul.config import Tile, choose
-from pallas_kernels.skinny_matmul.reference import (
-    skinny_matmul_reference,
-    skinny_swiglu_reference,
-)
+from pallas_kernels.skinny_matmul.reference import skinny_matmul_reference
 from pallas_kernels.slopes import with_slope_of
 
 
@@ -28,32 +25,19 @@ def skinny_matmul(
     Raises:
       ValueError: the given tile does not divide the product.
     """
-    return _call(skinny_matmul_reference, "skinny_matmul_mosaic", rows, weight, tile)
-
-
-def skinny_swiglu(
-    rows: Float[Array, "R I"], weight: Float[Array, "I 2 F"], *, tile: Tile | None = None
-) -> Float[Array, "R F"] | None:
-    """See `skinny_swiglu_reference` for the meaning, `skinny_matmul` for the rest."""
-    return _call(skinny_swiglu_reference, "skinny_swiglu_mosaic", rows, weight, tile)
-
-
-def _call(reference, kernel: str, rows, weight, tile: Tile | None) -> jax.Array | None:
-    inner, outer = weight.shape[0], weight.shape[-1]
     narrow = rows.dtype == weight.dtype == jnp.bfloat16
-    found = tile or (
-        choose(len(rows), inner, outer, swiglu=weight.ndim == 3) if narrow else None
-    )
+    found = tile or (choose(len(rows), *weight.shape) if narrow else None)
     if found is None:
         return None
-    if not (narrow and found.divides(inner, outer)):
+    if not (narrow and found.divides(*weight.shape)):
         raise ValueError(
             f"{found} is not for rows {rows.shape} and a weight {weight.shape}, both of "
             f"{weight.dtype}: expected bfloat16, a multiple of {found.columns} outputs and of "
             f"{found.depth * found.splits} inputs"
         )
-    from pallas_kernels.skinny_matmul import mosaic  # a second to import
+    from pallas_kernels.skinny_matmul.mosaic import skinny_matmul_mosaic  # slow to import
 
-    run = functools.partial(getattr(mosaic, kernel), tile=found)
-    by_platform = functools.partial(jax.lax.platform_dependent, cuda=run, default=reference)
-    return with_slope_of(reference, by_platform)(rows, weight)
+    kernel = functools.partial(skinny_matmul_mosaic, tile=found)
+    definition = skinny_matmul_reference
+    by_platform = functools.partial(jax.lax.platform_dependent, cuda=kernel, default=definition)
+    return with_slope_of(definition, by_platform)(rows, weight)

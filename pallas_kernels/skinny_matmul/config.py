@@ -17,7 +17,7 @@ import jax
 MEASURED = Path(__file__).with_name("tiles.json")
 ASSUMED_CARD = "NVIDIA H100 80GB HBM3"  # when a program is compiled without its GPU
 MIN_ROWS = 64  # of a warp group's product; fewer rows are padded
-FEWEST, MOST = 9, 256  # rows of products for which the kernel is considered
+FEWEST, MOST = 9, 128  # rows of products for which the kernel is considered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +57,10 @@ def bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def choose(
-    rows: int, inner: int, outer: int, *, swiglu: bool = False, card: str | None = None
-) -> Tile | None:
+def choose(rows: int, inner: int, outer: int, *, card: str | None = None) -> Tile | None:
     """The tile measured for rows [R, inner] and a weight [inner, outer]; None leaves it to XLA.
 
     Args:
-      outer: outputs, of SwiGLU half as many as the weight has columns.
       card: the GPU's `device_kind`; this machine's by default.
     """
     if not FEWEST <= rows <= MOST:
@@ -71,15 +68,13 @@ def choose(
     if card is None:
         on_gpu = jax.default_backend() == "gpu"
         card = jax.devices()[0].device_kind if on_gpu else ASSUMED_CARD
-    return read_measured(MEASURED).get((card, bucket(rows), inner, outer, swiglu))
+    return read_measured(MEASURED).get((card, bucket(rows), inner, outer))
 
 
 @functools.cache
 def read_measured(path: Path) -> dict[tuple, Tile]:
-    """By (card, rows, inner, outer, swiglu), the tiles that were faster than XLA."""
+    """By (card, rows, inner, outer), the tiles that were faster than XLA."""
     return {
-        tuple(entry[name] for name in ("card", "rows", "inner", "outer", "swiglu")): Tile(
-            **entry["tile"]
-        )
+        tuple(entry[name] for name in ("card", "rows", "inner", "outer")): Tile(**entry["tile"])
         for entry in json.loads(path.read_text())
     }
