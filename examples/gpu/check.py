@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -229,33 +229,38 @@ def eagle(of: str) -> tuple[EagleConfig, Any]:
     return config, eagle_params(weights, target(of).params)
 
 
-def drafters(of: str, quick: bool) -> dict[tuple[str, str], LoadedDrafter]:
-    """Every drafter for a target with every tree it can grow, by (drafter, tree).
+def drafters(of: str, quick: bool) -> dict[tuple[str, str], Callable[[], LoadedDrafter]]:
+    """What makes each drafter for a target with each tree it can grow, by (drafter, tree).
 
     Args:
       quick: one block drafter with its trees, and those that need no training.
     """
     small = "dense" if TARGETS[of].delta_net else of  # what drafts keeps keys and values
+
+    def tree_of(kind: str) -> TreeConfig:
+        return TreeConfig(kind, size=8 if kind == "chain" else 40, width=3, candidates=6)
+
+    def small_model() -> LoadedDrafter:
+        return LoadedDrafter(SmallModel(TARGETS[small]), target(small).params)
+
+    def block(kind: str, tree: str) -> LoadedDrafter:
+        return LoadedDrafter(BlockDrafter(head(kind), tree_of(tree)), block_weights(kind, of))
+
+    def eagle3(tree: str) -> LoadedDrafter:
+        config, params = eagle(of)
+        return LoadedDrafter(EagleDrafter(config, tree_of(tree)), params)
+
     found = {
-        ("ngram", "merged"): LoadedDrafter(PromptLookup()),
-        ("small", "chain"): LoadedDrafter(SmallModel(TARGETS[small]), target(small).params),
+        ("ngram", "merged"): lambda: LoadedDrafter(PromptLookup()),
+        ("small", "chain"): small_model,
+        ("dspark+ngram", "best_first"): lambda: with_lookup(block("dspark", "best_first")),
     }
-
-    def grown(tree: str) -> TreeConfig:
-        return TreeConfig(tree, size=8 if tree == "chain" else 40, width=3, candidates=6)
-
     for kind in ("dspark",) if quick else HEADS:
         for tree in TREE_KINDS:
-            if tree == "transitions" and head(kind).sequential in (None, "rnn", "bilinear"):
-                continue
-            static = BlockDrafter(head(kind), grown(tree))
-            found[kind, tree] = LoadedDrafter(static, block_weights(kind, of))
-    if not quick:
-        config, params = eagle(of)
-        for tree in ("chain", "path_conditioned"):
-            found["eagle3", tree] = LoadedDrafter(EagleDrafter(config, grown(tree)), params)
-    joined = found["dspark", "best_first"]
-    found["dspark+ngram", "best_first"] = with_lookup(joined)
+            if tree != "transitions" or head(kind).sequential not in (None, "rnn", "bilinear"):
+                found[kind, tree] = functools.partial(block, kind, tree)
+    for tree in () if quick else ("chain", "path_conditioned"):
+        found["eagle3", tree] = functools.partial(eagle3, tree)
     return found
 
 
@@ -267,9 +272,9 @@ def completions(of: str, **options) -> list:
     )
 
 
-def lossless(plain, future) -> dict:
-    """Raises where a token of a future's completions differs from plain decoding's."""
-    done = future.result()
+def lossless(plain, of: str, make: Callable[[], LoadedDrafter]) -> dict:
+    """Raises where a drafter's tokens differ from plain decoding's, a future's result."""
+    done = completions(of, drafter=make())
     expected = [completion.token_ids for completion in plain.result()]
     found = [completion.token_ids for completion in done]
     for row, (ours, right) in enumerate(zip(found, expected, strict=True)):
@@ -317,47 +322,39 @@ def main(arguments: list[str] | None = None) -> int:
     """Everything runs at once: the tests in processes of their own, generations in threads."""
     options = parse(arguments)
     rows = timing.Rows("check", options, rates=False)
-    with concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
-
-        def submit(known: dict, work: Callable, *args, **kwargs):
-            return None if rows.known(**known) else pool.submit(work, *args, **kwargs)
-
-        tested = submit(dict(check="kernels"), kernels)
-        traced = {
-            name: submit(dict(check="golden", case=name), golden, options.golden, name)
-            for name in (GOLDEN_TREES if options.golden else ())
-        }
-        compared = [
-            (settings, plain, future)
-            for of in (("dense",) if options.model == "tiny" else TARGETS)
-            for settings, plain, future in _comparisons(of, options, pool, rows)
-        ]
-        rows.measure(ties, check="ties")
-        for name, future in traced.items():
-            rows.measure(_result(future), check="golden", case=name)
-        for settings, plain, future in compared:
-            rows.measure(functools.partial(lossless, plain, future), **settings)
-        rows.measure(_result(tested), check="kernels")
-        if rows.left <= 0:
-            pool.shutdown(cancel_futures=True)
+    rows.measure(ties, check="ties")
+    pool = concurrent.futures.ThreadPoolExecutor(options.threads)
+    begun = {
+        pool.submit(work): settings
+        for settings, work in jobs(options, pool)
+        if not rows.known(**settings)
+    }
+    limit = None if rows.left == float("inf") else max(0.0, rows.left)
+    try:
+        for future in concurrent.futures.as_completed(begun, limit):
+            rows.measure(future.result, begun=True, **begun.pop(future))
+    except TimeoutError:
+        for settings in begun.values():
+            rows.measure(dict, **settings)  # as skipped
+    pool.shutdown(wait=False, cancel_futures=True)
     return rows.finish()
 
 
-def _comparisons(of: str, options, pool, rows: timing.Rows):
-    """(settings, the plain generations, those of a drafter) of one target, all begun."""
-    quick = options.model == "tiny" or of != "dense"
-    plain = None
-    for (drafter, tree), loaded in drafters(of, quick).items():
-        settings = dict(check="lossless", target=of, drafter=drafter, tree=tree)
-        if rows.known(**settings):
-            continue
-        plain = plain or pool.submit(completions, of)
-        yield settings, plain, pool.submit(completions, of, drafter=loaded)
-
-
-def _result(future: concurrent.futures.Future | None) -> Callable[[], dict]:
-    """What a row is measured by; a row that is known has no future and needs none."""
-    return dict if future is None else future.result
+def jobs(options, pool) -> Iterator[tuple[dict, Callable[[], dict]]]:
+    """The settings and the work of every check but the first."""
+    yield dict(check="kernels"), kernels
+    for name in GOLDEN_TREES if options.golden else ():
+        yield (
+            dict(check="golden", case=name),
+            functools.partial(golden, options.golden, name),
+        )
+    for of in ("dense",) if options.model == "tiny" else TARGETS:
+        plain = pool.submit(completions, of)
+        for (drafter, tree), make in drafters(
+            of, options.model == "tiny" or of != "dense"
+        ).items():
+            settings = dict(check="lossless", target=of, drafter=drafter, tree=tree)
+            yield settings, functools.partial(lossless, plain, of, make)
 
 
 def parse(arguments: list[str] | None):

@@ -106,16 +106,19 @@ class Rows:
                 return row
         return None
 
-    def measure(self, find: Callable[[], dict], **settings) -> dict | None:
+    def measure(
+        self, find: Callable[[], dict], *, begun: bool = False, **settings
+    ) -> dict | None:
         """Writes the row `settings | find()` and returns it.
 
-        A row that is known is only returned; without time left one is written as skipped. An
-        exception is written and printed, and counts as a failure of the script.
+        A row that is known is only returned; without time left one is written as skipped,
+        unless its work has `begun`. An exception is written and printed, and counts as a
+        failure of the script.
         """
         if (row := self.known(**settings)) is not None:
             return row
         row = self._of_all | settings
-        if self.left <= 0:
+        if self.left <= 0 and not begun:
             self._write(row | dict(skipped="no time was left"))
             return None
         try:
