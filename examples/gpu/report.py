@@ -99,7 +99,7 @@ def steps(rows: list[dict], wanted: Callable[[str], bool]) -> str:
 
     def cell(place, case):
         row = cells.get((*place, case))
-        return row and f"{row['ms']:.3g} ({row['share']:.0%})"
+        return row and f"{row['ms']:.2f} ({row['share']:.0%})"
 
     return table(
         ["model, batch, tokens behind", *cases],
@@ -191,7 +191,7 @@ def products(rows: list[dict]) -> str:
     def line(key, both):
         model, product, nodes = key
         xla, kernel = both.get("xla", {}), both.get("kernel", {})
-        tile = "{columns} columns, {depth} deep, {steps} steps, {splits} splits"
+        tile = "{columns} columns, {depth} inputs a step, {steps} in flight, splits: {splits}"
         described = tile.format(**kernel["tile"]) if kernel else None
         return [f"{model}, {product}, {nodes}", xla.get("us"), kernel.get("us"), described]
 

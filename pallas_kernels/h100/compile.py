@@ -27,7 +27,13 @@ OPTIONS = {
     "xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False,
 }
 _DUMP = {"xla_dump_emitter_re": "ptx"}
-_COMPILERS = ("jaxlib", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm")
+_COMPILERS = (
+    "jaxlib",
+    "jax-cuda13-pjrt",
+    "jax-cuda13-plugin",
+    "nvidia-cuda-nvcc",
+    "nvidia-nvvm",
+)
 _ENTRY = re.compile(r"\.entry (\w+)\(")
 _USAGE = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
