@@ -171,8 +171,7 @@ def tune(rows: list[dict]) -> str:
                 row["ms"],
                 row["chosen_ms"],
                 row["cache_gb_s"],
-                "{rows} rows, {keys} keys, {nodes} nodes, {splits} splits, {warps} warps, "
-                "{stages} stages".format(**row["tile"]),
+                ", ".join(f"{name} {value}" for name, value in row["tile"].items()),
             ]
             for row in rows
         ),

@@ -26,7 +26,16 @@ import numpy as np
 import timing
 
 from jaxspec.trees.tree import causal_bits
-from pallas_kernels.tree_attention.config import MIN_TILE, Shape, TileConfig, choose, from_table
+from pallas_kernels.tree_attention.config import (
+    MIN_TILE,
+    MosaicTile,
+    Shape,
+    TileConfig,
+    choose,
+    from_table,
+    unsupported_by_mosaic,
+)
+from pallas_kernels.tree_attention.mosaic import tree_attention_mosaic
 from pallas_kernels.tree_attention.reference import tree_attention_reference
 from pallas_kernels.tree_attention.triton import tree_attention_triton
 
@@ -34,6 +43,7 @@ SECOND_LEVEL = 60e6  # bytes; more than the GPU's L2 cache
 SHARED_MEMORY = 227 * 1024  # bytes that one program may have
 REGISTERS = 200  # of a thread, for scores and outputs in float32: above, they spill
 KEPT = 2  # best tiles, which are tried with other splits
+SPLITS = (1, 2, 4, 8, 16, 32, 64)
 CALLS = 64  # fewest calls timed in one program
 
 
@@ -62,11 +72,12 @@ def cache_bytes(shape: Shape) -> int:
     return 2 * rows * shape.head_dim * jnp.dtype(shape.dtype).itemsize
 
 
-def attend(q, cache, lengths, k_new, v_new, ancestors, tile: TileConfig):
+def attend(q, cache, lengths, k_new, v_new, ancestors, tile: TileConfig | MosaicTile):
+    arrays = q, *cache, lengths, k_new, v_new, ancestors
+    if isinstance(tile, MosaicTile):
+        return tree_attention_mosaic(*arrays, scale=q.shape[-1] ** -0.5, tile=tile)
     options = dict(scale=q.shape[-1] ** -0.5, interpret=jax.default_backend() != "gpu")
-    return tree_attention_triton(
-        q, *cache, lengths, k_new, v_new, ancestors, tile=tile, **options
-    )
+    return tree_attention_triton(*arrays, tile=tile, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "loops"))
@@ -85,8 +96,8 @@ def loops(shape: Shape, caches: int) -> int:
     return 1 if jax.default_backend() != "gpu" else math.ceil(CALLS / caches)
 
 
-def candidates(shape: Shape) -> list[TileConfig]:
-    """Tiles with the table's splits, without those that cannot be fast."""
+def candidates(shape: Shape) -> list[TileConfig | MosaicTile]:
+    """Tiles with the table's splits, without those that cannot be fast, and Mosaic's."""
     table = from_table(shape)
     rows = shape.nodes * shape.group
     most = max(MIN_TILE, min(128, 1 << (rows - 1).bit_length()))
@@ -99,7 +110,15 @@ def candidates(shape: Shape) -> list[TileConfig]:
         tile = TileConfig(tile_rows, keys, table.nodes, table.splits, warps, stages)
         if fits(tile, shape):
             tiles.append(tile)
-    return list(dict.fromkeys(tiles))
+    return list(dict.fromkeys(tiles)) + of_mosaic(shape)
+
+
+def of_mosaic(shape: Shape) -> list[MosaicTile]:
+    """The Mosaic kernel's tiles, where there is a GPU and the kernel takes the shape."""
+    if jax.default_backend() != "gpu" or unsupported_by_mosaic(shape):
+        return []
+    most = max(1, shape.capacity // 128)
+    return [MosaicTile(splits, 4) for splits in SPLITS if splits <= most]
 
 
 def fits(tile: TileConfig, shape: Shape) -> bool:
@@ -111,10 +130,13 @@ def fits(tile: TileConfig, shape: Shape) -> bool:
     return registers <= REGISTERS and loads + queries <= SHARED_MEMORY
 
 
-def variations(tile: TileConfig, shape: Shape) -> list[TileConfig]:
-    """The same tile with other splits and other steps of new keys."""
+def variations(tile: TileConfig | MosaicTile, shape: Shape) -> list[TileConfig | MosaicTile]:
+    """The same tile with other splits, and other steps of new keys or of loads in flight."""
+    if isinstance(tile, MosaicTile):
+        others = of_mosaic(shape)
+        return others + [dataclasses.replace(other, steps=3) for other in others]
     usual, most = from_table(shape).splits, max(1, shape.capacity // tile.keys)
-    splits = [n for n in (1, 2, 4, 8, 16, 32, 64) if usual / 4 <= n <= min(most, 4 * usual)]
+    splits = [n for n in SPLITS if usual / 4 <= n <= min(most, 4 * usual)]
     tile = dataclasses.replace(tile, splits=usual)
     made = [dataclasses.replace(tile, splits=n) for n in splits]
     if tile.nodes > MIN_TILE:

@@ -20,7 +20,7 @@ from pallas_kernels.h100.target import mesh
 from pallas_kernels.scaled_matmul import config as scaled_config
 from pallas_kernels.scaled_matmul.api import scaled_matmul, scaled_swiglu
 from pallas_kernels.tree_attention.api import tree_attention
-from pallas_kernels.tree_attention.config import TILES, Shape, TileConfig, choose
+from pallas_kernels.tree_attention.config import TILES, Shape, TileConfig, choose, from_table
 from pallas_kernels.tree_delta_rule import tree_delta_rule
 from pallas_kernels.tree_level import Levels, grow_level
 
@@ -52,7 +52,8 @@ class AttentionCase:
 
     @property
     def chosen(self) -> TileConfig:
-        return self.tile or choose(self.shape)
+        tile = self.tile or choose(self.shape)
+        return tile if isinstance(tile, TileConfig) else from_table(self.shape)
 
     def __str__(self) -> str:
         s, t = self.shape, self.chosen

@@ -1,4 +1,4 @@
-"""Tree attention: dispatch to XLA or Triton."""
+"""Tree attention: dispatch to XLA, Triton or Mosaic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.tree_attention.config import Shape, TileConfig, choose, unsupported
+from pallas_kernels.tree_attention.config import (
+    MosaicTile,
+    Shape,
+    TileConfig,
+    choose,
+    unsupported,
+    unsupported_by_mosaic,
+)
 from pallas_kernels.tree_attention.reference import tree_attention_reference
 from pallas_kernels.tree_attention.xla import tree_attention_xla
 
@@ -30,7 +37,7 @@ def tree_attention(
     depths: Int[Array, "B N"] | None = None,
     window: int | None = None,
     implementation: str | None = None,
-    tile: TileConfig | None = None,
+    tile: TileConfig | MosaicTile | None = None,
     rows: int | None = None,
 ) -> Float[Array, "*nodes H D"]:
     """See `tree_attention_reference` for shapes and meaning.
@@ -42,13 +49,14 @@ def tree_attention(
       implementation: "xla" (any platform), "triton" (NVIDIA GPUs), or None:
         triton where the program is compiled for an NVIDIA GPU and the shape is supported,
         else xla.
-      tile: tile of the Triton kernel; chosen from the shapes by default.
+      tile: a tile of the Triton or of the Mosaic kernel, which "triton" stands for together;
+        chosen from the shapes by default.
       rows: at least B * N: the result is then [rows, H, D], nodes first and zeros after them,
         as input of a product of padded rows. Not supported under a mesh.
 
     Raises:
-      ValueError: "triton" is given and does not support this shape, or `window` is given
-        without `depths`.
+      ValueError: "triton" or a tile is given and does not support this shape, or `window` is
+        given without `depths`.
     """
     if window is not None and depths is None:
         raise ValueError("window is set but depths is None; a window needs the nodes' depths")
@@ -84,11 +92,11 @@ def _over_heads(attend, arrays) -> jax.Array:
 
 
 def _dispatch(*arrays, implementation, tile, rows, **options) -> jax.Array:
-    plain = functools.partial(_xla, tree_attention_xla, rows=rows, **options)
-    reference = functools.partial(_xla, tree_attention_reference, rows=rows, **options)
+    plain = functools.partial(_unpadded, tree_attention_xla, rows=rows, **options)
+    reference = functools.partial(_unpadded, tree_attention_reference, rows=rows, **options)
 
     def load():
-        kernel = functools.partial(_triton, rows=rows, tile=tile, **options)
+        kernel = functools.partial(_kernel, rows=rows, tile=tile, **options)
         return kernel, unsupported(_shape(*arrays[:2]))
 
     return dispatch(reference, load, arrays, implementation, xla=plain)
@@ -100,7 +108,8 @@ def _shape(q: jax.Array, k_cache: jax.Array) -> Shape:
     return Shape(batch, nodes, heads, kv_heads, dim, capacity, k_cache.dtype)
 
 
-def _xla(attention, *arrays, rows, **options):
+def _unpadded(attention, *arrays, rows, **options):
+    """An implementation that knows no padded rows."""
     result = attention(*arrays[:-1], depths=arrays[-1], **options)
     if rows is None:
         return result
@@ -108,9 +117,18 @@ def _xla(attention, *arrays, rows, **options):
     return jnp.pad(result, ((0, rows - result.shape[0]), (0, 0), (0, 0)))
 
 
-def _triton(*arrays, tile, **options):
-    tile = tile or choose(_shape(*arrays[:2]))
+def _kernel(*arrays, tile, **options):
+    shape, window = _shape(*arrays[:2]), options["window"]
+    tile = tile or choose(shape, window=window)
     # Pallas takes a fifth of a second to import: only where it is used.
+    if isinstance(tile, MosaicTile):
+        if reason := unsupported_by_mosaic(shape, window):
+            raise ValueError(f"{tile} does not take this: {reason}; give a TileConfig")
+        from pallas_kernels.tree_attention.mosaic import tree_attention_mosaic
+
+        return _unpadded(
+            functools.partial(tree_attention_mosaic, tile=tile), *arrays, **options
+        )
     from pallas_kernels.tree_attention.triton import tree_attention_triton
 
     return tree_attention_triton(*arrays[:-1], depths=arrays[-1], tile=tile, **options)

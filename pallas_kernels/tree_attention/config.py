@@ -20,6 +20,9 @@ MULTIPROCESSORS = 132  # of an H100 SXM
 MIN_TILE = 16  # the smallest side of a Triton matrix product
 MAX_SPLITS = 32
 
+BLOCK = 64  # nodes of a program of the Mosaic kernel, and keys of a step
+COMPUTING = 2  # warp groups of such a program, for different heads
+
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
@@ -54,6 +57,19 @@ class TileConfig:
                     f"TileConfig.{name} is {getattr(self, name)}; "
                     f"a matrix product needs at least {MIN_TILE}"
                 )
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicTile:
+    """How one call of the Mosaic kernel is divided into programs.
+
+    Attributes:
+      splits: programs that share the keys of one tile of rows.
+      steps: blocks of keys, and of values, in flight.
+    """
+
+    splits: int
+    steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +124,24 @@ def unsupported(shape: Shape) -> str | None:
     return None
 
 
-def choose(shape: Shape, card: str | None = None) -> TileConfig:
-    """The tile for a supported shape.
+def unsupported_by_mosaic(shape: Shape, window: int | None = None) -> str | None:
+    """Why the Mosaic kernel does not support this shape; None if it does."""
+    if jnp.dtype(shape.dtype) != jnp.bfloat16 or shape.head_dim not in (64, 128):
+        return f"heads of {shape.head_dim} in {shape.dtype}; expected 64 or 128 in bfloat16"
+    if shape.nodes % BLOCK or shape.capacity % BLOCK or shape.group % COMPUTING:
+        return (
+            f"{shape.nodes} nodes, {shape.capacity} cache rows and groups of {shape.group} "
+            f"heads; expected multiples of {BLOCK}, {BLOCK} and {COMPUTING}"
+        )
+    return None if window is None else f"a window of {window}; expected none"
+
+
+def choose(
+    shape: Shape, card: str | None = None, *, window: int | None = None
+) -> TileConfig | MosaicTile:
+    """The tile for a shape that the Triton kernel supports, of whichever kernel is faster.
+
+    The Mosaic kernel's only where it was measured on this GPU, for a shape that it supports.
 
     Args:
       card: the GPU's `device_kind`; this machine's by default.
@@ -117,10 +149,12 @@ def choose(shape: Shape, card: str | None = None) -> TileConfig:
     if card is None:
         on_gpu = jax.default_backend() == "gpu"
         card = jax.devices()[0].device_kind if on_gpu else ASSUMED_CARD
-    return measured(shape, card) or from_table(shape)
+    return measured(shape, card, window) or from_table(shape)
 
 
-def measured(shape: Shape, card: str) -> TileConfig | None:
+def measured(
+    shape: Shape, card: str, window: int | None = None
+) -> TileConfig | MosaicTile | None:
     """The tile of the most similar shape measured on a GPU, if near enough, else None.
 
     Nodes and capacity may differ; cache dtype, head dim, group and the number of key/value
@@ -139,6 +173,7 @@ def measured(shape: Shape, card: str) -> TileConfig | None:
         (sum(distances(other)), tile)
         for measured_on, other, tile in read_measured(MEASURED)
         if measured_on == card
+        and (isinstance(tile, TileConfig) or not unsupported_by_mosaic(shape, window))
         and kind(other) == kind(shape)
         and max(distances(other)) <= math.log2(NEAR)
     ]
@@ -146,13 +181,13 @@ def measured(shape: Shape, card: str) -> TileConfig | None:
 
 
 @functools.cache
-def read_measured(path: Path) -> tuple[tuple[str, Shape, TileConfig], ...]:
+def read_measured(path: Path) -> tuple[tuple[str, Shape, TileConfig | MosaicTile], ...]:
     """(card, shape, tile) of every entry of a file of measured tiles."""
     return tuple(
         (
             entry["card"],
             Shape(**entry["shape"] | dict(dtype=jnp.dtype(entry["shape"]["dtype"]))),
-            TileConfig(**entry["tile"]),
+            (TileConfig if "rows" in entry["tile"] else MosaicTile)(**entry["tile"]),
         )
         for entry in json.loads(path.read_text())
     )

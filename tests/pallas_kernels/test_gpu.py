@@ -14,7 +14,7 @@ from pallas_kernels.skinny_matmul import skinny_matmul
 from pallas_kernels.skinny_matmul.config import Tile
 from pallas_kernels.skinny_matmul.reference import skinny_matmul_reference
 from pallas_kernels.tree_attention import tree_attention
-from pallas_kernels.tree_attention.config import Shape, choose
+from pallas_kernels.tree_attention.config import MosaicTile, Shape, choose
 from pallas_kernels.tree_attention.triton import tree_attention_triton
 from pallas_kernels.tree_level import empty_levels
 from pallas_kernels.tree_level.reference import grow_level_reference
@@ -56,6 +56,24 @@ def test_tree_attention_with_the_chosen_tile(nodes, dim, dtype, window):
     options = dict(scale=0.125, window=window)
     found = jax.jit(lambda x: tree_attention(**x, **options, implementation="triton"))(arrays)
     error = np.abs(np.asarray(found, np.float64) - oracle(**arrays, **options)).max()
+    assert error < 10 * tolerance(case)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "heads", "dim"), [(64, 8, 128), (192, 4, 64), (256, 16, 128)]
+)
+@pytest.mark.parametrize(
+    "tile", [MosaicTile(1, 2), MosaicTile(4, 4), MosaicTile(16, 3)], ids=str
+)
+def test_tree_attention_by_mosaic(nodes, heads, dim, tile):
+    case = Case(Shape(3, nodes, heads, 2, dim, 640, jnp.dtype("bfloat16")), tile)
+    arrays = make_inputs(case, [640, 77, 0])
+    attend = jax.jit(
+        lambda x: tree_attention(**x, scale=0.125, tile=tile, implementation="triton")
+    )
+    error = np.abs(
+        np.asarray(attend(arrays), np.float64) - oracle(**arrays, scale=0.125, window=None)
+    ).max()
     assert error < 10 * tolerance(case)
 
 
