@@ -92,8 +92,8 @@ def _over_heads(attend, arrays) -> jax.Array:
 
 
 def _dispatch(*arrays, implementation, tile, rows, **options) -> jax.Array:
-    plain = functools.partial(_unpadded, tree_attention_xla, rows=rows, **options)
-    reference = functools.partial(_unpadded, tree_attention_reference, rows=rows, **options)
+    plain = functools.partial(_xla, tree_attention_xla, rows=rows, **options)
+    reference = functools.partial(_xla, tree_attention_reference, rows=rows, **options)
 
     def load():
         kernel = functools.partial(_kernel, rows=rows, tile=tile, **options)
@@ -108,8 +108,7 @@ def _shape(q: jax.Array, k_cache: jax.Array) -> Shape:
     return Shape(batch, nodes, heads, kv_heads, dim, capacity, k_cache.dtype)
 
 
-def _unpadded(attention, *arrays, rows, **options):
-    """An implementation that knows no padded rows."""
+def _xla(attention, *arrays, rows, **options):
     result = attention(*arrays[:-1], depths=arrays[-1], **options)
     if rows is None:
         return result
@@ -126,9 +125,8 @@ def _kernel(*arrays, tile, **options):
             raise ValueError(f"{tile} does not take this: {reason}; give a TileConfig")
         from pallas_kernels.tree_attention.mosaic import tree_attention_mosaic
 
-        return _unpadded(
-            functools.partial(tree_attention_mosaic, tile=tile), *arrays, **options
-        )
+        options.pop("window")
+        return tree_attention_mosaic(*arrays[:-1], tile=tile, **options)
     from pallas_kernels.tree_attention.triton import tree_attention_triton
 
     return tree_attention_triton(*arrays[:-1], depths=arrays[-1], tile=tile, **options)

@@ -21,9 +21,7 @@ from jax import lax
 
 from pallas_kernels.tree_attention.config import BLOCK, COMPUTING, MosaicTile
 from pallas_kernels.tree_attention.reference import related_nodes
-
-FLOOR = -1e30
-TINY = 1e-30  # below the total of any program that saw a key, which is at least 1
+from pallas_kernels.tree_attention.triton import FLOOR, TINY, join
 
 
 def heads_together(group: int) -> int:
@@ -42,14 +40,13 @@ def tree_attention_mosaic(
     *,
     scale: float,
     tile: MosaicTile,
-    depths: jax.Array | None = None,
-    window: None = None,
+    rows: int | None = None,
     **options,
 ) -> jax.Array:
     """See `tree_attention_reference` for shapes and meaning; cache rows must be finite.
 
     Args:
-      depths: not needed, as there is no window.
+      rows: see `tree_attention`.
       options: of `plgpu.kernel`.
     """
     batch, n, heads, dim = q.shape
@@ -79,14 +76,19 @@ def tree_attention_mosaic(
     hidden = jnp.where(related_nodes(ancestors, n), 0.0, -jnp.inf).astype(dtype)
     nodes = (x.astype(dtype) for x in (q, k_new, v_new))
     parts, logs = made(lengths, next(nodes), k_cache, v_cache, *nodes, hidden)
-    return _merge(parts, logs).astype(q.dtype)
 
+    def place(query):  # logs are [B, H, N]
+        node, head = query // heads, query % heads
+        return (node // n * heads + head) * n + node % n
 
-def _merge(parts: jax.Array, logs: jax.Array) -> jax.Array:
-    """Joins the splits, weighing each part by its share of the softmax."""
-    weights = jnp.exp2(logs - logs.max(axis=0)).swapaxes(2, 3)[..., None]  # [S, B, N, H, 1]
-    total = sum(w * part.astype(jnp.float32) for w, part in zip(weights, parts, strict=True))
-    return total / weights.sum(axis=0)
+    result = join(
+        parts.reshape(tile.splits, -1, dim),
+        logs.reshape(tile.splits, -1),
+        batch * n * heads if rows is None else rows * heads,
+        place,
+        interpret="interpret" in options,
+    )
+    return result.reshape(q.shape if rows is None else (rows, heads, dim)).astype(q.dtype)
 
 
 def _program(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -102,19 +103,36 @@ def tree_attention_triton(
     )(*inputs)
     padded = queries if rows is None else rows * heads
     if tile.splits > 1:
-        per_program = max(1, MERGE_ELEMENTS // (tile.splits * dim))
-        result = pl.pallas_call(
-            functools.partial(merge, rows=per_program),
-            out_shape=jax.ShapeDtypeStruct((padded, dim), dtype),
-            grid=(pl.cdiv(padded, per_program),),
-            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-            interpret=interpret,
-            name="tree_attention_merge",
-        )(*result)
+        result = join(*result, padded, interpret=interpret)
     elif padded > queries:
         result = jnp.pad(result, ((0, padded - queries), (0, 0)))
     shape = q.shape if rows is None else (rows, heads, dim)
     return result.reshape(shape).astype(q.dtype)
+
+
+def join(
+    parts: jax.Array,
+    logs: jax.Array,
+    padded: int,
+    place: Callable[[jax.Array], jax.Array] = lambda row: row,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Joins the splits [S, Q, D] of queries, whose logs are [S, Q]: [padded, D].
+
+    Args:
+      place: where the log of a query is.
+    """
+    splits, _, dim = parts.shape
+    per_program = max(1, MERGE_ELEMENTS // (splits * dim))
+    return pl.pallas_call(
+        functools.partial(merge, rows=per_program, place=place),
+        out_shape=jax.ShapeDtypeStruct((padded, dim), parts.dtype),
+        grid=(pl.cdiv(padded, per_program),),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="tree_attention_merge",
+    )(parts, logs)
 
 
 def _products(dtype, interpret: bool):
@@ -239,7 +257,7 @@ def attend(
     plgpu.store(log_ref.at[split, query], peak + jnp.log2(total), mask=real)
 
 
-def merge(out_ref, log_ref, result_ref, *, rows: int):
+def merge(out_ref, log_ref, result_ref, *, rows: int, place):
     """Joins the splits of `rows` queries, weighing each part by its share of the softmax.
 
     Results past the last query are zeros: equal shares of nothing.
@@ -248,7 +266,7 @@ def merge(out_ref, log_ref, result_ref, *, rows: int):
     row = pl.program_id(0) * rows + jnp.arange(rows)
     split = jnp.arange(splits)[:, None]
     exists = jnp.broadcast_to(row < queries, (splits, rows))
-    log = plgpu.load(log_ref.at[split, row[None, :]], mask=exists, other=FLOOR)
+    log = plgpu.load(log_ref.at[split, place(row)[None, :]], mask=exists, other=FLOOR)
     weight = jnp.exp2(log - log.max(0)[None, :])  # [splits, rows]
     lane = jnp.arange(dim)
     out = plgpu.load(
