@@ -35,10 +35,10 @@ def test_the_kernel_computes_the_definition(name):
     case = Case(Shape(*shape, BFLOAT16), MosaicTile(*tile))
     arrays = make_inputs(case, lengths)
     options = dict(scale=0.125, tile=case.tile, interpret=interpreted())
+    expected = oracle(**arrays, scale=0.125, window=None)
+    del arrays["depths"]  # for windows
     found = np.asarray(tree_attention_mosaic(**arrays, **options), np.float64)
-    assert np.abs(found - oracle(**arrays, scale=0.125, window=None)).max() < 10 * tolerance(
-        case
-    )
+    assert np.abs(found - expected).max() < 10 * tolerance(case)
 
 
 def lowered(shape: Shape, tile=None, window=None) -> str:
