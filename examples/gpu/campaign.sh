@@ -29,7 +29,7 @@ run() { # SCRIPT OPTIONS…
 stage() {
   case $1 in
     tiles)
-      run products --nodes 64 256 --tiles "$out/products.json"
+      run products --nodes 64 128 --tiles "$out/products.json"
       cp "$out/products.json" pallas_kernels/skinny_matmul/tiles.json
       run tune --nodes 64 256 --tiles "$out/tiles.json" ;;
     steps)
