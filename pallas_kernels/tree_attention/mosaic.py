@@ -10,8 +10,10 @@ multiplies while the other takes its softmax.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -91,233 +93,264 @@ def tree_attention_mosaic(
     return result.reshape(q.shape if rows is None else (rows, heads, dim)).astype(q.dtype)
 
 
+class _Shared(NamedTuple):
+    """What the warp groups of a program share: memory, and barriers of its blocks.
+
+    Attributes:
+      q, log: queries, then outputs, of each computing group, and the logs of its softmax.
+      k, v: blocks in flight.
+      hidden: 0 where a node sees another, else -inf, for each head of a group.
+      turn: whose turn it is to multiply.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    hidden: Any
+    log: Any
+    q_loaded: Any
+    k_loaded: Any
+    v_loaded: Any
+    hidden_loaded: Any
+    k_consumed: Any
+    v_consumed: Any
+    hidden_consumed: Any
+    turn: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What a program computes: 64 nodes of some heads against the blocks start … stop - 1.
+
+    Attributes:
+      length: rows of the prefix; `whole` blocks of it are full, `prefix` have any.
+    """
+
+    b: jax.Array
+    kv_head: jax.Array
+    first_head: jax.Array
+    nodes: Any
+    split: jax.Array
+    length: jax.Array
+    whole: jax.Array
+    prefix: jax.Array
+    start: jax.Array
+    stop: jax.Array
+    steps: int
+    together: int
+
+    def slot(self, block):
+        return lax.rem(block - self.start, self.steps)
+
+
 def _program(
-    lengths_ref, q_ref, k_ref, v_ref, k_new_ref, v_new_ref, hidden_ref, *refs, **static
+    lengths_ref, q_ref, k_ref, v_ref, k_new_ref, v_new_ref, hidden_ref, *out_refs, **static
 ):
-    """Allocates what the warp groups of a program share."""
-    dim, dtype = q_ref.shape[-1], q_ref.dtype
-    steps, together = static["tile"].steps, static["together"]
-    rows = together * BLOCK
-
-    def swizzled(*shape):
-        transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-    loaded = plgpu.Barrier(num_barriers=steps)
-    consumed = plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=steps)
-    pl.run_scoped(
-        functools.partial(
-            _attend,
-            (lengths_ref, q_ref, k_ref, v_ref, k_new_ref, v_new_ref, hidden_ref),
-            refs,
-            **static,
-        ),
-        swizzled(COMPUTING, rows, dim),
-        swizzled(steps, BLOCK, dim),
-        swizzled(steps, BLOCK, dim),
-        swizzled(rows, BLOCK),
-        plgpu.SMEM((COMPUTING, rows), jnp.float32),
-        plgpu.Barrier(num_arrivals=together, num_barriers=COMPUTING),
-        loaded,
-        loaded,
-        plgpu.Barrier(num_arrivals=together),
-        consumed,
-        consumed,
-        plgpu.Barrier(num_arrivals=COMPUTING),
-        plgpu.Barrier(num_arrivals=COMPUTING),
-        collective_axes="group",
-    )
-
-
-def _attend(
-    inputs,
-    outputs,
-    q_smem,
-    k_smem,
-    v_smem,
-    hidden_smem,
-    log_smem,
-    q_loaded,
-    k_loaded,
-    v_loaded,
-    hidden_loaded,
-    k_consumed,
-    v_consumed,
-    hidden_consumed,
-    turn,
-    *,
-    tile: MosaicTile,
-    scale: float,
-    together: int,
-    interpreted: bool,
-):
-    """One tile of query rows of one key/value head against one split of its keys."""
-    lengths_ref, q_ref, k_ref, v_ref, k_new_ref, v_new_ref, hidden_ref = inputs
-    out_ref, log_ref = outputs
+    """Divides the work, and gives each warp group its part."""
+    tile, together, interpreted = static["tile"], static["together"], static["interpreted"]
     n, heads, dim = q_ref.shape[1:]
     kv_heads = k_ref.shape[1]
     group, rows = heads // kv_heads, together * BLOCK
-    b, kv_head = (
-        lax.div(lax.axis_index("kv_head"), kv_heads),
-        lax.axis_index("kv_head") % kv_heads,
-    )
+    row, at = lax.axis_index("kv_head"), lax.axis_index("tile")
+    b, kv_head = lax.div(row, kv_heads), lax.rem(row, kv_heads)
     wide = group // (COMPUTING * together)  # programs that share 64 nodes
-    at, part = lax.div(lax.axis_index("tile"), wide), lax.axis_index("tile") % wide
-    nodes = pl.ds(at * BLOCK, BLOCK)
-    split, this = lax.axis_index("split"), lax.axis_index("group")
-    first_head = kv_head * group + part * (COMPUTING * together)
-
-    length = lengths_ref[b]
-    whole, prefix = lax.div(length, BLOCK), lax.div(length + BLOCK - 1, BLOCK)
+    length, split = lengths_ref[b], lax.axis_index("split")
+    prefix = lax.div(length + BLOCK - 1, BLOCK)
     blocks = prefix + n // BLOCK
     share = lax.div(blocks + tile.splits - 1, tile.splits)
     start = jnp.minimum(split * share, blocks)
-    stop = jnp.minimum(start + share, blocks)
+    work = _Work(
+        b=b,
+        kv_head=kv_head,
+        first_head=kv_head * group + lax.rem(at, wide) * (COMPUTING * together),
+        nodes=pl.ds(lax.div(at, wide) * BLOCK, BLOCK),
+        split=split,
+        length=length,
+        whole=lax.div(length, BLOCK),
+        prefix=prefix,
+        start=start,
+        stop=jnp.minimum(start + share, blocks),
+        steps=tile.steps,
+        together=together,
+    )
 
-    def slot_of(block):
-        return lax.rem(block - start, tile.steps)
+    def memory(*shape):
+        transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+        return plgpu.SMEM(shape, q_ref.dtype, transforms=transforms)
 
-    @pl.when(this == COMPUTING)
-    def _load():
-        plgpu.set_max_registers(40, action="decrease")
+    loaded = plgpu.Barrier(num_barriers=tile.steps)
+    consumed = plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=tile.steps)
+    shared = _Shared(
+        q=memory(COMPUTING, rows, dim),
+        k=memory(tile.steps, BLOCK, dim),
+        v=memory(tile.steps, BLOCK, dim),
+        hidden=memory(rows, BLOCK),
+        log=plgpu.SMEM((COMPUTING, rows), jnp.float32),
+        q_loaded=plgpu.Barrier(num_arrivals=together, num_barriers=COMPUTING),
+        k_loaded=loaded,
+        v_loaded=loaded,
+        hidden_loaded=plgpu.Barrier(num_arrivals=together),
+        k_consumed=consumed,
+        v_consumed=consumed,
+        hidden_consumed=plgpu.Barrier(num_arrivals=COMPUTING),
+        turn=plgpu.Barrier(num_arrivals=COMPUTING),
+    )
 
-        def load(block, key, value):
-            slot = slot_of(block)
+    @functools.partial(pl.run_scoped, shared=shared, collective_axes="group")
+    def _(shared):
+        this = lax.axis_index("group")
 
-            @pl.when(block - start >= tile.steps)
-            def _():
-                plgpu.barrier_wait(k_consumed.at[slot])
-
-            plgpu.copy_gmem_to_smem(key, k_smem.at[slot], k_loaded.at[slot])
-
-            @pl.when(block - start >= tile.steps)
-            def _():
-                plgpu.barrier_wait(v_consumed.at[slot])
-
-            plgpu.copy_gmem_to_smem(value, v_smem.at[slot], v_loaded.at[slot])
-
-        @pl.loop(start, jnp.minimum(stop, prefix))
-        def _(block):
-            own = b, kv_head, pl.ds(block * BLOCK, BLOCK)
-            load(block, k_ref.at[own], v_ref.at[own])
-
-        first = jnp.maximum(start, prefix)
-
-        @pl.loop(first, stop)
-        def _(block):
-            @pl.when(block > first)
-            def _():
-                plgpu.barrier_wait(hidden_consumed)
-
-            others = pl.ds((block - prefix) * BLOCK, BLOCK)
-            for i in range(together):
-                own = hidden_smem.at[pl.ds(i * BLOCK, BLOCK)]
-                plgpu.copy_gmem_to_smem(hidden_ref.at[b, nodes, others], own, hidden_loaded)
-            own = b, others, kv_head
-            load(block, k_new_ref.at[own], v_new_ref.at[own])
-
-        # Nothing is left to be seen when the barriers end.
-        @pl.loop(jnp.maximum(start, stop - tile.steps), stop)
-        def _(block):
-            plgpu.barrier_wait(k_consumed.at[slot_of(block)])
-            plgpu.barrier_wait(v_consumed.at[slot_of(block)])
-
-        @pl.when(first < stop)
+        @pl.when(this == COMPUTING)
         def _():
-            plgpu.barrier_wait(hidden_consumed)
+            _load(work, shared, (k_ref, v_ref), (k_new_ref, v_new_ref), hidden_ref)
 
-    @pl.when(this < COMPUTING)
-    def _compute():
-        plgpu.set_max_registers(232, action="increase")
-        q, log = q_smem.at[this], log_smem.at[this]
+        @pl.when(this < COMPUTING)
+        def _():
+            scale = static["scale"]
+            _compute(work, shared, this, q_ref, out_refs, scale=scale, interpreted=interpreted)
 
-        def heads_of(ref, index):
-            """Each head's rows of a block in shared memory, and where they are in memory."""
-            for i in range(together):
-                head = first_head + this * together + i
-                yield ref.at[pl.ds(i * BLOCK, BLOCK)], index(head)
 
-        for rows_of_head, own in heads_of(q, lambda head: (b, nodes, head)):
-            plgpu.copy_gmem_to_smem(q_ref.at[own], rows_of_head, q_loaded.at[this])
-        plgpu.barrier_wait(q_loaded.at[this])
+def _load(work: _Work, shared: _Shared, cache, new, hidden_ref):
+    """Loads the blocks of keys and values, as many ahead as there is memory for."""
+    plgpu.set_max_registers(40, action="decrease")
 
-        def laid_out(x):
-            """As a product's result is held in registers, or the maximum of its rows."""
-            layout = plgpu.Layout.WGMMA
-            return plgpu.layout_cast(x, layout if x.ndim == 2 else layout.reduce(1))
+    def load(block, source, own):
+        slot = work.slot(block)
+        key, value = (ref.at[own] for ref in source)
 
-        def pass_turn():
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(turn)
+        def when_free(consumed):
+            @pl.when(block - work.start >= work.steps)
+            def _():
+                plgpu.barrier_wait(consumed.at[slot])
 
-        def step(block, carry, mask):
-            out, peak, total = carry
-            slot = slot_of(block)
-            plgpu.barrier_wait(k_loaded.at[slot])
+        when_free(shared.k_consumed)
+        plgpu.copy_gmem_to_smem(key, shared.k.at[slot], shared.k_loaded.at[slot])
+        when_free(shared.v_consumed)
+        plgpu.copy_gmem_to_smem(value, shared.v.at[slot], shared.v_loaded.at[slot])
 
-            def multiply_keys(scores_ref):
-                plgpu.wgmma(scores_ref, q, k_smem.at[slot].transpose((1, 0)))
-                pass_turn()
-                return scores_ref[...]
+    @pl.loop(work.start, jnp.minimum(work.stop, work.prefix))
+    def _(block):
+        load(block, cache, (work.b, work.kv_head, pl.ds(block * BLOCK, BLOCK)))
 
-            scores = pl.run_scoped(multiply_keys, plgpu.ACC((rows, BLOCK), jnp.float32))
-            plgpu.barrier_arrive(k_consumed.at[slot])
-            scores = mask(scores * scale, block)
-            new_peak = jnp.maximum(peak, scores.max(axis=1))
-            decay = jnp.exp2(peak - new_peak)
-            p = jnp.exp2(scores - lax.broadcast_in_dim(new_peak, scores.shape, [0]))
-            out *= lax.broadcast_in_dim(decay, out.shape, [0])
-            total = total * decay + p.sum(axis=1)
-            narrow = p.astype(q.dtype)
-            out, new_peak, total, narrow = lax.optimization_barrier(
-                (out, new_peak, total, narrow)
-            )
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(v_loaded.at[slot])
-            plgpu.barrier_wait(turn)
+    first = jnp.maximum(work.start, work.prefix)
 
-            out = _add_product(out, narrow, v_smem.at[slot], interpreted)
-            plgpu.barrier_arrive(v_consumed.at[slot])
-            return out, new_peak, total
+    @pl.loop(first, work.stop)
+    def _(block):
+        @pl.when(block > first)
+        def _():
+            plgpu.barrier_wait(shared.hidden_consumed)
 
-        def all_seen(scores, block):
-            return scores
+        others = pl.ds((block - work.prefix) * BLOCK, BLOCK)
+        for i in range(work.together):
+            own = shared.hidden.at[pl.ds(i * BLOCK, BLOCK)]
+            source = hidden_ref.at[work.b, work.nodes, others]
+            plgpu.copy_gmem_to_smem(source, own, shared.hidden_loaded)
+        load(block, new, (work.b, others, work.kv_head))
 
-        def committed(scores, block):
-            iota = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
-            return jnp.where(iota + block * BLOCK < length, scores, -jnp.inf)
+    # A barrier ends when all that arrived at it was seen.
+    @pl.loop(jnp.maximum(work.start, work.stop - work.steps), work.stop)
+    def _(block):
+        plgpu.barrier_wait(shared.k_consumed.at[work.slot(block)])
+        plgpu.barrier_wait(shared.v_consumed.at[work.slot(block)])
 
-        def related(scores, block):
-            plgpu.barrier_wait(hidden_loaded)
-            scores = scores + hidden_smem[...].astype(jnp.float32)
-            plgpu.barrier_arrive(hidden_consumed)
-            return scores
+    @pl.when(first < work.stop)
+    def _():
+        plgpu.barrier_wait(shared.hidden_consumed)
 
-        def filled(value, *shape):
-            return laid_out(jnp.full(shape, value, jnp.float32))
 
-        carry = filled(0.0, rows, dim), filled(FLOOR, rows), filled(0.0, rows)
-        pl.when(this == 1)(pass_turn)
-        for first, last, mask in (
-            (start, jnp.minimum(stop, whole), all_seen),
-            (jnp.maximum(start, whole), jnp.minimum(stop, prefix), committed),
-            (jnp.maximum(start, prefix), stop, related),
-        ):
-            body = functools.partial(step, mask=mask)
-            carry = lax.fori_loop(first, last, body, carry)
-        pl.when(this == 0)(pass_turn)
+def _compute(work: _Work, shared: _Shared, this, q_ref, out_refs, *, scale, interpreted):
+    """Attention of the heads of one warp group."""
+    plgpu.set_max_registers(232, action="increase")
+    q, log = shared.q.at[this], shared.log.at[this]
+    rows, dim = q.shape
+    own_heads = [work.first_head + this * work.together + i for i in range(work.together)]
 
-        out, peak, total = carry
-        total = jnp.maximum(total, TINY)
-        out /= lax.broadcast_in_dim(total, out.shape, [0])
-        q[...] = out.astype(q.dtype)
-        log[...] = peak + jnp.log(total) * math.log2(math.e)
-        plgpu.commit_smem()
-        for rows_of_head, own in heads_of(q, lambda head: (split, b, nodes, head)):
-            plgpu.copy_smem_to_gmem(rows_of_head, out_ref.at[own])
-        for rows_of_head, own in heads_of(log, lambda head: (split, b, head, nodes)):
-            plgpu.copy_smem_to_gmem(rows_of_head, log_ref.at[own])
-        plgpu.wait_smem_to_gmem(0)
+    def of_each_head(ref):
+        return [ref.at[pl.ds(i * BLOCK, BLOCK)] for i in range(work.together)]
+
+    for head, part in zip(own_heads, of_each_head(q), strict=True):
+        source = q_ref.at[work.b, work.nodes, head]
+        plgpu.copy_gmem_to_smem(source, part, shared.q_loaded.at[this])
+    plgpu.barrier_wait(shared.q_loaded.at[this])
+
+    def all_seen(scores, block):
+        return scores
+
+    def committed(scores, block):
+        iota = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+        return jnp.where(iota + block * BLOCK < work.length, scores, -jnp.inf)
+
+    def related(scores, block):
+        plgpu.barrier_wait(shared.hidden_loaded)
+        scores = scores + shared.hidden[...].astype(jnp.float32)
+        plgpu.barrier_arrive(shared.hidden_consumed)
+        return scores
+
+    carry = _filled(0.0, rows, dim), _filled(FLOOR, rows), _filled(0.0, rows)
+    pl.when(this == 1)(functools.partial(_pass, shared.turn))
+    for first, last, mask in (
+        (work.start, jnp.minimum(work.stop, work.whole), all_seen),
+        (jnp.maximum(work.start, work.whole), jnp.minimum(work.stop, work.prefix), committed),
+        (jnp.maximum(work.start, work.prefix), work.stop, related),
+    ):
+        body = functools.partial(
+            _step, work, shared, q, mask=mask, scale=scale, interpreted=interpreted
+        )
+        carry = lax.fori_loop(first, last, body, carry)
+    pl.when(this == 0)(functools.partial(_pass, shared.turn))
+
+    out, peak, total = carry
+    total = jnp.maximum(total, TINY)
+    q[...] = (out / lax.broadcast_in_dim(total, out.shape, [0])).astype(q.dtype)
+    log[...] = peak + jnp.log(total) * math.log2(math.e)
+    plgpu.commit_smem()
+    out_ref, log_ref = out_refs
+    for head, part, logs in zip(own_heads, of_each_head(q), of_each_head(log), strict=True):
+        plgpu.copy_smem_to_gmem(part, out_ref.at[work.split, work.b, work.nodes, head])
+        plgpu.copy_smem_to_gmem(logs, log_ref.at[work.split, work.b, head, work.nodes])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _step(work: _Work, shared: _Shared, q, block, carry, *, mask, scale, interpreted):
+    """One block of keys: (outputs, peaks, totals) -> the same."""
+    out, peak, total = carry
+    slot = work.slot(block)
+    plgpu.barrier_wait(shared.k_loaded.at[slot])
+
+    def multiply_keys(scores_ref):
+        plgpu.wgmma(scores_ref, q, shared.k.at[slot].transpose((1, 0)))
+        _pass(shared.turn)
+        return scores_ref[...]
+
+    scores = pl.run_scoped(multiply_keys, plgpu.ACC((q.shape[0], BLOCK), jnp.float32))
+    plgpu.barrier_arrive(shared.k_consumed.at[slot])
+    scores = mask(scores * scale, block)
+    new_peak = jnp.maximum(peak, scores.max(axis=1))
+    decay = jnp.exp2(peak - new_peak)
+    p = jnp.exp2(scores - lax.broadcast_in_dim(new_peak, scores.shape, [0]))
+    out *= lax.broadcast_in_dim(decay, out.shape, [0])
+    total = total * decay + p.sum(axis=1)
+    # The softmax ends before the other group's turn does.
+    kept = lax.optimization_barrier((out, new_peak, total, p.astype(q.dtype)))
+    out, new_peak, total, narrow = kept
+    plgpu.barrier_arrive(shared.turn)
+    plgpu.barrier_wait(shared.v_loaded.at[slot])
+    plgpu.barrier_wait(shared.turn)
+    out = _add_product(out, narrow, shared.v.at[slot], interpreted)
+    plgpu.barrier_arrive(shared.v_consumed.at[slot])
+    return out, new_peak, total
+
+
+def _pass(turn) -> None:
+    plgpu.barrier_arrive(turn)
+    plgpu.barrier_wait(turn)
+
+
+def _filled(value: float, *shape: int) -> jax.Array:
+    """Held in registers as a product's result is, or as the maximum of its rows."""
+    layout = plgpu.Layout.WGMMA
+    layout = layout if len(shape) == 2 else layout.reduce(1)
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def _add_product(total: jax.Array, x: jax.Array, y_ref, interpreted: bool) -> jax.Array:
