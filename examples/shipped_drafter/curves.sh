@@ -32,8 +32,9 @@ options() { # what differs from `base`
 names=("$@")
 [ ${#names[@]} -gt 0 ] ||
   names=(base layers-1 layers-3 taps-1 taps-3 vocab-4096 vocab-32768 rank-16 data-4 data-16)
-decoders=("long path=$out/markov-kl-$seed/drafter,tree=path_conditioned,budget=16"
-  "long chain=$out/markov-kl-$seed/drafter,tree=chain")
+long=$out/markov-kl-$seed/drafter decoders=() # 1,400 steps, if there is one of this seed
+[ ! -s "$long/config.json" ] ||
+  decoders=("long path=$long,tree=path_conditioned,budget=16" "long chain=$long,tree=chain")
 for name in "${names[@]}"; do
   run=$out/curves/$name-$seed data=$out/data.jsonl features=$out/features
   if [[ $name = data-* ]]; then
