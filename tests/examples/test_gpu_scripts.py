@@ -229,7 +229,7 @@ def test_report_puts_tables_between_the_markers_and_draws(script, tmp_path):
         "# Page\n<!-- begin rounds -->\n"
         "| model, batch, tokens behind | plain | verify64 |\n"
         "| --- | ---: | ---: |\n"
-        "| m, 1, 3,500 | 6.3 (92%) | 7.58 (80%) |\n"
+        "| m, 1, 3,500 | 6.30 (92%) | 7.58 (80%) |\n"
         "| m, 8, 900 | 6.53 (90%) |  |\n"
         "<!-- end rounds -->\nbetween\n<!-- begin replay -->\nkept\n<!-- end replay -->\n"
     )
