@@ -1,6 +1,7 @@
 """What the source must look like: functions short enough to read at once."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,15 @@ def test_a_long_function_would_be_found(tmp_path):
         )
     trees = {ROOT / path.name: tree for path, tree in sources(tmp_path).items()}
     assert long_functions(trees) == {"long.py: long": LINES + 1}
+
+
+def test_an_installed_package_has_the_files_that_it_reads():
+    """What lies beside modules and is no module is named in pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    named = project["tool"]["setuptools"]["package-data"]
+    for package in ("jaxspec", "pallas_kernels"):
+        for path in (ROOT / package).rglob("*.*"):
+            other = path.suffix in (".json", ".html", ".typed")
+            if other and "shipped" not in path.parts:
+                parent = ".".join(path.parent.relative_to(ROOT).parts)
+                assert path.name in named.get(parent, ()), path

@@ -5,8 +5,8 @@
 
 With few nodes a product takes as long as reading its weight. XLA's products read at the
 memory's rate for one node, and at 0.7 … 0.9 of it for 64 (docs/h100.md). Every tile of the
-kernel that divides a product is tried; those that are faster than XLA are written for the
-library, which uses the kernel for no other product.
+kernel that divides a product is tried; those that are faster than XLA are written beside the
+library's others, and it uses the kernel for no other product.
 
 Every call walks through more copies of the weight than the card's second-level cache holds.
 `share` compares with reading the weight at a copy's rate. Without a GPU only XLA is timed, on
@@ -32,7 +32,7 @@ from shapes import MODELS, dtype_here, normal
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import abstract_params
 from pallas_kernels.skinny_matmul import skinny_matmul
-from pallas_kernels.skinny_matmul.config import Tile, bucket, groups, padded
+from pallas_kernels.skinny_matmul.config import KEY, MEASURED, Tile, bucket, groups, padded
 from pallas_kernels.skinny_matmul.reference import skinny_matmul_reference
 from pallas_kernels.tree_attention.config import MULTIPROCESSORS
 
@@ -124,7 +124,8 @@ def compare(rows: timing.Rows, product: Product, settings: dict, options) -> lis
     """Times XLA's product and every tile of the kernel, for every number of nodes.
 
     Returns:
-      What the kernel does faster, as `pallas_kernels.skinny_matmul.config` reads it.
+      For each number of nodes that was timed both ways, an entry as
+      `pallas_kernels.skinny_matmul.config` reads it; its tile is None where XLA is faster.
     """
     dtype = dtype_here()
     copies = max(2, math.ceil(SECOND_LEVEL / (2 * product.inner * product.outer)))
@@ -152,10 +153,22 @@ def compare(rows: timing.Rows, product: Product, settings: dict, options) -> lis
             timed[case[1]] = rows.measure(functools.partial(find, case), **own)
         usual = timed.pop(None)
         best = min(filter(None, timed.values()), key=lambda row: row["us"], default=None)
-        if usual and best and best["us"] <= GAIN * usual["us"]:
+        if usual and best:
+            tile = best["tile"] if best["us"] <= GAIN * usual["us"] else None
             entry = dict(card=best["card"], rows=bucket(nodes), **dataclasses.asdict(product))
-            found.append(entry | dict(tile=best["tile"], us=best["us"], xla_us=usual["us"]))
+            found.append(entry | dict(tile=tile, us=best["us"], xla_us=usual["us"]))
     return found
+
+
+def updated(entries: list[dict], measured: list[dict]) -> list[dict]:
+    """The library's entries, those of the measured products replaced or left out."""
+
+    def of(entry):
+        return tuple(entry[name] for name in KEY)
+
+    seen = set(map(of, measured))
+    kept = [entry for entry in entries if of(entry) not in seen]
+    return kept + [entry for entry in measured if entry["tile"]]
 
 
 def _times(weights: list) -> int:
@@ -169,12 +182,13 @@ def _compile(call, rows, weights):
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     rows = timing.Rows("products", options)
-    faster = []
+    measured = []
     for name, product in products_of(MODELS[options.model]).items():
         if name in (options.products or [name]):
             settings = dict(model=options.model, product=name)
-            faster += compare(rows, product, settings, options)
+            measured += compare(rows, product, settings, options)
     options.tiles.parent.mkdir(parents=True, exist_ok=True)
+    faster = updated(json.loads(MEASURED.read_text()), measured)
     options.tiles.write_text(json.dumps(faster, indent=1) + "\n")
     print(f"wrote {len(faster)} tiles to {options.tiles}", file=sys.stderr)
     return rows.finish()

@@ -16,6 +16,7 @@ import jax
 # Written by `examples/gpu/products.py`: products that the kernel does faster than XLA.
 MEASURED = Path(__file__).with_name("tiles.json")
 ASSUMED_CARD = "NVIDIA H100 80GB HBM3"  # when a program is compiled without its GPU
+KEY = ("card", "rows", "inner", "outer")  # of an entry, beside its tile and times
 MIN_ROWS = 64  # of a warp group's product; fewer rows are padded
 FEWEST, MOST = 9, 128  # rows of products for which the kernel is considered
 
@@ -74,7 +75,5 @@ def choose(rows: int, inner: int, outer: int, *, card: str | None = None) -> Til
 @functools.cache
 def read_measured(path: Path) -> dict[tuple, Tile]:
     """By (card, rows, inner, outer), the tiles that were faster than XLA."""
-    return {
-        tuple(entry[name] for name in ("card", "rows", "inner", "outer")): Tile(**entry["tile"])
-        for entry in json.loads(path.read_text())
-    }
+    entries = json.loads(path.read_text())
+    return {tuple(entry[name] for name in KEY): Tile(**entry["tile"]) for entry in entries}

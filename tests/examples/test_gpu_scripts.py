@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pallas_kernels.skinny_matmul.config import MEASURED
 from tests.pallas_kernels import test_skinny_matmul as skinny
 
 FOLDER = Path(__file__).parents[2] / "examples" / "gpu"
@@ -109,13 +110,24 @@ def test_tune_writes_tiles_that_the_kernel_reads(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_products_of_every_weight_are_timed_and_none_is_written_without_a_gpu(run, tmp_path):
+def test_products_of_every_weight_are_timed_and_no_tile_changes_without_a_gpu(run, tmp_path):
     tiles = tmp_path / "products.json"
     status, rows = run("products", "--model", "tiny", "--nodes", 4, "--tiles", tiles)
     assert status == 0
     assert {row["product"] for row in rows} == {"qkv", "out", "gate_up", "down"}
     assert all(row["tile"] is None and row["us"] > 0 for row in rows)
-    assert json.loads(tiles.read_text()) == []
+    assert json.loads(tiles.read_text()) == json.loads(MEASURED.read_text())
+
+
+def test_measured_products_replace_the_entries_of_the_same_shapes(script):
+    def entry(rows, tile):
+        return dict(card="card", rows=rows, inner=64, outer=64, tile=tile, us=1, xla_us=2)
+
+    old, new = dict(columns=64), dict(columns=128)
+    found = script("products").updated(
+        [entry(16, old), entry(32, old), entry(64, old)], [entry(32, new), entry(64, None)]
+    )
+    assert found == [entry(16, old), entry(32, new)]
 
 
 def test_tiles_of_a_product_divide_it_and_fit_the_card(script):
