@@ -27,6 +27,7 @@ import timing
 
 from jaxspec.trees.tree import causal_bits
 from pallas_kernels.tree_attention.config import (
+    MEASURED,
     MIN_TILE,
     MosaicTile,
     Shape,
@@ -244,6 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
         if row:
             entry = dict(shape=described(shape), tile=row["tile"], ms=row["ms"])
             found.append(dict(card=row["card"]) | entry)
+    measured = [(entry["card"], entry["shape"]) for entry in found]
+    kept = json.loads(MEASURED.read_text())
+    found += [entry for entry in kept if (entry["card"], entry["shape"]) not in measured]
     options.tiles.parent.mkdir(parents=True, exist_ok=True)
     options.tiles.write_text(json.dumps(found, indent=1) + "\n")
     print(f"wrote {len(found)} tiles to {options.tiles}", file=sys.stderr)
