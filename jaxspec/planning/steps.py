@@ -51,7 +51,7 @@ MOST_TEMPORARIES = {  # GiB, of a verification by its nodes
 }
 MOST_MOVED = {  # over the floor, of a verification by its nodes
     "qwen3-8b": {64: 1.12, 128: 1.14, 256: 1.25},
-    "qwen3.5-9b": {64: 1.15, 256: 1.36},
+    "qwen3.5-9b": {64: 1.16, 256: 1.36},
     "qwen3.8-27b": {64: 1.12, 256: 1.27},
 }
 # Over the floor, by kind: with the LM head in fp8, 0.52 and 0.56 of what bfloat16 moves.
