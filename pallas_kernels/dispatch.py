@@ -23,7 +23,8 @@ def dispatch(
 
     Args:
       reference: for any platform.
-      load: returns the kernel, and the reason why it does not support these arrays, or None.
+      load: returns the kernel, of Triton or Mosaic, and the reason why it does not support
+        these arrays, or None.
         Called only if the kernel may be used: Pallas takes a fifth of a second to import.
       implementation: "xla", "triton", or None: triton if the program is compiled for an NVIDIA
         GPU and the kernel supports the arrays, else xla.

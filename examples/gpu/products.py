@@ -138,7 +138,8 @@ def compare(rows: timing.Rows, product: Product, settings: dict, options) -> lis
         for tile in [None, *(tiles(product, nodes) if options.kernel else [])]:
             call = jax.jit(functools.partial(skinny_matmul, tile=tile)) if tile else XLA
             tried[nodes, tile] = call, x
-            jobs[nodes, tile] = functools.partial(_compile, call, x, weights)
+            if not rows.known(**_key(settings, nodes, tile)):
+                jobs[nodes, tile] = functools.partial(_compile, call, x, weights)
     programs = timing.compile_all(jobs, threads=options.threads, seconds=rows.left)
 
     def find(case):
@@ -148,8 +149,7 @@ def compare(rows: timing.Rows, product: Product, settings: dict, options) -> lis
     for nodes in options.nodes:
         timed = {}
         for case in (case for case in tried if case[0] == nodes):
-            tile = case[1] and dataclasses.asdict(case[1])
-            own = settings | dict(nodes=nodes, tile=tile)
+            own = _key(settings, *case)
             timed[case[1]] = rows.measure(functools.partial(find, case), **own)
         usual = timed.pop(None)
         best = min(filter(None, timed.values()), key=lambda row: row["us"], default=None)
@@ -169,6 +169,10 @@ def updated(entries: list[dict], measured: list[dict]) -> list[dict]:
     seen = set(map(of, measured))
     kept = [entry for entry in entries if of(entry) not in seen]
     return kept + [entry for entry in measured if entry["tile"]]
+
+
+def _key(settings: dict, nodes: int, tile: Tile | None) -> dict:
+    return settings | dict(nodes=nodes, tile=tile and dataclasses.asdict(tile))
 
 
 def _times(weights: list) -> int:

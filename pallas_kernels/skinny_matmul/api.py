@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.dispatch import dispatch
 from pallas_kernels.skinny_matmul.config import Tile, choose
 from pallas_kernels.skinny_matmul.reference import skinny_matmul_reference
-from pallas_kernels.slopes import with_slope_of
 
 
 def skinny_matmul(
@@ -35,9 +34,10 @@ def skinny_matmul(
             f"{weight.dtype}: expected bfloat16, a multiple of {found.columns} outputs and of "
             f"{found.depth * found.splits} inputs"
         )
-    from pallas_kernels.skinny_matmul.mosaic import skinny_matmul_mosaic  # slow to import
 
-    kernel = functools.partial(skinny_matmul_mosaic, tile=found)
-    definition = skinny_matmul_reference
-    by_platform = functools.partial(jax.lax.platform_dependent, cuda=kernel, default=definition)
-    return with_slope_of(definition, by_platform)(rows, weight)
+    def load():
+        from pallas_kernels.skinny_matmul.mosaic import skinny_matmul_mosaic
+
+        return functools.partial(skinny_matmul_mosaic, tile=found), None
+
+    return dispatch(skinny_matmul_reference, load, (rows, weight), None)
