@@ -232,7 +232,9 @@ _CASTS = (
 _EXTERN = {
     "__nv_exp2f": np.exp2,
     "__nv_expf": np.exp,
+    "__nv_floorf": np.floor,
     "__nv_logf": np.log,
+    "__nv_log1pf": np.log1p,
     "__nv_log2f": np.log2,
     "__nv_rsqrtf": lambda x: 1 / np.sqrt(x),
 }

@@ -259,7 +259,9 @@ def _delta_layer(
     """What a gated delta net adds to x, and the nodes' rows."""
     normed = rms_norm(x, params.norm, config.rms_norm_eps)
     inputs = project("bnm,mjw->bnjw", normed, params.inputs, nodes.results)
-    inputs = nodes.rectangle(inputs).astype(jnp.float32)
+    if nodes.packing is not None:
+        inputs = nodes.packing.spread(inputs)
+    inputs = inputs.reshape(-1, *inputs.shape[2:])
     out, rows = delta_net(params, config, inputs, state, kin, kernels=nodes.rows is not None)
     out = nodes.activations(out).reshape(*x.shape[:2], -1)
     return project("bnj,jm->bnm", out, _merge_inputs(params.output)), rows

@@ -28,11 +28,10 @@ from jaxspec.models.layers import rms_norm
 from jaxspec.models.mesh import cut_axes
 from jaxspec.models.params import DeltaNetParams
 from jaxspec.trees.tree import NO_PARENT, unpack_bits
+from pallas_kernels.delta_heads import delta_heads
 from pallas_kernels.tree_delta_rule import tree_delta_rule
 
 FEW_ROWS = 32  # most rows of an accepted path; a prompt's chunk has more
-NORM_EPS = 1e-6  # under the root in the norm of queries and keys
-FEW_NODES = 64  # up to this many nodes XLA moves little; beyond, D and A dominate
 
 
 @jax.tree_util.register_dataclass
@@ -167,8 +166,10 @@ def delta_net(
     sharded over it, as far as its axes divide their number.
 
     Args:
-      inputs: float32 [B, N, J, C + R dv + 2 R], normed activations times `params.inputs`.
-      kernels: on an NVIDIA GPU, one runs the delta rule of many nodes (`decoder.fuses`).
+      inputs: [rows, J, C + R dv + 2 R], normed activations times `params.inputs`, nodes side
+        by side; rows past B N are ignored.
+      kernels: on an NVIDIA GPU, one computes the heads and one the delta rule
+        (`decoder.fuses`).
 
     Returns:
       outputs [B, N, J, R dv], normed per head and gated, and the nodes' rows.
@@ -186,7 +187,7 @@ def delta_net(
     by_node, memory = PartitionSpec(None, None, axes), PartitionSpec(None, axes)
     return jax.shard_map(
         of_these_heads,
-        in_specs=(by_head, whole, by_node, DeltaState(memory, by_node), whole),
+        in_specs=(by_head, whole, memory, DeltaState(memory, by_node), whole),
         out_specs=by_node,
         check_vma=False,
     )(*arguments)
@@ -201,64 +202,30 @@ def _axes_over(heads: int) -> tuple[str, ...]:
 
 
 def _delta_net(config, weights, head_norm, inputs, state, kin, kernels):
-    d, (kernel, log_rate, step_bias) = config.delta_net, weights
-    group, key_dim = d.group_size, d.key_dim
-    ends = (d.channels, d.channels + group * d.value_dim, inputs.shape[-1] - group)
-    mixed, gate, rate, step = jnp.split(inputs, ends, axis=-1)
-    heads = (*inputs.shape[:3], group)  # [B, N, J, R]
-    convolved = jax.nn.silu(tree_convolution(kernel, mixed, state.window, kin))
-    q, k, v = jnp.split(convolved, (key_dim, 2 * key_dim), axis=-1)
-    q, k, v = unit(q) * key_dim**-0.5, unit(k), v.reshape(*heads, -1)
-    decay = -jnp.exp(log_rate) * jax.nn.softplus(step + step_bias)
+    d, (batch, n) = config.delta_net, kin.parents.shape
+    implementation = None if kernels else "xla"
+    q, k, v, gate, decay, rate = delta_heads(
+        inputs,
+        *weights,
+        state.window,
+        kin.parents,
+        kin.begun,
+        key_dim=d.key_dim,
+        implementation=implementation,
+    )
     out, updates = tree_delta_rule(
         q,
         k,
         v,
         decay,
-        jax.nn.sigmoid(rate),
+        rate,
         state.memory,
         kin.ancestors,
         kin.begun,
-        implementation=None if kernels and inputs.shape[1] > FEW_NODES else "xla",
+        implementation=implementation,
     )
     out = rms_norm(out, head_norm, config.rms_norm_eps)
-    out = out * jax.nn.silu(gate.reshape(*heads, -1))
-    return out.reshape(*heads[:3], -1), DeltaRows(k, updates, decay, mixed)
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """Vectors of the last axis, normalised to length 1."""
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPS)
-
-
-def tree_convolution(
-    kernel: jax.Array, inputs: jax.Array, window: jax.Array, kin: Kinship
-) -> jax.Array:
-    """Depthwise causal convolution along the path to every node: [B, N, J, C].
-
-    A node reads its own input, those of its nearest ancestors and, above the root, the last
-    ones of the prefix.
-
-    Args:
-      kernel: [J, C, taps], the last tap a node's own.
-      inputs: [B, N, J, C].
-      window: [B, taps - 1, J, C], the last inputs before the root.
-    """
-    batch, n = inputs.shape[:2]
-    before = window.shape[1]
-    window = jnp.where(kin.begun[:, None, None, None], window, 0.0)
-    # Places in the line of the window's inputs and then the nodes', which is not made; and one
-    # step up it from every place. The oldest is never left.
-    roots = jnp.where(kin.parents == NO_PARENT, before - 1, kin.parents + before)
-    window_up = jnp.broadcast_to(jnp.maximum(jnp.arange(before) - 1, 0), (batch, before))
-    up = jnp.concatenate([window_up, roots], axis=1)
-    at = jnp.broadcast_to(before + jnp.arange(n), (batch, n))
-    total = kernel[..., -1].astype(jnp.float32) * inputs
-    for tap in reversed(range(before)):
-        at = jnp.take_along_axis(up, at, axis=1)
-        place = at[..., None, None]
-        of_nodes = jnp.take_along_axis(inputs, jnp.maximum(place - before, 0), axis=1)
-        of_window = jnp.take_along_axis(window, jnp.minimum(place, before - 1), axis=1)
-        read = jnp.where(place < before, of_window, of_nodes)
-        total = total + kernel[..., tap].astype(jnp.float32) * read
-    return total
+    out = out * jax.nn.silu(gate.astype(jnp.float32))
+    mixed = inputs[: batch * n, :, : d.channels].reshape(batch, n, -1, d.channels)
+    rows = DeltaRows(k, updates, decay, mixed.astype(jnp.float32))
+    return out.reshape(*out.shape[:3], -1), rows

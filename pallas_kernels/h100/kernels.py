@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels.delta_heads import delta_heads
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_matmul.triton import tile_rows
 from pallas_kernels.grouped_scaled_matmul.api import grouped_scaled_matmul
@@ -34,6 +35,7 @@ WARPGROUP_ROWS = 64  # the smallest tile of a Hopper matrix product
 _attention = jax.jit(
     tree_attention, static_argnames=("scale", "window", "implementation", "tile")
 )
+_delta_heads = jax.jit(delta_heads, static_argnames=("key_dim", "implementation"))
 _delta_rule = jax.jit(tree_delta_rule, static_argnames="implementation")
 _level = jax.jit(grow_level, static_argnames="implementation")
 _grouped = jax.jit(grouped_matmul, static_argnames="implementation")
@@ -242,7 +244,46 @@ class DeltaRuleCase:
         return [fault for kernel in kernels for fault in kernel.faults()]
 
 
-Case = AttentionCase | GroupedCase | ScaledCase | LevelCase | DeltaRuleCase
+@dataclasses.dataclass(frozen=True)
+class DeltaHeadsCase:
+    """Heads of a gated delta net from its projection: 16 key heads, keys and values of 128.
+
+    Attributes:
+      group: value heads of each key head.
+    """
+
+    nodes: int
+    group: int = 2
+    batch: int = 1
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        return f"delta_heads {self.dtype} N={self.nodes} R={self.group} B={self.batch}"
+
+    def compile(self, cache: pathlib.Path | None = None) -> tuple[Kernel, ...]:
+        dtype, values = jnp.dtype(self.dtype), self.group * 128
+        channels = 256 + values
+        return compile_for_h100(
+            _delta_heads,
+            _array(
+                self.batch * self.nodes, 16, channels + values + 2 * self.group, dtype=dtype
+            ),
+            _array(16, channels, 4, dtype=jnp.bfloat16),
+            _array(16, self.group),
+            _array(16, self.group),
+            _array(self.batch, 3, 16, channels),
+            _array(self.batch, self.nodes, dtype=jnp.int32),
+            _array(self.batch, dtype=jnp.bool_),
+            key_dim=128,
+            implementation="triton",
+            cache=cache,
+        ).kernels
+
+    def faults(self, kernels: tuple[Kernel, ...]) -> list[str]:
+        return [fault for kernel in kernels for fault in kernel.faults()]
+
+
+Case = AttentionCase | GroupedCase | ScaledCase | LevelCase | DeltaRuleCase | DeltaHeadsCase
 
 
 def _array(*shape, dtype=jnp.float32):
@@ -286,8 +327,11 @@ def cases(quick: bool = False) -> list[Case]:
     found += [ScaledCase(rows, 4096, 151_936) for rows in (1, 64)]  # the LM head
     found += [ScaledCase(rows, 4096, 4096, block) for rows in (1, 64) for block in (64, None)]
     found += [LevelCase(15), LevelCase(63), LevelCase(255), LevelCase(63, batch=8)]
-    # Qwen3.5-9B's and 27B's heads, for trees and a prompt chunk.
-    found += [DeltaRuleCase(256), DeltaRuleCase(256, group=3), DeltaRuleCase(512, batch=2)]
+    # Qwen3.5-9B's and 27B's heads, for one token, trees and a prompt chunk.
+    of_delta_nets = (1, 2, 1), (64, 2, 1), (256, 2, 1), (256, 3, 1), (512, 2, 2)
+    found += [DeltaRuleCase(*shape) for shape in of_delta_nets]
+    found += [DeltaHeadsCase(*shape) for shape in of_delta_nets]
+    found.append(DeltaHeadsCase(64, dtype="float32"))
     if quick:
         return list(dict.fromkeys(found))
     for dtype, dim in itertools.product(("bfloat16", "float32"), HEAD_DIMS):

@@ -95,11 +95,16 @@ def decay_sums(decay: jax.Array, related: jax.Array) -> jax.Array:
     """
     n = decay.shape[1]
     decay = jnp.maximum(jnp.moveaxis(decay, 1, -1), -LARGEST_DECAY)
-    step = LARGEST_DECAY * 2.0 ** (math.ceil(math.log2(n)) - 23)
+    step = coarse_step(n)
     coarse = jnp.round(decay / step) * step
     parts = jnp.stack([coarse, decay - coarse])
     own = related.astype(jnp.float32)
     return jnp.einsum("bik,sbjrk->sbjri", own, parts, precision="highest")
+
+
+def coarse_step(n: int) -> float:
+    """The step of which float32 sums of n multiples, each up to `LARGEST_DECAY`, are exact."""
+    return LARGEST_DECAY * 2.0 ** (math.ceil(math.log2(n)) - 23)
 
 
 def solve(below: jax.Array, wanted: jax.Array) -> jax.Array:

@@ -3,8 +3,8 @@
 A program computes some columns of one value head, which are independent of the others, a block
 of nodes at a time. For each block it reads the memory, subtracts the contributions of earlier
 blocks, solves the block's own triangle, and writes its updates. So D and A stay inside the
-program; updates are read back after a barrier. XLA computes the products k . k and q . k, which
-all programs of a key head share.
+program; updates and sums of decays are read back after a barrier. If there are several blocks,
+XLA computes the products k . k and q . k, which all programs of a key head share.
 
 A block's triangle is inverted in pieces of `PIECE` nodes, all pieces at once, row by row;
 between pieces the solution is substituted, in as many steps as there are pieces. Neither uses
@@ -21,8 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.tree_attention.reference import related_nodes
-from pallas_kernels.tree_delta_rule.reference import decay_sums
+from pallas_kernels.tree_delta_rule.reference import LARGEST_DECAY, coarse_step
 
 BLOCK = 32  # nodes of a step: one word of ancestors; with 64, registers spill
 PIECE = 16  # nodes whose triangle is inverted row by row
@@ -57,50 +56,52 @@ def tree_delta_rule_triton(
 ) -> tuple[jax.Array, jax.Array]:
     """See `tree_delta_rule_reference`; `interpret` runs it on the CPU, to check numbers."""
     batch, n, key_heads, group, value_dim = v.shape
-    sums = decay_sums(decay, related_nodes(ancestors, n))
-    # Once for all value heads of a key head. Without the barrier XLA would join the products,
-    # and queries and keys in memory before.
-    against_keys = functools.partial(jnp.einsum, "bnjd,bkjd->bjnk", precision="highest")
-    overlap, seen = against_keys(k, k), against_keys(q, lax.optimization_barrier(k))
-    shape = jax.ShapeDtypeStruct(v.shape, jnp.float32)
-    return pl.pallas_call(
+    products = ()
+    if n > BLOCK:
+        # Once for all value heads of a key head. Without the barrier XLA would join the
+        # products, and queries and keys in memory before.
+        against_keys = functools.partial(jnp.einsum, "bnjd,bkjd->bjnk", precision="highest")
+        products = against_keys(q, lax.optimization_barrier(k)), against_keys(k, k)
+    # The sums of decays are each program's own.
+    programs = value_dim // COLUMNS, key_heads * group, batch
+    shapes = (v.shape, v.shape, (*programs, 2, n))
+    out, updates, _ = pl.pallas_call(
         functools.partial(run_nodes, interpret=interpret),
-        out_shape=[shape, shape],
-        grid=(value_dim // COLUMNS, key_heads * group, batch),
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        grid=programs,
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
         name="tree_delta_rule",
     )(
-        *(q, k, v, overlap, seen, sums, rate, memory),
+        *(q, k, v, decay, rate, memory),
         lax.bitcast_convert_type(ancestors, jnp.int32),
         begun.astype(jnp.int32),
+        *products,
     )
+    return out, updates
 
 
 def run_nodes(
     q_ref,
     k_ref,
     v_ref,
-    overlap_ref,
-    seen_ref,
-    sums_ref,
+    decay_ref,
     rate_ref,
     memory_ref,
     ancestors_ref,
     begun_ref,
-    out_ref,
-    updates_ref,
-    *,
+    *refs,
     interpret: bool,
 ):
     """Outputs and updates of all nodes, of some columns of one value head of one sequence."""
+    *products, out_ref, updates_ref, sums_ref = refs
     n, _, group, value_dim = v_ref.shape[1:]
     key_dim = k_ref.shape[-1]
-    b, head = pl.program_id(2), pl.program_id(1) // group
-    member = pl.program_id(1) % group
-    column = pl.program_id(0) * COLUMNS + jnp.arange(COLUMNS)
+    program = tuple(pl.program_id(axis) for axis in range(3))
+    b, head, member = program[2], program[1] // group, program[1] % group
+    column = program[0] * COLUMNS + jnp.arange(COLUMNS)
     dot = functools.partial(plgpu.dot, precision=_products(interpret))
-    step = min(key_dim, STEP)
+    step, coarse_of = min(key_dim, STEP), coarse_step(n)
 
     def places(ref, *place, node, lanes):
         """Elements of nodes [BLOCK], and a mask of those that exist."""
@@ -124,31 +125,57 @@ def run_nodes(
         return lax.fori_loop(0, key_dim // step, add, zeros)
 
     def alike(ref, node, before):
-        """Products of a block's keys or queries with the keys of an earlier block."""
-        real = (node < n)[:, None] & (before < n)[None, :]
-        at = ref.at[b, head, node[:, None], before[None, :]]
-        return plgpu.load(at, mask=real, other=0.0)
+        """Products of a block's keys or queries with the keys of that block or an earlier."""
+        if products:
+            real = (node < n)[:, None] & (before < n)[None, :]
+            ref = products[0] if ref is q_ref else products[1]
+            at = ref.at[b, head, node[:, None], before[None, :]]
+            return plgpu.load(at, mask=real, other=0.0)
 
-    def sums_of(node):
-        real = node < n
-        parts = (sums_ref.at[part, b, head, member, node] for part in range(2))
-        return tuple(plgpu.load(at, mask=real, other=0.0) for at in parts)
+        def add(s, total):
+            lanes = s * step + jnp.arange(step)
+            keys = rows(k_ref, node=before, lanes=lanes)
+            return total + dot(rows(ref, node=node, lanes=lanes), keys.T)
 
-    def kept(node, j):
-        """D between nodes [BLOCK] and those of block j."""
-        other = jnp.arange(BLOCK)
+        zeros = jnp.zeros((BLOCK, BLOCK), jnp.float32)
+        return lax.fori_loop(0, key_dim // step, add, zeros)
+
+    def is_above(node, j):
+        """Whether nodes of block j are those [BLOCK], or above them."""
         word = jnp.broadcast_to(j, node.shape)
         bits = plgpu.load(ancestors_ref.at[b, node, word], mask=node < n, other=0)
-        related = (bits[:, None] >> other[None, :]) & 1 == 1
-        coarse, rest = (
-            own[:, None] - above[None, :]
-            for own, above in zip(sums_of(node), sums_of(j * BLOCK + other), strict=True)
-        )
-        return jnp.where(related, jnp.exp(coarse + rest), 0.0)
+        return (bits[:, None] >> jnp.arange(BLOCK)[None, :]) & 1 == 1
+
+    def sums_of(i, node):
+        """G of a block in two parts, see `decay_sums`."""
+
+        def add(j, totals):
+            other, related = j * BLOCK + jnp.arange(BLOCK), is_above(node, j)
+            at = decay_ref.at[b, other, head, member]
+            decay = plgpu.load(at, mask=other < n, other=0.0)
+            decay = jnp.maximum(decay, -LARGEST_DECAY)
+            coarse = jnp.floor(decay / coarse_of + 0.5) * coarse_of  # rounded
+            return tuple(
+                total + jnp.where(related, part[None, :], 0.0).sum(1)
+                for total, part in zip(totals, (coarse, decay - coarse), strict=True)
+            )
+
+        zeros = jnp.zeros(BLOCK, jnp.float32)
+        return lax.fori_loop(0, i + 1, add, (zeros, zeros))
+
+    def own_sums(part, node):
+        return sums_ref.at[(*program, part, node)]
+
+    def kept(node, sums, j, others):
+        """D between nodes [BLOCK] and those of block j, from G of both."""
+        coarse, rest = (a[:, None] - b[None, :] for a, b in zip(sums, others, strict=True))
+        return jnp.where(is_above(node, j), jnp.exp(coarse + rest), 0.0)
 
     def run_block(i, carry):
         node = i * BLOCK + jnp.arange(BLOCK)
-        coarse, rest = sums_of(node)
+        sums = coarse, rest = sums_of(i, node)
+        for part, x in enumerate(sums):
+            plgpu.store(own_sums(part, node), x, mask=node < n)
         from_root = jnp.where(begun_ref[b] == 1, jnp.exp(coarse + rest), 0.0)[:, None]
         wanted = rows(v_ref, member, node=node, lanes=column)
         wanted = wanted - from_root * recalled(k_ref, node)
@@ -157,24 +184,29 @@ def run_nodes(
         def earlier(j, carry):
             wanted, out = carry
             before = j * BLOCK + jnp.arange(BLOCK)
-            left = kept(node, j)
+            others = tuple(
+                plgpu.load(own_sums(part, before), mask=before < n, other=0.0)
+                for part in range(2)
+            )
+            left = kept(node, sums, j, others)
             updates = rows(updates_ref, member, node=before, lanes=column)
-            wanted = wanted - dot(left * alike(overlap_ref, node, before), updates)
-            return wanted, out + dot(left * alike(seen_ref, node, before), updates)
+            wanted = wanted - dot(left * alike(k_ref, node, before), updates)
+            return wanted, out + dot(left * alike(q_ref, node, before), updates)
 
         wanted, out = lax.fori_loop(0, i, earlier, (wanted, out))
         rate = plgpu.load(rate_ref.at[b, node, head, member], mask=node < n, other=0.0)
         above = jnp.arange(BLOCK)[:, None] > jnp.arange(BLOCK)[None, :]
-        left = jnp.where(above, kept(node, i), 0.0)
-        below = rate[:, None] * left * alike(overlap_ref, node, node)  # A
+        own = kept(node, sums, i, sums)
+        left = jnp.where(above, own, 0.0)
+        below = rate[:, None] * left * alike(k_ref, node, node)  # A
         updates = solve_block(below, rate[:, None] * wanted, dot)
         at, real = places(updates_ref, member, node=node, lanes=column)
         plgpu.store(at, updates, mask=real)
-        out = out + dot(kept(node, i) * alike(seen_ref, node, node), updates)
+        out = out + dot(own * alike(q_ref, node, node), updates)
         at, _ = places(out_ref, member, node=node, lanes=column)
         plgpu.store(at, out, mask=real)
         if not interpret:
-            plgpu.debug_barrier()  # other threads of the program read these updates
+            plgpu.debug_barrier()  # other threads of the program read these updates and sums
         return carry
 
     lax.fori_loop(0, pl.cdiv(n, BLOCK), run_block, 0)

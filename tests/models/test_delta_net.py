@@ -13,9 +13,9 @@ from jaxspec.models.delta_net import (
     DeltaRows,
     DeltaState,
     kinship,
-    tree_convolution,
 )
 from jaxspec.trees.tree import NO_PARENT, ancestors, causal_bits
+from pallas_kernels.delta_heads.reference import tree_convolution
 from pallas_kernels.tree_delta_rule import tree_delta_rule
 from tests import tiny
 
@@ -66,7 +66,7 @@ def random_trees(keys, counts, size):
 def run(arrays, memory, window, kernel, inputs, bits, lengths):
     kin = kinship(bits, lengths)
     out, updates = tree_delta_rule(*arrays, memory, bits, kin.begun)
-    convolved = tree_convolution(kernel, inputs, window, kin)
+    convolved = tree_convolution(kernel, inputs, window, kin.parents, kin.begun)
     return out, convolved, DeltaRows(arrays[1], updates, arrays[3], inputs)
 
 

@@ -20,7 +20,7 @@ from jaxspec.models.state import init_states
 from jaxspec.sharding import shardings
 from jaxspec.trees.tree import causal_bits
 from pallas_kernels.h100.compile import compile_for_h100
-from pallas_kernels.h100.kernels import AttentionCase, DeltaRuleCase
+from pallas_kernels.h100.kernels import AttentionCase, DeltaHeadsCase, DeltaRuleCase
 from pallas_kernels.h100.target import mesh
 from pallas_kernels.tree_attention.config import Shape, TileConfig
 
@@ -45,11 +45,18 @@ def test_the_chosen_tile_of_a_verify_step_compiles_to_warpgroup_products(shape, 
     assert case.faults(kernels) == []
 
 
-def test_the_delta_rule_of_256_nodes_compiles_without_spills():
-    case = DeltaRuleCase(256)
+@pytest.mark.parametrize(
+    "case, name, grid",
+    [
+        (DeltaRuleCase(256), "tree_delta_rule", (4, 32, 1)),
+        (DeltaHeadsCase(256), "delta_heads", (256, 16, 1)),
+    ],
+    ids=str,
+)
+def test_kernels_of_gated_delta_nets_compile_without_spills(case, name, grid):
     kernels = case.compile()
-    (main,) = [kernel for kernel in kernels if kernel.name == "tree_delta_rule"]
-    assert main.grid == (4, 32, 1) and main.spills == 0
+    (main,) = [kernel for kernel in kernels if kernel.name == name]
+    assert main.grid == grid and main.spills == 0
     assert case.faults(kernels) == []
 
 
@@ -150,8 +157,8 @@ FORWARDS = {
     ),
     "hybrid": (
         hybrid_of_two_layers(),
-        96,  # of 64 nodes or fewer XLA runs the delta rule
-        {"tree_attention", "rotary_heads", "tree_delta_rule"},
+        64,
+        {"tree_attention", "rotary_heads", "delta_heads", "tree_delta_rule"},
     ),
 }
 

@@ -11,8 +11,12 @@ from pallas_kernels.tree_delta_rule.triton import tree_delta_rule_triton
 from pallas_kernels.ttir_check import execute
 
 # Nodes, key heads, value heads of each, dk, dv. Two whole blocks and some nodes; four and some,
-# in two programs for each value head.
-SHAPES = {"small": (70, 1, 2, 16, 32), "wide": (130, 2, 1, 32, 64)}
+# in two programs for each value head; fewer than a block.
+SHAPES = {
+    "small": (70, 1, 2, 16, 32),
+    "wide": (130, 2, 1, 32, 64),
+    "one block": (20, 2, 3, 64, 32),
+}
 ROOT = -1
 
 
@@ -88,8 +92,9 @@ def test_both_implementations_compute_the_recurrence(name):
         assert_close(tree_delta_rule_triton(*arrays, interpret=True), expected)
 
 
-def test_the_lowered_kernel_stays_in_bounds_and_reads_only_updates_that_stand():
-    arrays, trees = make_inputs("small")
+@pytest.mark.parametrize("name", ["small", "one block"])
+def test_the_lowered_kernel_stays_in_bounds_and_reads_only_updates_that_stand(name):
+    arrays, trees = make_inputs(name)
     assert_close(execute(tree_delta_rule_triton, *arrays), recurrence(trees, *arrays))
 
 
