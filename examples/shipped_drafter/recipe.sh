@@ -8,7 +8,7 @@
 # six that are trained by the same losses.
 # Settings from the environment: STEPS, SEED, DRAFT_VOCAB, INITIAL (a drafter of that kind to go on
 # from; its draft vocabulary stays), RATE (of learning), COUNT (evaluation prompts per set), SETS,
-# NEW_TOKENS (of their answers), and PROMPTS, their folder.
+# NEW_TOKENS (of their answers), BUDGETS (nodes), and PROMPTS, their folder.
 # Needs: pip install -e '.[data,plots]'
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -84,8 +84,9 @@ done
 results=$out/kinds-$seed.jsonl
 read -ra sets <<<"${SETS:-gsm8k math500 humaneval mbpp mt-bench}"
 sets=("${sets[@]/#/$prompts/}")
+read -ra budgets <<<"${BUDGETS:-2 4 8 16 32}"
 jaxspec evaluate --prompts "${sets[@]/%/.jsonl}" \
   --count "${COUNT:-8}" --max-new-tokens "${NEW_TOKENS:-256}" \
-  --tau-only --budgets 2 4 8 16 32 --temperatures 0 1 \
+  --tau-only --budgets "${budgets[@]}" --temperatures 0 1 \
   --decoders "${decoders[@]}" --output "$results" >/dev/null
 "${PYTHON:-python}" examples/shipped_drafter/compare.py "$results" --output "$out/kinds.png"
