@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a change of size, data or steps does to tau: one drafter each, all else as in `base`.
-# Killed, the same command goes on. After `recipe.sh FOLDER markov-kl`, whose data, features and
+# Killed, the same command goes on. After `recipe.sh FOLDER markov`, whose data, features and
 # drafter of 1,400 steps it uses:
 #
 #   examples/shipped_drafter/curves.sh [FOLDER] [DRAFTER…]
@@ -32,7 +32,7 @@ options() { # what differs from `base`
 names=("$@")
 [ ${#names[@]} -gt 0 ] ||
   names=(base layers-1 layers-3 taps-1 taps-3 vocab-4096 vocab-32768 rank-16 data-4 data-16)
-long=$out/markov-kl-$seed/drafter decoders=() # 1,400 steps, if there is one of this seed
+long=$out/markov-$seed/drafter decoders=() # 1,400 steps, if there is one of this seed
 [ ! -s "$long/config.json" ] ||
   decoders=("long path=$long,tree=path_conditioned,budget=16" "long chain=$long,tree=chain")
 for name in "${names[@]}"; do

@@ -4,8 +4,8 @@
 #
 #   examples/shipped_drafter/recipe.sh [FOLDER] [KIND…]
 #
-# FOLDER is out/shipped by default; the kinds are those of `options` below, by default the
-# six that are trained by the same losses.
+# FOLDER is out/shipped by default; the kinds are those of `options` below, by default all. They
+# are trained by KL, or, with -tv behind their name, by total variation.
 # Settings from the environment: STEPS, SEED, DRAFT_VOCAB, INITIAL (a drafter of that kind to go on
 # from; its draft vocabulary stays), RATE (of learning), COUNT (evaluation prompts per set), SETS,
 # NEW_TOKENS (of their answers), BUDGETS (nodes), and PROMPTS, their folder.
@@ -20,7 +20,7 @@ jaxspec() { "${PYTHON:-python}" -m jaxspec "$@"; }
 
 sizes="--layers 2 --rank 64"
 options() { # what makes each kind; all share data, steps, taps, labels and first weights
-  case ${1%-kl} in
+  case ${1%-tv} in
     dflash)    echo "$sizes --family dspark --sequential none   --causal False --confidence-head none" ;;
     jetspec)   echo "$sizes --family dspark --sequential none   --causal True  --confidence-head none" ;;
     markov)    echo "$sizes --family dspark --sequential markov --causal False --confidence-head hidden_and_previous" ;;
@@ -35,11 +35,11 @@ options() { # what makes each kind; all share data, steps, taps, labels and firs
 
 losses() { # those of DFlash2 are its two published trainers', speculators' and NeMo's
   case $1 in
-    *-kl)         echo "--kl 1 --cross-entropy 0 --total-variation 0 --weighting exponential" ;;
     dflash2)      echo "--kl 1 --cross-entropy 0 --total-variation 0 --truth target --missing inject --weighting exponential" ;;
     dflash2-data) echo "--kl 0 --cross-entropy 1 --total-variation 0 --truth data --missing skip --weighting exponential" ;;
     eagle3)       echo "" ;; # its own
-    *)            echo "--cross-entropy 0.1 --total-variation 0.9 --kl 0 --weighting exponential" ;;
+    *-tv)         echo "--cross-entropy 0.1 --total-variation 0.9 --kl 0 --weighting exponential" ;;
+    *)            echo "--kl 1 --cross-entropy 0 --total-variation 0 --weighting exponential" ;;
   esac
 }
 
@@ -57,7 +57,7 @@ fi
 jaxspec overlap --data "$out/data.jsonl" --prompts "$prompts"/*.jsonl
 
 kinds=("$@")
-[ ${#kinds[@]} -gt 0 ] || kinds=(dflash jetspec markov rnn treeflash ours)
+[ ${#kinds[@]} -gt 0 ] || kinds=(dflash jetspec markov rnn treeflash ours dflash2 dflash2-data eagle3)
 decoders=()
 for kind in "${kinds[@]}"; do
   run=$out/$kind-$seed
