@@ -9,10 +9,12 @@ picture. Intervals are 95% bootstrap intervals over prompts; ratios are paired b
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import tyro
 
 from jaxspec.evaluation import metrics as m
@@ -76,6 +78,9 @@ class Compare:
     """JSON lines of `python -m jaxspec evaluate`, decoders named "KIND TREE"."""
     again: tuple[Path, ...] = ()
     """The same for drafters trained from another seed, in separate tables."""
+    clock: tuple[Path, ...] = ()
+    """JSON lines of `python -m jaxspec bench`, drafters named KIND-SEED/drafter: adds a table
+    of each kind's time."""
     budget: int = 16
     """Nodes per round of trees; chains have as many as their drafter's block."""
     short: bool = False
@@ -88,10 +93,11 @@ class Compare:
 
     def run(self) -> int:
         found = chosen(self.results, self.budget)
-        text = tables(found, self.budget)
+        temperature, lines = next(iter(found.items()))
+        timed = f"\n\n{times(lines, self.clock)}" if self.clock else ""
+        text = tables(found, self.budget) + timed
         if self.short:
-            temperature, lines = next(iter(found.items()))
-            text = taus(lines, self.budget, temperature)
+            text = taus(lines, self.budget, temperature) + timed
         elif self.again:
             again = chosen(self.again, self.budget)
             text += f"\n\nAnother seed:\n\n{tables(again, self.budget)}"
@@ -139,6 +145,31 @@ def cell(lines: Lines, kind: str, tree: str) -> str:
 
 def kinds(lines: Lines) -> list[str]:
     return [kind for kind in KINDS if f"{kind} chain" in lines]
+
+
+def times(lines: Lines, clock: tuple[Path, ...]) -> str:
+    """Milliseconds of each kind's chain and best tree, and the speed that follows.
+
+    Verifying and committing as many nodes takes the same of all, so their medians over the
+    decoders of a file count; only drafting, growth included, is a kind's own.
+    """
+    rows = []
+    for view in (View(read_rows(path)) for path in clock):
+        costs = {}
+        for row in view.costs:
+            if named := re.match(r"([\w-]+)-\d+/drafter,tree=(\w+)", row.decoder):
+                costs[named.groups()] = row
+        phases = [row.phases for row in costs.values()]
+        rest = np.median([x["verify"] + x["commit"] for x in phases])
+        for (kind, tree), row in costs.items():
+            own = row.phases["draft"] + (row.phases["grow"] or 0.0)
+            tau = lines[f"{kind} {tree}"].tau
+            speed = m.estimate(tau * view.plain_ms() / (own + rest))
+            ms = f"{own:.1f}", f"{own + rest:.1f}"
+            cells = tree, str(row.budget), *ms, f"{m.estimate(tau):.2f}", f"{speed:.2f}"
+            rows.append([KINDS[kind], *cells])
+    head = ["", "tree", "nodes", "ms, drafting", "ms, round", "tau", "times plain decoding"]
+    return table(head, rows, left=2)
 
 
 def contrasts(lines: Lines) -> str:

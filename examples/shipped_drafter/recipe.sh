@@ -8,7 +8,8 @@
 # are trained by KL, or, with -tv behind their name, by total variation.
 # Settings from the environment: STEPS, SEED, DRAFT_VOCAB, INITIAL (a drafter of that kind to go on
 # from; its draft vocabulary stays), RATE (of learning), COUNT (evaluation prompts per set), SETS,
-# NEW_TOKENS (of their answers), BUDGETS (nodes), and PROMPTS, their folder.
+# NEW_TOKENS (of their answers), BUDGETS (nodes), PROMPTS, their folder, and CLOCK: if it is set,
+# the rounds of each kind are timed at the end, which wants a quiet machine for some minutes.
 # Needs: pip install -e '.[data,plots]'
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -58,7 +59,7 @@ jaxspec overlap --data "$out/data.jsonl" --prompts "$prompts"/*.jsonl
 
 kinds=("$@")
 [ ${#kinds[@]} -gt 0 ] || kinds=(dflash jetspec markov rnn treeflash ours dflash2 dflash2-data eagle3)
-decoders=()
+decoders=() chains=() trees=()
 for kind in "${kinds[@]}"; do
   run=$out/$kind-$seed
   drafter="$(options "$kind") --draft-vocab ${DRAFT_VOCAB:-16384}"
@@ -70,16 +71,16 @@ for kind in "${kinds[@]}"; do
       --dtype bfloat16 --learning-rate "$rate" --steps "$steps" --checkpoint-every 100 --seed "$seed"
 
   decoder() { decoders+=("$kind $1=$run/drafter$3,tree=$2,budget=16"); }
+  case $kind in dflash | dflash-tv | jetspec*) best=top_budget ;; *) best=path_conditioned ;; esac
+  chains+=("$kind-$seed/drafter,tree=chain") trees+=("$kind-$seed/drafter,tree=$best")
   decoder chain chain ""
-  if [ "$kind" != eagle3 ]; then # whose nodes are always scored given their path
-    decoder top_budget top_budget ,head=none # every depth scored alone, DDTree's and
-    decoder best_first best_first ,head=none # JetSpec's trees
-  fi
-  case $kind in markov* | treeflash*) decoder transitions transitions "" ;; esac
-  case $kind in markov* | rnn* | treeflash* | ours* | dflash2* | eagle3)
-    decoder path_conditioned path_conditioned ""
-    decoder lookup path_conditioned +ngram ;;
+  case $kind in dflash | dflash-tv | jetspec* | markov* | dflash2)
+    decoder top_budget top_budget ,head=none ;; # every depth scored by itself, as in DDTree
   esac
+  case $kind in jetspec*) decoder best_first best_first ,head=none ;; esac
+  case $kind in markov* | treeflash*) decoder transitions transitions "" ;; esac
+  [ $best != path_conditioned ] || decoder path_conditioned path_conditioned ""
+  case $kind in markov* | treeflash* | eagle3) decoder lookup path_conditioned +ngram ;; esac
 done
 results=$out/kinds-$seed.jsonl
 read -ra sets <<<"${SETS:-gsm8k math500 humaneval mbpp mt-bench}"
@@ -89,4 +90,17 @@ jaxspec evaluate --prompts "${sets[@]/%/.jsonl}" \
   --count "${COUNT:-8}" --max-new-tokens "${NEW_TOKENS:-256}" \
   --tau-only --budgets "${budgets[@]}" --temperatures 0 1 \
   --decoders "${decoders[@]}" --output "$results" >/dev/null
-"${PYTHON:-python}" examples/shipped_drafter/compare.py "$results" --output "$out/kinds.png"
+clock() { # NODES DRAFTER…
+  texts=$(realpath "$prompts") && cd "$out" &&
+    jaxspec bench --prompts "$texts"/{gsm8k,math500}.jsonl --count 2 --max-new-tokens 96 \
+      --dtype bfloat16 --budgets "$1" --drafters "${@:2}" --output "clock-$1-$seed.jsonl"
+}
+clocks=() # a chain has 8 nodes
+for nodes in ${CLOCK:+8 16}; do
+  clocks+=("$out/clock-$nodes-$seed.jsonl")
+  names=("${trees[@]}")
+  [ "$nodes" != 8 ] || names=("${chains[@]}")
+  [ -s "${clocks[-1]}" ] || (clock "$nodes" "${names[@]}")
+done
+"${PYTHON:-python}" examples/shipped_drafter/compare.py "$results" ${CLOCK:+--clock "${clocks[@]}"} \
+  --output "$out/kinds.png"

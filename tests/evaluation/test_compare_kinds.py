@@ -50,6 +50,26 @@ def test_a_short_table_has_no_contrasts(compare, files, capsys):
     assert "| JetSpec: causal slots | 2.50 [2.50, 2.50] |" in text and "ratio" not in text
 
 
+def test_a_clock_gives_each_kind_its_drafting_and_all_the_same_verification(
+    compare, files, tmp_path, capsys
+):
+    """Plain decoding takes 10 ms, verification and commit 9 and 11, in the median 10."""
+    clock = tmp_path / "clock.jsonl"
+    clock.write_bytes(files[0].read_bytes())
+    for name, budget, draft, verify in (
+        ("plain", 1, 1.0, 8.0),
+        ("dflash-0/drafter,tree=chain, 16 nodes", 16, 2.0, 8.0),
+        ("jetspec-0/drafter,tree=chain, 16 nodes", 16, 5.0, 10.0),
+    ):
+        phases = {"draft": draft, "grow": None, "verify": verify, "commit": 1.0}
+        results.append(clock, results.Costs(name, "float32", budget, phases))
+    assert compare.Compare(tuple(files), clock=(clock,), short=True).run() == 0
+    text = capsys.readouterr().out
+    # Taus of 2 and 2.5 over rounds of 2 + 10 and 5 + 10 ms.
+    assert "see each other | chain | 16 | 2.0 | 12.0 | 2.00 [2.00, 2.00] | 1.67 [" in text
+    assert "causal slots | chain | 16 | 5.0 | 15.0 | 2.50 [2.50, 2.50] | 1.67 [" in text
+
+
 def test_another_seed_has_tables_of_its_own(compare, files, capsys):
     dflash, jetspec = files
     assert compare.Compare((dflash,), again=(jetspec,)).run() == 0
