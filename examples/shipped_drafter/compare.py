@@ -168,7 +168,7 @@ def times(lines: Lines, clock: tuple[Path, ...]) -> str:
             ms = f"{own:.1f}", f"{own + rest:.1f}"
             cells = tree, str(row.budget), *ms, f"{m.estimate(tau):.2f}", f"{speed:.2f}"
             rows.append([KINDS[kind], *cells])
-    head = ["", "tree", "nodes", "ms, drafting", "ms, round", "tau", "times plain decoding"]
+    head = ["kind", "tree", "nodes", "ms, drafting", "ms, round", "tau", "times plain decoding"]
     return table(head, rows, left=2)
 
 
