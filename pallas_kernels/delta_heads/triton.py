@@ -84,7 +84,7 @@ def split_heads(
     """The query, the key, the R values and their gates of one node and one key head."""
     node, head, b = (pl.program_id(axis) for axis in range(3))
     n, group = parents_ref.shape[1], decay_ref.shape[-1]
-    key_dim, before, channels = q_ref.shape[-1], *window_ref.shape[1::2]
+    key_dim, before, channels = q_ref.shape[-1], window_ref.shape[1], window_ref.shape[-1]
     row = b * n + node
     begun = begun_ref[b] == 1
 
