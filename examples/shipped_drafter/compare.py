@@ -79,8 +79,8 @@ class Compare:
     again: tuple[Path, ...] = ()
     """The same for drafters trained from another seed, in separate tables."""
     clock: tuple[Path, ...] = ()
-    """JSON lines of `python -m jaxspec bench`, drafters named KIND-SEED/drafter: adds a table
-    of each kind's time."""
+    """JSON lines of `python -m jaxspec bench`, drafters in folders KIND-SEED: adds a table of
+    each kind's time."""
     budget: int = 16
     """Nodes per round of trees; chains have as many as their drafter's block."""
     short: bool = False
@@ -157,13 +157,16 @@ def times(lines: Lines, clock: tuple[Path, ...]) -> str:
     for view in (View(read_rows(path)) for path in clock):
         costs = {}
         for row in view.costs:
-            if named := re.match(r"([\w-]+)-\d+/drafter,tree=(\w+)", row.decoder):
-                costs[named.groups()] = row
+            if named := re.search(r"([\w-]+)-\d+/drafter,tree=(\w+)", row.decoder):
+                costs[" ".join(named.groups())] = row
+        if missing := costs.keys() - lines.keys():
+            raise ValueError(f"the clock has {sorted(missing)}, which were not walked")
         phases = [row.phases for row in costs.values()]
         rest = np.median([x["verify"] + x["commit"] for x in phases])
-        for (kind, tree), row in costs.items():
+        for name, row in costs.items():
+            kind, tree = name.split()
             own = row.phases["draft"] + (row.phases["grow"] or 0.0)
-            tau = lines[f"{kind} {tree}"].tau
+            tau = lines[name].tau
             speed = m.estimate(tau * view.plain_ms() / (own + rest))
             ms = f"{own:.1f}", f"{own + rest:.1f}"
             cells = tree, str(row.budget), *ms, f"{m.estimate(tau):.2f}", f"{speed:.2f}"

@@ -72,7 +72,7 @@ for kind in "${kinds[@]}"; do
 
   decoder() { decoders+=("$kind $1=$run/drafter$3,tree=$2,budget=16"); }
   case $kind in dflash | dflash-tv | jetspec*) best=top_budget ;; *) best=path_conditioned ;; esac
-  chains+=("$kind-$seed/drafter,tree=chain") trees+=("$kind-$seed/drafter,tree=$best")
+  chains+=("$run/drafter,tree=chain") trees+=("$run/drafter,tree=$best")
   decoder chain chain ""
   case $kind in dflash | dflash-tv | jetspec* | markov* | dflash2)
     decoder top_budget top_budget ,head=none ;; # every depth scored by itself, as in DDTree
@@ -90,17 +90,14 @@ jaxspec evaluate --prompts "${sets[@]/%/.jsonl}" \
   --count "${COUNT:-8}" --max-new-tokens "${NEW_TOKENS:-256}" \
   --tau-only --budgets "${budgets[@]}" --temperatures 0 1 \
   --decoders "${decoders[@]}" --output "$results" >/dev/null
-clock() { # NODES DRAFTER…
-  texts=$(realpath "$prompts") && cd "$out" &&
-    jaxspec bench --prompts "$texts"/{gsm8k,math500}.jsonl --count 2 --max-new-tokens 96 \
-      --dtype bfloat16 --budgets "$1" --drafters "${@:2}" --output "clock-$1-$seed.jsonl"
-}
-clocks=() # a chain has 8 nodes
-for nodes in ${CLOCK:+8 16}; do
+clocks=()
+for nodes in ${CLOCK:+8 16}; do # a chain has 8
   clocks+=("$out/clock-$nodes-$seed.jsonl")
   names=("${trees[@]}")
   [ "$nodes" != 8 ] || names=("${chains[@]}")
-  [ -s "${clocks[-1]}" ] || (clock "$nodes" "${names[@]}")
+  [ -s "${clocks[-1]}" ] ||
+    jaxspec bench --prompts "$prompts"/{gsm8k,math500}.jsonl --count 2 --max-new-tokens 96 \
+      --dtype bfloat16 --budgets "$nodes" --drafters "${names[@]}" --output "${clocks[-1]}"
 done
 "${PYTHON:-python}" examples/shipped_drafter/compare.py "$results" ${CLOCK:+--clock "${clocks[@]}"} \
   --output "$out/kinds.png"

@@ -58,7 +58,7 @@ def test_a_clock_gives_each_kind_its_drafting_and_all_the_same_verification(
     clock.write_bytes(files[0].read_bytes())
     for name, budget, draft, verify in (
         ("plain", 1, 1.0, 8.0),
-        ("dflash-0/drafter,tree=chain, 16 nodes", 16, 2.0, 8.0),
+        ("out/kinds/dflash-0/drafter,tree=chain, 16 nodes", 16, 2.0, 8.0),
         ("jetspec-0/drafter,tree=chain, 16 nodes", 16, 5.0, 10.0),
     ):
         phases = {"draft": draft, "grow": None, "verify": verify, "commit": 1.0}
@@ -68,6 +68,16 @@ def test_a_clock_gives_each_kind_its_drafting_and_all_the_same_verification(
     # Taus of 2 and 2.5 over rounds of 2 + 10 and 5 + 10 ms.
     assert "see each other | chain | 16 | 2.0 | 12.0 | 2.00 [2.00, 2.00] | 1.67 [" in text
     assert "causal slots | chain | 16 | 5.0 | 15.0 | 2.50 [2.50, 2.50] | 1.67 [" in text
+
+
+def test_a_clock_of_what_was_not_walked_is_refused(compare, files, tmp_path):
+    clock = tmp_path / "clock.jsonl"
+    clock.write_bytes(files[0].read_bytes())
+    phases = {"draft": 1.0, "grow": None, "verify": 8.0, "commit": 1.0}
+    row = results.Costs("rnn-0/drafter,tree=chain", "float32", 8, phases)
+    results.append(clock, row)
+    with pytest.raises(ValueError, match="rnn chain.*not walked"):
+        compare.Compare(tuple(files), clock=(clock,)).run()
 
 
 def test_another_seed_has_tables_of_its_own(compare, files, capsys):
