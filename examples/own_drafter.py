@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.drafters.base import Committed, Drafter, LoadedDrafter
+from jaxspec.noise import Noise
 from jaxspec.trees.tree import DraftTree, chain
 
 
@@ -64,7 +65,13 @@ class Followers(Drafter):
         return Seen(tokens, after)
 
     def draft(
-        self, params, state: Seen, anchor: jax.Array, position: jax.Array, budget: jax.Array
+        self,
+        params,
+        state: Seen,
+        anchor: jax.Array,
+        position: jax.Array,
+        budget: jax.Array,
+        noise: Noise | None = None,  # not read: this drafter scores nothing
     ) -> tuple[DraftTree, Seen]:
         def step(token, _):
             at = jnp.take_along_axis(state.after, token[:, None], axis=1)

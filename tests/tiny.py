@@ -80,7 +80,7 @@ class RandomTrees(Drafter):
     def observe(self, params, state, committed):
         return state
 
-    def draft(self, params, state, anchor, position, budget):
+    def draft(self, params, state, anchor, position, budget, noise=None):
         state, key = jax.random.split(state)
         draw = jax.vmap(functools.partial(random_tree, self.size, self.depth, self.vocab))
         return draw(jax.random.split(key, anchor.shape[0]), anchor, budget), state

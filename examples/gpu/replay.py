@@ -86,10 +86,10 @@ class Replay(Drafter):
             own = self.beside.observe(params.beside, own, committed)
         return own, drawn
 
-    def draft(self, params: Known, state, anchor, position, budget):
+    def draft(self, params: Known, state, anchor, position, budget, noise=None):
         own, drawn = state
         if self.beside:
-            tree, own = self.beside.draft(params.beside, own, anchor, position, budget)
+            tree, own = self.beside.draft(params.beside, own, anchor, position, budget, noise)
             drawn = tree.tokens, tree.parents, tree.depths
         grow = jax.vmap(self._tree, in_axes=(None, 0, 0, 0, 0, 0))
         known = params.survival, params.tokens, params.keys

@@ -95,7 +95,7 @@ def observations(target, drafter, prompts, options):
     return [found[name][counted] for name in ("length", "right", "log_q")]
 
 
-def scored(joined, params, state, anchor, position, path):
+def scored(joined, params, state, anchor, position, path, noise):
     """Of every place of a block along the true path, [B, P]."""
     drafter, (own, text) = joined.parts[0], state
     path, vocabulary = path[:, : drafter.depth], params[0].vocabulary

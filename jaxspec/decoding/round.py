@@ -2,8 +2,8 @@
 
 Sample, then match: the target chooses a token after every node, and the tree only decides which
 choices are computed in advance. Every token is the target's choice given the tokens before it,
-so output is lossless for any tree that is fixed before the choices are made. Chains sampled
-from the drafter are accepted by `decoding.rejection` instead.
+so output is lossless for any tree, one that was drafted knowing the noise of the choices
+included. Chains sampled from the drafter are accepted by `decoding.rejection` instead.
 """
 
 from __future__ import annotations
@@ -54,7 +54,12 @@ def propose(
     if decoder.rejection:
         return rejection.propose(decoder, params, state, sampling)
     tree, drafted = decoder.drafter.draft(
-        params.drafter, state.drafter, state.anchor, state.position, state.budget
+        params.drafter,
+        state.drafter,
+        state.anchor,
+        state.position,
+        state.budget,
+        sampling.noise,
     )
     return Draft(tree), dataclasses.replace(state, drafter=drafted)
 

@@ -1,5 +1,4 @@
-"""The target's choice at a node: argmax, or Gumbel-max with noise that depends only on the
-request and the absolute position, so that plain and speculative decoding draw equal tokens."""
+"""The target's choice at a node: argmax, or Gumbel-max with the noise of `jaxspec.noise`."""
 
 from __future__ import annotations
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxspec.config import check_field
 from jaxspec.decoding.penalties import Written, adjusted, changes_logits
+from jaxspec.noise import Noise, drafting_scale
 
 NO_TOKEN = -1
 MAX_STOP_IDS, MAX_BIASES = 8, 300
@@ -89,7 +89,7 @@ class SamplingRows:
       biased: [B, n] int32, tokens of `logit_bias`, padded with `NO_TOKEN`.
       bias: [B, n] float32.
       presence, frequency, repetition: [B] float32, the penalties.
-      key: [B] typed keys, one per request. They decide the output; drafters use other keys.
+      key: [B] typed keys, one per request.
       logprobs: [B] int32, which log-probabilities are kept (`decoding.logprobs`).
     """
 
@@ -106,6 +106,11 @@ class SamplingRows:
     repetition: jax.Array
     key: jax.Array
     logprobs: jax.Array
+
+    @property
+    def noise(self) -> Noise:
+        """The noise of the choices, and what it counts for a drafter."""
+        return Noise(self.key, drafting_scale(self.temperature, self.top_p))
 
 
 def greedy_rows(key: jax.Array) -> SamplingRows:
@@ -170,7 +175,7 @@ def _draw(logits, depths, positions, rows, own, max_depth: int, written: Written
     """`choose` for `own` [R'] of the R, with noise or adjusted logits: [R', N] int32."""
     rows = jax.tree.map(lambda x: x[written.row[own]], rows)
     # Nodes of one depth choose for the same position, so they share its noise.
-    noise = _noise(rows.key, positions[own], max_depth + 1, logits.shape[-1])  # [R', P + 1, V]
+    noise = rows.noise.at(positions[own], max_depth + 1, logits.shape[-1])  # [R', P + 1, V]
     noise = jnp.where((rows.temperature > 0)[:, None, None], noise, 0.0)
     step = math.gcd(logits.shape[1], NODES_AT_ONCE)
 
@@ -224,16 +229,6 @@ def _filtered(logits: jax.Array, rows: SamplingRows) -> jax.Array:
         lambda x: x,
         scaled,
     )
-
-
-def _noise(keys: jax.Array, positions: jax.Array, count: int, vocab: int) -> jax.Array:
-    """Gumbel noise for `count` consecutive positions of every request: [B, count, V]."""
-
-    def at(key, position):
-        return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,), jnp.float32)
-
-    along = jax.vmap(at, in_axes=(None, 0))
-    return jax.vmap(along)(keys, positions[:, None] + jnp.arange(count))
 
 
 def _kept(logits: jax.Array, rows: SamplingRows) -> jax.Array:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.models.params import TargetParams
+from jaxspec.noise import Noise
 from jaxspec.trees.tree import DraftTree
 
 
@@ -41,7 +42,7 @@ class Drafter:
     `observe` and `draft`; the rest has defaults. See examples/own_drafter.py.
 
     State belongs to a batch and is donated from round to round: `observe` and `draft` return
-    the new one. A drafter never uses the random keys that decide the output.
+    the new one.
 
     Attributes:
       size: N, nodes of its trees, root included (static).
@@ -81,6 +82,7 @@ class Drafter:
         anchor: Int[Array, " B"],
         position: Int[Array, " B"],
         budget: Int[Array, " B"],
+        noise: Noise | None = None,
     ) -> tuple[DraftTree, Any]:
         """Proposes continuations of the anchor, which is decided but not yet observed.
 
@@ -88,6 +90,8 @@ class Drafter:
           anchor: [B] int32, token at absolute position `position`.
           position: [B] int32; positions 0 … position - 1 have been observed.
           budget: [B] int32, nodes wanted per row, root included, 1 … size.
+          noise: of the target's choices after the anchor; None if all are greedy. A drafter
+            that scores tokens adds it (`noise.bias`), and has more of them accepted.
         """
         raise NotImplementedError
 

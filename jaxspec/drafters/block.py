@@ -19,13 +19,21 @@ from jaxspec.config import DrafterConfig, TreeConfig
 from jaxspec.drafters.base import Committed, Drafter
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
 from jaxspec.drafters.head import OUTPUT, DraftHead, Vocabulary, restrict
-from jaxspec.drafters.rollout import Choose, SampledChain, draw, greedy, rollout, tempered
+from jaxspec.drafters.rollout import (
+    Choose,
+    SampledChain,
+    draw,
+    greedy_with,
+    rollout,
+    tempered,
+)
 from jaxspec.drafters.selector import lattice, lattice_tree, pick, walk
 from jaxspec.drafters.visibility import block_visibility
 from jaxspec.drafters.weights import abstract_weights, bind
 from jaxspec.models.cache import KVCache, init_cache
 from jaxspec.models.mesh import cut_axes
 from jaxspec.models.params import TargetParams
+from jaxspec.noise import Noise, bias
 from jaxspec.trees.build import build
 from jaxspec.trees.candidates import top_log_probs
 from jaxspec.trees.path_conditioned import LowRank, path_conditioned
@@ -195,29 +203,33 @@ class BlockDrafter(Drafter):
         anchor: Int[Array, " B"],
         position: Int[Array, " B"],
         budget: Int[Array, " B"],
+        noise: Noise | None = None,
     ) -> tuple[DraftTree, KVCache]:
         head, vocabulary = bind(self.config, params.head), params.vocabulary
         stream = self.stream(params, state, anchor, position)
         base = head.logits(vocabulary, stream)
+        added = bias(noise, position, self.depth, self.config.vocab_size, vocabulary.kept)
         if self.config.candidates:
-            table = lattice(head, vocabulary, stream, base, anchor)
+            table = lattice(head, vocabulary, stream, base + added, anchor)
             count_mass = self.count_mass
             tree = lattice_tree(self.tree, table, anchor, budget, count_mass=count_mass)
         elif self.config.sequential and self.tree.kind == "path_conditioned":
-            tree = self._path_conditioned(head, params, stream, base, anchor, budget)
+            tree = self._path_conditioned(head, params, stream, base, added, anchor, budget)
         elif self.tree.kind == "transitions":
             table = transition_table(
                 head,
                 vocabulary,
                 stream,
                 base,
+                added,
                 anchor,
                 parents=self.tree.candidates,
                 children=self.tree.width,
             )
             tree = from_transitions(*table, anchor, budget=budget, size=self.tree.size)
         else:
-            tokens, logits = rollout(head, vocabulary, stream, base, anchor, greedy)
+            choose = greedy_with(added)
+            tokens, logits = rollout(head, vocabulary, stream, base, anchor, choose)
             if self.tree.kind == "chain" and self.config.confidence:
                 log_confidence = _log_confidence(head, params, stream, anchor, tokens)
                 lengths = _chain_lengths(params, log_confidence)
@@ -305,7 +317,7 @@ class BlockDrafter(Drafter):
         return bind(c, params.head).stream(params.vocabulary, anchor, position, attend)
 
     def _path_conditioned(
-        self, head: DraftHead, params: BlockParams, stream, base, anchor, budget
+        self, head: DraftHead, params: BlockParams, stream, base, added, anchor, budget
     ) -> DraftTree:
         vocabulary = params.vocabulary
 
@@ -319,13 +331,14 @@ class BlockDrafter(Drafter):
 
         def corrected(slot, state, nodes):
             latent, state = advance(slot, state, nodes)
-            return head.correct(vocabulary, base[:, slot, None], latent), state
+            logits = head.correct(vocabulary, base[:, slot, None], latent)
+            return logits + added[:, slot, None], state
 
         step = corrected
         if self.config.sequential != "mlp" and not self.survival_scores:
             # On a mesh that shards weights the kernels would need W2 whole.
             step = LowRank(
-                base,
+                base + added,
                 head.sequential.output[...],
                 advance,
                 implementation="xla" if cut_axes() else None,
@@ -371,6 +384,7 @@ def transition_table(
     vocabulary: Vocabulary,
     stream: Float[Array, "B P M"],
     base: Float[Array, "B P V"],
+    added: Float[Array, "_ P _"],
     anchor: Int[Array, " B"],
     *,
     parents: int,
@@ -379,7 +393,8 @@ def transition_table(
     """The likeliest children of the likeliest parents of every depth (TreeFlash).
 
     The parents of slot 0 are all the anchor; those of slot k are the likeliest tokens of slot
-    k - 1 by base logits. `parents` and `children` are cut to the draft vocabulary's size.
+    k - 1 by base logits. To the logits of both `added` is added (`noise.bias`). `parents` and
+    `children` are cut to the draft vocabulary's size.
 
     Returns:
       tokens int32, their log-probabilities given the parent, and the child's index among the
@@ -387,12 +402,12 @@ def transition_table(
     """
     vocab = base.shape[-1]
     parents, children = min(parents, vocab), min(children, vocab)
-    likely, _ = top_log_probs(base[:, :-1], parents)  # [B, P - 1, parents]
+    likely, _ = top_log_probs((base + added)[:, :-1], parents)  # [B, P - 1, parents]
     first = jnp.broadcast_to(anchor[:, None, None], (*anchor.shape, 1, parents))
     previous = jnp.concatenate([first, vocabulary.ids(likely)], axis=1)
     latent, _ = head.advance(vocabulary, stream[:, :, None], previous, ())
     logits = head.correct(vocabulary, base[:, :, None], latent)
-    chosen, log_probs = top_log_probs(logits, children)
+    chosen, log_probs = top_log_probs(logits + added[:, :, None], children)
 
     same = chosen[:, :-1, :, :, None] == likely[:, :, None, None, :]
     index = jnp.where(same.any(-1), jnp.argmax(same, axis=-1), -1)

@@ -18,10 +18,11 @@ from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, Drafter
 from jaxspec.drafters.eagle_head import EagleConfig, PairHead
 from jaxspec.drafters.head import Vocabulary
-from jaxspec.drafters.rollout import Choose, SampledChain, draw, greedy, tempered
+from jaxspec.drafters.rollout import Choose, SampledChain, draw, greedy_with, tempered
 from jaxspec.drafters.weights import abstract_weights, bind
 from jaxspec.models.cache import KVCache, KVRows, init_cache
 from jaxspec.models.params import TargetParams
+from jaxspec.noise import Noise, bias
 from jaxspec.trees.candidates import top_log_probs
 from jaxspec.trees.levels import ROOT, best_nodes
 from jaxspec.trees.tree import DraftTree, causal_bits, chain, known, pack_bits, root_only
@@ -227,14 +228,18 @@ class EagleDrafter(Drafter):
         anchor: jax.Array,
         position: jax.Array,
         budget: jax.Array,
+        noise: Noise | None = None,
     ) -> tuple[DraftTree, EagleState]:
         if self.size == 1:
             return root_only(anchor), state
+        vocab, kept = self.config.vocab_size, params.vocabulary.kept
+        added = bias(noise, position, self.depth, vocab, kept)
         if self.tree.kind == "chain":
-            tokens, logits = self.rollout(params, state, anchor, position, greedy)
+            choose = greedy_with(added)
+            tokens, logits = self.rollout(params, state, anchor, position, choose)
             gains = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
             return chain(anchor, tokens, budget - 1, gains, size=self.size), state
-        return self._grow(params, state, anchor, position, budget), state
+        return self._grow(params, state, anchor, position, budget, added), state
 
     def draft_sampled(
         self,
@@ -281,16 +286,20 @@ class EagleDrafter(Drafter):
         return tokens.swapaxes(0, 1), laws.swapaxes(0, 1)
 
     def _grow(
-        self, params: EagleParams, state: EagleState, anchor, position, budget
+        self, params: EagleParams, state: EagleState, anchor, position, budget, added
     ) -> DraftTree:
-        """EAGLE-2's tree: a pool of W candidates after each of F rows per level."""
+        """EAGLE-2's tree: a pool of W candidates after each of F rows per level.
+
+        Args:
+          added: to the logits of each depth, see `noise.bias`.
+        """
         vocabulary, rows = params.vocabulary, jnp.arange(anchor.shape[0])[:, None]
         frontier = self.pass_tokens
         width = min(self.tree.width, vocabulary.unembed.shape[0])
 
         def grow(level: _Level, slot):
             logits, features, level = self._run(params, state, position, level, slot)
-            likely, gains = top_log_probs(logits, width)  # [B, F, W]
+            likely, gains = top_log_probs(logits + added[:, slot, None], width)  # [B, F, W]
             scores = known(level.scores[..., None] + jnp.minimum(gains, 0.0))
             scores, tokens = (x.reshape(len(anchor), -1) for x in (scores, likely))
             tokens = vocabulary.ids(tokens)

@@ -12,6 +12,7 @@ from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, Drafter, LoadedDrafter
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.models.params import TargetParams
+from jaxspec.noise import Noise
 from jaxspec.trees.tree import DraftTree
 
 DEEPEST_MATCH = 15  # tokens that prompt lookup copies at a time beside another drafter
@@ -82,10 +83,11 @@ class Joined(Together):
         anchor: Int[Array, " B"],
         position: Int[Array, " B"],
         budget: Int[Array, " B"],
+        noise: Noise | None = None,
     ) -> tuple[DraftTree, tuple]:
         (drafter, lookup), (own, text) = self.drafters, state
         whole = jnp.full_like(budget, self.size)
-        tree, own = drafter.draft(params[0], own, anchor, position, whole)
+        tree, own = drafter.draft(params[0], own, anchor, position, whole, noise)
         tree, text = lookup.behind(tree, text, position, budget)
         return tree, (own, text)
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 
 from jaxspec.config import TreeConfig, at_least, check_field
 from jaxspec.drafters.base import Committed, Drafter
+from jaxspec.noise import Noise
 from jaxspec.trees.copies import common_suffixes, with_copies
 from jaxspec.trees.merge import merge
 from jaxspec.trees.tree import DraftTree
@@ -85,6 +86,7 @@ class PromptLookup(Drafter):
         anchor: Int[Array, " B"],
         position: Int[Array, " B"],
         budget: Int[Array, " B"],
+        noise: Noise | None = None,
     ) -> tuple[DraftTree, jax.Array]:
         history = _write(state, anchor[:, None], position)
         continuations, scores = jax.vmap(self._look_up)(history, position)

@@ -82,7 +82,8 @@ class ParallelEagleDrafter(EagleDrafter):
         return tokens.swapaxes(0, 1), laws.swapaxes(0, 1)
 
     def _grow(
-        self, params: EagleParams, state: EagleState, anchor, position, budget
+        self, params: EagleParams, state: EagleState, anchor, position, budget, added
     ) -> DraftTree:
-        tree = build(self.tree, self.logits(params, state, anchor, position), anchor, budget)
+        logits = self.logits(params, state, anchor, position) + added
+        tree = build(self.tree, logits, anchor, budget)
         return params.vocabulary.of_tree(tree)

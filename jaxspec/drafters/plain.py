@@ -26,7 +26,7 @@ class Plain(Drafter):
     def observe(self, params, state, committed: Committed):
         return state
 
-    def draft(self, params, state, anchor, position, budget):
+    def draft(self, params, state, anchor, position, budget, noise=None):
         return root_only(anchor, size=self.size), state
 
     def with_tree(self, tree):

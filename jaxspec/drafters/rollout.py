@@ -99,3 +99,8 @@ def draw(key: jax.Array, slot: jax.Array, log_q: jax.Array) -> jax.Array:
 def greedy(slot: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The likeliest choice, for `rollout`."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits
+
+
+def greedy_with(added: jax.Array) -> Choose:
+    """As `greedy`, with the logits plus `added` [., P, .] (`noise.bias`)."""
+    return lambda slot, logits: greedy(slot, logits + added[:, slot])

@@ -13,6 +13,7 @@ from jaxspec.drafters.base import Committed, Drafter
 from jaxspec.models.decoder import forward, unembed
 from jaxspec.models.params import TargetParams, abstract_params
 from jaxspec.models.state import LayerStates, init_states
+from jaxspec.noise import Noise, bias
 from jaxspec.trees.build import build
 from jaxspec.trees.tree import DraftTree, causal_bits
 
@@ -63,13 +64,15 @@ class SmallModel(Drafter):
         anchor: Int[Array, " B"],
         position: Int[Array, " B"],
         budget: Int[Array, " B"],
+        noise: Noise | None = None,
     ) -> tuple[DraftTree, LayerStates]:
         one = jnp.ones_like(position)
+        added = bias(noise, position, self.depth, params.unembed.shape[0])
 
         def step(carry, i):
             token, cache = carry
             hidden, cache = self._run(params, cache, token[:, None], position + i, one)
-            logits = unembed(params, hidden[:, 0])
+            logits = unembed(params, hidden[:, 0]) + added[:, i]
             return (jnp.argmax(logits, axis=-1).astype(jnp.int32), cache), logits
 
         # Drafted rows lie past the committed ones; `observe` overwrites them.

@@ -1,8 +1,9 @@
 """Upper bound on tau: a perfect choice among a drafter's k likeliest candidates.
 
 Given the true path before it, a token's rank is the number of tokens that the drafter finds
-likelier. A tree that contains every token of rank below k accepts all tokens up to the first
-one of rank k or more. No tree with k children per node accepts more, at any budget.
+likelier, knowing the noise of the choice (`jaxspec.noise`). A tree that contains every token of
+rank below k accepts all tokens up to the first one of rank k or more. No tree with k children
+per node accepts more, at any budget.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.evaluation.walk import Observed, RecordedAnswer, Table, at_every_anchor
+from jaxspec.noise import bias
 
 
 def ranks(
@@ -39,12 +41,15 @@ def ranks(
     return [Table(own, none, none[:, None].astype(np.float32)) for own in highest]
 
 
-def highest_ranks(drafter, params, state, anchor, position, path):
+def highest_ranks(drafter, params, state, anchor, position, path, noise):
     """Highest ranks of the true path [B, P] up to each depth, [B, P] int32; the largest int32
     from the first token outside the draft vocabulary on."""
 
     def follow(slot, logits):
-        index, drafted = params.vocabulary.index(path[:, slot])
+        vocabulary = params.vocabulary
+        vocab, kept = vocabulary.embed.shape[0], vocabulary.kept
+        logits = logits + bias(noise, position + slot, 1, vocab, kept)[:, 0]
+        index, drafted = vocabulary.index(path[:, slot])
         # Past the text there is no token (-1).
         own = jnp.take_along_axis(logits, jnp.maximum(index, 0)[:, None], axis=1)
         earlier = jnp.arange(logits.shape[1]) < index[:, None]  # of equal scores

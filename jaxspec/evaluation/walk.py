@@ -2,7 +2,8 @@
 
 Sample-then-match commits exactly what plain decoding writes, so a round accepts the longest
 path of the drafted tree that is a prefix of the rest of the recorded answer. That gives the
-next anchor without running the target. A drafter's tree depends only on its anchor, and a
+next anchor without running the target. A drafter's tree depends only on its anchor (and the
+noise of the choices), and a
 larger budget's tree contains a smaller one's with the same node numbers. So one pass drafts the
 largest tree at every token of an answer and records the nodes on the true path; every budget is
 then replayed on that table, exactly as decoding would (`tests/evaluation/test_walk.py`).
@@ -30,6 +31,7 @@ from jaxspec.drafters.joined import Together
 from jaxspec.models.decoder import forward, unembed
 from jaxspec.models.state import LayerStates
 from jaxspec.models.target import Target
+from jaxspec.noise import Noise
 from jaxspec.trees.tree import DraftTree, ancestors
 
 ANCHORS = 32  # anchors drafted from by one call of a compiled program
@@ -44,11 +46,14 @@ class RecordedAnswer:
         round may accept.
       start: position of the answer's first token.
       limit: maximum of new tokens.
+      sampling, seed: how it was chosen; the noise of the choices follows from them.
     """
 
     tokens: tuple[int, ...]
     start: int
     limit: int
+    sampling: Sampling = Sampling()
+    seed: int = 0
 
     @property
     def new_tokens(self) -> int:
@@ -73,18 +78,19 @@ def record(
       spare: tokens beyond `max_new_tokens`, at least the depth of the trees to replay + 1.
       seeds: one per prompt; 0, 1, … by default.
     """
+    seeds = list(range(len(rows))) if seeds is None else list(seeds)
     done = generate(
         target,
         rows,
         max_new_tokens=max_new_tokens + spare,
         sampling=sampling,
-        seed=list(range(len(rows))) if seeds is None else seeds,
+        seed=seeds,
         batch_size=batch_size,
         capacity=capacity,
     )
     return [
-        RecordedAnswer((*row, *completion.token_ids), len(row), max_new_tokens)
-        for row, completion in zip(rows, done, strict=True)
+        RecordedAnswer((*row, *completion.token_ids), len(row), max_new_tokens, sampling, seed)
+        for row, completion, seed in zip(rows, done, seeds, strict=True)
     ]
 
 
@@ -97,6 +103,7 @@ class Observed:
       tokens: [B, S] int32.
       truth: [B, S] int32, the same tokens, but `NO_TOKEN` past each answer's end.
       start: [B] int32, position of each answer's first token.
+      noise: of the target's choices.
       cache: the target's.
       states: the drafters' states after observing all tokens; drafts at a position depend only
         on the rows before it.
@@ -105,6 +112,7 @@ class Observed:
     tokens: jax.Array
     truth: jax.Array
     start: jax.Array
+    noise: Noise
     cache: LayerStates
     states: Any
 
@@ -133,8 +141,8 @@ def observe(
         capacity=capacity or capacity_for(longest, decoder),
         max_new_tokens=1,
         budget=1,
-        sampling=[Sampling()] * len(rows),
-        keys=request_keys(0, len(rows)),
+        sampling=[answer.sampling for answer in answers],
+        keys=request_keys([answer.seed for answer in answers], len(rows)),
     )
     state = prefill(
         decoder, Params(target.params, tuple(drafter.params for drafter in drafters)), requests
@@ -144,7 +152,8 @@ def observe(
     for i, answer in enumerate(answers):
         truth[i, : len(answer.tokens)] = answer.tokens
         start[i] = answer.start
-    return Observed(requests.tokens, truth, start, state.cache, state.drafter)
+    noise = requests.sampling.noise
+    return Observed(requests.tokens, truth, start, noise, state.cache, state.drafter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +185,7 @@ def tabulate(
 
 
 # Function evaluated at an anchor: (drafter, its params, its state, anchor [B], position [B],
-# true path [B, P]) -> arrays [B, ...].
+# true path [B, P], the noise of the choices) -> arrays [B, ...].
 AtAnchor = Callable[..., Any]
 
 
@@ -204,13 +213,14 @@ def at_every_anchor(
             observed.tokens,
             observed.truth,
             observed.start + first,
+            observed.noise,
         )
         parts.append(jax.device_get(part))
     return jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)
 
 
 @functools.partial(jax.jit, static_argnames=("find", "drafter"))
-def _at_anchors(find, drafter, params, state, tokens, truth, first):
+def _at_anchors(find, drafter, params, state, tokens, truth, first, noise):
     """`find`'s arrays with a leading B, at `ANCHORS` anchors from position `first` [B] on."""
     last = tokens.shape[1] - drafter.depth - 1
 
@@ -218,16 +228,16 @@ def _at_anchors(find, drafter, params, state, tokens, truth, first):
         position = jnp.minimum(first + offset, last)  # anchors past the end are never read
         anchor = _take(tokens, position[:, None])[:, 0]
         path = _take(truth, position[:, None] + 1 + jnp.arange(drafter.depth))
-        return find(drafter, params, state, anchor, position, path)
+        return find(drafter, params, state, anchor, position, path, noise)
 
     found = jax.lax.map(at, jnp.arange(ANCHORS))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
 
 
-def drafted(drafter, params, state, anchor, position, path):
+def drafted(drafter, params, state, anchor, position, path, noise):
     """`Table`'s arrays for the drafter's whole tree."""
     budget = jnp.full(anchor.shape, drafter.size, jnp.int32)
-    tree, _ = drafter.draft(params, state, anchor, position, budget)
+    tree, _ = drafter.draft(params, state, anchor, position, budget, noise)
     return nodes_of_path(tree, path), tree.valid.sum(axis=1), tree.scores
 
 

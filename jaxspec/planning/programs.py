@@ -64,11 +64,12 @@ def _call(setup: Setup, name: str, mesh: Mesh) -> tuple[Callable, tuple[Any, ...
         return prefill, (decoder, params, requests)
     if name == "draft":
         row = placed(mesh, jax.ShapeDtypeStruct((setup.batch,), jnp.int32))
-        return _draft, (decoder.drafter, params.drafter, state.drafter, row, row, row)
+        own = decoder.drafter, params.drafter, state.drafter
+        return _draft, (*own, row, row, row, requests.sampling.noise)
     rounds = placed(mesh, jax.ShapeDtypeStruct((), jnp.int32))
     return decode, (decoder, params, state, requests.sampling, rounds)
 
 
 @functools.partial(jax.jit, static_argnames="drafter")
-def _draft(drafter, params, state, anchor, position, budget):
-    return drafter.draft(params, state, anchor, position, budget)[0]
+def _draft(drafter, params, state, anchor, position, budget, noise):
+    return drafter.draft(params, state, anchor, position, budget, noise)[0]

@@ -176,7 +176,7 @@ class Given(Drafter):
     def observe(self, params, state: DraftTree, committed) -> DraftTree:
         return state
 
-    def draft(self, params, state: DraftTree, anchor, position, budget):
+    def draft(self, params, state: DraftTree, anchor, position, budget, noise=None):
         return dataclasses.replace(state, tokens=state.tokens.at[:, 0].set(anchor)), state
 
 

@@ -215,12 +215,12 @@ def _watch_round(decoder: Decoder, params: Params, state, sampling):
     verdict = judge(decoder, params, proposed, sampling, draft, sizes, size)
     path, count = verdict.acceptance.path[0], verdict.acceptance.count[0]
     accepted = jnp.where(jnp.arange(path.shape[0]) < count, path, 0)
-    trees = _proposals(decoder, params, state)
+    trees = _proposals(decoder, params, state, sampling)
     after = commit(decoder, params, proposed, sampling, verdict)
     return (draft.tree, trees, accepted), after
 
 
-def _proposals(decoder: Decoder, params: Params, state) -> tuple[DraftTree, ...]:
+def _proposals(decoder: Decoder, params: Params, state, sampling) -> tuple[DraftTree, ...]:
     """The tree of each part of the drafter; XLA shares this drafting with the joined tree's."""
     parts = decoder.drafter.parts
     single = len(parts) == 1
@@ -229,7 +229,8 @@ def _proposals(decoder: Decoder, params: Params, state) -> tuple[DraftTree, ...]
     found = []
     for part, p, s in zip(parts, own_params, own_state, strict=True):
         whole = jnp.full_like(state.budget, part.size)
-        found.append(part.draft(p, s, state.anchor, state.position, whole)[0])
+        at = state.anchor, state.position, whole, sampling.noise
+        found.append(part.draft(p, s, *at)[0])
     return tuple(found)
 
 

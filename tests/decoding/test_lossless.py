@@ -108,12 +108,15 @@ def test_batches_do_not_change_the_seeds():
 def test_a_model_that_drafts_for_itself_is_always_right():
     itself = DRAFTERS["itself"]
     for completion in generate(tiny.target(), PROMPTS, drafter=itself, max_new_tokens=33):
-        assert completion.stats.committed == (
-            8,
-            8,
-            8,
-            8,
-        )  # P + 1 each; the first token is prefill's
+        committed = (8, 8, 8, 8)  # P + 1 each; the first token is prefill's
+        assert completion.stats.committed == committed
+
+
+def test_a_drafter_that_knows_the_noise_is_mostly_right():
+    """At a temperature where its likeliest token would hardly ever be chosen."""
+    options = dict(sampling=Sampling(temperature=5.0), seed=3, max_new_tokens=65)
+    done = generate(tiny.target(), PROMPTS, drafter=DRAFTERS["itself"], **options)
+    assert sum(c.stats.tau for c in done) / len(done) > 3
 
 
 def test_another_seed_gives_other_tokens():

@@ -56,6 +56,7 @@ def draft(drafter, params, tokens, features, position):
             params.vocabulary,
             stream,
             base,
+            jnp.zeros((1, base.shape[1], 1)),
             anchor,
             parents=drafter.tree.candidates,
             children=drafter.tree.width,

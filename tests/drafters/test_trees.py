@@ -106,7 +106,10 @@ def test_transition_table_links_children_to_their_own_rows():
         stream = drafter.stream(params, state, anchor, jnp.array([6]))
         base = head.logits(params.vocabulary, stream)
         options = dict(parents=parents, children=5)
-        return base, transition_table(head, params.vocabulary, stream, base, anchor, **options)
+        scores = base, jnp.zeros((1, base.shape[1], 1))
+        return base, transition_table(
+            head, params.vocabulary, stream, *scores, anchor, **options
+        )
 
     base, (tokens, _, following) = run(jnp.array([4]))
     likely = np.argsort(-np.asarray(base[0]), axis=-1)[:, :parents]

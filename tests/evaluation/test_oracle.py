@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxspec.config import TreeConfig
+from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.head import Vocabulary
 from jaxspec.drafters.ngram import PromptLookup
@@ -38,6 +39,11 @@ class Scores:
         return jnp.stack(tokens, axis=1), jnp.stack(laws, axis=1)
 
 
+def ranks(params, path):
+    row = jnp.zeros(1, jnp.int32)
+    return oracle.highest_ranks(Scores(), params, None, row, row, jnp.array([path]), None)
+
+
 @pytest.mark.parametrize(
     ("path", "highest"),
     [
@@ -51,7 +57,7 @@ class Scores:
 )
 def test_ranks_along_a_path(path, highest):
     params = types.SimpleNamespace(vocabulary=Vocabulary(jnp.zeros((4, 1)), jnp.zeros((4, 1))))
-    found = oracle.highest_ranks(Scores(), params, None, None, None, jnp.array([path]))
+    found = ranks(params, path)
     assert found.tolist() == [highest]
 
 
@@ -61,14 +67,14 @@ def test_ranks_in_a_draft_vocabulary():
     vocabulary = Vocabulary(jnp.zeros((11, 1)), jnp.zeros((4, 1)), kept)
     params = types.SimpleNamespace(vocabulary=vocabulary)
     for path, highest in {(5, 9, 5): [0, 2, 2], (5, 6, 5): [0, NEVER, NEVER]}.items():
-        found = oracle.highest_ranks(Scores(), params, None, None, None, jnp.array([path]))
+        found = ranks(params, path)
         assert found.tolist() == [highest]
 
 
-@pytest.fixture(scope="module")
-def answers():
-    rows = tiny.prompts(3, 17)
-    return w.record(tiny.target(), rows, max_new_tokens=24, spare=8, batch_size=2)
+@pytest.fixture(scope="module", params=[0.0, 1.0])
+def answers(request):
+    options = dict(sampling=Sampling(temperature=request.param), batch_size=2)
+    return w.record(tiny.target(), tiny.prompts(3, 17), max_new_tokens=24, spare=8, **options)
 
 
 @pytest.mark.parametrize("name", slow_but(["rnn"], DRAFTERS))
@@ -76,12 +82,15 @@ def test_the_likeliest_candidates_alone_are_the_chain(name, answers):
     drafter = DRAFTERS[name]
     observed = w.observe(tiny.target(), [drafter], answers, batch=2)
     (state,) = observed.states
-    ranks = oracle.ranks(observed, answers, drafter, state)
+    found = oracle.ranks(observed, answers, drafter, state)
     chains = w.tabulate(observed, answers, drafter, state)
-    for answer, own, chain in zip(answers, ranks, chains, strict=True):
-        (found, visited), (expected, anchors) = w.walk(answer, own, 1), w.walk(answer, chain, 5)
-        assert (found.committed, visited) == (expected.committed, anchors)
-        assert found.nodes == 0
+    for answer, own, chain in zip(answers, found, chains, strict=True):
+        (walked, visited), (expected, anchors) = (
+            w.walk(answer, own, 1),
+            w.walk(answer, chain, 5),
+        )
+        assert (walked.committed, visited) == (expected.committed, anchors)
+        assert walked.nodes == 0
         by_k = [w.walk(answer, own, k)[0].tau for k in (1, 2, 4, NEVER)]
         assert by_k == sorted(by_k) and by_k[0] < by_k[-1] <= drafter.drafter.depth + 1
 

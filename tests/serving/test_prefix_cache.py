@@ -45,7 +45,7 @@ class Recurrent(Drafter):
             state = jnp.where(i < committed.count, mixed, state)
         return state
 
-    def draft(self, params, state, anchor, position, budget):
+    def draft(self, params, state, anchor, position, budget, noise=None):
         drafted = (state[:, None] + jnp.arange(self.depth)) % 11
         return chain(anchor, drafted, budget - 1, size=self.size), state
 

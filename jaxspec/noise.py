@@ -1,0 +1,91 @@
+"""The noise of sampled choices, known before the target's logits are.
+
+A row samples by Gumbel-max: its next token is argmax(logits + temperature * noise). The noise
+depends only on the request and the token's absolute position, so plain and speculative decoding
+draw equal tokens. A drafter that adds it to its own logits proposes what the target will draw
+wherever the two agree; the output does not change, as the target alone decides.
+
+Source: Daliri, Musco and Suresh, "Coupling without Communication and Drafter-Invariant
+Speculative Decoding" (arXiv 2408.07978), for chains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """The noise of a batch.
+
+    Attributes:
+      key: [B] typed keys, one per request.
+      scale: [B] float32, by which a drafter multiplies it (`drafting_scale`); 0: greedy.
+    """
+
+    key: Key[Array, " B"]
+    scale: Float[Array, " B"]
+
+    def at(
+        self, positions: Int[Array, " B"], count: int, vocab: int
+    ) -> Float[Array, "B {count} {vocab}"]:
+        """Standard Gumbel noise of the tokens at `count` positions from `positions` on."""
+
+        def one(key, position):
+            return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,), jnp.float32)
+
+        along = jax.vmap(one, in_axes=(None, 0))
+        return jax.vmap(along)(self.key, positions[:, None] + jnp.arange(count))
+
+
+def drafting_scale(
+    temperature: Float[Array, " B"], top_p: Float[Array, " B"]
+) -> Float[Array, " B"]:
+    """How much of the noise a drafter adds to its logits: [B].
+
+    A drafter that knew the target's logits would add temperature * noise. Its own are flatter
+    where it is unsure which token the target prefers, and there the noise misleads it. So it
+    adds 3/4 of that, and less where a small top_p leaves the target little choice
+    (docs/results.md has what the factors give).
+    """
+    choice = jnp.clip((top_p - 0.7) / (0.95 - 0.7), 0.0, 1.0)
+    return 0.75 * choice * temperature
+
+
+def bias(
+    noise: Noise | None,
+    anchor: Int[Array, " B"],
+    depth: int,
+    vocab: int,
+    kept: Int[Array, " _"] | None = None,
+) -> Float[Array, "_ {depth} _"]:
+    """What a drafter adds to its logits of the tokens 1 … P behind the anchor.
+
+    Args:
+      noise: of the target's choices; None where all are greedy.
+      anchor: absolute position of the anchor.
+      depth: P.
+      vocab: V, of the target.
+      kept: the ids that the drafter scores, V' of them; None for all.
+
+    Returns:
+      [B, P, V'], scale times noise; without noise zeros [1, P, 1].
+    """
+    if noise is None:
+        return jnp.zeros((1, depth, 1))
+    width = vocab if kept is None else kept.shape[0]
+
+    def drawn(_):
+        found = noise.at(anchor + 1, depth, vocab)
+        found = found if kept is None else found[..., kept]
+        return noise.scale[:, None, None] * found
+
+    def none(_):
+        return jnp.zeros((anchor.shape[0], depth, width))
+
+    return jax.lax.cond(jnp.any(noise.scale > 0), drawn, none, None)
