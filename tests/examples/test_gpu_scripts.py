@@ -249,3 +249,29 @@ def test_report_puts_tables_between_the_markers_and_draws(script, tmp_path):
     assert main(options) == 0 and page.read_text() == written
     with pytest.raises(SystemExit, match="no rows of other; it has those of"):
         main([*options, "--card", "other"])
+
+
+@pytest.mark.slow
+def test_train_makes_data_and_a_drafter_in_parts_and_goes_on(script, tmp_path, monkeypatch):
+    train = script("train")
+    monkeypatch.setattr(train, "PART", 2**20)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"Count to {n}."}) + "\n" for n in range(4))
+    )
+    small = ("--prompts", prompts, "--rows", 4, "--batch", 2, "--steps", 1)
+    words = [*map(str, ("--out", tmp_path / "out", *small))]
+    assert train.main([*words, "--seconds", "1200", "--data-share", "0.4"]) == 0
+    parts = tmp_path / "out" / "parts"
+    sums = dict(reversed(line.split()) for line in (parts / "SHA256SUMS").open())
+    assert sums.keys() == {path.name for path in parts.iterdir()} - {"SHA256SUMS"}
+    cut = sorted(parts.glob("model.safetensors.*"))
+    assert len(cut) > 5 and max(part.stat().st_size for part in cut) == 2**20
+    drafter = tmp_path / "out" / "run" / "drafter"
+    joined = b"".join(part.read_bytes() for part in cut)
+    assert joined == (drafter / "model.safetensors").read_bytes()
+    # The data is kept, and training goes on.
+    data = (tmp_path / "out" / "data.jsonl").read_bytes()
+    assert train.main([*words, "--steps", "2"]) == 0
+    assert (tmp_path / "out" / "data.jsonl").read_bytes() == data
+    assert (drafter / "model.safetensors").read_bytes() != joined
