@@ -9,9 +9,9 @@ import pytest
 
 from jaxspec.api import generate
 from jaxspec.config import TreeConfig
-from jaxspec.drafters.block import transition_table
 from jaxspec.drafters.rollout import rollout
 from jaxspec.drafters.teacher_forced import run_blocks
+from jaxspec.drafters.transitions import transition_table
 from jaxspec.drafters.weights import bind
 from jaxspec.trees.tree import NO_PARENT
 from tests.drafters import goldens

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxspec.config import TreeConfig
-from jaxspec.drafters.block import BlockDrafter, transition_table
+from jaxspec.drafters.block import BlockDrafter
+from jaxspec.drafters.transitions import transition_table
 from jaxspec.drafters.weights import bind
 from tests import tiny
 from tests.drafters import cases
