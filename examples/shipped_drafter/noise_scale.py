@@ -2,9 +2,10 @@
 
 The target answers prompts of the training folder, sampled, and the drafter's trees are replayed
 along the answers with each factor times temperature times noise added to its logits. Factor 0
-is a drafter that does not know the noise. Nothing is timed.
+is a drafter that does not know the noise. Beside them chains that the drafter samples, accepted
+by rejection sampling (other answers of the same law). Nothing is timed.
 
-    python noise_scale.py  # 3 minutes of two cores
+    python noise_scale.py  # 4 minutes of two cores
     python noise_scale.py --temperature 0.6 --top-p 0.95 --top-k 20
 """
 
@@ -22,7 +23,7 @@ import jaxspec
 from jaxspec.cli.prompt_sets import chosen, encoded
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.sampling import Sampling
-from jaxspec.decoding.stats import pooled_tau
+from jaxspec.decoding.stats import DecodeStats, pooled_tau
 from jaxspec.evaluation import walk
 from jaxspec.noise import Noise
 
@@ -69,8 +70,10 @@ def main(options: Measure) -> None:
         min_p=options.min_p,
     )
     stats: dict[tuple[str, float], list] = {}
+    rejected: list[DecodeStats] = []
     for first in tqdm(range(0, len(rows), options.batch), desc="answers", unit="batch"):
         some = rows[first : first + options.batch]
+        sizes = dict(batch_size=options.batch, capacity=1024)
         answers = walk.record(
             target,
             some,
@@ -78,9 +81,19 @@ def main(options: Measure) -> None:
             spare=1 + max(drafter.drafter.depth for drafter in drafters.values()),
             sampling=Sampling(**settings),
             seeds=range(first, first + len(some)),
-            batch_size=options.batch,
-            capacity=1024,
+            **sizes,
         )
+        done = jaxspec.generate(
+            target,
+            some,
+            drafter=drafters["chain"],
+            rejection=True,
+            max_new_tokens=new_tokens,
+            sampling=Sampling(**settings),
+            seed=list(range(first, first + len(some))),
+            **sizes,
+        )
+        rejected += [completion.stats for completion in done]
         seen = walk.observe(
             target, [drafters["chain"]], answers, batch=options.batch, capacity=1024
         )
@@ -96,6 +109,7 @@ def main(options: Measure) -> None:
     for name in trees:
         taus = {factor: round(pooled_tau(stats[name, factor]), 3) for factor in options.factors}
         print(json.dumps(dict(settings, tree=name, prompts=len(rows), tau=taus)))
+    print(json.dumps(dict(settings, tree="sampled chain", tau=round(pooled_tau(rejected), 3))))
 
 
 if __name__ == "__main__":
