@@ -20,14 +20,15 @@ ARROWS = {
     "config": "",
     "interrupts": "",
     "locks": "",
+    "noise": "",
     "settings": "",
     "sharding": "",
     "text_stream": "",
     "tokenizer": "text_stream",
     "trees": "config pallas_kernels",
     "models": "config trees pallas_kernels",
-    "drafters": "config models trees pallas_kernels",
-    "decoding": "config drafters models trees",
+    "drafters": "config models noise trees pallas_kernels",
+    "decoding": "config drafters models noise trees",
     "checkpoints": "config drafters models sharding tokenizer",
     "answer_text": "tokenizer",
     "data": "models tokenizer",
@@ -43,8 +44,8 @@ ARROWS = {
     "planning": "config decoding drafters models sharding trees pallas_kernels"
     " pallas_kernels.h100",
     "serving": "answer_text config decoding drafters models prompts sharding tokenizer trees",
-    "evaluation": "jaxspec api config data decoding drafters loading models prompts results"
-    " settings trees",
+    "evaluation": "jaxspec api config data decoding drafters loading models noise prompts"
+    " results settings trees",
     "training": "jaxspec api checkpoints config data decoding drafters interrupts locks models"
     " prompts serving settings sharding tokenizer trees",
     "check": "api config decoding drafters evaluation models prompts training trees",
