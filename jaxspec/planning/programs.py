@@ -65,11 +65,11 @@ def _call(setup: Setup, name: str, mesh: Mesh) -> tuple[Callable, tuple[Any, ...
     if name == "draft":
         row = placed(mesh, jax.ShapeDtypeStruct((setup.batch,), jnp.int32))
         own = decoder.drafter, params.drafter, state.drafter
-        return _draft, (*own, row, row, row, requests.sampling.noise)
+        return _draft, (*own, row, row, row, requests.sampling)
     rounds = placed(mesh, jax.ShapeDtypeStruct((), jnp.int32))
     return decode, (decoder, params, state, requests.sampling, rounds)
 
 
 @functools.partial(jax.jit, static_argnames="drafter")
-def _draft(drafter, params, state, anchor, position, budget, noise):
-    return drafter.draft(params, state, anchor, position, budget, noise)[0]
+def _draft(drafter, params, state, anchor, position, budget, sampling):
+    return drafter.draft(params, state, anchor, position, budget, sampling.noise)[0]
