@@ -3,9 +3,9 @@
     python examples/gpu/train.py --out out/gpu/train --seconds 480
     python examples/gpu/train.py --out out/gpu/more --initial out/gpu/train/run/drafter
 
-The target answers the questions of the shipped drafter's data again, sampled with another seed
-(half of the time), then a drafter, by default the shipped one, is trained on the answers. Each
-step is a command that the script prints and that can be run by hand. Stopped, or out of time,
+For half of the time the target answers the questions of the shipped drafter's data again, with
+another seed; then a drafter, by default the shipped one, is trained on the answers. Both are
+commands that the script prints and that can be run by hand. Stopped, or out of time,
 the same command goes on. At the end `OUT/parts` has the drafter in files of less than 16 MB
 with their SHA-256: `cat OUT/parts/model.safetensors.* > model.safetensors` joins the weights.
 """

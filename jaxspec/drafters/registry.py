@@ -8,6 +8,7 @@ prompt lookup.
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any, Protocol
 
 from flax import nnx
@@ -122,7 +123,8 @@ def make(
       trained: factory of specs that are not registered names.
 
     Raises:
-      ValueError: the factory raises it, or the drafter cannot be joined with prompt lookup.
+      ValueError: the factory raises it, the drafter's `draft` takes other arguments than the
+        protocol's, or it cannot be joined with prompt lookup.
     """
     if spec.endswith(LOOKUP_TOO):
         alone = spec.removesuffix(LOOKUP_TOO)
@@ -133,7 +135,21 @@ def make(
         return with_lookup(make(alone, target, tree=tree, dtype=dtype, trained=trained))
     name, colon, argument = spec.partition(":")
     if spec in NAMES:
-        return NAMES[spec]("", target, tree=tree, dtype=dtype)
+        name, colon, argument = spec, "", ""
     if name + colon in NAMES:
-        return NAMES[name + colon](argument, target, tree=tree, dtype=dtype)
+        loaded = NAMES[name + colon](argument, target, tree=tree, dtype=dtype)
+        _check_draft(loaded.drafter, spec)
+        return loaded
     return trained(spec, target, tree=tree, dtype=dtype)
+
+
+def _check_draft(drafter: Drafter, spec: str) -> None:
+    """Raises ValueError unless `draft` takes the protocol's arguments."""
+    _, *names = inspect.signature(Drafter.draft).parameters
+    try:
+        inspect.signature(drafter.draft).bind(*names)
+    except TypeError as error:
+        raise ValueError(
+            f"drafter {spec!r}: {type(drafter).__name__}.draft cannot be called ({error}); "
+            f"expected the arguments {', '.join(names)} of jaxspec.drafters.base.Drafter.draft"
+        ) from error

@@ -2,11 +2,11 @@
 
 Sample-then-match commits exactly what plain decoding writes, so a round accepts the longest
 path of the drafted tree that is a prefix of the rest of the recorded answer. That gives the
-next anchor without running the target. A drafter's tree depends only on its anchor (and the
-noise of the choices), and a
-larger budget's tree contains a smaller one's with the same node numbers. So one pass drafts the
-largest tree at every token of an answer and records the nodes on the true path; every budget is
-then replayed on that table, exactly as decoding would (`tests/evaluation/test_walk.py`).
+next anchor without running the target. A drafter's tree depends only on its anchor and the
+noise of the choices, and a larger budget's tree contains a smaller one's with the same node
+numbers. So one pass drafts the largest tree at every token of an answer and records the nodes
+on the true path; every budget is then replayed on that table, exactly as decoding would
+(`tests/evaluation/test_walk.py`).
 """
 
 from __future__ import annotations

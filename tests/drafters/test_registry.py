@@ -11,7 +11,7 @@ from jaxspec.cli import main
 from jaxspec.cli.exits import BAD_INPUT
 from jaxspec.config import TreeConfig
 from jaxspec.drafters import registry
-from jaxspec.drafters.base import Committed, Drafter
+from jaxspec.drafters.base import Committed, Drafter, LoadedDrafter
 from jaxspec.drafters.joined import Joined
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.plain import PLAIN
@@ -97,6 +97,17 @@ def test_followers_drafts_what_followed_last():
     assert tree.valid[0].tolist() == [True, True, True, False, False]
     tree, _ = drafter.draft((), state, jnp.array([7]), jnp.array([6]), jnp.array([5]))
     assert tree.valid[0].tolist() == [True, False, False, False, False]
+
+
+def test_a_drafter_of_an_earlier_protocol_is_refused(names):
+    class Earlier(Drafter):
+        def draft(self, params, state, anchor, position, budget):
+            raise AssertionError("it is refused before it drafts")
+
+    registry.register("earlier:", lambda *_, **__: LoadedDrafter(Earlier()))
+    message = "'earlier:x': Earlier.draft cannot be called.*expected.*budget, noise of"
+    with pytest.raises(ValueError, match=message):
+        jaxspec.load_drafter("earlier:x", tiny.target())
 
 
 def test_defaults_of_a_drafter():
