@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxspec.config import check_field
 from jaxspec.decoding.penalties import Written, adjusted, changes_logits
 from jaxspec.noise import Noise, drafting_scale
+from jaxspec.trees.candidates import likeliest
 
 NO_TOKEN = -1
 MAX_STOP_IDS, MAX_BIASES = 8, 300
@@ -154,7 +155,7 @@ def choose(
     Returns:
       [R, N] int32.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = likeliest(logits)
     drawn = ((rows.temperature > 0) | changes_logits(rows))[written.row]
 
     def draw(_):
@@ -175,8 +176,13 @@ def _draw(logits, depths, positions, rows, own, max_depth: int, written: Written
     """`choose` for `own` [R'] of the R, with noise or adjusted logits: [R', N] int32."""
     rows = jax.tree.map(lambda x: x[written.row[own]], rows)
     # Nodes of one depth choose for the same position, so they share its noise.
-    noise = rows.noise.at(positions[own], max_depth + 1, logits.shape[-1])  # [R', P + 1, V]
-    noise = jnp.where((rows.temperature > 0)[:, None, None], noise, 0.0)
+    hot, vocab = rows.temperature > 0, logits.shape[-1]
+    noise = jax.lax.cond(  # without it XLA draws the noise again for every node
+        jnp.any(hot),
+        lambda: rows.noise.at(positions[own], max_depth + 1, vocab),
+        lambda: jnp.zeros((own.shape[0], max_depth + 1, vocab)),
+    )  # [R', P + 1, V]
+    noise = jnp.where(hot[:, None, None], noise, 0.0)
     step = math.gcd(logits.shape[1], NODES_AT_ONCE)
 
     def some_nodes(i, chosen):
@@ -184,7 +190,7 @@ def _draw(logits, depths, positions, rows, own, max_depth: int, written: Written
         depth = part(depths)
         law = _law(part(logits), rows, written, own, part(written.node), positions[own], depth)
         drawn = jnp.take_along_axis(noise, depth[..., None], axis=1)
-        drawn = jnp.argmax(law + drawn, axis=-1).astype(jnp.int32)
+        drawn = likeliest(law + drawn)
         return jax.lax.dynamic_update_slice_in_dim(chosen, drawn, i * step, axis=1)
 
     start = jnp.zeros((own.shape[0], logits.shape[1]), jnp.int32)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.drafters.head import DraftHead, Vocabulary
+from jaxspec.trees.candidates import likeliest
 
 # choose(slot, logits [B, V']) -> (draft index [B] int32 of the choice, the distribution [B, V']
 # it was drawn from).
@@ -98,7 +99,7 @@ def draw(key: jax.Array, slot: jax.Array, log_q: jax.Array) -> jax.Array:
 
 def greedy(slot: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The likeliest choice, for `rollout`."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits
+    return likeliest(logits), logits
 
 
 def greedy_with(added: jax.Array) -> Choose:

@@ -15,6 +15,7 @@ from jaxspec.models.params import TargetParams, abstract_params
 from jaxspec.models.state import LayerStates, init_states
 from jaxspec.noise import Noise, bias
 from jaxspec.trees.build import build
+from jaxspec.trees.candidates import likeliest
 from jaxspec.trees.tree import DraftTree, causal_bits
 
 
@@ -73,7 +74,7 @@ class SmallModel(Drafter):
             token, cache = carry
             hidden, cache = self._run(params, cache, token[:, None], position + i, one)
             logits = unembed(params, hidden[:, 0]) + added[:, i]
-            return (jnp.argmax(logits, axis=-1).astype(jnp.int32), cache), logits
+            return (likeliest(logits), cache), logits
 
         # Drafted rows lie past the committed ones; `observe` overwrites them.
         (_, state), logits = jax.lax.scan(step, (anchor, state), jnp.arange(self.depth))

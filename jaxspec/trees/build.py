@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxspec.config import TreeConfig
 from jaxspec.trees.best_first import best_first_from_top
-from jaxspec.trees.candidates import top_log_probs
+from jaxspec.trees.candidates import likeliest, top_log_probs
 from jaxspec.trees.top_budget import top_budget_from_top
 from jaxspec.trees.tree import DraftTree, chain
 
@@ -77,6 +77,6 @@ def greedy_chain(
     size: int,
 ) -> DraftTree:
     """The most probable token at every depth: logits [B, P, V] -> a tree of N = size nodes."""
-    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    tokens = likeliest(logits)
     log_probs = jnp.max(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), axis=-1)
     return chain(root, tokens, budget - 1, log_probs, size=size)

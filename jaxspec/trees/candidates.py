@@ -1,4 +1,4 @@
-"""The likeliest tokens of each drafted position, exactly, without sorting the vocabulary."""
+"""The likeliest tokens of a position, exactly, without sorting the vocabulary."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.log_sum_exp import log_sum_exp
+
+
+def likeliest(logits: Float[Array, "*L V"]) -> Int[Array, "*L"]:
+    """The argmax over the vocabulary, int32; of equal logits the lowest id.
+
+    On a CPU in two passes that are vectorised: XLA's own argmax goes one by one there (1.0
+    against 2.3 ms for 16 rows of 49,152 on one core).
+    """
+    return lax.platform_dependent(logits, cpu=_first_of_largest, default=_argmax)
+
+
+def _argmax(logits):
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _first_of_largest(logits):
+    vocab = logits.shape[-1]
+    smaller = logits < jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(smaller, vocab, jnp.arange(vocab, dtype=jnp.int32)), axis=-1)
 
 
 def top_log_probs(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxspec.trees.candidates import top_log_probs
+from jaxspec.trees.candidates import likeliest, top_log_probs
 from tests.trees.oracles import log_softmax
 
 top = jax.jit(top_log_probs, static_argnums=1)
@@ -34,6 +34,21 @@ def test_equals_a_search_of_everything(vocab, k):
 def test_equal_logits_come_lowest_id_first(seed, values):
     draw = np.random.default_rng(seed)
     assert_exact(jnp.asarray(draw.integers(0, values, (3, 1024)), jnp.bfloat16), 9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    values=st.integers(1, 40),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+)
+def test_the_likeliest_is_the_first_of_the_largest(seed, values, dtype):
+    draw = np.random.default_rng(seed)
+    logits = jnp.asarray(draw.integers(0, values, (2, 3, 517)), dtype)
+    logits = jnp.where(logits == 0, -jnp.inf, logits)  # every token, where values is 1
+    found = jax.jit(likeliest)(logits)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, np.argmax(np.asarray(logits, np.float32), axis=-1))
 
 
 def test_impossible_tokens_beside_large_logits():
