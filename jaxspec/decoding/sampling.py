@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.config import check_field
+from jaxspec.decoding.filters import filtered
 from jaxspec.decoding.penalties import Written, adjusted, changes_logits
 from jaxspec.noise import Noise, drafting_scale
 from jaxspec.trees.candidates import likeliest
@@ -205,7 +206,8 @@ def _law(logits, rows, written: Written, own, node, positions, depths) -> jax.Ar
         return adjusted(logits, rows, written, written.row[own], node, position)
 
     logits = jax.lax.cond(jnp.any(changes_logits(rows)), adjust, lambda x: x, logits)
-    return _filtered(logits, rows)
+    scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None, None]
+    return filtered(scaled, rows.top_k, rows.top_p, rows.min_p)
 
 
 def log_law(
@@ -224,54 +226,3 @@ def log_law(
     greedy = jnp.where(best, 0.0, -jnp.inf)
     sampled = jax.nn.log_softmax(laws, axis=-1)
     return jnp.where((rows.temperature > 0)[:, None, None], sampled, greedy)
-
-
-def _filtered(logits: jax.Array, rows: SamplingRows) -> jax.Array:
-    """Logits over temperature (1 for greedy rows), -inf where a filter drops the token."""
-    scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None, None]
-    return jax.lax.cond(
-        jnp.any((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)),
-        lambda x: jnp.where(_kept(x, rows), x, -jnp.inf),
-        lambda x: x,
-        scaled,
-    )
-
-
-def _kept(logits: jax.Array, rows: SamplingRows) -> jax.Array:
-    """The tokens that top-k, then top-p, then min-p keep: bool [B, N, V]. Keeps all ties."""
-    one = lambda x: x[:, None]  # a per-row option against [B, N]  # noqa: E731
-    p = jax.nn.softmax(logits, axis=-1)
-    vocab = p.shape[-1]
-
-    k = jnp.where((rows.top_k > 0) & (rows.top_k < vocab), rows.top_k, vocab)
-    floor = _largest_threshold(p, lambda kept: jnp.sum(kept, -1) >= one(k))
-    p = jnp.where(p >= floor[..., None], p, 0.0)
-    p = p / p.sum(-1, keepdims=True)
-
-    mass = jnp.where(rows.top_p < 1, rows.top_p, 0.0)  # 0: no filter, see below
-    floor = _largest_threshold(
-        p, lambda kept: jnp.sum(jnp.where(kept, p, 0.0), -1) >= one(mass)
-    )
-    floor = jnp.where(one(rows.top_p) < 1, floor, 0.0)
-    p = jnp.where(p >= floor[..., None], p, 0.0)
-
-    return (p > 0) & (p >= one(rows.min_p)[..., None] * p.max(-1, keepdims=True))
-
-
-def _largest_threshold(p: jax.Array, enough) -> jax.Array:
-    """The largest value t for which `enough(p >= t)` holds, given that it holds for 0.
-
-    Bisects the bit pattern of non-negative float32, which is ordered as the numbers are: 31
-    passes over p and no sort, exact to the last bit.
-    """
-
-    def step(_, bounds):
-        low, high = bounds  # enough at low, not at high
-        middle = low + (high - low) // 2
-        holds = enough(p >= jax.lax.bitcast_convert_type(middle, jnp.float32)[..., None])
-        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
-
-    low = jnp.zeros(p.shape[:-1], jnp.int32)
-    high = jnp.full(p.shape[:-1], jnp.float32(2.0).view(jnp.int32))  # above any probability
-    low, _ = jax.lax.fori_loop(0, 31, step, (low, high))
-    return jax.lax.bitcast_convert_type(low, jnp.float32)

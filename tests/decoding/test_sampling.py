@@ -1,5 +1,4 @@
-"""The law of the target's choices: filters against their definitions, sampling against the
-enumerated distribution."""
+"""The law of the target's choices: sampling against the enumerated distribution."""
 
 import dataclasses
 
@@ -7,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jaxspec.api import generate
 from jaxspec.config import TreeConfig
@@ -16,11 +13,12 @@ from jaxspec.decoding.loop import decode
 from jaxspec.decoding.penalties import Written
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, pack, request_keys, seed_key
-from jaxspec.decoding.sampling import Sampling, SamplingRows, _kept, choose, greedy_rows
+from jaxspec.decoding.sampling import Sampling, SamplingRows, choose, greedy_rows
 from jaxspec.decoding.state import Decoder, Params
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.trees.tree import ancestors, chain
 from tests import tiny
+from tests.decoding.test_filters import kept_by_sorting
 from tests.drafters import cases
 
 
@@ -34,49 +32,12 @@ def rows(batch=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) -> Sam
     )
 
 
-kept = jax.jit(_kept)
-
-
 def nothing_written(logits) -> Written:
     """Before choices after the nodes of chains, in texts without a token."""
     batch, count = logits.shape[:2]
     none = jnp.zeros(batch, jnp.int32)
     tree = chain(none, jnp.zeros((batch, count - 1), jnp.int32), none, size=count)
     return Written.before(jnp.zeros((batch, 1), int), none, none, tree, ancestors(tree))
-
-
-def kept_by_sorting(logits, top_k, top_p, min_p):
-    """The definitions, one after the other, on a sorted vector."""
-    p = np.exp(logits - logits.max()).astype(np.float64)
-    order = np.argsort(-p, kind="stable")
-    keep = np.zeros(len(p), bool)
-    keep[order[: top_k or len(p)]] = True
-    p = np.where(keep, p, 0) / p[keep].sum()
-    if top_p < 1:
-        order = np.argsort(-p, kind="stable")
-        reached = np.cumsum(p[order])
-        keep &= np.isin(np.arange(len(p)), order[: np.searchsorted(reached, top_p) + 1])
-        p = np.where(keep, p, 0)
-    return keep & (p >= min_p * p.max())
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    top_k=st.sampled_from([0, 1, 3, 10, 50]),
-    top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
-    min_p=st.sampled_from([0.0, 0.1, 1.0]),
-)
-def test_filters_keep_what_their_definitions_keep(seed, top_k, top_p, min_p):
-    logits = np.random.default_rng(seed).normal(0, 3, 50).astype(np.float32)
-    options = rows(top_k=top_k, top_p=top_p, min_p=min_p)
-    found = np.asarray(kept(logits[None, None], options))[0, 0]
-    np.testing.assert_array_equal(found, kept_by_sorting(logits, top_k, top_p, min_p))
-
-
-def test_top_k_keeps_ties():
-    logits = jnp.array([[[1.0, 2.0, 2.0, 0.0]]])
-    assert _kept(logits, rows(top_k=1))[0, 0].tolist() == [False, True, True, False]
 
 
 def test_choices_of_one_position_share_their_noise():
