@@ -10,10 +10,13 @@ from jaxspec.cli import exits
 from jaxspec.cli.options import (
     Count,
     Dtype,
+    MinP,
     NewTokens,
     PromptSets,
     TargetName,
     Thinking,
+    TopK,
+    TopP,
     chosen_dtype,
     target_name,
 )
@@ -48,6 +51,9 @@ class Bench:
     max_new_tokens: NewTokens = 128
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
     thinking: Thinking = None
     output: Path | None = None
     """Write the measurements to this new file, as JSON lines that `report` draws."""
@@ -57,11 +63,13 @@ class Bench:
     def run(self) -> int:
         import jaxspec
         from jaxspec.evaluation.bench import bench, bench_entries, bench_rows, bench_table
-        from jaxspec.evaluation.comparison import Evaluation, machine
+        from jaxspec.evaluation.comparison import Evaluation, filters_in_use, machine
         from jaxspec.evaluation.results import RunSettings
         from jaxspec.evaluation.view import View
 
         self._check()
+        filters = dict(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        sampling = jaxspec.Sampling(temperature=self.temperature, **filters)
         unread: list[str] = []
         texts = chosen(self.prompts, self.count, unread)
         jaxspec.enable_compilation_cache()
@@ -72,8 +80,9 @@ class Bench:
         sets, refused = encoded(entries[0].target, texts, thinking=self.thinking, **options)
         code = exits.left_out(unread + refused)
         counts = {label: len(prompts) for label, prompts in sets.items()}
-        setup = {"target": name, "dtype": dtype, "prompts": counts, **options, **machine()}
-        measured = bench(entries, sets, temperature=self.temperature, **options)
+        setup = {"target": name, "dtype": dtype, "prompts": counts, **options}
+        setup |= {**filters_in_use(filters), **machine()}
+        measured = bench(entries, sets, sampling=sampling, **options)
         rows = (RunSettings(setup), *measured)
         if self.output is not None:
             Evaluation(rows).save(self.output)
@@ -82,8 +91,6 @@ class Bench:
         return code
 
     def _check(self) -> None:
-        from jaxspec.decoding.sampling import Sampling
-
         if not self.drafters or not self.prompts:
             raise ValueError("nothing to compare: give --drafters and --prompts, one or more")
         if not self.budgets or min(self.budgets) < 2:
@@ -99,4 +106,3 @@ class Bench:
                 )
         if self.output is not None and self.output.exists():
             raise ValueError(f"{self.output} exists already; choose another name or delete it")
-        Sampling(temperature=self.temperature)  # raises if out of range

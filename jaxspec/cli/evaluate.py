@@ -10,7 +10,17 @@ from typing import Literal
 
 from jaxspec.checkpoints import Weights
 from jaxspec.cli import exits
-from jaxspec.cli.options import Count, NewTokens, PromptSets, TargetName, Thinking, target_name
+from jaxspec.cli.options import (
+    Count,
+    MinP,
+    NewTokens,
+    PromptSets,
+    TargetName,
+    Thinking,
+    TopK,
+    TopP,
+    target_name,
+)
 from jaxspec.cli.prompt_sets import chosen, encoded
 
 
@@ -47,6 +57,9 @@ class Evaluate:
     max_new_tokens: NewTokens = 256
     temperatures: tuple[float, ...] = (0.0,)
     """Sampling temperatures; 0 is greedy."""
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
     budgets: tuple[int, ...] = ()
     """Further budgets to report tau for, besides each decoder's own; 1 is plain decoding."""
     tau_only: bool = False
@@ -76,11 +89,13 @@ class Evaluate:
 
         contenders = [Contender.parse(text) for text in self.decoders]
         self._check(contenders)
+        filters = dict(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        samplings = [jaxspec.Sampling(temperature=t, **filters) for t in self.temperatures]
         unread: list[str] = []
         texts = chosen(self.prompts, self.count, unread)
         jaxspec.enable_compilation_cache()
         target = target_name(self.target, *(contender.drafter for contender in contenders))
-        setup = RunSettings(self._setup(texts, target))
+        setup = RunSettings(self._setup(texts, target, filters))
         done = held(self.output, setup)
         entries = load_entries(target, contenders, weights=self.weights)
         sets, refused = encoded(
@@ -97,7 +112,7 @@ class Evaluate:
         rows = measurements(
             entries,
             sets,
-            temperatures=self.temperatures,
+            samplings=samplings,
             budgets=self.budgets,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
@@ -125,14 +140,10 @@ class Evaluate:
             raise ValueError(
                 f"--budgets has {min(self.budgets)}; expected at least 1 (the root)"
             )
-        from jaxspec.decoding.sampling import Sampling
 
-        for temperature in self.temperatures:
-            Sampling(temperature=temperature)  # raises if out of range
-
-    def _setup(self, texts: dict[str, list[str]], target: str) -> dict:
+    def _setup(self, texts: dict[str, list[str]], target: str, filters) -> dict:
         """Settings that all results of one file share; temperatures and timings may differ."""
-        from jaxspec.evaluation.comparison import machine
+        from jaxspec.evaluation.comparison import filters_in_use, machine
 
         return {
             "target": target,
@@ -146,5 +157,6 @@ class Evaluate:
             "batch_size": self.batch_size,
             "plain_dtypes": self.plain_dtypes,
             **({"weights": self.weights} if self.weights != "dequantised" else {}),
+            **filters_in_use(filters),
             **machine(),
         }

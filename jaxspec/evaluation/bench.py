@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jaxspec.decoding.sampling import Sampling
 from jaxspec.evaluation import measure
 from jaxspec.evaluation import metrics as m
 from jaxspec.evaluation.contenders import Contender, Entry, load_entries
@@ -58,13 +59,11 @@ def bench(
     entries: Sequence[Entry],
     sets: measure.Sets,
     *,
-    temperature: float = 0.0,
+    sampling: Sampling = Sampling(),
     max_new_tokens: int = 128,
 ) -> Iterator[Row]:
     """Decodes every prompt with every drafter and plainly, in turn, and times the phases."""
-    yield from measure.speed(
-        entries, sets, temperature=temperature, max_new_tokens=max_new_tokens
-    )
+    yield from measure.speed(entries, sets, sampling=sampling, max_new_tokens=max_new_tokens)
     # The cost of verifying other numbers of nodes is not needed.
     forwards = {("verify", entry.contender.dtype) for entry in entries}
     yield from measure.costs(entries, done=forwards)

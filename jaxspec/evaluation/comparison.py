@@ -12,6 +12,7 @@ import jax
 
 from jaxspec.data.prompts import spread
 from jaxspec.decoding.requests import check_positions
+from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.evaluation import measure
 from jaxspec.evaluation.contenders import Contender, Entry, entry_of, load_entries
@@ -28,7 +29,7 @@ def measurements(
     entries: Sequence[Entry],
     sets: measure.Sets,
     *,
-    temperatures: Sequence[float] = (0.0,),
+    samplings: Sequence[Sampling] = (Sampling(),),
     budgets: Sequence[int] = (),
     max_new_tokens: int = 256,
     batch_size: int = 8,
@@ -41,17 +42,18 @@ def measurements(
 
     Args:
       sets: prompts as token ids.
+      samplings: how answers are chosen; rows have their temperatures.
       timed: prompts per set to time; all if None, none if 0.
       plain_dtypes: further dtypes to time plain decoding in; their targets are loaded by the
         first one's name.
       weights: how to hold these targets' weights, see `load_target`.
       done: keys of known rows (`results.key`), which are left out.
     """
-    for temperature in temperatures:
+    for sampling in samplings:
         yield from measure.tau(
             entries,
             sets,
-            temperature=temperature,
+            sampling=sampling,
             budgets=budgets,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
@@ -66,11 +68,11 @@ def measurements(
         for dtype in plain_dtypes
         if dtype not in known
     }
-    for temperature in temperatures:
+    for sampling in samplings:
         yield from measure.speed(
             entries,
             chosen,
-            temperature=temperature,
+            sampling=sampling,
             max_new_tokens=max_new_tokens,
             plain_targets=plain,
             done=done,
@@ -118,6 +120,9 @@ def evaluate(
     *,
     max_new_tokens: int = 256,
     temperatures: Sequence[float] = (0.0,),
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     budgets: Sequence[int] = (),
     timed: int | None = None,
     plain_dtypes: Sequence[str] = (),
@@ -133,6 +138,8 @@ def evaluate(
         ("shipped+ngram,tree=path_conditioned,budget=16"), or a loaded drafter, whose whole tree
         is verified. With a loaded target, all have its dtype.
       prompts: of one set, or of several by name; as for `jaxspec.generate`.
+      temperatures: 0 is greedy.
+      top_k, top_p, min_p: filters of sampled answers, see `Sampling`.
       budgets: further budgets to measure tau for; 1 is plain decoding.
       timed: prompts per set to time; all if None; 0 measures only tau.
       plain_dtypes: further dtypes to time plain decoding in.
@@ -148,6 +155,8 @@ def evaluate(
     if not decoders or not prompts:
         raise ValueError("nothing to compare: give at least one decoder and one prompt")
     check_options(max_new_tokens, batch_size, budgets)
+    filters = dict(top_k=top_k, top_p=top_p, min_p=min_p)
+    samplings = [Sampling(temperature=t, **filters) for t in temperatures]
     entries = _entries(target, decoders)
     one_set = not isinstance(prompts, Mapping)
     sets = {
@@ -162,12 +171,13 @@ def evaluate(
         "decoders": [entry.contender.name for entry in entries],
         "prompts": {name: len(rows) for name, rows in sets.items()},
         "max_new_tokens": max_new_tokens,
+        **filters_in_use(filters),
         **machine(),
     }
     rows = measurements(
         entries,
         sets,
-        temperatures=temperatures,
+        samplings=samplings,
         budgets=budgets,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
@@ -186,6 +196,12 @@ def check_options(max_new_tokens: int, batch_size: int, budgets: Sequence[int]) 
     ):
         if value < least:
             raise ValueError(f"{name} is {value}; expected at least {least}")
+
+
+def filters_in_use(filters: Mapping[str, float]) -> dict[str, float]:
+    """The filters of sampling, for the setup of results; none where all are off."""
+    off = Sampling()
+    return dict(filters) if any(x != getattr(off, name) for name, x in filters.items()) else {}
 
 
 def machine() -> dict[str, Any]:

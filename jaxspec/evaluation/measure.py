@@ -36,7 +36,7 @@ def tau(
     entries: Sequence[Entry],
     sets: Sets,
     *,
-    temperature: float = 0.0,
+    sampling: Sampling = Sampling(),
     budgets: Sequence[int] = (),
     max_new_tokens: int = 256,
     batch_size: int = 8,
@@ -56,7 +56,7 @@ def tau(
     for dtype in dict.fromkeys(entry.contender.dtype for entry in entries):
         group = [entry for entry in entries if entry.contender.dtype == dtype]
         yield from _Walks(group, sets, budgets, max_new_tokens, batch_size).rows(
-            temperature, stride, done
+            sampling, stride, done
         )
 
 
@@ -85,7 +85,8 @@ class _Walks:
             longest + max_new_tokens + self.spare, Decoder(self.target.config, together)
         )
 
-    def rows(self, temperature: float, stride: int, done: Done):
+    def rows(self, sampling: Sampling, stride: int, done: Done):
+        temperature = sampling.temperature
         walks = [(e.contender.name, budget) for e in self.entries for budget in self.budgets[e]]
         for name, rows in self.sets.items():
             if _known(done, "walk", name, temperature, walks):
@@ -95,7 +96,7 @@ class _Walks:
                 rows,
                 max_new_tokens=self.max_new_tokens,
                 spare=self.spare,
-                sampling=Sampling(temperature=temperature),
+                sampling=sampling,
                 batch_size=self.batch,
                 capacity=self.capacity,
             )
@@ -172,7 +173,7 @@ def speed(
     entries: Sequence[Entry],
     sets: Sets,
     *,
-    temperature: float = 0.0,
+    sampling: Sampling = Sampling(),
     max_new_tokens: int = 256,
     plain_targets: Mapping[str, Target] | None = None,
     others: Mapping[str, Run] | None = None,
@@ -198,7 +199,7 @@ def speed(
     missing = {
         name: rows
         for name, rows in sets.items()
-        if not _known(done, "decode", name, temperature, timed)
+        if not _known(done, "decode", name, sampling.temperature, timed)
     }
     if not missing:
         return
@@ -208,14 +209,14 @@ def speed(
             drafter,
             [row for rows in sets.values() for row in rows],
             max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature=temperature),
+            sampling=sampling,
             budget=budget,
         )
         for contender, target, drafter, budget in decoders
     }
     runs |= {plain(name, "float32"): run for name, run in (others or {}).items()}
     for name, rows in missing.items():
-        yield from _timed(runs, name, rows, temperature)
+        yield from _timed(runs, name, rows, sampling.temperature)
 
 
 def _timed(

@@ -110,6 +110,7 @@ def test_one_command_measures_them_all(folder, capsys):
         (dict(budgets="1"), "expected at least 2 each"),
         (dict(count="-1"), "--count is -1; expected at least 0"),
         (dict(temperature="-1"), "temperature is -1.0"),
+        (dict(top_p="0"), "top_p is 0.0"),
         (dict(output="{folder}/sums.jsonl"), "sums.jsonl exists already"),
     ],
 )

@@ -103,6 +103,23 @@ def test_python_gives_the_rows_of_the_command(file, tmp_path):
     assert "## Speed, temperature 1" in repr(found)
 
 
+def test_filters_hold_at_every_temperature(file):
+    """Of one token there is nothing to sample: rounds are the greedy ones."""
+    found = jaxspec.evaluate(
+        jaxspec.load_target("target"),
+        {"lookup": "ngram,budget=4"},
+        chosen(file.parent, "sums"),
+        max_new_tokens=12,
+        temperatures=(0.0, 1.0),
+        top_k=1,
+        timed=0,
+        batch_size=2,
+    )
+    assert found.rows[0].fields["top_k"] == 1
+    taus = {row["temperature"]: row["tau"] for row in found.to_dicts()}
+    assert taus[0.0] == taus[1.0]
+
+
 @pytest.mark.parametrize(
     "decoders, options, message",
     [
@@ -180,6 +197,7 @@ def test_a_finished_run_is_left_alone(file, tmp_path, monkeypatch, capsys):
     [
         (("--batch-size", "1"), "batch_size was 2, now it is 1"),
         (("--budgets", "2", "3"), "budgets was [2], now it is [2, 3]"),
+        (("--top-k", "3"), "top_k was 'unknown', now it is 3"),
         (("--count", "1"), "prompts was {'sums': 2, 'code': 2}, now it is {'sums': 1, 'code'"),
     ],
 )
