@@ -89,7 +89,7 @@ def _complete(floor, found, logits, k, mass) -> jax.Array:
     def bisect():
         return jnp.where(found, floor, _floor_by_bisection(logits, k, mass))
 
-    return jax.lax.cond(jnp.all(found), lambda: floor, bisect)
+    return jax.lax.cond(jnp.any(~found), bisect, lambda: floor)
 
 
 def _complete_each(*arguments) -> jax.Array:
