@@ -100,13 +100,14 @@ def _complete_each(*arguments) -> jax.Array:
 def _floor_by_bisection(logits, k, mass) -> jax.Array:
     """The lowest logit [...] that top-k and top-p keep of [..., V]."""
     p = jax.nn.softmax(logits, axis=-1)
+    limited = k < logits.shape[-1]
 
     def limit(p):
         floor = _largest_threshold(p, lambda kept: jnp.sum(kept, -1) >= k)
-        p = jnp.where(p >= floor[..., None], p, 0.0)
-        return p / p.sum(-1, keepdims=True)
+        most = jnp.where(p >= floor[..., None], p, 0.0)
+        return jnp.where(limited[..., None], most / most.sum(-1, keepdims=True), p)
 
-    p = jax.lax.cond(jnp.any(k < logits.shape[-1]), limit, lambda p: p, p)
+    p = jax.lax.cond(jnp.any(limited), limit, lambda p: p, p)
     floor = _largest_threshold(p, lambda kept: jnp.sum(jnp.where(kept, p, 0.0), -1) >= mass)
     floor = jnp.where(mass < 1, floor, 0.0)
     return jnp.min(logits, axis=-1, where=(p > 0) & (p >= floor[..., None]), initial=jnp.inf)
