@@ -66,7 +66,7 @@ def bench(
     yield from measure.speed(entries, sets, sampling=sampling, max_new_tokens=max_new_tokens)
     # The cost of verifying other numbers of nodes is not needed.
     forwards = {("verify", entry.contender.dtype) for entry in entries}
-    yield from measure.costs(entries, done=forwards)
+    yield from measure.costs(entries, sampling=sampling, done=forwards)
 
 
 def bench_rows(view: View) -> list[dict[str, Any]]:

@@ -239,7 +239,9 @@ def _timed(
         )
 
 
-def costs(entries: Sequence[Entry], *, done: Done = ()) -> Iterator[Costs | Verify]:
+def costs(
+    entries: Sequence[Entry], *, sampling: Sampling = Sampling(), done: Done = ()
+) -> Iterator[Costs | Verify]:
     """Phases of a round of every contender, and of verifying n nodes.
 
     Args:
@@ -251,14 +253,16 @@ def costs(entries: Sequence[Entry], *, done: Done = ()) -> Iterator[Costs | Veri
             yield Verify(dtype, {str(n): ms for n, ms in verify_costs(target).items()})
         if ("costs", PLAIN, dtype, 1) in done:
             continue
-        plain_ms = [phase_costs(target, form) for form in plain_forms().values()]
+        plain_ms = [
+            phase_costs(target, form, sampling=sampling) for form in plain_forms().values()
+        ]
         best = min(plain_ms, key=lambda phases: phases["verify"] + phases["commit"])
         yield Costs(PLAIN, dtype, 1, best)
     for entry in tqdm(entries, desc="phases", leave=False):
         c = entry.contender
         if ("costs", c.name, c.dtype, c.budget) in done:
             continue
-        phases = phase_costs(entry.target, entry.sized(), budget=c.budget)
+        phases = phase_costs(entry.target, entry.sized(), budget=c.budget, sampling=sampling)
         yield Costs(c.name, c.dtype, c.budget, phases)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
 import time
@@ -52,9 +53,14 @@ def verify_costs(
 
 
 def phase_costs(
-    target: Target, drafter: LoadedDrafter, *, budget: int | None = None, length: int = 200
+    target: Target,
+    drafter: LoadedDrafter,
+    *,
+    budget: int | None = None,
+    length: int = 200,
+    sampling: Sampling = Sampling(),
 ) -> dict[str, float | None]:
-    """Milliseconds of the phases of a round after a prompt of `length` tokens.
+    """Milliseconds of the phases of a round after a prompt of `length` random tokens.
 
     Returns:
       draft: the drafter's pass with its base logits. grow: the sequential head and the tree,
@@ -62,13 +68,18 @@ def phase_costs(
       drafter, whose `draft` is the whole proposal. verify: the forward over the tree, and
       acceptance. commit: cache writes and the drafter's `observe`.
     """
-    parts = phase_programs(target, drafter, budget=budget, length=length)
+    parts = phase_programs(target, drafter, budget=budget, length=length, sampling=sampling)
     commit = parts.pop("commit")
     return phases_of(medians_ms(parts) | medians_ms({"commit": commit}))
 
 
 def phase_programs(
-    target: Target, drafter: LoadedDrafter, *, budget: int | None, length: int
+    target: Target,
+    drafter: LoadedDrafter,
+    *,
+    budget: int | None,
+    length: int,
+    sampling: Sampling = Sampling(),
 ) -> dict[str, Callable[[], Any]]:
     """The programs of a round, which may be called repeatedly; see `phases_of`.
 
@@ -83,22 +94,22 @@ def phase_programs(
         capacity=capacity_for(length + 64, decoder),
         max_new_tokens=64,
         budget=budget or drafter.drafter.size,
-        sampling=[Sampling(stop_ids=())],
+        sampling=[dataclasses.replace(sampling, stop_ids=())],
         keys=request_keys(0, 1),
     )
-    sampling = requests.sampling
+    rows = requests.sampling
     state = prefill(decoder, params, requests)
-    draft = _propose(decoder, params, state, sampling)
-    verdict = _verify(decoder, params, state, sampling, draft)
+    draft = _propose(decoder, params, state, rows)
+    verdict = _verify(decoder, params, state, rows, draft)
 
     def step():
         nonlocal state  # its buffers are donated
-        state = _commit(decoder, params, state, sampling, verdict)
+        state = _commit(decoder, params, state, rows, verdict)
         return state
 
     parts = {
-        "propose": lambda: _propose(decoder, params, state, sampling),
-        "verify": lambda: _verify(decoder, params, state, sampling, draft),
+        "propose": lambda: _propose(decoder, params, state, rows),
+        "verify": lambda: _verify(decoder, params, state, rows, draft),
         "commit": step,
     }
     if drafter.drafter.head_config is not None:

@@ -7,6 +7,7 @@ import pytest
 
 from jaxspec.api import generate
 from jaxspec.config import TreeConfig
+from jaxspec.decoding.sampling import Sampling
 from jaxspec.evaluation.phases import (
     medians_ms,
     phase_costs,
@@ -30,9 +31,10 @@ def test_phases_follow_from_the_times_of_programs():
 
 
 @pytest.mark.slow
-def test_the_programs_are_those_of_a_round():
-    drafter = cases.loaded("rnn", TREE)
-    parts = phase_programs(tiny.target(), drafter, budget=5, length=20)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_programs_are_those_of_a_round(temperature):
+    drafter, sampling = cases.loaded("rnn", TREE), Sampling(temperature=temperature)
+    parts = phase_programs(tiny.target(), drafter, budget=5, length=20, sampling=sampling)
     assert set(parts) == {"propose", "pass", "verify", "commit"}
     tree = parts["propose"]().tree
     assert int(tree.valid.sum()) == 5  # the budget
@@ -40,7 +42,7 @@ def test_the_programs_are_those_of_a_round():
     before = jax.device_get(parts["verify"]())
     after = parts["commit"]()
     (prompt,) = after.tokens[:, :20].tolist()
-    options = dict(max_new_tokens=int(after.length[0]) - 20, drafter=drafter)
+    options = dict(max_new_tokens=int(after.length[0]) - 20, drafter=drafter, sampling=sampling)
     (decoded,) = generate(tiny.target(), [prompt], **options)
     assert after.tokens[0, 20 : after.length[0]].tolist() == decoded.token_ids
     assert jax.tree.leaves(before)
