@@ -66,12 +66,13 @@ def _floor_among_candidates(logits, k, mass) -> tuple[jax.Array, jax.Array]:
     width = min(CANDIDATES, vocab)
     _, top, log_total = top_logits(logits, width)
     last = jnp.min(top, axis=-1)  # a slice would make XLA sort on a CPU
+    whole = (last == -jnp.inf) | (width == vocab)  # no other token is possible
     limited = k < vocab
     kth = jnp.minimum(k, width) - 1
     kth = jnp.take_along_axis(top, jnp.broadcast_to(kth, last.shape)[..., None], axis=-1)
     kth = jnp.where(limited, kth[..., 0], -jnp.inf)
-    # Tokens beside the candidates may equal the last of them; impossible ones have no mass.
-    found = ~limited | (width == vocab) | ((k <= width) & ((kth > last) | (last == -jnp.inf)))
+    # Tokens beside the candidates may equal the last of them.
+    found = whole | ~limited | ((k <= width) & (kth > last))
 
     in_k = top >= kth[..., None]
     total = jnp.where(limited, jax.nn.logsumexp(top, axis=-1, where=in_k), log_total)
@@ -79,7 +80,7 @@ def _floor_among_candidates(logits, k, mass) -> tuple[jax.Array, jax.Array]:
     reached = jnp.cumsum(p, axis=-1) >= mass[..., None]
     first = jnp.take_along_axis(top, jnp.argmax(reached, axis=-1)[..., None], axis=-1)[..., 0]
     reached = reached[..., -1]  # or not by rounding, where all mass is here: then all are kept
-    found &= (mass >= 1) | reached | limited | (width == vocab)
+    found &= whole | limited | (mass >= 1) | reached
     return jnp.where((mass < 1) & reached, first, kth), found
 
 
