@@ -62,7 +62,7 @@ def _gumbel(
     """
     key = jax.random.key_data(jax.random.fold_in(key, position))
     high, low = _threefry(key, jnp.zeros_like(tokens, jnp.uint32), tokens.astype(jnp.uint32))
-    one = jnp.float32(1).view(jnp.uint32)  # above its mantissa's 23 bits
+    one = jnp.float32(1).view(jnp.uint32)  # its exponent, above 23 bits
     uniform = (((high ^ low) >> 9) | one).view(jnp.float32) - 1
     return -jnp.log(-jnp.log(jnp.maximum(uniform, jnp.finfo(jnp.float32).tiny)))
 
