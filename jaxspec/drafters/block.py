@@ -210,7 +210,7 @@ class BlockDrafter(Drafter):
         base = head.logits(vocabulary, stream)
         added = bias(noise, position, self.depth, self.config.vocab_size, vocabulary.kept)
         if self.config.candidates:
-            table = lattice(head, vocabulary, stream, base + added, anchor)
+            table = lattice(head, vocabulary, stream, base, anchor, added)
             count_mass = self.count_mass
             tree = lattice_tree(self.tree, table, anchor, budget, count_mass=count_mass)
         elif self.config.sequential and self.tree.kind == "path_conditioned":

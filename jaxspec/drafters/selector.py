@@ -70,6 +70,7 @@ def lattice(
     stream: Float[Array, "B P M"],
     base: Float[Array, "B P V"],
     anchor: Int[Array, " B"],
+    added: Float[Array, "_ P _"] | None = None,
 ) -> Lattice:
     """S(a, b) = U(b) + sum_i A[a, i] (H h)_i B[b, i] for all pairs of candidates.
 
@@ -77,6 +78,8 @@ def lattice(
       stream: [B, P, M].
       base: [B, P, V'], base logits U.
       anchor: [B] int32.
+      added: to the scores of each slot's tokens, see `noise.bias`. The candidates stay those of
+        U: the selector was trained on no others.
     """
     found = top_candidates(base, head.config.candidates)
     tokens = vocabulary.ids(found.index)
@@ -85,6 +88,9 @@ def lattice(
     latent, _ = head.advance(vocabulary, stream[:, :, None], previous, ())
     # Candidate by candidate of the slot before: [B, P, k, R] -> [B, P, k, k].
     scores = jax.vmap(head.select, (None, None, 2), 2)(found.logits, found.index, latent)
+    if added is not None:
+        added = jnp.broadcast_to(added, base.shape)
+        scores += jnp.take_along_axis(added, found.index, axis=-1)[:, :, None]
     return Lattice(tokens, scores, found.log_mass)
 
 

@@ -3,8 +3,7 @@
 Given the true path before it, a token's rank is the number of tokens that the drafter finds
 likelier, knowing the noise of the choice (`jaxspec.noise`). A tree that contains every token of
 rank below k accepts all tokens up to the first one of rank k or more. No tree with k children
-per node accepts more, at any budget. (Of sampled answers DFlash2's candidates are those without
-the noise here, those with it in its trees.)
+per node accepts more, at any budget.
 """
 
 from __future__ import annotations

@@ -61,6 +61,18 @@ def test_the_table_is_the_sum_over_the_rank():
     np.testing.assert_allclose(np.exp(table.log_mass[0]), mass, atol=1e-6)
 
 
+def test_what_is_added_changes_scores_but_no_candidate():
+    """The noise of a sampled answer must not bring tokens that the selector never met."""
+    base = pass_of_one_block()[3]
+    added = 9 * jax.random.normal(jax.random.key(0), base.shape)
+    table = jax.jit(lambda: lattice(*pass_of_one_block(), added))()
+    plain = table_of_one_block()
+    np.testing.assert_array_equal(table.tokens, plain.tokens)
+    expected = plain.scores + np.take_along_axis(added, plain.tokens, axis=-1)[:, :, None]
+    np.testing.assert_allclose(table.scores, expected, atol=1e-5)
+    np.testing.assert_array_equal(table.log_mass, plain.log_mass)
+
+
 def test_the_walk_is_the_slot_by_slot_rollout():
     table = table_of_one_block()
     chosen, scores = walk(table.scores, first)
