@@ -19,7 +19,7 @@ from jaxspec.trees.candidates import likeliest
 NO_TOKEN = -1
 MAX_STOP_IDS, MAX_BIASES = 8, 300
 MAX_BIAS, MAX_PENALTY = 100.0, 2.0  # as OpenAI bounds them
-ROWS_AT_ONCE, CHOICES_AT_ONCE = 8, 128  # to bound the memory of sampling, [., ., V]
+ROWS_AT_ONCE, NODES_AT_ONCE = 8, 16  # sampled at a time, to bound the memory of [., ., V]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _draw(logits, depths, positions, rows, own, max_depth: int, written: Written
         lambda: jnp.zeros((own.shape[0], max_depth + 1, vocab)),
     )  # [R', P + 1, V]
     noise = jnp.where(hot[:, None, None], noise, 0.0)
-    step = math.gcd(logits.shape[1], CHOICES_AT_ONCE // own.shape[0])
+    step = math.gcd(logits.shape[1], NODES_AT_ONCE)
 
     def some_nodes(i, chosen):
         part = lambda x: x[own[:, None], i * step + jnp.arange(step)]  # noqa: E731
