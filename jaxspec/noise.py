@@ -56,7 +56,7 @@ class Noise:
 def _gumbel(
     key: Key[Array, ""], position: Int[Array, ""], tokens: Int[Array, " V"]
 ) -> Float[Array, " V"]:
-    """`jax.random.gumbel(fold_in(key, position), (vocab,))[tokens]`, those bits alone.
+    """`jax.random.gumbel(fold_in(key, position), (vocab,))[tokens]`, drawn for `tokens` only.
 
     On a CPU JAX draws random bits in a loop over whole arrays, which takes three times as long.
     """

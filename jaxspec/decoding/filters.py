@@ -79,13 +79,14 @@ def _floor_among_candidates(logits, k, mass) -> tuple[jax.Array, jax.Array]:
     p = jnp.where(in_k, jnp.exp(top - total[..., None]), 0.0)
     reached = jnp.cumsum(p, axis=-1) >= mass[..., None]
     first = jnp.take_along_axis(top, jnp.argmax(reached, axis=-1)[..., None], axis=-1)[..., 0]
-    reached = reached[..., -1]  # or not by rounding, where all mass is here: then all are kept
+    # Where the candidates have all the mass, rounding may leave it below: all are kept then.
+    reached = reached[..., -1]
     found &= whole | limited | (mass >= 1) | reached
     return jnp.where((mass < 1) & reached, first, kth), found
 
 
 def _complete(floor, found, logits, k, mass) -> jax.Array:
-    """The floors, those not found from the whole vocabulary."""
+    """The floors; those not found are searched in the whole vocabulary."""
 
     def bisect():
         return jnp.where(found, floor, _floor_by_bisection(logits, k, mass))

@@ -222,7 +222,7 @@ def log_law(
     every, depths = jnp.arange(logits.shape[0]), jnp.arange(logits.shape[1])
     depths = jnp.broadcast_to(depths, logits.shape[:2])
     laws = _law(logits, rows, written, every, depths, positions, depths)
-    best = jnp.argmax(laws, axis=-1, keepdims=True) == jnp.arange(logits.shape[-1])
+    best = likeliest(laws)[..., None] == jnp.arange(logits.shape[-1])
     greedy = jnp.where(best, 0.0, -jnp.inf)
     sampled = jax.nn.log_softmax(laws, axis=-1)
     return jnp.where((rows.temperature > 0)[:, None, None], sampled, greedy)

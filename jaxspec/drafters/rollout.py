@@ -87,7 +87,7 @@ def tempered(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     """
     hot = temperature[:, None]
     soft = jax.nn.log_softmax(logits.astype(jnp.float32) / jnp.where(hot > 0, hot, 1.0), -1)
-    best = jnp.argmax(logits, axis=-1, keepdims=True) == jnp.arange(logits.shape[-1])
+    best = likeliest(logits)[..., None] == jnp.arange(logits.shape[-1])
     return jnp.where(hot > 0, soft, jnp.where(best, 0.0, -jnp.inf))
 
 

@@ -23,6 +23,7 @@ from jaxspec.drafters.weights import bind
 from jaxspec.models.decoder import forward, unembed
 from jaxspec.models.state import init_states
 from jaxspec.models.target import Target
+from jaxspec.trees.candidates import likeliest
 from jaxspec.trees.tree import causal_bits
 
 Name = TypeVar("Name")
@@ -156,7 +157,7 @@ def _verify_chain(params, config, tokens, cache, lengths):
     n = tokens.shape[1]
     depths = jnp.arange(n)[None]
     output = forward(params, config, tokens, depths, causal_bits(n)[None], cache, lengths)
-    return jnp.argmax(unembed(params, output.hidden), axis=-1)
+    return likeliest(unembed(params, output.hidden))
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
