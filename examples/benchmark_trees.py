@@ -24,10 +24,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxspec.trees.best_first import best_first, best_first_from_top
+from jaxspec.config import TreeConfig
+from jaxspec.trees.best_first import best_first
+from jaxspec.trees.build import build
 from jaxspec.trees.candidates import top_log_probs, top_logits
 from jaxspec.trees.path_conditioned import LowRank, path_conditioned
-from jaxspec.trees.top_budget import top_budget, top_budget_from_top
+from jaxspec.trees.top_budget import top_budget
 from jaxspec.trees.transitions import from_transitions
 from jaxspec.trees.tree import ancestors
 
@@ -46,20 +48,20 @@ def search(logits, k):
 
 
 top = jax.jit(top_log_probs, static_argnames="k")
-grow_best_first = jax.jit(best_first_from_top, static_argnames="size")
-grow_top_budget = jax.jit(top_budget_from_top, static_argnames="size")
+grow_best_first = jax.jit(best_first, static_argnames="size")
+grow_top_budget = jax.jit(top_budget, static_argnames="size")
 grow_from_transitions = jax.jit(from_transitions, static_argnames="size")
 
 
 @functools.partial(jax.jit, static_argnames="size")
 def whole_best_first(logits, root, budget, size):
-    tree = best_first(logits, root, width=WIDTH, budget=budget, size=size)
+    tree = build(TreeConfig("best_first", size=size, width=WIDTH), logits, root, budget)
     return tree, ancestors(tree)
 
 
 @functools.partial(jax.jit, static_argnames="size")
 def whole_top_budget(logits, root, budget, size):
-    tree = top_budget(logits, root, budget=budget, size=size)
+    tree = build(TreeConfig("top_budget", size=size), logits, root, budget)
     return tree, ancestors(tree)
 
 

@@ -9,41 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxspec.trees.candidates import top_log_probs
 from jaxspec.trees.tree import NO_PARENT, DraftTree, known
 
 UNROLLED = 16  # steps of a GPU's loop at a time: a step alone is a dozen kernels, here three
 
 
 def best_first(
-    logits: Float[Array, "B P V"],
-    root: Int[Array, " B"],
-    *,
-    width: int,
-    budget: Int[Array, " B"],
-    size: int,
-) -> DraftTree:
-    """JetSpec's `accum_logp`: expand the best node by its `width` likeliest children, repeat.
-
-    Nodes stand in the order in which they were added. Of equally good nodes the oldest is
-    expanded first. A round adds up to `width` children and deepens the tree by at most one,
-    so the tree is never deeper than ceil((budget - 1) / width): full fan-out at a small
-    budget drafts less far than a chain.
-
-    Args:
-      logits: [B, P, V]; row p is the distribution of the token at depth p + 1.
-      root: [B] int32, the anchor.
-      width: W, children per expanded node; at most V.
-      budget: [B] int32, nodes of each row, the root included.
-      size: N, the budget's upper bound.
-
-    Source: JetSpec (arXiv 2606.18394), Algorithm 1.
-    """
-    tokens, log_probs = top_log_probs(logits, width)
-    return best_first_from_top(tokens, log_probs, root, budget=budget, size=size)
-
-
-def best_first_from_top(
     tokens: Int[Array, "B P W"],
     log_probs: Float[Array, "B P W"],
     root: Int[Array, " B"],
@@ -51,7 +22,22 @@ def best_first_from_top(
     budget: Int[Array, " B"],
     size: int,
 ) -> DraftTree:
-    """`best_first` over the top W tokens of each depth, both [B, P, W], likeliest first."""
+    """JetSpec's `accum_logp`: expand the best node by its depth's W likeliest tokens, repeat.
+
+    Nodes stand in the order in which they were added. Of equally good nodes the oldest is
+    expanded first. A round adds up to W children and deepens the tree by at most one, so the
+    tree is never deeper than ceil((budget - 1) / W): full fan-out at a small budget drafts less
+    far than a chain.
+
+    Args:
+      tokens, log_probs: [B, P, W]; row p has the likeliest tokens of depth p + 1, likeliest
+        first.
+      root: [B] int32, the anchor.
+      budget: [B] int32, nodes of each row, the root included.
+      size: N, the budget's upper bound.
+
+    Source: JetSpec (arXiv 2606.18394), Algorithm 1.
+    """
 
     def rows(unroll):
         return jax.vmap(functools.partial(_best_first_row, size=size, unroll=unroll))

@@ -6,14 +6,12 @@ smaller budget's tree is a prefix of a larger one's.
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxspec.config import TreeConfig
-from jaxspec.trees.best_first import best_first_from_top
-from jaxspec.trees.candidates import likeliest, top_log_probs
-from jaxspec.trees.top_budget import top_budget_from_top
+from jaxspec.trees.best_first import best_first
+from jaxspec.trees.candidates import top_log_probs
+from jaxspec.trees.top_budget import top_budget
 from jaxspec.trees.tree import DraftTree, chain
 
 
@@ -30,8 +28,6 @@ def build(
       root: [B] int32, the anchor.
       budget: [B] int32, nodes per row, root included, 1 … tree.size.
     """
-    if tree.kind == "chain":
-        return greedy_chain(logits, root, budget, size=tree.size)
     tokens, log_probs = top_log_probs(logits, _width(tree, logits.shape[-1]))
     return build_from_top(tree, tokens, log_probs, root, budget)
 
@@ -48,7 +44,7 @@ def build_from_top(
     tokens, log_probs = tokens[..., :width], log_probs[..., :width]
     if tree.kind == "chain":
         return chain(root, tokens[..., 0], budget - 1, log_probs[..., 0], size=tree.size)
-    grow = best_first_from_top if tree.kind == "best_first" else top_budget_from_top
+    grow = best_first if tree.kind == "best_first" else top_budget
     return grow(tokens, log_probs, root, budget=budget, size=tree.size)
 
 
@@ -67,16 +63,3 @@ def _width(tree: TreeConfig, most: int) -> int:
             "scores each depth independently; use chain, best_first or top_budget"
         )
     return min(widths[tree.kind], most)
-
-
-def greedy_chain(
-    logits: Float[Array, "B P V"],
-    root: Int[Array, " B"],
-    budget: Int[Array, " B"],
-    *,
-    size: int,
-) -> DraftTree:
-    """The most probable token at every depth: logits [B, P, V] -> a tree of N = size nodes."""
-    tokens = likeliest(logits)
-    log_probs = jnp.max(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), axis=-1)
-    return chain(root, tokens, budget - 1, log_probs, size=size)

@@ -6,41 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxspec.trees.candidates import top_log_probs
 from jaxspec.trees.levels import grow_by_level
 from jaxspec.trees.tree import DraftTree
 
 
 def top_budget(
-    logits: Float[Array, "B P V"],
-    root: Int[Array, " B"],
-    *,
-    budget: Int[Array, " B"],
-    size: int,
-    width: int | None = None,
-) -> DraftTree:
-    """The most probable prefixes under independent depths: DDTree's optimum.
-
-    No tree of `budget` nodes has a larger expected accepted length if each depth's token were
-    drawn from its row of logits. Node i is the i-th most probable prefix.
-
-    Args:
-      logits: [B, P, V]; row p is the distribution of the token at depth p + 1.
-      root: [B] int32, the anchor.
-      budget: [B] int32, nodes of each row, the root included (DDTree does not count it).
-      size: N, the budget's upper bound.
-      width: tokens considered per depth. N - 1, the default, never misses one; fewer are found
-        sooner.
-
-    Source: DDTree (Ringel and Romano, Accelerating Speculative Decoding with Block Diffusion
-    Draft Trees), propositions 1 and 2.
-    """
-    width = max(1, min(width or size - 1, size - 1, logits.shape[-1]))
-    tokens, log_probs = top_log_probs(logits, width)
-    return top_budget_from_top(tokens, log_probs, root, budget=budget, size=size)
-
-
-def top_budget_from_top(
     tokens: Int[Array, "B P K"],
     log_probs: Float[Array, "B P K"],
     root: Int[Array, " B"],
@@ -48,7 +18,21 @@ def top_budget_from_top(
     budget: Int[Array, " B"],
     size: int,
 ) -> DraftTree:
-    """`top_budget` over the top K tokens of each depth, both [B, P, K], likeliest first."""
+    """The most probable prefixes under independent depths: DDTree's optimum.
+
+    No tree of `budget` nodes has a larger expected accepted length if each depth's token were
+    drawn from its log-probabilities. Node i is the i-th most probable prefix.
+
+    Args:
+      tokens, log_probs: [B, P, K]; row p has the likeliest tokens of depth p + 1, likeliest
+        first. N - 1 of them never miss a prefix; fewer are found sooner.
+      root: [B] int32, the anchor.
+      budget: [B] int32, nodes of each row, the root included (DDTree does not count it).
+      size: N, the budget's upper bound.
+
+    Source: DDTree (Ringel and Romano, Accelerating Speculative Decoding with Block Diffusion
+    Draft Trees), propositions 1 and 2.
+    """
     frontier, width = size - 1, tokens.shape[-1]
     # The child of rank k of the i-th best node of a level has (i + 1)(k + 1) - 1 nodes of its
     # own level that are no worse: beyond N - 1 it cannot be kept. About N ln N pairs remain.

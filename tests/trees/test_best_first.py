@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxspec.trees.best_first import best_first, best_first_from_top
+from jaxspec.config import TreeConfig
+from jaxspec.trees.best_first import best_first
+from jaxspec.trees.build import build
 from tests.trees.oracles import accum_logp, check_layout, row
 
-grow = jax.jit(best_first_from_top, static_argnames="size")
-build = jax.jit(best_first, static_argnames=("width", "size"))
+grow = jax.jit(best_first, static_argnames="size")
+build = jax.jit(build, static_argnames="tree")
 
 CASES_PER_EXAMPLE = 100
 SHAPES = [(1, 3, 8), (4, 2, 16), (5, 7, 40), (15, 7, 64)]  # P, W, N
@@ -69,13 +71,8 @@ def test_equals_the_original_trees(golden, name):
 
     tokens = stack("tree_tokens")
     budget = np.full(len(rounds), size, np.int32)
-    tree = build(
-        stack("draft_logits"),
-        tokens[:, 0].astype(np.int32),
-        width=width,
-        budget=budget,
-        size=size,
-    )
+    kind = TreeConfig("best_first", size=size, width=width)
+    tree = build(kind, stack("draft_logits"), tokens[:, 0].astype(np.int32), budget)
     np.testing.assert_array_equal(tree.tokens, tokens)
     np.testing.assert_array_equal(tree.parents, stack("tree_parents"))
     np.testing.assert_allclose(tree.scores, stack("tree_logp"), atol=1e-5)
@@ -87,5 +84,6 @@ def test_equals_the_original_trees(golden, name):
 def test_full_fan_out_bounds_the_depth(width, budget, deepest):
     """One likely token per depth: the tree is as deep as its budget allows."""
     logits = jnp.zeros((1, 15, 13)).at[..., 5].set(9.0)
-    tree = build(logits, jnp.array([1]), width=width, budget=jnp.array([budget]), size=64)
+    kind = TreeConfig("best_first", size=64, width=width)
+    tree = build(kind, logits, jnp.array([1]), jnp.array([budget]))
     assert int(tree.depths.max()) == deepest == -(-(budget - 1) // width)

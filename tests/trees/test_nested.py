@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxspec.trees.best_first import best_first
+from jaxspec.config import TreeConfig
+from jaxspec.trees.build import build
 from jaxspec.trees.merge import merge
 from jaxspec.trees.path_conditioned import path_conditioned
-from jaxspec.trees.top_budget import top_budget
 from jaxspec.trees.transitions import from_transitions
 from jaxspec.trees.tree import chain
 from tests.trees.oracles import check_layout, paths, row
@@ -22,12 +22,12 @@ BATCH, DEPTH, VOCAB = 4, 4, 12
 
 @functools.partial(jax.jit, static_argnames="size")
 def grown_best_first(logits, root, budget, size):
-    return best_first(logits, root, width=3, budget=budget, size=size)
+    return build(TreeConfig("best_first", size=size, width=3), logits, root, budget)
 
 
 @functools.partial(jax.jit, static_argnames="size")
 def grown_top_budget(logits, root, budget, size):
-    return top_budget(logits, root, budget=budget, size=size)
+    return build(TreeConfig("top_budget", size=size), logits, root, budget)
 
 
 @functools.partial(jax.jit, static_argnames="size")

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxspec.config import TreeConfig
+from jaxspec.trees.build import build
 from jaxspec.trees.path_conditioned import LowRank, path_conditioned
-from jaxspec.trees.top_budget import top_budget
 from tests.trees.oracles import (
     assert_same_paths,
     best_paths,
@@ -160,7 +161,8 @@ def test_the_best_nodes_of_a_level_are_its_parents(parents):
 
 def test_without_a_head_it_is_the_best_tree_under_marginals():
     got = grown(no_head)
-    expected = jax.jit(top_budget, static_argnames="size")(BASE, ROOT, budget=BUDGET, size=SIZE)
+    tree = TreeConfig("top_budget", size=SIZE)
+    expected = jax.jit(build, static_argnames="tree")(tree, BASE, ROOT, BUDGET)
     np.testing.assert_array_equal(got.tokens, expected.tokens)
     np.testing.assert_array_equal(got.parents, expected.parents)
     np.testing.assert_allclose(got.scores, expected.scores, atol=1e-5)

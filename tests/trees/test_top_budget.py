@@ -1,5 +1,7 @@
 """DDTree's optimum against everything there is, and against best-first search."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxspec.trees.top_budget import top_budget
+from jaxspec.config import TreeConfig
+from jaxspec.trees.build import build, build_from_top
+from jaxspec.trees.candidates import top_log_probs
 from tests.trees.oracles import (
     all_paths,
     assert_same_paths,
@@ -18,7 +22,10 @@ from tests.trees.oracles import (
     row,
 )
 
-grow = jax.jit(top_budget, static_argnames=("size", "width"))
+
+@functools.partial(jax.jit, static_argnames="size")
+def grow(logits, root, *, budget, size):
+    return build(TreeConfig("top_budget", size=size), logits, root, budget)
 
 
 def random_logits(seed, *shape, sharpness=2.0):
@@ -76,9 +83,12 @@ def test_equally_good_nodes_keep_their_parents():
         assert int(tree.valid.sum()) == count
 
 
-def test_width_limits_the_tokens_of_a_depth():
+def test_only_the_given_tokens_are_considered():
     logits = random_logits(0, 1, 3, 50, sharpness=0.1)
-    tree = grow(logits, jnp.array([1]), budget=jnp.array([20]), size=20, width=2)
+    kind = TreeConfig("top_budget", size=20)
+    tree = build_from_top(
+        kind, *top_log_probs(jnp.asarray(logits), 2), jnp.array([1]), jnp.array([20])
+    )
     assert len(set(tree.tokens[0][tree.depths[0] == 1].tolist())) == 2
     assert int(tree.valid.sum()) == 15  # the root and all of 2 + 4 + 8
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxspec.trees.best_first import best_first
+from jaxspec.config import TreeConfig
+from jaxspec.trees.build import build
 from jaxspec.trees.path_conditioned import LowRank, path_conditioned
-from jaxspec.trees.top_budget import top_budget
 from jaxspec.trees.transitions import from_transitions
 from jaxspec.trees.tree import ancestors
 
@@ -19,13 +19,13 @@ DEPTH, VOCAB, SIZE, WIDTH = 15, 151_936, 256, 7
 
 @functools.partial(jax.jit, static_argnames="size")
 def grown_best_first(logits, root, budget, size):
-    tree = best_first(logits, root, width=WIDTH, budget=budget, size=size)
+    tree = build(TreeConfig("best_first", size=size, width=WIDTH), logits, root, budget)
     return tree, ancestors(tree)
 
 
 @functools.partial(jax.jit, static_argnames="size")
 def grown_top_budget(logits, root, budget, size):
-    tree = top_budget(logits, root, budget=budget, size=size)
+    tree = build(TreeConfig("top_budget", size=size), logits, root, budget)
     return tree, ancestors(tree)
 
 
