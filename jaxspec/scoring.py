@@ -15,13 +15,12 @@ from jaxspec.config import TargetConfig
 from jaxspec.decoding.precision import precision_of
 from jaxspec.decoding.requests import capacity_for, decoder_for
 from jaxspec.drafters.plain import PLAIN
-from jaxspec.models.decoder import ForwardOutput, forward, unembed
+from jaxspec.models.decoder import ForwardOutput, forward_chain, unembed
 from jaxspec.models.params import TargetParams
 from jaxspec.models.state import LayerStates, init_states
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.settings import own_settings
-from jaxspec.trees.tree import causal_bits
 
 POSITIONS = 128  # positions whose logits are in memory at a time
 
@@ -128,16 +127,13 @@ def _as_array(ids, config: TargetConfig) -> jax.Array:
 def _without_past(
     config: TargetConfig, params: TargetParams, tokens, embeddings, *, taps
 ) -> ForwardOutput:
-    batch, length = tokens.shape
+    batch = tokens.shape[0]
     dtype = jnp.float32 if jax.default_backend() == "cpu" else params.embed.dtype
-    bits = causal_bits(length)
     with precision_of(params.embed.dtype):
-        return forward(
+        return forward_chain(
             params,
             config,
             tokens,
-            jnp.broadcast_to(jnp.arange(length), (batch, length)),
-            jnp.broadcast_to(bits, (batch, *bits.shape)),
             init_states(config, batch, 1, dtype),
             jnp.zeros(batch, jnp.int32),
             taps=taps,
@@ -245,17 +241,9 @@ def _score_chunk(
 ) -> tuple[LayerStates, jax.Array]:
     """Log-probabilities [B, C] of tokens[:, 1:], for tokens [B, C + 1] at position `start`."""
     batch, count = tokens.shape[0], tokens.shape[1] - 1
-    bits = causal_bits(count)
     with precision_of(params.embed.dtype):
-        output = forward(
-            params,
-            config,
-            tokens[:, :-1],
-            jnp.broadcast_to(jnp.arange(count), (batch, count)),
-            jnp.broadcast_to(bits, (batch, *bits.shape)),
-            cache,
-            jnp.full(batch, start),
-        )
+        starts = jnp.full(batch, start)
+        output = forward_chain(params, config, tokens[:, :-1], cache, starts)
 
         def of_some(args):
             hidden, token = args  # [POSITIONS, M], [POSITIONS]

@@ -11,11 +11,11 @@ import numpy as np
 
 from jaxspec.config import DeltaNetConfig, TargetConfig
 from jaxspec.drafters.base import Drafter, LoadedDrafter
-from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.decoder import forward_chain, unembed
 from jaxspec.models.params import random_params
 from jaxspec.models.state import init_states
 from jaxspec.models.target import Target
-from jaxspec.trees.tree import NO_PARENT, DraftTree, causal_bits
+from jaxspec.trees.tree import NO_PARENT, DraftTree
 
 QWEN3 = TargetConfig(
     vocab_size=11,
@@ -115,12 +115,8 @@ RANDOM = LoadedDrafter(RandomTrees())
 
 @functools.partial(jax.jit, static_argnames="config")
 def _all_logits(params, config, tokens):
-    n = tokens.shape[1]
     states = init_states(config, 1, 1, jnp.float32)
-    depths = jnp.arange(n)[None]
-    out = forward(
-        params, config, tokens, depths, causal_bits(n)[None], states, jnp.zeros(1, int)
-    )
+    out = forward_chain(params, config, tokens, states, jnp.zeros(1, int))
     return unembed(params, out.hidden)[0]
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from jaxspec.trees.tree import causal_bits
+from jaxspec.trees.tree import chain_nodes
 from pallas_kernels.tree_attention.config import (
     MEASURED,
     MIN_TILE,
@@ -57,14 +57,13 @@ def inputs(shape: Shape) -> tuple:
     count = (
         1 if jax.default_backend() != "gpu" else math.ceil(SECOND_LEVEL / cache_bytes(shape))
     )
-    bits = causal_bits(shape.nodes)
     return (
         draw(shape.batch, shape.nodes, shape.heads, shape.head_dim),
         tuple((draw(*cache), draw(*cache)) for _ in range(count)),
         jnp.full(shape.batch, shape.capacity, jnp.int32),
         draw(*new),
         draw(*new),
-        jnp.broadcast_to(bits, (shape.batch, *bits.shape)),
+        chain_nodes(shape.batch, shape.nodes)[1],
     )
 
 

@@ -19,12 +19,11 @@ from jaxspec.drafters.rollout import greedy, rollout
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.weights import bind
 from jaxspec.evaluation.walk import rounds_along
-from jaxspec.models.decoder import forward
+from jaxspec.models.decoder import forward_chain
 from jaxspec.models.params import TargetParams
 from jaxspec.models.state import LayerStates, init_states
 from jaxspec.models.target import Target
 from jaxspec.training.features import target_features
-from jaxspec.trees.tree import causal_bits
 
 CHUNK = 128  # texts are padded to a multiple of this
 ANCHORS = 32  # anchors drafted from at a time
@@ -151,17 +150,8 @@ def decoded_rounds(
 )
 def _commit(drafter, target_config, target, params, caches, tokens, start, count) -> _Caches:
     """Runs the target on C tokens from position `start` and commits the first `count`."""
-    width, starts = tokens.shape[1], jnp.full(1, start)
-    output = forward(
-        target,
-        target_config,
-        tokens,
-        jnp.arange(width)[None],
-        causal_bits(width)[None],
-        caches.target,
-        starts,
-        taps=drafter.taps,
-    )
+    starts, taps = jnp.full(1, start), drafter.taps
+    output = forward_chain(target, target_config, tokens, caches.target, starts, taps=taps)
     committed = Committed(tokens, output.taps, starts, jnp.full(1, count))
     return _Caches(
         caches.target.write(output.rows, starts, committed.count),

@@ -21,9 +21,9 @@ from jaxspec.decoding.state import (
     write_tokens,
 )
 from jaxspec.drafters.base import Committed
-from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.decoder import forward_chain, unembed
 from jaxspec.models.state import init_states
-from jaxspec.trees.tree import ancestors, causal_bits, root_only
+from jaxspec.trees.tree import ancestors, root_only
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
@@ -60,18 +60,14 @@ def prefill_chunk(
 ) -> Prefilling:
     """Runs the target on chunk i (scalar) of every prompt."""
     batch, drafter, chunk = requests.length.shape[0], decoder.drafter, decoder.chunk
-    bits = jnp.broadcast_to(causal_bits(chunk), (batch, chunk, causal_bits(chunk).shape[-1]))
-    depths = jnp.broadcast_to(jnp.arange(chunk), (batch, chunk))
     last = requests.length - 1
     start = i * chunk
     starts = jnp.full(batch, start)
     tokens = jax.lax.dynamic_slice_in_dim(requests.tokens, start, chunk, axis=1)
-    output = forward(
+    output = forward_chain(
         params.target,
         decoder.config,
         tokens,
-        depths,
-        bits,
         prefilling.cache,
         starts,
         taps=drafter.taps,

@@ -25,7 +25,7 @@ from jaxspec.models.params import TargetParams
 from jaxspec.noise import Noise, bias
 from jaxspec.trees.candidates import top_log_probs
 from jaxspec.trees.levels import ROOT, best_nodes
-from jaxspec.trees.tree import DraftTree, causal_bits, chain, known, pack_bits, root_only
+from jaxspec.trees.tree import DraftTree, chain, chain_nodes, known, pack_bits, root_only
 from pallas_kernels.tree_attention import tree_attention
 
 
@@ -207,8 +207,7 @@ class EagleDrafter(Drafter):
         start = jnp.maximum(position - 1, 0)
 
         rows = {}
-        depths = jnp.broadcast_to(jnp.arange(count), (batch, count))
-        bits = jnp.broadcast_to(causal_bits(count), (batch, *causal_bits(count).shape))
+        depths, bits = chain_nodes(batch, count)
 
         def attend(layer, q, k, v):
             rows[layer] = k, v

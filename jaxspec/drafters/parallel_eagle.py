@@ -17,7 +17,7 @@ from jaxspec.drafters.eagle import EagleDrafter, EagleParams, EagleState, featur
 from jaxspec.drafters.eagle_head import ParallelEagleConfig
 from jaxspec.drafters.rollout import Choose
 from jaxspec.trees.build import build
-from jaxspec.trees.tree import DraftTree, causal_bits
+from jaxspec.trees.tree import DraftTree, chain_nodes
 
 TREES = ("chain", "best_first", "top_budget")
 
@@ -52,9 +52,7 @@ class ParallelEagleDrafter(EagleDrafter):
         own = feature_at(state, position - 1)
         features = jnp.where(first[:, None], own[:, None], masked)  # [B, P, M]
         tokens = jnp.where(first, anchor[:, None], c.mask_token_id)
-        depths = jnp.broadcast_to(rows, (batch, self.depth))
-        bits = causal_bits(self.depth)
-        bits = jnp.broadcast_to(bits, (batch, *bits.shape))
+        depths, bits = chain_nodes(batch, self.depth)
 
         def attend(layer, q, k, v):
             return self._attend(layer, q, k, v, state.cache, last, bits, depths)

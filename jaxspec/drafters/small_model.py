@@ -10,13 +10,13 @@ from jaxtyping import Array, Int
 
 from jaxspec.config import TargetConfig, TreeConfig
 from jaxspec.drafters.base import Committed, Drafter
-from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.decoder import forward_chain, unembed
 from jaxspec.models.params import TargetParams, abstract_params
 from jaxspec.models.state import LayerStates, init_states
 from jaxspec.noise import Noise, bias
 from jaxspec.trees.build import build
 from jaxspec.trees.candidates import likeliest
-from jaxspec.trees.tree import DraftTree, causal_bits
+from jaxspec.trees.tree import DraftTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +95,5 @@ class SmallModel(Drafter):
         counts: jax.Array,
     ):
         """Runs on C consecutive tokens [B, C] and commits the first `counts` [B]."""
-        batch, count = tokens.shape
-        bits = causal_bits(count)
-        output = forward(
-            params,
-            self.config,
-            tokens,
-            jnp.broadcast_to(jnp.arange(count), (batch, count)),
-            jnp.broadcast_to(bits, (batch, *bits.shape)),
-            cache,
-            start,
-        )
+        output = forward_chain(params, self.config, tokens, cache, start)
         return output.hidden, cache.write(output.rows, start, counts, after=output.hidden)

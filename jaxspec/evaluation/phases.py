@@ -20,11 +20,10 @@ from jaxspec.decoding.round import commit, judge, propose
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.weights import bind
-from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.decoder import forward_chain, unembed
 from jaxspec.models.state import init_states
 from jaxspec.models.target import Target
 from jaxspec.trees.candidates import likeliest
-from jaxspec.trees.tree import causal_bits
 
 Name = TypeVar("Name")
 
@@ -154,9 +153,7 @@ def medians_ms(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _verify_chain(params, config, tokens, cache, lengths):
-    n = tokens.shape[1]
-    depths = jnp.arange(n)[None]
-    output = forward(params, config, tokens, depths, causal_bits(n)[None], cache, lengths)
+    output = forward_chain(params, config, tokens, cache, lengths)
     return likeliest(unembed(params, output.hidden))
 
 

@@ -29,6 +29,7 @@ from jaxspec.models.rope import Angles, layer_angles
 from jaxspec.models.scaled import OutputsFirst, ScaledWeight, is_scaled
 from jaxspec.models.state import LayerRows, LayerStates
 from jaxspec.trees.packing import Packing
+from jaxspec.trees.tree import chain_nodes
 from pallas_kernels.rotary_heads import rotary_heads
 from pallas_kernels.tree_attention import tree_attention
 
@@ -123,6 +124,19 @@ def forward(
         taps=jnp.concatenate(tapped, axis=-1) if tapped else hidden[:, :count, :0],
         rows=LayerRows(KVRows(*map(tuple, zip(*kv, strict=True))), tuple(delta)),
     )
+
+
+def forward_chain(
+    params: TargetParams,
+    config: TargetConfig,
+    tokens: Int[Array, "B T"],
+    states: LayerStates,
+    lengths: Int[Array, " B"],
+    **options,
+) -> ForwardOutput:
+    """`forward` over tokens that follow one another, such as those of a prompt."""
+    depths, bits = chain_nodes(*tokens.shape)
+    return forward(params, config, tokens, depths, bits, states, lengths, **options)
 
 
 def _by_value(params: TargetParams) -> bool:

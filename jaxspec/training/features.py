@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig
-from jaxspec.models.decoder import forward
+from jaxspec.models.decoder import forward_chain
 from jaxspec.models.params import TargetParams
 from jaxspec.models.state import init_states
-from jaxspec.trees.tree import causal_bits
 
 
 @jax.tree_util.register_dataclass
@@ -58,17 +57,12 @@ def target_features(
     capacity = length if length > size else 1
     cache = init_states(config, batch, capacity, dtype)
     whole = jnp.full(batch, size)
-    bits = causal_bits(size)
-    bits = jnp.broadcast_to(bits, (batch, *bits.shape))
-    depths = jnp.broadcast_to(jnp.arange(size), (batch, size))
 
     def run(tokens, cache, length):
-        return forward(
+        return forward_chain(
             params,
             config,
             tokens,
-            depths,
-            bits,
             cache,
             jnp.broadcast_to(length, batch),
             taps=taps,

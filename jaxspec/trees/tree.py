@@ -143,6 +143,10 @@ def chain(
     )
 
 
-def causal_bits(n: int) -> UInt32[Array, "{n} W"]:
-    """Ancestors in a chain of n tokens, as in a prompt chunk: uint32 [n, ceil(n / 32)]."""
-    return pack_bits(jnp.tril(jnp.ones((n, n), bool)))
+def chain_nodes(
+    batch: int, n: int
+) -> tuple[Int[Array, "{batch} {n}"], UInt32[Array, "{batch} {n} W"]]:
+    """Depths and ancestor bits of chains of n nodes, such as the tokens of a prompt."""
+    bits = pack_bits(jnp.tril(jnp.ones((n, n), bool)))
+    depths = jnp.broadcast_to(jnp.arange(n), (batch, n))
+    return depths, jnp.broadcast_to(bits, (batch, *bits.shape))

@@ -215,15 +215,14 @@ SCRIPT = """
 import json, re, sys
 import jax, jax.numpy as jnp, numpy as np
 from jaxspec.loading import load_target
-from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.decoder import forward_chain, unembed
 from jaxspec.models.state import init_states
 from jaxspec.sharding import mesh_of
-from jaxspec.trees.tree import causal_bits
 
 def logits(devices):
     target = load_target(sys.argv[1], devices=devices, weights="stored")
-    step = jax.jit(lambda params: unembed(params, forward(
-        params, target.config, jnp.arange(5)[None], jnp.arange(5)[None], causal_bits(5)[None],
+    step = jax.jit(lambda params: unembed(params, forward_chain(
+        params, target.config, jnp.arange(5)[None],
         init_states(target.config, 1, 8, jnp.float32), jnp.zeros(1, int)).hidden))
     with mesh_of(target.params):
         text = step.lower(target.params).compile().as_text()

@@ -10,10 +10,9 @@ from jaxspec import checkpoints
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, LoadedDrafter
-from jaxspec.models.decoder import forward
+from jaxspec.models.decoder import forward_chain
 from jaxspec.models.state import init_states
 from jaxspec.models.target import Target
-from jaxspec.trees.tree import causal_bits
 
 CAPACITY = 96
 TOLERANCE = dict(atol=2e-4, rtol=0)
@@ -29,19 +28,9 @@ def load(folder, tree: TreeConfig) -> tuple[Target, LoadedDrafter]:
 @functools.partial(jax.jit, static_argnames=("config", "taps"))
 def tapped(params, config, tokens, taps):
     """Features [B, T, .] of whole sequences."""
-    batch, length = tokens.shape
-    bits = causal_bits(length)
-    output = forward(
-        params,
-        config,
-        tokens,
-        jnp.broadcast_to(jnp.arange(length), tokens.shape),
-        jnp.broadcast_to(bits, (batch, *bits.shape)),
-        init_states(config, batch, 1, "float32"),
-        jnp.zeros(batch, jnp.int32),
-        taps=taps,
-    )
-    return output.taps
+    batch = tokens.shape[0]
+    states, start = init_states(config, batch, 1, "float32"), jnp.zeros(batch, jnp.int32)
+    return forward_chain(params, config, tokens, states, start, taps=taps).taps
 
 
 def accepted(prompt):

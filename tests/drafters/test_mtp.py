@@ -14,10 +14,9 @@ from jaxspec.drafters.base import Committed, LoadedDrafter
 from jaxspec.drafters.eagle import eagle_params
 from jaxspec.drafters.mtp import MtpDrafter, abstract_mtp, mtp_config
 from jaxspec.drafters.rollout import greedy
-from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.decoder import forward_chain, unembed
 from jaxspec.models.params import TargetParams
 from jaxspec.models.state import init_states
-from jaxspec.trees.tree import causal_bits
 from tests import tiny
 from tests.slow import slow_but
 
@@ -55,11 +54,9 @@ def rows(name, features, tokens):
     joined = np.concatenate([embedded, norm(np.stack(features), w.feature_norm)], -1) @ w.fc
     layer = TargetParams(vocabulary.embed, (w.layer,), w.norm, vocabulary.unembed)
     states, start = init_states(config, 1, 1, "float32"), jnp.zeros(1, int)
-    chain = jnp.arange(n)[None], causal_bits(n)[None]
-    run = jax.jit(forward, static_argnames="config")
-    out = run(
-        layer, config, jnp.zeros((1, n), int), *chain, states, start, embeddings=joined[None]
-    )
+    run = jax.jit(forward_chain, static_argnames="config")
+    tokens = jnp.zeros((1, n), int)
+    out = run(layer, config, tokens, states, start, embeddings=joined[None])
     return np.asarray(out.hidden)[0], np.asarray(unembed(layer, out.hidden))[0]
 
 

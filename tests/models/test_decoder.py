@@ -9,14 +9,14 @@ import pytest
 
 from jaxspec.models import decoder
 from jaxspec.models.cache import KVRows, init_cache
-from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.decoder import forward, forward_chain, unembed
 from jaxspec.models.layers import rms_norm, rotate
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import MoeParams, abstract_params
 from jaxspec.models.rope import rotary_angles
 from jaxspec.models.state import init_states
 from jaxspec.trees.packing import pack_nodes
-from jaxspec.trees.tree import ancestors, causal_bits
+from jaxspec.trees.tree import ancestors
 from pallas_kernels.rotary_heads import rotary_heads
 from tests import tiny
 from tests.slow import slow_but
@@ -30,20 +30,12 @@ def empty_cache(config, capacity=32, batch=1):
 
 
 run = jax.jit(forward, static_argnames=("config", "taps"))
+_run_chain = jax.jit(forward_chain, static_argnames=("config", "taps"))
 
 
 def run_chain(target, tokens, cache, start, taps=()):
-    n = len(tokens)
-    return run(
-        target.params,
-        target.config,
-        jnp.array([tokens]),
-        jnp.arange(n)[None],
-        causal_bits(n)[None],
-        cache,
-        jnp.array([start]),
-        taps=taps,
-    )
+    tokens, start = jnp.array([tokens]), jnp.array([start])
+    return _run_chain(target.params, target.config, tokens, cache, start, taps=taps)
 
 
 def after(target, tokens):

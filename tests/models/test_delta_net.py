@@ -14,7 +14,7 @@ from jaxspec.models.delta_net import (
     DeltaState,
     kinship,
 )
-from jaxspec.trees.tree import NO_PARENT, ancestors, causal_bits
+from jaxspec.trees.tree import NO_PARENT, ancestors, chain_nodes
 from pallas_kernels.delta_heads.reference import tree_convolution
 from pallas_kernels.tree_delta_rule import tree_delta_rule
 from tests import tiny
@@ -169,7 +169,7 @@ def test_a_long_prefix_keeps_float32(chunk):
     arrays = random_nodes(rng, total, 0.98)
     expected = recurrence(np.zeros((J, DK, R * DV)), zip(*arrays, strict=True))[1]
     chunks = [np.reshape(x, (total // chunk, 1, chunk, *x.shape[1:])) for x in arrays]
-    bits, inputs = causal_bits(chunk)[None], jnp.zeros((1, chunk, J, CHANNELS))
+    bits, inputs = chain_nodes(1, chunk)[1], jnp.zeros((1, chunk, J, CHANNELS))
 
     @jax.jit
     def decode(state):

@@ -14,7 +14,7 @@ from jaxspec.drafters.base import Committed
 from jaxspec.drafters.rollout import greedy
 from jaxspec.loading import load_drafter, load_target
 from jaxspec.models import delta_net as ours
-from jaxspec.trees.tree import causal_bits
+from jaxspec.trees.tree import chain_nodes
 from pallas_kernels.tree_delta_rule import tree_delta_rule
 from tests import tiny
 from tests.models import test_delta_net as reference
@@ -160,7 +160,7 @@ def test_the_state_after_4000_tokens_is_as_exact_as_theirs():
     chunk = 64
     chunks = [x.reshape(total // chunk, 1, chunk, *x.shape[1:]) for x in arrays]
     inputs = jnp.zeros((1, chunk, reference.J, reference.CHANNELS))
-    bits, counts = causal_bits(chunk)[None], jnp.array([chunk])
+    bits, counts = chain_nodes(1, chunk)[1], jnp.array([chunk])
 
     def step(carry, part):
         state, length = carry

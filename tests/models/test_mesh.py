@@ -12,12 +12,11 @@ SCRIPT = """
 import dataclasses, functools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.decoder import forward_chain, unembed
 from jaxspec.models.layers import lookup
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import random_params
 from jaxspec.models.state import init_states
-from jaxspec.trees.tree import causal_bits
 from tests.tiny import MOE
 
 config = dataclasses.replace(MOE, num_experts=16, experts_per_token=4)
@@ -61,9 +60,7 @@ for index in (jnp.array([[37]]), jnp.array([[0, 47], [5, 6]])):
 @functools.partial(jax.jit, static_argnames="n")
 def logits(params, tokens, n):
     cache = init_states(config, 4, 32, jnp.float32)
-    depths = jnp.broadcast_to(jnp.arange(n), (4, n))
-    bits = jnp.broadcast_to(causal_bits(n), (4, n, 1))
-    out = forward(params, config, tokens, depths, bits, cache, jnp.zeros(4, jnp.int32))
+    out = forward_chain(params, config, tokens, cache, jnp.zeros(4, jnp.int32))
     return unembed(params, out.hidden)
 
 tokens = jax.random.randint(jax.random.key(1), (4, 16), 0, config.vocab_size)
@@ -84,11 +81,10 @@ with jax.set_mesh(mesh_of(model=8)):
 HYBRID = """
 import dataclasses
 import jax, jax.numpy as jnp, numpy as np
-from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.decoder import forward_chain, unembed
 from jaxspec.models.params import random_params
 from jaxspec.models.state import init_states
 from jaxspec.sharding import make_mesh, place, shardings
-from jaxspec.trees.tree import causal_bits
 from tests.tiny import HYBRID
 
 delta = dataclasses.replace(HYBRID.delta_net, key_heads=8, value_heads=16)
@@ -98,10 +94,7 @@ lengths, counts, start = jnp.array([7, 7]), jnp.array([5, 0]), jnp.int32(7)
 
 @jax.jit
 def step(params, states, tokens):
-    n = tokens.shape[1]
-    depths = jnp.broadcast_to(jnp.arange(n), tokens.shape)
-    bits = jnp.broadcast_to(causal_bits(n), (2, n, 1))
-    out = forward(params, config, tokens, depths, bits, states, lengths)
+    out = forward_chain(params, config, tokens, states, lengths)
     return unembed(params, out.hidden), states.write(out.rows, start, counts)
 
 states = init_states(config, 2, 32, jnp.float32)

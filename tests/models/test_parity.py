@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from jaxspec import checkpoints
-from jaxspec.models.decoder import forward, unembed
+from jaxspec.models.decoder import forward_chain, unembed
 from jaxspec.models.state import init_states
-from jaxspec.trees.tree import causal_bits
 
 pytestmark = pytest.mark.parity
 
@@ -83,18 +82,16 @@ def logits_of(target, tokens, *, chunk):
     config = target.config
     batch, total = tokens.shape
     states = init_states(config, batch, total, jnp.float32)
-    depths = jnp.broadcast_to(jnp.arange(chunk), (batch, chunk))
-    bits = jnp.broadcast_to(causal_bits(chunk), (batch, *causal_bits(chunk).shape))
     logits = []
     for start in range(0, total, chunk):
         tokens_now, lengths = tokens[:, start : start + chunk], jnp.full(batch, start)
-        output = _forward(target.params, config, tokens_now, depths, bits, states, lengths)
+        output = _forward(target.params, config, tokens_now, states, lengths)
         states = states.write(output.rows, jnp.int32(start), jnp.full(batch, chunk))
         logits.append(unembed(target.params, output.hidden))
     return np.concatenate(logits, axis=1)
 
 
-_forward = jax.jit(forward, static_argnames="config")
+_forward = jax.jit(forward_chain, static_argnames="config")
 
 
 def torch_logits(model, tokens):

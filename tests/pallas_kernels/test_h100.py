@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxspec.models.decoder import forward
+from jaxspec.models.decoder import forward_chain
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import abstract_params
 from jaxspec.models.presets import PRESETS
 from jaxspec.models.state import init_states
 from jaxspec.sharding import shardings
-from jaxspec.trees.tree import causal_bits
 from pallas_kernels.h100.compile import compile_for_h100
 from pallas_kernels.h100.kernels import AttentionCase, DeltaHeadsCase, DeltaRuleCase
 from pallas_kernels.h100.target import mesh
@@ -171,10 +170,9 @@ def test_a_forward_with_every_kernel_has_a_derivative(name):
     states = shape(lambda: init_states(config, 1, 128, narrow))
 
     def loss(params, tokens, states):
-        depths, bits = jnp.arange(n)[None], causal_bits(n)[None]
         start = jnp.zeros(1, jnp.int32)
-        return forward(
-            params, config, tokens, depths, bits, states, start, implementation="triton"
+        return forward_chain(
+            params, config, tokens, states, start, implementation="triton"
         ).hidden.sum()
 
     def placed(tree):

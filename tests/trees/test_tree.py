@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from jaxspec.trees.tree import (
     DraftTree,
     ancestors,
-    causal_bits,
     chain,
+    chain_nodes,
     pack_bits,
     root_only,
     unpack_bits,
@@ -73,8 +73,10 @@ def test_packing_round_trip(size, data):
     assert unpack_bits(words, size).tolist() == [mask, mask]
 
 
-def test_causal_bits():
-    assert causal_bits(3)[:, 0].tolist() == [0b001, 0b011, 0b111]
+def test_nodes_of_chains():
+    depths, bits = chain_nodes(2, 3)
+    assert depths.tolist() == [[0, 1, 2]] * 2
+    assert bits[..., 0].tolist() == [[0b001, 0b011, 0b111]] * 2
 
 
 def test_root_only():
