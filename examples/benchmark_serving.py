@@ -4,7 +4,6 @@ Serves the same prompts in several ways, closed loop, with 1 … 32 users: no dr
 chain, fixed trees, and the adaptive schedule. At every load the ways take turns in a rotating
 order, so that a slow phase of the machine affects all of them. Every engine runs in this
 process, without HTTP; they share weights, and an idle engine keeps one row of caches.
-`--simulate` adds a simulation of the same schedule with H100 floors, labelled as such.
 
 With the shipped drafter and one fixed tree it takes about half an hour on two cores; its
 engines compile for ten minutes. `--turns`, `--max-new-tokens` and `--users` make it shorter.
@@ -41,7 +40,6 @@ from jaxspec.serving.grammars import Grammar, Grammars
 from jaxspec.serving.load import closed_loop, mix, summarise, to_runner
 from jaxspec.serving.requests import Request
 from jaxspec.serving.runner import Runner
-from jaxspec.serving.simulate import Machine, simulate
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -84,7 +82,6 @@ class Benchmark:
     """As the server's default; no request here asks for them."""
     schema: Path | None = None
     """File of a JSON schema for all answers, as a request's `response_format`."""
-    simulate: bool = False
 
 
 def main(options: Benchmark) -> None:
@@ -118,8 +115,6 @@ def main(options: Benchmark) -> None:
         "ratios": ratios,
         "turns": turns,
     }
-    if options.simulate:
-        results["simulated, H100 floors"] = simulated(options.users)
     options.output.write_text(json.dumps(results, indent=1) + "\n")
     draw(rows, options.output.with_suffix(".png"))
     print(table(rows, ratios))
@@ -276,16 +271,6 @@ def table(rows: Sequence[dict], ratios: Sequence[dict]) -> str:
             f"{row['ratio']:.2f} ({low:.2f} … {high:.2f}) |"
         )
     return "\n".join(lines)
-
-
-def simulated(users) -> list[dict]:
-    """The schedule's rates on an H100's floors (Qwen3-8B): not a measurement."""
-    return [
-        {"way": rule, "users": n}
-        | dataclasses.asdict(simulate(Machine(), rule, [0.0] * (2 * n), slots=n))
-        for n in (*users, 4 * max(users), 16 * max(users))
-        for rule in ("none", "fixed", "adaptive")
-    ]
 
 
 def draw(rows: Sequence[dict], path: Path) -> None:

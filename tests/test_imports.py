@@ -101,7 +101,7 @@ def package(module: str) -> str:
     """Where a module belongs in `ARROWS`."""
     top, *rest = module.split(".")
     if top == "pallas_kernels":
-        return "pallas_kernels.h100" if rest[:1] in (["h100"], ["ttir_check"]) else top
+        return "pallas_kernels.h100" if rest[:1] == ["h100"] else top
     return rest[0] if rest else top
 
 

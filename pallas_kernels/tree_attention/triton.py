@@ -59,7 +59,7 @@ def tree_attention_triton(
       tile: see `choose`.
       rows: see `tree_attention`.
       interpret: run on the CPU, program by program, to check numbers. Shapes, bounds and
-        races are not checked: `pallas_kernels.ttir_check` does that.
+        races are not checked: `tests/pallas_kernels/ttir_check.py` does that.
     """
     batch, n, heads, dim = q.shape
     kv_heads, capacity = k_cache.shape[1], k_cache.shape[2]

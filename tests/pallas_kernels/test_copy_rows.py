@@ -15,7 +15,7 @@ from pallas_kernels.copy_rows.triton import (
     take_rows_triton,
     write_rows_triton,
 )
-from pallas_kernels.ttir_check import execute
+from tests.pallas_kernels.ttir_check import execute
 from tests.slow import slow_but
 
 # arrays, nodes, rows taken

@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels.delta_heads import delta_heads
 from pallas_kernels.delta_heads.triton import delta_heads_triton
-from pallas_kernels.ttir_check import execute
+from tests.pallas_kernels.ttir_check import execute
 from tests.slow import slow_but
 
 # sequences, nodes, padding, key heads, value heads per key head, dk, dv, taps

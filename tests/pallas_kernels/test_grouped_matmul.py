@@ -16,7 +16,7 @@ from pallas_kernels.grouped_matmul.triton import (
     tile_rows,
     unsupported,
 )
-from pallas_kernels.ttir_check import _Buffer, execute
+from tests.pallas_kernels.ttir_check import _Buffer, execute
 
 GROUPS, DEPTH, COLUMNS = 6, 128, 256
 

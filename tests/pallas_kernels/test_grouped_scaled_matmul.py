@@ -10,8 +10,8 @@ from pallas_kernels.grouped_scaled_matmul.triton import (
     grouped_scaled_matmul_triton,
     unsupported,
 )
-from pallas_kernels.ttir_check import execute
 from tests.pallas_kernels import test_scaled_matmul as scaled
+from tests.pallas_kernels.ttir_check import execute
 
 GROUPS, COLUMNS, DEPTH = 4, 128, 256
 

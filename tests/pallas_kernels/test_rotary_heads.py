@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels.rotary_heads import rotary_heads
 from pallas_kernels.rotary_heads.triton import rotary_heads_triton
-from pallas_kernels.ttir_check import execute
+from tests.pallas_kernels.ttir_check import execute
 from tests.slow import slow_but
 
 # rows, padding, key/value heads, group, head dim, pairs that turn, bias, norm, gates

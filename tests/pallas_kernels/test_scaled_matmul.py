@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.scaled_matmul import scaled_matmul, scaled_swiglu
 from pallas_kernels.scaled_matmul.config import Tile, choose, unsupported
 from pallas_kernels.scaled_matmul.triton import scaled_matmul_triton, scaled_swiglu_triton
-from pallas_kernels.ttir_check import execute
+from tests.pallas_kernels.ttir_check import execute
 from tests.slow import slow_but
 
 BLOCKS, ROWS = (128, 128), (1, 256)  # outputs and inputs that share a scale

@@ -8,7 +8,7 @@ import pytest
 from pallas_kernels.tree_delta_rule import tree_delta_rule
 from pallas_kernels.tree_delta_rule.reference import tree_delta_rule_reference
 from pallas_kernels.tree_delta_rule.triton import tree_delta_rule_triton
-from pallas_kernels.ttir_check import execute
+from tests.pallas_kernels.ttir_check import execute
 
 # Nodes, key heads, value heads of each, dk, dv. Two whole blocks and some nodes; four and some,
 # in two programs for each value head; fewer than a block.

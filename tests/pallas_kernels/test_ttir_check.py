@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.tree_attention.triton import tree_attention_triton
-from pallas_kernels.ttir_check import KernelFault, execute
 from tests.pallas_kernels.attention_cases import CASES, make_inputs, oracle, tolerance
+from tests.pallas_kernels.ttir_check import KernelFault, execute
 
 PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=1)
 
