@@ -1,5 +1,6 @@
 """Damaged checkpoints: one clear error each, whatever the bytes, and nothing read outside."""
 
+import codecs
 import json
 import os
 import re
@@ -148,6 +149,7 @@ several = settings(
 def opened():
     """Every file that is opened from Python or by safetensors, while the list is watched."""
     paths, watching = [], [True]
+    codecs.lookup("utf-8-sig")  # of JSON files: Python opens the codec's own file once
 
     def watch(event, arguments):
         if watching[0] and event == "open" and isinstance(arguments[0], (str, Path)):

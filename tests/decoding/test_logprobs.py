@@ -109,3 +109,16 @@ def test_unasked_they_are_not_computed():
     nested, always = compiled.split("\nENTRY ")
     assert " exponential(" in nested and " conditional(" in always
     assert not {" exponential(", " sort("} & {*re.findall(r" \w+\(", always)}
+
+
+def test_prompts_longer_than_the_positions_computed_at_a_time():
+    length = logprobs.NODES_AT_ONCE + 5
+    (tokens,) = tiny.prompts(length)
+    hidden = jax.random.normal(jax.random.key(0), (1, length, tiny.QWEN3.hidden_size))
+    params, asked = tiny.target().params, jnp.array([logprobs.ALL])
+    kept = logprobs.empty_logprobs(1, length + 1, TOP)
+    row = jnp.array([[*tokens, 0]])
+    found = jax.jit(logprobs.of_prompts)(params, hidden, row, 0, asked, kept)
+    law = jax.nn.log_softmax(hidden[0] @ params.unembed.T)[:-1]
+    own = np.asarray(law)[np.arange(length - 1), tokens[1:]]
+    np.testing.assert_allclose(found.chosen[0, 1:length], own, atol=1e-4)

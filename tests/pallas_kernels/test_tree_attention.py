@@ -196,7 +196,7 @@ def test_the_tile_of_a_shape_that_was_not_measured(shape, tile):
     assert from_table(shape) == tile
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     st.builds(
         Shape,

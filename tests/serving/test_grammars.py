@@ -266,3 +266,15 @@ def test_a_model_may_have_more_tokens_than_its_tokenizer(vocab):
 def bits(words: np.ndarray, vocab: int) -> list[int]:
     assert words.shape == (-(-vocab // 32),)
     return set_bits(words)
+
+
+def test_log_probabilities_beside_a_grammar_are_the_models_own():
+    limits = dict(slots=1, room=96, chunk=16, throughput=True, top_logprobs=2)
+    engine = Engine(target(), config=EngineConfig(schedule=Fixed(), **limits))
+    prompt = tuple(tokenizer().encode("user: tool"))
+    (updates,) = answers(engine, [Request(prompt, 12, grammar=regex(REGEX), logprobs=0)])
+    tokens = engines.tokens(updates)
+    law = jax.nn.log_softmax(tiny.logits(target(), [*prompt, *tokens])[len(prompt) - 1 : -1])
+    own = np.asarray(law)[np.arange(len(tokens)), list(tokens)]
+    found = [one.logprob for update in updates for one in update.logprobs]
+    np.testing.assert_allclose(found, own, atol=1e-4)

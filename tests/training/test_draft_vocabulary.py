@@ -89,7 +89,7 @@ def test_the_loss_is_that_of_the_kept_rows_of_all_logits(head):
         rank=0 if head == "mlp" else 4,
         confidence="hidden" if head == "mlp" else "hidden_and_previous",
     )
-    loss = LossConfig(Mixture(0.1, 0.5, 0.9, temperature=2.0, chunk=16))
+    loss = LossConfig(Mixture(0.1, 0.5, 0.9, temperature=2.0, chunk=16), confidence=0.7)
     random = np.random.default_rng(0)
     shape, width = (2, 5, config.depth), config.hidden_size
 
@@ -126,7 +126,7 @@ def test_the_loss_is_that_of_the_kept_rows_of_all_logits(head):
         confidence = optax.sigmoid_binary_cross_entropy(
             head.confidence_logits(stream, previous), jax.lax.stop_gradient(1 - distance / 2)
         )
-        each = 0.1 * entropy + 0.5 * kl + 0.9 * distance + confidence
+        each = 0.1 * entropy + 0.5 * kl + 0.9 * distance + 0.7 * confidence
         weight = known * jnp.exp(-jnp.arange(config.depth) / 4.0)
         return (weight * each).sum() / weight.sum(), (known * (1 - distance / 2)).sum((0, 1))
 

@@ -142,8 +142,17 @@ SUPERVISED = jnp.array([[[True, True, True], [True, True, False], [False, False,
             [[1, 0.5, 0.25], [1, 0.5, 0], [0, 0, 0]],
             3.25,
         ),
-        # Smoothed probabilities (.5, .75, 1) and (1, .5, .75): reached .5 .375 .375, 1 .5 0
-        (LossConfig(weighting="dpace"), [[1.25, 0.75, 0.375], [1.5, 0.5, 0], [0, 0, 0]], 2),
+        (
+            LossConfig(weighting="uniform", reduction="positions"),
+            [[1, 1, 1], [1, 1, 0], [0, 0, 0]],
+            9,
+        ),
+        # Smoothed probabilities (.2, .6, 1) and (1, .2, .6): reached .2 .12 .12, 1 .2 0
+        (
+            LossConfig(weighting="dpace", smoothing=0.2),
+            [[0.44, 0.24, 0.12], [1.2, 0.2, 0], [0, 0, 0]],
+            2,
+        ),
     ],
 )
 def test_position_weights(config, weights, denominator):

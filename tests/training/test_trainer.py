@@ -18,6 +18,7 @@ from flax import nnx
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.checkpoints.store import Store
 from jaxspec.config import DeltaNetConfig, TreeConfig
+from jaxspec.drafters.weights import random_weights
 from jaxspec.models.params import random_params
 from jaxspec.models.target import Target
 from jaxspec.training.batches import Position
@@ -26,7 +27,7 @@ from jaxspec.training.networks import copy_layers
 from jaxspec.training.recipe import OptimizerConfig
 from jaxspec.training.run_folder import claimed
 from jaxspec.training.start import initial_drafter
-from jaxspec.training.step import init_state, learning_rate, train_step
+from jaxspec.training.step import init_state, learning_rate, optimizer, train_step
 from jaxspec.training.trainer import train
 from tests.processes import free_port, many_devices
 from tests.slow import slow_but
@@ -411,3 +412,54 @@ def test_the_learning_rate_warms_up_and_decays():
     assert jax.numpy.allclose(rate(0), 0.01 / 4)
     assert jax.numpy.allclose(rate(4), 0.01)
     assert rate(52) < 0.01 > rate(100) and abs(rate(100)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(beta1=0.5),
+        dict(beta2=0.5),
+        dict(weight_decay=0.5),
+        dict(clip=1e-3),
+        dict(warmup=0.9),
+    ],
+    ids=str,
+)
+def test_every_option_of_the_optimizer_counts(change):
+    weights = random_weights(tiny.DRAFTER, jax.random.key(0))
+
+    def second_update(config):
+        """After a large slope and a small one."""
+        tx = optimizer(config, 10)
+        state = tx.init(weights)
+        for slope in (1.0, 1e-4):
+            slopes = jax.tree.map(lambda x, slope=slope: jnp.full_like(x, slope), weights)
+            updates, state = tx.update(slopes, state, weights)
+        return np.asarray(updates.fc[...])
+
+    plain = OptimizerConfig(learning_rate=0.1)
+    changed = second_update(dataclasses.replace(plain, **change))
+    assert not np.allclose(second_update(plain), changed)
+
+
+def test_every_step_draws_other_anchors():
+    """With the same rows and weights the loss is another."""
+    config = dataclasses.replace(tiny.CONFIG, optimizer=OptimizerConfig(learning_rate=0.0))
+    target, rows = tiny.target(), Loader(tiny.CONFIG, tiny.examples()).at(Position())
+    state, losses = init_state(config, target.params), []
+    for _ in range(2):
+        state, means = train_step(config, target.config, target.params, state, rows)
+        losses.append(float(means["loss"]))
+    assert losses[0] != losses[1]
+
+
+def test_the_best_weights_are_exported(tmp_path, monkeypatch):
+    taus = iter([3.0, 1.0])
+    monkeypatch.setattr("jaxspec.training.trainer.walked_tau", lambda *_, **__: next(taus))
+    config = dataclasses.replace(tiny.CONFIG, steps=4, validate_every=2)
+    target = tiny.target()
+    folder = train(config, target, tiny.examples(), tmp_path, prompts=[[1, 2]])
+    _, params = load_drafter(folder, target.config, target.params, TreeConfig())
+    state = init_state(config, target.params)
+    _, best, _ = Store(tmp_path / "checkpoints").restore(state, 2)
+    jax.tree.map(np.testing.assert_array_equal, params.head, best.weights)
