@@ -71,10 +71,13 @@ class SafetensorsFolder:
         self.dtypes = {name: entry.dtype for name, entry in self._entries.items()}
         self.bytes_read = 0
 
-    def read(self, name: str) -> np.ndarray:
-        """A whole tensor, as a new array."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """A whole tensor, as a new array; or a range of its rows, seen as a matrix [-1, n]."""
         shape = self.shapes[name]
-        return self._read(name, shape, tuple((0, n) for n in shape))
+        if rows is None:
+            return self._read(name, shape, tuple((0, n) for n in shape))
+        *leading, columns = shape
+        return self._read(name, (math.prod(leading), columns), (rows, (0, columns)))
 
     def pieces(
         self,
