@@ -20,7 +20,7 @@ from jaxspec.checkpoints.rope import read_rope, rope_to_json
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.checkpoints.visibility import to_json as windows_to_json
 from jaxspec.checkpoints.visibility import windows
-from jaxspec.config import TargetConfig
+from jaxspec.config import RopeScaling, TargetConfig
 from jaxspec.models.params import TargetParams, abstract_params
 from jaxspec.sharding import shardings
 from jaxspec.tokenizer import Tokenizer
@@ -92,6 +92,7 @@ def read_config(folder: str | Path) -> TargetConfig:
         special |= hybrid.fields(raw, model_type)
     dense = len(special.get("sparse_layers", ())) < layers
     head_dim = raw.integer("head_dim", REQUIRED if is_hybrid else hidden // heads)
+    rope = _rope(raw, is_hybrid)
     config = raw.make(
         TargetConfig,
         vocab_size=raw.integer("vocab_size"),
@@ -103,9 +104,9 @@ def read_config(folder: str | Path) -> TargetConfig:
         num_heads=heads,
         num_kv_heads=raw.integer("num_key_value_heads", heads),
         head_dim=head_dim,
-        **_rope(raw, is_hybrid),
+        **rope,
         rms_norm_eps=raw.number("rms_norm_eps", 1e-6),
-        max_positions=raw.integer("max_position_embeddings"),
+        max_positions=_positions(raw, rope["rope_scaling"]),
         tie_embeddings=raw.flag("tie_word_embeddings", whole.flag("tie_word_embeddings")),
         qk_norm=model_type.startswith("qwen3"),
         attention_bias=model_type == "qwen2",
@@ -277,6 +278,15 @@ def _rope(raw: JsonConfig, is_hybrid: bool) -> dict[str, Any]:
                 )
             fields["sliding_rope_theta"] = local
     return fields
+
+
+def _positions(raw: JsonConfig, scaling: RopeScaling | None) -> int:
+    """Positions of a target; YaRN's if more than stated, since the cards of Qwen2.5 and Qwen3
+    advise to add `rope_scaling` alone."""
+    stated = raw.integer("max_position_embeddings")
+    if scaling is None or scaling.kind != "yarn":
+        return stated
+    return max(stated, int(scaling.factor * scaling.original_positions))
 
 
 def _eos_token_ids(folder: Path, *sources: JsonConfig) -> tuple[int, ...]:

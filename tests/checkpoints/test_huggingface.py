@@ -121,6 +121,24 @@ def test_sliding_layers_may_rotate_at_their_own_base(tmp_path):
         config_of(tmp_path, DENSE | WINDOWED | kinds | {"rope_parameters": rope})
 
 
+@pytest.mark.parametrize(
+    "stated, rope, positions",
+    [
+        # As the cards of Qwen3 and Qwen2.5 say, without a change of the stated number.
+        (40_960, {"rope_type": "yarn", "factor": 4.0}, 131_072),
+        (32_768, {"type": "yarn", "factor": 4.0}, 131_072),
+        (262_144, {"rope_type": "yarn", "factor": 4.0}, 262_144),
+        (40_960, {"rope_type": "linear", "factor": 4.0}, 40_960),
+        (40_960, {"rope_type": "default"}, 40_960),
+    ],
+)
+def test_positions(tmp_path, stated, rope, positions):
+    rope = rope | {"original_max_position_embeddings": 32_768, "rope_theta": 1e6}
+    raw = without(DENSE, "rope_parameters") | {"rope_scaling": rope}
+    found = config_of(tmp_path, raw | {"max_position_embeddings": stated})
+    assert found.max_positions == positions
+
+
 def test_number_of_experts_by_either_key(tmp_path):
     raw = without(MIXTURE, "num_experts") | {"num_local_experts": 3}
     assert config_of(tmp_path, raw) == config_of(tmp_path, MIXTURE)
