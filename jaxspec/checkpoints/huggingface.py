@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
 from jaxspec.checkpoints.quantisation import quantisation_of, read_quantisation
 from jaxspec.checkpoints.quantised import open_weights
 from jaxspec.checkpoints.rope import read_rope, rope_to_json
-from jaxspec.checkpoints.tensors import read_json
+from jaxspec.checkpoints.tensors import pickled_only, read_json
 from jaxspec.checkpoints.visibility import to_json as windows_to_json
 from jaxspec.checkpoints.visibility import windows
 from jaxspec.config import RopeScaling, TargetConfig
@@ -26,7 +28,9 @@ from jaxspec.sharding import shardings
 from jaxspec.tokenizer import Tokenizer
 
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
-FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "tokenizer.model")
+MASK = "mask_embedding.pt"  # of MiMo's drafters, whose mask embedding is not the target's
+# `MASK` is not read; a drafter that has one is refused.
+FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "tokenizer.model", f"*{MASK}")
 ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -44,9 +48,10 @@ def resolve(name_or_path: str | Path) -> Path:
     The hub's cache is used if the hub cannot be reached. Pickled weights are not downloaded.
 
     Raises:
-      ValueError: there is no such path, and the hub does not supply such a name.
+      ValueError: there is no such path, and the hub does not supply such a name, or only with
+        pickled weights.
     """
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if path.exists():
         return path
     name = str(name_or_path)
@@ -58,7 +63,7 @@ def resolve(name_or_path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # of many kinds: offline, unknown, gated, timed out
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise ValueError(
@@ -66,6 +71,21 @@ def resolve(name_or_path: str | Path) -> Path:
             f"({type(error).__name__}: {reason}); pass the path of a downloaded checkpoint, "
             f"or run `hf download {name}` where the hub can be reached"
         ) from error
+    if not any(folder.rglob("*.safetensors")):
+        _refuse_pickled(name)
+    return folder
+
+
+def _refuse_pickled(name: str) -> None:
+    """Raises ValueError if a hub repository, which has no safetensors, has pickled weights."""
+    from huggingface_hub import list_repo_files
+
+    names: list[str] = []
+    with contextlib.suppress(Exception):  # the hub is out of reach
+        names = list_repo_files(name)
+    message = pickled_only(name, names)
+    if message is not None:
+        raise ValueError(message)
 
 
 def read_config(folder: str | Path) -> TargetConfig:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 PIECE = 32 * 2**20  # bytes read at once
 ADAPTER = "adapter_config.json"
 WRAPPERS = {  # prefixes of names, and who gives them
@@ -310,11 +310,18 @@ def _of_integers(name: str) -> str:
 
 
 def _no_weights(folder: Path) -> str:
-    pickled = sorted(path.name for kind in PICKLED for path in folder.glob(kind))
-    if pickled:
-        return (
-            f"{folder} holds pickled weights only ({pickled[0]}), which can run code when "
-            "loaded and are not read; convert them to safetensors (load the model with "
-            "transformers and save_pretrained)"
-        )
-    return f"{folder} has no weights; expected {SINGLE} or {INDEX} with its shards"
+    return pickled_only(folder, (path.name for path in folder.glob("*"))) or (
+        f"{folder} has no weights; expected {SINGLE} or {INDEX} with its shards"
+    )
+
+
+def pickled_only(place: Any, names: Iterable[str]) -> str | None:
+    """What to say of files without safetensors, given their names, if some are pickled."""
+    pickled = sorted(name for name in names if name.endswith(PICKLED))
+    if not pickled:
+        return None
+    return (
+        f"{place} holds pickled weights only ({pickled[0]}), which can run code when "
+        "loaded and are not read; convert them to safetensors (load the model with "
+        "transformers and save_pretrained)"
+    )

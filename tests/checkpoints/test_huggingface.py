@@ -1,12 +1,13 @@
 """config.json in both generations of keys, what it may not ask for, and names."""
 
 import dataclasses
+import fnmatch
 import json
 
 import pytest
 
 from jaxspec import checkpoints
-from jaxspec.checkpoints.huggingface import config_to_json, read_config, resolve
+from jaxspec.checkpoints.huggingface import MASK, config_to_json, read_config, resolve
 from jaxspec.config import RopeScaling, TargetConfig
 from jaxspec.models.presets import PRESETS
 from tests import tiny
@@ -345,7 +346,8 @@ def test_existing_paths_resolve_to_themselves(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["./absent", "/absent/folder", "absent.gguf", "absent", "a/b/c"]
+    "name",
+    ["./absent", "/absent/folder", "absent.gguf", "absent", "a/b/c", "~nosuchuser/x"],
 )
 def test_what_is_neither_a_path_nor_a_hub_name(name):
     with pytest.raises(
@@ -388,3 +390,36 @@ def test_hub_out_of_reach_but_cached(hub_cache):
     target = checkpoints.load("o/m")
     assert target.config.hidden_size == DENSE["hidden_size"]
     assert target.tokenizer is None
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one repository, whose files a test adds to the list."""
+    names = ["config.json"]
+
+    def snapshot(name, allow_patterns):
+        for file in names:
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).parent.mkdir(exist_ok=True)
+                (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: names)
+    return names
+
+
+def test_pickled_weights_of_the_hub_are_named_and_not_downloaded(hub, tmp_path):
+    hub.append("pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"^o/m holds pickled weights only \(pytorch_model\."):
+        resolve("o/m")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    hub.append("model.safetensors")
+    assert resolve("o/m") == tmp_path
+    assert not (tmp_path / "pytorch_model.bin").exists()
+
+
+@pytest.mark.parametrize("folder", ["", "inner/"])
+def test_a_mask_embedding_of_the_hub_is_seen(hub, tmp_path, folder):
+    hub += [f"{folder}model.safetensors", f"{folder}mask_embedding.pt"]
+    assert (resolve("o/m") / folder / MASK).exists()
