@@ -30,7 +30,7 @@ def open_weights(
     """The tensors of a folder: as stored, or dequantised as its config.json says.
 
     Args:
-      integers: names of tensors that are integers or booleans.
+      integers: see `SafetensorsFolder`.
       dequantise: warn that all weights are dequantised; else the caller keeps some in 8 bits.
     """
     quantisation = quantisation_of(folder)
@@ -65,9 +65,10 @@ class QuantisedFolder:
         used = {part for weight in self._weights.values() for part in weight.parts}
         shapes = {name: weight.shape for name, weight in self._weights.items()}
         for name, dtype in self._folder.dtypes.items():
-            if name in used or name.rpartition(".")[2] in ACTIVATIONS:
+            kind = name.rpartition(".")[2]
+            if name in used or kind in ACTIVATIONS:
                 continue
-            if name not in integers and dtype not in DTYPES.values():
+            if kind not in integers and dtype not in DTYPES.values():
                 raise ValueError(
                     f"{self.origin}: tensor '{name}' is stored as {dtype} without its scales; "
                     "the checkpoint is incomplete, or of another method"

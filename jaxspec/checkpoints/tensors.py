@@ -61,7 +61,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path, *, integers: Sequence[str] = (), quantised: bool = False):
         """
         Args:
-          integers: names of tensors that are integers or booleans.
+          integers: tensors that are integers or booleans, by the last part of their names.
           quantised: also allow the dtypes of quantised weights.
         """
         self.origin = str(folder)
@@ -291,12 +291,13 @@ def _header(
     header.pop("__metadata__", None)
     entries = {}
     for name, info in header.items():
-        known = INTEGERS if name in integers else floats
+        integer = name.rpartition(".")[2] in integers
+        known = INTEGERS if integer else floats
         if info["dtype"] not in known:
             raise ValueError(
                 f"{file}: tensor '{name}' is stored as {info['dtype']}; expected "
                 + ", ".join(known)
-                + ("" if name in integers else _of_integers(name))
+                + ("" if integer else _of_integers(name))
             )
         dtype, start = np.dtype(known[info["dtype"]]), info["data_offsets"][0]
         entries[name] = _Entry(file, 8 + size + start, dtype, tuple(info["shape"]))

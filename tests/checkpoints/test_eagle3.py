@@ -95,6 +95,18 @@ def test_a_draft_vocabulary(tmp_path, format):
     np.testing.assert_array_equal(loaded.vocabulary.judge, params.vocabulary.unembed)
 
 
+@pytest.mark.parametrize("prefix", ["draft_model.", "module.", "module.draft_model."])
+def test_a_draft_vocabulary_under_a_prefix(tmp_path, prefix):
+    _, params = save(tmp_path / "a", format="eagle3", reduced=True)
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    change_tensors(tmp_path / "a", rename)
+    equal(params, load(tmp_path / "a")[1])
+
+
 @pytest.mark.parametrize("format", ["speculators", "eagle3"])
 def test_an_embedding_of_its_own(tmp_path, format):
     own = np.random.default_rng(0).standard_normal((11, 32)).astype(np.float32)
@@ -226,6 +238,16 @@ def test_what_is_refused_by_its_key(tmp_path, changes, message):
         ),
         (lambda t: t.__setitem__("model.norm.weight", t["norm.weight"]), "are both 'norm.w"),
         (lambda t: t["t2d"].__setitem__(1, True), "'d2t' and 't2d' name 7 and 8 tokens"),
+        (lambda t: t.__setitem__("t2d", t["t2d"][:0]), "'d2t' and 't2d' name 7 and 0 tokens"),
+        (lambda t: t.__setitem__("d2t", t["d2t"][:0]), r"'d2t' has shape \(0,\); expected one"),
+        (
+            lambda t: t.__setitem__("d2t", np.array(0)),
+            r"'d2t' has shape \(\); expected one off",
+        ),
+        (
+            lambda t: t.__setitem__("d2t", np.arange(12)),
+            r"'d2t' has shape \(12,\); .* 1 … 11 d",
+        ),
         (lambda t: t["norm.weight"].__setitem__(0, np.nan), "'norm.weight' holds NaN"),
         (lambda t: t["lm_head.weight"].__setitem__(0, np.inf), "'lm_head.weight' holds NaN"),
     ],
