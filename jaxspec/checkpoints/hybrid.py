@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxspec.checkpoints import rope
 from jaxspec.checkpoints.fuse import Box, Tensors
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.checkpoints.quantisation import KEYS as QUANTISATION
@@ -102,14 +103,12 @@ def layer_types(text: JsonConfig) -> tuple[str, ...]:
 
 
 def _rotary_dim(text: JsonConfig) -> int:
-    """Rotated dimensions of a head; the share is in `rope_parameters` or beside it."""
-    share = text.number("partial_rotary_factor", DEFAULT_ROTARY)
-    for key in ("rope_parameters", "rope_scaling"):
-        if text.has(key):
-            share = text.section(key).number("partial_rotary_factor", share)
+    """Rotated dimensions of a head; the share is among the rotary settings or beside them."""
+    beside = text.number(rope.PARTIAL, DEFAULT_ROTARY)
+    share = rope.settings(text)[0].number(rope.PARTIAL, beside)
     size = share * text.integer("head_dim")
     if size != int(size) or share > 1:
-        raise text.refusal("partial_rotary_factor", "a share of whole dimensions of a head")
+        raise text.refusal(rope.PARTIAL, "a share of whole dimensions of a head")
     return int(size)
 
 

@@ -233,6 +233,31 @@ def test_what_a_text_model_may_not_ask_for(tmp_path, change, message):
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "keys, rotated",
+    [
+        ({"rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.5}}, 4),
+        ({"rope_scaling": {"rope_theta": 1e7, "partial_rotary_factor": 0.5}}, 4),
+        ({"rope_parameters": {"rope_theta": 1e7}, "partial_rotary_factor": 0.5}, 4),
+        ({"rope_parameters": {"rope_theta": 1e7}}, 2),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e7, "partial_rotary_factor": 0.5},
+                    "linear_attention": {"rope_theta": 1e7, "partial_rotary_factor": 1.0},
+                }
+            },
+            4,
+        ),
+    ],
+)
+def test_rotated_dimensions(tmp_path, keys, rotated):
+    """Of a head of 8."""
+    raw = {key: value for key, value in TEXT.items() if key != "rope_parameters"} | keys
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert read_config(tmp_path).rotary_dim == rotated
+
+
 def test_no_key_of_a_published_configuration_is_unknown(tmp_path, recwarn):
     (tmp_path / "config.json").write_text(json.dumps(MULTIMODAL))
     read_config(tmp_path)
