@@ -277,8 +277,10 @@ def _config(path: Path) -> JsonConfig:
 def _refuse_unsupported(raw: JsonConfig, model_type: str) -> None:
     raw.one_of("hidden_act", ("silu",), "silu")
     raw.one_of("mlp_bias", (False,), False)
-    if model_type != "qwen2":  # in others the flag adds a bias to the output projection too
-        raw.one_of("attention_bias", (False,), False)
+    normed, biased = model_type.startswith("qwen3"), model_type == "qwen2"
+    raw.one_of("use_qk_norm", (normed,), normed)
+    for key in ("attention_bias", "qkv_bias"):  # in others also of the output projection
+        raw.one_of(key, (biased,), biased)
 
 
 def _rope(raw: JsonConfig, is_hybrid: bool) -> dict[str, Any]:

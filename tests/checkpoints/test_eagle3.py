@@ -192,12 +192,22 @@ def test_layers_it_reads(tmp_path, changes, taps):
     assert drafter.taps == taps
 
 
+@pytest.mark.parametrize("window", [None, 4096])
+def test_a_window_that_is_switched_off(tmp_path, window, recwarn):
+    save(tmp_path / "a", format="eagle3")
+    edit(tmp_path / "a", use_sliding_window=False, max_window_layers=36, sliding_window=window)
+    assert load(tmp_path / "a")[0].config.window == (None,)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(hidden_act="gelu"), "'hidden_act' is 'gelu'"),
         (dict(attention_bias=True), "'attention_bias' is True"),
         (dict(mlp_bias=True), "'mlp_bias' is True"),
+        (dict(use_qk_norm=True), "'use_qk_norm' is True"),
+        (dict(use_sliding_window=True, sliding_window=9), "'sliding_window' is 9"),
         (dict(bias=True), "'bias' is True"),
         (dict(model_type="gemma"), "'model_type' is 'gemma'"),
         (dict(num_hidden_layers=2), "'num_hidden_layers' is 2.*disagree about further layers"),
