@@ -5,10 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxspec.checkpoints import huggingface
 from jaxspec.checkpoints.convert import convert
 from jaxspec.checkpoints.huggingface import load_params, read_config
+from jaxspec.cli import main
 from tests.checkpoints.writing import write_folder
 
 J, R, DK, DV, TAPS = 2, 3, 4, 6, 4  # key heads, value heads each, their dimensions
@@ -202,6 +204,36 @@ def test_converted_there_and_back(tmp_path, raw, interleaved):
     convert(store, again, format="safetensors", dtype="float32")
     for x, y in zip(jax.tree.leaves(load(folder)), jax.tree.leaves(load(again)), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-7)  # norms lose one, and gain it again
+
+
+@pytest.mark.parametrize("to", ["safetensors", "orbax"])
+def test_a_converted_multimodal_model_is_its_text_model(tmp_path, capsys, to):
+    """Also for programs that read the configuration and the names of tensors."""
+    nested = {
+        name.replace("model.", "model.language_model."): x for name, x in tensors().items()
+    }
+    others = ["model.visual.patch_embed.proj.weight", "mtp.norm.weight", "mtp.fc.weight"]
+    nested |= {name: np.ones(2, np.float32) for name in others}
+    whole = MULTIMODAL | {
+        "eos_token_id": 3,
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+    }
+    write_folder(tmp_path / "whole", whole, nested)
+    output = tmp_path / "text"
+    command = ["convert", "--target", str(tmp_path / "whole"), "--output", str(output)]
+    assert main([*command, "--to", to]) == 0
+    assert "left out: 1 vision, 2 MTP tensors" in capsys.readouterr().out
+    assert json.loads((output / "config.json").read_text()) == TEXT | {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "dtype": "float32",
+        "eos_token_id": [3],
+        "tie_word_embeddings": False,
+    }
+    if to == "safetensors":
+        assert load_file(output / "model.safetensors").keys() == tensors().keys()
+    assert read_config(output) == read_config(tmp_path / "whole")
+    found = load_params(output, read_config(output))
+    jax.tree.map(np.testing.assert_array_equal, found, load(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize(
