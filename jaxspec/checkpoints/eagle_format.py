@@ -100,7 +100,7 @@ def layers_from_json(layer: JsonConfig) -> dict[str, Any]:
     layer.one_of("attention_bias", (False,), False)
     layer.one_of("mlp_bias", (False,), False)
     sizes = layer_sizes.from_json(layer)
-    layers = layer.integer("num_hidden_layers", 1)
+    layers = layer.count("num_hidden_layers", 1)
     window = (None,) * layers
     if layer.has("layer_types") or normed:
         window = visibility.windows(layer, layers, switched=normed)

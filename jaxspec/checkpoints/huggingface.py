@@ -106,7 +106,7 @@ def read_config(folder: str | Path) -> TargetConfig:
         _refuse_unsupported(part, model_type)
     heads = raw.integer("num_attention_heads")
     hidden = raw.integer("hidden_size")
-    layers = raw.integer("num_hidden_layers")
+    layers = raw.count("num_hidden_layers")
     special = _mixture(raw, layers, model_type)
     if is_hybrid:
         special |= hybrid.fields(raw, model_type)
@@ -194,7 +194,7 @@ def _mixture(raw: JsonConfig, layers: int, model_type: str) -> dict[str, Any]:
     step = raw.integer("decoder_sparse_step", 1)
     dense = raw.items("mlp_only_layers", int, ())
     return dict(
-        num_experts=raw.integer(experts),
+        num_experts=raw.count(experts),
         experts_per_token=raw.integer("num_experts_per_tok"),
         moe_intermediate_size=raw.integer("moe_intermediate_size"),
         norm_topk_prob=raw.flag("norm_topk_prob", model_type != "qwen3_moe"),

@@ -107,7 +107,7 @@ def layer_types(text: JsonConfig) -> tuple[str, ...]:
     Raises:
       ValueError: a type is unknown, or there are too few.
     """
-    layers = text.integer("num_hidden_layers")
+    layers = text.count("num_hidden_layers")
     interval = text.integer("full_attention_interval", 4)
     regular = tuple(LINEAR if (i + 1) % interval else FULL for i in range(layers))
     kinds = text.items("layer_types", str, regular)

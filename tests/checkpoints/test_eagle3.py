@@ -206,6 +206,7 @@ def test_a_window_that_is_switched_off(tmp_path, window, recwarn):
         (dict(hidden_act="gelu"), "'hidden_act' is 'gelu'"),
         (dict(attention_bias=True), "'attention_bias' is True"),
         (dict(mlp_bias=True), "'mlp_bias' is True"),
+        (dict(num_hidden_layers=10**12), "expected at most 10000"),
         (dict(use_qk_norm=True), "'use_qk_norm' is True"),
         (dict(use_sliding_window=True, sliding_window=9), "'sliding_window' is 9"),
         (dict(bias=True), "'bias' is True"),

@@ -243,6 +243,7 @@ def test_a_converted_multimodal_model_is_its_text_model(tmp_path, capsys, to):
         ({"output_gate_type": "sigmoid"}, "'output_gate_type' is 'sigmoid'"),
         ({"mamba_ssm_dtype": "bfloat16"}, "'mamba_ssm_dtype' is 'bfloat16'"),
         ({"layer_types": ["linear_attention"]}, "for each of 2 layers"),
+        ({"num_hidden_layers": 10**12, "layer_types": None}, "expected at most 10000"),
         ({"layer_types": ["linear_attention", "sliding_attention"]}, "'layer_types' is"),
         ({"layer_types": ["linear_attention"] * 2}, "expected at least one attention layer"),
         (

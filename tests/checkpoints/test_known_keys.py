@@ -108,6 +108,21 @@ def test_keys_that_repeat_what_the_model_type_says(tmp_path, raw, no_warnings):
             target(tmp_path, raw | {key: not value})
 
 
+HUGE = 10**12
+
+
+def test_counts_that_no_model_has(tmp_path):
+    """Tuples of so many entries would fill the memory."""
+    message = r"'num_{}' is 1000000000000, .*expected at most 10000"
+    for raw in (DENSE, MIXTURE):
+        with pytest.raises(ValueError, match=message.format("hidden_layers")):
+            target(tmp_path, raw | {"num_hidden_layers": HUGE})
+    with pytest.raises(ValueError, match=message.format("experts")):
+        target(tmp_path, MIXTURE | {"num_experts": HUGE})
+    with pytest.raises(ValueError, match=message.format("hidden_layers")):
+        draft({"num_hidden_layers": HUGE})
+
+
 def test_true_is_not_1(tmp_path):
     with pytest.raises(ValueError, match=r"'output_multiplier' is True"):
         target(tmp_path, DENSE | {"output_multiplier": True})

@@ -225,6 +225,8 @@ def test_the_target_by_name(tmp_path):
         (tmp_path / name).mkdir()
     raw["speculators_config"]["verifier"]["name_or_path"] = "../target"
     assert verifier(raw, tmp_path / "draft") == str(tmp_path / "target")
+    raw["speculators_config"]["verifier"]["name_or_path"] = ""
+    assert verifier(raw, tmp_path / "draft") is None
     assert verifier({}, tmp_path) is None
 
 
