@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxspec.checkpoints.quantisation import Form, quantisation_of
-from jaxspec.checkpoints.quantised_tensors import FINDERS, FP8, Finder
+from jaxspec.checkpoints.quantised_tensors import FP8, Finder
 from jaxspec.checkpoints.tensors import DTYPES, SafetensorsFolder
 
 # Scales of activations and cached keys and values, which are not rounded here.
@@ -61,7 +61,7 @@ class QuantisedFolder:
         self._folder = SafetensorsFolder(folder, integers=tuple(integers), quantised=True)
         self._form = form
         self.origin = self._folder.origin
-        self._weights = FINDERS[type(form)](form, self._folder)
+        self._weights = form.find(self._folder)
         used = {part for weight in self._weights.values() for part in weight.parts}
         shapes = {name: weight.shape for name, weight in self._weights.items()}
         for name, dtype in self._folder.dtypes.items():
