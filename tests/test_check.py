@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from jaxspec.check.report import (
     Report,
     _alternative,
     check,
+    check_answers,
     judge,
 )
 from jaxspec.checkpoints import huggingface
@@ -85,6 +87,63 @@ def test_thinking_is_an_alternative():
     report = Report(9, 1.1, (0.1,), (0.0,), 1e-3, {"thinking turned on": MORE}, ())
     (finding,) = judge(report).findings
     assert finding.startswith("with thinking turned on tau is 3.00 instead of 1.10")
+
+
+@pytest.fixture
+def answering(monkeypatch):
+    """Answers of given lengths by thinking mode; a text's accepted drafts are its tokens."""
+
+    def use(lengths):
+        modes = [None, True, False]
+        checked = []
+
+        def as_token_ids(target, prompts, *, raw, thinking):
+            return [[modes.index(thinking)]] * len(prompts)
+
+        def answers(target, rows, *, max_new_tokens):
+            counts = lengths[modes[rows[0][0]]]
+            return [types.SimpleNamespace(token_ids=(1,) * count) for count in counts]
+
+        def accepted(config, target, params, texts):
+            checked.append([len(text.tokens) - text.start for text in texts])
+            return [np.full(2, len(text.tokens)) for text in texts]
+
+        def checks(target, drafter, texts, *, diagnose):
+            report = Report(9, 2.0, (0.5,), (0.0,), 1e-3, {}, ())
+            return report, accepted(None, target, None, texts)
+
+        fakes = dict(as_token_ids=as_token_ids, generate=answers, _check=checks)
+        fakes |= dict(accepted_everywhere=accepted, _can_think=lambda target: True)
+        for name, fake in fakes.items():
+            monkeypatch.setattr(f"jaxspec.check.report.{name}", fake)
+        drafter = cases.loaded("dflash", CHAIN)
+        return lambda: check_answers(tiny.target(), drafter, ["x"] * 4), checked
+
+    return use
+
+
+def test_short_answers_are_left_out_in_pairs(answering):
+    assert cases.KINDS["dflash"].depth == 4
+    lengths = {None: [5, 4, 6, 7], True: [8, 9, 1, 5], False: [1, 2, 3, 4]}
+    run, checked = answering(lengths)
+    with pytest.warns(UserWarning, match=r"1 of 4 answers are shorter than a block \(5 tokens"):
+        report = run()
+    assert checked == [[5, 6, 7], [8, 5]]
+    assert list(report.alternatives) == ["thinking turned on"]
+    assert report.alternatives["thinking turned on"].gain == 0.5  # of 3 and -2
+
+
+def test_only_short_answers(answering):
+    run, _ = answering({None: [4, 4, 1, 0]})
+    with pytest.raises(
+        ValueError, match=r"every answer is shorter than a block \(5 tokens\); exp"
+    ):
+        run()
+
+
+def test_few_anchors_of_a_single_text_are_no_empty_parts():
+    found = _alternative([np.array([0, 1, 1])], [np.array([1, 2, 2])])
+    assert (found.gain, found.low, found.high) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(

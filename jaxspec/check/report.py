@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -92,25 +93,48 @@ def check_answers(
     max_new_tokens: int = 48,
     thinking: bool | None = None,
 ) -> Report:
-    """`check` on the target's own greedy answers; also tries the other thinking mode."""
+    """`check` on the target's own greedy answers; also tries the other thinking mode.
 
-    def answers(thinking):
+    Answers shorter than a block are left out, with a warning.
+
+    Raises:
+      ValueError: the drafter is not a block drafter, or all answers are shorter than a block.
+    """
+    config, params = _block_config(drafter), drafter.params
+
+    def answers(thinking) -> dict[int, Text]:
+        """The answers that are long enough, by the number of their prompt."""
         rows = as_token_ids(target, prompts, raw=False, thinking=thinking)
         done = generate(target, rows, max_new_tokens=max_new_tokens)
         pairs = zip(rows, done, strict=True)
-        return [Text((*row, *answer.token_ids), len(row)) for row, answer in pairs]
+        texts = [Text((*row, *answer.token_ids), len(row)) for row, answer in pairs]
+        found = {i: text for i, text in enumerate(texts) if _is_long(text, config)}
+        if found and len(found) < len(texts):
+            warnings.warn(
+                f"{len(texts) - len(found)} of {len(texts)} answers are shorter than a block "
+                f"({config.depth + 1} tokens) and left out",
+                stacklevel=3,
+            )
+        return found
 
-    report, own = _check(target, drafter, answers(thinking), diagnose=True)
+    texts = answers(thinking)
+    if not texts:
+        raise ValueError(
+            f"every answer is shorter than a block ({config.depth + 1} tokens); expected at "
+            f"least one that is not: max_new_tokens is {max_new_tokens}, and other prompts may "
+            "have longer answers"
+        )
+    report, accepted = _check(target, drafter, list(texts.values()), diagnose=True)
     if not _can_think(target):
         return report
-    config, params = drafter.drafter.config, drafter.params
-    found = {
-        f"thinking turned {'on' if on else 'off'}": _alternative(
-            own, accepted_everywhere(config, target, params, answers(on))
-        )
-        for on in (True, False)
-        if on != thinking
-    }
+    own, found = dict(zip(texts, accepted, strict=True)), {}
+    for on in (True, False):
+        other = answers(on) if on != thinking else {}
+        both = [i for i in own if i in other]
+        if both:
+            name = f"thinking turned {'on' if on else 'off'}"
+            there = accepted_everywhere(config, target, params, [other[i] for i in both])
+            found[name] = _alternative([own[i] for i in both], there)
     return judge(dataclasses.replace(report, alternatives=report.alternatives | found))
 
 
@@ -132,14 +156,9 @@ def _check(
     target: Target, drafter: LoadedDrafter, texts: Sequence[Text], *, diagnose: bool
 ) -> tuple[Report, list[np.ndarray]]:
     """The report, and the drafts accepted at every anchor of every text."""
-    config, params = drafter.drafter.head_config, drafter.params
-    if config is None:
-        raise ValueError(
-            f"{type(drafter.drafter).__name__} cannot be checked; expected a trained block "
-            "drafter, without +ngram"
-        )
+    config, params = _block_config(drafter), drafter.params
     for text in texts:
-        if len(text.tokens) < text.start + config.depth + 1:
+        if not _is_long(text, config):
             raise ValueError(
                 f"a text of {len(text.tokens)} tokens from position {text.start} on is too "
                 f"short; expected at least {config.depth + 1} after it"
@@ -173,6 +192,21 @@ def _check(
         )
     )
     return report, own
+
+
+def _block_config(drafter: LoadedDrafter) -> DrafterConfig:
+    config = drafter.drafter.head_config
+    if config is None:
+        raise ValueError(
+            f"{type(drafter.drafter).__name__} cannot be checked; expected a trained block "
+            "drafter, without +ngram"
+        )
+    return config
+
+
+def _is_long(text: Text, config: DrafterConfig) -> bool:
+    """Whether a block's drafts can all be compared with the text."""
+    return len(text.tokens) > text.start + config.depth
 
 
 def judge(report: Report) -> Report:
@@ -233,7 +267,8 @@ def _alternative(own: list[np.ndarray], other: list[np.ndarray]) -> Alternative:
     """Args: own, other: `accepted_everywhere` of the same texts, paired."""
     rounds = [count for counts in other for count in _rounds(counts)]
     if len(own) == 1:
-        own, other = (np.array_split(counts[0], PARTS) for counts in (own, other))
+        parts = min(PARTS, len(own[0]), len(other[0]))  # none empty
+        own, other = (np.array_split(counts[0], parts) for counts in (own, other))
     gains = [b.mean() - a.mean() for a, b in zip(own, other, strict=True)]
     gain = float(np.mean(gains))
     error = float(np.std(gains, ddof=1)) / math.sqrt(len(gains))

@@ -62,8 +62,9 @@ def layers_from_json(raw: JsonConfig, window: tuple[int | None, ...]) -> dict[st
     raw.one_of("model_type", ("qwen3",), "qwen3")
     raw.one_of("hidden_act", ("silu",), "silu")
     raw.one_of("attention_bias", (False,), False)
+    raw.one_of("use_qk_norm", (True,), True)
     return dict(
-        num_layers=raw.integer("num_hidden_layers"),
+        num_layers=raw.count("num_hidden_layers"),
         head_dim=raw.integer("head_dim"),
         **layer_sizes.from_json(raw),
         **rope_of(raw, window),

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from jaxspec.checkpoints import huggingface, target_path
+from jaxspec.checkpoints import huggingface, hybrid, target_path
 from jaxspec.checkpoints.fp8 import Fp8Tensors
 from jaxspec.checkpoints.fuse import Part
 from jaxspec.checkpoints.quantisation import KEYS, MODELOPT, quantisation_of
 from jaxspec.checkpoints.store import load_weights, save_weights
 from jaxspec.checkpoints.target_weights import target_parts
 from jaxspec.checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder, read_json
+from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams
 
 FORMATS = ("orbax", "safetensors")
@@ -43,6 +44,7 @@ class Converted:
       bytes: bytes of weights.
       arrays: number of arrays compared bit for bit.
       errors: rounding errors of fp8 by layer (`Fp8Tensors`); None for other dtypes.
+      left_out: number of tensors that were not written, by what they belong to.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class Converted:
     bytes: int
     arrays: int
     errors: dict[str, float] | None = None
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def convert(
@@ -63,7 +66,8 @@ def convert(
     """Writes a copy of a checkpoint with its weights as an Orbax store or as safetensors.
 
     Host memory holds the weights once, or for fp8 one file at a time. The output is written
-    atomically.
+    atomically. Of a multimodal model only the text model is written, except for fp8, and never
+    MTP layers.
 
     Args:
       source: a Hugging Face folder or hub name, or a converted folder.
@@ -95,7 +99,7 @@ def convert(
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         params = huggingface.load_params(folder, config, dtype)
         partial = _empty_beside(output)
-        _copy_side_files(folder, partial, {"dtype": dtype})
+        _copy_side_files(folder, partial, _text_config(folder, config) | {"dtype": dtype})
         if format == "orbax":
             save_weights(partial / huggingface.WEIGHTS, params)
             written = _stored_arrays(partial / huggingface.WEIGHTS, params)
@@ -105,7 +109,8 @@ def convert(
         arrays = len(jax.tree.leaves(params))
         count, size = _compare(tqdm(written, "compare", unit="array", total=arrays), partial)
     partial.rename(output)
-    return Converted(output, str(np.dtype(DTYPES[dtype])), size, count)
+    stored = str(np.dtype(DTYPES[dtype]))
+    return Converted(output, stored, size, count, left_out=_left_out(folder, config))
 
 
 def _convert_to_fp8(
@@ -121,8 +126,9 @@ def _convert_to_fp8(
     if format != "safetensors":
         raise ValueError(f"format is {format!r}; fp8 is written as safetensors")
     source = Fp8Tensors(folder, lm_head=lm_head, tied=tied)
-    partial, change = _empty_beside(output), {"quantization_config": source.section}
-    _copy_side_files(folder, partial, change | (_untied(folder) if lm_head else {}))
+    partial, raw = _empty_beside(output), read_json(folder / "config.json")
+    change = {"quantization_config": source.section} | (_untied(raw) if lm_head else {})
+    _copy_side_files(folder, partial, raw | change)
     _save_shards(partial, source.tensors("write"))
     found = SafetensorsFolder(partial, quantised=True)
     written = ((name, x, found.read(name)) for name, x in source.tensors("compare"))
@@ -131,10 +137,24 @@ def _convert_to_fp8(
     return Converted(output, "fp8", size, count, source.errors)
 
 
-def _untied(folder: Path) -> dict[str, Any]:
+def _text_config(folder: Path, config: TargetConfig) -> dict[str, Any]:
+    """`config.json` of the text model by value, without its dtype."""
+    raw = read_json(folder / "config.json")
+    if raw["model_type"] in hybrid.ARCHITECTURES and raw.get("text_config") is not None:
+        raw = hybrid.text_to_json(raw, config)
+    return {key: value for key, value in raw.items() if key not in ("torch_dtype", *KEYS)}
+
+
+def _left_out(folder: Path, config: TargetConfig) -> dict[str, int]:
+    if config.delta_net is None or (folder / huggingface.WEIGHTS).exists():
+        return {}
+    return hybrid.left_out(SafetensorsFolder(folder, quantised=True).shapes)
+
+
+def _untied(raw: dict[str, Any]) -> dict[str, Any]:
     """Changes to config.json for an LM head untied from the embedding."""
     own = {"tie_word_embeddings": False}
-    text = read_json(folder / "config.json").get("text_config")
+    text = raw.get("text_config")
     return own if text is None else own | {"text_config": text | own}
 
 
@@ -178,16 +198,13 @@ def _stored_dtype(folder: Path) -> str:
     return dtypes[0]
 
 
-def _copy_side_files(folder: Path, output: Path, change: dict[str, Any]) -> None:
+def _copy_side_files(folder: Path, output: Path, raw: dict[str, Any]) -> None:
+    """Copies tokenizer and other files beside the weights; writes `raw` as `config.json`."""
     for pattern in huggingface.FILES:
         for path in folder.glob(pattern):
             if path.suffix != ".safetensors" and path.name not in (INDEX, MODELOPT):
                 shutil.copyfile(path, output / path.name)
-    raw = read_json(folder / "config.json")
-    replaced = ("torch_dtype", *KEYS) if "dtype" in change else KEYS
-    for key in replaced:
-        raw.pop(key, None)
-    text = json.dumps(raw | change, indent=2)
+    text = json.dumps(raw, indent=2)
     (output / "config.json").write_text(text + "\n", encoding="utf-8")
 
 

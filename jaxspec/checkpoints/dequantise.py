@@ -1,19 +1,21 @@
 """How quantised linear layers are stored, and their dequantised weights.
 
-Every format is a function from the stored arrays to float32 values, in NumPy, exact up to the
-last rounding to float32.
+Every format finds and checks its tensors in a folder, and is a function from the stored arrays
+to float32 values, in NumPy, exact up to the last rounding to float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
+from jaxspec.checkpoints.quantised_tensors import FP8, INT8, Finder, QuantisedWeight
+from jaxspec.checkpoints.tensors import SafetensorsFolder
+
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column of each nibble of an int32, lowest first
 
-Arrays = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
 
 
@@ -51,6 +53,25 @@ class Scaled:
         scale = np.repeat(scale, self.block[1], axis=-1)[..., :columns]
         return values.astype(np.float32) * scale
 
+    def find(self, folder: SafetensorsFolder) -> dict[str, QuantisedWeight]:
+        """The weights of a folder that are stored so, by name."""
+        find, found = Finder(folder), {}
+        for name, dtype in folder.dtypes.items():
+            if dtype not in (FP8, INT8) or name.endswith(("_scale", "_scale_inv")):
+                continue
+            shape = folder.shapes[name]
+            if len(shape) < 2:
+                find.matrix(name)  # refuses it
+            inverse = f"{name}_scale_inv"
+            scale = inverse if inverse in folder.shapes else f"{name}_scale"
+            find.part(scale, *self.scale_shapes(shape))
+
+            def values(arrays, scale=scale):
+                return self.weight(arrays[0], find.scale(scale, arrays[1]))
+
+            found[name] = QuantisedWeight(shape, (name, scale), values)
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
@@ -86,6 +107,37 @@ class Packed:
             offset = unpack(zero, self.bits, axis=0)[:rows, groups].astype(np.float32)
         return (integers.astype(np.float32) - offset) * scale.astype(np.float32)[:, groups]
 
+    def find(self, folder: SafetensorsFolder) -> dict[str, QuantisedWeight]:
+        """The weights of a folder that are stored so, by name."""
+        find, found, per_word = Finder(folder), {}, 32 // self.bits
+        for name in folder.shapes:
+            base, _, kind = name.rpartition(".")
+            if kind != "weight_packed":
+                continue
+            stored = folder.read(find.part(f"{base}.weight_shape", (2,)))
+            rows, columns = shape = tuple(int(n) for n in stored)
+            find.part(name, (rows, -(-columns // per_word)))
+            scale = f"{base}.weight_scale"
+            count = find.matrix(scale)[1]
+            find.part(scale, (rows, count))
+            find.even_groups(scale, count, columns)
+            zero, groups = f"{base}.weight_zero_point", f"{base}.weight_g_idx"
+            optional = [part for part in (zero, groups) if part in folder.shapes]
+            for part in optional:
+                find.part(part, (-(-rows // per_word), count) if part == zero else (columns,))
+
+            def values(arrays, parts=(scale, *optional), zero=zero, groups=groups, shape=shape):
+                own = dict(zip(parts, arrays[1:], strict=False))
+                scales = find.scale(parts[0], own[parts[0]])
+                chosen = own.get(groups)
+                if chosen is not None:
+                    chosen = find.groups(groups, chosen, scales.shape[1])
+                return self.weight(arrays[0], scales, own.get(zero), chosen, shape)
+
+            parts = (name, scale, *optional, f"{base}.weight_shape")
+            found[f"{base}.weight"] = QuantisedWeight(shape, parts, values)
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class Gptq:
@@ -115,6 +167,22 @@ class Gptq:
         zeros = unpack(qzeros, self.bits, axis=1).astype(np.float32) + self.add_one
         return ((integers - zeros[groups]) * scales.astype(np.float32)[groups]).T
 
+    def find(self, folder: SafetensorsFolder) -> dict[str, QuantisedWeight]:
+        """The weights of a folder that are stored so, by name."""
+        find, found = Finder(folder), {}
+        for names, shape, words in _qweights(self, find):
+            scales, base = names[2], names[0].removesuffix("qweight")
+            find.part(names[1], words)
+            groups = find.part(f"{base}g_idx", shape[1:])
+
+            def values(arrays, scales=scales, groups=groups, count=words[0]):
+                qweight, qzeros, scale, chosen = arrays
+                chosen = find.groups(groups, chosen, count)
+                return self.weight(qweight, qzeros, find.scale(scales, scale), chosen)
+
+            found[f"{base}weight"] = QuantisedWeight(shape, (*names, groups), values)
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class Awq:
@@ -133,6 +201,20 @@ class Awq:
         group = np.arange(integers.shape[0]) // (integers.shape[0] // scales.shape[0])
         return ((integers - zeros[group]) * scales.astype(np.float32)[group]).T
 
+    def find(self, folder: SafetensorsFolder) -> dict[str, QuantisedWeight]:
+        """The weights of a folder that are stored so, by name."""
+        find, found = Finder(folder), {}
+        for names, shape, words in _qweights(self, find):
+            scales, base = names[2], names[0].removesuffix("qweight")
+            find.even_groups(scales, words[0], shape[1])
+            find.part(names[1], words)
+
+            def values(arrays, scales=scales):
+                return self.weight(arrays[0], arrays[1], find.scale(scales, arrays[2]))
+
+            found[f"{base}weight"] = QuantisedWeight(shape, tuple(names), values)
+        return found
+
 
 def unpack(words: np.ndarray, bits: int, *, axis: int) -> np.ndarray:
     """Unsigned integers of 4 or 8 bits from int32 words along an axis, lowest bits first."""
@@ -148,3 +230,20 @@ def _awq_columns(words: np.ndarray) -> np.ndarray:
     columns = np.empty_like(nibbles)
     columns[..., list(AWQ_ORDER)] = nibbles
     return columns.reshape(words.shape[0], -1).astype(np.float32)
+
+
+def _qweights(
+    form: Gptq | Awq, find: Finder
+) -> Iterator[tuple[list[str], tuple[int, int], tuple[int, int]]]:
+    """For every weight: the names of `qweight`, `qzeros` and `scales`, its shape [O, I], and
+    the shape of its zero points, (groups of inputs, words)."""
+    for name in find.folder.shapes:
+        base, _, kind = name.rpartition(".")
+        if kind != "qweight":
+            continue
+        rows, columns = form.shape(find.matrix(name))
+        scales = f"{base}.scales"
+        count = find.matrix(scales)[0]
+        find.part(scales, (count, rows))
+        words = count, -(-rows // form.per_word)
+        yield [name, f"{base}.qzeros", scales], (rows, columns), words

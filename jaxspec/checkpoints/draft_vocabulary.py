@@ -56,6 +56,12 @@ def named_tokens(tensors: DrafterTensors, vocab: int) -> np.ndarray | None:
     """
     if OFFSETS not in tensors.shapes:
         return None
+    shape = tensors.shapes[OFFSETS]
+    if len(shape) != 1 or not 1 <= shape[0] <= vocab:
+        raise ValueError(
+            f"{tensors.origin}: tensor '{OFFSETS}' has shape {shape}; expected one offset for "
+            f"each of 1 … {vocab} draft ids"
+        )
     offsets = tensors.read(OFFSETS)
     ids = np.arange(len(offsets)) + offsets
     if not (np.all(np.diff(ids) > 0) and 0 <= ids[0] and ids[-1] < vocab):

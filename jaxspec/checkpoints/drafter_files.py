@@ -37,7 +37,7 @@ class DrafterTensors:
       shapes: shape of every tensor, by name.
 
     Args:
-      integers: names of tensors that are integers or booleans.
+      integers: see `SafetensorsFolder`.
       renamed: maps a tensor's name to its current name.
 
     Raises:
@@ -102,13 +102,13 @@ class DrafterTensors:
         Raises:
           ValueError: the tensor does not have a row for every place.
         """
-        count, *rest = self.shapes[name]
-        if count != len(places):
+        shape = self.shapes[name]
+        if shape[:1] != (len(places),):
             raise ValueError(
-                f"{self.origin}: tensor '{name}' has {count} rows; expected {len(places)}, one "
-                "for each token of the draft vocabulary"
+                f"{self.origin}: tensor '{name}' has shape {shape}; expected {len(places)} "
+                "rows, one for each token of the draft vocabulary"
             )
-        self.shapes[name], self.places[name] = (rows, *rest), places
+        self.shapes[name], self.places[name] = (rows, *shape[1:]), places
 
     def read(self, name: str) -> np.ndarray:
         """A tensor's values; of a fused tensor only its own rows."""

@@ -34,7 +34,7 @@ from jaxspec.checkpoints.drafter_files import (
 )
 from jaxspec.checkpoints.drafter_format import Config
 from jaxspec.checkpoints.fuse import check_dtype
-from jaxspec.checkpoints.huggingface import resolve
+from jaxspec.checkpoints.huggingface import MASK, resolve
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.config import TargetConfig, TreeConfig
 from jaxspec.drafters.base import Drafter
@@ -47,7 +47,6 @@ from jaxspec.models.params import TargetParams
 from jaxspec.models.scaled import by_value
 
 INTEGERS = (DRAFT_TOKENS, OFFSETS, MEMBERS)  # tensors that are not weights
-MASK = "mask_embedding.pt"  # of MiMo's drafters, whose mask embedding is not the target's
 SHIPPED = "shipped"  # name of the drafter in this package, for the catalog's default target
 
 

@@ -192,7 +192,7 @@ class EagleOriginal(EagleFormat):
 
 
 def _check_one_layer(whole: JsonConfig) -> None:
-    if whole.integer("num_hidden_layers", 1) > 1:
+    if whole.count("num_hidden_layers", 1) > 1:
         raise whole.refusal("num_hidden_layers", "1: programs disagree about further layers")
 
 

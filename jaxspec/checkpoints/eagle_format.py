@@ -94,22 +94,25 @@ class EagleFormat(DrafterFormat):
 
 def layers_from_json(layer: JsonConfig) -> dict[str, Any]:
     """Fields of the drafter's layers, from the keys of a Llama or a Qwen3."""
-    kind = layer.one_of("model_type", ("llama", "qwen3"), "llama")
+    normed = layer.one_of("model_type", ("llama", "qwen3"), "llama") == "qwen3"
+    layer.one_of("use_qk_norm", (normed,), normed)
     layer.one_of("hidden_act", ("silu",), "silu")
     layer.one_of("attention_bias", (False,), False)
     layer.one_of("mlp_bias", (False,), False)
     sizes = layer_sizes.from_json(layer)
-    layers = layer.integer("num_hidden_layers", 1)
+    layers = layer.count("num_hidden_layers", 1)
     window = (None,) * layers
-    if layer.has("layer_types") or kind == "qwen3":
-        window = visibility.windows(layer, layers, switched=kind == "qwen3")
-    else:
+    if layer.has("layer_types") or normed:
+        window = visibility.windows(layer, layers, switched=normed)
+    elif layer.flag("use_sliding_window", True):  # without the key any window counts
         layer.one_of("sliding_window", (None,), None)
+    else:
+        layer.has("sliding_window")  # read, and without effect
     theta, scaling = read_rope(layer, full_rotary=True)
     return sizes | dict(
         num_layers=layers,
         head_dim=layer.integer("head_dim", sizes["hidden_size"] // sizes["num_heads"]),
-        qk_norm=kind == "qwen3",
+        qk_norm=normed,
         window=window,
         rope_theta=theta,
         rope_scaling=scaling,

@@ -21,6 +21,7 @@ BLOCK = (128, 128)  # outputs and inputs that share a scale
 LARGEST = float(ml_dtypes.finfo(FP8).max)  # 448
 SMALLEST = float(np.finfo(np.float32).tiny)  # of a scale
 LINEAR = re.compile(r"(?:.*\.)?(layers\.\d+)\..*\b(?:q|k|v|o|gate|up|down|out)_proj\.weight")
+STACKED = re.compile(r"(.*\.experts)\.(gate_up|down)_proj")
 EMBEDDING = re.compile(r"model\.(?:language_model\.)?embed_tokens\.weight")
 
 
@@ -29,7 +30,8 @@ class Fp8Tensors:
 
     These are the linear layers of attention and feed-forward layers, experts included, and the
     last one of each gated delta net. All others, embedding, norms and router stay as stored,
-    and so does the LM head unless asked for.
+    and so does the LM head unless asked for. Experts stacked in one tensor become one tensor
+    each, as in Qwen's own fp8 checkpoints.
 
     Attributes:
       errors: relative RMS rounding error by layer, of the last pass over `tensors`.
@@ -44,14 +46,14 @@ class Fp8Tensors:
         """
         self._tensors = SafetensorsFolder(folder)
         shapes = self._tensors.shapes
-        linear = {name: LINEAR.fullmatch(name) for name in shapes}
+        self._sources = _sources(self._tensors)
+        linear = {name: LINEAR.fullmatch(name) for name in self._sources}
         self._layers = {n: found[1] for n, found in linear.items() if found}
         if not self._layers:
             raise ValueError(
                 f"{folder} has no linear layers under Hugging Face names ('…q_proj.weight'); "
                 "expected a Hugging Face checkpoint"
             )
-        self._sources = dict(zip(shapes, shapes, strict=True))
         if lm_head:
             self._layers[LM_HEAD] = "LM head"
             places = [LM_HEAD, *filter(EMBEDDING.fullmatch, shapes if tied else ())]
@@ -60,9 +62,9 @@ class Fp8Tensors:
                 raise ValueError(
                     f"{folder} has no tensor '{LM_HEAD}'; the checkpoint is incomplete"
                 )
-            self._sources[LM_HEAD] = found[0]
+            self._sources[LM_HEAD] = found[0], None
         self._squares: dict[str, np.ndarray] = {}
-        kept = [name.removesuffix(".weight") for name in shapes if name not in self._layers]
+        kept = [n.removesuffix(".weight") for n in self._sources if n not in self._layers]
         self.section = {
             "quant_method": "fp8",
             "fmt": "e4m3",
@@ -86,14 +88,14 @@ class Fp8Tensors:
         """
         self._squares = defaultdict(lambda: np.zeros(2))
         for name, source in tqdm(self._sources.items(), desc=desc, unit="tensor"):
-            weight = self._tensors.read(source)
+            weight = self._tensors.read(*source)
             if name not in self._layers:
                 yield name, weight
                 continue
             weight = weight.astype(np.float32)
             if not np.isfinite(weight).all():
                 raise ValueError(
-                    f"{self._tensors.origin}: tensor '{source}' holds NaN or infinity; the "
+                    f"{self._tensors.origin}: tensor '{source[0]}' holds NaN or infinity; the "
                     "checkpoint is damaged, download it again"
                 )
             values, scale = quantise(weight)
@@ -102,6 +104,33 @@ class Fp8Tensors:
             self._squares[self._layers[name]] += squares
             yield name, values
             yield f"{name}_scale_inv", scale
+
+
+def _sources(tensors: SafetensorsFolder) -> dict[str, tuple[str, tuple[int, int] | None]]:
+    """For every tensor of the result, one that is stored and the range of its rows, if not all.
+
+    Raises:
+      ValueError: a tensor of stacked experts, gate_up_proj [E, 2 F, M] or down_proj [E, M, F],
+        has another shape.
+    """
+    found: dict[str, tuple[str, tuple[int, int] | None]] = {}
+    for name, shape in tensors.shapes.items():
+        stacked = STACKED.fullmatch(name)
+        if stacked is None:
+            found[name] = name, None
+            continue
+        kinds = stacked[2].split("_")
+        if len(shape) != 3 or shape[1] % len(kinds):
+            raise ValueError(
+                f"{tensors.origin}: tensor '{name}' has shape {shape}; expected "
+                f"(experts, {len(kinds)} x outputs, inputs)"
+            )
+        count = shape[1] // len(kinds)
+        for i in range(shape[0] * len(kinds)):
+            expert, kind = divmod(i, len(kinds))
+            own = f"{stacked[1]}.{expert}.{kinds[kind]}_proj.weight"
+            found[own] = name, (i * count, (i + 1) * count)
+    return found
 
 
 def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

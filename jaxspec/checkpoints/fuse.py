@@ -220,7 +220,8 @@ def check_tensors(tensors: Tensors, table: Any, redundant: Sequence[str] = ()) -
     """Raises ValueError unless a checkpoint has the tensors of a table, and no others.
 
     Args:
-      redundant: further tensors that it may have, besides precomputed rotary frequencies.
+      redundant: further tensors that it may have, besides precomputed rotary frequencies and
+        biases of zeros.
     """
     parts = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Part))
     expected = {part.name: part.shape for part in parts}
@@ -238,12 +239,23 @@ def check_tensors(tensors: Tensors, table: Any, redundant: Sequence[str] = ()) -
             )
     known = {*expected, *redundant}
     unknown = [name for name in tensors.shapes if name not in known]
-    unknown = [name for name in unknown if not name.endswith("rotary_emb.inv_freq")]
+    unknown = [name for name in unknown if not _without_effect(tensors, name, expected)]
     if unknown:
         raise ValueError(
             f"{tensors.origin}: tensor '{unknown[0]}'{_more(unknown)} has no place in the "
             "model its configuration describes; leaving it out would change the output"
         )
+
+
+def _without_effect(tensors: Tensors, name: str, expected: Mapping[str, Any]) -> bool:
+    """Whether a tensor repeats rotary frequencies, or is a weight's bias of zeros, as AutoGPTQ
+    writes for every quantised layer."""
+    base, _, kind = name.rpartition(".")
+    if kind != "bias" or f"{base}.weight" not in expected:
+        return name.endswith("rotary_emb.inv_freq")
+    shape = tensors.shapes[name]
+    pieces = tensors.pieces(name, shape, tuple((0, n) for n in shape))
+    return not any(values.any() for _, values in pieces)
 
 
 def _why(tensors: Tensors) -> str:

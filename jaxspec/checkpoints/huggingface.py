@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,18 @@ from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
 from jaxspec.checkpoints.quantisation import quantisation_of, read_quantisation
 from jaxspec.checkpoints.quantised import open_weights
 from jaxspec.checkpoints.rope import read_rope, rope_to_json
-from jaxspec.checkpoints.tensors import read_json
+from jaxspec.checkpoints.tensors import pickled_only, read_json
 from jaxspec.checkpoints.visibility import to_json as windows_to_json
 from jaxspec.checkpoints.visibility import windows
-from jaxspec.config import TargetConfig
+from jaxspec.config import RopeScaling, TargetConfig
 from jaxspec.models.params import TargetParams, abstract_params
 from jaxspec.sharding import shardings
 from jaxspec.tokenizer import Tokenizer
 
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
-FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "tokenizer.model")
+MASK = "mask_embedding.pt"  # of MiMo's drafters, whose mask embedding is not the target's
+# `MASK` is not read; a drafter that has one is refused.
+FILES = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "tokenizer.model", f"*{MASK}")
 ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -44,9 +48,10 @@ def resolve(name_or_path: str | Path) -> Path:
     The hub's cache is used if the hub cannot be reached. Pickled weights are not downloaded.
 
     Raises:
-      ValueError: there is no such path, and the hub does not supply such a name.
+      ValueError: there is no such path, and the hub does not supply such a name, or only with
+        pickled weights.
     """
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if path.exists():
         return path
     name = str(name_or_path)
@@ -58,7 +63,7 @@ def resolve(name_or_path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # of many kinds: offline, unknown, gated, timed out
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise ValueError(
@@ -66,6 +71,21 @@ def resolve(name_or_path: str | Path) -> Path:
             f"({type(error).__name__}: {reason}); pass the path of a downloaded checkpoint, "
             f"or run `hf download {name}` where the hub can be reached"
         ) from error
+    if not any(folder.rglob("*.safetensors")):
+        _refuse_pickled(name)
+    return folder
+
+
+def _refuse_pickled(name: str) -> None:
+    """Raises ValueError if a hub repository, which has no safetensors, has pickled weights."""
+    from huggingface_hub import list_repo_files
+
+    names: list[str] = []
+    with contextlib.suppress(Exception):  # the hub is out of reach
+        names = list_repo_files(name)
+    message = pickled_only(name, names)
+    if message is not None:
+        raise ValueError(message)
 
 
 def read_config(folder: str | Path) -> TargetConfig:
@@ -86,12 +106,13 @@ def read_config(folder: str | Path) -> TargetConfig:
         _refuse_unsupported(part, model_type)
     heads = raw.integer("num_attention_heads")
     hidden = raw.integer("hidden_size")
-    layers = raw.integer("num_hidden_layers")
+    layers = raw.count("num_hidden_layers")
     special = _mixture(raw, layers, model_type)
     if is_hybrid:
         special |= hybrid.fields(raw, model_type)
     dense = len(special.get("sparse_layers", ())) < layers
     head_dim = raw.integer("head_dim", REQUIRED if is_hybrid else hidden // heads)
+    rope = _rope(raw, is_hybrid)
     config = raw.make(
         TargetConfig,
         vocab_size=raw.integer("vocab_size"),
@@ -103,9 +124,9 @@ def read_config(folder: str | Path) -> TargetConfig:
         num_heads=heads,
         num_kv_heads=raw.integer("num_key_value_heads", heads),
         head_dim=head_dim,
-        **_rope(raw, is_hybrid),
+        **rope,
         rms_norm_eps=raw.number("rms_norm_eps", 1e-6),
-        max_positions=raw.integer("max_position_embeddings"),
+        max_positions=_positions(raw, rope["rope_scaling"]),
         tie_embeddings=raw.flag("tie_word_embeddings", whole.flag("tie_word_embeddings")),
         qk_norm=model_type.startswith("qwen3"),
         attention_bias=model_type == "qwen2",
@@ -173,7 +194,7 @@ def _mixture(raw: JsonConfig, layers: int, model_type: str) -> dict[str, Any]:
     step = raw.integer("decoder_sparse_step", 1)
     dense = raw.items("mlp_only_layers", int, ())
     return dict(
-        num_experts=raw.integer(experts),
+        num_experts=raw.count(experts),
         experts_per_token=raw.integer("num_experts_per_tok"),
         moe_intermediate_size=raw.integer("moe_intermediate_size"),
         norm_topk_prob=raw.flag("norm_topk_prob", model_type != "qwen3_moe"),
@@ -256,8 +277,10 @@ def _config(path: Path) -> JsonConfig:
 def _refuse_unsupported(raw: JsonConfig, model_type: str) -> None:
     raw.one_of("hidden_act", ("silu",), "silu")
     raw.one_of("mlp_bias", (False,), False)
-    if model_type != "qwen2":  # in others the flag adds a bias to the output projection too
-        raw.one_of("attention_bias", (False,), False)
+    normed, biased = model_type.startswith("qwen3"), model_type == "qwen2"
+    raw.one_of("use_qk_norm", (normed,), normed)
+    for key in ("attention_bias", "qkv_bias"):  # in others also of the output projection
+        raw.one_of(key, (biased,), biased)
 
 
 def _rope(raw: JsonConfig, is_hybrid: bool) -> dict[str, Any]:
@@ -277,6 +300,15 @@ def _rope(raw: JsonConfig, is_hybrid: bool) -> dict[str, Any]:
                 )
             fields["sliding_rope_theta"] = local
     return fields
+
+
+def _positions(raw: JsonConfig, scaling: RopeScaling | None) -> int:
+    """Positions of a target; YaRN's if more than stated, since the cards of Qwen2.5 and Qwen3
+    advise to add `rope_scaling` alone."""
+    stated = raw.integer("max_position_embeddings")
+    if scaling is None or scaling.kind != "yarn":
+        return stated
+    return max(stated, int(scaling.factor * scaling.original_positions))
 
 
 def _eos_token_ids(folder: Path, *sources: JsonConfig) -> tuple[int, ...]:

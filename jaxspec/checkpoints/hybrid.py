@@ -6,14 +6,15 @@ multi-token-prediction layer, which is a drafter (`checkpoints.mtp`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from jaxspec.checkpoints import rope
 from jaxspec.checkpoints.fuse import Box, Tensors
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.checkpoints.quantisation import KEYS as QUANTISATION
 from jaxspec.checkpoints.quantised import Stored
-from jaxspec.config import DeltaNetConfig
+from jaxspec.config import DeltaNetConfig, TargetConfig
 
 DENSE = ("qwen3_5", "qwen3_5_text")
 SPARSE = ("qwen3_5_moe", "qwen3_5_moe_text")
@@ -21,6 +22,10 @@ NEXT = "qwen3_next"
 MODEL_TYPES = (*DENSE, *SPARSE, NEXT)
 NESTED, PLAIN = "model.language_model.", "model."
 PREDICTORS, VISION = ("mtp.", "model.mtp."), "model.visual."
+ARCHITECTURES = {  # of the text models of multimodal ones, by themselves
+    "qwen3_5": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
+}
 
 # Keys besides the text model's configuration: ids of images and videos, and their encoders.
 MULTIMODAL = (
@@ -51,6 +56,16 @@ def text_section(raw: JsonConfig) -> JsonConfig:
         tied = raw.flag("tie_word_embeddings")
         text.one_of("tie_word_embeddings", (tied,), tied)
     return text
+
+
+def text_to_json(whole: Mapping[str, Any], c: TargetConfig) -> dict[str, Any]:
+    """`config.json` of the text model by itself, from that of a multimodal model."""
+    return whole["text_config"] | {
+        "architectures": [ARCHITECTURES[whole["model_type"]]],
+        "eos_token_id": list(c.eos_token_ids) or None,
+        "model_type": f"{whole['model_type']}_text",
+        "tie_word_embeddings": c.tie_embeddings,
+    }
 
 
 def fields(text: JsonConfig, model_type: str) -> dict[str, Any]:
@@ -92,7 +107,7 @@ def layer_types(text: JsonConfig) -> tuple[str, ...]:
     Raises:
       ValueError: a type is unknown, or there are too few.
     """
-    layers = text.integer("num_hidden_layers")
+    layers = text.count("num_hidden_layers")
     interval = text.integer("full_attention_interval", 4)
     regular = tuple(LINEAR if (i + 1) % interval else FULL for i in range(layers))
     kinds = text.items("layer_types", str, regular)
@@ -102,14 +117,12 @@ def layer_types(text: JsonConfig) -> tuple[str, ...]:
 
 
 def _rotary_dim(text: JsonConfig) -> int:
-    """Rotated dimensions of a head; the share is in `rope_parameters` or beside it."""
-    share = text.number("partial_rotary_factor", DEFAULT_ROTARY)
-    for key in ("rope_parameters", "rope_scaling"):
-        if text.has(key):
-            share = text.section(key).number("partial_rotary_factor", share)
+    """Rotated dimensions of a head; the share is among the rotary settings or beside them."""
+    beside = text.number(rope.PARTIAL, DEFAULT_ROTARY)
+    share = rope.settings(text)[0].number(rope.PARTIAL, beside)
     size = share * text.integer("head_dim")
     if size != int(size) or share > 1:
-        raise text.refusal("partial_rotary_factor", "a share of whole dimensions of a head")
+        raise text.refusal(rope.PARTIAL, "a share of whole dimensions of a head")
     return int(size)
 
 
@@ -134,13 +147,21 @@ class NamedTensors:
 
 
 def text_tensors(tensors: Tensors) -> NamedTensors:
-    """The text model's tensors among a multimodal model's, by their plain names."""
+    """The text model's tensors among a multimodal model's, by their plain names; `left_out`
+    counts the others."""
     names = {
         name.replace(NESTED, PLAIN, 1) if name.startswith(NESTED) else name: name
         for name in tensors.shapes
         if not name.startswith((*PREDICTORS, VISION))
     }
     return NamedTensors(tensors, names)
+
+
+def left_out(names: Collection[str]) -> dict[str, int]:
+    """Numbers of tensors that are not the text model's, by what they belong to."""
+    prefixes = {"vision": VISION, "MTP": PREDICTORS}
+    counts = {part: sum(name.startswith(p) for name in names) for part, p in prefixes.items()}
+    return {part: count for part, count in counts.items() if count}
 
 
 def predictor_tensors(tensors: Tensors) -> NamedTensors:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 REQUIRED = object()
+MOST = 10_000  # layers or experts
 
 
 class JsonConfig:
@@ -46,6 +47,13 @@ class JsonConfig:
         if type(value) is not int or value < least:
             bound = "a positive integer" if least == 1 else f"an integer, at least {least}"
             raise self.refusal(key, bound)
+        return value
+
+    def count(self, key: str, default: Any = REQUIRED) -> int:
+        """A number of layers or experts, which a damaged file cannot make too large to list."""
+        value = self.integer(key, default)
+        if value > MOST:
+            raise self.refusal(key, f"at most {MOST}")
         return value
 
     def number(self, key: str, default: Any = REQUIRED) -> float:

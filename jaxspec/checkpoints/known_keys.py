@@ -15,7 +15,7 @@ HARMLESS = frozenset(
     "model_name name_or_path license library_name tokenizer_class custom_pipelines "
     "transformers.js_config unsloth_fixed unsloth_version unsloth_tokenized seq_length "
     "is_llama_config max_sequence_length tokenizer_model_max_length model_max_length "
-    "hf_version format_version "
+    "hf_version format_version has_no_defaults_at_init "
     # how another program computes the same function
     "use_cache attn_implementation use_flash_attn use_flash_attention flash_attn "
     "pretraining_tp chunk_size_feed_forward torchscript use_bfloat16 use_mps return_dict "

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxspec.checkpoints.quantisation import Form, quantisation_of
-from jaxspec.checkpoints.quantised_tensors import FINDERS, FP8, Finder
+from jaxspec.checkpoints.quantised_tensors import FP8, Finder
 from jaxspec.checkpoints.tensors import DTYPES, SafetensorsFolder
 
 # Scales of activations and cached keys and values, which are not rounded here.
@@ -30,7 +30,7 @@ def open_weights(
     """The tensors of a folder: as stored, or dequantised as its config.json says.
 
     Args:
-      integers: names of tensors that are integers or booleans.
+      integers: see `SafetensorsFolder`.
       dequantise: warn that all weights are dequantised; else the caller keeps some in 8 bits.
     """
     quantisation = quantisation_of(folder)
@@ -61,13 +61,14 @@ class QuantisedFolder:
         self._folder = SafetensorsFolder(folder, integers=tuple(integers), quantised=True)
         self._form = form
         self.origin = self._folder.origin
-        self._weights = FINDERS[type(form)](form, self._folder)
+        self._weights = form.find(self._folder)
         used = {part for weight in self._weights.values() for part in weight.parts}
         shapes = {name: weight.shape for name, weight in self._weights.items()}
         for name, dtype in self._folder.dtypes.items():
-            if name in used or name.rpartition(".")[2] in ACTIVATIONS:
+            kind = name.rpartition(".")[2]
+            if name in used or kind in ACTIVATIONS:
                 continue
-            if name not in integers and dtype not in DTYPES.values():
+            if kind not in integers and dtype not in DTYPES.values():
                 raise ValueError(
                     f"{self.origin}: tensor '{name}' is stored as {dtype} without its scales; "
                     "the checkpoint is incomplete, or of another method"

@@ -57,7 +57,7 @@ def read_rope(
       ValueError: the kind is not one of `KINDS`, an unknown key would change the positions, or
         the settings contradict each other.
     """
-    rope, key = _settings(raw, layer_type)
+    rope, key = settings(raw, layer_type)
     if raw.has(key) and not rope.values and not raw.has("rope_theta"):
         raise raw.refusal(key, "'rope_theta' in it, or beside it")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -133,7 +133,7 @@ def _scaling(raw: JsonConfig, rope: JsonConfig, kind: str) -> RopeScaling:
     )
 
 
-def _settings(raw: JsonConfig, layer_type: str) -> tuple[JsonConfig, str]:
+def settings(raw: JsonConfig, layer_type: str = "full_attention") -> tuple[JsonConfig, str]:
     """The object of settings for layers of one type, and its key."""
     given = [key for key in ("rope_scaling", "rope_parameters") if raw.has(key)]
     if len(given) == 2 and raw.get(given[0]) != raw.get(given[1]):

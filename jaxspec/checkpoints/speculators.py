@@ -155,7 +155,7 @@ def verifier(raw: dict[str, Any], folder: Path) -> str | None:
     name: Any = raw
     for key in ("speculators_config", "verifier", "name_or_path"):
         name = name.get(key) if isinstance(name, dict) else None
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name:
         return None
     beside = folder / name
     return str(beside.resolve()) if beside.exists() else name

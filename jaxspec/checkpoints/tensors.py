@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 PIECE = 32 * 2**20  # bytes read at once
 ADAPTER = "adapter_config.json"
 WRAPPERS = {  # prefixes of names, and who gives them
@@ -61,7 +61,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path, *, integers: Sequence[str] = (), quantised: bool = False):
         """
         Args:
-          integers: names of tensors that are integers or booleans.
+          integers: tensors that are integers or booleans, by the last part of their names.
           quantised: also allow the dtypes of quantised weights.
         """
         self.origin = str(folder)
@@ -71,10 +71,13 @@ class SafetensorsFolder:
         self.dtypes = {name: entry.dtype for name, entry in self._entries.items()}
         self.bytes_read = 0
 
-    def read(self, name: str) -> np.ndarray:
-        """A whole tensor, as a new array."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """A whole tensor, as a new array; or a range of its rows, seen as a matrix [-1, n]."""
         shape = self.shapes[name]
-        return self._read(name, shape, tuple((0, n) for n in shape))
+        if rows is None:
+            return self._read(name, shape, tuple((0, n) for n in shape))
+        *leading, columns = shape
+        return self._read(name, (math.prod(leading), columns), (rows, (0, columns)))
 
     def pieces(
         self,
@@ -288,12 +291,13 @@ def _header(
     header.pop("__metadata__", None)
     entries = {}
     for name, info in header.items():
-        known = INTEGERS if name in integers else floats
+        integer = name.rpartition(".")[2] in integers
+        known = INTEGERS if integer else floats
         if info["dtype"] not in known:
             raise ValueError(
                 f"{file}: tensor '{name}' is stored as {info['dtype']}; expected "
                 + ", ".join(known)
-                + ("" if name in integers else _of_integers(name))
+                + ("" if integer else _of_integers(name))
             )
         dtype, start = np.dtype(known[info["dtype"]]), info["data_offsets"][0]
         entries[name] = _Entry(file, 8 + size + start, dtype, tuple(info["shape"]))
@@ -307,11 +311,18 @@ def _of_integers(name: str) -> str:
 
 
 def _no_weights(folder: Path) -> str:
-    pickled = sorted(path.name for kind in PICKLED for path in folder.glob(kind))
-    if pickled:
-        return (
-            f"{folder} holds pickled weights only ({pickled[0]}), which can run code when "
-            "loaded and are not read; convert them to safetensors (load the model with "
-            "transformers and save_pretrained)"
-        )
-    return f"{folder} has no weights; expected {SINGLE} or {INDEX} with its shards"
+    return pickled_only(folder, (path.name for path in folder.glob("*"))) or (
+        f"{folder} has no weights; expected {SINGLE} or {INDEX} with its shards"
+    )
+
+
+def pickled_only(place: Any, names: Iterable[str]) -> str | None:
+    """What to say of files without safetensors, given their names, if some are pickled."""
+    pickled = sorted(name for name in names if name.endswith(PICKLED))
+    if not pickled:
+        return None
+    return (
+        f"{place} holds pickled weights only ({pickled[0]}), which can run code when "
+        "loaded and are not read; convert them to safetensors (load the model with "
+        "transformers and save_pretrained)"
+    )

@@ -27,7 +27,7 @@ def windows(
       ValueError: `layer_types` has an unknown type or too few, or programs would disagree about
         a sliding layer's window.
     """
-    layers = whole.integer("num_hidden_layers") if layers is None else layers
+    layers = whole.count("num_hidden_layers") if layers is None else layers
     kinds, slides = whole.items("layer_types", str, ()), whole.flag("use_sliding_window")
     if not kinds and slides:  # as in Qwen's configuration
         full = whole.integer("max_window_layers", 28, least=0)

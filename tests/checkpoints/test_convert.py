@@ -145,6 +145,40 @@ def test_fp8_in_blocks(tmp_path, capsys):
         convert(tmp_path / "source", tmp_path / "again", dtype="fp8", format="orbax")
 
 
+def test_stacked_experts_in_fp8_are_one_tensor_each(tmp_path):
+    raw = MIXTURE | FP8 | {"moe_intermediate_size": 136}
+    stacked, mlp = random_tensors(raw, stacked_experts=True), "model.layers.0.mlp."
+    write_folder(tmp_path / "source", raw, stacked)
+    convert(tmp_path / "source", tmp_path / "fp8", dtype="fp8")
+    found = SafetensorsFolder(tmp_path / "fp8", quantised=True)
+    gate_up, down = (stacked[f"{mlp}experts.{name}_proj"] for name in ("gate_up", "down"))
+    for e in range(3):
+        own = {"gate": gate_up[e, :136], "up": gate_up[e, 136:], "down": down[e]}
+        for kind, weight in own.items():
+            name = f"{mlp}experts.{e}.{kind}_proj.weight"
+            values, scale = quantise(weight)
+            assert found.read(name).tobytes() == values.tobytes()
+            assert found.read(f"{name}_scale_inv").tobytes() == scale.tobytes()
+    assert not any(
+        name.endswith(("gate_up_proj", "experts.down_proj")) for name in found.shapes
+    )
+    kept = json.loads((tmp_path / "fp8/config.json").read_text())["quantization_config"]
+    assert f"{mlp}gate" in kept["modules_to_not_convert"]
+    assert not any("experts" in name for name in kept["modules_to_not_convert"])
+    params = checkpoints.load(tmp_path / "fp8", weights="stored").params
+    assert params.layers[0].mlp.down.values.dtype == ml_dtypes.float8_e4m3fn
+
+
+def test_stacked_experts_of_another_shape(tmp_path):
+    tensors = random_tensors(MIXTURE, stacked_experts=True)
+    tensors["model.layers.0.mlp.experts.gate_up_proj"] = np.ones((3, 9, 12), np.float32)
+    write_folder(tmp_path / "source", MIXTURE, tensors)
+    with pytest.raises(
+        ValueError, match=r"'.*gate_up_proj' has shape \(3, 9, 12\); expected \(ex"
+    ):
+        convert(tmp_path / "source", tmp_path / "fp8", dtype="fp8")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_lm_head_in_fp8(tmp_path, tied):
     raw = DENSE | FP8 | {"tie_word_embeddings": tied}

@@ -95,6 +95,18 @@ def test_a_draft_vocabulary(tmp_path, format):
     np.testing.assert_array_equal(loaded.vocabulary.judge, params.vocabulary.unembed)
 
 
+@pytest.mark.parametrize("prefix", ["draft_model.", "module.", "module.draft_model."])
+def test_a_draft_vocabulary_under_a_prefix(tmp_path, prefix):
+    _, params = save(tmp_path / "a", format="eagle3", reduced=True)
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    change_tensors(tmp_path / "a", rename)
+    equal(params, load(tmp_path / "a")[1])
+
+
 @pytest.mark.parametrize("format", ["speculators", "eagle3"])
 def test_an_embedding_of_its_own(tmp_path, format):
     own = np.random.default_rng(0).standard_normal((11, 32)).astype(np.float32)
@@ -180,12 +192,23 @@ def test_layers_it_reads(tmp_path, changes, taps):
     assert drafter.taps == taps
 
 
+@pytest.mark.parametrize("window", [None, 4096])
+def test_a_window_that_is_switched_off(tmp_path, window, recwarn):
+    save(tmp_path / "a", format="eagle3")
+    edit(tmp_path / "a", use_sliding_window=False, max_window_layers=36, sliding_window=window)
+    assert load(tmp_path / "a")[0].config.window == (None,)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(hidden_act="gelu"), "'hidden_act' is 'gelu'"),
         (dict(attention_bias=True), "'attention_bias' is True"),
         (dict(mlp_bias=True), "'mlp_bias' is True"),
+        (dict(num_hidden_layers=10**12), "expected at most 10000"),
+        (dict(use_qk_norm=True), "'use_qk_norm' is True"),
+        (dict(use_sliding_window=True, sliding_window=9), "'sliding_window' is 9"),
         (dict(bias=True), "'bias' is True"),
         (dict(model_type="gemma"), "'model_type' is 'gemma'"),
         (dict(num_hidden_layers=2), "'num_hidden_layers' is 2.*disagree about further layers"),
@@ -226,6 +249,16 @@ def test_what_is_refused_by_its_key(tmp_path, changes, message):
         ),
         (lambda t: t.__setitem__("model.norm.weight", t["norm.weight"]), "are both 'norm.w"),
         (lambda t: t["t2d"].__setitem__(1, True), "'d2t' and 't2d' name 7 and 8 tokens"),
+        (lambda t: t.__setitem__("t2d", t["t2d"][:0]), "'d2t' and 't2d' name 7 and 0 tokens"),
+        (lambda t: t.__setitem__("d2t", t["d2t"][:0]), r"'d2t' has shape \(0,\); expected one"),
+        (
+            lambda t: t.__setitem__("d2t", np.array(0)),
+            r"'d2t' has shape \(\); expected one off",
+        ),
+        (
+            lambda t: t.__setitem__("d2t", np.arange(12)),
+            r"'d2t' has shape \(12,\); .* 1 … 11 d",
+        ),
         (lambda t: t["norm.weight"].__setitem__(0, np.nan), "'norm.weight' holds NaN"),
         (lambda t: t["lm_head.weight"].__setitem__(0, np.inf), "'lm_head.weight' holds NaN"),
     ],

@@ -182,7 +182,7 @@ def test_unexpected_shape(tmp_path):
 
 def test_tensor_without_a_place(tmp_path):
     tensors = random_tensors(DENSE)
-    tensors["model.layers.0.self_attn.o_proj.bias"] = np.zeros(12, np.float32)
+    tensors["model.layers.0.self_attn.o_proj.bias"] = np.float32([0] * 11 + [1e-3])
     with pytest.raises(
         ValueError, match=r"'model.layers.0.self_attn.o_proj.bias' has no place in the model"
     ):

@@ -1,12 +1,13 @@
 """config.json in both generations of keys, what it may not ask for, and names."""
 
 import dataclasses
+import fnmatch
 import json
 
 import pytest
 
 from jaxspec import checkpoints
-from jaxspec.checkpoints.huggingface import config_to_json, read_config, resolve
+from jaxspec.checkpoints.huggingface import MASK, config_to_json, read_config, resolve
 from jaxspec.config import RopeScaling, TargetConfig
 from jaxspec.models.presets import PRESETS
 from tests import tiny
@@ -119,6 +120,24 @@ def test_sliding_layers_may_rotate_at_their_own_base(tmp_path):
     rope["sliding_attention"] = yarn | {"rope_theta": 7.0}
     with pytest.raises(ValueError, match="sliding layers that rotate unscaled"):
         config_of(tmp_path, DENSE | WINDOWED | kinds | {"rope_parameters": rope})
+
+
+@pytest.mark.parametrize(
+    "stated, rope, positions",
+    [
+        # As the cards of Qwen3 and Qwen2.5 say, without a change of the stated number.
+        (40_960, {"rope_type": "yarn", "factor": 4.0}, 131_072),
+        (32_768, {"type": "yarn", "factor": 4.0}, 131_072),
+        (262_144, {"rope_type": "yarn", "factor": 4.0}, 262_144),
+        (40_960, {"rope_type": "linear", "factor": 4.0}, 40_960),
+        (40_960, {"rope_type": "default"}, 40_960),
+    ],
+)
+def test_positions(tmp_path, stated, rope, positions):
+    rope = rope | {"original_max_position_embeddings": 32_768, "rope_theta": 1e6}
+    raw = without(DENSE, "rope_parameters") | {"rope_scaling": rope}
+    found = config_of(tmp_path, raw | {"max_position_embeddings": stated})
+    assert found.max_positions == positions
 
 
 def test_number_of_experts_by_either_key(tmp_path):
@@ -327,7 +346,8 @@ def test_existing_paths_resolve_to_themselves(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["./absent", "/absent/folder", "absent.gguf", "absent", "a/b/c"]
+    "name",
+    ["./absent", "/absent/folder", "absent.gguf", "absent", "a/b/c", "~nosuchuser/x"],
 )
 def test_what_is_neither_a_path_nor_a_hub_name(name):
     with pytest.raises(
@@ -370,3 +390,36 @@ def test_hub_out_of_reach_but_cached(hub_cache):
     target = checkpoints.load("o/m")
     assert target.config.hidden_size == DENSE["hidden_size"]
     assert target.tokenizer is None
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one repository, whose files a test adds to the list."""
+    names = ["config.json"]
+
+    def snapshot(name, allow_patterns):
+        for file in names:
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).parent.mkdir(exist_ok=True)
+                (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: names)
+    return names
+
+
+def test_pickled_weights_of_the_hub_are_named_and_not_downloaded(hub, tmp_path):
+    hub.append("pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"^o/m holds pickled weights only \(pytorch_model\."):
+        resolve("o/m")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    hub.append("model.safetensors")
+    assert resolve("o/m") == tmp_path
+    assert not (tmp_path / "pytorch_model.bin").exists()
+
+
+@pytest.mark.parametrize("folder", ["", "inner/"])
+def test_a_mask_embedding_of_the_hub_is_seen(hub, tmp_path, folder):
+    hub += [f"{folder}model.safetensors", f"{folder}mask_embedding.pt"]
+    assert (resolve("o/m") / folder / MASK).exists()

@@ -5,10 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxspec.checkpoints import huggingface
 from jaxspec.checkpoints.convert import convert
 from jaxspec.checkpoints.huggingface import load_params, read_config
+from jaxspec.cli import main
 from tests.checkpoints.writing import write_folder
 
 J, R, DK, DV, TAPS = 2, 3, 4, 6, 4  # key heads, value heads each, their dimensions
@@ -204,6 +206,36 @@ def test_converted_there_and_back(tmp_path, raw, interleaved):
         np.testing.assert_allclose(x, y, atol=1e-7)  # norms lose one, and gain it again
 
 
+@pytest.mark.parametrize("to", ["safetensors", "orbax"])
+def test_a_converted_multimodal_model_is_its_text_model(tmp_path, capsys, to):
+    """Also for programs that read the configuration and the names of tensors."""
+    nested = {
+        name.replace("model.", "model.language_model."): x for name, x in tensors().items()
+    }
+    others = ["model.visual.patch_embed.proj.weight", "mtp.norm.weight", "mtp.fc.weight"]
+    nested |= {name: np.ones(2, np.float32) for name in others}
+    whole = MULTIMODAL | {
+        "eos_token_id": 3,
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+    }
+    write_folder(tmp_path / "whole", whole, nested)
+    output = tmp_path / "text"
+    command = ["convert", "--target", str(tmp_path / "whole"), "--output", str(output)]
+    assert main([*command, "--to", to]) == 0
+    assert "left out: 1 vision, 2 MTP tensors" in capsys.readouterr().out
+    assert json.loads((output / "config.json").read_text()) == TEXT | {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "dtype": "float32",
+        "eos_token_id": [3],
+        "tie_word_embeddings": False,
+    }
+    if to == "safetensors":
+        assert load_file(output / "model.safetensors").keys() == tensors().keys()
+    assert read_config(output) == read_config(tmp_path / "whole")
+    found = load_params(output, read_config(output))
+    jax.tree.map(np.testing.assert_array_equal, found, load(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -211,6 +243,7 @@ def test_converted_there_and_back(tmp_path, raw, interleaved):
         ({"output_gate_type": "sigmoid"}, "'output_gate_type' is 'sigmoid'"),
         ({"mamba_ssm_dtype": "bfloat16"}, "'mamba_ssm_dtype' is 'bfloat16'"),
         ({"layer_types": ["linear_attention"]}, "for each of 2 layers"),
+        ({"num_hidden_layers": 10**12, "layer_types": None}, "expected at most 10000"),
         ({"layer_types": ["linear_attention", "sliding_attention"]}, "'layer_types' is"),
         ({"layer_types": ["linear_attention"] * 2}, "expected at least one attention layer"),
         (
@@ -231,6 +264,31 @@ def test_what_a_text_model_may_not_ask_for(tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=message):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "keys, rotated",
+    [
+        ({"rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.5}}, 4),
+        ({"rope_scaling": {"rope_theta": 1e7, "partial_rotary_factor": 0.5}}, 4),
+        ({"rope_parameters": {"rope_theta": 1e7}, "partial_rotary_factor": 0.5}, 4),
+        ({"rope_parameters": {"rope_theta": 1e7}}, 2),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e7, "partial_rotary_factor": 0.5},
+                    "linear_attention": {"rope_theta": 1e7, "partial_rotary_factor": 1.0},
+                }
+            },
+            4,
+        ),
+    ],
+)
+def test_rotated_dimensions(tmp_path, keys, rotated):
+    """Of a head of 8."""
+    raw = {key: value for key, value in TEXT.items() if key != "rope_parameters"} | keys
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert read_config(tmp_path).rotary_dim == rotated
 
 
 def test_no_key_of_a_published_configuration_is_unknown(tmp_path, recwarn):

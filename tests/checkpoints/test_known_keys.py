@@ -92,8 +92,35 @@ def test_what_changes_nothing_passes_in_silence(tmp_path, raw, no_warnings):
         "n_shared_experts": 0,
         "use_mrope": False,
         "is_llama_config": True,
+        "has_no_defaults_at_init": False,
     }
     assert target(tmp_path, raw | neutral) == plain
+
+
+@pytest.mark.parametrize("raw", [DENSE, MIXTURE, LLAMA, QWEN2], ids=lambda r: r["model_type"])
+def test_keys_that_repeat_what_the_model_type_says(tmp_path, raw, no_warnings):
+    """Qwen3-Coder's configuration has them."""
+    normed, biased = raw["model_type"].startswith("qwen3"), raw is QWEN2
+    own = {"use_qk_norm": normed, "qkv_bias": biased, "attention_bias": biased}
+    assert target(tmp_path, raw | own) == target(tmp_path, raw)
+    for key, value in own.items():
+        with pytest.raises(ValueError, match=f"'{key}' is {not value}, .*expected {value}"):
+            target(tmp_path, raw | {key: not value})
+
+
+HUGE = 10**12
+
+
+def test_counts_that_no_model_has(tmp_path):
+    """Tuples of so many entries would fill the memory."""
+    message = r"'num_{}' is 1000000000000, .*expected at most 10000"
+    for raw in (DENSE, MIXTURE):
+        with pytest.raises(ValueError, match=message.format("hidden_layers")):
+            target(tmp_path, raw | {"num_hidden_layers": HUGE})
+    with pytest.raises(ValueError, match=message.format("experts")):
+        target(tmp_path, MIXTURE | {"num_experts": HUGE})
+    with pytest.raises(ValueError, match=message.format("hidden_layers")):
+        draft({"num_hidden_layers": HUGE})
 
 
 def test_true_is_not_1(tmp_path):

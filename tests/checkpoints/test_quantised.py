@@ -7,7 +7,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jaxspec.checkpoints import convert, huggingface
 from jaxspec.checkpoints.drafters import load_drafter
@@ -229,6 +229,27 @@ def test_modelopts_own_file(tmp_path):
     (tmp_path / "quantised/hf_quant_config.json").write_text(json.dumps(file))
     with pytest.raises(ValueError, match=r"hf_quant_config.json.*'quant_algo' is 'NVFP4'"):
         load(tmp_path / "quantised")
+
+
+@pytest.mark.filterwarnings("ignore:.*is stored as")
+@pytest.mark.parametrize("value", [0, 0.5, np.nan])
+def test_biases_of_zeros_as_autogptq_writes_them_are_left_out(tmp_path, value):
+    """Qwen2's own biases of queries, keys and values are read."""
+    raw = CONFIG | {"model_type": "qwen2"}
+    meant = write(tmp_path / "quantised", raw, "gptq")
+    write_folder(tmp_path / "plain", raw, meant)
+    stored = load_file(tmp_path / "quantised/model.safetensors")
+    for name in [name for name in stored if name.endswith(".qweight")]:
+        base = name.removesuffix("qweight")
+        stored.setdefault(f"{base}bias", np.zeros(stored[name].shape[1], np.float16))
+    stored["model.layers.0.mlp.up_proj.bias"][-1] = value
+    save_file(stored, tmp_path / "quantised/model.safetensors")
+    if value == 0:
+        found, expected = load(tmp_path / "quantised"), load(tmp_path / "plain")
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    else:
+        with pytest.raises(ValueError, match=r"'model.layers.0.mlp.up_proj.bias' has no place"):
+            load(tmp_path / "quantised")
 
 
 @pytest.mark.filterwarnings("ignore:.*is stored as")
