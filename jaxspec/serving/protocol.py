@@ -27,7 +27,7 @@ STOPS = {"stop", "stop_token_ids", "ignore_eos", "min_tokens"}
 LENGTHS = {"max_tokens", "max_completion_tokens"}
 COMMON = {"model", "n", "stream", "stream_options", "logprobs", "cache_salt"}
 COMMON |= SAMPLED | PENALTIES | STOPS | LENGTHS | FORMATS
-MAX_STOPS, MAX_STOP_CHARACTERS, MAX_CHOICES = 4, 256, 128
+MAX_STOPS, MAX_STOP_CHARACTERS, MAX_CHOICES = 64, 256, 128
 CHAT = COMMON | TOOLS | {"messages", "chat_template_kwargs", "top_logprobs"}
 
 
