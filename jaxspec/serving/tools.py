@@ -135,6 +135,8 @@ class CallReader:
     def add(self, text: str, *, last: bool = False) -> tuple[str, list[dict]]:
         """The new plain text, and the new parts of calls as a stream's `tool_calls`.
 
+        There is one part per call: the `openai` package joins only parts of different chunks.
+
         Args: last: no text comes after this one.
         """
         self._held += text
@@ -177,7 +179,9 @@ class CallReader:
         at = self._held.find(CLOSE)
         keep = 0 if last else overlap(self._held, CLOSE)
         cut = at if at >= 0 else len(self._held) - keep
-        if cut:
+        if cut and calls:  # the last of them is this call's
+            calls[-1]["function"]["arguments"] += self._held[:cut]
+        elif cut:
             function = {"arguments": self._held[:cut]}
             calls.append({"index": self.count - 1, "function": function})
         self._held = self._held[cut + (len(CLOSE) if at >= 0 else 0) :]

@@ -188,6 +188,7 @@ def test_calls_are_read_from_any_pieces(step):
     reader, said, calls = CallReader(), "", []
     for at in range(0, len(text), step):
         more, found = reader.add(text[at : at + step], last=at + step >= len(text))
+        assert len({call["index"] for call in found}) == len(found)
         said, calls = said + more, calls + found
     assert said == "Let me see." and reader.count == 2
     found = [call["function"] for call in joined_calls(calls)]
