@@ -91,7 +91,7 @@ def application(
     if page:
         engine = runner.engine
         watcher = Watcher(target, engine.drafter, engine.config.room)
-        routes += page_routes(service.body, watcher)
+        routes += page_routes(service.body, watcher, runner)
     return Starlette(
         routes=routes,
         middleware=access.middleware(),
