@@ -13,6 +13,7 @@ class AnswerText:
     Text that may begin a stop text is held back until that is decided.
 
     Attributes:
+      text: all text so far that is certain.
       stopped: whether a stop text was found; no text comes after it.
       taken: number of tokens read, up to the one that completed a stop text.
     """
@@ -22,7 +23,7 @@ class AnswerText:
         self._pieces, self._stops = tokenizer.stream(), tuple(stops)
         self._min_tokens = min_tokens
         self._held = ""
-        self.stopped, self.taken = False, 0
+        self.text, self.stopped, self.taken = "", False, 0
 
     def add(self, tokens: Sequence[int]) -> str:
         """The text that becomes certain with these tokens."""
@@ -33,12 +34,18 @@ class AnswerText:
             self.taken += 1
             piece = self._pieces.step(token)
             text += piece if self.taken <= self._min_tokens else self._release(piece)
+        self.text += text
         return text
+
+    def see(self, ids: Sequence[int]) -> str:
+        """`add` for the new ones of all tokens so far."""
+        return self.add(ids[self.taken :])
 
     def finish(self) -> str:
         """The text held back, once no more tokens come."""
         rest = self._release(self._pieces.finish())
         rest, self._held = rest + self._held, ""
+        self.text += rest
         return rest
 
     def _release(self, text: str) -> str:
@@ -52,35 +59,6 @@ class AnswerText:
         keep = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-
-class CutAnswer:
-    """One answer as its tokens arrive, cut at a stop text.
-
-    Attributes:
-      start: length of its prompt, in tokens.
-      text: the text that is certain so far, cut before the stop text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], start: int, min_tokens: int):
-        self._answer = AnswerText(tokenizer, stops, min_tokens=min_tokens)
-        self.start, self.text = start, ""
-
-    @property
-    def seen(self) -> int:
-        """Number of tokens read; the last one completes the stop text, if one was found."""
-        return self._answer.taken
-
-    def see(self, ids: Sequence[int]) -> bool:
-        """Reads the new ones of all tokens so far; returns whether a stop text was found."""
-        self.text += self._answer.add(ids[self.seen :])
-        return self._answer.stopped
-
-    def ended(self, ids: Sequence[int]) -> bool:
-        """`see` for a complete answer: no text is held back."""
-        if not self.see(ids):
-            self.text += self._answer.finish()
-        return self._answer.stopped
 
 
 def overlap(text: str, stop: str) -> int:

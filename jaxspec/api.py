@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 import jax
 import numpy as np
 
-from jaxspec.answer_text import CutAnswer
+from jaxspec.answer_text import AnswerText
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import (
@@ -126,16 +126,16 @@ def generate(
         )
         state = prefill(decoder, params, requests)
         lengths = [len(prompt) for prompt in prompts[rows]]
-        cuts = [
-            CutAnswer(target.tokenizer, stops, length, own.min_tokens)
-            for length, own in zip(lengths, sampling[rows], strict=True)
+        answers = [
+            AnswerText(target.tokenizer, stops, min_tokens=own.min_tokens)
+            for own in sampling[rows]
             if stops
         ]
         if pace is None:
             step = functools.partial(_step, decoder, params, requests.sampling)
         else:
             step = pace.steps(params, state, requests.sampling)
-        state, whole = _decode(step, state, cuts, progress)
+        state, whole = _decode(step, state, lengths, answers, progress)
         results = unpack(state, lengths)
         seconds = time.perf_counter() - began
         for row, (ids, stats) in enumerate(results):
@@ -143,7 +143,7 @@ def generate(
             stop_ids = stop_ids_of(sampling[start + row], target.config)
             finish = _finish(ids, stop_ids, max_new_tokens)
             done = Completion(ids, text, stats, seconds, finish)
-            completions.append(_cut(done, cuts[row]) if cuts else done)
+            completions.append(_cut(done, answers[row]) if answers else done)
         if pace is not None:
             pace.count(max(len(ids) for ids, _ in results))
         if not whole:
@@ -179,12 +179,14 @@ def _one_each(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampl
     return found
 
 
-def _cut(done: Completion, cut: CutAnswer) -> Completion:
+def _cut(done: Completion, answer: AnswerText) -> Completion:
     """The completion up to its stop text, if it has one."""
-    if not cut.ended(done.token_ids):
+    answer.see(done.token_ids)
+    answer.finish()
+    if not answer.stopped:
         return done
-    ids = done.token_ids[: cut.seen]
-    changed = dict(token_ids=ids, text=cut.text, stats=done.stats.first(len(ids)))
+    ids = done.token_ids[: answer.taken]
+    changed = dict(token_ids=ids, text=answer.text, stats=done.stats.first(len(ids)))
     return dataclasses.replace(done, **changed, finish="stop")
 
 
@@ -203,15 +205,21 @@ def _step(
 def _decode(
     step: Callable[[DecodeState, int], DecodeState],
     state: DecodeState,
-    cuts: list[CutAnswer],
+    lengths: Sequence[int],
+    answers: Sequence[AnswerText],
     progress: Callable[[int], object] | None,
 ) -> tuple[DecodeState, bool]:
-    """Runs rounds until every row is done, or a Ctrl-C; returns whether all are done."""
+    """Runs rounds until every row is done, or a Ctrl-C; returns whether all are done.
+
+    Args:
+      lengths: of the prompts.
+      answers: of every row, or none if there are no stop texts.
+    """
     rounds, written = 1, 0 if progress is None else int(state.length.sum())
     with postponed() as asked:
         while True:
-            if cuts:
-                state = _end_cut(state, cuts)
+            if answers:
+                state = _end_stopped(state, lengths, answers)
             whole = bool(state.done.all())
             if whole or asked:
                 return state, whole
@@ -225,11 +233,15 @@ def _decode(
             rounds = max(1, int(rounds * min(faster, 4)))  # the first call may compile
 
 
-def _end_cut(state: DecodeState, cuts: list[CutAnswer]) -> DecodeState:
+def _end_stopped(
+    state: DecodeState, lengths: Sequence[int], answers: Sequence[AnswerText]
+) -> DecodeState:
     """Marks rows done whose answers have a stop text."""
-    tokens, length, done = jax.device_get((state.tokens, state.length, state.done))
-    ended = [cut.see(tokens[i, cut.start : length[i]]) for i, cut in enumerate(cuts)]
-    done = done | np.array(ended + [False] * (len(done) - len(ended)))
+    tokens, ends, done = jax.device_get((state.tokens, state.length, state.done))
+    for i, answer in enumerate(answers):
+        answer.see(tokens[i, lengths[i] : ends[i]])
+    stopped = [answer.stopped for answer in answers]
+    done = done | np.array(stopped + [False] * (len(done) - len(stopped)))
     return dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
 
 
@@ -274,15 +286,16 @@ def stream(
         keys=request_keys(seed, 1),
     )
     state = prefill(decoder, params, requests)
-    cut = CutAnswer(target.tokenizer, stops, len(prompts[0]), sampling.min_tokens)
+    answer = AnswerText(target.tokenizer, stops, min_tokens=sampling.min_tokens)
     while True:
-        ((ids, stats),) = unpack(state, [cut.start])
-        shown, done = len(cut.text), bool(state.done[0])
-        stopped = cut.ended(ids) if done else cut.see(ids)
-        if piece := cut.text[shown:]:
+        ((ids, stats),) = unpack(state, [len(prompts[0])])
+        piece, done = answer.see(ids), bool(state.done[0])
+        if done:
+            piece += answer.finish()
+        if piece:
             yield piece
-        if stopped:
-            return stats.first(cut.seen)
+        if answer.stopped:
+            return stats.first(answer.taken)
         if done:
             return stats
         state = decode(decoder, params, state, requests.sampling, np.int32(rounds))

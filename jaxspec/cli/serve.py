@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from pathlib import Path
@@ -107,6 +108,7 @@ class Serve:
         limits = Limits(body_bytes=self.body_bytes, connections=self.connections)
         key = self.api_key if self.api_key is not None else os.environ.get("JAXSPEC_API_KEY")
         access = Access(key, self.open_metrics, self.cors_origins)
+        config = self._config()
         if key is None and self.host not in LOOPBACK:
             print(
                 f"warning: --host {self.host} may be reached by others without a key; set "
@@ -122,7 +124,7 @@ class Serve:
             target_path, dtype=chosen_dtype(self.dtype), weights=self.weights
         )
         check_servable(target)
-        engine = self._engine(target, curve, programs)
+        engine = self._engine(target, config, curve, programs)
         if self.curve is None and (kept := kept_curve(engine.setup())) is not None:
             engine.ready.use(kept)
         print("compiling …", flush=True)
@@ -151,28 +153,45 @@ class Serve:
     def _check(self) -> None:
         if not 0 <= self.port < 2**16:
             raise ValueError(f"--port is {self.port}; expected 0 … 65535")
-        if not self.drain_seconds >= 0:
-            raise ValueError(f"--drain-seconds is {self.drain_seconds}; expected at least 0")
+        if not 0 <= self.drain_seconds < math.inf:
+            raise ValueError(
+                f"--drain-seconds is {self.drain_seconds}; expected a number of at least 0"
+            )
+        if self.curve is not None and not os.path.exists(self.curve):
+            folder = self.curve.parent
+            if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+                raise ValueError(
+                    f"--curve {self.curve} cannot be written; expected a path in a folder that "
+                    "exists and is writable"
+                )
 
     def _start(self) -> str:
         """Identifies the programs that this start needs."""
         return repr(dataclasses.replace(self, api_key=None, port=0))
 
-    def _engine(self, target, curve, kept):
+    def _engine(self, target, config, curve, kept):
         """The engine of these options, not yet warmed up."""
         from jaxspec.decoding.schedule import Adaptive, Fixed
         from jaxspec.drafters.joined import with_survival
-        from jaxspec.serving.config import EngineConfig
         from jaxspec.serving.engine import Engine
 
         drafter = with_survival(self.drafter.load(target, chain=self.rejection))
         adaptive = self.schedule == "adaptive" and drafter.drafter.size > 1
-        config = EngineConfig(
+        config = dataclasses.replace(
+            config,
+            schedule=Adaptive() if adaptive else Fixed(),
+            budget=None if adaptive else min(self.drafter.budget, drafter.drafter.size),
+        )
+        return Engine(target, drafter, config, curve=curve, kept=kept)
+
+    def _config(self):
+        """The engine's limits, without those that depend on the drafter."""
+        from jaxspec.serving.config import EngineConfig
+
+        return EngineConfig(
             slots=self.slots,
             room=self.room,
             queue=self.queue,
-            schedule=Adaptive() if adaptive else Fixed(),
-            budget=None if adaptive else min(self.drafter.budget, drafter.drafter.size),
             max_nodes=self.max_nodes,
             chunk=self.chunk,
             rounds=self.rounds,
@@ -180,7 +199,6 @@ class Serve:
             top_logprobs=self.top_logprobs,
             prefix_cache_mb=self.prefix_cache_mb,
         )
-        return Engine(target, drafter, config, curve=curve, kept=kept)
 
     def _names(self, target: str) -> tuple[str, ...]:
         last = Path(target).absolute().name.removesuffix(".gguf")

@@ -81,9 +81,11 @@ class Curve:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes a JSON file."""
+        """Writes a JSON file, atomically."""
         text = json.dumps(dataclasses.asdict(self), indent=1)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        partial = Path(f"{path}.partial")
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Curve:

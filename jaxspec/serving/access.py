@@ -50,7 +50,7 @@ class Access:
                     CORSMiddleware,
                     allow_origins=list(self.origins),
                     allow_methods=["GET", "POST"],
-                    allow_headers=["authorization", "content-type"],
+                    allow_headers=["*"],  # clients have headers of their own, x-stainless-…
                 )
             )
         if self.key is not None:

@@ -13,6 +13,7 @@ from jaxspec.decoding.stats import DecodeStats
 from jaxspec.serving.logprobs import LogProbShape, joined
 from jaxspec.serving.metrics import Watch
 from jaxspec.serving.protocol import Asked
+from jaxspec.serving.requests import Update
 from jaxspec.serving.runner import EngineFailed, Ticket
 from jaxspec.serving.shapes import Answer, Shape, error_body, usage
 from jaxspec.serving.tools import CallReader, joined_calls
@@ -53,6 +54,69 @@ class Piece:
 class Stuck(Exception):
     """An answer cannot go on: its grammar allows none of this model's tokens, or its parser has
     reached a limit. This is the request's fault; a retry does not help."""
+
+
+class ChoiceReader:
+    """Turns the updates of one request into the pieces of its choice."""
+
+    def __init__(self, asked: Asked, choice: int, tokenizer: Tokenizer, *, chat: bool):
+        """Args: choice: its place in `asked.requests`."""
+        request = asked.requests[choice]
+        least = request.sampling.min_tokens
+        self._choice, self._silent = choice, asked.silent
+        self._echo = asked.echo[choice // asked.choices]
+        self._answer = AnswerText(tokenizer, asked.stops, min_tokens=least)
+        self._reader = CallReader() if asked.tools else None
+        self._shape = None if request.logprobs is None else LogProbShape(tokenizer, chat=chat)
+        self._cached = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text was found, so that no more tokens are needed."""
+        return self._answer.stopped
+
+    def read(self, update: Update) -> Piece:
+        """The piece of the next update. Raises Stuck."""
+        before = self._answer.taken
+        text = self._text(update)
+        laws = update.prompt_logprobs + update.logprobs[: self._answer.taken - before]
+        text, calls, finish = self._calls(text, self._finish(update))
+        self._cached = self._cached or update.cached
+        return Piece(
+            self._choice,
+            text,
+            self._answer.taken,
+            finish,
+            update.stats,
+            self._cached,
+            self._shape.of(laws) if self._shape and laws else None,
+            calls,
+        )
+
+    def _text(self, update: Update) -> str:
+        """The new text, the echo of the prompt first."""
+        text, self._echo = self._echo, ""
+        if self._silent or self.stopped:
+            return text
+        text += self._answer.add(update.tokens)
+        return text + self._answer.finish() if update.finish else text
+
+    def _finish(self, update: Update) -> str | None:
+        """Why the choice ends, if this is its last update."""
+        finish = update.finish and ("stop" if self.stopped else update.finish)
+        if finish == "stuck":
+            raise Stuck(f"the answer cannot go on in its format: {update.failure}")
+        if self._silent and finish == "stop":  # at a token that is not returned
+            return "length"
+        return finish
+
+    def _calls(self, text: str, finish: str | None) -> tuple[str, Sequence[dict], str | None]:
+        """The text outside calls, new parts of calls, and why the choice ends."""
+        if self._reader is None:
+            return text, (), finish
+        text, calls = self._reader.add(text, last=finish is not None)
+        called = finish == "stop" and self._reader.count
+        return text, calls, "tool_calls" if called else finish
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,39 +223,16 @@ class Answering:
 
     async def _pieces_of(self, choice: int) -> AsyncGenerator[Piece]:
         ticket, watch = self.choices[choice].ticket, self.choices[choice].watch
-        asked, request = self.asked, self.asked.requests[choice]
-        least = request.sampling.min_tokens
-        answer = AnswerText(self.tokenizer, asked.stops, min_tokens=least)
-        cut, finish, cached = None, None, 0
-        shape = LogProbShape(self.tokenizer, chat=self.shape.chat)
-        reader = CallReader() if asked.tools else None
-        text = asked.echo[choice // asked.choices]
+        reader = ChoiceReader(self.asked, choice, self.tokenizer, chat=self.shape.chat)
+        finish = None
         try:
             async for update in ticket:
                 watch.see(update)
-                laws, cached = update.prompt_logprobs, cached or update.cached
-                before = answer.taken
-                if not (answer.stopped or asked.silent):
-                    text += answer.add(update.tokens)
-                    if update.finish and not answer.stopped:
-                        text += answer.finish()
-                    laws += update.logprobs[: answer.taken - before]
-                if answer.stopped and not cut:  # then wait only for the last update's counts
-                    cut = "stop"
+                piece = reader.read(update)
+                if reader.stopped:  # then wait only for the last update's counts
                     ticket.cancel()
-                finish = update.finish and (cut or update.finish)
-                if asked.silent and finish == "stop":  # at a token that is not returned
-                    finish = "length"
-                if finish == "stuck":
-                    raise Stuck(f"the answer cannot go on in its format: {update.failure}")
-                calls: Sequence[dict] = ()
-                if reader is not None:
-                    text, calls = reader.add(text, last=bool(finish))
-                    finish = "tool_calls" if finish == "stop" and reader.count else finish
-                told = None if request.logprobs is None or not laws else shape.of(laws)
-                counts = answer.taken, finish, update.stats, cached
-                yield Piece(choice, text, *counts, told, calls)
-                text = ""
+                finish = piece.finish
+                yield piece
         except (EngineFailed, Stuck):
             finish = "failed"
             raise

@@ -35,6 +35,7 @@ NEUTRAL: dict[str, tuple] = {
     "modalities": (["text"],),
 }
 NEUTRAL_IN_MESSAGES: dict[str, tuple] = {
+    "type": ("text", "message"),  # lm-evaluation-harness, and items of OpenAI's Responses
     "tool_calls": ([],),
     "annotations": ([],),
     "refusal": ("",),

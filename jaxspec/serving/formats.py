@@ -13,6 +13,8 @@ from jaxspec.serving.fields import BadRequest, Fields
 from jaxspec.serving.grammars import llguidance
 
 STYLE = dict(whitespace_flexible=False, item_separator=", ", key_separator=": ")
+# What llguidance does not support of a schema is ignored; of oneOf, more than one may match.
+LENIENT = dict(lenient=True, coerce_one_of=True)
 # vLLM's older names of the fields of `structured_outputs`.
 GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice"}
 FORMATS = {"response_format", "structured_outputs", *GUIDED}
@@ -111,10 +113,14 @@ def json_text(schema: Any, path: str) -> str:
     return f"start: {lark_json(schema, path)}"
 
 
-def lark_json(schema: dict, path: str) -> str:
-    """A schema as part of a grammar; overrides the schema's own rules for blanks."""
+def lark_json(schema: dict, path: str, *, lenient: bool = False) -> str:
+    """A schema as part of a grammar; overrides the schema's own rules for blanks.
+
+    Args: lenient: ignore keywords that llguidance does not support.
+    """
+    options = STYLE | LENIENT if lenient else STYLE
     try:
-        return f"%json {json.dumps(schema | {'x-guidance': STYLE}, ensure_ascii=False)}"
+        return f"%json {json.dumps(schema | {'x-guidance': options}, ensure_ascii=False)}"
     except RecursionError as error:
         raise BadRequest(f"{path} is nested too deeply", path) from error
 

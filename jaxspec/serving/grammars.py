@@ -8,6 +8,7 @@ limit their own steps, so a hostile grammar is refused or ends its own answer.
 from __future__ import annotations
 
 import functools
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from jaxspec.tokenizer import Tokenizer
 KEPT = 64  # most recently used grammars that are kept
 MAX_CHARACTERS = 1 << 17  # of a grammar's text
 CPU_SECONDS = 1.0  # to parse a grammar and to find the first tokens
+# In llguidance's messages: the place in the grammar's text, which no user has written.
+PLACE = re.compile(r"^at \d+\(\d+\): |(\n +\d+ \| |<non-verbose).*", re.DOTALL)
 LIMITS = dict(max_lexer_states=20_000, step_lexer_fuel=50_000, step_max_items=20_000)
 
 
@@ -81,7 +84,7 @@ class Grammars:
         words = -(-self._config.vocab_size // 32)
         mask = None if start.is_error() else following(start, words)
         if mask is None:
-            why = start.get_error().partition("<non-verbose")[0].strip()
+            why = PLACE.sub("", start.get_error()).strip()
             raise ValueError(why or "no sequence of this model's tokens matches the grammar")
         seconds = time.thread_time() - began
         if seconds > CPU_SECONDS:

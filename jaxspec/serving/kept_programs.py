@@ -120,9 +120,8 @@ class KeptPrograms:
         """
         if self._folder is None:
             return
-        found = _listed(self._folder / _start_file(start))
         thread = ThreadPoolExecutor(1)
-        for path in sorted(found, key=lambda path: path.stat().st_size, reverse=True):
+        for path in _listed(self._folder / _start_file(start)):
             self._expected[path.name] = thread.submit(_load, path)
         thread.shutdown(wait=False)
 
@@ -266,22 +265,23 @@ def _start_file(start: str) -> str:
 
 
 def _listed(path: Path) -> list[Path]:
-    """The files that a list names, in its folder, as far as they exist."""
+    """The files that a list names, in its folder, as far as they exist; the largest first."""
     try:
         names = set(json.loads(path.read_bytes()))
+        found = [other for other in path.parent.iterdir() if other.name in names]
+        return sorted(found, key=lambda other: other.stat().st_size, reverse=True)
     except (OSError, ValueError, TypeError):
         return []
-    return [other for other in path.parent.iterdir() if other.name in names]
 
 
 def _load(path: Path) -> tuple[Any, Sequence[int]] | None:
     """An executable, and the indices of the argument leaves that it takes.
 
-    None if the file is missing or, with a warning, damaged.
+    None if the file cannot be read or, with a warning, is damaged.
     """
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except OSError:  # missing, or another user's
         return None
     try:
         checksum, body = data.split(b"\n", 1)
@@ -294,7 +294,8 @@ def _load(path: Path) -> tuple[Any, Sequence[int]] | None:
     except Exception as error:  # XLA's client may raise anything
         warnings.warn(f"{path} is not a program ({error}); it is compiled again", stacklevel=2)
         return None
-    path.touch()
+    with contextlib.suppress(OSError):  # a folder may be read-only
+        path.touch()
     return found
 
 

@@ -36,7 +36,7 @@ def _message(where: str, message: Any) -> dict[str, Any]:
         raise BadRequest(f"{where} must have a role, one of {tuple(ROLES)}", "messages")
     calls = fields.get("tool_calls", []) if role == "assistant" else []
     content = message.get("content")
-    if content is None and calls:
+    if content is None and role == "assistant":
         content = ""
     if isinstance(content, list) and all(map(_is_text, content)):
         content = "".join(part["text"] for part in content)
@@ -67,7 +67,8 @@ def _call(call: Any, where: str) -> dict:
     function = fields.part("function", {"name", "arguments"})
     name, arguments = function.get("name", None), function.get("arguments", "{}")
     try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        if isinstance(arguments, str):  # clients send "" for a call without arguments
+            arguments = json.loads(arguments or "{}")
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"{where}.function.arguments is not JSON", "messages") from error
     if not isinstance(name, str) or not isinstance(arguments, dict):

@@ -114,22 +114,24 @@ class ServerMetrics:
         """The metrics in Prometheus' exposition format."""
         return generate_latest(self.registry)
 
-    def follow(self) -> Watch:
-        """Watches one request."""
-        return Watch(self)
+    def follow(self, *, counts_prompt: bool = True) -> Watch:
+        """Watches one request. Args: counts_prompt: it is the first choice of its prompt."""
+        return Watch(self, counts_prompt)
 
 
 class Watch:
     """Times one request."""
 
-    def __init__(self, metrics: ServerMetrics):
+    def __init__(self, metrics: ServerMetrics, counts_prompt: bool):
         self._metrics, self._began = metrics, time.perf_counter()
+        self._counts_prompt = counts_prompt
         self._first: float | None = None
         self._count, self._ended = 0, False
 
     def see(self, update: Update) -> None:
         metrics, now = self._metrics, time.perf_counter()
-        metrics.cached_tokens.inc(update.cached)
+        if self._counts_prompt:  # once, as in the counter of all prompt tokens
+            metrics.cached_tokens.inc(update.cached)
         if update.waited is not None:
             metrics.queue_seconds.observe(update.waited)
         if update.tokens:

@@ -20,6 +20,7 @@ from jaxspec.prompts import token_ids
 from jaxspec.serving.events import EventStream
 from jaxspec.serving.fields import BadRequest
 from jaxspec.serving.protocol import parse_body
+from jaxspec.serving.runner import EngineFailed, Runner
 from jaxspec.serving.shapes import error_body
 from jaxspec.serving.watching import Watcher
 
@@ -28,12 +29,13 @@ FIELDS = {"prompt": str, "max_tokens": int, "temperature": (int, float), "seed":
 
 
 def page_routes(
-    body: Callable[[Request], Coroutine[None, None, bytes]], watcher: Watcher
+    body: Callable[[Request], Coroutine[None, None, bytes]], watcher: Watcher, runner: Runner
 ) -> list[Route]:
     """GET / and POST /watch.
 
     Args:
       body: reads a request's body within the server's limits; raises `BadRequest`.
+      runner: answers end with an error once it is not healthy.
     """
     html = importlib.resources.files("jaxspec.serving").joinpath("page.html").read_text("utf-8")
     headers = {
@@ -67,7 +69,7 @@ def page_routes(
             busy = error_body("another answer is being watched; try later", "rate_limit_error")
             return JSONResponse(busy, 429)
         gone = threading.Event()
-        news = _started(events, watcher, gone)
+        news = _started(events, watcher, runner, gone)
         return EventStream(_until_none(news), _set_at_the_end(gone))
 
     return [Route("/", page), Route("/watch", watch, methods=["POST"])]
@@ -101,7 +103,9 @@ def read_watch(body) -> dict:
     }
 
 
-def _started(events: Iterator[dict], watcher: Watcher, gone: threading.Event) -> asyncio.Queue:
+def _started(
+    events: Iterator[dict], watcher: Watcher, runner: Runner, gone: threading.Event
+) -> asyncio.Queue:
     """A queue that a thread fills with the events, then None. The thread stops once `gone` is
     set, and releases the watcher when it ends."""
     loop, news = asyncio.get_running_loop(), asyncio.Queue()
@@ -111,6 +115,8 @@ def _started(events: Iterator[dict], watcher: Watcher, gone: threading.Event) ->
             for event in events:
                 if gone.is_set():
                     break
+                if not runner.healthy:
+                    raise EngineFailed("the engine has stopped")
                 loop.call_soon_threadsafe(news.put_nowait, event)
         except Exception as error:
             message = f"the answer could not be given: {error}"

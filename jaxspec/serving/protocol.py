@@ -27,7 +27,7 @@ STOPS = {"stop", "stop_token_ids", "ignore_eos", "min_tokens"}
 LENGTHS = {"max_tokens", "max_completion_tokens"}
 COMMON = {"model", "n", "stream", "stream_options", "logprobs", "cache_salt"}
 COMMON |= SAMPLED | PENALTIES | STOPS | LENGTHS | FORMATS
-MAX_STOPS, MAX_STOP_CHARACTERS, MAX_CHOICES = 4, 256, 128
+MAX_STOPS, MAX_STOP_CHARACTERS, MAX_CHOICES = 64, 256, 128
 CHAT = COMMON | TOOLS | {"messages", "chat_template_kwargs", "top_logprobs"}
 
 
@@ -89,9 +89,15 @@ def read_completion(
 
 
 def _grammar(
-    fields: Fields, asked: tuple[str, str] | None, grammars: Grammars
+    fields: Fields,
+    asked: tuple[str, str] | None,
+    grammars: Grammars,
+    tools: Tools | None = None,
 ) -> Grammar | None:
-    """Args: asked: the field that asks for a grammar, and the grammar's text."""
+    """Args:
+    asked: the field that asks for a grammar, and the grammar's text.
+    tools: whose grammar it is, if it is that of tools.
+    """
     if asked is None:
         return None
     field, text = asked
@@ -104,6 +110,8 @@ def _grammar(
     try:
         return grammars.of(text)
     except ValueError as error:
+        if tools is not None:
+            tools.check(grammars)
         raise BadRequest(f"{field} cannot be used: {error}", field) from error
 
 
@@ -140,7 +148,7 @@ def read_chat(body: Any, target: Target, config: EngineConfig, grammars: Grammar
         if top:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
         top = None
-    grammar = _grammar(fields, asked, grammars)
+    grammar = _grammar(fields, asked, grammars, tools)
     own = dict(default=None, top=top, grammar=grammar, tools=tools is not None)
     return _asked(fields, [prompt], target, config, **own)
 

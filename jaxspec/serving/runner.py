@@ -79,7 +79,7 @@ class Runner:
         """Args:
         engine: after `warm_up` or `open`. After `open` the remaining programs are compiled
           while it serves, and step times are measured while it is idle.
-        on_curve: called with the measured step times.
+        on_curve: called with the measured step times; an OSError becomes a warning.
         """
         self.engine, self._on_curve = engine, on_curve
         self.on_step: Callable[[float, int], object] = lambda seconds, tokens: None
@@ -207,7 +207,10 @@ class Runner:
             return False
         curve = self.engine.ready.curve
         if self._on_curve is not None and curve is not None:
-            self._on_curve(curve)
+            try:
+                self._on_curve(curve)
+            except OSError as error:
+                log.warning("step times are not kept, the next start measures again: %s", error)
         return True
 
     def _give_out(self, updates: list[Update]) -> None:

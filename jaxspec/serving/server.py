@@ -91,7 +91,7 @@ def application(
     if page:
         engine = runner.engine
         watcher = Watcher(target, engine.drafter, engine.config.room)
-        routes += page_routes(service.body, watcher)
+        routes += page_routes(service.body, watcher, runner)
     return Starlette(
         routes=routes,
         middleware=access.middleware(),
@@ -269,7 +269,10 @@ class _Service:
             self.metrics.refused("error")
             raise
         self.metrics.prompt_tokens.inc(asked.prompt_tokens)
-        choices = [Choice(ticket, self.metrics.follow()) for ticket in submitted]
+        choices = [
+            Choice(ticket, self.metrics.follow(counts_prompt=i % asked.choices == 0))
+            for i, ticket in enumerate(submitted)
+        ]
         for choice in choices:  # those not ended when the client disconnects
             tickets.callback(choice.watch.end, "disconnected")
         kind = "chatcmpl" if chat else "cmpl"

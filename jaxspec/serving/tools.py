@@ -6,7 +6,8 @@ A call has the form of Qwen3's chat template::
     {"name": "weather", "arguments": {"city": "Rome"}}
     </tool_call>
 
-Its arguments always match the tool's schema.
+Its arguments match the tool's schema: all of it if the tool is strict, else what llguidance
+supports of it, so that one tool's schema does not make all others unusable.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from jaxspec.answer_text import overlap
 from jaxspec.serving.fields import BadRequest, Fields
 from jaxspec.serving.formats import lark_json, lark_text
+from jaxspec.serving.grammars import Grammars
 
 TOOLS = {"tools", "tool_choice", "parallel_tool_calls"}
 OPEN, CLOSE = "<tool_call>", "}\n</tool_call>"
@@ -33,18 +36,50 @@ TEXT: /(.|\n)*/ & ~/(.|\n)*<tool_call>(.|\n)*/
 
 
 @dataclasses.dataclass(frozen=True)
+class Tool:
+    """A function that answers may call.
+
+    Attributes:
+      schema: JSON schema of its arguments.
+      strict: whether keywords of the schema that llguidance does not support are refused; they
+        are ignored otherwise.
+      path: of the tool in the body.
+    """
+
+    name: str
+    schema: dict
+    strict: bool = False
+    path: str = "tools"
+
+
+@dataclasses.dataclass(frozen=True)
 class Tools:
     """The tools of a request.
 
     Attributes:
       offered: the tools as they were sent, for the chat template.
+      callable: those that the answer may call.
       grammar: text of the grammar of answers.
       free: whether the answer may contain no call.
     """
 
     offered: tuple[dict, ...]
+    callable: tuple[Tool, ...]
     grammar: str
     free: bool
+
+    def check(self, grammars: Grammars) -> None:
+        """Raises BadRequest for the first tool whose schema cannot be used."""
+        for tool in self.callable:
+            try:
+                grammars.of(calls_text([tool], free=False, several=False))
+            except ValueError as error:
+                remedy = "leave out strict, or " if tool.strict else ""
+                raise BadRequest(
+                    f"{tool.path}.function.parameters ({tool.name!r}) cannot be used: {error}; "
+                    f"{remedy}simplify the schema",
+                    "tools",
+                ) from error
 
 
 def read_tools(fields: Fields) -> Tools | None:
@@ -53,26 +88,26 @@ def read_tools(fields: Fields) -> Tools | None:
     offered = fields.get("tools", [])
     if not isinstance(offered, list) or len(offered) > MAX_TOOLS:
         raise BadRequest(f"tools must be a list of up to {MAX_TOOLS} tools", "tools")
-    schemas = {}
-    for i, tool in enumerate(offered):
-        name, schema = _tool(tool, f"tools[{i}]")
-        if name in schemas:
-            raise BadRequest(f"tools has {name!r} twice", "tools")
-        schemas[name] = schema
+    tools: dict[str, Tool] = {}
+    for i, each in enumerate(offered):
+        tool = _tool(each, f"tools[{i}]")
+        if tool.name in tools:
+            raise BadRequest(f"tools has {tool.name!r} twice", "tools")
+        tools[tool.name] = tool
     several = fields.flag("parallel_tool_calls", True)
     choice = fields.get("tool_choice", "auto")
-    named = _named(choice, schemas)
-    if choice == "none" or (choice == "auto" and not schemas):
+    named = _named(choice, tools)
+    if choice == "none" or (choice == "auto" and not tools):
         return None
-    if not schemas:
+    if not tools:
         raise BadRequest("tool_choice asks for a call, but tools is empty", "tool_choice")
-    callable_ = {named: schemas[named]} if named else schemas
+    callable_ = (tools[named],) if named else tuple(tools.values())
     free = choice == "auto"
     grammar = calls_text(callable_, free=free, several=several and not named)
-    return Tools(tuple(offered), grammar, free)
+    return Tools(tuple(offered), callable_, grammar, free)
 
 
-def _tool(tool: Any, where: str) -> tuple[str, dict]:
+def _tool(tool: Any, where: str) -> Tool:
     fields = Fields(tool, {"type", "function"}, {}, within=where)
     if fields.get("type", None) != "function":
         raise BadRequest(f"{where}.type must be 'function'", "tools")
@@ -82,43 +117,41 @@ def _tool(tool: Any, where: str) -> tuple[str, dict]:
         raise BadRequest(f"{where}.function.name must match {NAME.pattern}", "tools")
     if not isinstance(schema, dict):
         raise BadRequest(f"{where}.function.parameters must be a JSON schema", "tools")
-    own.flag("strict", None)  # arguments keep to the schema in any case
-    return name, {"type": "object"} | schema
+    return Tool(name, {"type": "object"} | schema, own.flag("strict"), where)
 
 
-def _named(choice: Any, schemas: dict[str, dict]) -> str | None:
+def _named(choice: Any, tools: dict[str, Tool]) -> str | None:
     if choice in ("none", "auto", "required"):
         return None
     name = None
     if isinstance(choice, dict) and choice.get("type") == "function":
         fields = Fields(choice, {"type", "function"}, {}, within="tool_choice")
         name = fields.part("function", {"name"}).get("name", None)
-        if isinstance(name, str) and name in schemas:
+        if isinstance(name, str) and name in tools:
             return name
-        raise BadRequest(
-            f"tool_choice names {name!r}; tools have {list(schemas)}", "tool_choice"
-        )
+        raise BadRequest(f"tool_choice names {name!r}; tools have {list(tools)}", "tool_choice")
     raise BadRequest(
         f"tool_choice is {choice!r}; expected none, auto, required or one of the tools",
         "tool_choice",
     )
 
 
-def calls_text(schemas: dict[str, dict], *, free: bool, several: bool) -> str:
+def calls_text(tools: Sequence[Tool], *, free: bool, several: bool) -> str:
     """The text of the grammar of answers with calls.
 
     Args:
-      schemas: schemas of the arguments, by tool name.
+      tools: those that may be called.
       free: any text may come before the calls, or instead of them.
       several: there may be more than one call.
     """
     more = f"({lark_text(chr(10) + OPEN)} call)*" if several else ""
     start = f"TEXT | lead call {more}" if free else f"{lark_text(OPEN)} call {more}"
     rules = [f"start: {start}", ANYTHING if free else ""]
-    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(schemas))))
-    for i, (name, schema) in enumerate(schemas.items()):
-        head = lark_text(f'\n{{"name": "{name}", "arguments": ')
-        rules.append(f"call_{i}: {head} {lark_json(schema, 'tools')} {lark_text(CLOSE)}")
+    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
+    for i, tool in enumerate(tools):
+        head = lark_text(f'\n{{"name": "{tool.name}", "arguments": ')
+        arguments = lark_json(tool.schema, "tools", lenient=not tool.strict)
+        rules.append(f"call_{i}: {head} {arguments} {lark_text(CLOSE)}")
     return "\n".join(rules)
 
 
@@ -134,6 +167,8 @@ class CallReader:
 
     def add(self, text: str, *, last: bool = False) -> tuple[str, list[dict]]:
         """The new plain text, and the new parts of calls as a stream's `tool_calls`.
+
+        There is one part per call: the `openai` package joins only parts of different chunks.
 
         Args: last: no text comes after this one.
         """
@@ -177,7 +212,9 @@ class CallReader:
         at = self._held.find(CLOSE)
         keep = 0 if last else overlap(self._held, CLOSE)
         cut = at if at >= 0 else len(self._held) - keep
-        if cut:
+        if cut and calls:  # the last of them is this call's
+            calls[-1]["function"]["arguments"] += self._held[:cut]
+        elif cut:
             function = {"arguments": self._held[:cut]}
             calls.append({"index": self.count - 1, "function": function})
         self._held = self._held[cut + (len(CLOSE) if at >= 0 else 0) :]

@@ -1,6 +1,7 @@
 """Step times: measured, stored, and refused when they say nothing."""
 
 import dataclasses
+import pathlib
 
 import pytest
 
@@ -23,6 +24,17 @@ def test_it_is_stored_and_loaded(tmp_path):
     times = found.times(2)
     assert times.totals.tolist() == [2, 4] and times.per_row.tolist() == [1, 2]
     assert times.seconds.tolist() == pytest.approx([0.011, 0.025])
+
+
+def test_a_curve_that_is_half_written_is_not_there(tmp_path, monkeypatch):
+    def full(path, text, **options):
+        path.write_bytes(text[:9].encode())
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        CURVE.save(tmp_path / "curve.json")
+    assert not (tmp_path / "curve.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,8 @@ def exchange(port, method, **headers):
 
 
 ASKED = dict(
-    Access_Control_Request_Method="POST", Access_Control_Request_Headers="authorization"
+    Access_Control_Request_Method="POST",
+    Access_Control_Request_Headers="authorization,content-type,x-stainless-lang",
 )
 
 
@@ -77,6 +78,7 @@ def test_pages_of_named_origins_may_read(guarded):
     asked = exchange(guarded, "OPTIONS", Origin="https://chat.example", **ASKED)
     assert asked.startswith("http/1.1 200")
     assert "access-control-allow-origin: https://chat.example" in asked
+    assert "access-control-allow-headers: authorization,content-type,x-stainless-lang" in asked
     read = exchange(guarded, "GET", Origin="https://chat.example", **KEY)
     assert "access-control-allow-origin: https://chat.example" in read
 

@@ -67,6 +67,10 @@ def test_confidence_scores_chains_where_there_is_a_head(folder):
         assert with_survival(engines.DRAFTERS[name]) is engines.DRAFTERS[name]
 
 
+def never(*_, **__):
+    raise AssertionError("nothing may be loaded or computed before this is refused")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -74,10 +78,16 @@ def test_confidence_scores_chains_where_there_is_a_head(folder):
         (["serve", "--body-bytes", "0"], "Limits.body_bytes is 0"),
         (["serve", "--api-key", ""], "the API key must be ASCII and not empty"),
         (["serve", "--drain-seconds", "-1"], "--drain-seconds is -1.0"),
+        (["serve", "--drain-seconds", "inf"], "--drain-seconds is inf"),
+        (["serve", "--slots", "0"], "EngineConfig.slots is 0; expected at least 1"),
+        (["serve", "--prefix-cache-mb", "-1"], "EngineConfig.prefix_cache_mb is -1.0"),
+        (["serve", "--curve", "/nowhere/curve.json"], "--curve /nowhere/curve.json cannot be"),
+        (["serve", "--curve", f"{__file__}/curve.json"], "expected a path in a folder that"),
         (["calibrate", "--drafter", "x", "--prompts", "/nowhere"], "cannot read /nowhere"),
     ],
 )
-def test_bad_options(arguments, message, capsys):
+def test_bad_options(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("jaxspec.load_target", never)
     assert main(arguments) == BAD_INPUT
     assert message in capsys.readouterr().err
 
@@ -112,10 +122,6 @@ def test_others_without_a_key_are_warned_of(arguments, key, warned, monkeypatch,
     assert main(["serve", "--port", "0", "--target", "nothing", *arguments]) == BAD_INPUT
     said = "warning: --host 0.0.0.0 may be reached by others" in capsys.readouterr().err
     assert said == warned
-
-
-def never(*_, **__):
-    raise AssertionError("nothing may be computed before this is refused")
 
 
 def test_a_target_without_a_tokenizer_is_refused_before_anything_is_compiled(

@@ -339,6 +339,21 @@ def test_step_times_are_measured_while_nobody_asks(monkeypatch):
         runner.close()
 
 
+def test_step_times_that_cannot_be_kept_are_used_and_told_of(monkeypatch, tmp_path):
+    told = queue.Queue()
+    monkeypatch.setattr("jaxspec.serving.runner.log.warning", lambda *text: told.put(text))
+    monkeypatch.setattr(programs.Programs, "turn", lambda self: {1: [0.01, 0.03]})
+    engine = Engine(tiny.target(), engines.LOOKUP, one_row())
+    engine.open()
+    runner = Runner(engine, lambda curve: curve.save(tmp_path / "nowhere" / "curve.json"))
+    try:
+        message, error = told.get(timeout=60)
+        assert "step times are not kept" in message and isinstance(error, FileNotFoundError)
+        assert runner.healthy and engine.ready.curve.seconds == {1: [0.01, 0.03]}
+    finally:
+        runner.close()
+
+
 def test_step_times_of_no_use_are_not_used(monkeypatch):
     """They say that nodes cost nothing."""
     monkeypatch.setattr(programs.Programs, "turn", lambda self: {1: [0.01, 0.01]})

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import pathlib
 import warnings
 
 import jax
@@ -145,6 +146,27 @@ def test_a_damaged_file_is_made_again(tmp_path, damage):
         result, kept = next_process(folder)
     assert kept.compiled == 1 and equal(result, made)
     assert next_process(folder)[1].loaded == 1
+
+
+def refuse(*_, **__):
+    raise PermissionError("not permitted")
+
+
+def test_a_folder_that_cannot_be_written_is_read(tmp_path, monkeypatch):
+    folder = tmp_path / "programs"
+    made, _ = run(KeptPrograms(folder))
+    monkeypatch.setattr(pathlib.Path, "touch", refuse)
+    result, kept = next_process(folder)
+    assert kept.loaded == 1 and equal(result, made)
+
+
+def test_a_file_that_cannot_be_read_is_made_again(tmp_path, monkeypatch):
+    folder = tmp_path / "programs"
+    monkeypatch.setattr(kept_programs, "_sources", lambda: "the same")
+    made, _ = run(KeptPrograms(folder))
+    monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
+    result, kept = next_process(folder)
+    assert kept.compiled == 1 and equal(result, made)
 
 
 def test_a_folder_that_others_can_write_is_not_used(tmp_path):

@@ -18,6 +18,8 @@ def test_counts():
     runner.on_step(0.3, 4)
     stats = DecodeStats((1, 4, 2, 1), nodes=20)
     metrics.follow().see(Update(0, (1, 2), "length", stats, cached=32, waited=0.3))
+    further = metrics.follow(counts_prompt=False)
+    further.see(Update(2, (), "cancelled", cached=32))  # another choice of the same prompt
     watch = metrics.follow()
     watch.see(Update(1, (), "cancelled"))
     watch.end("stop")

@@ -173,7 +173,7 @@ BAD = [
     ({"prompt": "a", "max_tokens": 1e9}, 400, "must be an integer"),
     ({"prompt": "a", "max_tokens": 10**9}, 400, "max_tokens is 1000000000; expected 1"),
     ({"prompt": "a" * 100}, 400, "allows 60 with the answer"),
-    ({"prompt": "a", "stop": ["x"] * 5}, 400, "stop must be up to 4"),
+    ({"prompt": "a", "stop": ["x"] * 65}, 400, "stop must be up to 64"),
     ({"prompt": "a", "stream": 1}, 400, "stream must be true or false"),
     ({"prompt": "a", "seed": 1.5}, 400, "seed must be an integer, not 1.5"),
     ({"prompt": "a", "top_p": 2}, 400, "top_p is 2.0; expected more than 0"),

@@ -10,7 +10,9 @@ import pydantic
 import pytest
 
 from jaxspec.serving.connections import Limits
-from jaxspec.serving.tools import CallReader, calls_text, joined_calls
+from jaxspec.serving.fields import Fields
+from jaxspec.serving.tools import TOOLS as FIELDS
+from jaxspec.serving.tools import CallReader, Tool, calls_text, joined_calls, read_tools
 from tests.serving import servers, structured
 
 TURN = [{"role": "user", "content": "hello"}]
@@ -172,8 +174,8 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_
     ],
 )
 def test_calls_in_free_answers_keep_to_their_schemas(text, fits):
-    schemas = {"weather": PARAMETERS, "clock": {"type": "object"}}
-    matcher = structured.grammars().of(calls_text(schemas, free=True, several=True)).matcher()
+    tools = [Tool("weather", PARAMETERS), Tool("clock", {"type": "object"})]
+    matcher = structured.grammars().of(calls_text(tools, free=True, several=True)).matcher()
     for token in [*structured.tokenizer().encode(text), 0]:
         if not matcher.allowed[token // 32] >> (token % 32) & 1:
             assert not fits
@@ -188,6 +190,7 @@ def test_calls_are_read_from_any_pieces(step):
     reader, said, calls = CallReader(), "", []
     for at in range(0, len(text), step):
         more, found = reader.add(text[at : at + step], last=at + step >= len(text))
+        assert len({call["index"] for call in found}) == len(found)
         said, calls = said + more, calls + found
     assert said == "Let me see." and reader.count == 2
     found = [call["function"] for call in joined_calls(calls)]
@@ -201,6 +204,22 @@ def test_calls_are_read_from_any_pieces(step):
 @pytest.mark.parametrize("text", ["a < b", "ends with <tool_", "x\n"])
 def test_what_is_no_call_is_said(text):
     assert CallReader().add(text, last=True) == (text, [])
+
+
+def tool(schema, **options):
+    own = {"name": "run", "parameters": {"type": "object", "properties": {"a": schema}}}
+    return {"type": "function", "function": own | options}
+
+
+RECORD = {"propertyNames": {"type": "string"}, "additionalProperties": {"type": "string"}}
+EITHER = {"oneOf": [{"properties": {name: {"type": "string"}}} for name in "xy"]}
+SOME = {"type": "array", "uniqueItems": True, "contains": {"type": "string"}}
+
+
+@pytest.mark.parametrize("schema", [RECORD, EITHER, SOME, {"not": {}}, {"format": "binary"}])
+def test_one_tools_schema_does_not_make_the_others_unusable(schema):
+    offered = read_tools(Fields({"tools": [CLOCK, tool(schema)]}, FIELDS))
+    structured.grammars().of(offered.grammar)
 
 
 REGEX = {"type": "regex"}
@@ -228,6 +247,13 @@ REFUSED = [
     (dict(tools=TOOLS, guided_regex="a"), "tools exclude guided_regex"),
     (dict(tools=[WEATHER, WEATHER]), "tools has 'weather' twice"),
     (dict(tools=[{"type": "custom"}]), "tools[0].type must be 'function'"),
+    (
+        dict(tools=[CLOCK, tool(RECORD, strict=True)]),
+        "tools[1].function.parameters ('run') cannot be used: failed to compile JSON schema: "
+        'Unimplemented keys: ["propertyNames"]; leave out strict, or simplify the schema',
+    ),
+    (dict(tools=[tool({"pattern": "(?!x)"}), CLOCK]), "tools[0].function.parameters ('run')"),
+    (dict(tools=[tool({}, strict=1)]), "strict must be true or false"),
     (dict(tools=TOOLS, tool_choice="any"), "tool_choice is 'any'"),
     (dict(tool_choice="required"), "tools is empty"),
     (
@@ -254,7 +280,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("body", "message"), REFUSED)
 def test_what_is_refused(port, body, message):
-    assert message in refused(port, body)
+    found = refused(port, body)
+    assert message in found and "%json" not in found and " | " not in found
 
 
 def refused(port, body) -> str:

@@ -2,6 +2,9 @@
 
 import json
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
@@ -128,6 +131,25 @@ def test_one_watches_at_a_time_until_it_has_gone(server):
         statuses.append(servers.post(server, "/watch", body())[0])
         assert len(statuses) < 1000
     assert statuses[-1] == 200
+
+
+def test_a_watched_answer_ends_with_the_drain(monkeypatch):
+    begun = threading.Event()
+
+    def endless(*_, **__):
+        while True:
+            begun.set()
+            yield {"kind": "round"}
+            time.sleep(0.02)
+
+    monkeypatch.setattr(Watcher, "events", endless)
+    with ThreadPoolExecutor(1) as threads:
+        with servers.serve(limits=Limits(), drain_seconds=0.2) as (port, _):
+            asked = threads.submit(servers.post, port, "/watch", body())
+            assert begun.wait(10)
+        status, text = asked.result()
+    assert status == 200 and text.endswith("data: [DONE]\n\n")
+    assert "the engine has stopped" in text
 
 
 def test_the_page_is_whole_and_runs_nothing_else(server):

@@ -1,0 +1,76 @@
+"""The pieces of one choice: stop texts, echoes, log-probabilities, calls and why it ends."""
+
+import pytest
+
+from jaxspec.serving.answering import ChoiceReader, Stuck
+from jaxspec.serving.protocol import Asked
+from jaxspec.serving.requests import Request, TokenLogProb, Update
+from tests.serving import servers, structured
+
+
+def reader(tokenizer=None, *, choice=0, chat=False, logprobs=None, **options) -> ChoiceReader:
+    request = Request((1,), 9, logprobs=logprobs)
+    usual = dict(requests=(request,), prompt_tokens=1, stops=(), stream=False, echo=("",))
+    asked = Asked(**usual | options)
+    return ChoiceReader(asked, choice, tokenizer or servers.tokenizer(), chat=chat)
+
+
+def laws(*tokens):
+    return tuple(TokenLogProb(token, -1.0, ()) for token in tokens)
+
+
+def test_a_stop_text_cuts_text_counts_and_log_probabilities():
+    """Tokens 1, 2 and 3 are a, b and c; the a may begin the stop text."""
+    one = reader(stops=("ab",), logprobs=0)
+    first = one.read(Update(0, (3, 1), logprobs=laws(3, 1), cached=16))
+    assert (first.text, first.tokens, first.finish, first.cached) == ("c", 2, None, 16)
+    assert first.logprobs["tokens"] == ["c", "a"] and not one.stopped
+    second = one.read(Update(0, (2, 3, 3), logprobs=laws(2, 3, 3)))
+    assert (second.text, second.tokens, second.cached) == ("", 3, 16)
+    assert second.logprobs["tokens"] == ["b"] and one.stopped
+    last = one.read(Update(0, (3,), "cancelled", logprobs=laws(3)))
+    assert (last.text, last.tokens, last.finish, last.logprobs) == ("", 3, "stop", None)
+
+
+def test_what_may_have_begun_a_stop_text_is_given_at_the_end():
+    found = reader(stops=("ab",)).read(Update(0, (3, 1), "length"))
+    assert (found.text, found.finish) == ("ca", "length")
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_an_echo_comes_first_and_once(silent):
+    one = reader(echo=("ab",), silent=silent, logprobs=0)
+    first = one.read(Update(0, (3,), prompt_logprobs=laws(1, 2), logprobs=laws(3)))
+    assert first.text == ("ab" if silent else "abc")
+    assert first.logprobs["tokens"] == (["a", "b"] if silent else ["a", "b", "c"])
+    last = one.read(Update(0, (0,), "stop"))
+    assert (last.text, last.finish) == ("", "length" if silent else "stop")
+
+
+@pytest.mark.parametrize("choice", [1, 2])
+def test_each_prompt_has_its_own_echo(choice):
+    """Two choices of two prompts."""
+    requests = tuple(Request((1,), 9, seed=seed) for seed in range(4))
+    one = reader(requests=requests, echo=("a", "b"), choice=choice)
+    found = one.read(Update(0, (3,)))
+    assert (found.choice, found.text) == (choice, {1: "ac", 2: "bc"}[choice])
+
+
+@pytest.mark.parametrize(("ended", "finish"), [("stop", "tool_calls"), ("length", "length")])
+def test_calls_are_not_text(ended, finish):
+    tokenizer = structured.tokenizer()
+    text = 'so\n<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+    found = reader(tokenizer, tools=True).read(Update(0, tuple(tokenizer.encode(text)), ended))
+    assert (found.text, found.finish) == ("so", finish)
+    assert [call["function"] for call in found.calls] == [{"name": "clock", "arguments": "{}"}]
+
+
+def test_an_answer_without_calls_ends_as_others():
+    tokenizer = structured.tokenizer()
+    found = reader(tokenizer, tools=True).read(Update(0, tuple(tokenizer.encode("so")), "stop"))
+    assert (found.text, found.finish, found.calls) == ("so", "stop", [])
+
+
+def test_an_answer_that_is_stuck():
+    with pytest.raises(Stuck, match="cannot go on in its format: no token"):
+        reader().read(Update(0, (1,), "stuck", failure="no token"))
