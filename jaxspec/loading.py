@@ -70,11 +70,12 @@ def load_drafter(
     Args:
       spec: "none" (plain decoding), "ngram" (prompt lookup), "mtp" (the multi-token-prediction
         layer in the target's checkpoint), "small:NAME" (a small model with the same vocabulary,
-        loaded as a target), "python:MODULE:FUNCTION" (your own, `drafters.registry.Factory`),
-        "shipped" (the trained drafter for the default target), or the folder or hub name of a
-        trained drafter ("repo::subfolder" too). "+ngram" after one of the last five joins
-        prompt lookup.
-      tree: the kind and size of tree to draft; a chain by default.
+        loaded as a target), "python:MODULE:FUNCTION" (your own, `drafters.registry.Factory`, of
+        the current folder or an installed package), "shipped" (the trained drafter for the
+        default target), or the folder or hub name of a trained drafter ("repo::subfolder"
+        too). "NAME+ngram" adds prompt lookup to any but the first two.
+      tree: the kind and size of tree to draft. Without it and `nodes`, the factory's default:
+        for trained drafters a chain of 16 nodes. `jaxspec.generate` loads a name with nodes=8.
       nodes: nodes of the tree, root included, instead of `tree`. The kind is then chosen:
         path_conditioned for EAGLE-3, MTP and drafters with a sequential head, else a chain.
       dtype: of the drafter's weights; the target's by default.
