@@ -133,10 +133,12 @@ def evaluate(
     """Compares decoders on prompts, as `python -m jaxspec evaluate` does.
 
     Args:
-      target: loaded, or a name; a name is loaded in every dtype that the decoders ask for.
+      target: loaded, or a name; a name is loaded in every dtype that the decoders ask for,
+        float32 by default.
       decoders: by name, a decoder as after NAME= on the command line
-        ("shipped+ngram,tree=path_conditioned,budget=16"), or a loaded drafter, whose whole tree
-        is verified. With a loaded target, all have its dtype.
+        ("shipped+ngram,tree=path_conditioned,budget=16"; see `Contender.parse` for defaults),
+        or a loaded drafter, whose whole tree is verified. With a loaded target, all have its
+        dtype.
       prompts: of one set, or of several by name; as for `jaxspec.generate`.
       temperatures: 0 is greedy.
       top_k, top_p, min_p: filters of sampled answers, see `Sampling`.
