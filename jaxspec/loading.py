@@ -25,6 +25,8 @@ from jaxspec.models.target import Target
 from jaxspec.settings import own_settings
 from jaxspec.sharding import mesh_of, place
 
+NODES = 8  # nodes per tree of a drafter given by name
+
 
 @own_settings()
 def load_target(
@@ -100,6 +102,22 @@ def load_drafter(
     if not any(rules.values()):
         return loaded if nodes is None else change_drafter(loaded, _branching)
     return change_drafter(loaded, functools.partial(_end_chains, spec=spec, rules=rules))
+
+
+def as_drafter(target: Target, drafter: LoadedDrafter | str) -> LoadedDrafter:
+    """A loaded drafter as it is; a name loaded with trees of `NODES` nodes.
+
+    Raises:
+      ValueError: it is neither, or `load_drafter` raises it.
+    """
+    if isinstance(drafter, str):
+        return load_drafter(drafter, target, nodes=NODES)
+    if not isinstance(drafter, LoadedDrafter):
+        raise ValueError(
+            f"drafter is {drafter!r}; expected a name or the result of load_drafter. Wrap your "
+            "own: LoadedDrafter(drafter, params)"
+        )
+    return drafter
 
 
 def named_target(spec: str) -> str | None:

@@ -19,7 +19,7 @@ from jaxspec.evaluation.contenders import Contender, Entry, entry_of, load_entri
 from jaxspec.evaluation.report import markdown
 from jaxspec.evaluation.results import Done, Rounds, Row, RunSettings, append
 from jaxspec.evaluation.view import View
-from jaxspec.loading import load_target
+from jaxspec.loading import as_drafter, load_target
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.settings import own_settings
@@ -221,7 +221,7 @@ def machine() -> dict[str, Any]:
 def _entries(target: Target | str, decoders: Mapping[str, str | LoadedDrafter]) -> list[Entry]:
     loaded = isinstance(target, Target)
     dtype = str(target.params.embed.dtype) if loaded else "float32"
-    if not loaded and any(isinstance(x, LoadedDrafter) for x in decoders.values()):
+    if not loaded and not all(isinstance(x, str) for x in decoders.values()):
         raise ValueError(
             f"target is the name {target!r}, but a drafter is loaded already; give its loaded "
             "target"
@@ -229,10 +229,10 @@ def _entries(target: Target | str, decoders: Mapping[str, str | LoadedDrafter]) 
     named = {
         name: Contender.parse(f"{name}={text}", dtype=dtype)
         for name, text in decoders.items()
-        if not isinstance(text, LoadedDrafter)
+        if isinstance(text, str)
     }
     found = {entry.contender.name: entry for entry in load_entries(target, named.values())}
     return [
-        found[name] if name in found else entry_of(name, target, drafter)
+        found[name] if name in found else entry_of(name, target, as_drafter(target, drafter))
         for name, drafter in decoders.items()
     ]

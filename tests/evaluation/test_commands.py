@@ -126,6 +126,7 @@ def test_filters_hold_at_every_temperature(file):
         ({}, {}, "nothing to compare: give at least one decoder and one prompt"),
         ({"a": "ngram,dtype=bfloat16"}, {}, "'a' asks for bfloat16, but the target was loaded"),
         ({"a": tiny.RANDOM}, {}, "RandomTrees.* has a fixed tree"),
+        ({"a": tiny.RANDOM.drafter}, {}, "drafter is RandomTrees.* LoadedDrafter.drafter, par"),
         ({"a": "ngram"}, dict(max_new_tokens=1), "max_new_tokens is 1; expected at least 2"),
         ({"a": "ngram"}, dict(budgets=(0,)), "budgets is 0; expected at least 1"),
         ({"a": "ngram"}, dict(max_new_tokens=512), "need 5.* positions; the target has 512"),
