@@ -5,8 +5,9 @@
 Three tables: tokens per second and tau per prompt set and decoder; what each phase of a round
 costs; what verifying n nodes costs. Decoders take turns on each prompt. Without a trained
 drafter, block drafters have random weights: their phases cost the same, but their tau is
-meaningless and not shown. PyTorch's `transformers` takes part if it is installed (extra
-'parity'). `python -m jaxspec evaluate` compares trained drafters in full.
+meaningless and not shown. The questions are a few of our own, or with `--folder` those of the
+evaluation (examples/shipped_drafter/README.md). PyTorch's `transformers` takes part if it is
+installed (extra 'parity'). `python -m jaxspec evaluate` compares trained drafters in full.
 """
 
 import argparse
@@ -36,8 +37,20 @@ from jaxspec.results import Completion
 from jaxspec.training.recipe import PRESETS, drafter_config
 
 TARGET, HALF = "smollm2-135m", "bfloat16"
-PROMPTS = Path(__file__).parents[1].parent / "shared" / "prompts"
 SETS = ("gsm8k", "humaneval", "mt-bench")
+QUESTIONS = (
+    "Write a Python function that reverses a list.",
+    "Why is the sky blue?",
+    "A train leaves at 9:40 and arrives at 12:15. How long does the journey take?",
+    "Repeat this sentence three times: the quick brown fox jumps over the lazy dog.",
+)
+
+
+def prompts(folder: Path | None, count: int) -> dict[str, list[str]]:
+    """The questions by set, `count` of each."""
+    if folder is None:
+        return {"questions": spread(list(QUESTIONS), count)}
+    return {name: spread(read_prompts(folder / f"{name}.jsonl"), count) for name in SETS}
 
 
 def untrained(target: Target, half: Target) -> list[Entry]:
@@ -116,20 +129,23 @@ def torch_run(path, max_new_tokens: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=4, help="per set")
-    parser.add_argument("--folder", type=Path, default=PROMPTS, help="holds gsm8k.jsonl, …")
+    parser.add_argument("--folder", type=Path, help=f"of {', '.join(SETS)} as .jsonl files")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--drafter", help="a trained one; random weights by default")
     parser.add_argument("--output", type=Path, help="also write the results here, JSON lines")
     args = parser.parse_args()
 
+    try:
+        texts = prompts(args.folder, args.prompts)
+    except ValueError as error:
+        parser.error(str(error))
     jaxspec.enable_compilation_cache()
     target = jaxspec.load_target(TARGET)
     half = jaxspec.load_target(TARGET, dtype=HALF)
     plain, blocks = untrained(target, half), block_drafters(target, args.drafter)
     torch = torch_run(checkpoints.target_path(TARGET), args.max_new_tokens)
-    texts = {name: read_prompts(args.folder / f"{name}.jsonl") for name in SETS}
     sets = {
-        name: as_token_ids(target, spread(rows, args.prompts), raw=False, thinking=None)
+        name: as_token_ids(target, rows, raw=False, thinking=None)
         for name, rows in texts.items()
     }
     rows = [

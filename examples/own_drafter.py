@@ -2,7 +2,7 @@
 
 Used by name, with nothing of jaxspec changed:
 
-python -m jaxspec generate --drafter python:examples.own_drafter:followers --prompt "Hi!"
+jaxspec generate --drafter python:examples.own_drafter:followers --prompt "Hi!"
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from jaxspec.decoding.stats import DecodeStats
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.interrupts import postponed
-from jaxspec.loading import load_drafter
+from jaxspec.loading import as_drafter
 from jaxspec.models.target import Target
 from jaxspec.pace import Pace
 from jaxspec.prompts import Prompt, as_token_ids
@@ -36,7 +36,6 @@ from jaxspec.results import Completion, Finish, Interrupted
 from jaxspec.settings import own_settings, own_settings_between_yields
 
 CALL_SECONDS = 0.25  # target duration of one device call, which a Ctrl-C has to wait for
-NODES = 8  # nodes per tree of a drafter given by name
 
 
 @own_settings()
@@ -69,7 +68,7 @@ def generate(
         becomes a user's turn in the chat template, unless `raw`; a conversation is a list of
         messages {"role": …, "content": …}.
       drafter: from `load_drafter`, or its name there: it is then loaded in each call, with
-        trees of `NODES` nodes of the kind that suits it best. Plain decoding by default.
+        trees of 8 nodes of the kind that suits it best. Plain decoding by default.
       stop: texts that end an answer. The answer's text is cut before the first of them; its
         tokens end with the one that completes it.
       sampling: one for all prompts or one per prompt.
@@ -97,7 +96,7 @@ def generate(
     """
     prompts = as_token_ids(target, prompts, raw=raw, thinking=thinking)
     stops = _stop_texts(target, stop)
-    drafter = _drafter(target, drafter)
+    drafter = as_drafter(target, drafter)
     decoder, params = decoder_for(target, drafter, implementation, rejection)
     pace, batch = None, min(batch_size, len(prompts))
     if isinstance(budget, Pace):
@@ -149,11 +148,6 @@ def generate(
         if not whole:
             raise Interrupted(completions)
     return completions
-
-
-def _drafter(target: Target, drafter: LoadedDrafter | str) -> LoadedDrafter:
-    by_name = isinstance(drafter, str)
-    return load_drafter(drafter, target, nodes=NODES) if by_name else drafter
 
 
 def _stop_texts(target: Target, stop: str | Sequence[str]) -> tuple[str, ...]:
@@ -273,7 +267,7 @@ def stream(
             f"target {target.name!r} has no tokenizer; use generate with token ids"
         )
     prompts = as_token_ids(target, [prompt], raw=raw, thinking=thinking)
-    stops, drafter = _stop_texts(target, stop), _drafter(target, drafter)
+    stops, drafter = _stop_texts(target, stop), as_drafter(target, drafter)
     decoder, params = decoder_for(target, drafter, implementation, rejection)
     requests = pack(
         decoder,
@@ -301,22 +295,46 @@ def stream(
         state = decode(decoder, params, state, requests.sampling, np.int32(rounds))
 
 
-def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> int:
-    """Compiles what `generate(target, prompts, **options)` will run; decodes one round.
+def warm_up(
+    target: Target,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    drafter: LoadedDrafter | str = PLAIN,
+    max_new_tokens: int = 256,
+    stop: str | Sequence[str] = (),
+    sampling: Sampling | Sequence[Sampling] = Sampling(),
+    seed: int | Sequence[int] = 0,
+    budget: int | Pace | None = None,
+    batch_size: int = 8,
+    capacity: int | None = None,
+    raw: bool = False,
+    thinking: bool | None = None,
+    rejection: bool = False,
+    implementation: str | None = None,
+) -> int:
+    """Compiles what `generate` will run with the same arguments; decodes one round.
 
     Returns:
       The capacity. Pass it to `generate` to run the same programs on part of the prompts.
     """
-    raw, thinking = options.pop("raw", False), options.pop("thinking", None)
     rows = as_token_ids(target, prompts, raw=raw, thinking=thinking)
-    options["drafter"] = _drafter(target, options.get("drafter", PLAIN))
-    decoder, _ = decoder_for(target, options["drafter"])
-    new_tokens = options.pop("max_new_tokens", 256)
-    capacity = check_capacity(decoder, rows, new_tokens, options.pop("capacity", None))
-    batch = max(1, min(options.get("batch_size", 8), len(rows)))
-    for name in ("sampling", "seed"):  # one for all prompts, or one each
-        if isinstance(options.get(name), Sequence):
-            options[name] = options[name][:batch]
-    few = min(new_tokens, 2)  # prefill gives the first, one round the second
-    generate(target, rows[:batch], max_new_tokens=few, capacity=capacity, **options)
+    drafter = as_drafter(target, drafter)
+    decoder, _ = decoder_for(target, drafter)
+    capacity = check_capacity(decoder, rows, max_new_tokens, capacity)
+    batch = max(1, min(batch_size, len(rows)))
+    generate(
+        target,
+        rows[:batch],
+        drafter=drafter,
+        max_new_tokens=min(max_new_tokens, 2),  # prefill gives the first, one round the second
+        stop=stop,
+        # One for all prompts, or one each.
+        sampling=sampling if isinstance(sampling, Sampling) else sampling[:batch],
+        seed=seed[:batch] if isinstance(seed, Sequence) else seed,
+        budget=budget,
+        batch_size=batch_size,
+        capacity=capacity,
+        rejection=rejection,
+        implementation=implementation,
+    )
     return capacity

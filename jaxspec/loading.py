@@ -25,6 +25,8 @@ from jaxspec.models.target import Target
 from jaxspec.settings import own_settings
 from jaxspec.sharding import mesh_of, place
 
+NODES = 8  # nodes per tree of a drafter given by name
+
 
 @own_settings()
 def load_target(
@@ -70,11 +72,12 @@ def load_drafter(
     Args:
       spec: "none" (plain decoding), "ngram" (prompt lookup), "mtp" (the multi-token-prediction
         layer in the target's checkpoint), "small:NAME" (a small model with the same vocabulary,
-        loaded as a target), "python:MODULE:FUNCTION" (your own, `drafters.registry.Factory`),
-        "shipped" (the trained drafter for the default target), or the folder or hub name of a
-        trained drafter ("repo::subfolder" too). "+ngram" after one of the last five joins
-        prompt lookup.
-      tree: the kind and size of tree to draft; a chain by default.
+        loaded as a target), "python:MODULE:FUNCTION" (your own, `drafters.registry.Factory`, of
+        the current folder or an installed package), "shipped" (the trained drafter for the
+        default target), or the folder or hub name of a trained drafter ("repo::subfolder"
+        too). "NAME+ngram" adds prompt lookup to any but the first two.
+      tree: the kind and size of tree to draft. Without it and `nodes`, the factory's default:
+        for trained drafters a chain of 16 nodes. `jaxspec.generate` loads a name with nodes=8.
       nodes: nodes of the tree, root included, instead of `tree`. The kind is then chosen:
         path_conditioned for EAGLE-3, MTP and drafters with a sequential head, else a chain.
       dtype: of the drafter's weights; the target's by default.
@@ -99,6 +102,22 @@ def load_drafter(
     if not any(rules.values()):
         return loaded if nodes is None else change_drafter(loaded, _branching)
     return change_drafter(loaded, functools.partial(_end_chains, spec=spec, rules=rules))
+
+
+def as_drafter(target: Target, drafter: LoadedDrafter | str) -> LoadedDrafter:
+    """A loaded drafter as it is; a name loaded with trees of `NODES` nodes.
+
+    Raises:
+      ValueError: it is neither, or `load_drafter` raises it.
+    """
+    if isinstance(drafter, str):
+        return load_drafter(drafter, target, nodes=NODES)
+    if not isinstance(drafter, LoadedDrafter):
+        raise ValueError(
+            f"drafter is {drafter!r}; expected a name or the result of load_drafter. Wrap your "
+            "own: LoadedDrafter(drafter, params)"
+        )
+    return drafter
 
 
 def named_target(spec: str) -> str | None:

@@ -24,6 +24,7 @@ from jaxspec.decoding.schedule import Adaptive, Batch, decode_rows
 from jaxspec.decoding.state import Decoder, DecodeState, Params
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.kept_curves import keep_curve, kept_curve
+from jaxspec.loading import as_drafter
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.settings import own_settings
@@ -134,7 +135,7 @@ def measure_pace(
     target: Target,
     prompts: Prompt | Sequence[Prompt],
     *,
-    drafter: LoadedDrafter,
+    drafter: LoadedDrafter | str,
     max_new_tokens: int = 256,
     budget: int | None = None,
     batch_size: int = 8,
@@ -153,6 +154,7 @@ def measure_pace(
       ValueError: as `generate`, or the drafter drafts nothing.
     """
     rows = as_token_ids(target, prompts, raw=raw, thinking=thinking)
+    drafter = as_drafter(target, drafter)
     if drafter.drafter.size < 2:
         raise ValueError(
             f"drafter {drafter.drafter} drafts nothing, so there is no budget to choose; call "

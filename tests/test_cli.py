@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import jaxspec
 from jaxspec.checkpoints.drafters import save_drafter
 from jaxspec.cli import main
 from jaxspec.cli.exits import BAD_INPUT, FAULT
@@ -227,6 +228,11 @@ def test_importing_jaxspec_is_quick():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert out.stdout.strip() == "[]"
+
+
+def test_names_are_listed_before_their_first_use(monkeypatch):
+    monkeypatch.delitem(vars(jaxspec), "Score", raising=False)
+    assert {"Score", "generate", "__version__"} <= set(dir(jaxspec))
 
 
 @pytest.mark.slow

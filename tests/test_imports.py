@@ -35,7 +35,7 @@ ARROWS = {
     "dtypes": "checkpoints",
     "kept_curves": "decoding dtypes",
     "loading": "checkpoints config drafters dtypes models settings sharding",
-    "pace": "decoding drafters kept_curves models prompts settings sharding",
+    "pace": "decoding drafters kept_curves loading models prompts settings sharding",
     "prompts": "data decoding models",
     "results": "decoding",
     "scoring": "config decoding drafters models prompts settings trees",

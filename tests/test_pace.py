@@ -121,5 +121,6 @@ def test_it_serves_what_it_was_measured_for(measured):
         jaxspec.generate(
             target(), [[1] * 450], drafter=LOOKUP, budget=measured, max_new_tokens=60
         )
-    with pytest.raises(ValueError, match="drafts nothing, so there is no budget to choose"):
-        jaxspec.measure_pace(target(), [[1]], drafter=PLAIN)
+    for drafter in (PLAIN, "none"):
+        with pytest.raises(ValueError, match="drafts nothing, so there is no budget to choose"):
+            jaxspec.measure_pace(target(), [[1]], drafter=drafter)

@@ -7,7 +7,7 @@
 #
 # FOLDER is out/shipped by default; the drafters are those of `options` below, by default all.
 # Settings from the environment: STEPS, SEED, COUNT (evaluation prompts per set), SETS,
-# NEW_TOKENS (of their answers), and PROMPTS, their folder.
+# NEW_TOKENS (of their answers), and PROMPTS, their folder (README.md says what it holds).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-out/shipped}

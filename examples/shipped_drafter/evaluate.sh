@@ -8,7 +8,7 @@
 # holds everything already: give another to measure again. Then
 # `python -m jaxspec report RESULTS --into docs/results.md` draws its table again.
 # Settings from the environment: COUNT and TIMED, prompts per set (TIMED of them against the
-# clock); NEW_TOKENS; PROMPTS, their folder.
+# clock); NEW_TOKENS; PROMPTS, their folder (README.md says what it holds).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 drafter=${1:-shipped}

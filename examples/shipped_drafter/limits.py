@@ -50,7 +50,7 @@ class Measure:
     drafters: tuple[str, ...] = ("shipped",)
     """Trained drafters, NAME=FOLDER or a name as for `generate`, without +ngram."""
     prompts: Path = Path(__file__).parents[3] / "shared" / "prompts"
-    """Folder of the evaluation's prompts."""
+    """Folder of the evaluation's prompts: see Prompts in README.md."""
     output: Path = RESULTS
     count: int = 8
     """Prompts per set, evenly apart."""

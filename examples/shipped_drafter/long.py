@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import random
 import re
 import subprocess
@@ -34,7 +33,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from jaxspec.data.prompts import spread
+from jaxspec.data.prompts import read_prompts, spread
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import check_capacity, decoder_for, pack, request_keys, unpack
@@ -72,11 +71,15 @@ def texts(folder: Path) -> dict[str, list[str]]:
         for block in re.sub(r"```.*?```", "", page, flags=re.S).split("\n\n")
     ]
     functions = [
-        re.search(r"```python\n(.*?)```", text, re.S) for text in _turns(folder, "humaneval")
+        re.search(r"```python\n(.*?)```", text, re.S)
+        for text in read_prompts(folder / "humaneval.jsonl")
     ]
     return {
         "Paragraph": [x for x in blocks if 120 <= len(x) <= 700 and x[0] not in "|-#<!>*`["],
-        "Problem": [text.partition("\nPlease reason")[0] for text in _turns(folder, "gsm8k")],
+        "Problem": [
+            text.partition("\nPlease reason")[0]
+            for text in read_prompts(folder / "gsm8k.jsonl")
+        ],
         "Function": [found[1].strip() for found in functions if found],
     }
 
@@ -114,11 +117,6 @@ def _git(*command: str) -> str:
     ).stdout
 
 
-def _turns(folder: Path, name: str) -> list[str]:
-    lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["turns"][0] for line in lines]
-
-
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """Tau along the target's own answers, greedy and sampled."""
@@ -126,7 +124,7 @@ class Walk:
     drafters: tuple[str, ...] = ("shipped",)
     """Trained drafters, NAME=FOLDER or a name as for `generate`, without +ngram."""
     prompts: Path = ROOT.parent / "shared" / "prompts"
-    """Folder of the evaluation's prompts."""
+    """Folder of the evaluation's prompts: see Prompts in README.md."""
     output: Path = RESULTS
     max_new_tokens: int = 128
     temperatures: tuple[float, ...] = (0.0, 1.0)
@@ -136,8 +134,9 @@ class Walk:
     dtype: str = "bfloat16"
 
     def run(self) -> None:
+        found = texts(self.prompts)
         entries = load_entries(self.target, limits.contenders(self.drafters, self.dtype))
-        asked, sets = self.sets(entries[0].target)
+        asked, sets = self.sets(entries[0].target, found)
         setup = limits.setup_of(entries[0], asked, self.max_new_tokens)
         if unknown := [name for name in self.only if name not in sets]:
             raise ValueError(f"--only has {unknown[0]!r}; expected some of {', '.join(sets)}")
@@ -149,9 +148,8 @@ class Walk:
             length = self.max_new_tokens
             yield from limits.walked(entries, sets, temperature, length, done, BUDGETS)
 
-    def sets(self, target: Target):
+    def sets(self, target: Target, found: dict[str, list[str]]):
         """Prompts by the name of their set, as texts and as token ids."""
-        found = texts(self.prompts)
         encode = functools.partial(as_token_ids, target, raw=False, thinking=None)
         asked = {
             f"{task} {length}": [

@@ -33,7 +33,7 @@ PROMPTS = Path(__file__).parents[3] / "shared" / "prompts" / "train"
 @dataclasses.dataclass(frozen=True)
 class Measure:
     prompts: tuple[str, ...] = (str(PROMPTS / "gsm8k.jsonl"), str(PROMPTS / "arena-hard.jsonl"))
-    """Files of prompts, none of them of the evaluation."""
+    """Files of prompts, none of them of the evaluation: see Prompts in README.md."""
     count: int = 8
     """Prompts of each file, evenly spaced."""
     max_new_tokens: int = 96
@@ -49,6 +49,7 @@ class Measure:
 
 
 def main(options: Measure) -> None:
+    texts = chosen(options.prompts, options.count, [])
     jaxspec.enable_compilation_cache()
     target = jaxspec.load_target(options.target, dtype="bfloat16")
     trees = {
@@ -60,7 +61,6 @@ def main(options: Measure) -> None:
         for name, tree in trees.items()
     }
     new_tokens = options.max_new_tokens
-    texts = chosen(options.prompts, options.count, [])
     sets, _ = encoded(target, texts, thinking=None, max_new_tokens=new_tokens)
     rows = [row for prompts in sets.values() for row in prompts]
     settings = dict(

@@ -5,10 +5,10 @@
         --rows 64 --max-new-tokens 256 --max-length 640 --temperature 0.7 --sampled 0.2
 
 Three sources, none of them an evaluation prompt: training prompts of public sets (`--folder`,
-GSM8K's training questions and Arena-Hard), tasks made by rule (reasoning-gym), and openings
-that the target completes ("Write a python function to …"). Everything follows from the seed,
-except that reasoning-gym's polynomials also depend on $PYTHONHASHSEED. Rows are shuffled, so
-that any prefix has the same mixture.
+GSM8K's training questions and Arena-Hard: see Prompts in README.md), tasks made by rule
+(reasoning-gym), and openings that the target completes ("Write a python function to …").
+Everything follows from the seed, except that reasoning-gym's polynomials also depend on
+$PYTHONHASHSEED. Rows are shuffled, so that any prefix has the same mixture.
 """
 
 import argparse

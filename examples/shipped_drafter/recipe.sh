@@ -8,8 +8,9 @@
 # are trained by KL, or, with -tv behind their name, by total variation.
 # Settings from the environment: STEPS, SEED, DRAFT_VOCAB, INITIAL (a drafter of that kind to go on
 # from; its draft vocabulary stays), RATE (of learning), COUNT (evaluation prompts per set), SETS,
-# NEW_TOKENS (of their answers), BUDGETS (nodes), PROMPTS, their folder, and CLOCK: if it is set,
-# the rounds of each kind are timed at the end, which wants a quiet machine for some minutes.
+# NEW_TOKENS (of their answers), BUDGETS (nodes), PROMPTS, their folder (README.md says what it
+# holds), and CLOCK: if it is set, the rounds of each kind are timed at the end, which wants a
+# quiet machine for some minutes.
 # Needs: pip install -e '.[data,plots]'
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -29,15 +29,17 @@ class Evaluate:
     """Compare decoders on prompt sets: tokens per round, speed, and what each phase costs.
 
     A decoder is NAME=DRAFTER[,tree=KIND][,head=none][,scores=confidence][,budget=N]
-    [,width=W][,candidates=C][,dtype=D], with drafters as for `generate`. head=none drops the
-    sequential head, which gives the trees of DDTree and JetSpec; scores=confidence ranks nodes
-    by the confidence head. Plain decoding is always timed too.
+    [,width=W][,candidates=C][,dtype=D], with drafters and default trees as for `generate`: of 8
+    nodes, path_conditioned for drafters with a sequential head, chain for others. The default
+    dtype is float32. head=none drops the sequential head, which gives the trees of DDTree and
+    JetSpec; scores=confidence ranks nodes by the confidence head. Plain decoding is always
+    timed too.
 
     An interrupted run resumes when started again: it keeps the results in its output.
 
     Examples:
-      python -m jaxspec evaluate --prompts ../shared/prompts/*.jsonl --output results.jsonl \\
-          --decoders lookup=ngram chain=run/drafter \\
+      python -m jaxspec evaluate --prompts gsm8k.jsonl humaneval.jsonl --output results.jsonl \\
+          --decoders lookup=ngram chain=run/drafter,tree=chain \\
           ddtree=run/drafter,tree=top_budget,head=none,budget=16 \\
           ours=run/drafter,tree=path_conditioned,budget=16
       python -m jaxspec evaluate --tau-only --budgets 2 4 8 16 32 64 128 …   # no clock

@@ -83,9 +83,11 @@ class DrafterOptions:
 
     drafter: str | None = None
     """none (plain decoding) | ngram (prompt lookup) | mtp (the multi-token-prediction layer in
-    the target's checkpoint) | small:NAME (a small model with the same vocabulary) | shipped |
-    folder or hub name of a trained drafter (repo::subfolder too). +ngram after the last four
-    joins prompt lookup. Default: shipped+ngram for the default target, ngram for others."""
+    the target's checkpoint) | small:NAME (a small model with the same vocabulary) |
+    python:MODULE:FUNCTION (your own, of the current folder or an installed package) | shipped |
+    folder or hub name of a trained drafter (repo::subfolder too). NAME+ngram adds prompt lookup
+    to any but none and ngram. Default: shipped+ngram for the default target, ngram for
+    others."""
     tree: TreeKind | None = None
     """How a tree grows from the drafter's scores. Default: path_conditioned for drafters with a
     sequential head, chain for others."""

@@ -15,7 +15,7 @@ class OverlapCheck:
     rows could not be read.
 
     Examples:
-      python -m jaxspec overlap --data data.jsonl --prompts ../shared/prompts/*.jsonl
+      python -m jaxspec overlap --data data.jsonl --prompts evaluation/*.jsonl
       python -m jaxspec overlap --data saved_dataset::train --prompts openai/gsm8k::main/test
     """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from typing import Any, Protocol
 
 from flax import nnx
@@ -59,14 +60,17 @@ def ngram(argument, target, *, tree, dtype):
 
 
 def python(argument, target, *, tree, dtype):
-    """A user's factory, "MODULE:FUNCTION", which Python can import."""
+    """A user's factory, "MODULE:FUNCTION", of the current folder or an installed package."""
     module, _, name = argument.partition(":")
+    if "" not in sys.path:  # as `python -m` has it, unlike an installed command
+        sys.path.insert(0, "")
     try:
         factory = vars(importlib.import_module(module))[name]
     except (ModuleNotFoundError, ValueError, KeyError) as error:
         raise ValueError(
             f"drafter 'python:{argument}' cannot be imported ({error}); expected "
-            "python:MODULE:FUNCTION, a `jaxspec.drafters.registry.Factory`"
+            "python:MODULE:FUNCTION, a `jaxspec.drafters.registry.Factory` in a module of the "
+            "current folder or of an installed package"
         ) from error
     return factory("", target, tree=tree, dtype=dtype)
 

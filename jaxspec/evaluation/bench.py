@@ -23,8 +23,7 @@ def bench_entries(
     """Every drafter with every budget.
 
     Args:
-      drafters: each DRAFTER with options of `Contender.parse`, not budget, dtype; without tree,
-        the default tree of `jaxspec.load_drafter`.
+      drafters: each DRAFTER with options of `Contender.parse`, not budget, dtype.
       budgets: nodes verified per round, root included.
 
     Raises:
@@ -41,18 +40,7 @@ def bench_entries(
         for budget in budgets:
             name = f"{text}, {budget} nodes"
             contenders.append(dataclasses.replace(one, name=name, budget=budget))
-    entries = load_entries(target, contenders)
-    named = [",tree=" in text for text in drafters for _ in budgets]
-    return [e if tree else _suited(e) for e, tree in zip(entries, named, strict=True)]
-
-
-def _suited(entry: Entry) -> Entry:
-    """Replaces the chain by a tree for drafters that do better with one."""
-    parts = entry.drafter.drafter.parts
-    if entry.contender.head == "none" or not any(part.path_conditioned for part in parts):
-        return entry
-    best = dataclasses.replace(entry.contender, tree="path_conditioned")
-    return dataclasses.replace(entry, contender=best)
+    return load_entries(target, contenders)
 
 
 def bench(

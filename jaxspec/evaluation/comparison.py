@@ -19,7 +19,7 @@ from jaxspec.evaluation.contenders import Contender, Entry, entry_of, load_entri
 from jaxspec.evaluation.report import markdown
 from jaxspec.evaluation.results import Done, Rounds, Row, RunSettings, append
 from jaxspec.evaluation.view import View
-from jaxspec.loading import load_target
+from jaxspec.loading import as_drafter, load_target
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.settings import own_settings
@@ -133,10 +133,12 @@ def evaluate(
     """Compares decoders on prompts, as `python -m jaxspec evaluate` does.
 
     Args:
-      target: loaded, or a name; a name is loaded in every dtype that the decoders ask for.
+      target: loaded, or a name; a name is loaded in every dtype that the decoders ask for,
+        float32 by default.
       decoders: by name, a decoder as after NAME= on the command line
-        ("shipped+ngram,tree=path_conditioned,budget=16"), or a loaded drafter, whose whole tree
-        is verified. With a loaded target, all have its dtype.
+        ("shipped+ngram,tree=path_conditioned,budget=16"; see `Contender.parse` for defaults),
+        or a loaded drafter, whose whole tree is verified. With a loaded target, all have its
+        dtype.
       prompts: of one set, or of several by name; as for `jaxspec.generate`.
       temperatures: 0 is greedy.
       top_k, top_p, min_p: filters of sampled answers, see `Sampling`.
@@ -219,7 +221,7 @@ def machine() -> dict[str, Any]:
 def _entries(target: Target | str, decoders: Mapping[str, str | LoadedDrafter]) -> list[Entry]:
     loaded = isinstance(target, Target)
     dtype = str(target.params.embed.dtype) if loaded else "float32"
-    if not loaded and any(isinstance(x, LoadedDrafter) for x in decoders.values()):
+    if not loaded and not all(isinstance(x, str) for x in decoders.values()):
         raise ValueError(
             f"target is the name {target!r}, but a drafter is loaded already; give its loaded "
             "target"
@@ -227,10 +229,10 @@ def _entries(target: Target | str, decoders: Mapping[str, str | LoadedDrafter]) 
     named = {
         name: Contender.parse(f"{name}={text}", dtype=dtype)
         for name, text in decoders.items()
-        if not isinstance(text, LoadedDrafter)
+        if isinstance(text, str)
     }
     found = {entry.contender.name: entry for entry in load_entries(target, named.values())}
     return [
-        found[name] if name in found else entry_of(name, target, drafter)
+        found[name] if name in found else entry_of(name, target, as_drafter(target, drafter))
         for name, drafter in decoders.items()
     ]

@@ -25,7 +25,8 @@ class Contender:
     Attributes:
       name: as tables show it.
       drafter: as for `jaxspec.load_drafter`, "…+ngram" included.
-      tree: one of `config.TREE_KINDS`; None for prompt lookup, which has its own.
+      tree: one of `config.TREE_KINDS`; None for prompt lookup, which has its own, and for the
+        kind that suits the drafter best, which `load_entries` decides.
       head: "own", or "none" to drop a block drafter's sequential head, so that every depth is
         scored independently, as in DFlash, DDTree and JetSpec.
       scores: of a tree's nodes: "own", the drafter's probabilities, or "confidence", the
@@ -53,9 +54,8 @@ class Contender:
                     f"expected {expected}"
                 )
 
-        if self.drafter == "ngram":
-            check("tree", self.tree is None, "none: prompt lookup has a fixed tree")
-        else:
+        if self.tree is not None:
+            check("tree", self.drafter != "ngram", "none: prompt lookup has a fixed tree")
             check("tree", self.tree in TREE_KINDS, f"one of {', '.join(TREE_KINDS)}")
         check("head", self.head in ("own", "none"), "own or none")
         check("scores", self.scores in ("own", "confidence"), "own or confidence")
@@ -68,7 +68,8 @@ class Contender:
         """Parses `NAME=DRAFTER[,tree=KIND][,head=none][,scores=confidence][,budget=N]
         [,width=W][,candidates=C][,dtype=D]`.
 
-        The default tree is a chain. Args: dtype: the default dtype.
+        Without tree it is path_conditioned for drafters that it suits best, else a chain; the
+        budget is 8. Args: dtype: the default dtype.
 
         >>> Contender.parse("ours=run/drafter,tree=path_conditioned,budget=16").budget
         16
@@ -77,8 +78,6 @@ class Contender:
         name, equals, drafter = first.partition("=")
         known = {field.name: field.type for field in dataclasses.fields(cls)[2:]}
         given: dict[str, str | int] = {"dtype": dtype}
-        if drafter != "ngram":
-            given["tree"] = "chain"
         for option in options:
             key, _, value = option.partition("=")
             if key not in known or not value or (known[key] == "int" and not value.isdigit()):
@@ -204,6 +203,16 @@ def load_entries(
         key = c.drafter, c.dtype
         if key not in drafters:
             drafters[key] = load_drafter(c.drafter, targets[c.dtype], dtype=c.dtype)
-        entries[c.name] = Entry(c, targets[c.dtype], drafters[key])
+        suited = _suited(c, drafters[key])
+        entries[c.name] = Entry(suited, targets[c.dtype], drafters[key])
         entries[c.name].sized()  # raises if the drafter cannot draft the tree
     return list(entries.values())
+
+
+def _suited(contender: Contender, loaded: LoadedDrafter) -> Contender:
+    """The contender with the kind of tree that suits its drafter best, if it names none."""
+    if contender.tree is not None or contender.drafter == "ngram":
+        return contender
+    conditioned = any(part.path_conditioned for part in loaded.drafter.parts)
+    best = "path_conditioned" if conditioned and contender.head == "own" else "chain"
+    return dataclasses.replace(contender, tree=best)

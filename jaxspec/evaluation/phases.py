@@ -19,6 +19,7 @@ from jaxspec.decoding.requests import capacity_for, decoder_for, pack, request_k
 from jaxspec.decoding.round import commit, judge, propose
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.plain import PLAIN
 from jaxspec.drafters.weights import bind
 from jaxspec.models.decoder import forward_chain, unembed
 from jaxspec.models.state import init_states
@@ -42,7 +43,8 @@ def verify_costs(
     sizes = VERIFY_SIZES if sizes is None else sizes
     c, params = target.config, target.params
     capacity = -(-(length + max(sizes)) // 128) * 128
-    cache = init_states(c, 1, capacity, params.embed.dtype)
+    dtype = decoder_for(target, PLAIN)[0].cache_dtype or params.embed.dtype
+    cache = init_states(c, 1, capacity, dtype)
     lengths = jnp.array([length])
 
     def forward_over(n: int):

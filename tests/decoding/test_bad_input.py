@@ -10,6 +10,7 @@ from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.loading import load_drafter
 from jaxspec.models.decoder import check_taps
+from jaxspec.pace import measure_pace
 from jaxspec.tokenizer import Tokenizer
 from tests import tiny
 
@@ -59,6 +60,12 @@ def test_warming_up_refuses_what_generating_does():
     ):
         with pytest.raises(ValueError, match=message):
             warm_up(tiny.target(), [[1], [2]], drafter=tiny.RANDOM, **options)
+
+
+@pytest.mark.parametrize("call", [generate, warm_up, measure_pace])
+def test_a_drafter_without_its_params(call):
+    with pytest.raises(ValueError, match="drafter is RandomTrees.* LoadedDrafter.drafter, par"):
+        call(tiny.target(), [[1]], drafter=tiny.RANDOM.drafter)
 
 
 def test_warming_up_takes_one_option_each():

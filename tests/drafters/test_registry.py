@@ -1,6 +1,7 @@
 """Drafters by name, one's own included."""
 
 import json
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -62,6 +63,14 @@ def test_a_registered_name_is_one_line_of_ours(names):
 def test_names_that_are_none(spec, message):
     with pytest.raises(ValueError, match=message):
         jaxspec.load_drafter(spec, tiny.target())
+
+
+def test_ones_own_drafter_may_lie_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "beside_me.py").write_text("from examples.own_drafter import followers\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])  # as a command has
+    found = jaxspec.load_drafter("python:beside_me:followers", tiny.target())
+    assert found.drafter == Followers(tiny.QWEN3.vocab_size)
 
 
 @pytest.mark.parametrize("schedule", slow_but(["fixed"], ["fixed", "adaptive"]))

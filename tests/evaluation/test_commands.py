@@ -40,7 +40,7 @@ def evaluate(folder, output, *more):
             ),
             *("--output", str(output), "--count", "2", "--max-new-tokens", "12"),
             *("--temperatures", "0", "1", "--budgets", "2", "--batch-size", "2"),
-            *("--decoders", "lookup=ngram,budget=4", "chain=run/a,budget=4"),
+            *("--decoders", "lookup=ngram,budget=4", "chain=run/a,tree=chain,budget=4"),
             *("marginal=run/a,tree=top_budget,head=none,budget=4",),
             *("path=run/a,tree=path_conditioned,budget=4,candidates=6", *more),
         ]
@@ -76,7 +76,7 @@ def test_python_gives_the_rows_of_the_command(file, tmp_path):
     own = jaxspec.load_drafter("run/a", target, tree=TreeConfig("path_conditioned", 4, 4, 6))
     found = jaxspec.evaluate(
         target,
-        {"lookup": "ngram,budget=4", "chain": "run/a,budget=4", "marginal": marginal}
+        {"lookup": "ngram,budget=4", "chain": "run/a,tree=chain,budget=4", "marginal": marginal}
         | {"path": own},
         {name: chosen(file.parent, name) for name in ("sums", "code")},
         max_new_tokens=12,
@@ -126,6 +126,7 @@ def test_filters_hold_at_every_temperature(file):
         ({}, {}, "nothing to compare: give at least one decoder and one prompt"),
         ({"a": "ngram,dtype=bfloat16"}, {}, "'a' asks for bfloat16, but the target was loaded"),
         ({"a": tiny.RANDOM}, {}, "RandomTrees.* has a fixed tree"),
+        ({"a": tiny.RANDOM.drafter}, {}, "drafter is RandomTrees.* LoadedDrafter.drafter, par"),
         ({"a": "ngram"}, dict(max_new_tokens=1), "max_new_tokens is 1; expected at least 2"),
         ({"a": "ngram"}, dict(budgets=(0,)), "budgets is 0; expected at least 1"),
         ({"a": "ngram"}, dict(max_new_tokens=512), "need 5.* positions; the target has 512"),
@@ -255,7 +256,8 @@ def test_contenders_that_differ_in_budget_share_a_walk(file, tmp_path):
             "2",
         ),
         *("--output", str(output), "--max-new-tokens", "12", "--batch-size", "2", "--tau-only"),
-        *("--decoders", "small=run/a,budget=2", "large=run/a,budget=4"),
+        *("--decoders", "small=run/a,tree=chain,budget=2"),
+        "large=run/a,tree=chain,budget=4",
     ]
     assert main(arguments) == 0
     walks = {

@@ -6,7 +6,7 @@ import pytest
 
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.weights import bind
-from jaxspec.evaluation.contenders import Contender, Entry, without_head
+from jaxspec.evaluation.contenders import Contender, Entry, load_entries, without_head
 from tests.drafters import cases
 
 
@@ -45,3 +45,20 @@ def test_a_drafter_without_confidence_is_not_scored_by_it(kind, options):
     )
     with pytest.raises(ValueError, match="scores=confidence: survival_scores needs .*; leave"):
         entry.sized()
+
+
+@pytest.mark.usefixtures("models")
+def test_a_drafter_has_the_tree_that_suits_it_unless_one_is_named():
+    trees = {
+        "ngram": None,
+        "run/a": "path_conditioned",  # has a sequential head
+        "run/a+ngram": "path_conditioned",
+        "run/a,head=none": "chain",
+        "run/a,tree=chain": "chain",
+        "run/b": "chain",
+        "run/b,tree=top_budget": "top_budget",
+    }
+    contenders = [Contender.parse(f"{i}={text}") for i, text in enumerate(trees)]
+    entries = load_entries("target", contenders)
+    assert [entry.contender.tree for entry in entries] == list(trees.values())
+    assert [entry.sized().drafter.size for entry in entries] == [8] * len(trees)

@@ -1,13 +1,16 @@
 """Phases are timed on the programs that decoding runs."""
 
+import dataclasses
 import time
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxspec.api import generate
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.evaluation import phases
 from jaxspec.evaluation.phases import (
     medians_ms,
     phase_costs,
@@ -74,3 +77,12 @@ def test_costs_are_positive():
 def test_verify_costs(sizes):
     costs = verify_costs(tiny.target(), sizes, length=20)
     assert tuple(costs) == sizes and min(costs.values()) > 0
+
+
+def test_verify_costs_have_the_caches_of_decoding(monkeypatch):
+    caches = []
+    monkeypatch.setattr(phases, "_verify_chain", lambda *args: caches.append(args[3]))
+    full = tiny.target()
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), full.params)
+    verify_costs(dataclasses.replace(full, params=half), (1,), length=20)
+    assert {x.dtype for x in jax.tree.leaves(caches)} == {jnp.dtype("float32")}  # on a CPU
