@@ -290,9 +290,7 @@ def put(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-def tables_of(
-    card: str, rows: dict[str, list[dict]], headers: list[dict]
-) -> dict[str, str]:
+def tables_of(card: str, rows: dict[str, list[dict]], headers: list[dict]) -> dict[str, str]:
     """By marker; those without rows are left out."""
     made = {"setup": setup(card, headers)}
     if rows["steps"]:
