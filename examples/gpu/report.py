@@ -37,8 +37,8 @@ SETTINGS = {
 }
 
 
-def read(folder: Path, card: str | None) -> tuple[str, dict[str, list[dict]], dict[str, dict]]:
-    """The card, its rows by script (each settings' last), and each script's last header.
+def read(folder: Path, card: str | None) -> tuple[str, dict[str, list[dict]], list[dict]]:
+    """The card, its rows by script (each settings' last), and the headers of all runs.
 
     Raises:
       SystemExit: there are no rows, or none of this card.
@@ -53,13 +53,13 @@ def read(folder: Path, card: str | None) -> tuple[str, dict[str, list[dict]], di
     if card not in cards:
         sys.exit(f"{folder} has no rows of {card or 'any card'}; it has those of {cards}")
     rows: dict[str, dict] = {script: {} for script in SETTINGS}
-    headers = {}
+    headers = []
     for row in found:
         if row["card"] != card:
             continue
         script = row["script"]
         if row.get("header"):
-            headers[script] = row
+            headers.append(row)
         elif not {"error", "skipped"} & row.keys():
             rows[script][tuple(str(row.get(name)) for name in SETTINGS[script])] = row
     return card, {script: list(kept.values()) for script, kept in rows.items()}, headers
@@ -72,20 +72,20 @@ def table(columns: list[str], lines: Iterable[Iterable]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (columns, rule, *body))
 
 
-def setup(card: str, headers: dict[str, dict]) -> str:
-    """How each script was run."""
+def setup(card: str, headers: list[dict]) -> str:
+    """How the scripts were run."""
     return table(
         [f"script, on one {card}", "driver", "JAX", "commit", "date", "command"],
         (
             [
-                script,
+                header["script"],
                 header["driver"],
                 header["jax"],
                 header["commit"],
                 header["date"],
                 f"`{header['command']}`",
             ]
-            for script, header in headers.items()
+            for header in headers
         ),
     )
 
@@ -171,7 +171,7 @@ def tune(rows: list[dict]) -> str:
                 row["ms"],
                 row["chosen_ms"],
                 row["cache_gb_s"],
-                ", ".join(f"{name} {value}" for name, value in row["tile"].items()),
+                ", ".join(f"{value} {name}" for name, value in row["tile"].items()),
             ]
             for row in rows
         ),
@@ -290,9 +290,7 @@ def put(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-def tables_of(
-    card: str, rows: dict[str, list[dict]], headers: dict[str, dict]
-) -> dict[str, str]:
+def tables_of(card: str, rows: dict[str, list[dict]], headers: list[dict]) -> dict[str, str]:
     """By marker; those without rows are left out."""
     made = {"setup": setup(card, headers)}
     if rows["steps"]:

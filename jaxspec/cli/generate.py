@@ -50,7 +50,7 @@ class Generate:
     prompt: str | None = None
     """One prompt, as a user's turn."""
     prompts: Path | None = None
-    """File of JSON lines, each {"turns": [...]} or {"prompt": ...}; the first turn is used."""
+    """Prompts, in any format of docs/training.md; the first turn of every row is used."""
     prompt_ids: Path | None = None
     """File with a JSON list of lists of token ids; needs no tokenizer."""
     raw: bool = False

@@ -226,11 +226,13 @@ ROWS = [
 
 def test_report_puts_tables_between_the_markers_and_draws(script, tmp_path):
     of_all = dict(card="card", commit="c", floor_ms=5.8, dtype="bfloat16")
-    lines = [json.dumps(row | of_all) for row in ROWS]
+    runs = [ROWS[0] | {"date": "c"}, *ROWS]
+    lines = [json.dumps(row | of_all) for row in runs]
     (tmp_path / "steps.jsonl").write_text("\n".join(lines))
     page = tmp_path / "page.md"
     page.write_text(
-        "# Page\n<!-- begin rounds -->\nold\n<!-- end rounds -->\nbetween\n"
+        "# Page\n<!-- begin setup -->\n<!-- end setup -->\n"
+        "<!-- begin rounds -->\nold\n<!-- end rounds -->\nbetween\n"
         "<!-- begin replay -->\nkept\n<!-- end replay -->\n"
     )
     main = script("report").main
@@ -238,7 +240,12 @@ def test_report_puts_tables_between_the_markers_and_draws(script, tmp_path):
     assert main(options) == 0
     written = page.read_text()
     assert written == (
-        "# Page\n<!-- begin rounds -->\n"
+        "# Page\n<!-- begin setup -->\n"
+        "| script, on one card | driver | JAX | commit | date | command |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| steps | 580 | 0.11.2 | c | c | `python s` |\n"
+        "| steps | 580 | 0.11.2 | c | d | `python s` |\n"
+        "<!-- end setup -->\n<!-- begin rounds -->\n"
         "| model, batch, tokens behind | plain | verify64 |\n"
         "| --- | ---: | ---: |\n"
         "| m, 1, 3,500 | 6.30 (92%) | 7.58 (80%) |\n"
