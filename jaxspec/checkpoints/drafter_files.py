@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from jaxspec.checkpoints.fuse import Part, check_weights
+from jaxspec.checkpoints.fuse import Box, Part, build, check_weights, slices
 from jaxspec.checkpoints.quantised import open_weights
 from jaxspec.models.scaled import ScaledWeight, is_scaled
 
@@ -59,7 +60,7 @@ class DrafterTensors:
                 )
             self.names[name] = old
         self.shapes = {name: self.tensors.shapes[old] for name, old in self.names.items()}
-        self.rows: dict[str, slice] = {}
+        self.first: dict[str, int] = {}  # row of the fused tensor where a part of it begins
         self.places: dict[str, np.ndarray] = {}
 
     def split_fused(self, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -93,7 +94,7 @@ class DrafterTensors:
             del self.shapes[fused]
             for part, count in zip(parts, rows, strict=True):
                 self.names[part], self.shapes[part] = old, expected[part]
-                self.rows[part] = slice(first, first + count)
+                self.first[part] = first
                 first += count
 
     def spread(self, name: str, places: np.ndarray, rows: int) -> None:
@@ -111,13 +112,23 @@ class DrafterTensors:
         self.shapes[name], self.places[name] = (rows, *shape[1:]), places
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor's values; of a fused tensor only its own rows."""
-        stored = self.tensors.read(self.names[name])[self.rows.get(name, slice(None))]
+        """The values of a tensor, which is not part of a fused one."""
+        stored = self.tensors.read(self.names[name])
         if name not in self.places:
             return stored
         whole = np.zeros(self.shapes[name], stored.dtype)
         whole[self.places[name]] = stored
         return whole
+
+    def pieces(
+        self, name: str, shape: tuple[int, ...], box: Box, skip: int = 0
+    ) -> Iterator[tuple[Box, np.ndarray]]:
+        """See `fuse.Tensors`; of a fused tensor only the rows of that name."""
+        if name in self.places:
+            yield box, self.read(name).reshape(shape)[slices(box, ((0, 0),) * len(shape))]
+            return
+        skip += self.first.get(name, 0) * math.prod(self.shapes[name][1:])
+        yield from self.tensors.pieces(self.names[name], shape, box, skip)
 
 
 def same(name: str, *shape: int) -> tuple[Part, ...]:
@@ -161,19 +172,11 @@ def read_weights(tensors: DrafterTensors, table: Table, abstract: nnx.State) -> 
     Raises:
       ValueError: a tensor has a value that no weight can have.
     """
-
-    def build(path, spec):
-        array = np.empty(spec.shape, spec.dtype)
-        for part in table[path]:
-            view = array[part.index].transpose(part.axes)
-            with np.errstate(over="ignore"):  # found below, with the tensor's name
-                view[...] = tensors.read(part.name).reshape(view.shape)
-            check_weights(view, part.name, tensors.origin)
-        return spec.replace(jnp.asarray(array))
-
-    return nnx.from_flat_state(
-        [(path, build(path, spec)) for path, spec in nnx.to_flat_state(abstract)]
-    )
+    paths, specs = zip(*nnx.to_flat_state(abstract), strict=True)
+    parts = [table[path] for path in paths]
+    arrays = build(tensors, parts, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in specs])
+    filled = [spec.replace(array) for spec, array in zip(specs, arrays, strict=True)]
+    return nnx.from_flat_state(list(zip(paths, filled, strict=True)))
 
 
 def written_tensors(weights: nnx.State, table: Table) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ def block_parts(c: DrafterConfig) -> Table:
     table |= {("sequential", name): parts for name, parts in _sequential_parts(c).items()}
     if c.confidence:
         inputs = width + (c.rank if c.confidence == "hidden_and_previous" else 0)
-        kernel = Part("confidence_head.proj.weight", (1, inputs), np.s_[None], (0, 1))
+        kernel = Part("confidence_head.proj.weight", (1, inputs), np.s_[...], (0,))
         table["confidence", "kernel"] = (kernel,)
         table["confidence", "bias"] = same("confidence_head.proj.bias", 1)
     return table
