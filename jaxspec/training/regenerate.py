@@ -250,16 +250,21 @@ def _made_by(config: RegenerateConfig, target: Target) -> dict[str, Any]:
         "seed": config.seed,
         "max_new_tokens": config.max_new_tokens,
         "sampled": config.sampled,
+        "question": _fields(config.question),
+        "question_tokens": config.question_tokens,
     }
 
 
 def _sampling(config: RegenerateConfig, job: Job | None) -> dict[str, Any]:
     """Sampling settings of a conversation; empty for None."""
-    if job is None:
-        return {}
-    sampling = dataclasses.asdict(config.sampling_of(job))
-    del sampling["stop_ids"]
-    return sampling | {"logit_bias": [list(bias) for bias in sampling["logit_bias"]]}  # as JSON
+    return {} if job is None else _fields(config.sampling_of(job))
+
+
+def _fields(sampling: Sampling) -> dict[str, Any]:
+    """Sampling settings as JSON reads them back."""
+    fields = dataclasses.asdict(sampling)
+    del fields["stop_ids"]
+    return fields | {"logit_bias": [list(bias) for bias in fields["logit_bias"]]}
 
 
 def _row(job: Job, fields: dict[str, Any]) -> dict[str, Any]:

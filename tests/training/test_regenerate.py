@@ -188,6 +188,8 @@ def test_rows_that_cannot_be_asked_fail_alone(target, tmp_path):
         (dict(seed=1), "seed 0, now 1"),
         (dict(max_new_tokens=13), "max_new_tokens 12, now 13"),
         (dict(thinking=True), "thinking None, now True"),
+        (dict(question_tokens=7), "question_tokens 6, now 7"),
+        (dict(question=Sampling(temperature=0.5)), "question {.*1.0.*}, now {.*0.5"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
