@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxspec.config import at_least, check_field
+from jaxspec.config import at_least, check_field, check_seed
 from jaxspec.data.conversations import extend
 from jaxspec.data.identity import fingerprint, template_hash
 from jaxspec.data.jobs import Job, Opening
@@ -64,7 +64,8 @@ class RegenerateConfig:
 
     def __post_init__(self):
         check_field(self, "sampled", 0 <= self.sampled <= 1, "a share, 0 … 1")
-        at_least(1, self, "max_new_tokens", "question_tokens", "rows")
+        at_least(1, self, "max_new_tokens", "max_length", "question_tokens", "rows")
+        check_seed(self)
 
     def sampling_of(self, job: Job) -> Sampling:
         """How a conversation's answers are sampled."""

@@ -301,6 +301,7 @@ def test_prompts_are_read_in_three_shapes(tmp_path):
         ("{", "not JSON"),
         ('{"prompt": "a", "id": [1]}', r"'id' is \[1\]; expected text or a whole number"),
         ('{"prompt": "a", "id": null}', "'id' is None"),
+        ('{"prompt": "a", "id": "b\\ud83d"}', "'id': the content has a lone surrogate"),
     ],
 )
 def test_files_without_a_prompt_say_what_they_hold(tmp_path, line, message):
