@@ -23,6 +23,11 @@ def at_least(low: float, config: Any, *names: str) -> None:
         check_field(config, name, getattr(config, name) >= low, f"at least {low}")
 
 
+def check_seed(config: Any) -> None:
+    """Raises ValueError unless a dataclass's `seed` has a random key and numbers of its own."""
+    check_field(config, "seed", 0 <= config.seed < 2**32, f"0 … {2**32 - 1}")
+
+
 def _check_indices(config: Any, name: str, found: Sequence[int], count: int, of: str) -> None:
     bad = [i for i in found if not 0 <= i < count]
     if bad:

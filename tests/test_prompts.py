@@ -61,6 +61,7 @@ def test_raw_texts_have_no_template(target):
         ([user("a")], dict(raw=True), "prompt 0 is a conversation, .* leave raw out"),
         ([user(" ")], {}, "prompt 0 is empty; expected a message with some text"),
         ([{"role": "tutor", "content": "a"}], {}, "prompt 0: message 0: 'role' is 'tutor'"),
+        ([user("a") | {"tool_calls": [{}]}], {}, "prompt 0: message 0: 'tool_calls' is"),
         (["a", [user("a"), "b"]], {}, "prompt 1: message 1 is 'b'; expected an object"),
         ([[0.5]], {}, r"prompt 0 is '\[0.5\]'; expected a text, a list of token ids, or"),
         (

@@ -63,7 +63,12 @@ class Bench:
     def run(self) -> int:
         import jaxspec
         from jaxspec.evaluation.bench import bench, bench_entries, bench_rows, bench_table
-        from jaxspec.evaluation.comparison import Evaluation, filters_in_use, machine
+        from jaxspec.evaluation.comparison import (
+            Evaluation,
+            filters_in_use,
+            fingerprints,
+            machine,
+        )
         from jaxspec.evaluation.results import RunSettings
         from jaxspec.evaluation.view import View
 
@@ -81,7 +86,7 @@ class Bench:
         code = exits.left_out(unread + refused)
         counts = {label: len(prompts) for label, prompts in sets.items()}
         setup = {"target": name, "dtype": dtype, "prompts": counts, **options}
-        setup |= {**filters_in_use(filters), **machine()}
+        setup |= {**filters_in_use(filters), **fingerprints(entries), **machine()}
         measured = bench(entries, sets, sampling=sampling, **options)
         rows = (RunSettings(setup), *measured)
         if self.output is not None:

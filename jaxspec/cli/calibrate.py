@@ -74,6 +74,11 @@ class Calibrate:
             max_new_tokens=self.max_new_tokens,
         )
         code = exits.left_out([*unread, *refused.values()])
+        if len(rows) < 2:
+            raise ValueError(
+                f"{self.prompts}: one of {len(prompts)} prompts is usable; expected at least "
+                "two: half are held out"
+            )
         answers = record(
             target,
             list(rows.values()),

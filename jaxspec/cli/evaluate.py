@@ -35,7 +35,8 @@ class Evaluate:
     JetSpec; scores=confidence ranks nodes by the confidence head. Plain decoding is always
     timed too.
 
-    An interrupted run resumes when started again: it keeps the results in its output.
+    An interrupted run resumes when started again: it keeps the results in its output, if they
+    are of the same options, prompts and models.
 
     Examples:
       python -m jaxspec evaluate --prompts gsm8k.jsonl humaneval.jsonl --output results.jsonl \\
@@ -97,8 +98,6 @@ class Evaluate:
         texts = chosen(self.prompts, self.count, unread)
         jaxspec.enable_compilation_cache()
         target = target_name(self.target, *(contender.drafter for contender in contenders))
-        setup = RunSettings(self._setup(texts, target, filters))
-        done = held(self.output, setup)
         entries = load_entries(target, contenders, weights=self.weights)
         sets, refused = encoded(
             entries[0].target,
@@ -106,6 +105,8 @@ class Evaluate:
             thinking=self.thinking,
             max_new_tokens=self.max_new_tokens,
         )
+        setup = RunSettings(self._setup(entries, sets, filters))
+        done = held(self.output, setup)
         code = exits.left_out(unread + refused)
         cut_torn(self.output)
         if key(setup) not in done:
@@ -143,15 +144,16 @@ class Evaluate:
                 f"--budgets has {min(self.budgets)}; expected at least 1 (the root)"
             )
 
-    def _setup(self, texts: dict[str, list[str]], target: str, filters) -> dict:
+    def _setup(self, entries, sets: dict[str, list[list[int]]], filters) -> dict:
         """Settings that all results of one file share; temperatures and timings may differ."""
-        from jaxspec.evaluation.comparison import filters_in_use, machine
+        from jaxspec.evaluation.comparison import filters_in_use, fingerprints, machine
 
         return {
-            "target": target,
+            "target": entries[0].target.name,
             "decoders": list(self.decoders),
-            "prompts": {name: len(rows) for name, rows in texts.items()},
-            "prompts_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16],
+            **fingerprints(entries),
+            "prompts": {name: len(rows) for name, rows in sets.items()},
+            "prompts_sha256": hashlib.sha256(json.dumps(sets).encode()).hexdigest()[:16],
             "thinking": self.thinking,
             "timed": self.timed,
             "max_new_tokens": self.max_new_tokens,

@@ -24,7 +24,8 @@ class OverlapCheck:
     prompts: tuple[str, ...]
     """Evaluation prompts; every turn counts."""
     ngram: int = 13
-    """Shortest run of common words that counts as overlap."""
+    """Shortest run of common words that counts as overlap. Each character of Chinese and
+    Japanese is a word."""
     clean: Path | None = None
     """Write the rows without overlap here, as JSON lines."""
     json: bool = False

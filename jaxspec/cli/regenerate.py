@@ -58,7 +58,7 @@ class Regenerate:
     rows: int = 16
     """Conversations decoded together."""
     seed: int = 0
-    """Seed of sampling."""
+    """Seed of sampling, 0 … 4294967295."""
     json: bool = False
     """Print one JSON object on standard output: the counts, and how each source was read."""
 

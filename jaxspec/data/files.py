@@ -85,9 +85,9 @@ def file_rows(path: Path) -> Iterator[Row]:
 
 
 def numbered_rows(rows: Iterable[Any], where: str | Path) -> Iterator[Row]:
-    """Rows of a table, counted from 0."""
+    """Rows of a table, counted from 0; each is its fields, or its error."""
     for number, content in enumerate(rows):
-        if not isinstance(content, dict):
+        if not isinstance(content, dict | ValueError):
             content = ValueError(f"expected a JSON object, found {repr(content)[:60]}")
         yield Row(f"{where}, row {number}", number, content)
 

@@ -8,18 +8,20 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from jaxspec.models.scaled import OutputsFirst
 
 if TYPE_CHECKING:
+    from jaxspec.drafters.base import LoadedDrafter
     from jaxspec.models.target import Target
 
 SAMPLED = 16  # values hashed per array
 
 
-def fingerprint(target: Target) -> str:
+def fingerprint(model: Target | LoadedDrafter) -> str:
     """A hash of the first values of every weight, the same in float32 and bfloat16.
 
     Renaming or moving a model, or the memory layout of its weights, does not change the hash;
@@ -27,7 +29,7 @@ def fingerprint(target: Target) -> str:
     """
     digest = hashlib.sha256()
     weights = jax.tree.leaves_with_path(
-        target.params, is_leaf=lambda x: isinstance(x, OutputsFirst)
+        model.params, is_leaf=lambda x: isinstance(x, OutputsFirst)
     )
     for path, x in weights:
         values = np.asarray(_first_row(x)[:SAMPLED], np.float32)
@@ -42,7 +44,7 @@ def _first_row(weight: jax.Array | OutputsFirst) -> jax.Array:
     if isinstance(weight, OutputsFirst):
         last = weight.values.ndim - weight.inputs - 1
         return weight.values[(*[0] * last, slice(None), *[0] * weight.inputs)]
-    return weight[(0,) * (weight.ndim - 1)]
+    return jnp.atleast_1d(weight)[(0,) * (weight.ndim - 1)]
 
 
 def template_hash(target: Target) -> str:

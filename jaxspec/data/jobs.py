@@ -86,11 +86,7 @@ def read_jobs(*sources: str | Path | Source) -> list[Job]:
             name = row.number if len(sources) == 1 else f"{source.label}-{row.number}"
             job = Job(name, len(jobs), [], [])
             try:
-                if type(row.fields.get("id", name)) not in (str, int):
-                    raise ValueError(
-                        f"'id' is {row.fields['id']!r}; expected text or a whole number"
-                    )
-                job.id = row.fields.get("id", name)
+                job.id = _id(row.fields.get("id", name))
                 job.messages, job.turns = _turns(row.fields)
             except ValueError as error:
                 job.error = f"{row.where}: {error}"
@@ -112,6 +108,12 @@ def read_jobs(*sources: str | Path | Source) -> list[Job]:
 def own_questions(count: int) -> list[Job]:
     """`count` conversations whose questions the target writes itself."""
     return [Job(number, number, [], [Opening()]) for number in range(count)]
+
+
+def _id(value: Any) -> str | int:
+    if type(value) not in (str, int):
+        raise ValueError(f"'id' is {value!r}; expected text or a whole number")
+    return message_text(value, "'id'") if isinstance(value, str) else value
 
 
 def _turns(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str | Opening]]:

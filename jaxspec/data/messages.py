@@ -6,13 +6,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
-SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-ROLES = (SYSTEM, "developer", USER, ASSISTANT, "tool")
+USER, ASSISTANT = "user", "assistant"
+SYSTEMS = ("system", "developer")
+ROLES = (*SYSTEMS, USER, ASSISTANT, "tool")
 SHAREGPT = {"human": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT} | {x: x for x in ROLES}
 KEYS = ("conversations", "messages")  # keys of a conversation in a row
 PROMPT, COMPLETION = "prompt", "completion"
 OURS, PROMPTS = "conversations", "prompts"
 PLAIN_SHAPES = (OURS, PROMPTS)  # what this project's own files hold
+TOOLS = ("tools", "functions")  # keys of a row
+CALLS = ("tool_calls", "function_call")  # keys of a message, as are the next
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 def shape_of(row: dict[str, Any]) -> str | None:
@@ -37,19 +41,29 @@ def holds_conversation(row: dict[str, Any]) -> bool:
     return any(key in row for key in KEYS) or (PROMPT in row and COMPLETION in row)
 
 
-def row_messages(row: dict[str, Any]) -> list[dict[str, str]]:
+def refuse_tools(row: dict[str, Any]) -> None:
+    """Raises ValueError if a row has tools, which would be lost."""
+    for name in TOOLS:
+        if row.get(name) not in (None, [], {}, "", "[]"):
+            raise ValueError(
+                f"'{name}' is {_shown(row[name])}; expected a conversation without tools"
+            )
+
+
+def row_messages(row: dict[str, Any], *, answers: bool = True) -> list[dict[str, str]]:
     """The conversation of a row, as `read_messages` gives it.
 
     It is the list under "conversations" or "messages" (possibly as JSON text), or a "prompt"
     with its "completion", each a text or a list of messages.
 
     Raises:
-      ValueError: the row has no conversation, or an invalid one.
+      ValueError: the row has no conversation, an invalid one, or one with tools.
     """
+    refuse_tools(row)
     lists = (_listed(row.get(key)) for key in KEYS)
     found = next((x for x in lists if x is not None), None)
     if found is not None:
-        return read_messages(found)
+        return read_messages(found, answers=answers)
     if PROMPT in row and COMPLETION in row:
         return [
             *_messages(row[PROMPT], USER, PROMPT),
@@ -80,13 +94,17 @@ def _messages(value: Any, role: str, name: str) -> list[dict[str, str]]:
     raise ValueError(f"'{name}' is {_shown(value)}; expected text or a list of messages")
 
 
-def read_messages(raw: list[Any]) -> list[dict[str, str]]:
+def read_messages(raw: list[Any], *, answers: bool = True) -> list[dict[str, str]]:
     """Messages {'role', 'content'}, from those or from ShareGPT's {'from', 'value'}.
 
     A content is text, or a list of parts {'type': 'text', 'text': …}, which are joined.
 
+    Args:
+      answers: whether the answers are used. Only then do their thoughts and weights matter.
+
     Raises:
-      ValueError: a message has another form.
+      ValueError: a message has another form, or a part that would be lost: a call of a tool,
+        thoughts beside the content, or a weight other than 1.
 
     >>> read_messages([{"from": "human", "value": "Hi"}])
     [{'role': 'user', 'content': 'Hi'}]
@@ -105,8 +123,24 @@ def read_messages(raw: list[Any]) -> list[dict[str, str]]:
         if not isinstance(role, str) or role not in known:
             expected = ", ".join(known)
             raise ValueError(f"{where}: '{name}' is {_shown(role)}; expected one of {expected}")
+        _refuse_lost(message, where, answers)
         messages.append({"role": known[role], "content": read_text(content, where)})
     return messages
+
+
+def _refuse_lost(message: dict[str, Any], where: str, answers: bool) -> None:
+    """Raises ValueError for a part of a message that role and content do not hold."""
+    for name in (*CALLS, *THOUGHTS) if answers else CALLS:
+        if message.get(name):
+            raise ValueError(
+                f"{where}: '{name}' is {_shown(message[name])}; expected none: only the "
+                "content of a message is read"
+            )
+    if answers and message.get("weight") not in (None, 1):
+        raise ValueError(
+            f"{where}: 'weight' is {_shown(message['weight'])}; expected 1: all answers of a "
+            "conversation are used"
+        )
 
 
 def read_text(content: Any, where: str) -> str:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxspec.data.jsonl import read_text
-from jaxspec.data.messages import KEYS, PROMPT, USER, read_messages, row_messages
+from jaxspec.data.messages import (
+    ASSISTANT,
+    KEYS,
+    PROMPT,
+    SYSTEMS,
+    USER,
+    read_messages,
+    refuse_tools,
+    row_messages,
+)
 from jaxspec.data.messages import read_text as message_text
 from jaxspec.data.sources import Source, open_source
 
@@ -64,15 +74,17 @@ def row_turns(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
     (`messages.row_messages`).
 
     Raises:
-      ValueError: the row has another form, or no turn with text.
+      ValueError: the row has another form, no turn with text, tools, or a message between the
+        turns that is no answer.
     """
+    refuse_tools(row)
     asked = row.get(PROMPT)
     if any(key in row for key in KEYS) or ("turns" not in row and isinstance(asked, list)):
-        messages = (
-            row_messages(row) if any(key in row for key in KEYS) else read_messages(asked)
+        system, turns = _turns(
+            row_messages(row, answers=False)
+            if any(key in row for key in KEYS)
+            else read_messages(asked, answers=False)
         )
-        system = [x for x in messages if x["role"] in ("system", "developer")]
-        turns = [x["content"] for x in messages if x["role"] == USER]
     else:
         found = row["turns"] if "turns" in row else [asked]
         if not isinstance(found, list) or not all(isinstance(turn, str) for turn in found):
@@ -81,6 +93,18 @@ def row_turns(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
     if not turns or not all(turn.strip() for turn in turns):
         raise ValueError(f"{EXPECTED}, found no text in {_shown(row)}")
     return system, turns
+
+
+def _turns(messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[str]]:
+    """The system's messages, which come first, and the user's turns."""
+    system = list(itertools.takewhile(lambda x: x["role"] in SYSTEMS, messages))
+    for number, message in enumerate(messages[len(system) :], len(system)):
+        if message["role"] not in (USER, ASSISTANT):
+            raise ValueError(
+                f"message {number}: the role is {message['role']!r}; expected the system's "
+                "messages first, then only a user's and an assistant's"
+            )
+    return system, [x["content"] for x in messages if x["role"] == USER]
 
 
 def _shown(row: dict[str, Any]) -> str:

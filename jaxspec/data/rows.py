@@ -50,7 +50,8 @@ def read_sequences(sequences: Any, vocab: int) -> list[Example]:
       ValueError: they do not have the form of `stored_sequences`.
     """
     if not isinstance(sequences, list) or not all(isinstance(x, dict) for x in sequences):
-        raise ValueError(f"'{SEQUENCES}' is {json.dumps(sequences)[:60]}; expected objects")
+        found = json.dumps(sequences, default=str)[:60]
+        raise ValueError(f"'{SEQUENCES}' is {found}; expected objects")
     examples = []
     for number, sequence in enumerate(sequences):
         where = f"{SEQUENCES}[{number}]"
@@ -67,8 +68,8 @@ def read_sequences(sequences: Any, vocab: int) -> list[Example]:
             good = isinstance(pair, list) and [type(x) for x in pair] == [int, int]
             if not good or not end <= pair[0] < pair[1] <= len(ids):
                 raise ValueError(
-                    f"{where}: 'answers' has {json.dumps(pair)}; expected ascending ranges "
-                    f"[start, stop] within the {len(ids)} ids"
+                    f"{where}: 'answers' has {json.dumps(pair, default=str)[:60]}; expected "
+                    f"ascending ranges [start, stop] within the {len(ids)} ids"
                 )
             supervised[pair[0] : pair[1]], end = True, pair[1]
         examples.append(Example(np.array(ids, np.int32), supervised))
@@ -129,8 +130,12 @@ def read_examples(
       any_target: also use rows that another model wrote; their text is rendered.
 
     Raises:
-      ValueError: a source cannot be read, a row names another target, or no sequence is left.
+      ValueError: a source cannot be read, a row names another target, no sequence is left, or a
+        length is below 1.
     """
+    for name, length in (("max_length", max_length), ("min_supervised", min_supervised)):
+        if length < 1:
+            raise ValueError(f"{name} is {length}; expected at least 1")
     if isinstance(sources, str | Path | Source):
         sources = [sources]
     sources = [open_source(source) for source in sources]

@@ -15,8 +15,8 @@ PARQUET_MAGIC = b"PAR1"
 BATCH = 1024  # rows decoded at a time
 
 
-def parquet_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Rows of a parquet file, which may be compressed as a whole.
+def parquet_rows(path: str | Path) -> Iterator[dict[str, Any] | ValueError]:
+    """Rows of a parquet file, which may be compressed as a whole; or the error of a row.
 
     Raises:
       ValueError: the file is damaged, or `pyarrow` is not installed.
@@ -31,12 +31,12 @@ def parquet_rows(path: str | Path) -> Iterator[dict[str, Any]]:
             yield from _parquet_rows(parquet, arrow, whole, path)
 
 
-def _parquet_rows(parquet, arrow, stream, path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(parquet, arrow, stream, path) -> Iterator[dict[str, Any] | ValueError]:
     count = 0
     try:
         for batch in parquet.ParquetFile(stream).iter_batches(BATCH):
-            for row in batch.to_pylist():
-                yield without_nulls(row)
+            for row in _decoded(batch):
+                yield row
                 count += 1
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(
@@ -44,6 +44,17 @@ def _parquet_rows(parquet, arrow, stream, path) -> Iterator[dict[str, Any]]:
             if count
             else f"{path} is not a parquet file that can be read ({error})"
         ) from error
+
+
+def _decoded(batch) -> list[dict[str, Any] | ValueError]:
+    """The rows of a batch; one by one if some cannot be decoded, such as text that is not UTF-8
+    or a date after the year 9999."""
+    try:
+        return [without_nulls(row) for row in batch.to_pylist()]
+    except Exception as error:
+        if len(batch) == 1:
+            return [ValueError(f"the row cannot be decoded ({_line(error)})")]
+        return [row for i in range(len(batch)) for row in _decoded(batch.slice(i, 1))]
 
 
 def saved_splits(folder: Path) -> dict[str, Iterable[dict[str, Any]]]:

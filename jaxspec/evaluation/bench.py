@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.evaluation import measure
 from jaxspec.evaluation import metrics as m
 from jaxspec.evaluation.contenders import Contender, Entry, load_entries
 from jaxspec.evaluation.report import table
 from jaxspec.evaluation.results import Row
-from jaxspec.evaluation.view import ALL, View, best_plain, is_plain, total
+from jaxspec.evaluation.view import ALL, Line, View, best_plain, is_plain, total
 
 PHASES = ("draft", "grow", "verify", "commit")
 
@@ -60,10 +62,11 @@ def bench(
 def bench_rows(view: View) -> list[dict[str, Any]]:
     """A row per drafter and budget, after a row of the fastest plain decoding.
 
-    Each has the drafter, its tree and nodes; `tau` by set and over all prompts; milliseconds of
-    each phase of a round at batch 1 (null if a drafter lacks the phase or it cannot be
-    separated); `tokens_per_second`; `speedup` over the plain row with its 95 % interval over
-    prompts; and the number of answers equal to plain decoding's.
+    Each has the drafter, its tree and nodes; `tau` by set and over all prompts (null if every
+    answer ended at its first token, without a round); milliseconds of each phase of a round at
+    batch 1 (null if a drafter lacks the phase or it cannot be separated); `tokens_per_second`;
+    `speedup` over the plain row with its 95 % interval over prompts; and the number of answers
+    equal to plain decoding's.
     """
     (temperature,) = view.temperatures
     lines = view.select("decode", temperature)
@@ -78,7 +81,7 @@ def bench_rows(view: View) -> list[dict[str, Any]]:
                 "drafter": line.label.drafter,
                 "tree": line.label.tree,
                 "nodes": line.label.budget,
-                "tau": {name: float(line.of(name).tau[0]) for name in (*view.sets, ALL)},
+                "tau": {name: _tau(line.of(name)) for name in (*view.sets, ALL)},
                 "ms": {phase: cost.phases[phase] for phase in PHASES} | {"round": total(cost)},
                 "tokens_per_second": float(line.rate[0]),
                 "speedup": speedup.value,
@@ -87,6 +90,10 @@ def bench_rows(view: View) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _tau(line: Line) -> float | None:
+    return None if np.isnan(line.tau[0]) else float(line.tau[0])
 
 
 def bench_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -99,7 +106,7 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> str:
                 row["drafter"],
                 row["tree"] or "",
                 str(row["nodes"]),
-                *(f"{tau:.2f}" for tau in row["tau"].values()),
+                *("" if tau is None else f"{tau:.2f}" for tau in row["tau"].values()),
                 *("" if ms is None else f"{ms:.1f}" for ms in row["ms"].values()),
                 f"{row['tokens_per_second']:.1f}",
                 f"{speedup:.2f}",

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxspec.data.identity import fingerprint
 from jaxspec.data.prompts import spread
 from jaxspec.decoding.requests import check_positions
 from jaxspec.decoding.sampling import Sampling
@@ -174,6 +175,7 @@ def evaluate(
         "prompts": {name: len(rows) for name, rows in sets.items()},
         "max_new_tokens": max_new_tokens,
         **filters_in_use(filters),
+        **fingerprints(entries),
         **machine(),
     }
     rows = measurements(
@@ -204,6 +206,15 @@ def filters_in_use(filters: Mapping[str, float]) -> dict[str, float]:
     """The filters of sampling, for the setup of results; none where all are off."""
     off = Sampling()
     return dict(filters) if any(x != getattr(off, name) for name, x in filters.items()) else {}
+
+
+def fingerprints(entries: Sequence[Entry]) -> dict[str, Any]:
+    """What tells the models of an evaluation from others of the same names."""
+    drafters = {entry.contender.drafter: entry.drafter for entry in entries}
+    return {
+        "fingerprint": fingerprint(entries[0].target),
+        "drafter_fingerprints": {name: fingerprint(x) for name, x in drafters.items()},
+    }
 
 
 def machine() -> dict[str, Any]:

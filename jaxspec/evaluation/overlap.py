@@ -21,7 +21,10 @@ from jaxspec.data.sources import Source, open_source
 
 NGRAM = 13  # words; the length GPT-3's decontamination used
 FORMAT_NGRAM, FORMAT_PROMPTS = 6, 3
-SHORTEST = 5  # words of content; of shorter prompts only equal texts count
+SHORTEST = 5  # words of content, or the n-gram's; of shorter prompts only equal texts count
+# Characters of Chinese and Japanese, whose words no spaces divide: each counts as a word.
+UNDIVIDED = "々-〇ぁ-ゖゝ-ゟァ-ヺー-ヿ\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[{UNDIVIDED}]|[^\W{UNDIVIDED}]+")
 
 Words = tuple[str, ...]
 
@@ -46,8 +49,10 @@ def words(text: str) -> Words:
 
     >>> words("How many  CLIPS, then?")
     ('how', 'many', 'clips', 'then')
+    >>> words("GPT是什么？")
+    ('gpt', '是', '什', '么')
     """
-    return tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower()))
+    return tuple(WORD.findall(unicodedata.normalize("NFKC", text).lower()))
 
 
 class Index:
@@ -63,7 +68,7 @@ class Index:
             self.whole.setdefault(row, number)
             for run in _content(row, shared):
                 size = min(ngram, len(run))
-                if size >= SHORTEST:
+                if size >= min(SHORTEST, ngram):
                     for gram in _grams(run, size):
                         self.grams[size].setdefault(gram, number)
 

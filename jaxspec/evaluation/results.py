@@ -258,8 +258,9 @@ def held(path: Path, setup: RunSettings) -> set[Key]:
     """Keys of the rows already in a file of the same setup; none without a file. An incomplete
     last line is ignored, see `cut_torn`.
 
-        Raises:
-          ValueError: the file is another setup's, or no evaluation's.
+    Raises:
+      ValueError: the file is another setup's, or no evaluation's. A setup without fingerprints
+        of its models, as version 0.1.0 wrote it, is another one.
     """
     if not path.exists() or not path.stat().st_size:
         return set()

@@ -63,13 +63,15 @@ class Line:
 
     @property
     def nodes(self) -> float:
-        """Nodes verified per round, root included."""
-        return self.column(lambda p: p.nodes).sum() / self.column(Rounds.rounds).sum()
+        """Nodes verified per round, root included; nan without a round."""
+        nodes = self.column(lambda p: p.nodes)
+        return float(m.ratio(nodes, self.column(Rounds.rounds), self.weights[:1])[0])
 
     @property
     def verify_rate(self) -> float:
-        """Tokens committed per node verified."""
-        return self.column(Rounds.decided).sum() / self.column(lambda p: p.nodes).sum()
+        """Tokens committed per node verified; nan without a round."""
+        nodes = self.column(lambda p: p.nodes)
+        return float(m.ratio(self.column(Rounds.decided), nodes, self.weights[:1])[0])
 
     @property
     def survival(self) -> np.ndarray:
@@ -145,7 +147,7 @@ class View:
     def theoretical(self, line: Line) -> float | None:
         """`metrics.theoretical_speedup`, from the measured cost of drafting."""
         cost, plain, drafted = self.cost(line), self.plain_ms(), line.nodes - 1
-        if cost is None or plain is None or drafted <= 0:
+        if cost is None or plain is None or not drafted > 0:  # nan without a round
             return None
         drafting = cost.phases["draft"] + (cost.phases["grow"] or 0.0)
         return m.theoretical_speedup(line.alpha, drafted, drafting / plain / drafted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -51,7 +52,10 @@ class MetricsLog:
         kept = [
             line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after
         ]
-        path.write_text("".join(kept))
+        if kept != lines:
+            fresh = path.with_suffix(".partial")
+            fresh.write_text("".join(kept))
+            os.replace(fresh, path)
         self.path = path
 
     def write(self, step: int, **values: Any) -> None:

@@ -14,6 +14,7 @@ from jaxspec.config import (
     TargetConfig,
     at_least,
     check_field,
+    check_seed,
     spaced_taps,
 )
 from jaxspec.drafters.eagle_head import EagleConfig, ParallelEagleConfig
@@ -117,8 +118,15 @@ class TrainConfig:
         at_least(1, self, "steps", "batch_size", "micro_batch", "keep")
         unrolled = isinstance(self.drafter, EagleConfig)
         at_least(0 if unrolled else 1, self, "anchors")
+        check_seed(self)
         if unrolled:
             check_loss(self.loss)
+        selects = getattr(self.drafter, "sequential", None) == "bilinear"
+        if self.loss.missing != LossConfig.missing and not selects:
+            raise ValueError(
+                f"LossConfig.missing is {self.loss.missing!r}, which needs dflash2's selector; "
+                f"expected {LossConfig.missing!r} with this drafter"
+            )
         check = functools.partial(check_field, self)
         even = self.batch_size % self.micro_batch == 0
         check("batch_size", even, f"a multiple of micro_batch = {self.micro_batch}")

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxspec.config import at_least, check_field
+from jaxspec.config import at_least, check_field, check_seed
 from jaxspec.data.conversations import extend
 from jaxspec.data.identity import fingerprint, template_hash
 from jaxspec.data.jobs import Job, Opening
@@ -64,7 +64,8 @@ class RegenerateConfig:
 
     def __post_init__(self):
         check_field(self, "sampled", 0 <= self.sampled <= 1, "a share, 0 … 1")
-        at_least(1, self, "max_new_tokens", "question_tokens", "rows")
+        at_least(1, self, "max_new_tokens", "max_length", "question_tokens", "rows")
+        check_seed(self)
 
     def sampling_of(self, job: Job) -> Sampling:
         """How a conversation's answers are sampled."""
@@ -250,16 +251,21 @@ def _made_by(config: RegenerateConfig, target: Target) -> dict[str, Any]:
         "seed": config.seed,
         "max_new_tokens": config.max_new_tokens,
         "sampled": config.sampled,
+        "question": _fields(config.question),
+        "question_tokens": config.question_tokens,
     }
 
 
 def _sampling(config: RegenerateConfig, job: Job | None) -> dict[str, Any]:
     """Sampling settings of a conversation; empty for None."""
-    if job is None:
-        return {}
-    sampling = dataclasses.asdict(config.sampling_of(job))
-    del sampling["stop_ids"]
-    return sampling | {"logit_bias": [list(bias) for bias in sampling["logit_bias"]]}  # as JSON
+    return {} if job is None else _fields(config.sampling_of(job))
+
+
+def _fields(sampling: Sampling) -> dict[str, Any]:
+    """Sampling settings as JSON reads them back."""
+    fields = dataclasses.asdict(sampling)
+    del fields["stop_ids"]
+    return fields | {"logit_bias": [list(bias) for bias in fields["logit_bias"]]}
 
 
 def _row(job: Job, fields: dict[str, Any]) -> dict[str, Any]:

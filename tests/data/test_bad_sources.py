@@ -126,6 +126,26 @@ def test_parquet_that_is_damaged(tmp_path):
         contents(path)
 
 
+@needs("pyarrow")
+@pytest.mark.parametrize("bad", ["text that is not UTF-8", "a date after the year 9999"])
+def test_a_bad_value_in_parquet_does_not_end_the_rows(tmp_path, bad):
+    import pyarrow
+    from pyarrow import parquet
+
+    if bad.startswith("text"):
+        found = pyarrow.array([b"a", b"\xff", b"c"]).buffers()
+        columns = {"prompt": pyarrow.Array.from_buffers(pyarrow.string(), 3, found)}
+    else:
+        days = pyarrow.array([0, 3 * 10**14, 0], pyarrow.timestamp("ms"))
+        columns = {"prompt": ["a", "b", "c"], "day": days}
+    path = tmp_path / "data.parquet"
+    parquet.write_table(pyarrow.table(columns), path)
+    refused = []
+    assert read_prompts(path, refused) == ["a", "c"]
+    (error,) = refused
+    assert error.startswith(f"{path}, row 1: the row cannot be decoded (")
+
+
 @pytest.mark.parametrize("name", ["data.jsonl", "runs/data.jsonl.gz", "./runs/data", "data"])
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

@@ -3,8 +3,12 @@
 import pytest
 
 from jaxspec.data.messages import read_messages, row_messages
+from jaxspec.data.prompts import row_turns
 
 TEXT = {"type": "text", "text": "Hi"}
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Yes"}
+CALL = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
 
 
 @pytest.mark.parametrize(
@@ -55,6 +59,53 @@ def test_conversations_are_read(raw):
 def test_what_is_no_text_is_refused(message, error):
     with pytest.raises(ValueError, match=error):
         read_messages([message])
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ({"tool_calls": [CALL]}, r"message 1: 'tool_calls' is \[{'type'.*; expected none"),
+        ({"tool_calls": [CALL], "content": None}, "message 1: 'tool_calls' is"),
+        ({"function_call": {"name": "look"}}, "message 1: 'function_call' is"),
+        (
+            {"reasoning_content": "So"},
+            "'reasoning_content' is 'So'; .* only the content",
+        ),
+        ({"reasoning": "So"}, "'reasoning' is 'So'"),
+        ({"thinking": "So"}, "'thinking' is 'So'"),
+        ({"weight": 0}, "message 1: 'weight' is 0; expected 1"),
+    ],
+)
+def test_parts_that_would_be_lost_are_refused(part, error):
+    with pytest.raises(ValueError, match=error):
+        row_messages({"messages": [USER, ANSWER | part]})
+
+
+def test_parts_that_are_empty_are_not_missed():
+    empty = {"tool_calls": [], "function_call": None, "reasoning_content": "", "weight": 1}
+    assert row_messages({"messages": [USER, ANSWER | empty], "tools": []}) == [USER, ANSWER]
+
+
+@pytest.mark.parametrize("row", [{"messages": [USER, ANSWER]}, {"prompt": "Hi"}])
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_tools_are_refused(row, name):
+    for read in (row_messages, row_turns) if "messages" in row else (row_turns,):
+        with pytest.raises(
+            ValueError, match=f"'{name}' is .*; expected a conversation without"
+        ):
+            read(row | {name: [CALL]})
+
+
+def test_an_answer_that_is_dropped_may_have_thoughts():
+    answer = ANSWER | {"reasoning_content": "So", "weight": 0}
+    assert row_turns({"messages": [USER, answer, USER]}) == ([], ["Hi", "Hi"])
+
+
+@pytest.mark.parametrize("role", ["tool", "system", "developer"])
+def test_messages_between_turns_are_refused(role):
+    other = {"role": role, "content": "sunny"}
+    with pytest.raises(ValueError, match=f"message 2: the role is '{role}'; expected"):
+        row_turns({"messages": [USER, ANSWER, other, USER]})
 
 
 def test_rows_without_a_conversation_name_what_they_have():

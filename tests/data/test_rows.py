@@ -1,5 +1,7 @@
 """Files of training data: stored tokens, rendered text, and what is skipped."""
 
+import dataclasses
+import datetime
 import json
 import lzma
 from pathlib import Path
@@ -7,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxspec.config import TreeConfig
 from jaxspec.data.conversations import Example
 from jaxspec.data.identity import fingerprint
 from jaxspec.data.rows import read_examples, read_sequences, stored_sequences
 from jaxspec.models.target import Target
 from tests.data.test_conversations import PLAIN, TALK, shown, tokenizer
+from tests.drafters import cases
 from tests.training import tiny
 
+DAY = datetime.date(2020, 1, 2)  # parquet has such values
 SHIPPED = Path(__file__).parents[2] / "examples/shipped_drafter/data-1.jsonl.xz"
 
 
@@ -49,6 +54,8 @@ def test_tokens_and_ranges_come_back():
         ({"token_ids": [1, 2], "answers": [[1, 2], [0, 1]]}, "ascending ranges"),
         ({"token_ids": [1, 2], "answers": [[0, 1.5]]}, "ascending ranges"),
         ({"token_ids": [1, 2]}, "'answers' has null"),
+        ({"token_ids": [1], "answers": [DAY]}, "'answers' has \"2020-01-02\""),
+        (DAY, "'sequences' is \\[\"2020-01-02\"\\]; expected objects"),
     ],
 )
 def test_damaged_sequences_are_named(sequence, error):
@@ -101,6 +108,13 @@ def test_sequences_are_cut_and_short_ones_left_out(target, tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         read(path, target, min_supervised=90)
+
+
+@pytest.mark.parametrize("name", ["max_length", "min_supervised"])
+def test_lengths_are_at_least_1(target, tmp_path, name):
+    path = write(tmp_path / "data.jsonl", [{"conversations": TALK[:2]}])
+    with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
+        read(path, target, **{name: 0})
 
 
 @pytest.mark.parametrize("text", ["", "\n \n", "\ufeff"])
@@ -162,6 +176,13 @@ def test_a_target_that_was_moved_cast_or_turned_is_the_same():
         assert fingerprint(moved) == fingerprint(target)
     tuned = jax.tree.map(lambda x: x * 1.01, target.params)
     assert fingerprint(Target("tiny", target.config, tuned)) != fingerprint(target)
+
+
+def test_a_calibrated_drafter_is_another():
+    drafter = cases.loaded("dspark", TreeConfig())
+    params = dataclasses.replace(drafter.params, temperatures=np.float32([1, 1, 1, 1.1]))
+    calibrated = dataclasses.replace(drafter, params=params)
+    assert fingerprint(calibrated) != fingerprint(drafter) == fingerprint(drafter)
 
 
 THINKING = PLAIN.replace(

@@ -1,5 +1,6 @@
 """`bench`: drafters of one target in one table."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from jaxspec.cli import main
 from jaxspec.cli.exits import BAD_INPUT
 from jaxspec.evaluation import results
 from jaxspec.evaluation.bench import bench_rows, bench_table
+from jaxspec.evaluation.report import acceptance_table
 from jaxspec.evaluation.results import Costs, Rounds
 from jaxspec.evaluation.view import View
 
@@ -58,6 +60,22 @@ def test_the_table():
     assert first.startswith("| plain |  | 1 | 1.00 | 1.00 | 1.00 | 0.0 |  | 90.0 | 1.0 | 91.0 ")
     assert second.startswith("| x | chain | 4 | 1.67 | 2.86 | 2.11 | 5.0 | 2.5 | 95.0 | 1.5 ")
     assert " | 104.0 | 25.0 | 2.50 [" in second and second.endswith("] | 3/3 |")
+
+
+@pytest.mark.filterwarnings("error")
+def test_answers_of_one_token_have_no_tau():
+    """They come from the prompt's forward, without a round."""
+    rows = [
+        dataclasses.replace(x, committed=[[0, 0]], nodes=[0], tokens=[1])
+        if getattr(x, "set", "") == "code"
+        else x
+        for x in ROWS
+    ]
+    _, own = bench_rows(View(rows))
+    assert own["tau"] == {"sums": 20 / 12, "code": None, "all": 20 / 12}
+    assert " | 1.67 |  | 1.67 | " in bench_table([own])
+    depths = acceptance_table(View(rows).lines)
+    assert "| x, 4 nodes | chain | 4 | code | nan | nan |  |" in depths
 
 
 def words(folder, **changes):

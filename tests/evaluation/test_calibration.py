@@ -1,8 +1,12 @@
 """Sequential temperature scaling on rounds whose truth is known, and on a decoding drafter."""
 
+import json
+
 import numpy as np
 import pytest
 
+from jaxspec.cli import main
+from jaxspec.cli.exits import BAD_INPUT
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import BlockDrafter
@@ -140,6 +144,17 @@ def test_what_cannot_be_calibrated(answers):
     )
     with pytest.raises(ValueError, match="no confidence head"):
         rollouts(tiny.target(), dflash, answers)
+
+
+@pytest.mark.usefixtures("models")
+def test_two_prompts_must_be_usable(tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "s" * 600}) + '\n{"prompt": "sum"}\n')
+    arguments = ["--target", "target", "--drafter", "run/a", "--prompts", str(path)]
+    assert main(["calibrate", *arguments]) == BAD_INPUT
+    left, error = capsys.readouterr().err.splitlines()
+    assert left.startswith("left out: prompt 0")
+    assert "one of 2 prompts is usable; expected at least two" in error
 
 
 def test_the_diagram_is_drawn(tmp_path):

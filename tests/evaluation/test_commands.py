@@ -1,16 +1,20 @@
 """The commands, from folders of weights and files of prompts to tables and pictures."""
 
 import json
+import shutil
 
 import pytest
 
 import jaxspec
+from jaxspec.checkpoints.drafters import save_temperatures
 from jaxspec.cli import main
 from jaxspec.cli.exits import BAD_INPUT
 from jaxspec.config import TreeConfig
 from jaxspec.evaluation import measure, results
 from jaxspec.evaluation.view import View, best_plain, pairs
 from tests import tiny
+from tests.checkpoints.writing import random_tensors, write_folder
+from tests.evaluation.conftest import CONFIG
 
 pytestmark = [pytest.mark.usefixtures("models"), pytest.mark.slow]
 
@@ -212,10 +216,55 @@ def test_another_setup_does_not_go_on(file, capsys, change, message):
 
 def test_other_prompts_of_the_same_names_do_not_go_on(file, tmp_path, capsys):
     for name in ("sums", "code"):
-        text = (file.parent / f"{name}.jsonl").read_text().replace("number 0", "number 7")
+        text = (file.parent / f"{name}.jsonl").read_text().replace("number", "under")
         (tmp_path / f"{name}.jsonl").write_text(text)
     assert evaluate(tmp_path, file) == BAD_INPUT
     assert "prompts_sha256 was" in capsys.readouterr().err
+
+
+def calibrated(folder):
+    save_temperatures(folder / "run/a", [2.0, 1.0, 1.0, 1.0])
+
+
+def other_weights(folder):
+    tensors = {name: 2 * x for name, x in random_tensors(CONFIG).items()}
+    write_folder(folder / "target", CONFIG, tensors)
+
+
+def other_template(folder):
+    path = folder / "target/chat_template.jinja"
+    path.write_text(path.read_text().replace("{{ m.content }}", "s{{ m.content }}"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (calibrated, "drafter_fingerprints was {'ngram': "),
+        (other_weights, "fingerprint was "),
+        (other_template, "prompts_sha256 was "),
+    ],
+)
+def test_other_models_of_the_same_names_do_not_go_on(
+    file, tmp_path, monkeypatch, capsys, change, message
+):
+    shutil.copytree(".", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    change(tmp_path)
+    before = file.read_bytes()
+    assert evaluate(file.parent, file) == BAD_INPUT
+    assert f"results of another setup: {message}" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
+def test_results_that_do_not_name_their_models_do_not_go_on(file, tmp_path, capsys):
+    first, *rest = file.read_text().splitlines(keepends=True)
+    setup = json.loads(first)
+    del setup["fields"]["fingerprint"], setup["fields"]["drafter_fingerprints"]
+    output = tmp_path / "results.jsonl"
+    output.write_text(json.dumps(setup) + "\n" + "".join(rest))
+    assert evaluate(file.parent, output) == BAD_INPUT
+    assert "fingerprint was 'unknown', now it is" in capsys.readouterr().err
+    assert main(["report", str(output)]) == 0
 
 
 @pytest.mark.parametrize("content", ["nonsense", "nonsense\n", '{"kind": "verify", "dtype"'])

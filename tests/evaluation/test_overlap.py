@@ -43,6 +43,28 @@ def test_find(text, prompt):
         assert found[1] in " ".join(words(text))
 
 
+@pytest.mark.parametrize("ngram", [1, 2, 3, 4, 5, 13])
+def test_runs_of_any_length_are_found(ngram):
+    run = " ".join(STORY.split()[5 : 5 + ngram])
+    (found,) = overlaps([["zero", f"so {run} then"]], [STORY], ngram=ngram)
+    assert found.words == " ".join(words(run))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "小明有五个苹果他又买了三个苹果请问他现在一共有多少个苹果？",
+        "みかんを五つ持っています。三つ食べると、残りはいくつでしょうか？",
+        "𠮷野家で牛丼を三杯食べました。全部でいくらになりますか？",
+    ],
+)
+def test_texts_without_spaces_are_searched_within(prompt):
+    index = Index([prompt, "今日の天気を教えてください。"])
+    assert index.find(f"请回答:{prompt}谢谢") is not None
+    assert index.find(f"abc{prompt[3:-3]}def") is not None
+    assert index.find(prompt[:9] + "。" + prompt[-9:]) is None
+
+
 def test_overlaps_look_at_every_part():
     texts = [["nothing", "in common"], ["a", STORY]]
     (found,) = overlaps(texts, PROMPTS)

@@ -1,6 +1,7 @@
 """What a run writes about itself."""
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -24,6 +25,16 @@ def test_lines_of_steps_computed_again_are_dropped(tmp_path):
         {"step": 2, "loss": 0.5},
         {"step": 3, "loss": 0.25, "acceptance": [0.5, 0.75]},
     ]
+
+
+def test_a_history_is_kept_until_its_copy_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path, after=0).write(1, loss=0.5)
+    monkeypatch.delattr(os, "replace")  # as if killed before it
+    MetricsLog(path, after=1)  # drops no line
+    with pytest.raises(AttributeError):
+        MetricsLog(path, after=0)
+    assert path.read_text() == '{"step": 1, "loss": 0.5}\n'
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

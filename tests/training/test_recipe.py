@@ -1,5 +1,6 @@
 """Drafters by family and target, and the options that change them."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from jaxspec.models import presets
 from jaxspec.training.recipe import (
     BLOCKS,
     PRESETS,
+    TrainConfig,
     drafter_config,
     find_preset,
     loss_config,
 )
+from jaxspec.training.regenerate import RegenerateConfig
 from tests.training import tiny
 
 
@@ -113,6 +116,22 @@ def test_heads_that_do_not_go_together_are_refused():
         drafter(initial="some/drafter", causal=True)
     with pytest.raises(ValueError, match="target 'gpt2' has no preset .*--mask-token-id"):
         Train(data=Path("x"), output=Path("y"), target="gpt2")._drafter(tiny.TARGET_CONFIG)
+
+
+def test_a_rule_for_the_selector_needs_one():
+    loss = dataclasses.replace(loss_config("dflash2"), missing="skip")
+    for family, options in (("dflash", {}), ("dflash2", dict(sequential="none"))):
+        with pytest.raises(ValueError, match="missing is 'skip', which needs dflash2's"):
+            TrainConfig(drafter(family=family, **options), loss)
+    TrainConfig(drafter(family="dflash2"), loss)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_have_their_own_random_numbers(seed):
+    with pytest.raises(ValueError, match=f"TrainConfig.seed is {seed}; expected 0 … 42"):
+        TrainConfig(drafter(family="dflash"), seed=seed)
+    with pytest.raises(ValueError, match=f"RegenerateConfig.seed is {seed}; expected 0 …"):
+        RegenerateConfig(seed=seed)
 
 
 def test_devices_must_divide():

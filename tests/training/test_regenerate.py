@@ -188,6 +188,8 @@ def test_rows_that_cannot_be_asked_fail_alone(target, tmp_path):
         (dict(seed=1), "seed 0, now 1"),
         (dict(max_new_tokens=13), "max_new_tokens 12, now 13"),
         (dict(thinking=True), "thinking None, now True"),
+        (dict(question_tokens=7), "question_tokens 6, now 7"),
+        (dict(question=Sampling(temperature=0.5)), "question {.*1.0.*}, now {.*0.5"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -299,6 +301,7 @@ def test_prompts_are_read_in_three_shapes(tmp_path):
         ("{", "not JSON"),
         ('{"prompt": "a", "id": [1]}', r"'id' is \[1\]; expected text or a whole number"),
         ('{"prompt": "a", "id": null}', "'id' is None"),
+        ('{"prompt": "a", "id": "b\\ud83d"}', "'id': the content has a lone surrogate"),
     ],
 )
 def test_files_without_a_prompt_say_what_they_hold(tmp_path, line, message):
