@@ -16,6 +16,7 @@ from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import (
     check_budget,
     check_capacity,
+    check_tokens,
     decoder_for,
     pack,
     request_keys,
@@ -106,6 +107,8 @@ def generate(
     capacity = check_capacity(decoder, prompts, max_new_tokens, capacity)
     budget = check_budget(decoder, budget)
     sampling = _one_each(sampling, len(prompts))
+    for options in sampling:  # all of them before the first batch: an error loses its answers
+        check_tokens(options, target.config)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     keys = request_keys(seed, len(prompts))

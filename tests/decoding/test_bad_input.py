@@ -45,9 +45,15 @@ from tests import tiny
             dict(sampling=Sampling(stop_ids=(2**40,))),
             "stop_ids has 1099511627776; the target's vocabulary is 0 … 10",
         ),
+        (
+            [[1], [2]],
+            dict(batch_size=1, sampling=[Sampling(), Sampling(logit_bias={11: 1.0})]),
+            "logit_bias has token id 11; the target's vocabulary is 0 … 10",
+        ),
     ],
 )
-def test_requests(prompts, options, message):
+def test_requests(prompts, options, message, monkeypatch):
+    monkeypatch.setattr("jaxspec.api.prefill", None)  # nothing runs
     with pytest.raises(ValueError, match=message):
         generate(tiny.target(), prompts, drafter=tiny.RANDOM, **options)
 
