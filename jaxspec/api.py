@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxspec.answer_text import CutAnswer
+from jaxspec.config import integer
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import (
@@ -100,6 +101,7 @@ def generate(
     stops = _stop_texts(target, stop)
     drafter = _drafter(target, drafter)
     decoder, params = decoder_for(target, drafter, implementation, rejection)
+    batch_size = integer("batch_size", batch_size, low=1)
     pace, batch = None, min(batch_size, len(prompts))
     if isinstance(budget, Pace):
         pace, capacity, batch, budget = budget, budget.capacity, budget.rows, budget.budget
@@ -109,8 +111,6 @@ def generate(
     sampling = _one_each(sampling, len(prompts))
     for options in sampling:  # all of them before the first batch: an error loses its answers
         check_tokens(options, target.config)
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     keys = request_keys(seed, len(prompts))
 
     completions = []
@@ -263,6 +263,7 @@ def stream(
         raise ValueError(
             f"target {target.name!r} has no tokenizer; use generate with token ids"
         )
+    rounds = integer("rounds", rounds, low=1)
     prompts = as_token_ids(target, [prompt], raw=raw, thinking=thinking)
     stops, drafter = _stop_texts(target, stop), _drafter(target, drafter)
     decoder, params = decoder_for(target, drafter, implementation, rejection)
@@ -303,7 +304,7 @@ def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> in
     decoder, _ = decoder_for(target, options["drafter"])
     new_tokens = options.pop("max_new_tokens", 256)
     capacity = check_capacity(decoder, rows, new_tokens, options.pop("capacity", None))
-    batch = max(1, min(options.get("batch_size", 8), len(rows)))
+    batch = min(integer("batch_size", options.get("batch_size", 8), low=1), len(rows))
     for name in ("sampling", "seed"):  # one for all prompts, or one each
         if isinstance(options.get(name), Sequence):
             options[name] = options[name][:batch]

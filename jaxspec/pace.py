@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.config import integer
 from jaxspec.decoding.curve import Curve, measure, only, setup_of, take_turn
 from jaxspec.decoding.fitting import VerifySize, doubling_sizes
 from jaxspec.decoding.habit import UNKNOWN, Habit, init_habit
@@ -161,7 +162,7 @@ def measure_pace(
     decoder, params = decoder_for(target, drafter, implementation, rejection)
     capacity = check_capacity(decoder, rows, max_new_tokens, None)
     budget = check_budget(decoder, budget)
-    batch = max(1, min(batch_size, len(rows)))
+    batch = min(integer("batch_size", batch_size, low=1), len(rows))
     setup = setup_of(target, decoder, params, {batch: sizes_of(decoder, batch)}, capacity)
     curve = kept_curve(setup)
     if curve is None:

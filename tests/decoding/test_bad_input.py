@@ -31,8 +31,11 @@ from tests import tiny
         ([[1]], dict(capacity=128), "capacity is 128; .* need 384. Raise it or leave it out"),
         ([[1]], dict(capacity=400), "capacity is 400; expected a multiple of 128"),
         ([[1]], dict(budget=17), "budget is 17; the drafter's trees have 1 … 16 nodes"),
+        ([[1]], dict(max_new_tokens=2.5), "max_new_tokens is 2.5; expected an integer"),
+        ([[1]], dict(budget=1.5), "budget is 1.5; expected an integer"),
         ([[1]], dict(budget=0), "budget is 0; the drafter's trees have 1 … 16 nodes"),
         ([[1]], dict(batch_size=0), "batch_size is 0; expected at least 1"),
+        ([[1]], dict(batch_size=1.5), "batch_size is 1.5; expected an integer"),
         ([[1], [2]], dict(seed=[1]), "1 seeds for 2 prompts; give one, or one per prompt"),
         ([[1], [2]], dict(sampling=[Sampling()]), "1 entries for 2 prompts; give one"),
         (
