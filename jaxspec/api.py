@@ -114,43 +114,44 @@ def generate(
     keys = request_keys(seed, len(prompts))
 
     completions = []
-    for start in range(0, len(prompts), batch):
-        rows = slice(start, start + batch)
-        began = time.perf_counter()
-        requests = pack(
-            decoder,
-            prompts[rows],
-            batch=batch,
-            capacity=capacity,
-            max_new_tokens=max_new_tokens,
-            budget=budget,
-            sampling=sampling[rows],
-            keys=keys[rows],
-        )
-        state = prefill(decoder, params, requests)
-        lengths = [len(prompt) for prompt in prompts[rows]]
-        cuts = [
-            CutAnswer(target.tokenizer, stops, length, own.min_tokens)
-            for length, own in zip(lengths, sampling[rows], strict=True)
-            if stops
-        ]
-        if pace is None:
-            step = functools.partial(_step, decoder, params, requests.sampling)
-        else:
-            step = pace.steps(params, state, requests.sampling)
-        state, whole = _decode(step, state, cuts, progress)
-        results = unpack(state, lengths)
-        seconds = time.perf_counter() - began
-        for row, (ids, stats) in enumerate(results):
-            text = target.tokenizer and target.tokenizer.decode(ids)
-            stop_ids = stop_ids_of(sampling[start + row], target.config)
-            finish = _finish(ids, stop_ids, max_new_tokens)
-            done = Completion(ids, text, stats, seconds, finish)
-            completions.append(_cut(done, cuts[row]) if cuts else done)
-        if pace is not None:
-            pace.count(max(len(ids) for ids, _ in results))
-        if not whole:
-            raise Interrupted(completions)
+    with postponed() as asked:
+        for start in range(0, len(prompts), batch):
+            rows = slice(start, start + batch)
+            began = time.perf_counter()
+            requests = pack(
+                decoder,
+                prompts[rows],
+                batch=batch,
+                capacity=capacity,
+                max_new_tokens=max_new_tokens,
+                budget=budget,
+                sampling=sampling[rows],
+                keys=keys[rows],
+            )
+            state = prefill(decoder, params, requests)
+            lengths = [len(prompt) for prompt in prompts[rows]]
+            cuts = [
+                CutAnswer(target.tokenizer, stops, length, own.min_tokens)
+                for length, own in zip(lengths, sampling[rows], strict=True)
+                if stops
+            ]
+            if pace is None:
+                step = functools.partial(_step, decoder, params, requests.sampling)
+            else:
+                step = pace.steps(params, state, requests.sampling)
+            state = _decode(step, state, cuts, asked, progress)
+            results = unpack(state, lengths)
+            seconds = time.perf_counter() - began
+            for row, (ids, stats) in enumerate(results):
+                text = target.tokenizer and target.tokenizer.decode(ids)
+                stop_ids = stop_ids_of(sampling[start + row], target.config)
+                finish = _finish(ids, stop_ids, max_new_tokens)
+                done = Completion(ids, text, stats, seconds, finish)
+                completions.append(_cut(done, cuts[row]) if cuts else done)
+            if pace is not None:
+                pace.count(max(len(ids) for ids, _ in results))
+            if asked:
+                raise Interrupted(completions)
     return completions
 
 
@@ -207,25 +208,24 @@ def _decode(
     step: Callable[[DecodeState, int], DecodeState],
     state: DecodeState,
     cuts: list[CutAnswer],
+    asked: Sequence[int],
     progress: Callable[[int], object] | None,
-) -> tuple[DecodeState, bool]:
-    """Runs rounds until every row is done, or a Ctrl-C; returns whether all are done."""
+) -> DecodeState:
+    """Runs rounds until every row is done, or a Ctrl-C is in `asked` (`postponed`)."""
     rounds, written = 1, 0 if progress is None else int(state.length.sum())
-    with postponed() as asked:
-        while True:
-            if cuts:
-                state = _end_cut(state, cuts)
-            whole = bool(state.done.all())
-            if whole or asked:
-                return state, whole
-            began = time.perf_counter()
-            state = step(state, rounds)
-            state.done.block_until_ready()
-            if progress is not None:
-                before, written = written, int(state.length.sum())
-                progress(written - before)
-            faster = CALL_SECONDS / (time.perf_counter() - began)
-            rounds = max(1, int(rounds * min(faster, 4)))  # the first call may compile
+    while True:
+        if cuts:
+            state = _end_cut(state, cuts)
+        if state.done.all() or asked:
+            return state
+        began = time.perf_counter()
+        state = step(state, rounds)
+        state.done.block_until_ready()
+        if progress is not None:
+            before, written = written, int(state.length.sum())
+            progress(written - before)
+        faster = CALL_SECONDS / (time.perf_counter() - began)
+        rounds = max(1, int(rounds * min(faster, 4)))  # the first call may compile
 
 
 def _end_cut(state: DecodeState, cuts: list[CutAnswer]) -> DecodeState:
