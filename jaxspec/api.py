@@ -79,8 +79,9 @@ def generate(
       budget: nodes verified per round, root included; the drafter's whole tree by default. A
         `Pace` (`measure_pace`) chooses it in each round, and fixes capacity and batch size.
       batch_size: prompts decoded together.
-      capacity: tokens per row that the cache holds, a multiple of 128; the smallest bucket that
-        fits by default. Calls with equal capacity share compiled programs.
+      capacity: tokens per row that the cache holds, a multiple of 128 with room for prompt, new
+        tokens and one block of the drafter; by default the smallest of a few that fits. Calls
+        with equal capacity share compiled programs.
       thinking: turns the thinking of a Qwen3 chat template on or off.
       rejection: a block drafter samples its chains instead of taking the likeliest tokens, and
         rejection sampling verifies them: the same distribution as plain sampling, but other

@@ -218,15 +218,18 @@ def check_capacity(
     max_new_tokens = integer("max_new_tokens", max_new_tokens, low=1)
     longest = max(map(len, prompts))
     check_positions(decoder.config, longest, max_new_tokens)
-    needed = capacity_for(longest + max_new_tokens, decoder)
-    if capacity is not None and capacity < needed:
+    if capacity is None:
+        return capacity_for(longest + max_new_tokens, decoder)
+    capacity = integer("capacity", capacity)
+    needed = longest + max_new_tokens + decoder.drafter.depth + 1
+    if capacity < needed:
         raise ValueError(
             f"capacity is {capacity}; a prompt of {longest} tokens, {max_new_tokens} new ones "
             f"and the drafter's depth need {needed}. Raise it or leave it out"
         )
-    if capacity is not None and capacity % decoder.chunk:
+    if capacity % decoder.chunk:
         raise ValueError(f"capacity is {capacity}; expected a multiple of {decoder.chunk}")
-    return needed if capacity is None else capacity
+    return capacity
 
 
 def check_budget(decoder: Decoder, budget: int | None) -> int:
