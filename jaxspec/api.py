@@ -11,11 +11,13 @@ import jax
 import numpy as np
 
 from jaxspec.answer_text import AnswerText
+from jaxspec.config import integer
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import (
     check_budget,
     check_capacity,
+    check_tokens,
     decoder_for,
     pack,
     request_keys,
@@ -76,8 +78,9 @@ def generate(
       budget: nodes verified per round, root included; the drafter's whole tree by default. A
         `Pace` (`measure_pace`) chooses it in each round, and fixes capacity and batch size.
       batch_size: prompts decoded together.
-      capacity: tokens per row that the cache holds, a multiple of 128; the smallest bucket that
-        fits by default. Calls with equal capacity share compiled programs.
+      capacity: tokens per row that the cache holds, a multiple of 128 with room for prompt, new
+        tokens and one block of the drafter; by default the smallest of a few that fits. Calls
+        with equal capacity share compiled programs.
       thinking: turns the thinking of a Qwen3 chat template on or off.
       rejection: a block drafter samples its chains instead of taking the likeliest tokens, and
         rejection sampling verifies them: the same distribution as plain sampling, but other
@@ -98,6 +101,7 @@ def generate(
     stops = _stop_texts(target, stop)
     drafter = as_drafter(target, drafter)
     decoder, params = decoder_for(target, drafter, implementation, rejection)
+    batch_size = integer("batch_size", batch_size, low=1)
     pace, batch = None, min(batch_size, len(prompts))
     if isinstance(budget, Pace):
         pace, capacity, batch, budget = budget, budget.capacity, budget.rows, budget.budget
@@ -105,48 +109,49 @@ def generate(
     capacity = check_capacity(decoder, prompts, max_new_tokens, capacity)
     budget = check_budget(decoder, budget)
     sampling = _one_each(sampling, len(prompts))
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    for options in sampling:  # all of them before the first batch: an error loses its answers
+        check_tokens(options, target.config)
     keys = request_keys(seed, len(prompts))
 
     completions = []
-    for start in range(0, len(prompts), batch):
-        rows = slice(start, start + batch)
-        began = time.perf_counter()
-        requests = pack(
-            decoder,
-            prompts[rows],
-            batch=batch,
-            capacity=capacity,
-            max_new_tokens=max_new_tokens,
-            budget=budget,
-            sampling=sampling[rows],
-            keys=keys[rows],
-        )
-        state = prefill(decoder, params, requests)
-        lengths = [len(prompt) for prompt in prompts[rows]]
-        answers = [
-            AnswerText(target.tokenizer, stops, min_tokens=own.min_tokens)
-            for own in sampling[rows]
-            if stops
-        ]
-        if pace is None:
-            step = functools.partial(_step, decoder, params, requests.sampling)
-        else:
-            step = pace.steps(params, state, requests.sampling)
-        state, whole = _decode(step, state, lengths, answers, progress)
-        results = unpack(state, lengths)
-        seconds = time.perf_counter() - began
-        for row, (ids, stats) in enumerate(results):
-            text = target.tokenizer and target.tokenizer.decode(ids)
-            stop_ids = stop_ids_of(sampling[start + row], target.config)
-            finish = _finish(ids, stop_ids, max_new_tokens)
-            done = Completion(ids, text, stats, seconds, finish)
-            completions.append(_cut(done, answers[row]) if answers else done)
-        if pace is not None:
-            pace.count(max(len(ids) for ids, _ in results))
-        if not whole:
-            raise Interrupted(completions)
+    with postponed() as asked:
+        for start in range(0, len(prompts), batch):
+            rows = slice(start, start + batch)
+            began = time.perf_counter()
+            requests = pack(
+                decoder,
+                prompts[rows],
+                batch=batch,
+                capacity=capacity,
+                max_new_tokens=max_new_tokens,
+                budget=budget,
+                sampling=sampling[rows],
+                keys=keys[rows],
+            )
+            state = prefill(decoder, params, requests)
+            lengths = [len(prompt) for prompt in prompts[rows]]
+            answers = [
+                AnswerText(target.tokenizer, stops, min_tokens=own.min_tokens)
+                for own in sampling[rows]
+                if stops
+            ]
+            if pace is None:
+                step = functools.partial(_step, decoder, params, requests.sampling)
+            else:
+                step = pace.steps(params, state, requests.sampling)
+            state = _decode(step, state, lengths, answers, asked, progress)
+            results = unpack(state, lengths)
+            seconds = time.perf_counter() - began
+            for row, (ids, stats) in enumerate(results):
+                text = target.tokenizer and target.tokenizer.decode(ids)
+                stop_ids = stop_ids_of(sampling[start + row], target.config)
+                finish = _finish(ids, stop_ids, max_new_tokens)
+                done = Completion(ids, text, stats, seconds, finish)
+                completions.append(_cut(done, answers[row]) if answers else done)
+            if pace is not None:
+                pace.count(max(len(ids) for ids, _ in results))
+            if asked:
+                raise Interrupted(completions)
     return completions
 
 
@@ -201,30 +206,29 @@ def _decode(
     state: DecodeState,
     lengths: Sequence[int],
     answers: Sequence[AnswerText],
+    asked: Sequence[int],
     progress: Callable[[int], object] | None,
-) -> tuple[DecodeState, bool]:
-    """Runs rounds until every row is done, or a Ctrl-C; returns whether all are done.
+) -> DecodeState:
+    """Runs rounds until every row is done, or a Ctrl-C is in `asked` (`postponed`).
 
     Args:
       lengths: of the prompts.
       answers: of every row, or none if there are no stop texts.
     """
     rounds, written = 1, 0 if progress is None else int(state.length.sum())
-    with postponed() as asked:
-        while True:
-            if answers:
-                state = _end_stopped(state, lengths, answers)
-            whole = bool(state.done.all())
-            if whole or asked:
-                return state, whole
-            began = time.perf_counter()
-            state = step(state, rounds)
-            state.done.block_until_ready()
-            if progress is not None:
-                before, written = written, int(state.length.sum())
-                progress(written - before)
-            faster = CALL_SECONDS / (time.perf_counter() - began)
-            rounds = max(1, int(rounds * min(faster, 4)))  # the first call may compile
+    while True:
+        if answers:
+            state = _end_stopped(state, lengths, answers)
+        if state.done.all() or asked:
+            return state
+        began = time.perf_counter()
+        state = step(state, rounds)
+        state.done.block_until_ready()
+        if progress is not None:
+            before, written = written, int(state.length.sum())
+            progress(written - before)
+        faster = CALL_SECONDS / (time.perf_counter() - began)
+        rounds = max(1, int(rounds * min(faster, 4)))  # the first call may compile
 
 
 def _end_stopped(
@@ -266,6 +270,7 @@ def stream(
         raise ValueError(
             f"target {target.name!r} has no tokenizer; use generate with token ids"
         )
+    rounds = integer("rounds", rounds, low=1)
     prompts = as_token_ids(target, [prompt], raw=raw, thinking=thinking)
     stops, drafter = _stop_texts(target, stop), as_drafter(target, drafter)
     decoder, params = decoder_for(target, drafter, implementation, rejection)
@@ -321,7 +326,7 @@ def warm_up(
     drafter = as_drafter(target, drafter)
     decoder, _ = decoder_for(target, drafter)
     capacity = check_capacity(decoder, rows, max_new_tokens, capacity)
-    batch = max(1, min(batch_size, len(rows)))
+    batch = min(integer("batch_size", batch_size, low=1), len(rows))
     generate(
         target,
         rows[:batch],

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.decoding.curve import Curve, measure, only, setup_of, take_turn
+from jaxspec.config import integer
+from jaxspec.decoding.curve import Curve, measure, only, setup_of, take_turn, values_by_dtype
 from jaxspec.decoding.fitting import VerifySize, doubling_sizes
 from jaxspec.decoding.habit import UNKNOWN, Habit, init_habit
 from jaxspec.decoding.prefill import prefill
@@ -60,8 +61,8 @@ class Pace:
 
     def check(self, decoder: Decoder, params: Params) -> None:
         """Raises ValueError unless it was measured for this decoder and these weights."""
-        dtype = str(params.target.embed.dtype)
-        if decoder != self.decoder or dtype != self.curve.setup["dtype"]:
+        weights = self.curve.setup["weights"]
+        if decoder != self.decoder or values_by_dtype(params) != weights:
             raise ValueError(
                 "the pace was measured for another target, dtype, drafter or acceptance rule; "
                 "measure it again (`jaxspec.measure_pace`)"
@@ -163,7 +164,7 @@ def measure_pace(
     decoder, params = decoder_for(target, drafter, implementation, rejection)
     capacity = check_capacity(decoder, rows, max_new_tokens, None)
     budget = check_budget(decoder, budget)
-    batch = max(1, min(batch_size, len(rows)))
+    batch = min(integer("batch_size", batch_size, low=1), len(rows))
     setup = setup_of(target, decoder, params, {batch: sizes_of(decoder, batch)}, capacity)
     curve = kept_curve(setup)
     if curve is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,11 @@ def as_token_ids(
         raise ValueError(
             "prompts is a single message; a conversation is a list of messages: put it in []"
         )
-    if not isinstance(prompts, str):
+    if hasattr(prompts, "tolist"):  # an array
+        prompts = prompts.tolist()
+    if isinstance(prompts, Iterable) and not isinstance(prompts, str):
         prompts = list(prompts)
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], _PARTS)):
+    if not isinstance(prompts, list) or (prompts and isinstance(prompts[0], _PARTS)):
         prompts = [prompts]
     if not prompts:
         raise ValueError(
@@ -58,7 +60,7 @@ def token_ids(
     """
     if isinstance(prompt, str):
         prompt = _from_text(target, prompt, raw=raw, thinking=thinking, name=name)
-    elif len(prompt) and isinstance(prompt[0], Mapping):
+    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         prompt = _from_messages(target, prompt, raw=raw, thinking=thinking, name=name)
     try:
         row = [operator.index(token) for token in prompt]

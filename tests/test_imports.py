@@ -35,12 +35,12 @@ ARROWS = {
     "dtypes": "checkpoints",
     "kept_curves": "decoding dtypes",
     "loading": "checkpoints config drafters dtypes models settings sharding",
-    "pace": "decoding drafters kept_curves loading models prompts settings sharding",
+    "pace": "config decoding drafters kept_curves loading models prompts settings sharding",
     "prompts": "data decoding models",
     "results": "decoding",
     "scoring": "config decoding drafters models prompts settings trees",
-    "api": "answer_text decoding drafters interrupts loading models pace prompts results"
-    " settings",
+    "api": "answer_text config decoding drafters interrupts loading models pace prompts"
+    " results settings",
     "planning": "config decoding drafters models sharding trees pallas_kernels"
     " pallas_kernels.h100",
     "serving": "answer_text config decoding drafters models prompts sharding tokenizer trees",

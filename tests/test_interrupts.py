@@ -73,9 +73,11 @@ def test_bounded_says_that_one_was_raised():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+PROMPTS, OPTIONS = [[1, 2, 3], [4], [5, 6]], dict(max_new_tokens=40, batch_size=1)
+
+
 def test_generate_hands_over_what_it_has(monkeypatch):
-    prompts, options = [[1, 2, 3], [4], [5, 6]], dict(max_new_tokens=40, batch_size=1)
-    whole = api.generate(tiny.target(), prompts, **options)
+    whole = api.generate(tiny.target(), PROMPTS, **OPTIONS)
     calls, decode = [], api.decode
 
     def pressed(*arguments):
@@ -88,8 +90,24 @@ def test_generate_hands_over_what_it_has(monkeypatch):
     monkeypatch.setattr(api, "decode", pressed)
     monkeypatch.setattr(api, "CALL_SECONDS", 1e-9)  # one round each
     with pytest.raises(api.Interrupted) as caught:
-        api.generate(tiny.target(), prompts, **options)
+        api.generate(tiny.target(), PROMPTS, **OPTIONS)
     first, second = (completion.token_ids for completion in caught.value.completions)
     assert first == whole[0].token_ids
     assert second == whole[1].token_ids[: len(second)] and 1 < len(second) < 40
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(("step", "lengths"), [("prefill", [40, 1]), ("unpack", [40, 40])])
+def test_generate_loses_nothing_outside_its_rounds(step, lengths, monkeypatch):
+    calls, function = [], getattr(api, step)
+
+    def pressed(*arguments):
+        calls.append(step)
+        if len(calls) == 2:
+            press()
+        return function(*arguments)
+
+    monkeypatch.setattr(api, step, pressed)
+    with pytest.raises(api.Interrupted) as caught:
+        api.generate(tiny.target(), PROMPTS, **OPTIONS, progress=lambda count: None)
+    assert [len(found.token_ids) for found in caught.value.completions] == lengths

@@ -117,7 +117,7 @@ def test_it_serves_what_it_was_measured_for(measured):
     other = LoadedDrafter(dataclasses.replace(LOOKUP.drafter, min_match=2))
     with pytest.raises(ValueError, match="measured for another target, dtype, drafter or acc"):
         jaxspec.generate(target(), [[1]], drafter=other, budget=measured)
-    with pytest.raises(ValueError, match="capacity is 256; .* depth need 768"):
+    with pytest.raises(ValueError, match="capacity is 256; .* depth need 514"):
         jaxspec.generate(
             target(), [[1] * 450], drafter=LOOKUP, budget=measured, max_new_tokens=60
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -43,6 +44,9 @@ def user(text):
         ([0, 1, 2], ["abc"]),
         (np.array([0, 1, 2]), ["abc"]),
         (np.array([[0, 1], [2, 3]]), ["ab", "cd"]),
+        (jnp.array([0, 1, 2]), ["abc"]),
+        (jnp.array([[0, 1], [2, 3]]), ["ab", "cd"]),
+        ([jnp.array([0, 1]), (2, 3)], ["ab", "cd"]),
         (iter([[0], "b", [user("c")]]), ["a", "u:b|", "u:c|"]),
     ],
 )
@@ -63,6 +67,11 @@ def test_raw_texts_have_no_template(target):
         ([{"role": "tutor", "content": "a"}], {}, "prompt 0: message 0: 'role' is 'tutor'"),
         ([user("a") | {"tool_calls": [{}]}], {}, "prompt 0: message 0: 'tool_calls' is"),
         (["a", [user("a"), "b"]], {}, "prompt 1: message 1 is 'b'; expected an object"),
+        ([[1], 5], {}, "prompt 1 is '5'; expected a text, a list of token ids, or"),
+        (["a", None], {}, "prompt 1 is 'None'; expected a text, a list of token ids, or"),
+        (["a", user("b")], {}, "prompt 1 is .*; expected a text, a list of token ids, or"),
+        (5, {}, "prompt 0 is '5'; expected a text, a list of token ids, or"),
+        ([0.5, 2.0], {}, "prompt 0 is '0.5'; expected a text, a list of token ids, or"),
         ([[0.5]], {}, r"prompt 0 is '\[0.5\]'; expected a text, a list of token ids, or"),
         (
             [["a", "b"]],

@@ -99,6 +99,12 @@ def test_a_drafter_by_name_and_a_row_of_a_table(target):
     assert repr(named).startswith(f"Completion({named.text!r}, {row['new_tokens']} tokens, tau")
 
 
+@pytest.mark.parametrize("rounds", [0, -1])
+def test_a_stream_runs_at_least_one_round_at_a_time(target, rounds):
+    with pytest.raises(ValueError, match=f"rounds is {rounds}; expected at least 1"):
+        next(stream(target, "a", raw=True, rounds=rounds))
+
+
 def test_empty_text_is_refused(target):
     with pytest.raises(ValueError, match="prompt 0 is empty; expected some text"):
         generate(target, " ", raw=True)

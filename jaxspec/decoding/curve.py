@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,15 +126,27 @@ def setup_of(
     device = jax.devices()[0]
     return {
         "target": target.name,
-        "dtype": str(params.target.embed.dtype),
+        "weights": values_by_dtype(params),
         "drafter": repr(decoder.drafter),
         "rejection": decoder.rejection,
+        "implementation": decoder.implementation,
+        # A name may be a path, and its model another one by now.
+        "decoder": hashlib.sha256(repr(decoder).encode()).hexdigest()[:16],
         "device": f"{device.platform}: {device.device_kind}",
+        "devices": len(params.target.embed.devices()),
         "jax": jax.__version__,
         "capacity": capacity,
         "totals": {str(rows): [s.total for s in own] for rows, own in sizes.items()},
         "per_row": {str(rows): [s.per_row for s in own] for rows, own in sizes.items()},
     }
+
+
+def values_by_dtype(params: Params) -> dict[str, int]:
+    """Number of weights of every dtype, target's and drafter's: differs by format too."""
+    found = Counter()
+    for x in jax.tree.leaves(params):
+        found[str(x.dtype)] += x.size
+    return dict(sorted(found.items()))
 
 
 def take_turn(state: Any, steps: Sequence[Callable[[Any], Any]]) -> tuple[Any, list[float]]:

@@ -3,13 +3,12 @@ programs are compiled."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from jaxspec.config import TargetConfig
+from jaxspec.config import TargetConfig, integer
 from jaxspec.decoding import logprobs
 from jaxspec.decoding.sampling import (
     MAX_BIASES,
@@ -140,7 +139,7 @@ def seed_key(seed: int) -> jax.Array:
     Further words of larger seeds are folded in. A negative seed is its magnitude with a final
     word of 0, which no positive seed has.
     """
-    seed = operator.index(seed)
+    seed = integer("seed", seed)
     words = [abs(seed) & (1 << WORD) - 1]
     rest = abs(seed) >> WORD
     while rest:
@@ -180,7 +179,7 @@ def check_positions(config: TargetConfig, length: int, max_new_tokens: int) -> N
 
 def request_keys(seed: int | Sequence[int], count: int) -> jax.Array:
     """One typed key per request: `seed` folded with 0 … count - 1, or each own seed with 0."""
-    if isinstance(seed, (int, np.integer)):
+    if np.ndim(seed) == 0:
         return _fold_keys(seed_key(seed), np.arange(count))
     if len(seed) != count:
         raise ValueError(f"{len(seed)} seeds for {count} prompts; give one, or one per prompt")
@@ -216,23 +215,26 @@ def decoder_for(
 def check_capacity(
     decoder: Decoder, prompts: list[list[int]], max_new_tokens: int, capacity: int | None
 ) -> int:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    max_new_tokens = integer("max_new_tokens", max_new_tokens, low=1)
     longest = max(map(len, prompts))
     check_positions(decoder.config, longest, max_new_tokens)
-    needed = capacity_for(longest + max_new_tokens, decoder)
-    if capacity is not None and capacity < needed:
+    if capacity is None:
+        return capacity_for(longest + max_new_tokens, decoder)
+    capacity = integer("capacity", capacity)
+    needed = longest + max_new_tokens + decoder.drafter.depth + 1
+    if capacity < needed:
         raise ValueError(
             f"capacity is {capacity}; a prompt of {longest} tokens, {max_new_tokens} new ones "
             f"and the drafter's depth need {needed}. Raise it or leave it out"
         )
-    if capacity is not None and capacity % decoder.chunk:
+    if capacity % decoder.chunk:
         raise ValueError(f"capacity is {capacity}; expected a multiple of {decoder.chunk}")
-    return needed if capacity is None else capacity
+    return capacity
 
 
 def check_budget(decoder: Decoder, budget: int | None) -> int:
     size = decoder.drafter.size
-    if budget is not None and not 1 <= budget <= size:
+    budget = size if budget is None else integer("budget", budget)
+    if not 1 <= budget <= size:
         raise ValueError(f"budget is {budget}; the drafter's trees have 1 … {size} nodes")
-    return size if budget is None else budget
+    return budget

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxspec.config import check_field
+from jaxspec.config import check_field, convert_field
 from jaxspec.decoding.filters import filtered
 from jaxspec.decoding.penalties import Written, adjusted, changes_logits
 from jaxspec.noise import Noise, drafting_scale
@@ -19,7 +21,21 @@ from jaxspec.trees.candidates import likeliest
 NO_TOKEN = -1
 MAX_STOP_IDS, MAX_BIASES = 8, 300
 MAX_BIAS, MAX_PENALTY = 100.0, 2.0  # as OpenAI bounds them
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 ROWS_AT_ONCE, NODES_AT_ONCE = 8, 16  # sampled at a time, to bound the memory of [., ., V]
+
+
+def _number(value: Any) -> float:
+    return float(value + 0)  # float alone would take "1"
+
+
+def _token_ids(values: Iterable[Any] | None) -> tuple[int, ...] | None:
+    return None if values is None else tuple(map(operator.index, values))
+
+
+def _biases(biases: Any) -> tuple[tuple[int, float], ...]:
+    pairs = biases.items() if isinstance(biases, Mapping) else biases
+    return tuple((operator.index(token), _number(bias)) for token, bias in pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +71,13 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
+        convert = functools.partial(convert_field, self)
+        for name in ("temperature", "top_p", "min_p", *PENALTIES):
+            convert(name, _number, "a number")
+        for name in ("top_k", "min_tokens"):
+            convert(name, operator.index, "an integer")
+        convert("stop_ids", _token_ids, "token ids, or None for the target's own")
+        convert("logit_bias", _biases, "numbers by token id")
         check = functools.partial(check_field, self)
         check(
             "temperature", 0 <= self.temperature < float("inf"), "a finite number, at least 0"
@@ -70,12 +93,10 @@ class Sampling:
             0 < self.repetition_penalty < float("inf"),
             "a finite number above 0 (1 changes nothing)",
         )
-        biases = self.logit_bias
-        biases = tuple(biases.items() if isinstance(biases, Mapping) else biases)
-        object.__setattr__(self, "logit_bias", biases)
-        bounded = all(abs(bias) <= MAX_BIAS for _, bias in biases)
+        bounded = all(abs(bias) <= MAX_BIAS for _, bias in self.logit_bias)
         check("logit_bias", bounded, "-100 … 100 for every token")
-        check("logit_bias", len(biases) <= MAX_BIASES, f"at most {MAX_BIASES} tokens")
+        few = len(self.logit_bias) <= MAX_BIASES
+        check("logit_bias", few, f"at most {MAX_BIASES} tokens")
 
 
 @jax.tree_util.register_dataclass

@@ -29,11 +29,15 @@ from tests import tiny
             "500 tokens and 20 new ones need 520 positions; the target has 512. Shorten",
         ),
         ([[1]], dict(max_new_tokens=0), "max_new_tokens is 0; expected at least 1"),
-        ([[1]], dict(capacity=128), "capacity is 128; .* need 384. Raise it or leave it out"),
+        ([[1]], dict(capacity=128), "capacity is 128; .* need 263. Raise it or leave it out"),
+        ([[1]], dict(capacity=256.0), "capacity is 256.0; expected an integer"),
         ([[1]], dict(capacity=400), "capacity is 400; expected a multiple of 128"),
         ([[1]], dict(budget=17), "budget is 17; the drafter's trees have 1 … 16 nodes"),
+        ([[1]], dict(max_new_tokens=2.5), "max_new_tokens is 2.5; expected an integer"),
+        ([[1]], dict(budget=1.5), "budget is 1.5; expected an integer"),
         ([[1]], dict(budget=0), "budget is 0; the drafter's trees have 1 … 16 nodes"),
         ([[1]], dict(batch_size=0), "batch_size is 0; expected at least 1"),
+        ([[1]], dict(batch_size=1.5), "batch_size is 1.5; expected an integer"),
         ([[1], [2]], dict(seed=[1]), "1 seeds for 2 prompts; give one, or one per prompt"),
         ([[1], [2]], dict(sampling=[Sampling()]), "1 entries for 2 prompts; give one"),
         (
@@ -46,9 +50,15 @@ from tests import tiny
             dict(sampling=Sampling(stop_ids=(2**40,))),
             "stop_ids has 1099511627776; the target's vocabulary is 0 … 10",
         ),
+        (
+            [[1], [2]],
+            dict(batch_size=1, sampling=[Sampling(), Sampling(logit_bias={11: 1.0})]),
+            "logit_bias has token id 11; the target's vocabulary is 0 … 10",
+        ),
     ],
 )
-def test_requests(prompts, options, message):
+def test_requests(prompts, options, message, monkeypatch):
+    monkeypatch.setattr("jaxspec.api.prefill", None)  # nothing runs
     with pytest.raises(ValueError, match=message):
         generate(tiny.target(), prompts, drafter=tiny.RANDOM, **options)
 

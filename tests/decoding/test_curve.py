@@ -3,9 +3,15 @@
 import dataclasses
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from jaxspec.decoding.curve import Curve, measure, take_turn
+from jaxspec.decoding.curve import Curve, measure, setup_of, take_turn
+from jaxspec.decoding.requests import decoder_for
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.small_model import SmallModel
+from tests import tiny
 
 SETUP = {
     "target": "tiny",
@@ -60,6 +66,31 @@ def test_one_number_of_rows_may_have_no_step():
 def test_a_curve_of_something_else_is_refused():
     with pytest.raises(ValueError, match="for target = 'tiny', but this engine has 'big'"):
         CURVE.check(SETUP | {"target": "big"})
+
+
+def test_a_setup_is_another_by_all_that_its_times_depend_on():
+    drafter = LoadedDrafter(SmallModel(tiny.QWEN3), tiny.target().params)
+    decoder, params = decoder_for(tiny.target(), drafter)
+    setup = setup_of(tiny.target(), decoder, params, {}, 256)
+
+    def changed(decoder=decoder, params=params):
+        other = setup_of(tiny.target(), decoder, params, {}, 256)
+        return {name for name in setup if setup[name] != other[name]}
+
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params.drafter)
+    head = dataclasses.replace(
+        params.target, lm_head=params.target.lm_head.astype(jnp.float8_e4m3fn)
+    )
+    windows = dataclasses.replace(tiny.QWEN3, windows=(None, 5, None))
+    assert changed() == set()
+    assert changed(params=dataclasses.replace(params, drafter=half)) == {"weights"}
+    assert changed(params=dataclasses.replace(params, target=head)) == {"weights"}
+    # Of the same name, but another model.
+    assert changed(dataclasses.replace(decoder, config=windows)) == {"decoder"}
+    assert changed(dataclasses.replace(decoder, implementation="xla")) == {
+        "decoder",
+        "implementation",
+    }
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"setup": {}, "seconds": {"one": [1]}}'])

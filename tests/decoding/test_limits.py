@@ -3,6 +3,7 @@
 import pytest
 
 from jaxspec.api import generate
+from jaxspec.decoding.requests import check_capacity, decoder_for
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.small_model import SmallModel
@@ -65,6 +66,26 @@ def test_the_capacity_may_be_filled_to_the_last_position():
         tiny.target(), tiny.prompts(positions - 20)[0], max_new_tokens=20, drafter=tiny.RANDOM
     )[0]
     assert len(out.token_ids) == 20
+
+
+@pytest.mark.slow
+def test_the_smallest_capacity_that_holds_the_tokens_is_enough():
+    """102 + 20 tokens, and the P + 1 = 6 positions that the last round may write beyond."""
+    options = dict(max_new_tokens=20, drafter=tiny.RANDOM)
+    (prompt,) = tiny.prompts(102)
+    small, usual = (
+        generate(tiny.target(), prompt, capacity=capacity, **options)[0].token_ids
+        for capacity in (128, None)
+    )
+    assert small == usual
+
+
+def test_a_capacity_is_compared_with_what_is_needed():
+    decoder, _ = decoder_for(tiny.target(), tiny.RANDOM)
+    assert check_capacity(decoder, [[1], [1] * 102], 20, 128) == 128
+    assert check_capacity(decoder, [[1], [1] * 102], 20, None) == 256
+    with pytest.raises(ValueError, match="a prompt of 103 tokens, 20 new ones .* need 129"):
+        check_capacity(decoder, [[1], [1] * 103], 20, 128)
 
 
 def test_no_rounds_no_tau():

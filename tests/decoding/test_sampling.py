@@ -164,11 +164,38 @@ def test_rejection_needs_a_drafter_that_draws(drafter, message):
         ("top_k", -2, "top_k is -2; expected at least 0"),
         ("top_p", 0.0, "top_p is 0.0; expected more than 0 and at most 1"),
         ("min_p", 1.5, "min_p is 1.5; expected 0 … 1"),
+        ("temperature", "1", "temperature is '1'; expected a number"),
+        ("top_p", None, "top_p is None; expected a number"),
+        ("top_k", 1.5, "top_k is 1.5; expected an integer"),
+        ("min_tokens", 1.5, "min_tokens is 1.5; expected an integer"),
+        ("stop_ids", 5, "stop_ids is 5; expected token ids, or None"),
+        ("stop_ids", (1.5,), r"stop_ids is \(1.5,\); expected token ids, or None"),
+        ("logit_bias", {1.7: 3.0}, "logit_bias is {1.7: 3.0}; expected numbers by token id"),
+        ("logit_bias", {"1": 3}, "logit_bias is {'1': 3}; expected numbers by token id"),
+        ("logit_bias", [1, 2], r"logit_bias is \[1, 2\]; expected numbers by token id"),
     ],
 )
 def test_bad_options_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**{field: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    ids = np.array([3, 7])
+    found = Sampling(np.float32(0.5), np.int64(2), stop_ids=ids, logit_bias={ids[0]: ids[1]})
+    assert found == Sampling(0.5, 2, stop_ids=(3, 7), logit_bias=((3, 7.0),))
+    assert hash(found) and {type(x) for x in (found.top_k, *found.stop_ids)} == {int}
+
+
+@pytest.mark.parametrize("seed", [1.5, np.array(1.5), [2.5], "1"])
+def test_a_seed_is_an_integer(seed):
+    with pytest.raises(ValueError, match=r"seed is .*; expected an integer"):
+        request_keys(seed, 1)
+
+
+def test_a_seed_may_be_an_array():
+    for seed in (np.int64(3), np.array(3), jnp.array(3)):
+        assert (request_keys(seed, 2) == request_keys(3, 2)).all()
 
 
 SEEDS = [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**40, 2**63, 2**64, 3 * 2**64, -1, -(2**32)]
