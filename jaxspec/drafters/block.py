@@ -32,13 +32,13 @@ from jaxspec.drafters.transitions import transition_table
 from jaxspec.drafters.visibility import block_visibility
 from jaxspec.drafters.weights import abstract_weights, bind
 from jaxspec.models.cache import KVCache, init_cache
-from jaxspec.models.mesh import cut_axes
 from jaxspec.models.params import TargetParams
 from jaxspec.noise import Noise, bias
 from jaxspec.trees.build import build
 from jaxspec.trees.path_conditioned import LowRank, path_conditioned
 from jaxspec.trees.transitions import from_transitions
 from jaxspec.trees.tree import DraftTree, chain, pack_bits
+from pallas_kernels.mesh import on_one_device
 from pallas_kernels.tree_attention import tree_attention
 
 
@@ -336,12 +336,12 @@ class BlockDrafter(Drafter):
 
         step = corrected
         if self.config.sequential != "mlp" and not self.survival_scores:
-            # On a mesh that shards weights the kernels would need W2 whole.
+            # On a mesh the kernels would need W2 and the whole batch on every device.
             step = LowRank(
                 base + added,
                 head.sequential.output[...],
                 advance,
-                implementation="xla" if cut_axes() else None,
+                implementation=None if on_one_device() else "xla",
             )
 
         def confidence(slot, state, nodes):

@@ -15,7 +15,6 @@ from jaxspec.config import TargetConfig
 from jaxspec.models.cache import KVRows
 from jaxspec.models.delta_net import DeltaRows, DeltaState, Kinship, delta_net, kinship
 from jaxspec.models.layers import lookup, project, project_swiglu, rms_norm
-from jaxspec.models.mesh import cut_axes
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import (
     AttentionParams,
@@ -30,6 +29,7 @@ from jaxspec.models.scaled import OutputsFirst, ScaledWeight, is_scaled
 from jaxspec.models.state import LayerRows, LayerStates
 from jaxspec.trees.packing import Packing
 from jaxspec.trees.tree import chain_nodes
+from pallas_kernels.mesh import on_one_device
 from pallas_kernels.rotary_heads import rotary_heads
 from pallas_kernels.tree_attention import tree_attention
 
@@ -291,7 +291,7 @@ def fuses(params: TargetParams, config: TargetConfig, implementation: str | None
         implementation = "triton" if jax.default_backend() == "gpu" else "xla"
     narrow = params.embed.dtype == jnp.bfloat16
     tiles = config.head_dim & (config.head_dim - 1) == 0
-    return implementation == "triton" and narrow and tiles and not cut_axes()
+    return implementation == "triton" and narrow and tiles and on_one_device()
 
 
 def unembed(params: TargetParams, hidden: Float[Array, "*S M"]) -> Float[Array, "*S V"]:

@@ -29,6 +29,7 @@ from jaxspec.models.mesh import cut_axes
 from jaxspec.models.params import DeltaNetParams
 from jaxspec.trees.tree import NO_PARENT, unpack_bits
 from pallas_kernels.delta_heads import delta_heads
+from pallas_kernels.mesh import batch_axis
 from pallas_kernels.tree_delta_rule import tree_delta_rule
 
 FEW_ROWS = 32  # most rows of an accepted path; a prompt's chunk has more
@@ -163,11 +164,11 @@ def delta_net(
     """A gated delta net between its input and its output projection.
 
     Under a mesh that shards weights (`jax.set_mesh`), key heads with their value heads are
-    sharded over it, as far as its axes divide their number.
+    sharded over it, as far as its axes divide their number; an axis "data" shards sequences.
 
     Args:
       inputs: [rows, J, C + R dv + 2 R], normed activations times `params.inputs`, nodes side
-        by side; rows past B N are ignored.
+        by side; rows past B N, which only one device may have, are ignored.
       kernels: on an NVIDIA GPU, one computes the heads and one the delta rule
         (`decoder.fuses`).
 
@@ -183,11 +184,12 @@ def delta_net(
     axes = _axes_over(config.delta_net.key_heads)
     if not axes:
         return of_these_heads(*arguments)
-    whole, by_head = PartitionSpec(), PartitionSpec(axes)
-    by_node, memory = PartitionSpec(None, None, axes), PartitionSpec(None, axes)
+    batch = batch_axis(len(kin.begun))
+    whole, by_head, by_row = PartitionSpec(), PartitionSpec(axes), PartitionSpec(batch)
+    by_node, memory = PartitionSpec(batch, None, axes), PartitionSpec(batch, axes)
     return jax.shard_map(
         of_these_heads,
-        in_specs=(by_head, whole, memory, DeltaState(memory, by_node), whole),
+        in_specs=(by_head, whole, memory, DeltaState(memory, by_node), by_row),
         out_specs=by_node,
         check_vma=False,
     )(*arguments)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxspec.models.mesh import cut_axes
 from jaxspec.models.scaled import OutputsFirst, ScaledWeight, scaled_product
+from pallas_kernels.mesh import batch_axis, on_one_device
 from pallas_kernels.scaled_matmul import scaled_swiglu
 from pallas_kernels.skinny_matmul import skinny_matmul
 
@@ -89,7 +90,7 @@ def _skinny_product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array | None:
     """The product of few rows, by a kernel measured to be faster than XLA on this GPU."""
     operands, out = spec.split("->")
     left, right = operands.split(",")
-    if cut_axes() or right[0] != left[-1] or out != left[:-1] + right[1:]:
+    if not on_one_device() or right[0] != left[-1] or out != left[:-1] + right[1:]:
         return None
     found = skinny_matmul(x.reshape(-1, x.shape[-1]), y.reshape(len(y), -1))
     return None if found is None else found.reshape(*x.shape[:-1], *y.shape[1:])
@@ -146,9 +147,9 @@ def lookup(table: Float[Array, "V M"], index: Int[Array, "*L"]) -> Float[Array, 
         found = table[jnp.where(here, own, 0)].astype(jnp.float32)
         return jax.lax.psum(jnp.where(here[..., None], found, 0), axes)
 
-    specs = (PartitionSpec(axes), PartitionSpec())
+    rows = PartitionSpec(batch_axis(len(index)))
     return jax.shard_map(
-        of_this_device, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+        of_this_device, in_specs=(PartitionSpec(axes), rows), out_specs=rows, check_vma=False
     )(table, index)
 
 

@@ -16,6 +16,7 @@ from jaxspec.models.params import Matrix, MoeParams, SharedExpertParams
 from jaxspec.models.scaled import is_scaled
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_scaled_matmul import grouped_scaled_matmul
+from pallas_kernels.mesh import batch_axis
 
 
 def mixture_of_experts(
@@ -27,7 +28,7 @@ def mixture_of_experts(
 
     Under a mesh with axes "model" or "rest" (`jax.set_mesh`) experts are sharded over both.
     Every device runs all tokens through its own experts; one sum over the devices joins the
-    results, and no expert's weights move.
+    results, and no expert's weights move. An axis "data" shards tokens, if it divides them.
 
     Raises:
       ValueError: the mesh does not divide the experts evenly.
@@ -44,8 +45,8 @@ def _shared(params: SharedExpertParams, x: jax.Array) -> jax.Array:
 
 def _routed(params: MoeParams, config: TargetConfig, x: jax.Array) -> jax.Array:
     weight, expert = route(params, config, x)
-    axes = cut_axes()
-    if not axes:
+    axes, rows = cut_axes(), batch_axis(len(x))
+    if rows is None and not axes:
         return _weigh(_apply(x, params.gate_up, params.down, expert), weight)
     mesh = jax.sharding.get_abstract_mesh()
     experts, devices = params.down.shape[0], math.prod(mesh.shape[name] for name in axes)
@@ -61,11 +62,11 @@ def _routed(params: MoeParams, config: TargetConfig, x: jax.Array) -> jax.Array:
         out = _apply(x, gate_up, down, jnp.where(here, own, gate_up.shape[0]))
         return jax.lax.psum(_weigh(jnp.where(here[..., None], out, 0), weight), axes)
 
-    whole, cut = PartitionSpec(), PartitionSpec(axes)
+    tokens, cut = PartitionSpec(rows), PartitionSpec(axes)
     return jax.shard_map(
         of_this_device,
-        in_specs=(whole, cut, cut, whole, whole),
-        out_specs=whole,
+        in_specs=(tokens, cut, cut, tokens, tokens),
+        out_specs=tokens,
         check_vma=False,
     )(x, params.gate_up, params.down, expert, weight)
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxspec.models.mesh import WEIGHT_AXES, cut_axes
+from pallas_kernels.mesh import batch_axis
 from pallas_kernels.scaled_matmul import scaled_matmul
 from pallas_kernels.scaled_matmul.reference import scaled
 
@@ -146,7 +147,8 @@ def scaled_product(
     letters = letters.replace(rows[-1], "") + rows[-1]  # as the values are stored
     outputs = [letter for letter in letters[:-1] if letter in out]
     multiply = functools.partial(_multiply, function, letters, outputs, weight.dtype)
-    if not cut_axes():
+    batch = batch_axis(len(x))
+    if batch is None and not cut_axes():
         return multiply(x, weight.values, weight.scale)
     letter = next((letter for letter in letters if letter in CUT), "")
     mesh = jax.sharding.get_abstract_mesh()
@@ -162,7 +164,7 @@ def scaled_product(
     def cut(letters):
         return [tuple(axes) if axis == letter else None for axis in letters]
 
-    rows, whole = [None] * (x.ndim - 1), PartitionSpec(*cut(letters))
+    rows, whole = [batch, *[None] * (x.ndim - 2)], PartitionSpec(*cut(letters))
     return jax.shard_map(
         of_this_device,
         in_specs=(PartitionSpec(*rows, *cut(letters[-1])), whole, whole),

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.mesh import HEADS_AXIS, batch_axis
 from pallas_kernels.tree_attention.config import (
     MosaicTile,
     Shape,
@@ -20,8 +21,6 @@ from pallas_kernels.tree_attention.config import (
 )
 from pallas_kernels.tree_attention.reference import tree_attention_reference
 from pallas_kernels.tree_attention.xla import tree_attention_xla
-
-HEADS_AXIS = "model"  # of the mesh set by `jax.set_mesh`, if any
 
 
 def tree_attention(
@@ -42,7 +41,8 @@ def tree_attention(
 ) -> Float[Array, "*nodes H D"]:
     """See `tree_attention_reference` for shapes and meaning.
 
-    Under a mesh with an axis "model" (`jax.set_mesh`), key/value heads are sharded over it.
+    Under a mesh with axes "data" or "model" (`jax.set_mesh`), sequences are sharded over the
+    former, if it divides them, and key/value heads over the latter.
     The derivative is always the reference's.
 
     Args:
@@ -64,28 +64,29 @@ def tree_attention(
         scale=scale, window=window, implementation=implementation, tile=tile, rows=rows
     )
     arrays = (q, k_cache, v_cache, lengths, k_new, v_new, ancestors, depths)
-    return _over_heads(functools.partial(_dispatch, **options), arrays)
+    return _over_mesh(functools.partial(_dispatch, **options), arrays)
 
 
-def _over_heads(attend, arrays) -> jax.Array:
-    """Each device of the mesh's axis "model" attends for its own key/value heads.
+def _over_mesh(attend, arrays) -> jax.Array:
+    """Each device of the mesh attends for its own sequences and key/value heads.
 
     XLA cannot partition a Pallas call: it would gather the caches on every device.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = dict(mesh.shape).get(HEADS_AXIS, 1)
-    if devices == 1:
+    batch, kv_heads = arrays[1].shape[:2]
+    mesh = dict(jax.sharding.get_abstract_mesh().shape)
+    rows, devices = batch_axis(batch), mesh.get(HEADS_AXIS, 1)
+    if rows is None and devices == 1:
         return attend(*arrays)
-    kv_heads = arrays[1].shape[1]
     if kv_heads % devices:
         raise ValueError(
             f"{kv_heads} key/value heads cannot be sharded over {devices} devices; give the "
             f"mesh's axis {HEADS_AXIS!r} a size that divides them"
         )
+    heads = HEADS_AXIS if devices > 1 else None
     cache, nodes, whole = (
-        PartitionSpec(None, HEADS_AXIS),
-        PartitionSpec(None, None, HEADS_AXIS),
-        PartitionSpec(),
+        PartitionSpec(rows, heads),
+        PartitionSpec(rows, None, heads),
+        PartitionSpec(rows),
     )
     specs = (nodes, cache, cache, whole, nodes, nodes, whole, whole)
     return jax.shard_map(attend, in_specs=specs, out_specs=nodes, check_vma=False)(*arrays)

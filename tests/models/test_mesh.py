@@ -1,11 +1,21 @@
-"""Weights cut over a mesh give what one device does, and no weight moves."""
+"""Weights and sequences cut over a mesh give what one device does, and none of them moves."""
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, use_abstract_mesh
+
+from jaxspec.models.layers import lookup
+from jaxspec.models.moe import mixture_of_experts
+from jaxspec.models.params import abstract_params
+from jaxspec.models.scaled import ScaledWeight, scaled_product
+from tests.tiny import MOE
 
 # A process of its own, because the number of devices is fixed when JAX starts.
 SCRIPT = """
@@ -31,7 +41,8 @@ def mesh_of(**axes):
 def cut(params, mesh):
     def place(path, x):
         expert = path[-1].name in ("gate_up", "down") and x.shape[0] == 16
-        spec = P(mesh.axis_names) if expert else P()
+        axes = [name for name in mesh.axis_names if name != "data"]
+        spec = P(axes) if expert else P()
         return jax.device_put(x, NamedSharding(mesh, spec))
     return jax.tree.map_with_path(place, params)
 
@@ -48,6 +59,17 @@ for tokens in (1, 5, 64):
             text = experts.lower(cut(layer, mesh), x).compile().as_text()
         assert "all-gather" not in text and "all-to-all" not in text
         assert text.count("all-reduce(") == 1, text.count("all-reduce(")
+
+for shared in (mesh_of(data=8), mesh_of(data=2, model=4)):
+    rows = jax.device_put(x, NamedSharding(shared, P("data")))
+    with jax.set_mesh(shared):
+        out = experts(cut(layer, shared), rows)
+        text = experts.lower(cut(layer, shared), rows).compile().as_text()
+    check(out, whole)
+    assert out.sharding.spec == P("data"), out.sharding
+    gathered = [line for line in text.splitlines() if " all-gather(" in line]
+    assert all("[64,16]" in line for line in gathered), gathered  # of the router, for its top k
+    assert "all-to-all" not in text
 
 table = jax.random.normal(jax.random.key(2), (48, 8))
 find = jax.jit(lookup)
@@ -102,17 +124,18 @@ draw = lambda x: jax.random.normal(jax.random.key(x.ndim), x.shape)
 states = jax.tree.map(draw, states)
 tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, config.vocab_size)
 whole = step(params, states, tokens)
-for axes in (dict(model=4, rest=2), dict(model=2)):
+for axes in (dict(model=4, rest=2), dict(model=2), dict(data=2, model=4)):
     mesh = make_mesh(**axes)
     with jax.set_mesh(mesh):
         cut = place(mesh, params), place(mesh, states)
         compiled = step.lower(*cut, tokens).compile()
-        for found, expected in zip(
-            jax.tree.leaves(step(*cut, tokens)), jax.tree.leaves(whole), strict=True
-        ):
+        done = step(*cut, tokens)
+        for found, expected in zip(jax.tree.leaves(done), jax.tree.leaves(whole), strict=True):
             np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
     memory = cut[1].delta[0].memory
-    assert memory.sharding.shard_shape(memory.shape)[1] == 8 // mesh.size
+    assert memory.sharding.shard_shape(memory.shape)[1] == 8 * axes.get("data", 1) // mesh.size
+    memory = done[1].delta[0].memory
+    assert memory.sharding.shard_shape(memory.shape)[0] == 2 // axes.get("data", 1)
     gathered = [x for x in compiled.as_text().splitlines() if " all-gather" in x]
     assert not [x for x in gathered if "8,24]" in x.split(" all-gather")[0]], gathered
 """
@@ -139,3 +162,41 @@ def test_experts_and_vocabulary_are_cut_over_the_mesh():
     done = run(SCRIPT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "12 experts cannot be sharded over 8 devices" in done.stdout
+
+
+def shapes_on_a_device(function, *arrays, **axes):
+    """Shapes that a device of a mesh computes with, where the work is cut over the mesh."""
+    with use_abstract_mesh(AbstractMesh(tuple(axes.values()), tuple(axes))):
+        traced = jax.make_jaxpr(function)(*arrays)
+    (cut,) = [eqn for eqn in traced.eqns if eqn.primitive.name == "shard_map"]
+    return [x.aval.shape for x in cut.params["jaxpr"].invars]
+
+
+def zeros(*shape, dtype=jnp.float32):
+    return jnp.zeros(shape, dtype)
+
+
+def test_tokens_are_cut_over_data_where_a_kernel_multiplies_them_by_experts():
+    layer = abstract_params(MOE).layers[0].mlp  # 4 experts, 2 per token
+
+    def experts(layer, x):
+        return mixture_of_experts(layer, MOE, x)
+
+    for axes, held in ((dict(data=2), 4), (dict(data=2, model=2), 2)):
+        x, gate_up, _, expert, weight = shapes_on_a_device(experts, layer, zeros(6, 32), **axes)
+        assert x == (3, 32) and expert == weight == (3, 2)
+        assert gate_up == (held, 32, 2, 16)
+
+
+def test_sequences_are_cut_over_data_where_a_kernel_multiplies_them_by_8_bits():
+    values = zeros(32, 16, dtype=jnp.float8_e4m3fn)
+    weight = ScaledWeight(values, zeros(4, 1), 1, jnp.dtype("bfloat16"))
+    for axes, outputs in ((dict(data=2), 32), (dict(data=2, model=2), 16)):
+        product = functools.partial(scaled_product, "bnm,mf->bnf", weight=weight)
+        x, own, _ = shapes_on_a_device(product, zeros(4, 3, 16), **axes)
+        assert x == (2, 3, 16) and own == (outputs, 16)
+
+
+def test_sequences_are_cut_over_data_where_embeddings_are_looked_up():
+    found = shapes_on_a_device(lookup, zeros(8, 5), zeros(4, 3, dtype=int), data=2, model=2)
+    assert found == [(4, 5), (2, 3)]

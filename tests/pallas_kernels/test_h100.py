@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.models.decoder import forward_chain
 from jaxspec.models.moe import mixture_of_experts
@@ -140,6 +140,33 @@ def test_a_mixture_moves_the_experts_its_nodes_choose_and_no_others(tokens, devi
     sent = 0 if devices == 1 else 4 * tokens * 2048  # the sum over the devices
     assert program.module.exchanged_bytes() == sent
     assert program.module.large_copies(expert) == []
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capacity"))
+def features(params, config, tokens, capacity):
+    """The hidden states of a prompt's tokens, and their rows in caches."""
+    batch = len(tokens)
+    states = init_states(config, batch, capacity, jnp.bfloat16)
+    start = jnp.zeros(batch, jnp.int32)
+    out = forward_chain(params, config, tokens, states, start, implementation="triton")
+    written = states.write(out.rows, start, start + tokens.shape[1])
+    return out.hidden, written
+
+
+def test_a_mesh_of_data_shares_sequences_and_sends_none():
+    """As `train --devices 4` runs the target."""
+    config = dataclasses.replace(PRESETS["qwen3-0.6b"], num_layers=1)
+    on = Mesh(mesh(4).devices.reshape(4, 1), ("data", "model"))
+    whole, by_sequence = (NamedSharding(on, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+        abstract_params(config, jnp.bfloat16),
+    )
+    tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=by_sequence)
+    program = compile_for_h100(features, params, config, tokens, 1024, mesh=on)
+    assert program.module.exchanged_bytes() == 0
+    hidden, caches = 2 * 128 * 1024 * 4, 2 * (2 * 8 * 1024 * 128) * 2  # of 2 sequences
+    assert 0 <= program.outputs - hidden - caches < 100
 
 
 def hybrid_of_two_layers():

@@ -17,9 +17,9 @@ attend = jax.jit(functools.partial(tree_attention, scale=0.125))
 arrays = make_inputs(CASES["decode"], (40, 96))
 whole = attend(**arrays)
 
-def mesh_of(size):
+def mesh_of(size, axis="model"):
     return jax.make_mesh(
-        (size,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:size]
+        (size,), (axis,), axis_types=(AxisType.Auto,), devices=jax.devices()[:size]
     )
 
 mesh = mesh_of(2)
@@ -33,6 +33,14 @@ with jax.set_mesh(mesh):
 assert out.sharding.spec == P(None, None, "model"), out.sharding
 np.testing.assert_allclose(out, whole, atol=2e-6)
 
+with jax.set_mesh(mesh_of(2, "data")):
+    out = attend(**arrays)
+assert out.sharding.spec == P("data"), out.sharding
+np.testing.assert_allclose(out, whole, atol=2e-6)
+
+with jax.set_mesh(mesh_of(3, "data")):  # does not divide the batch
+    np.testing.assert_allclose(attend(**arrays), whole, atol=2e-6)
+
 with jax.set_mesh(mesh_of(3)):
     try:
         jax.eval_shape(attend, **arrays)
@@ -41,7 +49,7 @@ with jax.set_mesh(mesh_of(3)):
 """
 
 
-def test_heads_are_cut_over_the_axis_model():
+def test_heads_are_cut_over_the_axis_model_and_sequences_over_data():
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         env=os.environ | dict(JAX_NUM_CPU_DEVICES="3", JAX_PLATFORMS="cpu"),
