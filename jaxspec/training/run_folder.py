@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,11 @@ import tomli_w
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.data.conversations import Example
 from jaxspec.data.identity import fingerprint
-from jaxspec.locks import lock
 from jaxspec.models.target import Target
 from jaxspec.training.recipe import TrainConfig
 
 CONFIG, FLAGS, METRICS, DRAFTER = "config.json", "run.toml", "metrics.jsonl", "drafter"
 FREE = ("validate_every", "checkpoint_every", "keep")  # settings without effect on weights
-
-
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Creates the folder if needed, and locks it for this process.
-
-    Raises:
-      ValueError: another process trains in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        lock(descriptor, str(folder), "wait until it is done, or train in a new folder")
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def enter(

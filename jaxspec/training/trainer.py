@@ -23,6 +23,7 @@ from jaxspec.checkpoints.store import Store
 from jaxspec.data.conversations import Example
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.interrupts import postponed
+from jaxspec.locks import claimed
 from jaxspec.models.scaled import is_scaled
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt
@@ -36,7 +37,7 @@ from jaxspec.training.loading import Loader
 from jaxspec.training.metrics import MetricsLog, check_writers, peak_memory
 from jaxspec.training.networks import trained_drafter
 from jaxspec.training.recipe import TrainConfig
-from jaxspec.training.run_folder import DRAFTER, METRICS, claimed, enter, write_flags
+from jaxspec.training.run_folder import DRAFTER, METRICS, enter, write_flags
 from jaxspec.training.sharding import any_process, gather, state_shardings
 from jaxspec.training.start import DRAFT_VOCABULARY, drafted_tokens, initial_drafter
 from jaxspec.training.step import TrainState, init_state, learning_rate, train_step
@@ -106,7 +107,9 @@ def train(
     with contextlib.ExitStack() as held:
         finished = False
         if leads:
-            held.enter_context(claimed(folder))
+            held.enter_context(
+                claimed(folder, "wait until it is done, or train in a new folder")
+            )
             finished = enter(folder, config, target, examples, resume_step)
             if flags is not None:
                 write_flags(folder, flags)
@@ -143,7 +146,8 @@ def _train(
     cached = None
     if features is not None:
         taps = config.drafter.taps
-        cached = open_features(features, run.target, examples, taps=taps, dtype=features_dtype)
+        cached = open_features(features, target, examples, taps=taps, dtype=features_dtype)
+        cached.complete(run.target, examples)
     position = Position()
     if store.steps or resume_step is not None:
         step, state, saved = store.restore(state, resume_step)

@@ -18,13 +18,13 @@ from flax import nnx
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.checkpoints.store import Store
 from jaxspec.config import DeltaNetConfig, TreeConfig
+from jaxspec.locks import claimed
 from jaxspec.models.params import random_params
 from jaxspec.models.target import Target
 from jaxspec.training.batches import Position
 from jaxspec.training.loading import Loader
 from jaxspec.training.networks import copy_layers
 from jaxspec.training.recipe import OptimizerConfig
-from jaxspec.training.run_folder import claimed
 from jaxspec.training.start import initial_drafter
 from jaxspec.training.step import init_state, learning_rate, train_step
 from jaxspec.training.trainer import train
@@ -227,7 +227,7 @@ def test_another_target_does_not_go_on_with_a_run(whole_run, tmp_path):
 
 
 def test_one_process_trains_in_a_folder(tmp_path):
-    with claimed(tmp_path / "run"):
+    with claimed(tmp_path / "run", "wait"):
         with pytest.raises(ValueError, match="another process is writing .*run; wait"):
             train(tiny.CONFIG, tiny.target(), tiny.examples(), tmp_path / "run")
 
