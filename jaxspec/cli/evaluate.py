@@ -76,6 +76,7 @@ class Evaluate:
         import jaxspec
         from jaxspec.evaluation.comparison import measurements
         from jaxspec.evaluation.contenders import Contender, load_entries
+        from jaxspec.evaluation.measure import spare_tokens
         from jaxspec.evaluation.report import markdown
         from jaxspec.evaluation.results import (
             RunSettings,
@@ -102,7 +103,7 @@ class Evaluate:
             entries[0].target,
             texts,
             thinking=self.thinking,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.max_new_tokens + spare_tokens(entries, self.budgets),
         )
         code = exits.left_out(unread + refused)
         cut_torn(self.output)
