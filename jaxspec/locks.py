@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 
 def lock(descriptor: int, name: str, remedy: str) -> None:
@@ -22,3 +26,19 @@ def lock(descriptor: int, name: str, remedy: str) -> None:
         warnings.warn(
             f"{name} cannot be locked ({error}); let no other process write it", stacklevel=2
         )
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, remedy: str) -> Iterator[None]:
+    """Creates a folder if needed, and locks it for this process.
+
+    Raises:
+      ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        lock(descriptor, str(folder), remedy)
+        yield
+    finally:
+        os.close(descriptor)

@@ -66,12 +66,13 @@ class Calibrate:
             raise ValueError(
                 f"--drafter {self.drafter} has no confidence head: nothing to calibrate"
             )
+        spare = drafter.drafter.depth + 1
         rows, refused = usable_prompts(
             target,
             prompts,
             raw=False,
             thinking=self.thinking,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.max_new_tokens + spare,
         )
         code = exits.left_out([*unread, *refused.values()])
         if len(rows) < 2:
@@ -83,7 +84,7 @@ class Calibrate:
             target,
             list(rows.values()),
             max_new_tokens=self.max_new_tokens,
-            spare=drafter.drafter.depth + 1,
+            spare=spare,
             sampling=jaxspec.Sampling(temperature=self.temperature),
             batch_size=self.batch_size,
         )

@@ -79,6 +79,7 @@ class Evaluate:
         import jaxspec
         from jaxspec.evaluation.comparison import measurements
         from jaxspec.evaluation.contenders import Contender, load_entries
+        from jaxspec.evaluation.measure import spare_tokens
         from jaxspec.evaluation.report import markdown
         from jaxspec.evaluation.results import (
             RunSettings,
@@ -103,7 +104,7 @@ class Evaluate:
             entries[0].target,
             texts,
             thinking=self.thinking,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.max_new_tokens + spare_tokens(entries, self.budgets),
         )
         setup = RunSettings(self._setup(entries, sets, filters))
         done = held(self.output, setup)

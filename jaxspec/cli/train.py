@@ -62,6 +62,9 @@ class Train:
     validation: str | None = None
     """Held-out prompts, in any format of docs/training.md; the weights with the best tau on
     them are exported."""
+    thinking: bool | None = None
+    """Thinking mode of the validation prompts (Qwen3); by default the data's, or the chat
+    template's default if the rows differ."""
     steps: int = 1000
     """Optimizer steps in all."""
     batch_size: int = 8
@@ -114,7 +117,8 @@ class Train:
     """Steps between checkpoints."""
     resume_step: int | None = None
     """Step of the checkpoint to resume from, the newest by default; later checkpoints are
-    deleted. The learning rate may be changed."""
+    deleted. The learning rate may be changed. Leave it out to resume that run after an
+    interruption."""
     tensorboard: bool = False
     """Also write the metrics to OUTPUT/tensorboard."""
     wandb: str | None = None
@@ -135,7 +139,6 @@ class Train:
 
     def run(self) -> int:
         import jaxspec
-        from jaxspec.data.prompts import read_prompts
         from jaxspec.data.rows import read_examples
         from jaxspec.sharding import join_processes
         from jaxspec.training.trainer import train
@@ -155,15 +158,12 @@ class Train:
             min_supervised=self.min_supervised,
             any_target=self.any_target,
         )
-        unread: list[str] = []
-        prompts = [] if self.validation is None else read_prompts(self.validation, unread)
-        exits.left_out(unread)
         folder = train(
             config,
             target,
             examples,
             self.output,
-            prompts=prompts,
+            prompts=self._prompts(target, examples),
             resume_step=self.resume_step,
             features=self.features,
             features_dtype=self.features_dtype,
@@ -173,10 +173,30 @@ class Train:
             mesh=mesh,
         )
         if folder is None:
-            print(f"interrupted, saved in {self.output}; the same command resumes")
+            back = "" if self.resume_step is None else " without --resume-step"
+            print(f"interrupted, saved in {self.output}; the same command{back} resumes")
             return exits.INTERRUPTED
         print(f"drafter: {folder}")
         return exits.DONE
+
+    def _prompts(self, target, examples) -> list[list[int]]:
+        """The validation prompts that the target can answer; the others are printed."""
+        from jaxspec.data.prompts import read_prompts
+        from jaxspec.prompts import usable_prompts
+        from jaxspec.training.validation import NEW_TOKENS, thinking_of
+
+        if self.validation is None:
+            return []
+        unread: list[str] = []
+        rows, refused = usable_prompts(
+            target,
+            read_prompts(self.validation, unread),
+            raw=False,
+            thinking=thinking_of(examples) if self.thinking is None else self.thinking,
+            max_new_tokens=NEW_TOKENS,
+        )
+        exits.left_out([*unread, *refused.values()])
+        return list(rows.values())
 
     def _config(self, target):
         from jaxspec.drafters.eagle_head import EagleConfig

@@ -22,13 +22,19 @@ class Example:
     Attributes:
       tokens: [T] int32.
       supervised: [T] bool, tokens the target wrote, the stop id included.
+      thinking: mode of the chat template that the target wrote them in; None: its default.
     """
 
     tokens: np.ndarray
     supervised: np.ndarray
+    thinking: bool | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def cut(self, length: int) -> Example:
+        """Its first `length` tokens."""
+        return Example(self.tokens[:length], self.supervised[:length], self.thinking)
 
 
 def encode(

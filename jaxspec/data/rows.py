@@ -9,6 +9,7 @@ where `answers` are the half-open ranges that it wrote.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -94,23 +95,25 @@ def row_examples(
     Raises:
       ValueError: the row is not a conversation, or its rendering differs from the stored text.
     """
-    if SEQUENCES in row and known:
-        return read_sequences(row[SEQUENCES], vocab)
-    messages, finished = row_messages(row), row.get("finished", True)
-    thinking = row.get("thinking")
+    finished, thinking = row.get("finished", True), row.get("thinking")
     if type(finished) is not bool or thinking not in (None, True, False):
         raise ValueError(
             f"'finished' is {finished!r} and 'thinking' {thinking!r}; expected true or false, "
             "or null for the second"
         )
-    options = dict(finished=finished, stop_ids=stop_ids)
-    try:
-        return encode(tokenizer, messages, thinking=thinking, **options)
-    except ValueError:
-        # Other people's data does not name its thinking mode: try the one without thinking.
-        if "thinking" in row or not tokenizer.switches_thinking:
-            raise
-        return encode(tokenizer, messages, thinking=False, **options)
+    if SEQUENCES in row and known:
+        examples = read_sequences(row[SEQUENCES], vocab)
+    else:
+        options = dict(messages=row_messages(row), finished=finished, stop_ids=stop_ids)
+        try:
+            examples = encode(tokenizer, thinking=thinking, **options)
+        except ValueError:
+            # Other people's data does not name its thinking mode: try the one without thinking.
+            if "thinking" in row or not tokenizer.switches_thinking:
+                raise
+            thinking = False
+            examples = encode(tokenizer, thinking=thinking, **options)
+    return [dataclasses.replace(example, thinking=thinking) for example in examples]
 
 
 def read_examples(
@@ -164,7 +167,7 @@ def read_examples(
                 "regenerate the answers with this target, or give --any-target to train on "
                 "another model's answers"
             )
-        cut = [Example(x.tokens[:max_length], x.supervised[:max_length]) for x in encoded]
+        cut = [x.cut(max_length) for x in encoded]
         used = [x for x in cut if x.supervised.sum() >= min_supervised]
         short += not used
         examples += used

@@ -60,6 +60,12 @@ def tau(
         )
 
 
+def spare_tokens(entries: Sequence[Entry], budgets: Sequence[int] = ()) -> int:
+    """Tokens past an answer's limit that `tau` needs positions for, see `walk.record`."""
+    sized = (e.sized(max([e.contender.budget, *budgets])) for e in entries)
+    return max(loaded.drafter.depth for loaded in sized) + 1
+
+
 class _Walks:
     """Contenders of one target, walked set by set."""
 
@@ -78,7 +84,7 @@ class _Walks:
         # One observation serves all trees of a drafter.
         first = {e.contender.drafter: e for e in reversed(self.entries)}
         self.drafters = {name: self.walked[e] for name, e in first.items()}
-        self.spare = max(d.drafter.depth for d in self.drafters.values()) + 1
+        self.spare = spare_tokens(entries, budgets)
         longest = max(len(row) for rows in sets.values() for row in rows)
         together = Together(tuple(d.drafter for d in self.drafters.values()))
         self.capacity = capacity_for(

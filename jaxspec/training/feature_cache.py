@@ -2,7 +2,8 @@
 
 A folder holds `index.json`, which identifies the data and the target, and shards
 `features-00000.safetensors` with `taps` [R, n * M] and `hidden` [R, M]: the rows of some
-sequences, shortest first, concatenated. Shards are written atomically.
+sequences, shortest first, concatenated. Shards are written atomically, by one process at a
+time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import numpy as np
 
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.data.conversations import Example
+from jaxspec.data.identity import fingerprint
+from jaxspec.locks import claimed
 from jaxspec.models.target import Target
 from jaxspec.training.batches import Place
 from jaxspec.training.feature_build import build_shards
@@ -40,23 +43,65 @@ SHARD_BYTES = 256 * 10**6
 
 
 class FeatureCache:
-    """Precomputed features, memory-mapped.
+    """Features of known sequences in a folder, memory-mapped.
 
     Args:
-      order: which of the stored taps to read, in this order.
+      index: the folder's settings.
+      lengths: of the sequences.
+      width: M.
+      taps: which of the folder's to read, in this order.
+
+    Attributes:
+      dtype: name of the storage dtype.
     """
 
     def __init__(
         self,
         folder: Path,
-        layout: Layout,
+        index: dict[str, Any],
         lengths: Sequence[int],
-        stored: ShardFormat,
-        order: Sequence[int],
+        width: int,
+        taps: Sequence[int],
     ):
-        self._folder, self._layout = folder, layout
-        self._lengths, self._format, self._order = lengths, stored, list(order)
+        self._folder, self._index, self._lengths = folder, index, lengths
+        self._held: tuple[int, ...] = tuple(index["taps"])
+        self._order = [self._held.index(tap) for tap in taps]
+        self.dtype: str = index["dtype"]
+        stored_dtype(self.dtype)
+        self._format = ShardFormat(width, len(self._held) * width, jnp.dtype(self.dtype))
+        rows = max(1, index["shard_bytes"] // self._format.row_bytes)
+        self._layout = plan_shards(lengths, rows)
         self._maps: dict[int, Features] = {}
+
+    def complete(self, target: Target, examples: Sequence[Example]) -> None:
+        """Computes and writes the missing shards.
+
+        After an interruption it resumes at the current shard, with the same files as a result.
+
+        Args:
+          target, examples: the folder's; the weights may lie on a mesh.
+
+        Raises:
+          ValueError: shards are missing, and the disk is too small, another process writes
+            them, or there are several processes.
+        """
+        layout, stored = self._layout, self._format
+        missing = [
+            i
+            for i, rows in enumerate(layout.rows)
+            if open_shard(shard_path(self._folder, i), rows, stored) is None
+        ]
+        if not missing:
+            return
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"{self._folder} lacks {len(missing)} of {len(layout.rows)} shards, which "
+                "several processes cannot build together; first run one process on this data"
+            )
+        with claimed(self._folder, "wait until it is done, or give --features another folder"):
+            _check_room(self._folder, layout, missing, stored)
+            _write_index(self._folder / INDEX, self._index)
+            build_shards(self._folder, target, examples, self._held, layout, missing, stored)
 
     def read(self, length: int, shape: tuple[int, int], found: Sequence[Place]) -> Features:
         """Features of a batch, zeros where there is no sequence.
@@ -100,25 +145,23 @@ def open_features(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> FeatureCache:
-    """Opens the features of sequences in a folder; missing ones are computed first.
-
-    After an interruption it resumes at the current shard, with the same files as a result.
+    """Opens the features of sequences in a folder, and writes nothing: see `complete`.
 
     Args:
+      target: every array must be fully addressable in this process.
       taps: the folder's, or some of them.
       dtype: storage dtype; by default the folder's, or the target's for a new folder.
       shard_bytes: approximate size of a new folder's files.
 
     Raises:
-      ValueError: the folder belongs to another target or other sequences, or lacks a tap; the
-        disk is too small; or shards are missing and there are several processes.
+      ValueError: the folder belongs to another target or other sequences, or lacks a tap.
     """
     folder = Path(folder)
     lengths = [len(example) for example in examples]
     computed = str(target.params.embed.dtype)
-    width = target.config.hidden_size
     settings = {
         "target": target.name,
+        "fingerprint": fingerprint(target),
         "target_dtype": computed,
         "taps": list(taps),
         "sequences": len(examples),
@@ -126,35 +169,20 @@ def open_features(
         "digest": _digest(examples),
     }
     index = _index(folder, settings, dtype, {"dtype": computed, "shard_bytes": shard_bytes})
-    held = tuple(index["taps"])
-    stored = ShardFormat(width, len(held) * width, jnp.dtype(index["dtype"]))
-    layout = plan_shards(lengths, max(1, index["shard_bytes"] // stored.row_bytes))
-    missing = [
-        i
-        for i, rows in enumerate(layout.rows)
-        if open_shard(shard_path(folder, i), rows, stored) is None
-    ]
-    if missing:
-        _check_room(folder, layout, missing, stored)
-        build_shards(folder, target, examples, held, layout, missing, stored)
-    return FeatureCache(folder, layout, lengths, stored, [held.index(tap) for tap in taps])
+    return FeatureCache(folder, index, lengths, target.config.hidden_size, taps)
 
 
 def _index(
     folder: Path, settings: dict[str, Any], dtype: str | None, defaults: dict[str, Any]
 ) -> dict[str, Any]:
-    """The settings of a folder: written for a new one, checked against those of an old one."""
+    """The settings of a folder: those of an old one, checked, or those of a new one."""
     path = folder / INDEX
     asked = settings if dtype is None else settings | {"dtype": dtype}
     if not path.exists():
-        index = defaults | asked
-        stored_dtype(index["dtype"])
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(index, indent=2) + "\n")
-        os.replace(partial, path)
-        return index
+        return defaults | asked
     index = read_json(path)
+    # A model may be moved; older folders know it only by its name.
+    asked.pop("target" if "fingerprint" in index else "fingerprint")
     held = index.get("taps")
     if isinstance(held, list) and all(tap in held for tap in settings["taps"]):
         asked = asked | {"taps": held}
@@ -171,15 +199,16 @@ def _index(
     return index
 
 
+def _write_index(path: Path, index: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(index, indent=2) + "\n")
+    os.replace(partial, path)
+
+
 def _check_room(
     folder: Path, layout: Layout, missing: Sequence[int], stored: ShardFormat
 ) -> None:
     """Prints the size of the shards to build; raises ValueError if the disk is too small."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"{folder} lacks {len(missing)} of {len(layout.rows)} shards, which several "
-            "processes cannot build together; run one process on the same data first"
-        )
     whole = sum(layout.rows) * stored.row_bytes
     needed = sum(layout.rows[i] for i in missing) * stored.row_bytes
     free = shutil.disk_usage(folder).free

@@ -54,7 +54,7 @@ class Loader:
 
     def at(self, position: Position) -> Rows:
         """Puts this process's part on its devices, without waiting for the transfer."""
-        batch = self._plan(position.epoch)[position.index]
+        batch = self.plan(position.epoch)[position.index]
         shape, found = places(
             batch,
             self._lengths,
@@ -70,14 +70,15 @@ class Loader:
 
     def tokens(self, position: Position) -> int:
         """Number of tokens of a batch over all processes, without padding."""
-        rows = self._plan(position.epoch)[position.index].rows
+        rows = self.plan(position.epoch)[position.index].rows
         return sum(self._lengths[i] for row in rows for i in row)
 
     def after(self, position: Position) -> Position:
         """The position of the next batch."""
-        return position.after(len(self._plan(position.epoch)))
+        return position.after(len(self.plan(position.epoch)))
 
-    def _plan(self, epoch: int) -> list[BatchRows]:
+    def plan(self, epoch: int) -> list[BatchRows]:
+        """The batches of an epoch, see `epoch_batches`, which raises ValueError."""
         if epoch != self._epoch:
             config = self._config
             self._batches = epoch_batches(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +16,49 @@ import tomli_w
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.data.conversations import Example
 from jaxspec.data.identity import fingerprint
-from jaxspec.locks import lock
 from jaxspec.models.target import Target
 from jaxspec.training.recipe import TrainConfig
 
 CONFIG, FLAGS, METRICS, DRAFTER = "config.json", "run.toml", "metrics.jsonl", "drafter"
 FREE = ("validate_every", "checkpoint_every", "keep")  # settings without effect on weights
+READ = ("dtype", "features_dtype", "validation")  # where an older file lacks them, not compared
 
 
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Creates the folder if needed, and locks it for this process.
-
-    Raises:
-      ValueError: another process trains in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        lock(descriptor, str(folder), "wait until it is done, or train in a new folder")
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def enter(
-    folder: Path,
+def described(
     config: TrainConfig,
     target: Target,
     examples: Sequence[Example],
-    resume_step: int | None = None,
-) -> bool:
-    """Writes the settings of a new run, or checks those of an old one against them.
+    prompts: Sequence[Sequence[int]] = (),
+    features_dtype: str | None = None,
+) -> dict[str, Any]:
+    """What `config.json` says of a run: its settings, its target, and hashes of its data.
 
-    A run may be resumed with other `FREE` settings, with more steps, and, if `resume_step` is
-    given, with another optimizer. If a finished run is resumed, its drafter is kept as
-    `drafter-STEPS`.
+    Args:
+      prompts: of the validation, token ids.
+      features_dtype: of cached features; the target's if there are none.
+    """
+    dtype = str(target.params.embed.dtype)
+    asked = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+    return {
+        "target": target.name,
+        "fingerprint": fingerprint(target),
+        "data": data_hash(examples),
+        "sequences": len(examples),
+        "dtype": dtype,
+        "features_dtype": features_dtype or dtype,
+        "validation": asked if prompts else None,
+        **json.loads(json.dumps(dataclasses.asdict(config))),
+    }
+
+
+def check_run(folder: Path, run: Mapping[str, Any], resume_step: int | None = None) -> bool:
+    """Checks a run against the one that was begun in the folder.
+
+    It may differ in `FREE` settings, have more steps, the first prompts for validation, and, if
+    `resume_step` is given, another optimizer.
+
+    Args:
+      run: from `described`.
 
     Returns:
       Whether the run is finished, so that nothing is left to train.
@@ -61,27 +67,28 @@ def enter(
       ValueError: the folder holds a run with other settings, of another target, or on other
         data.
     """
+    old = read_json(folder / CONFIG)
+    _check_identity(folder, old, run)
+    _check_settings(folder, old, run, resume_step)
+    drafted = (folder / DRAFTER).exists()
+    return drafted and resume_step is None and old["steps"] == run["steps"]
+
+
+def enter(folder: Path, run: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -> None:
+    """Writes a run's settings and flags; keeps an earlier drafter as `drafter-STEPS`.
+
+    Args:
+      run: from `described`.
+      flags: see `write_flags`.
+    """
     path = folder / CONFIG
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    identity = {
-        "target": target.name,
-        "fingerprint": fingerprint(target),
-        "data": data_hash(examples),
-        "sequences": len(examples),
-    }
-    if path.exists():
-        old = read_json(path)
-        _check_identity(folder, old, identity)
-        _check_settings(folder, old, settings, config, resume_step)
-        finished = (folder / DRAFTER).exists()
-        if finished and resume_step is None and old["steps"] == config.steps:
-            return True
-        if finished:
-            (folder / DRAFTER).rename(_free_name(folder, old["steps"]))
+    if (folder / DRAFTER).exists():
+        (folder / DRAFTER).rename(_free_name(folder, read_json(path)["steps"]))
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(identity | settings, indent=2) + "\n")
+    partial.write_text(json.dumps(run, indent=2) + "\n")
     os.replace(partial, path)
-    return False
+    if flags is not None:
+        write_flags(folder, flags)
 
 
 def write_flags(folder: Path, flags: Mapping[str, Any]) -> None:
@@ -102,7 +109,7 @@ def data_hash(examples: Sequence[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_identity(folder: Path, old: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_identity(folder: Path, old: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Checks the target and data of a run; fields that an older file lacks are not checked."""
     known = "fingerprint" if "fingerprint" in old else "target"  # a model may be moved
     if old.get(known, now[known]) != now[known]:
@@ -120,20 +127,17 @@ def _check_identity(folder: Path, old: dict[str, Any], now: dict[str, Any]) -> N
 
 
 def _check_settings(
-    folder: Path,
-    old: dict[str, Any],
-    settings: dict[str, Any],
-    config: TrainConfig,
-    resume_step: int | None,
+    folder: Path, old: Mapping[str, Any], now: Mapping[str, Any], resume_step: int | None
 ) -> None:
     """A setting that an older file lacks is taken to have its default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     different = [
         name
-        for name, value in settings.items()
-        if old.get(name, defaults.get(name)) != value and name not in FREE
+        for name in defaults
+        if old.get(name, defaults[name]) != now[name] and name not in FREE
     ]
-    if "steps" in different and settings["steps"] > old["steps"]:
+    different += [name for name in READ if old.get(name) not in (None, now[name])]
+    if "steps" in different and now["steps"] > old["steps"]:
         different.remove("steps")
     if "optimizer" in different and resume_step is not None:
         different.remove("optimizer")

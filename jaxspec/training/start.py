@@ -60,13 +60,11 @@ def drafted_tokens(
     target: Target,
     examples: Sequence[Example],
     known: np.ndarray | None,
-    folder: Path | None,
 ) -> jax.Array | None:
-    """The run's draft vocabulary [V'], which is also saved and printed; None for all tokens.
+    """The run's draft vocabulary [V']; None for all tokens.
 
     Args:
       known: draft vocabulary from the run's folder or the initial drafter.
-      folder: the run's folder, in the leading process; None in others.
 
     Raises:
       ValueError: the examples give another vocabulary than `known`.
@@ -81,14 +79,22 @@ def drafted_tokens(
                 f"the run's {DRAFT_VOCABULARY} differs from the most frequent tokens of these "
                 "examples; resume with the original data"
             )
+    return None if kept is None else jnp.asarray(kept)
+
+
+def save_drafted_tokens(
+    folder: Path, config: TrainConfig, examples: Sequence[Example], kept: jax.Array | None
+) -> None:
+    """Writes and prints a run's draft vocabulary; removes one of a run that never began."""
+    path, vocab = folder / DRAFT_VOCABULARY, config.drafter.vocab_size
     if kept is None:
-        return None
-    if folder is not None:
-        covered = draft_vocabulary.coverage(examples, kept, vocab=vocab)
-        draft_vocabulary.save_tokens(folder / DRAFT_VOCABULARY, kept, covered)
-        print(
-            f"draft vocabulary: {len(kept)} of {vocab} tokens, {covered:.2%} of those that the "
-            "target wrote",
-            file=sys.stderr,
-        )
-    return jnp.asarray(kept)
+        path.unlink(missing_ok=True)
+        return
+    tokens = np.asarray(kept)
+    covered = draft_vocabulary.coverage(examples, tokens, vocab=vocab)
+    draft_vocabulary.save_tokens(path, tokens, covered)
+    print(
+        f"draft vocabulary: {len(tokens)} of {vocab} tokens, {covered:.2%} of those that the "
+        "target wrote",
+        file=sys.stderr,
+    )

@@ -23,6 +23,7 @@ from jaxspec.checkpoints.store import Store
 from jaxspec.data.conversations import Example
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.interrupts import postponed
+from jaxspec.locks import claimed
 from jaxspec.models.scaled import is_scaled
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt
@@ -36,11 +37,16 @@ from jaxspec.training.loading import Loader
 from jaxspec.training.metrics import MetricsLog, check_writers, peak_memory
 from jaxspec.training.networks import trained_drafter
 from jaxspec.training.recipe import TrainConfig
-from jaxspec.training.run_folder import DRAFTER, METRICS, claimed, enter, write_flags
+from jaxspec.training.run_folder import DRAFTER, METRICS, check_run, described, enter
 from jaxspec.training.sharding import any_process, gather, state_shardings
-from jaxspec.training.start import DRAFT_VOCABULARY, drafted_tokens, initial_drafter
+from jaxspec.training.start import (
+    DRAFT_VOCABULARY,
+    drafted_tokens,
+    initial_drafter,
+    save_drafted_tokens,
+)
 from jaxspec.training.step import TrainState, init_state, learning_rate, train_step
-from jaxspec.training.validation import walked_tau
+from jaxspec.training.validation import prompt_rows, thinking_of, walked_tau
 
 TENSORBOARD, CHECKPOINTS = "tensorboard", "checkpoints"
 
@@ -74,7 +80,8 @@ def train(
 
     Args:
       examples: from `data.rows.read_examples`.
-      prompts: held-out prompts for validation.
+      prompts: held-out prompts for validation, as for `jaxspec.generate`; texts are rendered in
+        the thinking mode of the examples, if all have the same.
       resume_step: step of the checkpoint to resume from, possibly with another optimizer; later
         checkpoints are deleted. The newest by default.
       features: folder of the target's features (`feature_cache`), completed first; by default
@@ -92,80 +99,57 @@ def train(
 
     Raises:
       ValueError: the folder holds a run with other settings, of another target, on other data,
-        or another process trains in it; the checkpoint is damaged; the loss is not a number;
-        or several processes are asked to validate.
+        or another process trains in it; a prompt cannot be used; a checkpoint is damaged; the
+        loss is not a number; or several processes are asked to validate. A run that cannot
+        start leaves its folder as it was.
     """
     folder, leads = Path(folder), jax.process_index() == 0
-    _check(config, prompts, mesh)
-    if is_scaled(target.params.unembed):
-        raise ValueError(
-            f"the LM head of {target.name} is in 8 bits, which training does not support; load "
-            "the target with weights 'dequantised'"
-        )
+    _check(config, target, prompts, mesh)
     check_writers(tensorboard=tensorboard, wandb=wandb is not None)
+    if prompts:
+        prompts = prompt_rows(target, prompts, thinking=thinking_of(examples))
+    cached, taps = None, config.drafter.taps
+    if features is not None:
+        cached = open_features(features, target, examples, taps=taps, dtype=features_dtype)
+    of_features = None if cached is None else cached.dtype
+    settings = described(config, target, examples, prompts, features_dtype=of_features)
     with contextlib.ExitStack() as held:
-        finished = False
         if leads:
-            held.enter_context(claimed(folder))
-            finished = enter(folder, config, target, examples, resume_step)
-            if flags is not None:
-                write_flags(folder, flags)
-        if any_process(finished):
+            remedy = "wait until it is done, or train in a new folder"
+            held.enter_context(claimed(folder, remedy))
+        store = Store(folder / CHECKPOINTS, keep=config.keep)
+        held.enter_context(contextlib.closing(store))
+        begun = bool(store.steps) or (folder / DRAFTER).exists()
+        if any_process(leads and begun and check_run(folder, settings, resume_step)):
             steps = f"{folder} has finished its {config.steps} steps; more --steps extend it"
             print(f"nothing to train: {steps}", file=sys.stderr)
             return folder / DRAFTER
-        options = dict(resume_step=resume_step, mesh=mesh)
-        options |= dict(features=features, features_dtype=features_dtype)
-        writers = {}
+        run, state = _begin(config, target, examples, prompts, folder, mesh, new=not begun)
+        position = Position()
+        if begun or resume_step is not None:
+            _, state, saved = store.restore(state, resume_step)
+            position = Position(**saved)
+        loader, step = Loader(config, examples, mesh=mesh, features=cached), int(state.step)
+        loader.plan(position.epoch)
+        if cached is not None:
+            cached.complete(run.target, examples)
+        metrics = MetricsLog(os.devnull, after=step)
         if leads:
-            writers |= dict(tensorboard=folder / TENSORBOARD if tensorboard else None)
-            writers |= dict(wandb=wandb, settings=dataclasses.asdict(config))
-        return _train(config, target, examples, folder, prompts, writers, **options)
-
-
-def _train(
-    config: TrainConfig,
-    target: Target,
-    examples: Sequence[Example],
-    folder: Path,
-    prompts: Sequence[Prompt],
-    writers: Mapping[str, Any],
-    *,
-    resume_step: int | None,
-    features: str | Path | None,
-    features_dtype: str | None,
-    mesh: Mesh | None,
-) -> Path | None:
-    """`train`, in a folder whose settings and data were checked."""
-    leads = jax.process_index() == 0
-    store = Store(folder / CHECKPOINTS, keep=config.keep)
-    run, state = _begin(config, target, examples, prompts, folder, mesh, new=not store.steps)
-    cached = None
-    if features is not None:
-        taps = config.drafter.taps
-        cached = open_features(features, run.target, examples, taps=taps, dtype=features_dtype)
-    position = Position()
-    if store.steps or resume_step is not None:
-        step, state, saved = store.restore(state, resume_step)
+            board = folder / TENSORBOARD if tensorboard else None
+            writers = dict(tensorboard=board, wandb=wandb, settings=dataclasses.asdict(config))
+            metrics = MetricsLog(folder / METRICS, after=step, **writers)
+        held.enter_context(contextlib.closing(metrics))
+        if leads:  # only now, when nothing that may fail is left
+            enter(folder, settings, flags)
+            save_drafted_tokens(folder, config, examples, run.kept)
         store.drop_after(step)
-        position = Position(**saved)
-    path = folder / METRICS if leads else os.devnull
-    metrics = MetricsLog(path, after=int(state.step), **writers)
-    loader = Loader(config, examples, mesh=mesh, features=cached)
-    with contextlib.closing(store), contextlib.closing(metrics):
         state = _take_steps(run, state, position, loader, store, metrics)
-        if state is None:
-            return None
-        step = config.steps if store.best is None else store.best
-        if step != config.steps:
-            _, state, _ = store.restore(state, step)
-    drafter = run.drafter(state, dtype=target.params.embed.dtype)
-    if leads:
-        export(config, drafter, folder, target=target.name, step=step)
-    return folder / DRAFTER
+        return None if state is None else _export(run, state, store, folder)
 
 
-def _check(config: TrainConfig, prompts: Sequence[Prompt], mesh: Mesh | None) -> None:
+def _check(
+    config: TrainConfig, target: Target, prompts: Sequence[Prompt], mesh: Mesh | None
+) -> None:
     """Raises ValueError for what cannot be trained, before anything is written."""
     hosts = jax.process_count()
     if prompts and hosts > 1:
@@ -183,6 +167,11 @@ def _check(config: TrainConfig, prompts: Sequence[Prompt], mesh: Mesh | None) ->
             f"micro_batch is {config.micro_batch}; expected a multiple of the "
             f"{mesh.shape[DATA]} devices of the mesh's axis '{DATA}'"
         )
+    if is_scaled(target.params.unembed):
+        raise ValueError(
+            f"the LM head of {target.name} is in 8 bits, which training does not support; load "
+            "the target with weights 'dequantised'"
+        )
     # Fail now if no checkpoint format can hold the trained drafter.
     to_json(config.drafter, default_format(config.drafter), "float32")
 
@@ -193,13 +182,13 @@ class _Run:
 
     Attributes:
       target: the target, with params on `mesh`.
-      prompts: held-out prompts for validation.
+      prompts: held-out prompts for validation, token ids.
       kept: the draft vocabulary, [V']; None for all tokens.
     """
 
     config: TrainConfig
     target: Target
-    prompts: Sequence[Prompt]
+    prompts: Sequence[Sequence[int]]
     kept: jax.Array | None
     mesh: Mesh | None
 
@@ -215,19 +204,22 @@ class _Run:
         due = step == self.config.steps or _due(step, self.config.validate_every)
         return bool(self.prompts) and due
 
-    def validate(self, state: TrainState, metrics: MetricsLog) -> float:
-        """Tau on the prompts."""
+    def validate(
+        self, state: TrainState, position: Position, store: Store, metrics: MetricsLog
+    ) -> None:
+        """Writes tau on the prompts to the metrics, and as the score of a saved checkpoint."""
         with mesh_of(self.target.params):
             tau = walked_tau(self.target, self.drafter(state), self.prompts, shown=True)
-        metrics.write(int(state.step), tau=tau)
-        return tau
+        step = int(state.step)
+        store.save(step, state, dataclasses.asdict(position), score=tau)
+        metrics.write(step, tau=tau)
 
 
 def _begin(
     config: TrainConfig,
     target: Target,
     examples: Sequence[Example],
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Sequence[int]],
     folder: Path,
     mesh: Mesh | None,
     *,
@@ -236,13 +228,12 @@ def _begin(
     """The run and its state before the first step, placed on the mesh.
 
     Args:
-      new: whether the folder has no checkpoint yet, so that initial weights are loaded.
+      new: whether the folder holds no run yet, so that initial weights are loaded.
     """
-    weights, known = None, load_tokens(folder / DRAFT_VOCABULARY)
+    weights, known = None, None if new else load_tokens(folder / DRAFT_VOCABULARY)
     if config.initial not in ("target", "random") and new:
         weights, known = initial_drafter(config, target)
-    leads = jax.process_index() == 0
-    kept = drafted_tokens(config, target, examples, known, folder if leads else None)
+    kept = drafted_tokens(config, target, examples, known)
     state = init_state(config, target.params, weights)
     if mesh is not None:
         target = dataclasses.replace(target, params=place(mesh, target.params))
@@ -265,8 +256,7 @@ def _take_steps(
     progress = tqdm(total=config.steps, initial=done, unit="step", file=sys.stderr)
     with progress, _stopping() as stopping:
         if done and run.judged(done) and not store.scored(done):  # stopped during validation
-            score = run.validate(state, metrics)
-            store.save(done, state, dataclasses.asdict(position), score=score)
+            run.validate(state, position, store, metrics)
         upcoming = loader.at(position)
         while done < config.steps:
             epoch, tokens, began = position.epoch, loader.tokens(position), time.perf_counter()
@@ -291,17 +281,28 @@ def _take_steps(
             progress.set_postfix_str(f"loss {means['loss']:.3f}, {speed:.0f} tokens/s")
 
             last, stop = done == config.steps, any_process(bool(stopping))
-            score = None
+            due = last or stop or _due(done, config.checkpoint_every)
+            if due or run.judged(done):  # validation may fail
+                store.save(done, state, dataclasses.asdict(position))
             if run.judged(done):
                 try:
-                    score = run.validate(state, metrics)
+                    run.validate(state, position, store, metrics)
                 except KeyboardInterrupt:  # from `generate`; `stopping` has the signal too
-                    stop, last = True, False
-            if last or score is not None or stop or _due(done, config.checkpoint_every):
-                store.save(done, state, dataclasses.asdict(position), score=score)
+                    return None
             if stop and not last:
                 return None
     return state
+
+
+def _export(run: _Run, state: TrainState, store: Store, folder: Path) -> Path:
+    """Exports the weights of the best score, or the last ones; returns the drafter's folder."""
+    step = run.config.steps if store.best is None else store.best
+    if step != run.config.steps:
+        _, state, _ = store.restore(state, step)
+    drafter = run.drafter(state, dtype=run.target.params.embed.dtype)
+    if jax.process_index() == 0:
+        export(run.config, drafter, folder, target=run.target.name, step=step)
+    return folder / DRAFTER
 
 
 def _check_finite(means: dict[str, Any], step: int, config: TrainConfig, store: Store) -> None:

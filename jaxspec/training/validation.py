@@ -8,20 +8,43 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from jaxspec.api import generate
+from jaxspec.data.conversations import Example
+from jaxspec.decoding.requests import check_positions
 from jaxspec.decoding.stats import pooled_tau
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.models.target import Target
-from jaxspec.prompts import Prompt
+from jaxspec.prompts import Prompt, as_token_ids
+
+NEW_TOKENS = 64  # per prompt
+
+
+def thinking_of(examples: Sequence[Example]) -> bool | None:
+    """The thinking mode of all examples; None, the template's default, if they differ."""
+    modes = {example.thinking for example in examples}
+    return modes.pop() if len(modes) == 1 else None
+
+
+def prompt_rows(
+    target: Target, prompts: Sequence[Prompt], *, thinking: bool | None
+) -> list[list[int]]:
+    """Prompts for validation as token ids.
+
+    Raises:
+      ValueError: the target cannot answer one of them.
+    """
+    rows = as_token_ids(target, prompts, raw=False, thinking=thinking)
+    for row in rows:
+        check_positions(target.config, len(row), NEW_TOKENS)
+    return rows
 
 
 def walked_tau(
     target: Target,
     drafter: LoadedDrafter,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = NEW_TOKENS,
     batch_size: int = 8,
-    thinking: bool | None = None,
     shown: bool = False,
 ) -> float:
     """Tokens per round of real greedy decoding, pooled over prompts.
@@ -48,7 +71,6 @@ def walked_tau(
             drafter=drafter,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            thinking=thinking,
             progress=bar.update,
         )
     return pooled_tau([completion.stats for completion in completions])

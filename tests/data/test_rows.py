@@ -204,6 +204,11 @@ def test_answers_without_thoughts_are_read_as_of_that_mode(target, tmp_path):
     first, second = read(path, target)
     assert shown(target.tokenizer, first) == "user a b <end> nl assistant none C D <END>"
     assert shown(target.tokenizer, second) == "user a b <end> nl assistant THINK C <END>"
+    assert (first.thinking, second.thinking) == (False, None)
+    stored = {"token_ids": [1, 2, 3], "answers": [[1, 3]]}
+    write(path, [{"messages": TALK[:2], "sequences": [stored], "thinking": True}])
+    (ours,) = read(path, target)
+    assert ours.thinking is True
     write(path, [{"messages": TALK[:2], "thinking": None}])
     with pytest.raises(ValueError, match="1 skipped.*\n.*'none c d' for 'c d'"):
         read(path, target)

@@ -6,14 +6,15 @@ import shutil
 import pytest
 
 import jaxspec
-from jaxspec.checkpoints.drafters import save_temperatures
+from jaxspec.checkpoints.drafters import save_drafter, save_temperatures
 from jaxspec.cli import main
-from jaxspec.cli.exits import BAD_INPUT
+from jaxspec.cli.exits import BAD_INPUT, FAULT
 from jaxspec.config import TreeConfig
 from jaxspec.evaluation import measure, results
 from jaxspec.evaluation.view import View, best_plain, pairs
 from tests import tiny
 from tests.checkpoints.writing import random_tensors, write_folder
+from tests.drafters import cases
 from tests.evaluation.conftest import CONFIG
 
 pytestmark = [pytest.mark.usefixtures("models"), pytest.mark.slow]
@@ -274,6 +275,33 @@ def test_a_file_of_something_else_is_not_written_to(file, tmp_path, capsys, cont
     assert evaluate(file.parent, output) == BAD_INPUT
     assert str(output) in capsys.readouterr().err
     assert output.read_text() == content
+
+
+def long_and_short(folder):
+    """Prompts of 496 and 3 tokens; the target has 512 positions."""
+    rows = [json.dumps({"prompt": text}) for text in ("sum" * 165 + "s", "sum")]
+    (folder / "prompts.jsonl").write_text("\n".join(rows))
+    return ["--target", "target", "--prompts", str(folder / "prompts.jsonl")]
+
+
+def test_a_prompt_without_room_for_its_last_round_is_left_out(tmp_path, capsys):
+    arguments = ["--output", str(tmp_path / "results.jsonl"), "--tau-only"]
+    arguments += ["--max-new-tokens", "12", "--decoders", "lookup=ngram,budget=4"]
+    assert main(["evaluate", *long_and_short(tmp_path), *arguments]) == FAULT
+    assert "left out: prompts: prompt 0: a prompt of 496 tokens" in capsys.readouterr().err
+
+
+def test_such_a_prompt_is_not_calibrated_on(tmp_path, monkeypatch, capsys):
+    loaded = cases.loaded("dspark", TreeConfig())
+    save_drafter(tmp_path / "drafter", loaded.drafter, loaded.params)
+
+    def record(target, rows, **_):
+        raise ValueError(f"{len(rows)} prompt")
+
+    monkeypatch.setattr("jaxspec.evaluation.walk.record", record)
+    arguments = ["--drafter", str(tmp_path / "drafter"), "--max-new-tokens", "12"]
+    assert main(["calibrate", *long_and_short(tmp_path), *arguments]) == BAD_INPUT
+    assert "error: 1 prompt\n" in capsys.readouterr().err
 
 
 def test_walks_and_decoding_agree_and_outputs_are_plain(file):

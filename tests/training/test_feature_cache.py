@@ -12,6 +12,7 @@ import pytest
 
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.data.conversations import Example
+from jaxspec.locks import claimed
 from jaxspec.training import feature_build
 from jaxspec.training.batches import BatchRows, Position, places
 from jaxspec.training.feature_cache import open_features
@@ -28,9 +29,12 @@ TAPS = tiny.DRAFTER.taps
 SHARD = 200 * 3 * 16 * 4  # bytes of 200 tokens
 
 
-def build(folder, examples=None, **options):
+def build(folder, examples=None, *, target=None, **options):
+    examples, target = examples or tiny.examples(), target or tiny.target()
     options = dict(taps=TAPS, shard_bytes=SHARD) | options
-    return open_features(folder, tiny.target(), examples or tiny.examples(), **options)
+    cache = open_features(folder, target, examples, **options)
+    cache.complete(target, examples)
+    return cache
 
 
 def shards(folder):
@@ -161,12 +165,33 @@ def test_features_of_something_else_are_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match=f"for another setup .*{message}"):
             build(tmp_path, **change)
-    target = dataclasses.replace(tiny.target(), name="another")
-    with pytest.raises(ValueError, match="target 'tiny', expected 'another'"):
-        open_features(tmp_path, target, tiny.examples(), taps=TAPS)
+    tuned = jax.tree.map(lambda x: x * 1.1, tiny.target().params)
+    tuned = dataclasses.replace(tiny.target(), params=tuned)
+    with pytest.raises(ValueError, match="for another setup .fingerprint '"):
+        build(tmp_path, target=tuned)
+    build(tmp_path, target=dataclasses.replace(tiny.target(), name="/models/tiny"))
     with pytest.raises(ValueError, match="cannot be stored in 'int8'"):
         build(tmp_path / "new", dtype="int8")
     assert read_json(tmp_path / "index.json") == before
+
+
+def test_a_folder_without_a_fingerprint_knows_its_target_by_name(tmp_path):
+    build(tmp_path)
+    index = read_json(tmp_path / "index.json")
+    del index["fingerprint"]
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    build(tmp_path)
+    with pytest.raises(ValueError, match="target 'tiny', expected 'another'"):
+        build(tmp_path, target=dataclasses.replace(tiny.target(), name="another"))
+
+
+def test_one_process_fills_a_folder(tmp_path):
+    with claimed(tmp_path, "wait"):
+        with pytest.raises(ValueError, match="another process is writing .*--features another"):
+            build(tmp_path)
+    build(tmp_path)
+    with claimed(tmp_path, "wait"):
+        build(tmp_path)  # only reads
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
@@ -175,3 +200,5 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(tmp_pat
     with pytest.raises(ValueError, match="needs 0.00 GB more and its disk has 0.00 GB"):
         build(tmp_path)
     assert not shards(tmp_path)
+    monkeypatch.undo()
+    build(tmp_path, dtype="bfloat16")  # as the error advises

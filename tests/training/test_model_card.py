@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from jaxspec.training.model_card import model_card, target_metadata
-from jaxspec.training.run_folder import data_hash, enter, write_flags
+from jaxspec.training.run_folder import data_hash, described, enter, write_flags
 from jaxspec.training.trainer import train
 from tests.training import tiny
 
@@ -63,7 +63,7 @@ def test_the_card_beside_the_drafter_is_ready_for_the_hub(run):
 
 
 def test_a_card_without_validation_or_flags(tmp_path):
-    enter(tmp_path, tiny.CONFIG, tiny.target(), tiny.examples())
+    enter(tmp_path, described(tiny.CONFIG, tiny.target(), tiny.examples()))
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 12, "loss": 1, "acceptance": [0.5, 0.25]}\n'
     )
@@ -87,7 +87,8 @@ def test_the_targets_licence(tmp_path):
         "license_name": "mine",
         "base_model": "owner/it",
     }
-    enter(tmp_path, tiny.CONFIG, dataclasses.replace(tiny.target(), name=str(tmp_path)), [])
+    target = dataclasses.replace(tiny.target(), name=str(tmp_path))
+    enter(tmp_path, described(tiny.CONFIG, target, []))
     (tmp_path / "metrics.jsonl").write_text("")
     write_flags(tmp_path, {"data": []})
     text = model_card(tmp_path, tiny.CONFIG, step=12)

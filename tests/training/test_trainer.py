@@ -17,15 +17,17 @@ from flax import nnx
 
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.checkpoints.store import Store
+from jaxspec.checkpoints.tensors import read_json
 from jaxspec.config import DeltaNetConfig, TreeConfig
 from jaxspec.drafters.weights import random_weights
+from jaxspec.locks import claimed
 from jaxspec.models.params import random_params
 from jaxspec.models.target import Target
 from jaxspec.training.batches import Position
 from jaxspec.training.loading import Loader
 from jaxspec.training.networks import copy_layers
 from jaxspec.training.recipe import OptimizerConfig
-from jaxspec.training.run_folder import claimed
+from jaxspec.training.run_folder import check_run, described, enter
 from jaxspec.training.start import initial_drafter
 from jaxspec.training.step import init_state, learning_rate, optimizer, train_step
 from jaxspec.training.trainer import train
@@ -170,7 +172,8 @@ def test_a_run_goes_on_with_other_devices(whole_run, run_on_eight, tmp_path, dev
     shutil.rmtree(folder / "drafter")
     for step in (6, 8, 10, 12):
         shutil.rmtree(folder / "checkpoints" / str(step))
-    finish(start(folder, *(MESH if devices == 8 else ()), devices=devices))
+    options = MESH if devices == 8 else ("--validate",)  # as the run was begun
+    finish(start(folder, *options, devices=devices))
     assert_same_steps(folder, whole_run)
 
 
@@ -228,7 +231,7 @@ def test_another_target_does_not_go_on_with_a_run(whole_run, tmp_path):
 
 
 def test_one_process_trains_in_a_folder(tmp_path):
-    with claimed(tmp_path / "run"):
+    with claimed(tmp_path / "run", "wait"):
         with pytest.raises(ValueError, match="another process is writing .*run; wait"):
             train(tiny.CONFIG, tiny.target(), tiny.examples(), tmp_path / "run")
 
@@ -246,6 +249,92 @@ def test_more_steps_go_on_with_a_finished_run(whole_run, tmp_path):
     assert (folder / "drafter" / "model.safetensors").read_bytes() != before
     with pytest.raises(ValueError, match=r"other settings \(steps differ\)"):
         train(tiny.CONFIG, tiny.target(), tiny.examples(), folder)
+
+
+def test_a_run_that_cannot_start_leaves_its_folder_as_it_was(whole_run, tmp_path):
+    folder = copied(whole_run, tmp_path)
+    files = sorted(folder.rglob("*"))
+    settings, lines = (folder / "config.json").read_text(), tiny.metrics(folder)
+    with pytest.raises(ValueError, match="has no checkpoint 3"):
+        train(with_rate(1e-3), tiny.target(), tiny.examples(), folder, resume_step=3)
+    assert sorted(folder.rglob("*")) == files
+    assert (folder / "config.json").read_text() == settings and tiny.metrics(folder) == lines
+    assert train(tiny.CONFIG, tiny.target(), tiny.examples(), folder) == folder / "drafter"
+
+
+def test_settings_may_change_until_something_was_trained(whole_run, tmp_path):
+    packed = dataclasses.replace(tiny.CONFIG, packed=64, draft_vocab=9)
+    with pytest.raises(ValueError, match="does not fit a packed row of 64; .*pack longer rows"):
+        train(packed, tiny.target(), tiny.examples(), tmp_path)
+    enter(tmp_path, described(packed, tiny.target(), tiny.examples(5)))  # killed before a save
+    (tmp_path / "draft_vocabulary.json").write_text('{"token_ids": [1, 2, 3]}')
+    train(tiny.CONFIG, tiny.target(), tiny.examples(), tmp_path)
+    assert read_json(tmp_path / "config.json") == read_json(whole_run / "config.json")
+    assert not (tmp_path / "draft_vocabulary.json").exists()
+    assert losses(tmp_path) == losses(whole_run)
+
+
+def test_a_finished_run_without_checkpoints_does_not_start_anew(whole_run, tmp_path):
+    folder = copied(whole_run, tmp_path)
+    shutil.rmtree(folder / "checkpoints")
+    longer = dataclasses.replace(tiny.CONFIG, steps=14)
+    with pytest.raises(ValueError, match="checkpoints holds no checkpoint"):
+        train(longer, tiny.target(), tiny.examples(), folder)
+    assert (folder / "drafter").exists()
+
+
+PROMPTS = [[1, 2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (dict(dtype="bfloat16"), "dtype"),
+        (dict(features_dtype="bfloat16"), "features_dtype"),
+        (dict(prompts=PROMPTS[:1]), "validation"),
+        (dict(prompts=()), "validation"),
+    ],
+)
+def test_what_a_run_reads_stays_the_same(tmp_path, change, name):
+    def run(dtype="float32", **options):
+        params = jax.tree.map(lambda x: x.astype(dtype), tiny.target().params)
+        target = dataclasses.replace(tiny.target(), params=params)
+        return described(tiny.CONFIG, target, tiny.examples(), **options)
+
+    enter(tmp_path, run(prompts=PROMPTS))
+    assert not check_run(tmp_path, run(prompts=PROMPTS, features_dtype="float32"))
+    with pytest.raises(ValueError, match=rf"a run with other settings \({name}.* differ\)"):
+        check_run(tmp_path, run(**dict(prompts=PROMPTS) | change))
+    older = read_json(tmp_path / "config.json")
+    del older[name]
+    enter(tmp_path, older)
+    check_run(tmp_path, run(**dict(prompts=PROMPTS, features_dtype="float32") | change))
+
+
+def test_prompts_that_cannot_be_answered_are_refused_before_training(tmp_path):
+    for prompt, message in ([99], "token id 99"), ([1] * 40960, "the target has 40960"):
+        with pytest.raises(ValueError, match=message):
+            prompts = [[1, 2, 3], prompt]
+            train(tiny.CONFIG, tiny.target(), tiny.examples(), tmp_path, prompts=prompts)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_validation_that_fails_loses_no_step(whole_run, tmp_path, monkeypatch):
+    folder = copied(whole_run, tmp_path)
+    for last in (folder / "drafter", folder / "checkpoints" / "12"):
+        shutil.rmtree(last)
+
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("jaxspec.training.trainer.walked_tau", broken)
+    arguments = tiny.CONFIG, tiny.target(), tiny.examples(), folder
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(*arguments, prompts=PROMPTS)
+    monkeypatch.setattr("jaxspec.training.trainer.walked_tau", lambda *_, **__: 1.5)
+    monkeypatch.setattr("jaxspec.training.trainer.train_step", broken)  # not again
+    assert train(*arguments, prompts=PROMPTS) == folder / "drafter"
+    assert tiny.metrics(folder)[-1] == {"step": 12, "tau": 1.5}
 
 
 def with_rate(rate):

@@ -1,0 +1,76 @@
+"""The prompts of a validation: those that the target can answer, in the mode of the data."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jaxspec.cli.exits import INTERRUPTED
+from jaxspec.cli.train import Train
+from jaxspec.training.validation import thinking_of
+from tests.data.test_conversations import tokenizer
+from tests.training import tiny
+
+SWITCH = "{{ 'plain' if enable_thinking is defined and not enable_thinking else 'think' }}"
+
+
+@pytest.fixture
+def target():
+    small = dataclasses.replace(tiny.TARGET_CONFIG, max_positions=72)
+    words = tokenizer("{% for m in messages %}{{ m.content }} {% endfor %}" + SWITCH)
+    return dataclasses.replace(tiny.target(), config=small, tokenizer=words)
+
+
+def in_modes(*modes):
+    example = tiny.examples(1)[0]
+    return [dataclasses.replace(example, thinking=mode) for mode in modes]
+
+
+@pytest.mark.parametrize(
+    ("modes", "expected"),
+    [
+        ([False, False], False),
+        ([True], True),
+        ([None, None], None),
+        ([True, False], None),
+        ([False, None], None),
+    ],
+)
+def test_the_mode_is_the_one_that_all_examples_have(modes, expected):
+    assert thinking_of(in_modes(*modes)) is expected
+
+
+@pytest.mark.parametrize(
+    ("given", "modes", "mode"),
+    [
+        (None, (False, False), "plain"),
+        (None, (False, True), "think"),
+        (False, (True,), "plain"),
+        (True, (False,), "think"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_left_out(
+    target, tmp_path, capsys, given, modes, mode
+):
+    """A prompt, its mode and 64 new tokens have 72 positions."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "a " * n}) for n in (7, 8)))
+    train = Train(("data.jsonl",), tmp_path, validation=str(path), thinking=given)
+    (row,) = train._prompts(target, in_modes(*modes))
+    assert target.tokenizer.decode(row) == "a " * 7 + mode
+    assert "left out: prompt 1: a prompt of 9 tokens and 64 new" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("step", "told"), [(None, "the same command resumes"), (4, "command without --resume-step")]
+)
+def test_an_interrupted_command_says_how_to_go_on(
+    target, tmp_path, monkeypatch, capsys, step, told
+):
+    monkeypatch.setattr("jaxspec.enable_compilation_cache", lambda: tmp_path)
+    monkeypatch.setattr("jaxspec.load_target", lambda *_, **__: target)
+    monkeypatch.setattr("jaxspec.data.rows.read_examples", lambda *_, **__: in_modes(None))
+    monkeypatch.setattr("jaxspec.training.trainer.train", lambda *_, **__: None)
+    options = dict(target="tiny", mask_token_id=23, taps=(0, 1), resume_step=step)
+    assert Train(("data.jsonl",), tmp_path, **options).run() == INTERRUPTED
+    assert told in capsys.readouterr().out
