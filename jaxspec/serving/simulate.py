@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.decoding.budget import StepTimes, admit, best_size
+from jaxspec.decoding.budget import admit, best_size
 from jaxspec.decoding.fitting import doubling_sizes
+from jaxspec.decoding.staircase import Staircase
 
 Rule = Literal["none", "fixed", "adaptive"]
 
@@ -52,13 +52,11 @@ class Machine:
         first, more = self.draft_seconds
         return max(memory, products) + drafted * (first + more * (rows - 1))
 
-    def times(self, rows: int, per_row: int, max_nodes: int) -> StepTimes:
+    def staircase(self, rows: int, per_row: int, max_nodes: int) -> Staircase:
         """The staircase of an engine's batch of `rows`."""
         sizes = doubling_sizes(rows, per_row, max_nodes)
-        return StepTimes(
-            jnp.array([s.total for s in sizes]),
-            jnp.array([s.per_row for s in sizes]),
-            jnp.array([self.seconds(rows, s.total, drafted=s.per_row > 1) for s in sizes]),
+        return Staircase.of(
+            sizes, [self.seconds(rows, s.total, drafted=s.per_row > 1) for s in sizes]
         )
 
 
@@ -110,7 +108,7 @@ def simulate(
     dice = np.random.default_rng(seed)
     chance = dice.beta(*acceptance, size=len(arrivals))
     waiting = sorted(range(len(arrivals)), key=lambda i: arrivals[i])
-    curves = {r: machine.times(r, depth + 1, max_nodes) for r in _buckets(slots)}
+    stairs = {r: machine.staircase(r, depth + 1, max_nodes) for r in _buckets(slots)}
     running: list[int] = []
     left = np.full(len(arrivals), tokens)
     started = np.zeros(len(arrivals))
@@ -133,8 +131,8 @@ def simulate(
             known[i] = past[-age] if len(past) >= age else fresh[: len(running)].mean(0)
             past.append(fresh[i])
             del past[:-age]
-        size, kept = _decide(rule, curves[bucket], fresh, known, len(running), depth)
-        seconds = float(curves[bucket].seconds[size])
+        size, kept = _decide(rule, stairs[bucket], fresh, known, len(running), depth)
+        seconds = float(stairs[bucket].seconds[size])
         passed = np.cumprod(dice.random(confidence.shape) < confidence, axis=1).sum(1)
         decided = np.minimum(np.minimum(passed, kept[: len(running)]) + 1, left[running])
         now += seconds
@@ -156,9 +154,9 @@ def simulate(
     )
 
 
-def _decide(rule, times, fresh, known, rows, depth) -> tuple[int, np.ndarray]:
+def _decide(rule, staircase, fresh, known, rows, depth) -> tuple[int, np.ndarray]:
     """Index of the round's size, and drafted nodes of each row."""
-    totals = np.asarray(times.totals)
+    totals = np.asarray(staircase.totals)
     if rule == "none":
         return 0, np.zeros(len(fresh), int)
     if rule == "fixed":
@@ -166,8 +164,8 @@ def _decide(rule, times, fresh, known, rows, depth) -> tuple[int, np.ndarray]:
         needed = min(rows * (depth + 1), totals[-1])
         kept = np.minimum(kept, needed // rows - 1)
         return int(np.searchsorted(totals, needed)), kept
-    size = int(best_size_jit(known, rows, times))
-    kept = admit_jit(fresh, totals[size] - rows, times.per_row[size] - 1)
+    size = int(best_size_jit(known, rows, staircase))
+    kept = admit_jit(fresh, totals[size] - rows, staircase.per_row[size] - 1)
     return size, np.asarray(kept)
 
 
