@@ -5,23 +5,29 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.config import integer
-from jaxspec.decoding.curve import Curve, measure, only, setup_of, take_turn, values_by_dtype
-from jaxspec.decoding.fitting import VerifySize, doubling_sizes
-from jaxspec.decoding.habit import UNKNOWN, Habit, init_habit
-from jaxspec.decoding.prefill import prefill
-from jaxspec.decoding.requests import (
-    check_budget,
-    check_capacity,
-    decoder_for,
-    pack,
-    request_keys,
+from jaxspec.decoding.curve import (
+    Curve,
+    half_full,
+    least,
+    setup_of,
+    time_sizes,
+    values_by_dtype,
 )
-from jaxspec.decoding.sampling import Sampling, SamplingRows
-from jaxspec.decoding.schedule import Adaptive, Batch, decode_rows
+from jaxspec.decoding.fitting import doubling_sizes
+from jaxspec.decoding.habit import Habit, init_habit
+from jaxspec.decoding.requests import check_budget, check_capacity, decoder_for
+from jaxspec.decoding.sampling import SamplingRows
+from jaxspec.decoding.schedule import (
+    Adaptive,
+    Batch,
+    decode_rows,
+    empty_rows,
+    unknown_survivals,
+)
+from jaxspec.decoding.staircase import Staircase, VerifySize
 from jaxspec.decoding.state import Decoder, DecodeState, Params
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.kept_curves import keep_curve, kept_curve
@@ -53,10 +59,10 @@ class Pace:
     def __init__(self, decoder: Decoder, rows: int, capacity: int, budget: int, curve: Curve):
         self.decoder, self.rows, self.capacity = decoder, rows, capacity
         self.budget, self.curve = budget, curve
-        self.sizes = sizes_of(decoder, rows)
+        self._staircase = curve.staircase(rows)
+        self.sizes = self._staircase.sizes
         self.rounds = np.zeros(len(self.sizes), int)
         self.tokens = 0
-        self._times = curve.times(rows)
         self._habit: Habit | None = None
 
     def check(self, decoder: Decoder, params: Params) -> None:
@@ -76,8 +82,9 @@ class Pace:
         Args:
           state: of the batch after prefill; each call returns the next call's.
         """
-        batch, unlearned = _unlearned(self.decoder, params, state, sampling)
-        self._habit = self._habit or unlearned
+        survivals = unknown_survivals(self.decoder, self.rows, SCHEDULE.age)
+        batch = beside(Batch(state, sampling, survivals), params)
+        self._habit = self._habit or beside(_first_habit(self.decoder), params)
 
         def step(state: DecodeState, rounds: int) -> DecodeState:
             nonlocal batch
@@ -86,10 +93,9 @@ class Pace:
                 params,
                 dataclasses.replace(batch, state=state),
                 self._habit,
-                self._times,
+                self._staircase,
                 np.int32(rounds),
                 schedule=SCHEDULE,
-                sizes=self.sizes,
             )
             return batch.state
 
@@ -184,56 +190,24 @@ def sizes_of(decoder: Decoder, rows: int) -> tuple[VerifySize, ...]:
     return roots, *(own for own in drafted[::-2][::-1] if own.total >= min(FEWEST, size) * rows)
 
 
-def _unlearned(
-    decoder: Decoder, params: Params, state: DecodeState, sampling: SamplingRows
-) -> tuple[Batch, Habit]:
-    """A batch, and acceptance records (`Habit`) before the first round."""
-    size, depth = decoder.drafter.size, decoder.drafter.depth
-    unknown = jnp.full((state.length.shape[0], SCHEDULE.age, size - 1), UNKNOWN, jnp.float32)
-    return beside((Batch(state, sampling, unknown), init_habit(size, depth)), params)
-
-
 def _measured(decoder, params, rows: int, capacity: int, setup: dict) -> Curve:
     """Times rounds of every size on half-full rows."""
-    sizes = sizes_of(decoder, rows)
+    staircase = Staircase.guessed(sizes_of(decoder, rows))
 
-    def step(size):
-        def one(carry):
-            return decode_rows(
-                decoder,
-                params,
-                *carry,
-                only(sizes, size),
-                np.int32(1),
-                schedule=SCHEDULE,
-                sizes=sizes,
-            )
+    def decode(batch, habit, staircase, rounds):
+        return decode_rows(
+            decoder, params, batch, habit, staircase, np.int32(rounds), schedule=SCHEDULE
+        )
 
-        return one
-
-    steps = [step(i) for i in range(len(sizes))]
-
-    def turn():
-        return take_turn(_half_full(decoder, params, rows, capacity), steps)[1]
+    def turn() -> list[float]:
+        empty = empty_rows(decoder, params, rows=rows, capacity=capacity, age=SCHEDULE.age)
+        carry = half_full(empty, decoder), _first_habit(decoder)
+        return time_sizes(decode, *beside(carry, params), staircase)
 
     turn()  # compiles
-    return Curve(setup, measure({rows: turn}, REPEATS))
+    return Curve(setup, least([{rows: turn()} for _ in range(REPEATS)]))
 
 
-def _half_full(
-    decoder: Decoder, params: Params, rows: int, capacity: int
-) -> tuple[Batch, Habit]:
-    requests = pack(
-        decoder,
-        [[0]] * rows,
-        batch=rows,
-        capacity=capacity,
-        max_new_tokens=capacity - decoder.drafter.depth - 2,
-        budget=decoder.drafter.size,
-        sampling=[Sampling(stop_ids=())] * rows,
-        keys=request_keys(0, rows),
-    )
-    state = prefill(decoder, params, requests)
-    length = jnp.full_like(state.length, capacity // 2)
-    state = dataclasses.replace(state, length=length)
-    return _unlearned(decoder, params, state, requests.sampling)
+def _first_habit(decoder: Decoder) -> Habit:
+    """Acceptance records before the first round."""
+    return init_habit(decoder.drafter.size, decoder.drafter.depth)

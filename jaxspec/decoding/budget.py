@@ -19,33 +19,12 @@ earlier rounds' it is. `tests/decoding/test_budget.py` enumerates all cases.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxspec.decoding.staircase import Staircase
 from jaxspec.trees.tree import DraftTree
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StepTimes:
-    """Seconds of a round by the nodes it verifies: a staircase, as shapes are static.
-
-    A round that verifies T nodes in all and at most n per row takes `seconds[i]`, for the first
-    size i with `totals[i] >= T` and `per_row[i] >= n`.
-
-    Attributes:
-      totals: [n] int32, ascending; nodes of all rows together, roots included.
-      per_row: [n] int32, ascending; nodes of one row, root included.
-      seconds: [n] float32. The first size holds the roots alone, and its time excludes
-        drafting; the others include it.
-    """
-
-    totals: jax.Array
-    per_row: jax.Array
-    seconds: jax.Array
 
 
 def survival(tree: DraftTree) -> Float[Array, "B drafted"]:
@@ -76,9 +55,9 @@ def admit(
 
 
 def best_size(
-    survival: Float[Array, "R J"], rows: Int[Array, ""] | int, times: StepTimes
+    survival: Float[Array, "R J"], rows: Int[Array, ""] | int, staircase: Staircase
 ) -> Int[Array, ""]:
-    """The size with the most expected tokens per second: an index into `times`.
+    """The size with the most expected tokens per second: an index into `staircase`.
 
     Every row commits its accepted nodes and one more token, so a size of T nodes commits
     (rows + the sum of the T - rows largest survivals) / seconds. All sizes are compared, since
@@ -95,8 +74,8 @@ def best_size(
         inside = jnp.arange(best.shape[0]) < total - rows
         return rows + jnp.sum(jnp.where(inside, best, 0.0))
 
-    tokens = jax.vmap(expected)(times.totals, times.per_row)
-    rate = jnp.where(times.totals >= rows, tokens / times.seconds, -jnp.inf)
+    tokens = jax.vmap(expected)(staircase.totals, staircase.per_row)
+    rate = jnp.where(staircase.totals >= rows, tokens / staircase.seconds, -jnp.inf)
     return jnp.argmax(rate).astype(jnp.int32)
 
 

@@ -15,15 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxspec.decoding.budget import StepTimes
-from jaxspec.decoding.fitting import VerifySize
+from jaxspec.decoding.habit import Habit
+from jaxspec.decoding.schedule import Batch
+from jaxspec.decoding.staircase import Staircase, VerifySize
 from jaxspec.decoding.state import Decoder, Params
 from jaxspec.models.target import Target
 
 # Step times are flat if the slowest size takes less than this times the fastest. A single
 # number of rows may be flat, where reading weights takes longer than multiplying nodes.
 FLAT = 1.02
-NODES_AS_ROUND = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +74,10 @@ class Curve:
                 "all. Measure it again, or raise max_nodes until a round takes longer"
             )
 
-    def times(self, rows: int) -> StepTimes:
+    def staircase(self, rows: int) -> Staircase:
         """The staircase for a batch of `rows`."""
-        return StepTimes(
-            np.array(self.setup["totals"][str(rows)], np.int32),
-            np.array(self.setup["per_row"][str(rows)], np.int32),
-            np.array(self.seconds[rows], np.float32),
-        )
+        totals, per_row = (self.setup[name][str(rows)] for name in ("totals", "per_row"))
+        return Staircase.of(map(VerifySize, totals, per_row), self.seconds[rows])
 
     def save(self, path: str | Path) -> None:
         """Writes a JSON file, atomically."""
@@ -149,43 +146,44 @@ def values_by_dtype(params: Params) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def take_turn(state: Any, steps: Sequence[Callable[[Any], Any]]) -> tuple[Any, list[float]]:
-    """Runs each `state = step(state)`; returns the last state and the seconds of every step."""
-    state, seconds = jax.block_until_ready(state), []
-    for step in steps:
-        began = time.perf_counter()
-        state = jax.block_until_ready(step(state))
-        seconds.append(time.perf_counter() - began)
-    return state, seconds
+def half_full(empty: Batch, decoder: Decoder) -> Batch:
+    """Rows in the middle of an answer, as step times are measured on them.
 
-
-def measure(
-    turns: Mapping[int, Callable[[], Sequence[float]]], repeats: int
-) -> dict[int, list[float]]:
-    """Seconds of the steps that each of `turns` runs, with all turns repeated `repeats` times.
-
-    Takes each step's minimum over interleaved repeats: interference only adds time, and a slow
-    phase of the machine affects all curves alike.
+    Args:
+      empty: from `empty_rows`.
     """
-    return least([{name: turn() for name, turn in turns.items()} for _ in range(repeats)])
+    rows, capacity = empty.state.tokens.shape
+    length = np.full(rows, capacity // 2, np.int32)
+    limit = np.full(rows, capacity - decoder.drafter.depth - 1, np.int32)
+    changed = jax.device_put(dict(length=length, limit=limit, done=np.zeros(rows, bool)))
+    return dataclasses.replace(empty, state=dataclasses.replace(empty.state, **changed))
 
 
-def least(found: Sequence[Mapping[int, Sequence[float]]]) -> dict[int, list[float]]:
-    """The minimum over repeats of `measure`, for every step."""
-    return {name: np.min([own[name] for own in found], axis=0).tolist() for name in found[0]}
+def time_sizes(
+    decode: Callable[[Batch, Habit, Staircase, int], tuple[Batch, Habit]],
+    batch: Batch,
+    habit: Habit,
+    staircase: Staircase,
+) -> list[float]:
+    """Seconds of one round in each size, one after the other; `batch` is donated.
+
+    Args:
+      decode: runs a number of rounds, as `decode_rows`.
+    """
+    carry, seconds = jax.block_until_ready((batch, habit)), []
+    for i in range(len(staircase.sizes)):
+        began = time.perf_counter()
+        carry = jax.block_until_ready(decode(*carry, staircase.only(i), 1))
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
-def guessed(sizes: tuple[VerifySize, ...]) -> StepTimes:
-    """Step times to use until some are measured: the fixed cost of a round is guessed to equal
-    that of `NODES_AS_ROUND` nodes."""
-    totals, per_row = ([getattr(s, n) for s in sizes] for n in ("total", "per_row"))
-    seconds = 1 + np.array(totals, np.float32) / NODES_AS_ROUND
-    return StepTimes(np.array(totals, np.int32), np.array(per_row, np.int32), seconds)
+def least(repeats: Sequence[Mapping[int, Sequence[float]]]) -> dict[int, list[float]]:
+    """The least seconds of every size over interleaved repeats, by number of rows.
 
-
-def only(sizes: tuple[VerifySize, ...], chosen: int) -> StepTimes:
-    """Step times under which only one size can be chosen."""
-    seconds = np.full(len(sizes), np.inf, np.float32)
-    seconds[chosen] = 1.0
-    totals, per_row = ([getattr(s, n) for s in sizes] for n in ("total", "per_row"))
-    return StepTimes(np.array(totals, np.int32), np.array(per_row, np.int32), seconds)
+    Interference only adds time, and a slow phase of the machine affects all sizes alike.
+    """
+    return {
+        rows: np.min([seconds[rows] for seconds in repeats], axis=0).tolist()
+        for rows in repeats[0]
+    }

@@ -16,18 +16,11 @@ from jaxtyping import Array, Bool, Int
 
 from jaxspec.decoding.penalties import Written
 from jaxspec.decoding.sampling import SamplingRows, choose
+from jaxspec.decoding.staircase import VerifySize
 from jaxspec.decoding.state import Draft, Verdict, Verified
 from jaxspec.drafters.base import Drafter
 from jaxspec.trees.packing import Packing, pack_nodes
 from jaxspec.trees.tree import DraftTree
-
-
-@dataclasses.dataclass(frozen=True)
-class VerifySize:
-    """Maximum nodes of a forward, over all rows and per row, roots included."""
-
-    total: int
-    per_row: int
 
 
 def own_sizes(drafter: Drafter, tree: DraftTree) -> tuple[VerifySize, ...]:

@@ -12,7 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxspec.decoding.budget import StepTimes, best_size, survival
+from jaxspec.decoding.budget import best_size, survival
+from jaxspec.decoding.staircase import Staircase
 from jaxspec.trees.tree import DraftTree
 
 UNKNOWN = -1.0
@@ -69,8 +70,10 @@ def init_habit(size: int, depth: int) -> Habit:
     )
 
 
-def choose_size(old: jax.Array, habit: Habit, kind: jax.Array, times: StepTimes) -> jax.Array:
-    """The size of a round before it drafts, an index into `times`.
+def choose_size(
+    old: jax.Array, habit: Habit, kind: jax.Array, staircase: Staircase
+) -> jax.Array:
+    """The size of a round before it drafts, an index into `staircase`.
 
     Args:
       old: [B, N - 1], survivals of the rows' drafts `age` rounds ago.
@@ -80,11 +83,11 @@ def choose_size(old: jax.Array, habit: Habit, kind: jax.Array, times: StepTimes)
     tells = (habit.lasted / habit.varied)[kind, None]
     expected = jnp.clip(usual + tells * (old - usual), 0.0, 1.0)
     expected = jnp.where(old == UNKNOWN, usual, expected)
-    return best_size(jnp.where(running[:, None], expected, 0.0), running.sum(), times)
+    return best_size(jnp.where(running[:, None], expected, 0.0), running.sum(), staircase)
 
 
 def probe(
-    habit: Habit, after: int, kind: jax.Array, young: jax.Array, times: StepTimes
+    habit: Habit, after: int, kind: jax.Array, young: jax.Array, staircase: Staircase
 ) -> jax.Array:
     """The size of a round whose draft is not expected to pay: 0, or now and then 1.
 
@@ -97,7 +100,8 @@ def probe(
       young: [B] bool, new rows, for which drafting may pay though it did not for others.
     """
     doublings = jnp.where(young, 0, jnp.minimum(habit.probes[kind], PATIENCE))
-    plain, drafted = times.seconds[0], times.seconds[min(1, times.seconds.shape[0] - 1)]
+    plain = staircase.seconds[0]
+    drafted = staircase.seconds[min(1, len(staircase.sizes) - 1)]
     afforded = (drafted / plain - 1) / PROBES
     waited = habit.idle[kind] >= jnp.maximum(after << doublings, afforded)
     return jnp.any(waited & (kind < KINDS)).astype(jnp.int32)

@@ -12,8 +12,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxspec.decoding.budget import StepTimes
-from jaxspec.decoding.fitting import VerifySize
 from jaxspec.decoding.habit import Habit
 from jaxspec.decoding.schedule import (
     Batch,
@@ -26,6 +24,7 @@ from jaxspec.decoding.schedule import (
     sized_round,
     whole_round,
 )
+from jaxspec.decoding.staircase import Staircase
 from jaxspec.decoding.state import Decoder, Draft, Params
 from jaxspec.trees.tree import DraftTree, root_only
 
@@ -51,7 +50,7 @@ def draft_rows(
     params: Params,
     batch: Batch,
     habit: Habit,
-    times: StepTimes,
+    staircase: Staircase,
     forced: jax.Array,
     *,
     schedule: Schedule,
@@ -67,7 +66,7 @@ def draft_rows(
 
     took_place = pays = jnp.bool(True)
     if not isinstance(schedule, Fixed):
-        size, pays = size_of_round(batch, habit, times, schedule)
+        size, pays = size_of_round(batch, habit, staircase, schedule)
         took_place = (size > 0) | forced
     nothing = root_only(batch.state.anchor, size=decoder.drafter.size)
     batch, tree = run_if(took_place, drafted, (batch, nothing))
@@ -76,7 +75,7 @@ def draft_rows(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("decoder", "schedule", "sizes"),
+    static_argnames=("decoder", "schedule"),
     donate_argnames=("batch", "habit"),
 )
 def judge_rows(
@@ -86,19 +85,27 @@ def judge_rows(
     habit: Habit,
     drafted: Drafted,
     draft: Draft,
-    times: StepTimes,
+    staircase: Staircase,
     *,
     schedule: Schedule,
-    sizes: tuple[VerifySize, ...],
 ) -> tuple[Batch, Habit]:
     """The second half of a round: verifies, accepts and commits the restricted trees."""
     if isinstance(schedule, Fixed):
-        return whole_round(decoder, params, batch, habit, draft, sizes)
+        return whole_round(decoder, params, batch, habit, draft, staircase.sizes)
 
     def drafts(batch):
         return batch, draft
 
     # What was drafted is known, and nothing of it was drawn: the size may depend on it.
-    size = jnp.maximum(size_of_trees(draft.tree, habit, batch, times), 1)
-    chosen = jnp.where(drafted.took_place, size, 0), drafted.pays, draft.allowed[:, :1]
-    return sized_round(decoder, params, batch, habit, drafts, times, sizes, *chosen)
+    size = jnp.maximum(size_of_trees(draft.tree, habit, batch, staircase), 1)
+    return sized_round(
+        decoder,
+        params,
+        batch,
+        habit,
+        drafts,
+        staircase,
+        size=jnp.where(drafted.took_place, size, 0),
+        pays=drafted.pays,
+        allowed=draft.allowed[:, :1],
+    )

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.config import at_least, check_field
-from jaxspec.decoding.budget import StepTimes, admit, best_size
-from jaxspec.decoding.fitting import VerifySize, smallest
+from jaxspec.decoding.budget import admit, best_size
+from jaxspec.decoding.fitting import smallest
 from jaxspec.decoding.habit import (
     KINDS,
     TEMPERATURES,
@@ -29,8 +29,10 @@ from jaxspec.decoding.habit import (
     probe,
     rested,
 )
+from jaxspec.decoding.prefill import begin_prefill
 from jaxspec.decoding.round import commit, judge, propose
-from jaxspec.decoding.sampling import SamplingRows
+from jaxspec.decoding.sampling import SamplingRows, greedy_rows
+from jaxspec.decoding.staircase import Staircase, VerifySize
 from jaxspec.decoding.state import Decoder, DecodeState, Draft, Params
 from jaxspec.trees.tree import NO_PARENT, DraftTree, root_only
 
@@ -81,9 +83,39 @@ class Batch:
     survivals: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("decoder", "rows", "capacity", "age"))
+def empty_rows(
+    decoder: Decoder, params: Params, *, rows: int, capacity: int, age: int
+) -> Batch:
+    """A batch whose rows are all done."""
+    prefilling = begin_prefill(decoder, params, rows, capacity)
+    zeros = lambda dtype: jnp.zeros(rows, dtype)  # noqa: E731
+    state = DecodeState(
+        tokens=jnp.zeros((rows, capacity), jnp.int32),
+        start=zeros(jnp.int32) + 1,
+        length=zeros(jnp.int32) + 1,
+        limit=zeros(jnp.int32) + 1,
+        done=zeros(bool) | True,
+        budget=zeros(jnp.int32) + decoder.drafter.size,
+        cache=prefilling.cache,
+        drafter=prefilling.drafter,
+        rounds=zeros(jnp.int32),
+        committed=jnp.zeros((rows, capacity), jnp.int32),
+        nodes=zeros(jnp.int32),
+        logprobs=prefilling.logprobs,
+    )
+    sampling = greedy_rows(jax.random.split(jax.random.key(0), rows))
+    return Batch(state, sampling, unknown_survivals(decoder, rows, age))
+
+
+def unknown_survivals(decoder: Decoder, rows: int, age: int) -> jax.Array:
+    """`Batch.survivals` of rows without a past draft."""
+    return jnp.full((rows, age, decoder.drafter.size - 1), UNKNOWN, jnp.float32)
+
+
 @functools.partial(
     jax.jit,
-    static_argnames=("decoder", "schedule", "sizes"),
+    static_argnames=("decoder", "schedule"),
     donate_argnames=("batch", "habit"),
 )
 def decode_rows(
@@ -91,17 +123,12 @@ def decode_rows(
     params: Params,
     batch: Batch,
     habit: Habit,
-    times: StepTimes,
+    staircase: Staircase,
     rounds: jax.Array,
     *,
     schedule: Schedule,
-    sizes: tuple[VerifySize, ...],
 ) -> tuple[Batch, Habit]:
-    """Runs up to `rounds` (a scalar) rounds; stops early when a row finishes, so it can leave.
-
-    Args:
-      times: step times of `sizes`.
-    """
+    """Runs up to `rounds` (a scalar) rounds; stops early when a row finishes and can leave."""
     before = batch.state.done
     step = adaptive_round if isinstance(schedule, Adaptive) else fixed_round
 
@@ -112,22 +139,22 @@ def decode_rows(
 
     def one(carry):
         i, batch, habit = carry
-        return i + 1, *step(decoder, params, batch, habit, times, schedule, sizes)
+        return i + 1, *step(decoder, params, batch, habit, staircase, schedule)
 
     return jax.lax.while_loop(unfinished, one, (jnp.int32(0), batch, habit))[1:]
 
 
-def fixed_round(decoder, params, batch, habit, times, schedule, sizes):
+def fixed_round(decoder, params, batch, habit, staircase, schedule):
     """A round in which every row verifies its own budget."""
     batch, draft = draft_of(decoder, params, batch)
-    return whole_round(decoder, params, batch, habit, draft, sizes)
+    return whole_round(decoder, params, batch, habit, draft, staircase.sizes)
 
 
-def adaptive_round(decoder, params, batch, habit, times, schedule, sizes):
+def adaptive_round(decoder, params, batch, habit, staircase, schedule):
     """A round with one budget for all rows."""
     drafts = functools.partial(draft_of, decoder, params)
-    size, pays = size_of_round(batch, habit, times, schedule)
-    return sized_round(decoder, params, batch, habit, drafts, times, sizes, size, pays)
+    size, pays = size_of_round(batch, habit, staircase, schedule)
+    return sized_round(decoder, params, batch, habit, drafts, staircase, size, pays)
 
 
 def draft_of(decoder: Decoder, params: Params, batch: Batch) -> tuple[Batch, Draft]:
@@ -143,7 +170,7 @@ def whole_round(decoder, params, batch, habit, draft, sizes) -> tuple[Batch, Hab
 
 
 def sized_round(
-    decoder, params, batch, habit, drafts, times, sizes, size, pays, allowed=None
+    decoder, params, batch, habit, drafts, staircase, size, pays, allowed=None
 ) -> tuple[Batch, Habit]:
     """A round of a chosen size: plain decoding for the first size, else with a draft.
 
@@ -159,19 +186,19 @@ def sized_round(
     def judged(carry):
         batch, habit = carry
         batch, draft = drafts(batch)
-        return judged_round(decoder, params, batch, habit, draft, times, sizes, size, pays)
+        return judged_round(decoder, params, batch, habit, draft, staircase, size, pays)
 
     carry = run_if(size == 0, plain, (batch, counted(habit, size)))
-    return run_if(size > 0, judged, carry) if len(sizes) > 1 else carry
+    return run_if(size > 0, judged, carry) if len(staircase.sizes) > 1 else carry
 
 
-def size_of_round(batch, habit, times, schedule) -> tuple[jax.Array, jax.Array]:
+def size_of_round(batch, habit, staircase, schedule) -> tuple[jax.Array, jax.Array]:
     """The size of a round, and whether its draft is expected to pay."""
     kind = kind_of(batch)
     young = batch.state.rounds <= schedule.probe
-    pays = choose_size(batch.survivals[:, -1], habit, kind, times)
-    found = jnp.where(pays == 0, probe(habit, schedule.probe, kind, young, times), pays)
-    return found, pays > 0
+    pays = choose_size(batch.survivals[:, -1], habit, kind, staircase)
+    probed = probe(habit, schedule.probe, kind, young, staircase)
+    return jnp.where(pays == 0, probed, pays), pays > 0
 
 
 def kind_of(batch: Batch) -> jax.Array:
@@ -200,16 +227,16 @@ def plain_round(decoder, params, batch, habit, allowed=None):
     return batch, rested(habit, kind)
 
 
-def judged_round(decoder, params, batch, habit, draft, times, sizes, size, chosen):
+def judged_round(decoder, params, batch, habit, draft, staircase, size, chosen):
     """A round with drafted trees.
 
-    Args: size, chosen: index into `sizes`, at least 1; and whether the draft was expected to
-      pay.
+    Args: size, chosen: index into `staircase`, at least 1; and whether the draft was expected
+      to pay.
     """
     kind, before = kind_of(batch), batch.state.length
     fresh = foresee(draft.tree, habit, kind)
-    draft = cut(draft, keep(fresh, kind < KINDS, size, times))
-    batch = finish_round(decoder, params, batch, draft, sizes[1:], size - 1)
+    draft = cut(draft, keep(fresh, kind < KINDS, size, staircase))
+    batch = finish_round(decoder, params, batch, draft, staircase.sizes[1:], size - 1)
     accepted = batch.state.length - before - 1
     old = batch.survivals[:, -1]
     habit = learn(habit, draft.tree, fresh, old, accepted, kind, chosen)
@@ -221,20 +248,24 @@ def push(survivals: jax.Array, newest: jax.Array) -> jax.Array:
     return jnp.concatenate([newest[:, None], survivals[:, :-1]], axis=1)
 
 
-def size_of_trees(tree: DraftTree, habit: Habit, batch: Batch, times: StepTimes) -> jax.Array:
-    """The size of a round whose trees are there, an index into `times`."""
+def size_of_trees(
+    tree: DraftTree, habit: Habit, batch: Batch, staircase: Staircase
+) -> jax.Array:
+    """The size of a round whose trees are there, an index into `staircase`."""
     kind = kind_of(batch)
     running = kind < KINDS
     fresh = jnp.where(running[:, None], foresee(tree, habit, kind), 0.0)
-    return best_size(fresh, running.sum(), times)
+    return best_size(fresh, running.sum(), staircase)
 
 
-def keep(fresh: jax.Array, running: jax.Array, size: jax.Array, times: StepTimes) -> jax.Array:
+def keep(
+    fresh: jax.Array, running: jax.Array, size: jax.Array, staircase: Staircase
+) -> jax.Array:
     """Number of drafted nodes of each row [B] that a round of this size verifies."""
     return admit(
         jnp.where(running[:, None], fresh, 0.0),
-        times.totals[size] - running.sum(),
-        times.per_row[size] - 1,
+        staircase.totals[size] - running.sum(),
+        staircase.per_row[size] - 1,
     )
 
 

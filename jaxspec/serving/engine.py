@@ -364,13 +364,17 @@ class Engine:
         request asks for them, lengths [B], and whether rows are done [B]."""
         rows, start = self._rows, self._rows.lengths()
         matchers = [None if x is None else x.matcher for x in rows.requests]
-        given = rows.batch, self._habit
         if any(matchers):
-            given = *given, self.ready.times[len(rows)], matchers
-            rows.batch, self._habit = self._programs.restricted_round(*given)
+            rows.batch, self._habit = self._programs.restricted_round(
+                rows.batch, self._habit, self.ready.staircases[len(rows)], matchers
+            )
         else:
-            given = *given, self.ready.staircase(len(rows)), self.config.rounds
-            rows.batch, self._habit = self._programs.decode(*given)
+            rows.batch, self._habit = self._programs.decode(
+                rows.batch,
+                self._habit,
+                self.ready.staircase(len(rows)),
+                self.config.rounds,
+            )
         state, laws = rows.batch.state, None
         recent = self._programs.recent_tokens(rows.batch, start)
         if any(running.request.logprobs is not None for _, running in rows.taken):

@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxspec.decoding.budget import StepTimes
-from jaxspec.decoding.curve import only, setup_of, take_turn
-from jaxspec.decoding.fitting import VerifySize, doubling_sizes
+from jaxspec.decoding.curve import half_full, setup_of, time_sizes
+from jaxspec.decoding.fitting import doubling_sizes
 from jaxspec.decoding.habit import Habit, init_habit
 from jaxspec.decoding.halves import draft_rows, judge_rows
 from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.requests import capacity_for, decoder_for, pack
-from jaxspec.decoding.schedule import Adaptive, Batch, decode_rows
+from jaxspec.decoding.schedule import Adaptive, Batch, decode_rows, empty_rows
+from jaxspec.decoding.staircase import Staircase
 from jaxspec.decoding.state import Prefilling, Requests
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.models.target import Target
@@ -28,7 +28,6 @@ from jaxspec.serving.prefix_cache import PrefixCache
 from jaxspec.serving.requests import Request
 from jaxspec.serving.rows import (
     begin_prompt,
-    empty_rows,
     end_prompt,
     move_rows,
     place_row,
@@ -38,8 +37,6 @@ from jaxspec.serving.rows import (
     stop_rows,
 )
 from jaxspec.sharding import beside
-
-Staircase = tuple[tuple[VerifySize, ...], StepTimes]
 
 
 class Programs:
@@ -155,27 +152,21 @@ class Programs:
         unlearned = init_habit(self._decoder.drafter.size, self._decoder.drafter.depth)
         return beside(unlearned, self._params)
 
-    def staircase(self, rows: int, times: StepTimes, *, few: bool = False) -> Staircase:
-        """The verify sizes of a batch of `rows` rows.
-
-        Args:
-          times: step times of all sizes.
-          few: only the smallest and the largest size.
-        """
-        sizes = self.sizes[rows]
-        if not few:
-            return sizes, times
-        return (sizes[0], sizes[-1]), jax.tree.map(lambda x: x[[0, -1]], times)
-
     def decode(
         self, batch: Batch, habit: Habit, staircase: Staircase, rounds: int
     ) -> tuple[Batch, Habit]:
         """See `decode_rows`."""
-        sizes, times = staircase
-        given = self._params, batch, habit, times, np.int32(rounds)
-        which, schedule = (_rows_of(batch), len(sizes)), self._config.schedule
-        options = dict(schedule=schedule, sizes=sizes)
-        return self._run(decode_rows, which, (batch, habit), *given, **options)
+        return self._run(
+            decode_rows,
+            (_rows_of(batch), len(staircase.sizes)),
+            (batch, habit),
+            self._params,
+            batch,
+            habit,
+            staircase,
+            np.int32(rounds),
+            schedule=self._config.schedule,
+        )
 
     def place_row(self, batch: Batch, fresh: Batch, row: int) -> Batch:
         """See `rows.place_row`; the next methods too are those of `rows`."""
@@ -208,19 +199,25 @@ class Programs:
         self,
         batch: Batch,
         habit: Habit,
-        times: StepTimes,
+        staircase: Staircase,
         matchers: Sequence[Matcher | None],
     ) -> tuple[Batch, Habit]:
         """One round in which rows with a matcher follow their grammars."""
-        schedule, sizes = self._config.schedule, self.sizes[len(matchers)]
-        decoder, params = self._decoder, self._params
+        decoder, params, schedule = self._decoder, self._params, self._config.schedule
         forced = any(matcher is not None and matcher.forces for matcher in matchers)
-        given = batch, habit, times, np.bool_(forced)
-        batch, drafted = draft_rows(decoder, params, *given, schedule=schedule)
-        limits = self._config.budget, decoder.drafter.depth, decoder.config.vocab_size
-        draft = restrict(matchers, jax.device_get(drafted.tree), *limits)
-        given = batch, habit, drafted, draft, times
-        return judge_rows(decoder, params, *given, schedule=schedule, sizes=sizes)
+        batch, drafted = draft_rows(
+            decoder, params, batch, habit, staircase, np.bool_(forced), schedule=schedule
+        )
+        draft = restrict(
+            matchers,
+            jax.device_get(drafted.tree),
+            self._config.budget,
+            decoder.drafter.depth,
+            decoder.config.vocab_size,
+        )
+        return judge_rows(
+            decoder, params, batch, habit, drafted, draft, staircase, schedule=schedule
+        )
 
     def compile_prompts(self) -> None:
         """Compiles the prompt programs by running each once."""
@@ -231,7 +228,7 @@ class Programs:
         """Compiles the programs of batches of `rows` rows, and those that move rows between
         them and the next smaller batches.
 
-        Args: few: as for `staircase`.
+        Args: few: only the smallest and the largest verify size.
         """
         batch = self.compile_rounds(rows, few=few)
         for recent in (self.recent_tokens, self.recent_logprobs):
@@ -244,7 +241,8 @@ class Programs:
 
     def compile_rounds(self, rows: int, *, few: bool = False) -> Batch:
         """Compiles the rounds' program by running it on finished rows, which it returns."""
-        staircase = self.staircase(rows, only(self.sizes[rows], 0), few=few)
+        staircase = self._guessed(rows).only(0)
+        staircase = staircase.ends() if few else staircase
         return self.decode(self.empty(rows), self.habit(), staircase, 1)[0]
 
     def compile_restricted(self, rows: int) -> None:
@@ -252,30 +250,23 @@ class Programs:
         requests = self.pack(Request((0,), 1))
         every = np.full(-(-self._decoder.config.vocab_size // 32), ALL, np.uint32)
         self.end_prompt(requests, self.run_chunk(requests, 0, self.begin_prompt()), every)
-        times = only(self.sizes[rows], len(self.sizes[rows]) - 1)
-        self.restricted_round(self._half_full(rows), self.habit(), times, [None] * rows)
+        staircase = self._guessed(rows).only(-1)
+        self.restricted_round(self._half_full(rows), self.habit(), staircase, [None] * rows)
 
     def turn(self) -> dict[int, list[float]]:
         """Times one round per number of rows and verify size, in seconds; for `curve.least`."""
-        return {rows: self._turn(rows) for rows in self.sizes}
+        return {
+            rows: time_sizes(
+                self.decode, self._half_full(rows), self.habit(), self._guessed(rows)
+            )
+            for rows in self.sizes
+        }
 
-    def _turn(self, rows: int) -> list[float]:
-        sizes = self.sizes[rows]
-
-        def step(size):
-            staircase = sizes, only(sizes, size)
-            return lambda state: self.decode(*state, staircase, 1)
-
-        steps = [step(i) for i in range(len(sizes))]
-        return take_turn((self._half_full(rows), self.habit()), steps)[1]
+    def _guessed(self, rows: int) -> Staircase:
+        return Staircase.guessed(self.sizes[rows])
 
     def _half_full(self, rows: int) -> Batch:
-        batch = self.empty(rows)
-        length = np.full(rows, self._capacity // 2, np.int32)
-        limit = np.full(rows, self._capacity - self._decoder.drafter.depth - 1, np.int32)
-        given = dict(length=length, limit=limit, done=np.zeros(rows, bool))
-        state = dataclasses.replace(batch.state, **jax.device_put(given))
-        return beside(dataclasses.replace(batch, state=state), self._params)
+        return beside(half_full(self.empty(rows), self._decoder), self._params)
 
 
 def _rows_of(batch: Batch) -> int:

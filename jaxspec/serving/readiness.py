@@ -10,10 +10,11 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from jaxspec.decoding.curve import Curve, guessed, least
+from jaxspec.decoding.curve import Curve, least
+from jaxspec.decoding.staircase import Staircase
 from jaxspec.serving.memory import trim_memory
 from jaxspec.serving.prefix_cache import PrefixCache
-from jaxspec.serving.programs import Programs, Staircase
+from jaxspec.serving.programs import Programs
 
 REPEATS = 10  # timings of every verify size
 
@@ -24,7 +25,7 @@ class Readiness:
     Attributes:
       beside: whether another thread calls `prepare`; the engine then compiles nothing itself.
       curve: step times, given or measured; None before that, and with a fixed schedule.
-      times: step times by number of rows; guessed without a curve.
+      staircases: verify sizes and step times by number of rows; guessed without a curve.
       wanted: the most requests so far that were running or waiting at a time.
     """
 
@@ -40,7 +41,7 @@ class Readiness:
         self.beside = False
         self.wanted = 0
         self.curve: Curve | None = None
-        self.times = {rows: guessed(own) for rows, own in programs.sizes.items()}
+        self.staircases = {r: Staircase.guessed(s) for r, s in programs.sizes.items()}
         if curve is not None:
             self.use(curve)
 
@@ -68,9 +69,9 @@ class Readiness:
         return rows in self._rows
 
     def staircase(self, rows: int) -> Staircase:
-        """The compiled verify sizes of a round of `rows` rows, and their times."""
+        """The verify sizes of a batch of `rows` rows that are compiled, and their times."""
         few = self._few and rows == self._rows[0]
-        return self._programs.staircase(rows, self.times[rows], few=few)
+        return self.staircases[rows].ends() if few else self.staircases[rows]
 
     @property
     def lacks_grammars(self) -> bool:
@@ -144,4 +145,4 @@ class Readiness:
         """Makes the schedule use these step times. Raises ValueError: see `Curve.check`."""
         curve.check(self._programs.setup())
         self.curve, self._known = curve, True
-        self.times = {rows: curve.times(rows) for rows in self._programs.buckets}
+        self.staircases = {rows: curve.staircase(rows) for rows in self._programs.buckets}

@@ -14,38 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxspec.decoding.habit import UNKNOWN
 from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.prefill import begin_prefill, end_prefill, prefill_chunk
-from jaxspec.decoding.sampling import NO_TOKEN, greedy_rows
-from jaxspec.decoding.schedule import Batch
-from jaxspec.decoding.state import Decoder, DecodeState, Params, Prefilling, Requests
+from jaxspec.decoding.sampling import NO_TOKEN
+from jaxspec.decoding.schedule import Batch, unknown_survivals
+from jaxspec.decoding.state import Decoder, Params, Prefilling, Requests
 from jaxspec.models.state import LayerStates
-
-
-@functools.partial(jax.jit, static_argnames=("decoder", "rows", "capacity", "age"))
-def empty_rows(
-    decoder: Decoder, params: Params, *, rows: int, capacity: int, age: int
-) -> Batch:
-    """A batch whose rows are all done."""
-    prefilling = begin_prefill(decoder, params, rows, capacity)
-    zeros = lambda dtype: jnp.zeros(rows, dtype)  # noqa: E731
-    state = DecodeState(
-        tokens=jnp.zeros((rows, capacity), jnp.int32),
-        start=zeros(jnp.int32) + 1,
-        length=zeros(jnp.int32) + 1,
-        limit=zeros(jnp.int32) + 1,
-        done=zeros(bool) | True,
-        budget=zeros(jnp.int32) + decoder.drafter.size,
-        cache=prefilling.cache,
-        drafter=prefilling.drafter,
-        rounds=zeros(jnp.int32),
-        committed=jnp.zeros((rows, capacity), jnp.int32),
-        nodes=zeros(jnp.int32),
-        logprobs=prefilling.logprobs,
-    )
-    sampling = greedy_rows(jax.random.split(jax.random.key(0), rows))
-    return Batch(state, sampling, _unknown(decoder, rows, age))
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "capacity"))
@@ -81,7 +55,7 @@ def end_prompt(
       allowed: as for `end_prefill`.
     """
     state = end_prefill(params, requests, Prefilling(*held, final), allowed)
-    return Batch(state, requests.sampling, _unknown(decoder, 1, age))
+    return Batch(state, requests.sampling, unknown_survivals(decoder, 1, age))
 
 
 @functools.partial(jax.jit, donate_argnames="batch")
@@ -124,7 +98,3 @@ def recent_logprobs(batch: Batch, start: jax.Array, *, width: int) -> LogProbs |
 def _with_done(batch: Batch, done: jax.Array) -> Batch:
     state = dataclasses.replace(batch.state, done=done)
     return dataclasses.replace(batch, state=state)
-
-
-def _unknown(decoder: Decoder, rows: int, age: int) -> jax.Array:
-    return jnp.full((rows, age, decoder.drafter.size - 1), UNKNOWN, jnp.float32)

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from jaxspec.decoding import budget, schedule
-from jaxspec.decoding.budget import StepTimes, survival
+from jaxspec.decoding.budget import survival
 from jaxspec.decoding.habit import KINDS, UNKNOWN, choose_size, foresee, init_habit
 from jaxspec.decoding.round import accept_matches
+from jaxspec.decoding.staircase import Staircase, VerifySize
 from jaxspec.decoding.state import Draft
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
 from jaxspec.trees.tree import DraftTree, ancestors, chain
@@ -31,9 +32,9 @@ PAIRS = list(itertools.product(DRAFTS, repeat=2))
 PREFIXES = [p for n in range(DEPTH + 1) for p in itertools.product((0, 1), repeat=n)]
 
 
-def times(totals, seconds, per_row=None):
+def staircase(totals, seconds, per_row=None):
     per_row = [1] + [9] * (len(totals) - 1) if per_row is None else per_row
-    return StepTimes(jnp.array(totals), jnp.array(per_row), jnp.array(seconds, jnp.float32))
+    return Staircase.of(map(VerifySize, totals, per_row), seconds)
 
 
 class System:
@@ -53,7 +54,7 @@ class System:
                     table[prefix] = table[(0,) * len(prefix)]
         # Tokens per second are jagged: a node may pay after one that does not.
         steps = np.cumsum(random.choice([0.02, 0.2, 0.4], size=2 * DEPTH + 1)) + 1
-        self.times = times(range(2, 3 + 2 * DEPTH), steps, [9] * (2 * DEPTH + 1))
+        self.staircase = staircase(range(2, 3 + 2 * DEPTH), steps, [9] * (2 * DEPTH + 1))
 
     @staticmethod
     def _laws(random):
@@ -115,25 +116,25 @@ def by_budget(survivals, nodes, per_row):
 
 
 @jax.jit
-def by_current_best(survivals, times):
+def by_current_best(survivals, staircase):
     """The biased rule: the budget that is best for the very draft it admits."""
 
     def one(s):
-        size = best_size(s, 2, times)
-        return admit(s, times.totals[size] - 2, times.per_row[size] - 1)
+        size = best_size(s, 2, staircase)
+        return admit(s, staircase.totals[size] - 2, staircase.per_row[size] - 1)
 
     return jax.vmap(one)(survivals)
 
 
 @jax.jit
-def by_older_best(survivals, older, times):
-    size = best_size(older, 2, times)
-    nodes, per_row = times.totals[size] - 2, times.per_row[size] - 1
+def by_older_best(survivals, older, staircase):
+    size = best_size(older, 2, staircase)
+    nodes, per_row = staircase.totals[size] - 2, staircase.per_row[size] - 1
     return jax.vmap(lambda s: admit(s, nodes, per_row))(survivals)
 
 
 @jax.jit
-def by_engine(survivals, older, times):
+def by_engine(survivals, older, staircase):
     """What `adaptive_round` does with drawn chains: its own steps, in its own order."""
     habit = dataclasses.replace(
         init_habit(DEPTH + 1, DEPTH),
@@ -148,8 +149,8 @@ def by_engine(survivals, older, times):
         tree = chain(drafts[:, 0], drafts, jnp.full(2, DEPTH), jnp.log(conditional(s)))
         fresh = foresee(tree, habit, kind)
         past = fresh if older is None else older[:, -1]
-        size = choose_size(past, habit, kind, times)
-        return schedule.keep(fresh, running, size, times)
+        size = choose_size(past, habit, kind, staircase)
+        return schedule.keep(fresh, running, size, staircase)
 
     return jax.vmap(one)(survivals, jnp.array(PAIRS))
 
@@ -172,13 +173,13 @@ RULES = {
     ),
     "ranked under a budget": lambda system: by_budget(system.survivals(), 3, 3),
     "budget of older survivals": lambda system: by_older_best(
-        system.survivals(), jnp.array([[0.9, 0.6, 0.5], [0.8, 0.3, 0.1]]), system.times
+        system.survivals(), jnp.array([[0.9, 0.6, 0.5], [0.8, 0.3, 0.1]]), system.staircase
     ),
     # The first request has two drafts behind it, the second one has one.
     "the engine's": lambda system: by_engine(
         system.survivals(),
         jnp.array([[[0.1, 0.1, 0.1], [0.9, 0.8, 0.6]], [[0.2] * 3, [UNKNOWN] * 3]]),
-        system.times,
+        system.staircase,
     ),
 }
 
@@ -196,11 +197,12 @@ def test_lossless_by_enumeration(name):
 
 
 @pytest.mark.parametrize(
-    "rule", [by_current_best, lambda survivals, times: by_engine(survivals, None, times)]
+    "rule",
+    [by_current_best, lambda survivals, stairs: by_engine(survivals, None, stairs)],
 )
 def test_the_best_budget_of_the_current_draft_is_biased(rule):
     found = [System(seed) for seed in SEEDS]
-    bias = [s.bias(rule(s.survivals(), s.times)) for s in found]
+    bias = [s.bias(rule(s.survivals(), s.staircase)) for s in found]
     assert max(bias) > 0.01
     assert sum(b > 1e-6 for b in bias) >= 6
 
@@ -208,7 +210,7 @@ def test_the_best_budget_of_the_current_draft_is_biased(rule):
 def test_it_is_exact_with_confidences_that_ignore_the_tokens():
     for seed in SEEDS:
         system = System(seed, token_aware=False)
-        assert system.bias(by_current_best(system.survivals(), system.times)) < EXACT
+        assert system.bias(by_current_best(system.survivals(), system.staircase)) < EXACT
 
 
 def test_trees_may_be_cut_by_any_rule():
@@ -247,7 +249,7 @@ def test_trees_may_be_cut_by_any_rule():
 
 def test_the_papers_counterexample():
     """Appendix A: p = (.7, .3), q = (.5, .5), steps per second 1, .5, .45 -> (.85, .15)."""
-    steps = times([1, 2, 3], [1, 1 / 0.5, 1 / 0.45], [9, 9, 9])
+    steps = staircase([1, 2, 3], [1, 1 / 0.5, 1 / 0.45], [9, 9, 9])
     # The second slot is sure to be accepted after token 0, and never after token 1.
     drafts = jnp.array([[[0.7, 0.7]], [[0.7, 0.0]]])
 
@@ -283,22 +285,22 @@ def test_ties_go_to_earlier_nodes_then_rows():
 
 def test_best_size_weighs_tokens_against_seconds():
     s = jnp.array([[0.9, 0.8, 0.1], [0.9, 0.2, 0.1]])
-    cheap = times([2, 4, 8], [1.0, 1.1, 1.2])
+    cheap = staircase([2, 4, 8], [1.0, 1.1, 1.2])
     assert int(best_size(s, 2, cheap)) == 2  # 2, 3.8, 5.0 tokens: 2.0, 3.5, 4.2 per second
-    steep = times([2, 4, 8], [1.0, 1.5, 3.0])
+    steep = staircase([2, 4, 8], [1.0, 1.5, 3.0])
     assert int(best_size(s, 2, steep)) == 1  # 2.0, 2.5, 1.7
     assert int(best_size(s * 0.1, 2, steep)) == 0
     # A step that does not pay does not hide one that does.
-    jagged = times([2, 3, 5], [1.0, 2.0, 1.2])
+    jagged = staircase([2, 3, 5], [1.0, 2.0, 1.2])
     assert int(best_size(s, 2, jagged)) == 2
 
 
 def test_best_size_has_room_for_every_root_and_keeps_to_the_rows_cap():
     s = jnp.array([[0.9, 0.8, 0.7]])
-    assert int(best_size(s, 3, times([2, 4], [0.01, 1.0]))) == 1
-    capped = times([1, 4, 8], [1.0, 1.5, 9.0], [1, 2, 4])
+    assert int(best_size(s, 3, staircase([2, 4], [0.01, 1.0]))) == 1
+    capped = staircase([1, 4, 8], [1.0, 1.5, 9.0], [1, 2, 4])
     assert int(best_size(s, 1, capped)) == 1  # 1.9 / 1.5: the cap leaves one drafted node
-    assert int(best_size(s, 1, times([1, 4, 8], [1.0, 2.0, 9.0], [1, 2, 4]))) == 0
+    assert int(best_size(s, 1, staircase([1, 4, 8], [1.0, 2.0, 9.0], [1, 2, 4]))) == 0
 
 
 def test_survival_of_a_tree_never_rises_and_is_zero_for_padding():

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxspec.decoding.curve import Curve, measure, setup_of, take_turn
+from jaxspec.decoding.curve import Curve, least, setup_of, time_sizes
 from jaxspec.decoding.requests import decoder_for
+from jaxspec.decoding.staircase import Staircase, VerifySize
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.small_model import SmallModel
 from tests import tiny
@@ -27,9 +28,10 @@ def test_it_is_stored_and_loaded(tmp_path):
     found = Curve.load(tmp_path / "curve.json")
     assert found == CURVE
     found.check(SETUP)
-    times = found.times(2)
-    assert times.totals.tolist() == [2, 4] and times.per_row.tolist() == [1, 2]
-    assert times.seconds.tolist() == pytest.approx([0.011, 0.025])
+    stairs = found.staircase(2)
+    assert stairs.sizes == (VerifySize(2, 1), VerifySize(4, 2))
+    assert stairs.totals.tolist() == [2, 4] and stairs.per_row.tolist() == [1, 2]
+    assert stairs.seconds.tolist() == pytest.approx([0.011, 0.025])
 
 
 def test_a_curve_that_is_half_written_is_not_there(tmp_path, monkeypatch):
@@ -103,17 +105,29 @@ def test_other_files_are_refused(tmp_path, text):
         Curve.load(tmp_path / "absent.json")
 
 
-def test_a_turn_runs_its_steps_in_order():
-    state, seconds = take_turn("", [lambda state: state + "a", lambda state: state + "b"])
-    assert state == "ab"
-    assert len(seconds) == 2 and min(seconds) > 0
+STAIRS = Staircase.of([VerifySize(1, 1), VerifySize(2, 2), VerifySize(4, 4)], [1, 2, 3])
 
 
-def test_measuring_takes_turns_of_which_the_fastest_step_counts():
-    ran, seconds = [], {1: iter([[3.0, 5.0], [4.0, 2.0]]), 2: iter([[7.0], [6.0]])}
+def test_parts_of_a_staircase():
+    assert Staircase.guessed(STAIRS.sizes).seconds.tolist() == [1.0625, 1.125, 1.25]
+    assert STAIRS.only(1).seconds.tolist() == [float("inf"), 1.0, float("inf")]
+    ends = STAIRS.ends()
+    assert ends.sizes == (VerifySize(1, 1), VerifySize(4, 4))
+    assert ends.seconds.tolist() == [1.0, 3.0]
 
-    def turn(rows):
-        return lambda: ran.append(rows) or next(seconds[rows])
 
-    assert measure({1: turn(1), 2: turn(2)}, 2) == {1: [3.0, 2.0], 2: [6.0]}
-    assert ran == [1, 2] * 2
+def test_every_size_is_timed_in_turn():
+    ran = []
+
+    def decode(batch, habit, staircase, rounds):
+        ran.append((batch, int(staircase.seconds.argmin()), rounds))
+        return batch + 1, habit
+
+    seconds = time_sizes(decode, 5, (), STAIRS)
+    assert ran == [(5, 0, 1), (6, 1, 1), (7, 2, 1)]
+    assert len(seconds) == 3 and min(seconds) > 0
+
+
+def test_the_fastest_of_several_times_counts():
+    repeats = [{1: [3.0, 5.0], 2: [7.0]}, {1: [4.0, 2.0], 2: [6.0]}]
+    assert least(repeats) == {1: [3.0, 2.0], 2: [6.0]}

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from jaxspec.config import TreeConfig
-from jaxspec.decoding.curve import only
 from jaxspec.decoding.fitting import doubling_sizes
 from jaxspec.decoding.habit import UNKNOWN, init_habit
 from jaxspec.decoding.loop import decode
@@ -17,6 +16,7 @@ from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, decoder_for, pack, request_keys
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.schedule import Adaptive, Batch, Fixed, decode_rows
+from jaxspec.decoding.staircase import Staircase
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.small_model import SmallModel
 from pallas_kernels.tree_attention.xla import BLOCK, tree_attention_xla
@@ -49,16 +49,15 @@ def decode_alone(decoder, params, state, sampling):
 
 def serve(schedule, decoder, params, state, sampling):
     survivals = jnp.full((2, schedule.age, decoder.drafter.size - 1), UNKNOWN)
-    sizes = doubling_sizes(2, decoder.drafter.size, 16)
+    staircase = Staircase.guessed(doubling_sizes(2, decoder.drafter.size, 16))
     batch, _ = decode_rows(
         decoder,
         params,
         Batch(state, sampling, survivals),
         init_habit(decoder.drafter.size, decoder.drafter.depth),
-        only(sizes, len(sizes) - 1),
+        staircase.only(-1),
         np.int32(12),
         schedule=schedule,
-        sizes=sizes,
     )
     return batch.state
 

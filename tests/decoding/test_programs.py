@@ -11,13 +11,13 @@ import pytest
 from jaxspec.api import generate
 from jaxspec.config import TreeConfig
 from jaxspec.decoding import schedule
-from jaxspec.decoding.curve import only
 from jaxspec.decoding.fitting import doubling_sizes
 from jaxspec.decoding.habit import init_habit
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, decoder_for, pack, request_keys
 from jaxspec.decoding.sampling import Sampling
+from jaxspec.decoding.staircase import Staircase
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.plain import PLAIN
@@ -140,17 +140,16 @@ def test_no_copy_of_a_cache_in_served_rounds(drafter, served, batch):
     decoder, params, requests = prepared(drafter, batch, capacity=768)
     state = prefill(decoder, params, requests)
     size = drafter.drafter.size
-    sizes = doubling_sizes(batch, size, 64)
+    staircase = Staircase.guessed(doubling_sizes(batch, size, 64))
     survivals = jnp.ones((batch, served.age, size - 1))
     lowered = schedule.decode_rows.lower(
         decoder,
         params,
         schedule.Batch(state, requests.sampling, survivals),
         init_habit(size, drafter.drafter.depth),
-        only(sizes, 0),
+        staircase.only(0),
         np.int32(1),
         schedule=served,
-        sizes=sizes,
     )
     text = lowered.compile().as_text()
     caches = [x for x in jax.tree.leaves((state.cache, state.drafter)) if x.ndim == 4]

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxspec.decoding.budget import StepTimes
 from jaxspec.decoding.habit import (
     KINDS,
     PATIENCE,
@@ -21,6 +20,7 @@ from jaxspec.decoding.habit import (
     rested,
 )
 from jaxspec.decoding.schedule import Adaptive, cut, keep, kind_of, push, size_of_round
+from jaxspec.decoding.staircase import Staircase, VerifySize
 from jaxspec.decoding.state import Draft
 from jaxspec.trees.tree import chain
 
@@ -32,11 +32,9 @@ def habit(**changes):
     return dataclasses.replace(first, **changed)
 
 
-def times_of(*seconds):
-    """Of two rows: their roots, and twice as many nodes, four times …"""
-    totals = [2 << i for i in range(len(seconds))]
-    per_row = [total // 2 for total in totals]
-    return StepTimes(*map(jnp.array, (totals, per_row, seconds)))
+def staircase(*seconds, rows=2):
+    """The rows' roots, and twice as many nodes, four times …"""
+    return Staircase.of([VerifySize(rows << i, 1 << i) for i in range(len(seconds))], seconds)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +47,7 @@ def test_drafts_that_do_not_pay_are_tried_ever_less_often(probes, young, wait):
     def at(idle, kinds=(1, KINDS)):
         known = habit(idle=idle, probes=probes)
         rows = jnp.array(kinds), jnp.array([young, False])
-        return int(probe(known, Adaptive().probe, *rows, times_of(1.0, 1.1)))
+        return int(probe(known, Adaptive().probe, *rows, staircase(1.0, 1.1)))
 
     assert PATIENCE == 4
     assert [at(wait - 1), at(wait)] == [0, 1]
@@ -96,12 +94,12 @@ def test_what_a_draft_teaches():
 @pytest.mark.parametrize(("lasted", "size"), [(1.0, 2), (0.0, 0)])
 def test_an_old_survival_counts_as_much_as_such_ones_did(lasted, size):
     known = habit(usual=0.1, lasted=lasted)
-    times = StepTimes(jnp.array([1, 2, 4]), jnp.array([1, 2, 4]), jnp.array([1.0, 1.5, 1.8]))
+    stairs = staircase(1.0, 1.5, 1.8, rows=1)
     for old, expected in (([0.9, 0.8, 0.7], size), ([UNKNOWN] * 3, 0)):
-        chosen = choose_size(jnp.array([old]), known, jnp.array([1]), times)
+        chosen = choose_size(jnp.array([old]), known, jnp.array([1]), stairs)
         assert int(chosen) == expected
     # Of another kind nothing is known: its first draft is expected to be accepted.
-    assert int(choose_size(jnp.array([[UNKNOWN] * 3]), known, jnp.array([0]), times)) == 2
+    assert int(choose_size(jnp.array([[UNKNOWN] * 3]), known, jnp.array([0]), stairs)) == 2
 
 
 def test_survivals_are_forgotten_once_they_are_older_than_their_age():
@@ -117,7 +115,7 @@ def test_dear_drafts_are_tried_more_seldom(drafted, wait):
 
     def at(idle):
         rows = jnp.array([1, 1]), jnp.array([True, True])
-        return int(probe(habit(idle=idle), Adaptive().probe, *rows, times_of(1.0, drafted)))
+        return int(probe(habit(idle=idle), Adaptive().probe, *rows, staircase(1.0, drafted)))
 
     assert [at(wait - 1), at(wait + 1)] == [0, 1]
 
@@ -126,7 +124,7 @@ DEPTH = 3
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "rounds"))
-def run(chance, claimed, times, key, *, rows: int, rounds: int):
+def run(chance, claimed, stairs, key, *, rows: int, rounds: int):
     """Tokens and seconds of rounds in which drafted tokens are accepted by `chance`, while the
     drafter claims `claimed`; requests have 64 tokens, and the next takes its row at once."""
     kind = jnp.zeros(rows, jnp.int32)
@@ -138,11 +136,11 @@ def run(chance, claimed, times, key, *, rows: int, rounds: int):
         survivals, known, age, left = carry
         state = SimpleNamespace(rounds=age, done=kind > 0)
         batch = SimpleNamespace(state=state, sampling=sampling, survivals=survivals)
-        size, pays = size_of_round(batch, known, times, Adaptive())
+        size, pays = size_of_round(batch, known, stairs, Adaptive())
         length = jnp.full(rows, DEPTH)
         tree = chain(anchor, jnp.ones((rows, DEPTH), int), length, claims, size=DEPTH + 1)
         fresh = foresee(tree, known, kind)
-        draft = cut(Draft(tree), keep(fresh, kind == 0, size, times))
+        draft = cut(Draft(tree), keep(fresh, kind == 0, size, stairs))
         verified = draft.tree.valid[:, 1:] & (size > 0)
         agree = jax.random.uniform(key, (rows, DEPTH)) < chance
         accepted = jnp.cumprod(agree & verified, axis=1).sum(axis=1)
@@ -154,7 +152,7 @@ def run(chance, claimed, times, key, *, rows: int, rounds: int):
         ended = left <= accepted + 1
         survivals = jnp.where(ended[:, None, None], UNKNOWN, survivals)
         age, left = jnp.where(ended, 0, age + 1), jnp.where(ended, 64, left - accepted - 1)
-        return (survivals, known, age, left), (accepted.sum() + rows, times.seconds[size])
+        return (survivals, known, age, left), (accepted.sum() + rows, stairs.seconds[size])
 
     start = jnp.full((rows, Adaptive().age, DEPTH), UNKNOWN), init_habit(DEPTH + 1, DEPTH)
     start += kind, 8 * jnp.arange(1, rows + 1)
@@ -173,9 +171,9 @@ def run(chance, claimed, times, key, *, rows: int, rounds: int):
     ],
 )
 def test_it_is_as_fast_as_the_best_fixed_way(chance, claimed, seconds, rows):
-    totals, per_row = rows * jnp.array([1, 2, 4]), jnp.array([1, 4, 4])
-    times = StepTimes(totals, per_row, jnp.array(seconds))
-    tokens, spent = run(chance, claimed, times, jax.random.key(0), rows=rows, rounds=2000)
+    sizes = VerifySize(rows, 1), VerifySize(2 * rows, 4), VerifySize(4 * rows, 4)
+    stairs = Staircase.of(sizes, seconds)
+    tokens, spent = run(chance, claimed, stairs, jax.random.key(0), rows=rows, rounds=2000)
     tokens, spent = tokens[200:].sum(), spent[200:].sum()  # once it has learnt
     whole = sum(chance**i for i in range(DEPTH + 1)) / seconds[-1]
     one_each = (1 + chance) / seconds[1]

@@ -10,7 +10,7 @@ import pytest
 
 from jaxspec.decoding.curve import Curve
 from jaxspec.decoding.sampling import Sampling
-from jaxspec.decoding.schedule import Adaptive, Fixed, decode_rows
+from jaxspec.decoding.schedule import Adaptive, Fixed, decode_rows, empty_rows
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.plain import Plain
 from jaxspec.serving import programs, rows
@@ -136,7 +136,7 @@ def test_a_request_alone_has_a_batch_of_one_row():
 
 def test_nothing_is_compiled_after_the_warm_up():
     programs = [decode_rows, rows.run_chunk, rows.begin_prompt, rows.end_prompt, rows.place_row]
-    programs += [rows.move_rows, rows.stop_rows, rows.recent_tokens, rows.empty_rows]
+    programs += [rows.move_rows, rows.stop_rows, rows.recent_tokens, empty_rows]
     engine = warm()
     before = [program._cache_size() for program in programs]
     asked = requests(12, seed=5)
