@@ -136,10 +136,13 @@ class Train:
     features_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of a new feature cache; the target's dtype by default."""
     seed: int = 0
+    """Of the weights, the order of the data and the anchors; 0 … 4294967295."""
 
     def run(self) -> int:
         import jaxspec
+        from jaxspec import checkpoints
         from jaxspec.data.rows import read_examples
+        from jaxspec.data.sources import open_source
         from jaxspec.sharding import join_processes
         from jaxspec.training.trainer import train
 
@@ -147,12 +150,15 @@ class Train:
             join_processes()
         mesh = self._mesh()
         jaxspec.enable_compilation_cache()
+        self._check()
+        config = self._config(checkpoints.read_config(self.target))
+        data = [open_source(name) for name in self.data]
+        validation = None if self.validation is None else open_source(self.validation)
         target = jaxspec.load_target(self.target, dtype=self.dtype)
         if target.tokenizer is None:
             raise ValueError(f"target {self.target!r} has no tokenizer to read the data with")
-        config = self._config(target.config)
         examples = read_examples(
-            self.data,
+            data,
             target,
             max_length=self.max_length,
             min_supervised=self.min_supervised,
@@ -163,7 +169,7 @@ class Train:
             target,
             examples,
             self.output,
-            prompts=self._prompts(target, examples),
+            prompts=self._prompts(validation, target, examples),
             resume_step=self.resume_step,
             features=self.features,
             features_dtype=self.features_dtype,
@@ -179,18 +185,27 @@ class Train:
         print(f"drafter: {folder}")
         return exits.DONE
 
-    def _prompts(self, target, examples) -> list[list[int]]:
+    def _check(self) -> None:
+        """Refuses options that would have no effect."""
+        if self.validate_every and self.validation is None:
+            raise ValueError(
+                "--validate-every has no prompts; give --validation, or leave it out"
+            )
+        if self.features_dtype is not None and self.features is None:
+            raise ValueError("--features-dtype has no cache; give --features, or leave it out")
+
+    def _prompts(self, validation, target, examples) -> list[list[int]]:
         """The validation prompts that the target can answer; the others are printed."""
         from jaxspec.data.prompts import read_prompts
         from jaxspec.prompts import usable_prompts
         from jaxspec.training.validation import NEW_TOKENS, thinking_of
 
-        if self.validation is None:
+        if validation is None:
             return []
         unread: list[str] = []
         rows, refused = usable_prompts(
             target,
-            read_prompts(self.validation, unread),
+            read_prompts(validation, unread),
             raw=False,
             thinking=thinking_of(examples) if self.thinking is None else self.thinking,
             max_new_tokens=NEW_TOKENS,
@@ -261,7 +276,13 @@ class Train:
         sizes["mask_token_id"] = self._mask()
         preset = dataclasses.replace(find_preset(self.target) or Preset(**sizes), **sizes)
         changes = {name: None if x == "none" else x for name, x in changes.items()}
-        return drafter_config(self.family, target, preset, **changes)
+        config = drafter_config(self.family, target, preset, **changes)
+        if self.rank not in (None, config.rank):
+            raise ValueError(
+                f"--rank is {self.rank}, but this drafter has no head of low rank; leave it "
+                "out, or give --sequential markov, gated or rnn"
+            )
+        return config
 
     def _eagle(self, target):
         from jaxspec.training.recipe import eagle_config, parallel_eagle_config

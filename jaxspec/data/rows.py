@@ -126,8 +126,9 @@ def read_examples(
 ) -> list[Example]:
     """All sequences of conversations, truncated to `max_length` tokens.
 
-    Sequences with fewer than `min_supervised` answer tokens are dropped. Unusable rows are
-    skipped; their number and the first of them are printed to standard error.
+    Sequences with fewer than `min_supervised` answer tokens are dropped, unusable rows are
+    skipped. How many there are of each, and the first unusable rows, are printed to standard
+    error.
 
     Args:
       any_target: also use rows that another model wrote; their text is rendered.
@@ -151,7 +152,7 @@ def read_examples(
     )
     examples: list[Example] = []
     skipped: list[str] = []
-    short = conversations = 0
+    conversations = dropped = truncated = 0
     for row in itertools.chain.from_iterable(sources):
         conversations += 1
         try:
@@ -167,25 +168,28 @@ def read_examples(
                 "regenerate the answers with this target, or give --any-target to train on "
                 "another model's answers"
             )
-        cut = [x.cut(max_length) for x in encoded]
-        used = [x for x in cut if x.supervised.sum() >= min_supervised]
-        short += not used
-        examples += used
+        for example in encoded:
+            cut = example.cut(max_length)
+            if cut.supervised.sum() < min_supervised:
+                dropped += 1
+            else:
+                truncated += len(example) > max_length
+                examples.append(cut)
     files = ", ".join(source.name for source in sources)
     if not conversations:
         raise ValueError(f"{files}: no conversations; expected one JSON object per line")
     if not examples:
         raise ValueError(
-            f"{files}: none of {conversations} conversations can be trained on; {short} have "
-            f"fewer than {min_supervised} answer tokens within {max_length} (see "
-            f"--max-length, --min-supervised)" + _shown(skipped)
+            f"{files}: none of {conversations} conversations can be trained on; {dropped} "
+            f"sequences have fewer than {min_supervised} answer tokens within {max_length} "
+            "tokens (see --max-length, --min-supervised)" + _shown(skipped)
         )
-    if skipped:
-        print(
-            f"{files}: {len(examples)} sequences of {conversations} conversations"
-            + _shown(skipped),
-            file=sys.stderr,
-        )
+    counts = f"{len(examples)} sequences of {conversations} conversations"
+    if dropped:
+        counts += f"; {dropped} dropped, with fewer than {min_supervised} answer tokens"
+    if truncated:
+        counts += f"; {truncated} truncated to {max_length} tokens"
+    print(f"{files}: {counts}{_shown(skipped)}", file=sys.stderr)
     return examples
 
 

@@ -96,15 +96,19 @@ def test_rows_that_cannot_be_used_are_skipped_counted_and_shown(target, tmp_path
     assert told.endswith("and 2 more\n")
 
 
-def test_sequences_are_cut_and_short_ones_left_out(target, tmp_path):
+def test_sequences_are_cut_and_short_ones_left_out(target, tmp_path, capsys):
     long = {"role": "assistant", "content": " ".join("w" * 20)}
     rows = [{"conversations": TALK[:2]}, {"conversations": [TALK[0], long]}]
     path = write(tmp_path / "data.jsonl", rows)
     (example,) = read(path, target, min_supervised=5)
     assert (len(example), example.supervised.sum()) == (16, 10)
+    assert capsys.readouterr().err.endswith(
+        "data.jsonl: 1 sequences of 2 conversations; 1 dropped, with fewer than 5 answer tokens; "
+        "1 truncated to 16 tokens\n"
+    )
     message = (
-        "none of 2 conversations can be trained on; 2 have fewer than 90 answer tokens "
-        r"within 16 \(see --max-length, --min-supervised\)"
+        "none of 2 conversations can be trained on; 2 sequences have fewer than 90 "
+        r"answer tokens within 16 tokens \(see --max-length, --min-supervised\)"
     )
     with pytest.raises(ValueError, match=message):
         read(path, target, min_supervised=90)

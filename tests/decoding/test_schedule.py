@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxspec.decoding.fitting import doubling_sizes
 from jaxspec.decoding.habit import (
     KINDS,
     PATIENCE,
@@ -19,10 +20,24 @@ from jaxspec.decoding.habit import (
     probe,
     rested,
 )
-from jaxspec.decoding.schedule import Adaptive, cut, keep, kind_of, push, size_of_round
+from jaxspec.decoding.prefill import prefill
+from jaxspec.decoding.requests import decoder_for, pack, request_keys
+from jaxspec.decoding.sampling import Sampling
+from jaxspec.decoding.schedule import (
+    Adaptive,
+    Batch,
+    cut,
+    decode_rows,
+    keep,
+    kind_of,
+    push,
+    size_of_round,
+)
 from jaxspec.decoding.staircase import Staircase, VerifySize
 from jaxspec.decoding.state import Draft
 from jaxspec.trees.tree import chain
+from tests import tiny
+from tests.serving import engines
 
 
 def habit(**changes):
@@ -178,3 +193,36 @@ def test_it_is_as_fast_as_the_best_fixed_way(chance, claimed, seconds, rows):
     whole = sum(chance**i for i in range(DEPTH + 1)) / seconds[-1]
     one_each = (1 + chance) / seconds[1]
     assert tokens / spent > 0.98 * rows * max(1.0, one_each, whole)
+
+
+def test_the_size_of_a_round_does_not_depend_on_its_draft():
+    """A sure and a doubtful drafter, of which older rounds say the same. Chains that are drawn
+    from them would be biased otherwise (`decoding.budget`)."""
+    loaded = engines.DRAFTERS["survival chain"]
+    sizes = doubling_sizes(1, loaded.drafter.size, 8)
+    seconds = Staircase.of(sizes, [1 + 0.1 * size.total for size in sizes])
+
+    def rounds_by_size(temperature):
+        drafter = dataclasses.replace(
+            loaded, params=dataclasses.replace(loaded.params, temperatures=temperature)
+        )
+        decoder, params = decoder_for(tiny.target(), drafter, rejection=True)
+        requests = pack(
+            decoder,
+            tiny.prompts(5),
+            batch=1,
+            capacity=256,
+            max_new_tokens=20,
+            budget=8,
+            sampling=[Sampling(temperature=1.0, stop_ids=())],
+            keys=request_keys(0, 1),
+        )
+        state = prefill(decoder, params, requests)
+        batch = Batch(state, requests.sampling, jnp.full((1, 2, 7), 0.6))
+        past = init_habit(8, decoder.drafter.depth)
+        count = jnp.int32(1)
+        schedule = Adaptive()
+        _, past = decode_rows(decoder, params, batch, past, seconds, count, schedule=schedule)
+        return past.rounds.tolist()
+
+    assert rounds_by_size(jnp.float32(0.05)) == rounds_by_size(jnp.float32(50.0))

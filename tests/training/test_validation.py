@@ -55,8 +55,8 @@ def test_prompts_that_cannot_be_answered_are_left_out(
     """A prompt, its mode and 64 new tokens have 72 positions."""
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "a " * n}) for n in (7, 8)))
-    train = Train(("data.jsonl",), tmp_path, validation=str(path), thinking=given)
-    (row,) = train._prompts(target, in_modes(*modes))
+    train = Train(("data.jsonl",), tmp_path, thinking=given)
+    (row,) = train._prompts(path, target, in_modes(*modes))
     assert target.tokenizer.decode(row) == "a " * 7 + mode
     assert "left out: prompt 1: a prompt of 9 tokens and 64 new" in capsys.readouterr().err
 
@@ -68,9 +68,42 @@ def test_an_interrupted_command_says_how_to_go_on(
     target, tmp_path, monkeypatch, capsys, step, told
 ):
     monkeypatch.setattr("jaxspec.enable_compilation_cache", lambda: tmp_path)
+    monkeypatch.setattr("jaxspec.checkpoints.read_config", lambda _: target.config)
     monkeypatch.setattr("jaxspec.load_target", lambda *_, **__: target)
     monkeypatch.setattr("jaxspec.data.rows.read_examples", lambda *_, **__: in_modes(None))
     monkeypatch.setattr("jaxspec.training.trainer.train", lambda *_, **__: None)
     options = dict(target="tiny", mask_token_id=23, taps=(0, 1), resume_step=step)
-    assert Train(("data.jsonl",), tmp_path, **options).run() == INTERRUPTED
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}")
+    assert Train((str(data),), tmp_path, **options).run() == INTERRUPTED
     assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (dict(mask_token_id=None), "target 'tiny' has no preset"),
+        (dict(batch_size=4), "micro_batch"),
+        (dict(data=("missing.jsonl",)), "missing.jsonl"),
+        (dict(validation="missing.jsonl"), "missing.jsonl"),
+        (dict(validate_every=5), "--validate-every has no prompts"),
+        (dict(features_dtype="bfloat16"), "--features-dtype has no cache"),
+        (dict(family="dflash", rank=7), "--rank is 7, but this drafter has no head"),
+    ],
+)
+def test_what_the_command_gets_wrong_is_found_before_weights_are_loaded(
+    target, tmp_path, monkeypatch, options, error
+):
+    def load(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("jaxspec.enable_compilation_cache", lambda: tmp_path)
+    monkeypatch.setattr("jaxspec.checkpoints.read_config", lambda _: target.config)
+    monkeypatch.setattr("jaxspec.load_target", load)
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}")
+    usual = dict(data=(str(data),), target="tiny", mask_token_id=23, taps=(0, 1))
+    with pytest.raises(ValueError, match=error):
+        Train(output=tmp_path / "run", **usual | options).run()
+    with pytest.raises(AssertionError, match="loaded"):
+        Train(output=tmp_path / "run", **usual).run()
