@@ -76,6 +76,27 @@ class LossConfig:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class SelectionSums:
+    """Sums over the slots of a selector.
+
+    Attributes:
+      loss: weighted sum of its cross-entropy.
+      recalled: [P], number of slots whose label is a candidate.
+      oracle: sum over blocks of the number of leading slots whose label is a candidate.
+      selected: sum over blocks of the number of leading slots where the selector picks the
+        label.
+      blocks: number of blocks with a supervised slot.
+    """
+
+    loss: jax.Array
+    recalled: jax.Array
+    oracle: jax.Array
+    selected: jax.Array
+    blocks: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LossSums:
     """Sums over positions, which add up exactly over micro-batches and hosts.
 
@@ -87,12 +108,7 @@ class LossSums:
         label's probability if the target's distribution is not computed; 0 for labels outside
         the draft vocabulary.
       counted: [P], number of supervised slots.
-      selector: weighted sum of the selector's cross-entropy.
-      recalled: [P], number of slots whose label is a candidate.
-      oracle: sum over blocks of the number of leading slots whose label is a candidate.
-      selected: sum over blocks of the number of leading slots where the selector picks the
-        label.
-      blocks: number of blocks with a supervised slot.
+      selection: of the selector; None without one.
     """
 
     total: jax.Array
@@ -103,11 +119,7 @@ class LossSums:
     confidence: jax.Array
     accepted: jax.Array
     counted: jax.Array
-    selector: jax.Array
-    recalled: jax.Array
-    oracle: jax.Array
-    selected: jax.Array
-    blocks: jax.Array
+    selection: SelectionSums | None = None
 
 
 def drafter_loss(
@@ -155,11 +167,11 @@ def drafter_loss(
         config.mixture, drafter, unembed, teacher, labels, flat_weights, judge
     )
     accepted = acceptance(losses)
-    selection = _no_selection(supervised.shape[-1])
+    selection = None
     if head.config.candidates:
         picks = _picks(config, head, vocabulary, blocks, drafter, losses)
-        loss, selection = _selection(config, picks, judged, denominator)
-        total += config.selector * loss
+        selection = _selection(config, picks, judged, denominator)
+        total += config.selector * selection.loss
         accepted = jnp.where(picks.present, jnp.exp(-picks.cross_entropy), 0)
         accepted = jax.lax.stop_gradient(accepted)
     bce = _confidence_loss(config, head, blocks, accepted, flat_weights)
@@ -177,8 +189,7 @@ def drafter_loss(
         confidence=jax.lax.stop_gradient(bce),
         accepted=jnp.sum(accepted.reshape(judged.shape) * judged, axis=(0, 1)),
         counted=jnp.sum(supervised.astype(jnp.float32), axis=(0, 1)),
-        blocks=jnp.sum(judged.any(axis=-1).astype(jnp.float32)),
-        **selection,
+        selection=jax.lax.stop_gradient(selection),
     )
 
 
@@ -216,16 +227,10 @@ def _confidence_loss(config, head, blocks, accepted, weights) -> jax.Array:
     return jnp.sum(weights * each)
 
 
-def _no_selection(depth: int) -> dict[str, jax.Array]:
-    """The selector's fields of `LossSums` for a head without one."""
-    zero = jnp.float32(0)
-    return dict(selector=zero, recalled=jnp.zeros(depth), oracle=zero, selected=zero)
-
-
 def _selection(
     config: LossConfig, picks: Choices, judged: jax.Array, denominator: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The selector's weighted loss over the base loss's denominator, and its counts."""
+) -> SelectionSums:
+    """The selector's sums; its loss is over the base loss's denominator."""
     picks = jax.tree.map(lambda x: x.reshape(*judged.shape, *x.shape[2:]), picks)
     present, losses = picks.present & judged, picks.cross_entropy
     slots = present if config.missing == "skip" else judged
@@ -234,13 +239,13 @@ def _selection(
     loss = jnp.sum(weights * losses)
     if config.missing == "skip":  # the mean is over fewer slots than the base loss's
         loss = loss * denominator / jnp.maximum(own, 1e-6)
-    sums = dict(
-        selector=loss,
+    return SelectionSums(
+        loss=loss,
         recalled=jnp.sum(present.astype(jnp.float32), axis=(0, 1)),
         oracle=jnp.sum(leading_run(present)).astype(jnp.float32),
         selected=jnp.sum(leading_run(picks.right & judged)).astype(jnp.float32),
+        blocks=jnp.sum(judged.any(axis=-1).astype(jnp.float32)),
     )
-    return loss, jax.lax.stop_gradient(sums)
 
 
 def factors(head: DraftHead, vocabulary: Vocabulary, blocks: BlockOutput) -> Factors:

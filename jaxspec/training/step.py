@@ -19,7 +19,7 @@ from jaxspec.models.params import TargetParams
 from jaxspec.training.batches import PACKED_UNIT, UNIT
 from jaxspec.training.features import target_features
 from jaxspec.training.loading import Rows
-from jaxspec.training.losses import LossSums
+from jaxspec.training.losses import LossSums, SelectionSums
 from jaxspec.training.networks import copy_layers, network_of
 from jaxspec.training.recipe import OptimizerConfig, TrainConfig
 from jaxspec.training.sharding import state_shardings
@@ -137,7 +137,7 @@ def train_step(
         "kl": sums.kl / weight,
         "total_variation": sums.total_variation / weight,
         "confidence": sums.confidence / weight,
-        **_selector_metrics(config.drafter, sums),
+        **_selector_metrics(sums),
         "acceptance": sums.accepted / jnp.maximum(sums.counted, 1),
         "gradient_norm": optax.tree.norm(slopes),
     }
@@ -182,6 +182,9 @@ def batch_loss(
 def empty_sums(config: DrafterConfig | EagleConfig) -> LossSums:
     """Sums over no positions."""
     zero, slots = jnp.float32(0), jnp.zeros(config.depth)
+    selection = None
+    if isinstance(config, DrafterConfig) and config.candidates:
+        selection = SelectionSums(zero, recalled=slots, oracle=zero, selected=zero, blocks=zero)
     return LossSums(
         total=zero,
         weight=zero,
@@ -191,25 +194,20 @@ def empty_sums(config: DrafterConfig | EagleConfig) -> LossSums:
         confidence=zero,
         accepted=slots,
         counted=slots,
-        selector=zero,
-        recalled=slots,
-        oracle=zero,
-        selected=zero,
-        blocks=zero,
+        selection=selection,
     )
 
 
-def _selector_metrics(
-    config: DrafterConfig | EagleConfig, sums: LossSums
-) -> dict[str, jax.Array]:
+def _selector_metrics(sums: LossSums) -> dict[str, jax.Array]:
     """Metrics of a selector: its loss, how often the label is among its candidates by slot
     [P], and tokens per round with perfect choices and with its own."""
-    if not isinstance(config, DrafterConfig) or not config.candidates:
+    selection = sums.selection
+    if selection is None:
         return {}
-    blocks = jnp.maximum(sums.blocks, 1)
+    blocks = jnp.maximum(selection.blocks, 1)
     return {
-        "selector": sums.selector / jnp.maximum(sums.weight, 1e-6),
-        "candidate_recall": sums.recalled / jnp.maximum(sums.counted, 1),
-        "oracle_length": 1 + sums.oracle / blocks,
-        "selected_length": 1 + sums.selected / blocks,
+        "selector": selection.loss / jnp.maximum(sums.weight, 1e-6),
+        "candidate_recall": selection.recalled / jnp.maximum(sums.counted, 1),
+        "oracle_length": 1 + selection.oracle / blocks,
+        "selected_length": 1 + selection.selected / blocks,
     }

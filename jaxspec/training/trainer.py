@@ -133,11 +133,11 @@ def train(
         loader.plan(position.epoch)
         if cached is not None:
             cached.complete(run.target, examples)
-        metrics = MetricsLog(os.devnull, after=step)
+        path, writers = os.devnull, {}
         if leads:
-            board = folder / TENSORBOARD if tensorboard else None
+            path, board = folder / METRICS, folder / TENSORBOARD if tensorboard else None
             writers = dict(tensorboard=board, wandb=wandb, settings=dataclasses.asdict(config))
-            metrics = MetricsLog(folder / METRICS, after=step, **writers)
+        metrics = MetricsLog(path, after=step, **writers)
         held.enter_context(contextlib.closing(metrics))
         if leads:  # only now, when nothing that may fail is left
             enter(folder, settings, flags)

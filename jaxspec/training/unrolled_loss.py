@@ -83,7 +83,6 @@ def unrolled_loss(
     def weighted(x):
         return jnp.sum(flat(weights) * x)
 
-    zero, none = jnp.float32(0), jnp.zeros(steps)
     accepted = acceptance(losses).reshape(judged.shape)
     return LossSums(
         total=total,
@@ -91,14 +90,9 @@ def unrolled_loss(
         cross_entropy=weighted(losses.cross_entropy),
         kl=weighted(losses.kl),
         total_variation=weighted(losses.total_variation),
-        confidence=zero,
+        confidence=jnp.float32(0),
         accepted=jnp.sum(accepted * judged, axis=(0, 2)),
         counted=counted,
-        selector=zero,
-        recalled=none,
-        oracle=zero,
-        selected=zero,
-        blocks=counted[0],
     )
 
 
