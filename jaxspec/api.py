@@ -132,8 +132,8 @@ def generate(
             state = prefill(decoder, params, requests)
             lengths = [len(prompt) for prompt in prompts[rows]]
             cuts = [
-                CutAnswer(target.tokenizer, stops, length, own.min_tokens)
-                for length, own in zip(lengths, sampling[rows], strict=True)
+                CutAnswer(target.tokenizer, stops, length, options.min_tokens)
+                for length, options in zip(lengths, sampling[rows], strict=True)
                 if stops
             ]
             if pace is None:
@@ -175,13 +175,13 @@ def _stop_texts(target: Target, stop: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _one_each(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
-    found = [sampling] * count if isinstance(sampling, Sampling) else list(sampling)
-    if len(found) != count:
+    samplings = [sampling] * count if isinstance(sampling, Sampling) else list(sampling)
+    if len(samplings) != count:
         raise ValueError(
-            f"sampling has {len(found)} entries for {count} prompts; give one, or one per "
+            f"sampling has {len(samplings)} entries for {count} prompts; give one, or one per "
             "prompt"
         )
-    return found
+    return samplings
 
 
 def _cut(done: Completion, cut: CutAnswer) -> Completion:
@@ -189,8 +189,13 @@ def _cut(done: Completion, cut: CutAnswer) -> Completion:
     if not cut.ended(done.token_ids):
         return done
     ids = done.token_ids[: cut.seen]
-    changed = dict(token_ids=ids, text=cut.text, stats=done.stats.first(len(ids)))
-    return dataclasses.replace(done, **changed, finish="stop")
+    return dataclasses.replace(
+        done,
+        token_ids=ids,
+        text=cut.text,
+        stats=done.stats.first(len(ids)),
+        finish="stop",
+    )
 
 
 def _finish(ids: list[int], stop_ids: Sequence[int], max_new_tokens: int) -> Finish:
