@@ -131,8 +131,8 @@ def generate(
             state = prefill(decoder, params, requests)
             lengths = [len(prompt) for prompt in prompts[rows]]
             answers = [
-                AnswerText(target.tokenizer, stops, min_tokens=own.min_tokens)
-                for own in sampling[rows]
+                AnswerText(target.tokenizer, stops, min_tokens=options.min_tokens)
+                for options in sampling[rows]
                 if stops
             ]
             if pace is None:
@@ -169,13 +169,13 @@ def _stop_texts(target: Target, stop: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _one_each(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
-    found = [sampling] * count if isinstance(sampling, Sampling) else list(sampling)
-    if len(found) != count:
+    samplings = [sampling] * count if isinstance(sampling, Sampling) else list(sampling)
+    if len(samplings) != count:
         raise ValueError(
-            f"sampling has {len(found)} entries for {count} prompts; give one, or one per "
+            f"sampling has {len(samplings)} entries for {count} prompts; give one, or one per "
             "prompt"
         )
-    return found
+    return samplings
 
 
 def _cut(done: Completion, answer: AnswerText) -> Completion:
@@ -185,8 +185,13 @@ def _cut(done: Completion, answer: AnswerText) -> Completion:
     if not answer.stopped:
         return done
     ids = done.token_ids[: answer.taken]
-    changed = dict(token_ids=ids, text=answer.text, stats=done.stats.first(len(ids)))
-    return dataclasses.replace(done, **changed, finish="stop")
+    return dataclasses.replace(
+        done,
+        token_ids=ids,
+        text=answer.text,
+        stats=done.stats.first(len(ids)),
+        finish="stop",
+    )
 
 
 def _finish(ids: list[int], stop_ids: Sequence[int], max_new_tokens: int) -> Finish:

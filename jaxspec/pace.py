@@ -187,7 +187,7 @@ def sizes_of(decoder: Decoder, rows: int) -> tuple[VerifySize, ...]:
     """
     size = decoder.drafter.size
     roots, *drafted = doubling_sizes(rows, size, rows * size)
-    return roots, *(own for own in drafted[::-2][::-1] if own.total >= min(FEWEST, size) * rows)
+    return roots, *(s for s in drafted[::-2][::-1] if s.total >= min(FEWEST, size) * rows)
 
 
 def _measured(decoder, params, rows: int, capacity: int, setup: dict) -> Curve:
@@ -201,8 +201,8 @@ def _measured(decoder, params, rows: int, capacity: int, setup: dict) -> Curve:
 
     def turn() -> list[float]:
         empty = empty_rows(decoder, params, rows=rows, capacity=capacity, age=SCHEDULE.age)
-        carry = half_full(empty, decoder), _first_habit(decoder)
-        return time_sizes(decode, *beside(carry, params), staircase)
+        batch = beside(half_full(empty, decoder), params)
+        return time_sizes(decode, batch, beside(_first_habit(decoder), params), staircase)
 
     turn()  # compiles
     return Curve(setup, least([{rows: turn()} for _ in range(REPEATS)]))

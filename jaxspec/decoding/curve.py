@@ -44,12 +44,12 @@ class Curve:
         A missing or flat curve would make every round verify everything (SGLang#35413).
         """
         expected = json.loads(json.dumps(setup))
-        own = json.loads(json.dumps(self.setup))
-        wrong = [name for name in expected if own.get(name) != expected[name]]
+        stored = json.loads(json.dumps(self.setup))
+        wrong = [name for name in expected if stored.get(name) != expected[name]]
         if wrong:
             name = wrong[0]
             raise ValueError(
-                f"the step-time curve was measured for {name} = {own.get(name)!r}, but this "
+                f"the step-time curve was measured for {name} = {stored.get(name)!r}, but this "
                 f"engine has {expected[name]!r}; measure it again"
             )
         values, flat = [], True
@@ -133,17 +133,17 @@ def setup_of(
         "devices": len(params.target.embed.devices()),
         "jax": jax.__version__,
         "capacity": capacity,
-        "totals": {str(rows): [s.total for s in own] for rows, own in sizes.items()},
-        "per_row": {str(rows): [s.per_row for s in own] for rows, own in sizes.items()},
+        "totals": {str(rows): [s.total for s in sizes[rows]] for rows in sizes},
+        "per_row": {str(rows): [s.per_row for s in sizes[rows]] for rows in sizes},
     }
 
 
 def values_by_dtype(params: Params) -> dict[str, int]:
     """Number of weights of every dtype, target's and drafter's: differs by format too."""
-    found = Counter()
+    counts = Counter()
     for x in jax.tree.leaves(params):
-        found[str(x.dtype)] += x.size
-    return dict(sorted(found.items()))
+        counts[str(x.dtype)] += x.size
+    return dict(sorted(counts.items()))
 
 
 def half_full(empty: Batch, decoder: Decoder) -> Batch:

@@ -85,8 +85,8 @@ def fitted(
             packing = None
             if size.total < tree.tokens.size:
                 packing = pack_nodes(tree.valid & ~done[:, None], size.total)
-            own = dataclasses.replace(draft, tree=tree, allowed=allowed)
-            return _padded(step(own, packing), width)
+            part = dataclasses.replace(draft, tree=tree, allowed=allowed)
+            return _padded(step(part, packing), width)
 
         return run
 

@@ -111,8 +111,8 @@ def foresee(tree: DraftTree, habit: Habit, kind: jax.Array) -> jax.Array:
     """Survivals of a fresh draft [B, N - 1], corrected by past acceptance at each depth."""
     trust = ((habit.happened + PRIOR) / (habit.foretold + PRIOR))[kind]  # [B, P]
     depth = jnp.maximum(tree.depths[:, 1:] - 1, 0)
-    found = survival(tree) * jnp.take_along_axis(trust, depth, axis=1)
-    return jax.lax.cummin(jnp.minimum(found, 1.0), axis=1)
+    corrected = survival(tree) * jnp.take_along_axis(trust, depth, axis=1)
+    return jax.lax.cummin(jnp.minimum(corrected, 1.0), axis=1)
 
 
 def learn(
@@ -140,11 +140,11 @@ def learn(
     usual = habit.usual[kind]
     unlike = jnp.where(old == UNKNOWN, 0.0, old - usual)
 
-    own = kind[:, None] == jnp.arange(KINDS)  # [B, K]
-    count = own.sum(axis=0)
+    of_kind = kind[:, None] == jnp.arange(KINDS)  # [B, K]
+    count = of_kind.sum(axis=0)
 
     def by_kind(x):  # [B, ...] -> [K, ...]
-        rows = own.reshape(*own.shape, *[1] * (x.ndim - 1))
+        rows = of_kind.reshape(*of_kind.shape, *[1] * (x.ndim - 1))
         return jnp.sum(jnp.where(rows, x[:, None], 0), axis=0)
 
     def after(old, new):  # for kinds that took part

@@ -77,13 +77,13 @@ def of_path(
     asks = asked > NONE
     order = jnp.argsort(~asks)
 
-    def one_row(i, found):
+    def one_row(i, kept):
         row = order[i]
         at = path[row] if packing is None else packing.place[row, path[row]]
-        own = logits[row if packing is None else 0, at]
-        new = of_tokens(own[None], tokens[row][None], top)
+        node_logits = logits[row if packing is None else 0, at]
+        new = of_tokens(node_logits[None], tokens[row][None], top)
         put = jax.lax.dynamic_update_slice_in_dim
-        return jax.tree.map(lambda x, y: put(x, y, row, 0), found, new)
+        return jax.tree.map(lambda x, y: put(x, y, row, 0), kept, new)
 
     return _if_asked(asks, one_row, empty_logprobs(*path.shape, top))
 
@@ -110,8 +110,8 @@ def of_prompts(
     def some_nodes(row, first, count, kept):
         at = start + 1 + first + jnp.arange(count)  # the last may be past the end of the row
         following = tokens.at[row, at].get(mode="fill", fill_value=0)
-        own = jax.lax.dynamic_slice(hidden, (row, first, 0), (1, count, hidden.shape[-1]))
-        new = of_tokens(unembed(params, own), following[None], top)
+        part = jax.lax.dynamic_slice(hidden, (row, first, 0), (1, count, hidden.shape[-1]))
+        new = of_tokens(unembed(params, part), following[None], top)
         return jax.tree.map(lambda x, y: x.at[row, at].set(y[0], mode="drop"), kept, new)
 
     def one_row(i, kept):
@@ -123,14 +123,14 @@ def of_prompts(
     return _if_asked(asks, one_row, kept)
 
 
-def _if_asked(asks: jax.Array, one_row: Callable, found: LogProbs) -> LogProbs:
-    """Applies `one_row(i, found)` for the first i up to the number of rows that ask [B].
+def _if_asked(asks: jax.Array, one_row: Callable, kept: LogProbs) -> LogProbs:
+    """Applies `one_row(i, kept)` for the first i up to the number of rows that ask [B].
 
     XLA hoists loop-invariant work out of the loop and runs it even if no row asks; with one row
     that is all the work. So the loop is inside a conditional.
     """
 
     def every():
-        return jax.lax.fori_loop(0, asks.sum(), one_row, found)
+        return jax.lax.fori_loop(0, asks.sum(), one_row, kept)
 
-    return jax.lax.cond(asks.any(), every, lambda: found)
+    return jax.lax.cond(asks.any(), every, lambda: kept)

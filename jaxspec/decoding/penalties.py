@@ -64,17 +64,17 @@ class Written:
         tokens, at = self.tokens[row], jnp.arange(self.tokens.shape[1])
         prompt = at < self.start[row, None]
         answer = (at < self.length[row, None]) & ~prompt
-        zeros, own = jnp.zeros((row.shape[0], vocab)), jnp.arange(row.shape[0])[:, None]
-        in_prompt = zeros.at[own, tokens].max(prompt.astype(zeros.dtype))
-        return in_prompt > 0, zeros.at[own, tokens].add(answer.astype(zeros.dtype))
+        zeros, every = jnp.zeros((row.shape[0], vocab)), jnp.arange(row.shape[0])[:, None]
+        in_prompt = zeros.at[every, tokens].max(prompt.astype(zeros.dtype))
+        return in_prompt > 0, zeros.at[every, tokens].add(answer.astype(zeros.dtype))
 
     def drafted_above(self, row: jax.Array, node: jax.Array, counts: jax.Array) -> jax.Array:
         """Adds the tokens on the path to each node [R, N] to counts [R, V]: [R, N, V]."""
         above = unpack_bits(self.ancestors[row[:, None], node], self.drafted.shape[1])
         above = above.at[..., 0].set(False)  # the root is decided
         counts = jnp.broadcast_to(counts[:, None], (*node.shape, counts.shape[-1]))
-        own, at = jnp.arange(row.shape[0])[:, None, None], jnp.arange(node.shape[1])[:, None]
-        return counts.at[own, at, self.drafted[row][:, None]].add(above.astype(counts.dtype))
+        every, at = jnp.arange(row.shape[0])[:, None, None], jnp.arange(node.shape[1])[:, None]
+        return counts.at[every, at, self.drafted[row][:, None]].add(above.astype(counts.dtype))
 
 
 def changes_logits(rows: SamplingRows) -> jax.Array:
@@ -99,12 +99,12 @@ def adjusted(
       position: [R, N] int32, position of the chosen token.
     """
     vocab = logits.shape[-1]
-    own = jnp.arange(row.shape[0])[:, None]
+    every = jnp.arange(row.shape[0])[:, None]
 
     def over_vocabulary(ids, values):  # [R, n], padded with -1, -> [R, 1, V]
         ids = jnp.where(ids < 0, vocab, ids)
         empty = jnp.zeros((row.shape[0], 1, vocab), values.dtype)
-        return empty.at[own, 0, ids].add(values, mode="drop")
+        return empty.at[every, 0, ids].add(values, mode="drop")
 
     per_row = lambda x: x[:, None, None]  # noqa: E731
     logits = logits + over_vocabulary(rows.biased, rows.bias)

@@ -106,8 +106,13 @@ def end_prefill(
     logits = unembed(params.target, prefilling.final)[:, None]  # [B, 1, V]
     root = jnp.zeros((batch, 1), jnp.int32)
     tree = root_only(root[:, 0])
-    text = requests.tokens, requests.length, requests.length
-    written = Written.before(*text, tree, ancestors(tree))
+    written = Written.before(
+        requests.tokens,
+        start=requests.length,
+        length=requests.length,
+        tree=tree,
+        ancestors=ancestors(tree),
+    )
     may = logits if allowed is None else masked(logits, allowed)
     first = choose(may, root, requests.length, requests.sampling, 0, written)
     length = requests.length + 1

@@ -58,8 +58,9 @@ def accept(
     # Rows past the tree are past every chain too, so their distributions are never read.
     laws = jnp.pad(laws, ((0, 0), (0, count - laws.shape[1]), (0, 0)))
     _, keys = round_keys(sampling.key, position)
-    laws_drawn = drawn.tokens, drawn.log_q, drawn.lengths, keys
-    return accept_chain(laws, *laws_drawn, support=drawn.support)
+    return accept_chain(
+        laws, drawn.tokens, drawn.log_q, drawn.lengths, keys, support=drawn.support
+    )
 
 
 def round_keys(keys: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -94,10 +95,10 @@ def acceptance_probability(
     at = drafted[..., None]
     log_p = jnp.take_along_axis(target_log_probs, at, axis=-1)[..., 0]
     if support is None:
-        own = jnp.take_along_axis(log_q, at, axis=-1)[..., 0]
+        log_q_drafted = jnp.take_along_axis(log_q, at, axis=-1)[..., 0]
     else:
-        own = jnp.max(jnp.where(support == at, log_q, -jnp.inf), axis=-1)
-    return jnp.exp(jnp.minimum(log_p - own, 0.0))
+        log_q_drafted = jnp.max(jnp.where(support == at, log_q, -jnp.inf), axis=-1)
+    return jnp.exp(jnp.minimum(log_p - log_q_drafted, 0.0))
 
 
 def scatter_law(
@@ -161,8 +162,8 @@ def accept_by_rejection(
 
     p, q = after(target_log_probs), after(log_q)  # [B, V], [B, C]
     if support is not None:
-        own = after(support) if support.ndim == 3 else jnp.broadcast_to(support, q.shape)
-        q = scatter_law(q, own, p.shape[-1])
+        tokens = after(support) if support.ndim == 3 else jnp.broadcast_to(support, q.shape)
+        q = scatter_law(q, tokens, p.shape[-1])
     q = jnp.where((accepted < lengths)[:, None], q, -jnp.inf)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, p.shape[1:], jnp.float32))(split[:, 1])
     token = jnp.argmax(jnp.log(residual(p, q)) + noise, axis=-1)

@@ -73,8 +73,8 @@ def pack(
         stops = stop_ids_of(options, decoder.config)
         stop_ids[row, : len(stops)] = stops
         if options.logit_bias:
-            own = slice(len(options.logit_bias))
-            biased[row, own], bias[row, own] = zip(*options.logit_bias, strict=True)
+            biases = slice(len(options.logit_bias))
+            biased[row, biases], bias[row, biases] = zip(*options.logit_bias, strict=True)
     sampling = [*sampling, *[Sampling()] * (batch - count)]
 
     def column(name, dtype, least, most):

@@ -135,8 +135,13 @@ def accept(
     """The path that the target takes through the draft, and the token after it."""
     verified = only_allowed(verified, draft.allowed)
     tree, depth = draft.tree, min(decoder.drafter.depth, draft.tree.size - 1)
-    text = state.tokens, state.start, state.length
-    written = Written.before(*text, tree, verified.ancestors)
+    written = Written.before(
+        state.tokens,
+        start=state.start,
+        length=state.length,
+        tree=tree,
+        ancestors=verified.ancestors,
+    )
     if draft.drawn is not None:
         return rejection.accept(draft.drawn, verified, state.position, sampling, written)
     choices = choose_in(tree, verified, state.length, sampling, depth, written)

@@ -185,46 +185,48 @@ def choose(
         together = math.gcd(logits.shape[0], ROWS_AT_ONCE)
 
         def some_rows(i, chosen):
-            own = jax.lax.dynamic_slice_in_dim(order, i * together, together)
-            found = _draw(logits, depths, positions, rows, own, max_depth, written)
-            return chosen.at[own].set(jnp.where(drawn[own, None], found, chosen[own]))
+            some = jax.lax.dynamic_slice_in_dim(order, i * together, together)
+            tokens = _draw(logits, depths, positions, rows, some, max_depth, written)
+            return chosen.at[some].set(jnp.where(drawn[some, None], tokens, chosen[some]))
 
         return jax.lax.fori_loop(0, -(-drawn.sum() // together), some_rows, greedy)
 
     return jax.lax.cond(drawn.any(), draw, lambda _: greedy, None)
 
 
-def _draw(logits, depths, positions, rows, own, max_depth: int, written: Written) -> jax.Array:
-    """`choose` for `own` [R'] of the R, with noise or adjusted logits: [R', N] int32."""
-    rows = jax.tree.map(lambda x: x[written.row[own]], rows)
+def _draw(logits, depths, positions, rows, some, max_depth: int, written: Written) -> jax.Array:
+    """`choose` for `some` [R'] of the R, with noise or adjusted logits: [R', N] int32."""
+    rows = jax.tree.map(lambda x: x[written.row[some]], rows)
     # Nodes of one depth choose for the same position, so they share its noise.
     hot, vocab = rows.temperature > 0, logits.shape[-1]
     noise = jax.lax.cond(  # without it XLA draws the noise again for every node
         jnp.any(hot),
-        lambda: rows.noise.at(positions[own], max_depth + 1, vocab),
-        lambda: jnp.zeros((own.shape[0], max_depth + 1, vocab)),
+        lambda: rows.noise.at(positions[some], max_depth + 1, vocab),
+        lambda: jnp.zeros((some.shape[0], max_depth + 1, vocab)),
     )  # [R', P + 1, V]
     noise = jnp.where(hot[:, None, None], noise, 0.0)
     step = math.gcd(logits.shape[1], NODES_AT_ONCE)
 
     def some_nodes(i, chosen):
-        part = lambda x: x[own[:, None], i * step + jnp.arange(step)]  # noqa: E731
+        part = lambda x: x[some[:, None], i * step + jnp.arange(step)]  # noqa: E731
         depth = part(depths)
-        law = _law(part(logits), rows, written, own, part(written.node), positions[own], depth)
+        law = _law(
+            part(logits), rows, written, some, part(written.node), positions[some], depth
+        )
         drawn = jnp.take_along_axis(noise, depth[..., None], axis=1)
         drawn = likeliest(law + drawn)
         return jax.lax.dynamic_update_slice_in_dim(chosen, drawn, i * step, axis=1)
 
-    start = jnp.zeros((own.shape[0], logits.shape[1]), jnp.int32)
+    start = jnp.zeros((some.shape[0], logits.shape[1]), jnp.int32)
     return jax.lax.fori_loop(0, logits.shape[1] // step, some_nodes, start)
 
 
-def _law(logits, rows, written: Written, own, node, positions, depths) -> jax.Array:
-    """Adjusted and filtered logits of the choices `own`: [R', N, V]."""
+def _law(logits, rows, written: Written, some, node, positions, depths) -> jax.Array:
+    """Adjusted and filtered logits of the choices `some`: [R', N, V]."""
 
     def adjust(logits):
         position = positions[:, None] + depths
-        return adjusted(logits, rows, written, written.row[own], node, position)
+        return adjusted(logits, rows, written, written.row[some], node, position)
 
     logits = jax.lax.cond(jnp.any(changes_logits(rows)), adjust, lambda x: x, logits)
     scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None, None]

@@ -291,8 +291,9 @@ class Engine:
             return prompt
         prompt.pages = []
         if not request.prompt_logprobs:  # they need the whole prompt to be run
-            found = request.prompt, request.cache_salt
-            prompt.prefilling, prompt.pages = self._prefixes.begin(prefilling, *found)
+            prompt.prefilling, prompt.pages = self._prefixes.begin(
+                prefilling, request.prompt, request.cache_salt
+            )
         prompt.chunk = len(prompt.pages)
         prompt.cached = prompt.chunk * self.config.chunk
         return prompt
@@ -303,15 +304,17 @@ class Engine:
         full = prompt.chunk * self.config.chunk <= len(request.prompt)
         if prompt.pages is None or not full:
             return
-        found = prompt.prefilling, prompt.pages, request.prompt, request.cache_salt
-        if not self._prefixes.keep(*found):
+        kept = self._prefixes.keep(
+            prompt.prefilling, prompt.pages, request.prompt, request.cache_salt
+        )
+        if not kept:
             prompt.pages = None
 
     def _first_token(self, prompt: _Prompt) -> list[Update]:
         running = prompt.running
         allowed = None if running.matcher is None else running.matcher.allowed
-        held = prompt.requests, prompt.prefilling
-        prompt.batch, prompt.prefilling = self._programs.end_prompt(*held, allowed), None
+        prompt.batch = self._programs.end_prompt(prompt.requests, prompt.prefilling, allowed)
+        prompt.prefilling = None
         state, request = prompt.batch.state, running.request
         laws = None if request.logprobs is None else state.logprobs
         tokens, done, laws = jax.device_get((state.tokens, state.done, laws))
@@ -379,8 +382,8 @@ class Engine:
         recent = self._programs.recent_tokens(rows.batch, start)
         if any(running.request.logprobs is not None for _, running in rows.taken):
             laws = self._programs.recent_logprobs(rows.batch, start)
-        *found, by_size = jax.device_get(
+        recent, laws, length, done, by_size = jax.device_get(
             (recent, laws, state.length, state.done, self._habit.rounds)
         )
         self.rounds_by_size = by_size.tolist()
-        return tuple(found)
+        return recent, laws, length, done

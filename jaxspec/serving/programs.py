@@ -107,18 +107,25 @@ class Programs:
         return beside(empty, self._params)
 
     def run_chunk(self, requests: Requests, i: int, prefilling: Prefilling) -> Prefilling:
-        given = self._params, requests, np.int32(i), prefilling
-        return self._run(run_chunk, (), prefilling, *given)
+        return self._run(
+            run_chunk, (), prefilling, self._params, requests, np.int32(i), prefilling
+        )
 
     def end_prompt(
         self, requests: Requests, prefilling: Prefilling, allowed: np.ndarray | None = None
     ) -> Batch:
         """Args: allowed: [ceil(V / 32)] uint32, bits of the allowed first tokens."""
-        held = prefilling.cache, prefilling.drafter, prefilling.logprobs
-        age = self._config.schedule.age
-        allowed = None if allowed is None else allowed[None, None]
-        given = self._params, requests, prefilling.final, held, allowed
-        return self._run(end_prompt, allowed is None, self._row, *given, age=age)
+        return self._run(
+            end_prompt,
+            allowed is None,
+            self._row,
+            self._params,
+            requests,
+            prefilling.final,
+            (prefilling.cache, prefilling.drafter, prefilling.logprobs),
+            None if allowed is None else allowed[None, None],
+            age=self._config.schedule.age,
+        )
 
     def prefix_cache(self) -> PrefixCache | None:
         """An empty prefix cache; None if the configuration has none.
@@ -131,13 +138,21 @@ class Programs:
             megabytes = self._config.slots * row / 2 / 2**20
         if not megabytes:
             return None
-        made = self._decoder, self._params, self._capacity, megabytes
-        return PrefixCache(*made, kept=self.kept)
+        return PrefixCache(
+            self._decoder, self._params, self._capacity, megabytes, kept=self.kept
+        )
 
     def empty(self, rows: int) -> Batch:
         """A batch whose rows are all free."""
-        options = dict(rows=rows, capacity=self._capacity, age=self._config.schedule.age)
-        empty = self._run(empty_rows, rows, self._row, self._params, **options)
+        empty = self._run(
+            empty_rows,
+            rows,
+            self._row,
+            self._params,
+            rows=rows,
+            capacity=self._capacity,
+            age=self._config.schedule.age,
+        )
         return beside(empty, self._params)
 
     @functools.cached_property
@@ -170,8 +185,8 @@ class Programs:
 
     def place_row(self, batch: Batch, fresh: Batch, row: int) -> Batch:
         """See `rows.place_row`; the next methods too are those of `rows`."""
-        given = batch, fresh, np.int32(row)
-        return self.kept.call(place_row, _rows_of(batch), batch, (), given)
+        arrays = batch, fresh, np.int32(row)
+        return self.kept.call(place_row, _rows_of(batch), batch, (), arrays)
 
     def move_rows(self, batch: Batch, rows: np.ndarray) -> Batch:
         which = _rows_of(batch), len(rows)
@@ -187,8 +202,8 @@ class Programs:
         return self._recent(recent_logprobs, batch.state.logprobs, batch, start)
 
     def _recent(self, function: Callable, like: Any, batch: Batch, start: np.ndarray):
-        given = batch, start
-        return self.kept.call(function, len(start), like, (), given, width=self.width)
+        arrays = batch, start
+        return self.kept.call(function, len(start), like, (), arrays, width=self.width)
 
     def _run(
         self, function: Callable, which: Hashable, like: Any, *arrays: Any, **options: Any

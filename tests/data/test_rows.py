@@ -103,8 +103,8 @@ def test_sequences_are_cut_and_short_ones_left_out(target, tmp_path, capsys):
     (example,) = read(path, target, min_supervised=5)
     assert (len(example), example.supervised.sum()) == (16, 10)
     assert capsys.readouterr().err.endswith(
-        "data.jsonl: 1 sequences of 2 conversations; 1 dropped, with fewer than 5 answer tokens; "
-        "1 truncated to 16 tokens\n"
+        "data.jsonl: 1 sequences of 2 conversations; 1 dropped, with fewer than 5 answer "
+        "tokens; 1 truncated to 16 tokens\n"
     )
     message = (
         "none of 2 conversations can be trained on; 2 sequences have fewer than 90 "
