@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxspec.checkpoints import catalog, hybrid, layer_sizes, target_weights
+from jaxspec.checkpoints.eight_bit import keep
 from jaxspec.checkpoints.fuse import check_dtype
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
-from jaxspec.checkpoints.kept import keep
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
 from jaxspec.checkpoints.quantisation import quantisation_of, read_quantisation
 from jaxspec.checkpoints.quantised import open_weights

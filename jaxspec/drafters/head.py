@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxspec.config import DrafterConfig
 from jaxspec.drafters.confidence import Confidence
 from jaxspec.drafters.convolution import Convolution, sides
-from jaxspec.drafters.sequential import HEADS, ones, weight
+from jaxspec.drafters.sequential import HEAD_MODULES, ones, weight
 from jaxspec.models.cache import KVRows
 from jaxspec.models.layers import (
     lookup,
@@ -152,7 +152,7 @@ class DraftHead(nnx.Module):
             [DraftLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)]
         )
         self.norm = ones(dtype, width)
-        make = HEADS.get(config.sequential)
+        make = HEAD_MODULES.get(config.sequential)
         self.sequential = make(config, rngs=rngs, dtype=dtype) if make else None
         self.confidence = (
             Confidence(config, rngs=rngs, dtype=dtype) if config.confidence else None

@@ -121,7 +121,7 @@ class Mlp(nnx.Module):
         return project("...f,fm->...m", inner, self.down[...])
 
 
-HEADS = {
+HEAD_MODULES = {
     "markov": Markov,
     "gated": Gated,
     "rnn": Recurrent,

@@ -24,7 +24,7 @@ from jaxspec.drafters.eagle_head import (
 )
 from jaxspec.drafters.head import DraftHead
 
-HEADS = {
+NETWORKS = {
     DrafterConfig: DraftHead,
     EagleConfig: EagleHead,
     ParallelEagleConfig: ParallelEagleHead,
@@ -45,13 +45,13 @@ def random_weights(
     config: DrafterConfig | EagleConfig, key: jax.Array, dtype=jnp.float32
 ) -> nnx.State:
     """Weights of an untrained head. Consumes `key`."""
-    head = HEADS[type(config)](config, rngs=nnx.Rngs(params=key), dtype=dtype)
+    head = NETWORKS[type(config)](config, rngs=nnx.Rngs(params=key), dtype=dtype)
     return nnx.state(head)
 
 
 @functools.lru_cache
 def _split(config: DrafterConfig | EagleConfig, dtype=jnp.float32):
     def make():
-        return HEADS[type(config)](config, rngs=nnx.Rngs(0), dtype=dtype)
+        return NETWORKS[type(config)](config, rngs=nnx.Rngs(0), dtype=dtype)
 
     return nnx.split(nnx.eval_shape(make))

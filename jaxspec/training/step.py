@@ -22,8 +22,8 @@ from jaxspec.training.loading import Rows
 from jaxspec.training.losses import LossSums, SelectionSums
 from jaxspec.training.networks import copy_layers, network_of
 from jaxspec.training.recipe import OptimizerConfig, TrainConfig
+from jaxspec.training.rnn_head import as_markov, slowed
 from jaxspec.training.sharding import state_shardings
-from jaxspec.training.transition import as_markov, slowed
 
 
 @jax.tree_util.register_dataclass

@@ -10,8 +10,8 @@ from flax import nnx
 
 from jaxspec.drafters.weights import bind, random_weights
 from jaxspec.training.recipe import OptimizerConfig
+from jaxspec.training.rnn_head import RATE, as_markov
 from jaxspec.training.step import init_state, optimizer
-from jaxspec.training.transition import RATE, as_markov
 from tests.training import tiny
 
 RECURRENT = dataclasses.replace(tiny.DRAFTER, sequential="rnn")
