@@ -15,10 +15,11 @@ import jax.numpy as jnp
 
 from jaxspec.decoding import logprobs, rejection
 from jaxspec.decoding.allowed import only_allowed
-from jaxspec.decoding.fitting import VerifySize, choose_in, fitted, own_sizes, smallest
+from jaxspec.decoding.fitting import choose_in, fitted, own_sizes, smallest
 from jaxspec.decoding.penalties import Written
 from jaxspec.decoding.precision import exact_in_float32
 from jaxspec.decoding.sampling import SamplingRows
+from jaxspec.decoding.staircase import VerifySize
 from jaxspec.decoding.state import (
     Acceptance,
     Decoder,
