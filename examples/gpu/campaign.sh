@@ -3,13 +3,16 @@
 #
 #   examples/gpu/campaign.sh [STAGE…]
 #
-# Stages are tiles, steps, check, replay, small, peer and flags; by default all but the last two,
-# in about 10 minutes on an H100 with 16 cores. `tiles` measures the kernels' tiles; those of
-# products are put where the library reads them, so that later stages run with them. Stopped or
-# out of time, a stage goes on when the script is started again; compiled programs are kept.
+# Stages are check, tiles, steps, replay, small, mosaic, peer and flags; by default all but the
+# last two, in 8 to 15 minutes on an H100 with 16 cores. `tiles` measures the kernels' tiles; those
+# of products are put where the library reads them, so that later stages run with them. `mosaic`
+# times a kernel that has not run on a GPU yet. Stopped or out of time, a stage goes on when the
+# script is started again; compiled programs are kept.
 #
 # Settings from the environment: OUT, the folder of rows (out/gpu); PYTHON; GOLDEN, the folder of
-# golden cases; SECONDS_EACH, after which a script begins nothing new (100).
+# golden cases; SECONDS_EACH, after which a script begins nothing new (100; `check` has half as
+# many more). A script that hangs is killed a minute later. The exit status is 0 only if every
+# script's is.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${OUT:-out/gpu} limit=${SECONDS_EACH:-100} failed=0
@@ -18,26 +21,36 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/out/xla}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 mkdir -p "$out"
 
+commit() { # of the code alone: `tiles` changes a file of tiles, and rows are found by their commit
+  git describe --always || return
+  git diff --quiet HEAD -- . ':!pallas_kernels/*/tiles.json' || echo "-dirty"
+}
+JAXSPEC_COMMIT=${JAXSPEC_COMMIT:-$(commit 2>/dev/null | tr -d '\n')}
+export JAXSPEC_COMMIT
+
 run() { # SCRIPT OPTIONS…
   local name=$1
   shift
   echo "== $name $*" >&2
-  "${PYTHON:-python3}" "examples/gpu/$name.py" --out "$out/$name.jsonl" --seconds "$limit" "$@" ||
-    failed=1
+  timeout -k 10 $((limit + 60)) "${PYTHON:-python3}" "examples/gpu/$name.py" \
+    --out "$out/$name.jsonl" --seconds "$limit" "$@" || failed=1
 }
 
 stage() {
   case $1 in
+    check) limit=$((limit * 3 / 2)) run check ${GOLDEN:+--golden "$GOLDEN"} ;;
     tiles)
+      rm -f "$out/products.json"
       run products --nodes 64 128 --tiles "$out/products.json"
-      cp "$out/products.json" pallas_kernels/skinny_matmul/tiles.json
-      run tune --nodes 64 256 --tiles "$out/tiles.json" ;;
+      [ ! -e "$out/products.json" ] ||
+        cp "$out/products.json" pallas_kernels/skinny_matmul/tiles.json
+      run tune --kernels triton --nodes 64 256 --tiles "$out/tiles.json" ;;
     steps)
       run steps --profile plain verify64 draft-path_conditioned64
       run steps --model qwen3.5-9b --cases plain verify64 verify256 ;;
-    check) run check ${GOLDEN:+--golden "$GOLDEN"} ;;
     replay) run replay --nodes 64 256 ;;
     small) run small ;;
+    mosaic) run tune --nodes 64 256 --tiles "$out/tiles.json" ;; # Triton's rows are known
     peer) run peer ;; # needs torch
     flags) # what XLA does with other options: rows apart, as rows do not say their options
       for flags in "--xla_gpu_enable_pdl=true" "--xla_gpu_exhaustive_tiling_search=true"; do
@@ -51,6 +64,6 @@ stage() {
   esac
 }
 
-[ $# -gt 0 ] || set -- tiles steps check replay small
+[ $# -gt 0 ] || set -- check tiles steps replay small mosaic
 for name in "$@"; do stage "$name"; done
 exit "$failed"

@@ -2,7 +2,8 @@
 
     python examples/gpu/check.py [--golden ../shared/golden]
 
-- kernels: `pytest -m gpu`, every kernel against its definition;
+- kernels: `pytest -m gpu`, every kernel against its definition; the Mosaic kernel of attention,
+  which has not run on a GPU yet, at the very end;
 - ties: of equal values the one of lowest index comes first, as trees and argmax rely on;
 - lossless: small random targets (dense, experts, gated delta nets), every drafter and every
   tree, greedy and sampled: tokens equal plain decoding's, in float32;
@@ -13,6 +14,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -55,6 +57,7 @@ from jaxspec.models.target import Target
 from jaxspec.trees.candidates import top_logits
 
 LEVEL = "--xla_backend_optimization_level"
+GRACE = 40  # seconds after --seconds in which what has begun may end
 WORKERS = 6  # processes of pytest, if pytest-xdist is installed
 NEW_TOKENS = 40
 SIZES = (97, 7), (4096, 63), (151_936, 63)  # (vocabulary, tokens to find)
@@ -125,14 +128,20 @@ GOLDEN_TREES = {
 }
 
 
-def kernels() -> dict:
-    """`pytest -m gpu` in processes of its own, several if pytest-xdist is installed."""
+def kernels(names: str, seconds: Callable[[], float]) -> dict:
+    """`pytest -m gpu` in processes of its own, several if pytest-xdist is installed.
+
+    Args:
+      names: the tests, as `pytest -k` takes them.
+      seconds: how long they may take, asked when they start.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     if LEVEL not in flags:  # the tests' own default is the fastest to compile
         flags += f" {LEVEL}=3"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = "-m pytest -q -m gpu -p no:cacheprovider tests/pallas_kernels".split()
+        command = "-m pytest -q -m gpu -p no:cacheprovider tests/pallas_kernels -k".split()
+        command += [names]
         if importlib.util.find_spec("xdist"):
             command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
         subprocess.run(
@@ -140,6 +149,7 @@ def kernels() -> dict:
             cwd=timing.ROOT,
             env=os.environ | dict(XLA_FLAGS=flags),
             stdout=sys.stderr,
+            timeout=seconds(),
             check=False,  # the report says what failed
         )
         if not report.exists():
@@ -317,30 +327,52 @@ def golden(folder: Path, name: str) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Everything runs at once: the tests in processes of their own, generations in threads."""
+    """Everything runs at once: the tests in processes of their own, generations in threads.
+
+    What has not begun after --seconds is skipped; what has may take some seconds more.
+
+    Returns:
+      The exit status: 1 where a check failed or was skipped.
+    """
     options = parse(arguments)
     rows = timing.Rows("check", options, rates=False)
+
+    def most() -> float:
+        """Seconds that tests which start now may take."""
+        return rows.left + GRACE
+
     rows.measure(ties, check="ties")
     pool = concurrent.futures.ThreadPoolExecutor(options.threads)
-    begun = {
+    asked = {
         pool.submit(work): settings
-        for settings, work in jobs(options, pool)
+        for settings, work in jobs(options, pool, most)
         if not rows.known(**settings)
     }
-    limit = None if rows.left == float("inf") else max(0.0, rows.left)
-    try:
-        for future in concurrent.futures.as_completed(begun, limit):
-            rows.measure(future.result, begun=True, **begun.pop(future))
-    except TimeoutError:
-        for settings in begun.values():
-            rows.measure(_late, **settings)
+    collect(asked, rows, rows.left)
     pool.shutdown(wait=False, cancel_futures=True)
-    return rows.finish()
+    begun = {future: asked.pop(future) for future in list(asked) if not future.cancelled()}
+    collect(begun, rows, most() + 5)  # by then the tests are killed
+    for settings in asked.values():
+        rows.measure(_late, **settings)
+    for settings in begun.values():
+        rows.measure(_late, begun=True, **settings)
+    mosaic = functools.partial(kernels, "mosaic", most)
+    rows.measure(mosaic, check="kernels", case="mosaic")
+    if rows.skipped:
+        print(f"{rows.skipped} checks were skipped: give more --seconds", file=sys.stderr)
+    return int(rows.finish() or rows.skipped > 0)
 
 
-def jobs(options, pool) -> Iterator[tuple[dict, Callable[[], dict]]]:
-    """The settings and the work of every check but the first."""
-    yield dict(check="kernels"), kernels
+def collect(futures: dict, rows: timing.Rows, seconds: float) -> None:
+    """Writes the rows of futures that end within some seconds, and removes them."""
+    with contextlib.suppress(TimeoutError):
+        for future in concurrent.futures.as_completed(futures, timing.timeout(seconds)):
+            rows.measure(future.result, begun=True, **futures.pop(future))
+
+
+def jobs(options, pool, most: Callable[[], float]) -> Iterator[tuple[dict, Callable[[], dict]]]:
+    """The settings and the work of every check but the first and the last."""
+    yield dict(check="kernels", case="triton"), functools.partial(kernels, "not mosaic", most)
     for name in GOLDEN_TREES if options.golden else ():
         yield (
             dict(check="golden", case=name),
@@ -367,4 +399,4 @@ def parse(arguments: list[str] | None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    timing.leave(main())

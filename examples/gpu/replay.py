@@ -314,4 +314,4 @@ def parse(arguments: list[str] | None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    timing.leave(main())

@@ -31,7 +31,7 @@ SETTINGS = {
         "asked_tau",
     ),
     "small": ("model", "dtype", "prompts", "new_tokens", "tree", "nodes"),
-    "tune": ("batch", "nodes", "heads", "kv_heads", "head_dim", "capacity", "dtype"),
+    "tune": ("kernel", "batch", "nodes", "heads", "kv_heads", "head_dim", "capacity", "dtype"),
     "products": ("model", "product", "nodes", "tile"),
     "peer": ("model", "length", "torch", "transformers", "way", "nodes"),
 }
@@ -39,6 +39,9 @@ SETTINGS = {
 
 def read(folder: Path, card: str | None) -> tuple[str, dict[str, list[dict]], list[dict]]:
     """The card, its rows by script (each settings' last), and the headers of all runs.
+
+    Args:
+      card: by default the GPU that a script ran on last.
 
     Raises:
       SystemExit: there are no rows, or none of this card.
@@ -49,9 +52,14 @@ def read(folder: Path, card: str | None) -> tuple[str, dict[str, list[dict]], li
         for line in path.read_text().splitlines()
     ]
     cards = list(dict.fromkeys(row["card"] for row in found))
-    card = card or (cards[-1] if cards else None)
+    starts = [row for row in found if row.get("header") and not row["card"].endswith(" CPU")]
+    if card is None and starts:
+        card = max(starts, key=lambda row: row["date"])["card"]
     if card not in cards:
-        sys.exit(f"{folder} has no rows of {card or 'any card'}; it has those of {cards}")
+        sys.exit(
+            f"{folder} has no rows of {card or 'a GPU'}; it has those of {cards}, which "
+            "--card takes"
+        )
     rows: dict[str, dict] = {script: {} for script in SETTINGS}
     headers = []
     for row in found:
@@ -82,7 +90,7 @@ def setup(card: str, headers: list[dict]) -> str:
                 header["driver"],
                 header["jax"],
                 header["commit"],
-                header["date"],
+                header["date"][:10],
                 f"`{header['command']}`",
             ]
             for header in headers
@@ -214,7 +222,9 @@ def check(rows: list[dict]) -> str:
     for row in rows:
         kinds.setdefault(row["check"], []).append(row)
     said = {
-        "kernels": lambda rows: f"{rows[0]['passed']} cases of `pytest -m gpu`",
+        "kernels": lambda rows: (
+            f"{sum(row['passed'] for row in rows)} cases of `pytest -m gpu`"
+        ),
         "ties": lambda rows: "lowest index first",
         "lossless": lambda rows: (
             f"{len(rows)} drafters and trees, {sum(row['tokens'] for row in rows):,} tokens"
@@ -314,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--rows", type=Path, default=Path("out/gpu"), help="folder of rows")
-    parser.add_argument("--card", help="by default that of the last rows")
+    parser.add_argument("--card", help="by default the GPU that a script ran on last")
     files = [ROOT / "docs" / "h100.md"]
     parser.add_argument("--into", type=Path, nargs="*", default=files)
     parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "h100")

@@ -365,4 +365,4 @@ def parse(arguments: list[str] | None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    timing.leave(main())

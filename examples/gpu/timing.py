@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Before a device is used: weights of 32B and their caches need nearly all of a card.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
@@ -25,6 +25,7 @@ from jaxspec.planning.floors import Floor
 
 ROOT = Path(__file__).parents[2]
 REPEATS = 3
+COMPILING = 0.7  # share of the time left that programs compile in; the rest is for timing them
 UNSHOWN = ("script", "card", "commit", "kernels", "tried")  # in the file alone
 
 
@@ -73,10 +74,19 @@ class Rows:
         Args:
           rates: measure the device's rates.
           on: the card, if another library than JAX uses it.
+
+        Raises:
+          SystemExit: there is no GPU, and the model is not the tiny one.
         """
+        if on is None and jax.default_backend() != "gpu" and options.model != "tiny":
+            sys.exit(
+                f"JAX runs on {card()}; this script expects an NVIDIA GPU. Check `nvidia-smi`, "
+                "install JAX for CUDA (`pip install -e '.[cuda]'`), or give `--model tiny`, "
+                "which a CPU can run"
+            )
         self._start, self._seconds = time.monotonic(), options.seconds
         self._path, self._old = options.out, []
-        self.failed = 0
+        self.failed = self.skipped = 0
         if self._path.exists():
             self._old = list(map(json.loads, self._path.read_text().splitlines()))
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +97,7 @@ class Rows:
             jax=jax.__version__,
             python=platform.python_version(),
             command=" ".join(["python", *map(os.path.relpath, sys.argv[:1]), *sys.argv[1:]]),
-            date=time.strftime("%Y-%m-%d"),
+            date=time.strftime("%Y-%m-%d %H:%M"),
         )
         self.rates = measure_rates() if rates else {}
         self._write(self._of_all | header | self.rates)
@@ -112,17 +122,20 @@ class Rows:
         """Writes the row `settings | find()` and returns it.
 
         A row that is known is only returned; without time left one is written as skipped,
-        unless its work has `begun`. An exception is written and printed, and counts as a
-        failure of the script.
+        unless its work has `begun`, and so is one whose work raises TimeoutError. Any other
+        exception is written and printed, and counts as a failure of the script.
         """
         if (row := self.known(**settings)) is not None:
             return row
         row = self._of_all | settings
-        if self.left <= 0 and not begun:
-            self._write(row | dict(skipped="no time was left"))
-            return None
         try:
+            if self.left <= 0 and not begun:
+                raise TimeoutError("no time was left")
             row |= find()
+        except TimeoutError as error:
+            self.skipped += 1
+            self._write(row | dict(skipped=str(error)))
+            return None
         except Exception as error:  # the next row may work; the exit status tells
             self.failed += 1
             self._write(row | dict(error=f"{type(error).__name__}: {error}"[:2000]))
@@ -174,26 +187,32 @@ def once(run: Callable[[], Any]) -> float:
 def compile_all(
     jobs: dict[Any, Callable[[], Any]], *, threads: int, seconds: float = float("inf")
 ) -> dict[Any, Callable[[], Any]]:
-    """Compiles programs in parallel on the host's cores, and waits for all of them.
+    """Compiles programs in parallel on the host's cores, and waits for them.
 
     Nothing is timed meanwhile, as XLA autotunes matrix products on the device while compiling.
 
     Args:
       jobs: by name, a function that compiles a program and returns it.
-      seconds: time limit, after which the remaining ones are dropped.
+      seconds: for compiling and timing. Programs that are late after `COMPILING` of it are
+        dropped; those that then still compile may slow down what is timed.
 
     Returns:
-      By name, a function that returns the program, or raises what went wrong.
+      By name, a function that returns the program, or raises what went wrong: TimeoutError
+      where it was late.
     """
     pool = concurrent.futures.ThreadPoolExecutor(max(1, threads))
     start = time.monotonic()
     futures = {name: pool.submit(job) for name, job in jobs.items()}
-    timeout = None if seconds == float("inf") else max(0.0, seconds)
-    done, late = concurrent.futures.wait(futures.values(), timeout)
+    done, late = concurrent.futures.wait(futures.values(), timeout(COMPILING * seconds))
     pool.shutdown(wait=False, cancel_futures=True)
     took = time.monotonic() - start
     print(f"compiled {len(done)} programs in {took:.1f} s, {len(late)} late", file=sys.stderr)
     return {name: _finished(future) for name, future in futures.items()}
+
+
+def timeout(seconds: float) -> float | None:
+    """Seconds as a timeout of `concurrent.futures`, where None is no limit."""
+    return None if seconds == float("inf") else max(0.0, seconds)
 
 
 def _finished(future):
@@ -203,6 +222,13 @@ def _finished(future):
         return future.result()
 
     return result
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process at once: an ordinary exit would wait for threads that still work."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def measure_rates() -> dict:

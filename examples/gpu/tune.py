@@ -6,8 +6,9 @@
 Tiles, warps and stages first, at the longest context and with the table's number of splits;
 then, at every context, the best of them with other splits and steps of new keys. Each
 candidate walks several caches, more bytes than the card's second-level cache holds, as the
-layers of a model do. A winner must agree with the definition. Without a GPU the kernels are
-interpreted on small shapes: times mean nothing.
+layers of a model do. A winner must agree with the definition. The Mosaic kernel, which has not
+run on a GPU yet, follows when Triton's rows and tiles are written. Without a GPU the Triton
+kernel is interpreted on small shapes: times mean nothing.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ REGISTERS = 200  # of a thread, for scores and outputs in float32: above, they s
 KEPT = 2  # best tiles, which are tried with other splits
 SPLITS = (1, 2, 4, 8, 16, 32, 64)
 CALLS = 64  # fewest calls timed in one program
+KERNELS = {"triton": TileConfig, "mosaic": MosaicTile}
 
 
 def inputs(shape: Shape) -> tuple:
@@ -96,12 +98,23 @@ def loops(shape: Shape, caches: int) -> int:
     return 1 if jax.default_backend() != "gpu" else math.ceil(CALLS / caches)
 
 
-def candidates(shape: Shape) -> list[TileConfig | MosaicTile]:
-    """Tiles with the table's splits, without those that cannot be fast, and Mosaic's."""
+def candidates(kernel: str, shape: Shape) -> list[TileConfig | MosaicTile]:
+    """The tile in use, if it is the kernel's, and others that may be fast."""
+    tiles = of_triton(shape) if kernel == "triton" else of_mosaic(shape)
+    return list(dict.fromkeys([*in_use(kernel, shape), *tiles]))
+
+
+def in_use(kernel: str, shape: Shape) -> list[TileConfig | MosaicTile]:
+    tile = choose(shape)
+    return [tile] if isinstance(tile, KERNELS[kernel]) else []
+
+
+def of_triton(shape: Shape) -> list[TileConfig]:
+    """Tiles with the table's splits, without those that cannot be fast."""
     table = from_table(shape)
     rows = shape.nodes * shape.group
     most = max(MIN_TILE, min(128, 1 << (rows - 1).bit_length()))
-    tiles = [choose(shape), table]
+    tiles = [table]
     options = itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
     for tile_rows, keys, warps, stages in options:
         # Smaller tiles of rows read the cache more often, larger ones are padding.
@@ -110,7 +123,7 @@ def candidates(shape: Shape) -> list[TileConfig | MosaicTile]:
         tile = TileConfig(tile_rows, keys, table.nodes, table.splits, warps, stages)
         if fits(tile, shape):
             tiles.append(tile)
-    return list(dict.fromkeys(tiles)) + of_mosaic(shape)
+    return tiles
 
 
 def of_mosaic(shape: Shape) -> list[MosaicTile]:
@@ -145,30 +158,29 @@ def variations(tile: TileConfig | MosaicTile, shape: Shape) -> list[TileConfig |
 
 
 class Tuning:
-    """One shape, and the times of its tiles."""
+    """One shape, the times of a kernel's tiles, and why others were refused."""
 
     def __init__(self, shape: Shape):
-        self.shape, self.inputs, self.ms = shape, inputs(shape), {}
+        self.shape, self.inputs, self.ms, self.refused = shape, inputs(shape), {}, {}
         self.loops = loops(shape, len(self.inputs[1]))
 
     def compile(self, tile: TileConfig):
         return walk.lower(*self.inputs, tile=tile, loops=self.loops).compile()
 
     def time(self, tile: TileConfig, program) -> None:
-        """Records a time; None for a tile that the compiler or the GPU refuses."""
-        if tile in self.ms:
-            return
+        """Records a time, or why the compiler or the GPU refuses a tile."""
         try:
             found = timing.milliseconds(
                 functools.partial(program(), *self.inputs), self.loops * len(self.inputs[1]), 5
             )
             self.ms[tile] = found["ms"]
-        except jax.errors.JaxRuntimeError:  # too much shared memory
-            self.ms[tile] = None
+        except TimeoutError:
+            pass  # it was not compiled in time
+        except Exception as error:  # too much shared memory, say; the next tile may work
+            self.refused[tile] = f"{type(error).__name__}: {error}"[:200]
 
-    def best(self, count: int) -> list[TileConfig]:
-        timed = {tile: ms for tile, ms in self.ms.items() if ms is not None}
-        return sorted(timed, key=timed.get)[:count]
+    def best(self, count: int) -> list[TileConfig | MosaicTile]:
+        return sorted(self.ms, key=self.ms.get)[:count]
 
     def error(self, tile: TileConfig) -> float:
         """Error of a tile's output, relative to the reference in float32."""
@@ -192,12 +204,14 @@ class Tuning:
         """The fastest tile that agrees with the definition.
 
         Raises:
-          ValueError: none was timed, or the fastest disagrees.
+          TimeoutError: none was tried in time.
+          ValueError: all were refused, or the fastest disagrees.
         """
-        found = self.best(1)
-        if not found:
-            raise ValueError("no tile was timed: all were refused, or the time was over")
-        (tile,) = found
+        if not self.ms and self.refused:
+            raise ValueError(f"the tiles that were tried were refused: {self.refused}")
+        if not self.ms:
+            raise TimeoutError("the time was over before a tile was timed")
+        (tile,) = self.best(1)
         error = self.error(tile)
         if not error < 1e-2:
             raise ValueError(f"{tile} is off by {error:.1e}, relative to the definition")
@@ -208,7 +222,10 @@ class Tuning:
             cache_gb_s=round(cache_bytes(self.shape) / self.ms[tile] / 1e6),
             difference=error,
             tile=dataclasses.asdict(tile),
-            tried=[[*dataclasses.astuple(tile), ms] for tile, ms in self.ms.items()],
+            tried=[
+                [*dataclasses.astuple(tile), result]
+                for tile, result in (self.ms | self.refused).items()
+            ],
         )
 
 
@@ -221,7 +238,21 @@ def main(arguments: list[str] | None = None) -> int:
         for batch, nodes, context in sizes
     ]
     rows = timing.Rows("tune", options)
-    tunings = [Tuning(shape) for shape in shapes if not rows.known(**described(shape))]
+    found = []
+    for kernel in options.kernels:
+        found += tuned(kernel, shapes, rows, options.threads)
+        write(found, options.tiles)
+    return rows.finish()
+
+
+def tuned(kernel: str, shapes: list[Shape], rows: timing.Rows, threads: int) -> list[dict]:
+    """Writes a row per shape that a kernel takes; returns their entries for the tiles' file."""
+    settings = {
+        shape: dict(kernel=kernel) | described(shape)
+        for shape in shapes
+        if candidates(kernel, shape)
+    }
+    tunings = [Tuning(shape) for shape, own in settings.items() if not rows.known(**own)]
     longest = {}  # by all but the context
     for tuning in tunings:
         longest[tuning.shape.batch, tuning.shape.nodes] = max(
@@ -229,28 +260,32 @@ def main(arguments: list[str] | None = None) -> int:
             longest.get((tuning.shape.batch, tuning.shape.nodes), tuning),
             key=lambda tuning: tuning.shape.capacity,
         )
-    search([(t, candidates(t.shape)) for t in longest.values()], rows, options.threads)
+    search([(t, candidates(kernel, t.shape)) for t in longest.values()], rows, threads)
     refined = []
     for tuning in tunings:
         best = longest[tuning.shape.batch, tuning.shape.nodes].best(KEPT)
         tiles = [other for tile in best for other in variations(tile, tuning.shape)]
-        refined.append((tuning, [choose(tuning.shape), *tiles]))
-    search(refined, rows, options.threads)
+        refined.append((tuning, [*in_use(kernel, tuning.shape), *tiles]))
+    search(refined, rows, threads)
     by_shape = {tuning.shape: tuning for tuning in tunings}
     found = []
-    for shape in shapes:
-        find = by_shape[shape].row if shape in by_shape else dict
-        row = rows.measure(find, **described(shape))
+    for shape, own in settings.items():
+        tuning = by_shape.get(shape)
+        row = rows.measure(tuning and tuning.row, begun=bool(tuning and tuning.ms), **own)
         if row:
             entry = dict(shape=described(shape), tile=row["tile"], ms=row["ms"])
             found.append(dict(card=row["card"]) | entry)
-    measured = [(entry["card"], entry["shape"]) for entry in found]
-    kept = json.loads(MEASURED.read_text())
-    found += [entry for entry in kept if (entry["card"], entry["shape"]) not in measured]
-    options.tiles.parent.mkdir(parents=True, exist_ok=True)
-    options.tiles.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"wrote {len(found)} tiles to {options.tiles}", file=sys.stderr)
-    return rows.finish()
+    return found
+
+
+def write(found: list[dict], path: Path) -> None:
+    """Writes each shape's fastest tile, and those of the library for other shapes."""
+    fastest = {}
+    for entry in json.loads(MEASURED.read_text()) + sorted(found, key=lambda x: -x["ms"]):
+        fastest[entry["card"], tuple(entry["shape"].items())] = entry
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(list(fastest.values()), indent=1) + "\n")
+    print(f"wrote {len(fastest)} tiles to {path}", file=sys.stderr)
 
 
 def search(
@@ -261,7 +296,7 @@ def search(
         (tuning, tile): functools.partial(tuning.compile, tile)
         for tuning, tiles in tried
         for tile in dict.fromkeys(tiles)
-        if tile not in tuning.ms
+        if tile not in tuning.ms | tuning.refused
     }
     programs = timing.compile_all(jobs, threads=threads, seconds=rows.left)
     for (tuning, tile), program in programs.items():
@@ -275,6 +310,7 @@ def described(shape: Shape) -> dict:
 
 def parse(arguments: list[str] | None):
     parser = timing.parser(__doc__.splitlines()[0], "tune")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 32_768])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
@@ -293,4 +329,4 @@ def parse(arguments: list[str] | None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    timing.leave(main())

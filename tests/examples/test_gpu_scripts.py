@@ -1,9 +1,15 @@
 """The scripts of examples/gpu, end to end on a CPU with the tiny model."""
 
+import argparse
+import dataclasses
 import importlib
 import json
+import os
+import subprocess
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pallas_kernels.skinny_matmul.config import MEASURED
@@ -73,6 +79,31 @@ def test_what_is_not_begun_in_time_is_reported_and_done_the_next_time(run):
     assert row["ms"] > 0
 
 
+def test_a_large_model_is_refused_where_there_is_no_gpu(run):
+    with pytest.raises(
+        SystemExit, match="JAX runs on .* CPU; .* expects .* GPU.* `--model tiny`"
+    ):
+        run("steps", "--cases", "plain")
+
+
+def test_what_is_compiled_in_time_is_timed_and_what_is_late_is_skipped(script, tmp_path):
+    timing, never = script("timing"), threading.Event()
+    options = timing.parser("", "steps").parse_args(["--out", str(tmp_path / "rows.jsonl")])
+    options.seconds, options.model = 0.5, "tiny"
+    rows = timing.Rows("steps", options, rates=False)
+    jobs = {"plain": lambda: 6.3, "late": never.wait}
+    programs = timing.compile_all(jobs, threads=2, seconds=rows.left)
+    found = {
+        case: rows.measure(lambda case=case: dict(ms=programs[case]()), case=case)
+        for case in jobs
+    }
+    never.set()
+    assert found["plain"]["ms"] == 6.3 and found["late"] is None
+    last = json.loads(options.out.read_text().splitlines()[-1])
+    assert last["skipped"] == "the time was over before it was compiled"
+    assert (rows.skipped, rows.finish()) == (1, 0)
+
+
 @pytest.mark.slow
 def test_a_row_that_fails_is_written_and_makes_the_script_fail(run, script, monkeypatch):
     def fail(*_):
@@ -109,6 +140,50 @@ def test_tune_writes_tiles_that_the_kernel_reads(run, tmp_path):
     )
 
 
+@pytest.fixture
+def tune(script, monkeypatch):
+    """The module, with a Mosaic tile for every shape, and arrays and errors of none."""
+    tune = script("tune")
+    monkeypatch.setattr(tune, "of_mosaic", lambda shape: [tune.MosaicTile(1, 2)])
+    monkeypatch.setattr(tune, "inputs", lambda shape: ((), ((),)))
+    monkeypatch.setattr(tune.Tuning, "error", lambda self, tile: 0.0)
+    return tune
+
+
+def test_tune_writes_tritons_tiles_before_it_tries_mosaics(run, tune, monkeypatch, tmp_path):
+    tiles = tmp_path / "tiles.json"
+
+    def search(tried, rows, threads):
+        for tuning, candidates in tried:
+            mosaic = isinstance(candidates[0], tune.MosaicTile)
+            assert tiles.exists() == mosaic
+            tuning.ms |= dict.fromkeys(candidates, 1.0 if mosaic else 2.0)
+
+    monkeypatch.setattr(tune, "search", search)
+    status, rows = run("tune", "--model", "tiny", "--tiles", tiles)
+    assert status == 0
+    assert [(row["kernel"], row["ms"]) for row in rows] == [("triton", 2.0), ("mosaic", 1.0)]
+    fastest = json.loads(tiles.read_text())[-1]
+    assert fastest["tile"] == dict(splits=1, steps=2) and fastest["shape"] == {
+        name: rows[0][name] for name in fastest["shape"]
+    }
+
+
+def test_a_tile_that_fails_in_any_way_is_recorded_and_the_next_is_timed(tune):
+    def fail():
+        raise NotImplementedError("no such instruction")
+
+    shape = tune.Shape(1, 64, 8, 2, 128, 128, np.dtype("float32"))
+    tuning, (bad, good) = tune.Tuning(shape), tune.of_triton(shape)[:2]
+    tuning.time(bad, fail)
+    with pytest.raises(ValueError, match="NotImplementedError: no such instruction"):
+        tuning.row()
+    tuning.time(good, lambda: lambda *_: ())
+    assert tuning.best(2) == [good] and bad in tuning.refused
+    results = {tuple(tile): result for *tile, result in tuning.row()["tried"]}
+    assert results[dataclasses.astuple(bad)] == "NotImplementedError: no such instruction"
+
+
 @pytest.mark.slow
 def test_products_of_every_weight_are_timed_and_no_tile_changes_without_a_gpu(run, tmp_path):
     tiles = tmp_path / "products.json"
@@ -128,6 +203,35 @@ def test_measured_products_replace_the_entries_of_the_same_shapes(script):
         [entry(16, old), entry(32, old), entry(64, old)], [entry(32, new), entry(64, None)]
     )
     assert found == [entry(16, old), entry(32, new)]
+
+
+def test_gate_and_up_which_have_most_tiles_come_last(script):
+    products = script("products")
+    for model in ("qwen3-8b", "qwen3.5-9b"):
+        assert list(products.products_of(products.MODELS[model]))[-1] == "gate_up"
+
+
+@pytest.mark.parametrize("timed, entries", [(100, 1), (3, 0)])
+def test_a_product_without_all_its_tiles_changes_no_entry(script, monkeypatch, timed, entries):
+    products = script("products")
+
+    class Rows:
+        left, seen, skipped = 1.0, 0, 0
+
+        def measure(self, find, *, tile, **settings):
+            self.seen += 1
+            if self.seen > timed:
+                self.skipped += 1
+                return None
+            return dict(card="card", tile=tile, us=20.0 if tile else 30.0)
+
+        known = staticmethod(dict)
+
+    monkeypatch.setattr(products.timing, "compile_all", lambda jobs, **_: jobs)
+    monkeypatch.setattr(products, "normal", lambda *_, **__: None)
+    options = argparse.Namespace(nodes=[64], kernel=True, threads=1)
+    found = products.compare(Rows(), products.Product(4096, 6144), {}, options)
+    assert len(found) == entries
 
 
 def test_tiles_of_a_product_divide_it_and_fit_the_card(script):
@@ -195,8 +299,41 @@ def test_check_compares_every_drafter_with_plain_decoding(run):
     assert status == 0
     assert rows[0]["check"] == "ties"
     assert {row["check"] for row in rows} == {"ties", "kernels", "lossless"}
+    assert rows[-1]["case"] == "mosaic"
     trees = {row["tree"] for row in rows if row.get("drafter") == "dspark"}
     assert trees == {"chain", "best_first", "top_budget", "path_conditioned", "transitions"}
+
+
+def test_check_keeps_what_has_begun_and_fails_for_what_it_skips(run, script, monkeypatch):
+    check, never = script("check"), threading.Event()
+    works = {
+        "ends in time": dict,
+        "ends later": lambda: never.wait(0.8) or {},
+        "never ends": never.wait,
+        "does not begin": dict,
+    }
+    monkeypatch.setattr(check, "ties", dict)
+    monkeypatch.setenv("JAXSPEC_COMMIT", "c")
+    monkeypatch.setattr(check, "GRACE", 1 - 5)  # five more are for pytest to be killed
+    monkeypatch.setattr(
+        check, "jobs", lambda *_: ((dict(check=name), work) for name, work in works.items())
+    )
+    status, rows = run("check", "--model", "tiny", "--seconds", 0.5)
+    never.set()
+    assert status == 1
+    assert {row["check"]: row.get("skipped") for row in rows} == {
+        "ties": None,
+        "ends in time": None,
+        "ends later": None,
+        "does not begin": "no time was left",
+        "never ends": "the time was over before it was done",
+        "kernels": "no time was left",
+    }
+
+
+def test_tests_of_kernels_that_hang_are_killed(script):
+    with pytest.raises(subprocess.TimeoutExpired):
+        script("check").kernels("mosaic", lambda: 0.01)
 
 
 def test_check_names_the_first_token_that_differs(script, monkeypatch):
@@ -256,6 +393,55 @@ def test_report_puts_tables_between_the_markers_and_draws(script, tmp_path):
     assert main(options) == 0 and page.read_text() == written
     with pytest.raises(SystemExit, match="no rows of other; it has those of"):
         main([*options, "--card", "other"])
+
+
+@pytest.mark.parametrize(
+    "given, taken",
+    [(None, "H200"), ("H100", "H100"), ("x86_64 CPU", "x86_64 CPU")],
+)
+def test_report_takes_the_gpu_that_was_used_last_and_a_cpu_only_if_named(
+    script, tmp_path, given, taken
+):
+    starts = (
+        ("steps", "H200", "2026-11-28 10:00"),
+        ("steps", "H100", "2026-11-26 09:00"),
+        ("steps", "H200", "2026-11-28 12:00"),
+        ("tune", "H100", "2026-11-28 11:00"),
+        ("tune", "x86_64 CPU", "2026-11-29 08:00"),
+    )
+    for name, card, date in starts:
+        row = dict(script=name, card=card, header=True, date=date)
+        with (tmp_path / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    read = script("report").read
+    assert read(tmp_path, given)[0] == taken
+    (tmp_path / "steps.jsonl").unlink()
+    assert read(tmp_path, None)[0] == "H100"
+
+
+def test_the_campaign_checks_first_bounds_each_script_and_takes_the_commit_once(tmp_path):
+    stub = tmp_path / "timeout"
+    stub.write_text(f'#!/bin/sh\necho "$JAXSPEC_COMMIT|$@" >> {tmp_path}/log\n')
+    stub.chmod(0o755)
+    own = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", OUT=str(tmp_path), PYTHON="python")
+    done = subprocess.run([FOLDER / "campaign.sh"], env=os.environ | own, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    commits, lines = zip(
+        *(line.split("|") for line in (tmp_path / "log").read_text().splitlines()), strict=True
+    )
+    assert len(set(commits)) == 1
+    run = [(words[4].split("/")[-1], int(words[2])) for words in map(str.split, lines)]
+    assert run == [
+        ("check.py", 210),
+        ("products.py", 160),
+        ("tune.py", 160),
+        ("steps.py", 160),
+        ("steps.py", 160),
+        ("replay.py", 160),
+        ("small.py", 160),
+        ("tune.py", 160),
+    ]
+    assert "--kernels triton" in lines[2] and "--kernels" not in lines[-1]
 
 
 @pytest.mark.slow
