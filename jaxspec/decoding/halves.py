@@ -13,17 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.decoding.habit import Habit
-from jaxspec.decoding.schedule import (
-    Batch,
-    Fixed,
-    Schedule,
-    draft_of,
-    run_if,
-    size_of_round,
-    size_of_trees,
-    sized_round,
-    whole_round,
-)
+from jaxspec.decoding.schedule import Batch, Fixed, Rounds, Schedule, run_if
 from jaxspec.decoding.staircase import Staircase
 from jaxspec.decoding.state import Decoder, Draft, Params
 from jaxspec.trees.tree import DraftTree, root_only
@@ -59,14 +49,15 @@ def draft_rows(
 
     Args: forced: scalar bool, draft even if it is not expected to pay.
     """
+    rounds = Rounds(decoder, params, staircase, schedule)
 
     def drafted(carry):
-        batch, draft = draft_of(decoder, params, carry[0])
+        batch, draft = rounds.draft(carry[0])
         return batch, draft.tree
 
     took_place = pays = jnp.bool(True)
     if not isinstance(schedule, Fixed):
-        size, pays = size_of_round(batch, habit, staircase, schedule)
+        size, pays = rounds.size(batch, habit)
         took_place = (size > 0) | forced
     nothing = root_only(batch.state.anchor, size=decoder.drafter.size)
     batch, tree = run_if(took_place, drafted, (batch, nothing))
@@ -90,21 +81,15 @@ def judge_rows(
     schedule: Schedule,
 ) -> tuple[Batch, Habit]:
     """The second half of a round: verifies, accepts and commits the restricted trees."""
+    rounds = Rounds(decoder, params, staircase, schedule)
     if isinstance(schedule, Fixed):
-        return whole_round(decoder, params, batch, habit, draft, staircase.sizes)
-
-    def drafts(batch):
-        return batch, draft
-
+        return rounds.whole(batch, draft, habit)
     # What was drafted is known, and nothing of it was drawn: the size may depend on it.
-    size = jnp.maximum(size_of_trees(draft.tree, habit, batch, staircase), 1)
-    return sized_round(
-        decoder,
-        params,
+    size = jnp.maximum(rounds.size_of(draft.tree, batch, habit), 1)
+    return rounds.sized(
         batch,
         habit,
-        drafts,
-        staircase,
+        lambda batch: (batch, draft),
         size=jnp.where(drafted.took_place, size, 0),
         pays=drafted.pays,
         allowed=draft.allowed[:, :1],

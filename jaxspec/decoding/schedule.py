@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -129,8 +130,7 @@ def decode_rows(
     schedule: Schedule,
 ) -> tuple[Batch, Habit]:
     """Runs up to `rounds` (a scalar) rounds; stops early when a row finishes and can leave."""
-    before = batch.state.done
-    step = adaptive_round if isinstance(schedule, Adaptive) else fixed_round
+    before, shared = batch.state.done, Rounds(decoder, params, staircase, schedule)
 
     def unfinished(carry):
         i, batch, _ = carry
@@ -139,66 +139,124 @@ def decode_rows(
 
     def one(carry):
         i, batch, habit = carry
-        return i + 1, *step(decoder, params, batch, habit, staircase, schedule)
+        return i + 1, *shared.step(batch, habit)
 
     return jax.lax.while_loop(unfinished, one, (jnp.int32(0), batch, habit))[1:]
 
 
-def fixed_round(decoder, params, batch, habit, staircase, schedule):
-    """A round in which every row verifies its own budget."""
-    batch, draft = draft_of(decoder, params, batch)
-    return whole_round(decoder, params, batch, habit, draft, staircase.sizes)
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """A round and its parts, with what all rounds share; used inside jitted functions."""
 
+    decoder: Decoder
+    params: Params
+    staircase: Staircase
+    schedule: Schedule
 
-def adaptive_round(decoder, params, batch, habit, staircase, schedule):
-    """A round with one budget for all rows."""
-    drafts = functools.partial(draft_of, decoder, params)
-    size, pays = size_of_round(batch, habit, staircase, schedule)
-    return sized_round(decoder, params, batch, habit, drafts, staircase, size, pays)
+    def step(self, batch: Batch, habit: Habit) -> tuple[Batch, Habit]:
+        """A round: of every row's own budget, or, adaptive, of one budget for all rows."""
+        if isinstance(self.schedule, Fixed):
+            return self.whole(*self.draft(batch), habit)
+        size, pays = self.size(batch, habit)
+        return self.sized(batch, habit, self.draft, size, pays)
 
+    def size(self, batch: Batch, habit: Habit) -> tuple[jax.Array, jax.Array]:
+        """The size of an adaptive round, an index into `staircase`, before its draft is there;
+        and whether this draft is expected to pay."""
+        kind = kind_of(batch)
+        young = batch.state.rounds <= self.schedule.probe
+        size = choose_size(batch.survivals[:, -1], habit, kind, self.staircase)
+        probed = probe(habit, self.schedule.probe, kind, young, self.staircase)
+        return jnp.where(size == 0, probed, size), size > 0
 
-def draft_of(decoder: Decoder, params: Params, batch: Batch) -> tuple[Batch, Draft]:
-    """The drafter's proposal."""
-    draft, state = propose(decoder, params, batch.state, batch.sampling)
-    return dataclasses.replace(batch, state=state), draft
+    def size_of(self, tree: DraftTree, batch: Batch, habit: Habit) -> jax.Array:
+        """The size of a round whose trees are there."""
+        kind = kind_of(batch)
+        running = kind < KINDS
+        fresh = jnp.where(running[:, None], foresee(tree, habit, kind), 0.0)
+        return best_size(fresh, running.sum(), self.staircase)
 
+    def draft(self, batch: Batch) -> tuple[Batch, Draft]:
+        """The drafter's proposal."""
+        draft, state = propose(self.decoder, self.params, batch.state, batch.sampling)
+        return dataclasses.replace(batch, state=state), draft
 
-def whole_round(decoder, params, batch, habit, draft, sizes) -> tuple[Batch, Habit]:
-    """A round that verifies all of a draft."""
-    size = smallest(sizes, draft.tree, batch.state.done)
-    return finish_round(decoder, params, batch, draft, sizes, size), counted(habit, size)
+    def whole(self, batch: Batch, draft: Draft, habit: Habit) -> tuple[Batch, Habit]:
+        """The rest of a round that verifies all of a draft."""
+        sizes = self.staircase.sizes
+        size = smallest(sizes, draft.tree, batch.state.done)
+        return self._finish(batch, draft, sizes, size), counted(habit, size)
 
+    def sized(
+        self,
+        batch: Batch,
+        habit: Habit,
+        draft: Callable[[Batch], tuple[Batch, Draft]],
+        size: jax.Array,
+        pays: jax.Array,
+        allowed: jax.Array | None = None,
+    ) -> tuple[Batch, Habit]:
+        """A round of a chosen size: plain decoding for the first size, else with a draft.
 
-def sized_round(
-    decoder, params, batch, habit, drafts, staircase, size, pays, allowed=None
-) -> tuple[Batch, Habit]:
-    """A round of a chosen size: plain decoding for the first size, else with a draft.
+        Args:
+          draft: the batch after drafting, and its draft.
+          size, pays: see `size`.
+          allowed: tokens allowed after the roots in a plain round, as `Draft.allowed`.
+        """
+        carry = run_if(
+            size == 0,
+            lambda carry: self.plain(*carry, allowed),
+            (batch, counted(habit, size)),
+        )
+        if len(self.staircase.sizes) == 1:
+            return carry
 
-    Args:
-      drafts: a function that returns the batch after drafting, and its draft.
-      size, pays: from `size_of_round`.
-      allowed: tokens allowed after the roots in a plain round, as `Draft.allowed`.
-    """
+        def drafted(carry):
+            batch, habit = carry
+            return self.cut_to_size(*draft(batch), habit, size, pays)
 
-    def plain(carry):
-        return plain_round(decoder, params, *carry, allowed)
+        return run_if(size > 0, drafted, carry)
 
-    def judged(carry):
-        batch, habit = carry
-        batch, draft = drafts(batch)
-        return judged_round(decoder, params, batch, habit, draft, staircase, size, pays)
+    def plain(
+        self, batch: Batch, habit: Habit, allowed: jax.Array | None = None
+    ) -> tuple[Batch, Habit]:
+        """A round of plain decoding, whose choices use separate noise (`round_keys`)."""
+        kind = kind_of(batch)
+        draft = Draft(root_only(batch.state.anchor), allowed=allowed)
+        batch = self._finish(batch, draft, (VerifySize(draft.tree.tokens.size, 1),), 0)
+        unknown = jnp.full_like(batch.survivals[:, 0], UNKNOWN)
+        batch = dataclasses.replace(batch, survivals=push(batch.survivals, unknown))
+        return batch, rested(habit, kind)
 
-    carry = run_if(size == 0, plain, (batch, counted(habit, size)))
-    return run_if(size > 0, judged, carry) if len(staircase.sizes) > 1 else carry
+    def cut_to_size(
+        self, batch: Batch, draft: Draft, habit: Habit, size: jax.Array, pays: jax.Array
+    ) -> tuple[Batch, Habit]:
+        """The rest of a round that verifies as many of the best nodes as a size holds.
 
+        Args: size, pays: see `size`; here the size is at least 1.
+        """
+        kind, before = kind_of(batch), batch.state.length
+        fresh = foresee(draft.tree, habit, kind)
+        draft = cut(draft, keep(fresh, kind < KINDS, size, self.staircase))
+        batch = self._finish(batch, draft, self.staircase.sizes[1:], size - 1)
+        accepted = batch.state.length - before - 1
+        old = batch.survivals[:, -1]
+        habit = learn(habit, draft.tree, fresh, old, accepted, kind, pays)
+        return dataclasses.replace(batch, survivals=push(batch.survivals, fresh)), habit
 
-def size_of_round(batch, habit, staircase, schedule) -> tuple[jax.Array, jax.Array]:
-    """The size of a round, and whether its draft is expected to pay."""
-    kind = kind_of(batch)
-    young = batch.state.rounds <= schedule.probe
-    pays = choose_size(batch.survivals[:, -1], habit, kind, staircase)
-    probed = probe(habit, schedule.probe, kind, young, staircase)
-    return jnp.where(pays == 0, probed, pays), pays > 0
+    def _finish(
+        self,
+        batch: Batch,
+        draft: Draft,
+        sizes: tuple[VerifySize, ...],
+        size: jax.Array | int,
+    ) -> Batch:
+        """Verifies with `sizes[size]`, accepts and commits."""
+        decoder, params, sampling = self.decoder, self.params, batch.sampling
+        verdict = judge(decoder, params, batch.state, sampling, draft, sizes, size)
+        return dataclasses.replace(
+            batch, state=commit(decoder, params, batch.state, sampling, verdict)
+        )
 
 
 def kind_of(batch: Batch) -> jax.Array:
@@ -213,49 +271,9 @@ def run_if(condition: jax.Array, step, carry):
     return jax.lax.while_loop(lambda carry: carry[0], once, (condition, carry))[1]
 
 
-def plain_round(decoder, params, batch, habit, allowed=None):
-    """A round of plain decoding, whose choices use separate noise (`round_keys`).
-
-    Args: allowed: tokens allowed after the roots, as `Draft.allowed`.
-    """
-    kind = kind_of(batch)
-    draft = Draft(root_only(batch.state.anchor), allowed=allowed)
-    sizes = (VerifySize(draft.tree.tokens.size, 1),)
-    batch = finish_round(decoder, params, batch, draft, sizes, 0)
-    unknown = jnp.full_like(batch.survivals[:, 0], UNKNOWN)
-    batch = dataclasses.replace(batch, survivals=push(batch.survivals, unknown))
-    return batch, rested(habit, kind)
-
-
-def judged_round(decoder, params, batch, habit, draft, staircase, size, chosen):
-    """A round with drafted trees.
-
-    Args: size, chosen: index into `staircase`, at least 1; and whether the draft was expected
-      to pay.
-    """
-    kind, before = kind_of(batch), batch.state.length
-    fresh = foresee(draft.tree, habit, kind)
-    draft = cut(draft, keep(fresh, kind < KINDS, size, staircase))
-    batch = finish_round(decoder, params, batch, draft, staircase.sizes[1:], size - 1)
-    accepted = batch.state.length - before - 1
-    old = batch.survivals[:, -1]
-    habit = learn(habit, draft.tree, fresh, old, accepted, kind, chosen)
-    return dataclasses.replace(batch, survivals=push(batch.survivals, fresh)), habit
-
-
 def push(survivals: jax.Array, newest: jax.Array) -> jax.Array:
     """`Batch.survivals` with those of a new round, [B, N - 1], in front."""
     return jnp.concatenate([newest[:, None], survivals[:, :-1]], axis=1)
-
-
-def size_of_trees(
-    tree: DraftTree, habit: Habit, batch: Batch, staircase: Staircase
-) -> jax.Array:
-    """The size of a round whose trees are there, an index into `staircase`."""
-    kind = kind_of(batch)
-    running = kind < KINDS
-    fresh = jnp.where(running[:, None], foresee(tree, habit, kind), 0.0)
-    return best_size(fresh, running.sum(), staircase)
 
 
 def keep(
@@ -267,12 +285,6 @@ def keep(
         staircase.totals[size] - running.sum(),
         staircase.per_row[size] - 1,
     )
-
-
-def finish_round(decoder, params, batch, draft, sizes, size):
-    verdict = judge(decoder, params, batch.state, batch.sampling, draft, sizes, size)
-    state = commit(decoder, params, batch.state, batch.sampling, verdict)
-    return dataclasses.replace(batch, state=state)
 
 
 def cut(draft: Draft, kept: jax.Array) -> Draft:

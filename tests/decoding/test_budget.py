@@ -135,7 +135,7 @@ def by_older_best(survivals, older, staircase):
 
 @jax.jit
 def by_engine(survivals, older, staircase):
-    """What `adaptive_round` does with drawn chains: its own steps, in its own order."""
+    """What an adaptive round does with drawn chains: its own steps, in its own order."""
     habit = dataclasses.replace(
         init_habit(DEPTH + 1, DEPTH),
         usual=jnp.tile(jnp.array([0.7, 0.5, 0.2]), (KINDS, 1)),

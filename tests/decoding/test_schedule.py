@@ -26,12 +26,12 @@ from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.schedule import (
     Adaptive,
     Batch,
+    Rounds,
     cut,
     decode_rows,
     keep,
     kind_of,
     push,
-    size_of_round,
 )
 from jaxspec.decoding.staircase import Staircase, VerifySize
 from jaxspec.decoding.state import Draft
@@ -151,7 +151,7 @@ def run(chance, claimed, stairs, key, *, rows: int, rounds: int):
         survivals, known, age, left = carry
         state = SimpleNamespace(rounds=age, done=kind > 0)
         batch = SimpleNamespace(state=state, sampling=sampling, survivals=survivals)
-        size, pays = size_of_round(batch, known, stairs, Adaptive())
+        size, pays = Rounds(None, None, stairs, Adaptive()).size(batch, known)
         length = jnp.full(rows, DEPTH)
         tree = chain(anchor, jnp.ones((rows, DEPTH), int), length, claims, size=DEPTH + 1)
         fresh = foresee(tree, known, kind)
