@@ -50,7 +50,6 @@ class Calibrate:
         from jaxspec.checkpoints.drafters import save_temperatures
         from jaxspec.evaluation import calibration
         from jaxspec.evaluation.walk import record
-        from jaxspec.prompts import usable_prompts
 
         unread: list[str] = []
         prompts = read_prompts(self.prompts, unread)
@@ -67,22 +66,10 @@ class Calibrate:
                 f"--drafter {self.drafter} has no confidence head: nothing to calibrate"
             )
         spare = drafter.drafter.depth + 1
-        rows, refused = usable_prompts(
-            target,
-            prompts,
-            raw=False,
-            thinking=self.thinking,
-            max_new_tokens=self.max_new_tokens + spare,
-        )
-        code = exits.left_out([*unread, *refused.values()])
-        if len(rows) < 2:
-            raise ValueError(
-                f"{self.prompts}: one of {len(prompts)} prompts is usable; expected at least "
-                "two: half are held out"
-            )
+        rows, code = self._usable(target, prompts, unread, self.max_new_tokens + spare)
         answers = record(
             target,
-            list(rows.values()),
+            rows,
             max_new_tokens=self.max_new_tokens,
             spare=spare,
             sampling=jaxspec.Sampling(temperature=self.temperature),
@@ -107,6 +94,21 @@ class Calibrate:
             save_temperatures(self.drafter, temperatures)
             print(f"stored in {self.drafter}/config.json")
         return code
+
+    def _usable(self, target, prompts, unread, max_new_tokens) -> tuple[list, int]:
+        """The prompts that the target can answer, and the exit code; others are printed."""
+        from jaxspec.prompts import usable_prompts
+
+        rows, refused = usable_prompts(
+            target, prompts, raw=False, thinking=self.thinking, max_new_tokens=max_new_tokens
+        )
+        code = exits.left_out([*unread, *refused.values()])
+        if len(rows) < 2:
+            raise ValueError(
+                f"{self.prompts}: {len(rows)} of {len(prompts)} prompts can be used; expected "
+                "at least two: half are held out"
+            )
+        return list(rows.values()), code
 
 
 def _print_slots(temperatures, raw, scaled) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxspec.data.conversations import Example, answer_ranges, encode
+from jaxspec.data.files import Row
 from jaxspec.data.identity import fingerprint, same_name
 from jaxspec.data.messages import row_messages
 from jaxspec.data.sources import Source, open_source
@@ -162,12 +163,7 @@ def read_examples(
             skipped.append(f"{row.where}: {error}")
             continue
         if encoded is None:
-            wrote = row.fields["metadata"].get("target")
-            raise ValueError(
-                f"{row.where}: {wrote!r} wrote this row, but the target is {target.name!r}; "
-                "regenerate the answers with this target, or give --any-target to train on "
-                "another model's answers"
-            )
+            raise _another_wrote(row, target)
         for example in encoded:
             cut = example.cut(max_length)
             if cut.supervised.sum() < min_supervised:
@@ -191,6 +187,14 @@ def read_examples(
         counts += f"; {truncated} truncated to {max_length} tokens"
     print(f"{files}: {counts}{_shown(skipped)}", file=sys.stderr)
     return examples
+
+
+def _another_wrote(row: Row, target: Target) -> ValueError:
+    wrote = row.fields["metadata"].get("target")
+    return ValueError(
+        f"{row.where}: {wrote!r} wrote this row, but the target is {target.name!r}; regenerate "
+        "the answers with this target, or give --any-target to train on another model's answers"
+    )
 
 
 def _wrote(row: dict[str, Any], target: Target, ours: str) -> bool:

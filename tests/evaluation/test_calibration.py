@@ -154,7 +154,7 @@ def test_two_prompts_must_be_usable(tmp_path, capsys):
     assert main(["calibrate", *arguments]) == BAD_INPUT
     left, error = capsys.readouterr().err.splitlines()
     assert left.startswith("left out: prompt 0")
-    assert "one of 2 prompts is usable; expected at least two" in error
+    assert "1 of 2 prompts can be used; expected at least two" in error
 
 
 def test_the_diagram_is_drawn(tmp_path):
