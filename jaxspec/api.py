@@ -305,46 +305,25 @@ def stream(
         state = decode(decoder, params, state, requests.sampling, np.int32(rounds))
 
 
-def warm_up(
-    target: Target,
-    prompts: Prompt | Sequence[Prompt],
-    *,
-    drafter: LoadedDrafter | str = PLAIN,
-    max_new_tokens: int = 256,
-    stop: str | Sequence[str] = (),
-    sampling: Sampling | Sequence[Sampling] = Sampling(),
-    seed: int | Sequence[int] = 0,
-    budget: int | Pace | None = None,
-    batch_size: int = 8,
-    capacity: int | None = None,
-    raw: bool = False,
-    thinking: bool | None = None,
-    rejection: bool = False,
-    implementation: str | None = None,
-) -> int:
-    """Compiles what `generate` will run with the same arguments; decodes one round.
+def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> int:
+    """Compiles what `generate(target, prompts, **options)` will run; decodes one round.
+
+    Args:
+      options: the keyword arguments of `generate`.
 
     Returns:
       The capacity. Pass it to `generate` to run the same programs on part of the prompts.
     """
+    raw, thinking = options.pop("raw", False), options.pop("thinking", None)
     rows = as_token_ids(target, prompts, raw=raw, thinking=thinking)
-    drafter = as_drafter(target, drafter)
-    decoder, _ = decoder_for(target, drafter)
-    capacity = check_capacity(decoder, rows, max_new_tokens, capacity)
-    batch = min(integer("batch_size", batch_size, low=1), len(rows))
-    generate(
-        target,
-        rows[:batch],
-        drafter=drafter,
-        max_new_tokens=min(max_new_tokens, 2),  # prefill gives the first, one round the second
-        stop=stop,
-        # One for all prompts, or one each.
-        sampling=sampling if isinstance(sampling, Sampling) else sampling[:batch],
-        seed=seed[:batch] if isinstance(seed, Sequence) else seed,
-        budget=budget,
-        batch_size=batch_size,
-        capacity=capacity,
-        rejection=rejection,
-        implementation=implementation,
-    )
+    options["drafter"] = as_drafter(target, options.get("drafter", PLAIN))
+    decoder, _ = decoder_for(target, options["drafter"])
+    new_tokens = options.pop("max_new_tokens", 256)
+    capacity = check_capacity(decoder, rows, new_tokens, options.pop("capacity", None))
+    batch = min(integer("batch_size", options.get("batch_size", 8), low=1), len(rows))
+    for name in ("sampling", "seed"):  # one for all prompts, or one each
+        if isinstance(options.get(name), Sequence):
+            options[name] = options[name][:batch]
+    few = min(new_tokens, 2)  # prefill gives the first, one round the second
+    generate(target, rows[:batch], max_new_tokens=few, capacity=capacity, **options)
     return capacity

@@ -19,17 +19,14 @@ from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.checkpoints.store import Store
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.config import DeltaNetConfig, TreeConfig
-from jaxspec.drafters.weights import random_weights
 from jaxspec.locks import claimed
 from jaxspec.models.params import random_params
 from jaxspec.models.target import Target
-from jaxspec.training.batches import Position
-from jaxspec.training.loading import Loader
 from jaxspec.training.networks import copy_layers
 from jaxspec.training.recipe import OptimizerConfig
 from jaxspec.training.run_folder import check_run, described, enter
 from jaxspec.training.start import initial_drafter
-from jaxspec.training.step import init_state, learning_rate, optimizer, train_step
+from jaxspec.training.step import init_state, train_step
 from jaxspec.training.trainer import train
 from tests.processes import free_port, many_devices
 from tests.slow import slow_but
@@ -468,16 +465,6 @@ def test_a_drafter_is_trained_for_a_hybrid_target(tmp_path):
     assert load_drafter(folder, config, target.params, TreeConfig())[0].config == tiny.DRAFTER
 
 
-def test_weights_and_sums_stay_float32_for_a_bfloat16_target():
-    target = tiny.target()
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), target.params)
-    rows = Loader(tiny.CONFIG, tiny.examples()).at(Position())
-    state = init_state(tiny.CONFIG, params)
-    lowered = train_step.lower(tiny.CONFIG, target.config, params, state, rows)
-    floats = [x for x in jax.tree.leaves(lowered.out_info) if x.dtype != jnp.int32]
-    assert {x.dtype for x in floats} == {jnp.dtype("float32")}
-
-
 def test_what_no_format_can_say_is_refused_before_training(tmp_path):
     drafter = dataclasses.replace(
         tiny.DRAFTER, sequential="mlp", rank=0, confidence=None, predict_next=True
@@ -494,52 +481,6 @@ def test_layers_of_other_shapes_are_refused():
     weights = init_state(config, tiny.target().params).weights
     with pytest.raises(ValueError, match="set initial to 'random'"):
         copy_layers(wide, weights, tiny.target().params)
-
-
-def test_the_learning_rate_warms_up_and_decays():
-    rate = learning_rate(tiny.CONFIG.optimizer, 100)
-    assert jax.numpy.allclose(rate(0), 0.01 / 4)
-    assert jax.numpy.allclose(rate(4), 0.01)
-    assert rate(52) < 0.01 > rate(100) and abs(rate(100)) < 1e-9
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict(beta1=0.5),
-        dict(beta2=0.5),
-        dict(weight_decay=0.5),
-        dict(clip=1e-3),
-        dict(warmup=0.9),
-    ],
-    ids=str,
-)
-def test_every_option_of_the_optimizer_counts(change):
-    weights = random_weights(tiny.DRAFTER, jax.random.key(0))
-
-    def second_update(config):
-        """After a large slope and a small one."""
-        tx = optimizer(config, 10)
-        state = tx.init(weights)
-        for slope in (1.0, 1e-4):
-            slopes = jax.tree.map(lambda x, slope=slope: jnp.full_like(x, slope), weights)
-            updates, state = tx.update(slopes, state, weights)
-        return np.asarray(updates.fc[...])
-
-    plain = OptimizerConfig(learning_rate=0.1)
-    changed = second_update(dataclasses.replace(plain, **change))
-    assert not np.allclose(second_update(plain), changed)
-
-
-def test_every_step_draws_other_anchors():
-    """With the same rows and weights the loss is another."""
-    config = dataclasses.replace(tiny.CONFIG, optimizer=OptimizerConfig(learning_rate=0.0))
-    target, rows = tiny.target(), Loader(tiny.CONFIG, tiny.examples()).at(Position())
-    state, losses = init_state(config, target.params), []
-    for _ in range(2):
-        state, means = train_step(config, target.config, target.params, state, rows)
-        losses.append(float(means["loss"]))
-    assert losses[0] != losses[1]
 
 
 def test_the_best_weights_are_exported(tmp_path, monkeypatch):
