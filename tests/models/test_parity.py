@@ -1,4 +1,6 @@
-"""float32 logits against PyTorch's transformers, through checkpoints it saved."""
+"""float32 logits against PyTorch's transformers in float64, through checkpoints it saved."""
+
+import copy
 
 import jax
 import jax.numpy as jnp
@@ -95,8 +97,11 @@ _forward = jax.jit(forward_chain, static_argnames="config")
 
 
 def torch_logits(model, tokens):
+    """In float64, as rounding in float32 can exceed the tolerance."""
     import torch
 
+    model = copy.deepcopy(model).double()
+    model.set_experts_implementation("eager")  # the grouped product has no float64
     with torch.no_grad():
         return model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
 
