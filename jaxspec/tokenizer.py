@@ -114,6 +114,7 @@ class Tokenizer:
         *,
         thinking: bool | None = None,
         tools: Sequence[dict] = (),
+        **switches: bool,
     ) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins.
 
@@ -121,13 +122,14 @@ class Tokenizer:
           messages: dicts {'role': …, 'content': …}; a string is a single user turn.
           thinking: whether the model may think first (Qwen3); None: the template's default.
           tools: tools that the model may call, in OpenAI's format; needs `takes_tools`.
+          switches: further switches that the template has, such as Qwen3.8's preserve_thinking.
 
         Raises:
           ValueError: there is no chat template, or it has no switch for `thinking`.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        options = {"tools": list(tools)} if tools else {}
+        options = switches | ({"tools": list(tools)} if tools else {})
         return self._render(
             messages, thinking, add_generation_prompt=True, return_dict=False, **options
         )

@@ -16,7 +16,8 @@ from jaxspec.serving.protocol import Asked
 from jaxspec.serving.requests import Update
 from jaxspec.serving.runner import EngineFailed, Ticket
 from jaxspec.serving.shapes import Answer, Shape, error_body, usage
-from jaxspec.serving.tools import CallReader, joined_calls
+from jaxspec.serving.thoughts import ThoughtReader
+from jaxspec.serving.tools import OPEN, CallReader, joined_calls
 from jaxspec.tokenizer import Tokenizer
 
 log = logging.getLogger("uvicorn.error")
@@ -38,6 +39,7 @@ class Piece:
       tokens: number of tokens of the answer so far.
       cached: prompt tokens taken from the prefix cache.
       logprobs: of the new tokens, in the answer's shape, if the request asks for them.
+      thoughts: added to what the model thought before it answered.
       calls: new parts of tool calls (`CallReader`).
     """
 
@@ -48,7 +50,14 @@ class Piece:
     stats: DecodeStats | None = None
     cached: int = 0
     logprobs: dict | None = None
+    thoughts: str = ""
     calls: Sequence[dict] = ()
+
+    @property
+    def says_something(self) -> bool:
+        """Whether a client has to know it."""
+        parts = self.text, self.finish, self.logprobs, self.thoughts, self.calls
+        return any(map(bool, parts))
 
 
 class Stuck(Exception):
@@ -66,6 +75,9 @@ class ChoiceReader:
         self._choice, self._silent = choice, asked.silent
         self._echo = asked.echo[choice // asked.choices]
         self._answer = AnswerText(tokenizer, asked.stops, min_tokens=least)
+        self._thoughts = asked.thoughts and ThoughtReader(
+            asked.thoughts, (OPEN,) if asked.tools else ()
+        )
         self._reader = CallReader() if asked.tools else None
         self._shape = None if request.logprobs is None else LogProbShape(tokenizer, chat=chat)
         self._cached = 0
@@ -80,7 +92,10 @@ class ChoiceReader:
         before = self._answer.taken
         text = self._text(update)
         laws = update.prompt_logprobs + update.logprobs[: self._answer.taken - before]
-        text, calls, finish = self._calls(text, self._finish(update))
+        finish, thoughts = self._finish(update), ""
+        if self._thoughts:
+            thoughts, text = self._thoughts.add(text, last=finish is not None)
+        text, calls, finish = self._calls(text, finish)
         self._cached = self._cached or update.cached
         return Piece(
             self._choice,
@@ -90,6 +105,7 @@ class ChoiceReader:
             update.stats,
             self._cached,
             self._shape.of(laws) if self._shape and laws else None,
+            thoughts,
             calls,
         )
 
@@ -145,6 +161,7 @@ class Answering:
                 Answer(
                     "".join(piece.text for piece in own),
                     own[-1].finish,
+                    "".join(piece.thoughts for piece in own),
                     joined(parts) if parts else None,
                     joined_calls([call for piece in own for call in piece.calls]),
                 )
@@ -160,13 +177,14 @@ class Answering:
                 async for piece in pieces:
                     first = piece.choice not in last
                     last[piece.choice] = piece
-                    if first or piece.text or piece.finish or piece.logprobs or piece.calls:
+                    if first or piece.says_something:
                         told = self._usage(last) if self.asked.usage_in_every_chunk else None
                         yield self.shape.chunk(
                             piece.text,
                             piece.finish,
                             piece.choice,
                             first=first,
+                            thoughts=piece.thoughts,
                             calls=piece.calls,
                             logprobs=piece.logprobs,
                             usage=told,

@@ -92,7 +92,8 @@ def _of_kind(kind: str, value: Any, path: str) -> str:
 
 def regex_text(pattern: str) -> str:
     """The grammar of texts that a regular expression (of Rust's `regex`) matches in full."""
-    return llguidance().LLMatcher.grammar_from_regex(pattern)
+    (grammar,) = json.loads(llguidance().LLMatcher.grammar_from_regex(pattern))["grammars"]
+    return grammar["lark_grammar"]
 
 
 def _escaped(text: str) -> str:

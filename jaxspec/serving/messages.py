@@ -7,6 +7,8 @@ from typing import Any
 
 from jaxspec.serving.fields import NEUTRAL_IN_MESSAGES, BadRequest, Fields
 
+THOUGHTS = "reasoning_content"  # as Qwen3's templates name it; vLLM's newer name comes second
+THOUGHT_NAMES = (THOUGHTS, "reasoning")
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -28,7 +30,7 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     known, neutral = {"role", "content", "name"}, dict(NEUTRAL_IN_MESSAGES)
     role = message.get("role") if isinstance(message, dict) else None
     if role == "assistant":
-        known.add("tool_calls")
+        known |= {"tool_calls", *THOUGHT_NAMES}
     if role == "tool":
         known.add("tool_call_id")
     fields = Fields(message, known, neutral, within=where)
@@ -43,6 +45,9 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(content, str):
         raise BadRequest(f"{where} must have text as its content", "messages")
     read = {"role": ROLES[role], "content": content}
+    thoughts = [fields.text(name) for name in THOUGHT_NAMES] if role == "assistant" else []
+    if any(thoughts):
+        read[THOUGHTS] = next(filter(None, thoughts))
     if calls:
         read["tool_calls"] = _calls(calls, f"{where}.tool_calls")
     return read

@@ -17,8 +17,9 @@ from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.fields import BadRequest, Fields, is_number
 from jaxspec.serving.formats import FORMATS, read_format
 from jaxspec.serving.grammars import Grammar, Grammars
-from jaxspec.serving.messages import read_messages
+from jaxspec.serving.messages import THOUGHTS, read_messages
 from jaxspec.serving.requests import Request
+from jaxspec.serving.thoughts import Start, after_thoughts, start_of
 from jaxspec.serving.tools import TOOLS, Tools, read_tools
 
 SAMPLED = {"temperature", "top_p", "top_k", "min_p", "seed"}
@@ -28,6 +29,8 @@ LENGTHS = {"max_tokens", "max_completion_tokens"}
 COMMON = {"model", "n", "stream", "stream_options", "logprobs", "cache_salt"}
 COMMON |= SAMPLED | PENALTIES | STOPS | LENGTHS | FORMATS
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_CHOICES = 64, 256, 128
+THINKING = "enable_thinking"
+SWITCHES = (THINKING, "preserve_thinking")  # of chat templates; the second of Qwen3.8's
 CHAT = COMMON | TOOLS | {"messages", "chat_template_kwargs", "top_logprobs"}
 
 
@@ -40,6 +43,7 @@ class Asked:
       prompt_tokens: number of tokens of all prompts.
       echo: per prompt, the text that precedes its answer.
       silent: return only the echo, without the answers.
+      thoughts: where the model's thoughts begin, which are given apart; None: it has none.
       tools: whether answers may call tools.
     """
 
@@ -51,6 +55,7 @@ class Asked:
     usage_in_every_chunk: bool = False
     echo: tuple[str, ...] = ()
     silent: bool = False
+    thoughts: Start | None = None
     tools: bool = False
 
     @property
@@ -142,45 +147,57 @@ def read_chat(body: Any, target: Target, config: EngineConfig, grammars: Grammar
     if tools is not None:
         asked = "tools", tools.grammar
     strict = asked is not None and not (tools and tools.free)
-    prompt = _chat(fields, messages, tools, target, strict=strict)
+    switches = _switches(fields, target, strict=strict)
+    prompt = _chat(messages, tools, target, switches)
+    thoughts = start_of(target.tokenizer, prompt)
+    if strict and thoughts and (switches.get(THINKING) or thoughts == "prompt"):
+        asked = asked[0], after_thoughts(asked[1], thoughts)
     top = _top_logprobs(fields, "top_logprobs", config)
     if not fields.flag("logprobs"):
         if top:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
         top = None
     grammar = _grammar(fields, asked, grammars, tools)
-    own = dict(default=None, top=top, grammar=grammar, tools=tools is not None)
-    return _asked(fields, [prompt], target, config, **own)
+    own = dict(grammar=grammar, thoughts=thoughts, tools=tools is not None)
+    return _asked(fields, [prompt], target, config, default=None, top=top, **own)
+
+
+def _switches(fields: Fields, target: Target, *, strict: bool) -> dict[str, bool]:
+    """The switches of the chat template that are set.
+
+    Args: strict: the answer has a given format; the model thinks before it only if asked to.
+    """
+    options = fields.part("chat_template_kwargs", set(SWITCHES))
+    given = {name: options.flag(name, None) for name in SWITCHES}
+    switches = {name: value for name, value in given.items() if value is not None}
+    for name in switches:
+        if name not in (target.tokenizer.chat_template or ""):
+            raise BadRequest(
+                f"this model's chat template has no switch {name!r}; leave it out",
+                f"chat_template_kwargs.{name}",
+            )
+    if strict and target.tokenizer.switches_thinking:
+        switches.setdefault(THINKING, False)
+    return switches
 
 
 def _chat(
-    fields: Fields,
     messages: list[dict[str, Any]],
     tools: Tools | None,
     target: Target,
-    *,
-    strict: bool,
+    switches: dict[str, bool],
 ) -> list[int]:
-    """Token ids of a chat.
-
-    Args: strict: the answer has a given format, which leaves no place for thinking.
-    """
-    options = fields.part("chat_template_kwargs", {"enable_thinking"})
-    thinking, tokenizer = options.flag("enable_thinking", None), target.tokenizer
-    if strict and thinking:
-        raise BadRequest(
-            "an answer in a given format cannot begin with thinking; leave out enable_thinking",
-            "chat_template_kwargs.enable_thinking",
-        )
-    if strict and tokenizer.switches_thinking:
-        thinking = False
+    """Token ids of a chat."""
+    tokenizer = target.tokenizer
     calls = any("tool_calls" in m or m["role"] == "tool" for m in messages)
     if (calls or tools) and not tokenizer.takes_tools:
         field = "tools" if tools else "messages"
         raise BadRequest("this model's chat template does not support tools", field)
+    if any(THOUGHTS in m for m in messages) and THOUGHTS not in tokenizer.chat_template:
+        raise BadRequest(f"this model's chat template has no {THOUGHTS}", "messages")
     try:
         offered = tools.offered if tools else ()
-        return tokenizer.chat(messages, thinking=thinking, tools=offered)
+        return tokenizer.chat(messages, tools=offered, **switches)
     except (ValueError, TemplateError) as error:  # templates refuse orders of roles
         raise BadRequest(str(error), "messages") from error
 
@@ -195,8 +212,9 @@ def _asked(
     top: int | None,
     grammar: Grammar | None,
     echo: Sequence[str] | None = None,
-    tools: bool = False,
+    **own: Any,
 ) -> Asked:
+    """Args: own: fields of `Asked` that only chats have."""
     longest, room = max(map(len, prompts)), config.room
     left = room - longest
     if left < 1:
@@ -242,7 +260,7 @@ def _asked(
         usage_in_every_chunk=usage.flag("continuous_usage_stats"),
         echo=tuple(echo or [""] * len(prompts)),
         silent=not new_tokens,
-        tools=tools,
+        **own,
     )
 
 

@@ -12,7 +12,7 @@ GET  /metrics           Prometheus
 ======================  =======================================================
 
 Beyond OpenAI's fields: `top_k`, `min_p`, `stop_token_ids`, `ignore_eos`, `structured_outputs`,
-`chat_template_kwargs.enable_thinking`, and in usage `speculation`.
+`chat_template_kwargs`, and in usage `speculation`.
 """
 
 from __future__ import annotations

@@ -15,11 +15,13 @@ class Answer:
 
     Attributes:
       finish: why it ended.
+      thoughts: what the model thought before it answered.
       logprobs, calls: log-probabilities and tool calls, in OpenAI's format.
     """
 
     text: str
     finish: str | None
+    thoughts: str = ""
     logprobs: dict | None = None
     calls: Sequence[dict] = ()
 
@@ -70,6 +72,8 @@ class Shape:
             body: dict[str, Any] = {"text": answer.text}
             if self.chat:
                 message = {"role": "assistant", "content": answer.text}
+                if answer.thoughts:
+                    message["reasoning_content"] = answer.thoughts
                 if answer.calls:
                     calls = {"content": answer.text or None, "tool_calls": answer.calls}
                     message |= calls
@@ -85,14 +89,17 @@ class Shape:
         choice: int = 0,
         *,
         first: bool = False,
+        thoughts: str = "",
         calls: Sequence[dict] = (),
         logprobs: dict | None = None,
         usage: dict | None = None,
     ) -> dict:
-        """Args: calls, logprobs, usage: included in this chunk if given."""
+        """Args: thoughts, calls, logprobs, usage: included in this chunk if given."""
         if self.chat:
             delta: dict[str, Any] = {"role": "assistant"} if first else {}
-            if text or (first and not calls):
+            if thoughts:
+                delta["reasoning_content"] = thoughts
+            if text or (first and not thoughts and not calls):
                 delta["content"] = text
             if calls:
                 delta["tool_calls"] = list(calls)

@@ -261,10 +261,6 @@ REFUSED = [
         "tool_choice names 'a'",
     ),
     (
-        dict(guided_regex="a", chat_template_kwargs={"enable_thinking": True}),
-        "cannot begin with thinking",
-    ),
-    (
         dict(
             messages=[
                 {
