@@ -14,6 +14,7 @@ import numpy as np
 from jaxspec import checkpoints
 from jaxspec.checkpoints import Weights, catalog, drafters, speculators
 from jaxspec.checkpoints.drafters import SHIPPED
+from jaxspec.checkpoints.huggingface import resolve
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.config import TreeConfig
 from jaxspec.drafters import registry
@@ -71,7 +72,8 @@ def load_drafter(
 
     Args:
       spec: "none" (plain decoding), "ngram" (prompt lookup), "mtp" (the multi-token-prediction
-        layer in the target's checkpoint), "small:NAME" (a small model with the same vocabulary,
+        layer in the target's checkpoint), "mtp:NAME" (that layer in another folder or hub
+        repository), "small:NAME" (a small model with the same vocabulary,
         loaded as a target), "python:MODULE:FUNCTION" (your own, `drafters.registry.Factory`, of
         the current folder or an installed package), "shipped" (the trained drafter for the
         default target), or the folder or hub name of a trained drafter ("repo::subfolder"
@@ -193,10 +195,11 @@ def _small(name: str, target: Target, *, tree: TreeConfig | None, dtype: str) ->
 def _mtp(
     argument: str, target: Target, *, tree: TreeConfig | None, dtype: str
 ) -> LoadedDrafter:
-    """Factory of "mtp": the multi-token-prediction layer in the target's checkpoint."""
+    """Factory of "mtp" and "mtp:NAME": the multi-token-prediction layer in the target's
+    checkpoint, or in another folder or hub repository."""
     from jaxspec.checkpoints import mtp
 
-    path = checkpoints.target_path(target.name)
+    path = resolve(argument) if argument else checkpoints.target_path(target.name)
     return _placed(
         mtp.load(path, target.config, target.params, tree or TreeConfig(), dtype), target
     )
@@ -259,3 +262,4 @@ def enable_compilation_cache(folder: str | Path | None = None) -> Path | None:
 
 registry.register("small:", _small)
 registry.register("mtp", _mtp)
+registry.register("mtp:", _mtp)

@@ -76,10 +76,11 @@ def cache_bytes(shape: Shape) -> int:
 
 def attend(q, cache, lengths, k_new, v_new, ancestors, tile: TileConfig | MosaicTile):
     arrays = q, *cache, lengths, k_new, v_new, ancestors
+    options = dict(scale=q.shape[-1] ** -0.5, ordered=True, tile=tile)
     if isinstance(tile, MosaicTile):
-        return tree_attention_mosaic(*arrays, scale=q.shape[-1] ** -0.5, tile=tile)
-    options = dict(scale=q.shape[-1] ** -0.5, interpret=jax.default_backend() != "gpu")
-    return tree_attention_triton(*arrays, tile=tile, **options)
+        return tree_attention_mosaic(*arrays, **options)
+    interpret = jax.default_backend() != "gpu"
+    return tree_attention_triton(*arrays, **options, interpret=interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "loops"))

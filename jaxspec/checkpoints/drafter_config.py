@@ -82,6 +82,10 @@ def recognise(raw: dict[str, Any], origin: Any) -> DrafterFormat:
         if format.recognises(raw):
             return format
     found = raw.get("architectures") or raw.get("model_type")
+    if str(raw.get("model_type")).endswith("_mtp"):
+        raise ValueError(
+            f"{origin} holds the MTP layer of a target ({found}); draft with 'mtp:{origin}'"
+        )
     raise ValueError(
         f"{origin}: the configuration, of {found}, is not a drafter's; expected "
         "'dflash_config', 'treeflash_config', 'speculators_model_type', 'eagle_config', or "

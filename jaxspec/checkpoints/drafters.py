@@ -184,7 +184,7 @@ def drafter_folder(name_or_path: str | Path) -> Path:
         raise ValueError(
             f"there is no drafter {name!r}; expected {SHIPPED}, the folder or hub name of a "
             "trained drafter (name::subfolder too), or one that needs no checkpoint: none, "
-            "ngram, mtp, small:NAME, python:MODULE:FUNCTION"
+            "ngram, mtp, mtp:NAME, small:NAME, python:MODULE:FUNCTION"
         )
     if separator and (path.is_absolute() or ".." in path.parts or not path.parts):
         raise ValueError(

@@ -165,10 +165,14 @@ def left_out(names: Collection[str]) -> dict[str, int]:
 
 
 def predictor_tensors(tensors: Tensors) -> NamedTensors:
-    """Tensors of the prediction layers, by names that begin with "mtp."."""
+    """Tensors of the prediction layers, by names that begin with "mtp.".
+
+    In files of their own the prefix may be missing.
+    """
+    prefixes = ("",) if "fc.weight" in tensors.shapes else PREDICTORS
     names = {
         PREDICTORS[0] + name.removeprefix(prefix): name
-        for prefix in PREDICTORS
+        for prefix in prefixes
         for name in tensors.shapes
         if name.startswith(prefix)
     }

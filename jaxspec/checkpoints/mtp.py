@@ -1,4 +1,5 @@
-"""Loads multi-token-prediction layers from their target's checkpoint, as its drafter."""
+"""Loads multi-token-prediction layers, which draft for their target, from its checkpoint or
+from files of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from jaxspec.checkpoints.hybrid import predictor_tensors
 from jaxspec.checkpoints.quantised import open_weights
 from jaxspec.checkpoints.target_weights import layer_parts
 from jaxspec.checkpoints.target_weights import norm_parts as norm
+from jaxspec.checkpoints.tensors import SafetensorsFolder
 from jaxspec.config import TargetConfig, TreeConfig
 from jaxspec.drafters.eagle import EagleParams, eagle_params
 from jaxspec.drafters.mtp import MtpConfig, MtpDrafter, MtpWeights, abstract_mtp, mtp_config
@@ -18,17 +20,19 @@ from jaxspec.models.params import TargetParams
 LAYER = "mtp.layers.0."
 REMEDY = (
     "draft with 'mtp' where the target is a published checkpoint of Qwen3.5, 3.6, 3.8 or "
-    "Qwen3-Next, or with another drafter"
+    "Qwen3-Next, with 'mtp:NAME' where the layer is in another folder or hub repository, or "
+    "with another drafter"
 )
 
 
 def load(
     path: Path, target: TargetConfig, params: TargetParams, tree: TreeConfig, dtype
 ) -> tuple[MtpDrafter, EagleParams]:
-    """The drafter inside a target's checkpoint.
+    """The drafter inside a target's checkpoint, or one published apart from it.
 
     Args:
-      path: the target's folder, as published.
+      path: the target's folder, as published, or one that has its MTP layer: a checkpoint, or
+        only the layer's tensors, with or without "mtp." before their names.
       tree: tree to draft.
       dtype: of its weights in memory.
 
@@ -40,7 +44,8 @@ def load(
         raise ValueError(f"{path} is a file, which holds no MTP layer; {REMEDY}")
     if (path / WEIGHTS).exists():
         raise ValueError(f"{path} was converted, which leaves MTP layers out; {REMEDY}")
-    tensors = predictor_tensors(open_weights(path))
+    whole = (path / "config.json").exists()
+    tensors = predictor_tensors(open_weights(path) if whole else SafetensorsFolder(path))
     if not tensors.shapes:
         raise ValueError(f"{path} has no tensor 'mtp.…', so no MTP layer; {REMEDY}")
     further = next((name for name in tensors.shapes if name.startswith("mtp.layers.1.")), None)

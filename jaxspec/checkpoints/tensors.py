@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 PIECE = 32 * 2**20  # bytes read at once
 ADAPTER = "adapter_config.json"
@@ -44,7 +46,7 @@ class _Entry:
 
 
 class SafetensorsFolder:
-    """The tensors of `model.safetensors`, or of the shards its index names.
+    """The tensors of `model.safetensors`, of the shards its index names, or of the only file.
 
     A wrapper's prefix (`WRAPPERS`) that all names share is removed.
 
@@ -197,9 +199,7 @@ def _entries(
     folder: Path, integers: Sequence[str], floats: Mapping[str, Any]
 ) -> dict[str, _Entry]:
     if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
-            raise ValueError(_no_weights(folder))
-        return _header(_inside(folder, SINGLE), integers, floats)
+        return _header(_inside(folder, _single(folder)), integers, floats)
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) for file in weight_map.values()
@@ -227,6 +227,16 @@ def _entries(
                 "index and the shards are from two saves"
             )
     return entries
+
+
+def _single(folder: Path) -> str:
+    """`model.safetensors`, or the only file of another name; a shard needs its index."""
+    if (folder / SINGLE).exists():
+        return SINGLE
+    names = [path.name for path in folder.glob("*.safetensors")]
+    if len(names) != 1 or SHARD.fullmatch(names[0]):
+        raise ValueError(_no_weights(folder))
+    return names[0]
 
 
 def _unwrapped(entries: dict[str, _Entry]) -> dict[str, _Entry]:

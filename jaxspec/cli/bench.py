@@ -39,8 +39,8 @@ class Bench:
     """
 
     drafters: tuple[str, ...]
-    """ngram, mtp, small:NAME, python:MODULE:FUNCTION, shipped, or the folder or hub name of a
-    trained drafter. DRAFTER+ngram adds prompt lookup to all but ngram."""
+    """ngram, mtp, mtp:NAME, small:NAME, python:MODULE:FUNCTION, shipped, or the folder or hub
+    name of a trained drafter. DRAFTER+ngram adds prompt lookup to all but ngram."""
     prompts: PromptSets
     target: TargetName = None
     dtype: Dtype = "auto"

@@ -83,7 +83,8 @@ class DrafterOptions:
 
     drafter: str | None = None
     """none (plain decoding) | ngram (prompt lookup) | mtp (the multi-token-prediction layer in
-    the target's checkpoint) | small:NAME (a small model with the same vocabulary) |
+    the target's checkpoint) | mtp:NAME (that layer in another folder or hub repository) |
+    small:NAME (a small model with the same vocabulary) |
     python:MODULE:FUNCTION (your own, of the current folder or an installed package) | shipped |
     folder or hub name of a trained drafter (repo::subfolder too). NAME+ngram adds prompt lookup
     to any but none and ngram. Default: shipped+ngram for the default target, ngram for

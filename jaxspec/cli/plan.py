@@ -107,7 +107,7 @@ class Plan:
         name = self.drafter.removesuffix(LOOKUP_TOO)
         if name == "published":
             config = published_drafter(target)
-        elif name == "mtp":
+        elif name == "mtp" or name.startswith("mtp:"):
             config = mtp_config(target)
         else:
             from jaxspec.checkpoints.drafters import read_drafter_config

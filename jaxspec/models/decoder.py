@@ -75,7 +75,8 @@ def forward(
     Args:
       tokens: int32.
       depths: int32; a node stands at position `lengths + depths`.
-      ancestors: bits, W = ceil(N / 32), ancestor-or-self (`trees.ancestors`).
+      ancestors: bits, W = ceil(N / 32), ancestor-or-self (`trees.ancestors`); parents come
+        before children.
       states: of the layers after the prefix.
       lengths: int32, tokens of the prefix.
       taps: layers whose outputs to return, 0-based; -1 is the embedding, and the last layer
@@ -228,6 +229,7 @@ def _attend(
             scale=config.head_dim**-0.5,
             depths=nodes.depths,
             window=window,
+            ordered=True,
             implementation=nodes.implementation,
             rows=None if nodes.packing is not None else nodes.rows,
         )

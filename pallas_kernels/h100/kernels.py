@@ -33,7 +33,7 @@ HEAD_DIMS = (64, 128, 256)
 WARPGROUP_ROWS = 64  # the smallest tile of a Hopper matrix product
 
 _attention = jax.jit(
-    tree_attention, static_argnames=("scale", "window", "implementation", "tile")
+    tree_attention, static_argnames=("scale", "window", "ordered", "implementation", "tile")
 )
 _delta_heads = jax.jit(delta_heads, static_argnames=("key_dim", "implementation"))
 _delta_rule = jax.jit(tree_delta_rule, static_argnames="implementation")
@@ -69,7 +69,13 @@ class AttentionCase:
         s = self.shape
         prefix = _array(s.batch, s.kv_heads, s.capacity, s.head_dim, dtype=s.dtype)
         new = _array(s.batch, s.nodes, s.kv_heads, s.head_dim)
-        options = dict(scale=1.0, window=self.window, implementation="triton", tile=self.tile)
+        options = dict(
+            scale=1.0,
+            window=self.window,
+            ordered=True,  # as the target calls it
+            implementation="triton",
+            tile=self.tile,
+        )
         if self.window is not None:
             options["depths"] = _array(s.batch, s.nodes, dtype=jnp.int32)
         return compile_for_h100(

@@ -35,6 +35,7 @@ def tree_attention(
     scale: float,
     depths: Int[Array, "B N"] | None = None,
     window: int | None = None,
+    ordered: bool = False,
     implementation: str | None = None,
     tile: TileConfig | MosaicTile | None = None,
     rows: int | None = None,
@@ -46,6 +47,8 @@ def tree_attention(
     The derivative is always the reference's.
 
     Args:
+      ordered: whether no node sees a later one, as where parents come before children. The
+        kernels then skip later nodes; without this they compute with all and hide them.
       implementation: "xla" (any platform), "triton" (NVIDIA GPUs), or None:
         triton where the program is compiled for an NVIDIA GPU and the shape is supported,
         else xla.
@@ -61,7 +64,12 @@ def tree_attention(
     if window is not None and depths is None:
         raise ValueError("window is set but depths is None; a window needs the nodes' depths")
     options = dict(
-        scale=scale, window=window, implementation=implementation, tile=tile, rows=rows
+        scale=scale,
+        window=window,
+        ordered=ordered,
+        implementation=implementation,
+        tile=tile,
+        rows=rows,
     )
     arrays = (q, k_cache, v_cache, lengths, k_new, v_new, ancestors, depths)
     return _over_mesh(functools.partial(_dispatch, **options), arrays)
@@ -92,12 +100,12 @@ def _over_mesh(attend, arrays) -> jax.Array:
     return jax.shard_map(attend, in_specs=specs, out_specs=nodes, check_vma=False)(*arrays)
 
 
-def _dispatch(*arrays, implementation, tile, rows, **options) -> jax.Array:
+def _dispatch(*arrays, implementation, tile, rows, ordered, **options) -> jax.Array:
     plain = functools.partial(_xla, tree_attention_xla, rows=rows, **options)
     reference = functools.partial(_xla, tree_attention_reference, rows=rows, **options)
 
     def load():
-        kernel = functools.partial(_kernel, rows=rows, tile=tile, **options)
+        kernel = functools.partial(_kernel, rows=rows, tile=tile, ordered=ordered, **options)
         return kernel, unsupported(_shape(*arrays[:2]))
 
     return dispatch(reference, load, arrays, implementation, xla=plain)

@@ -41,6 +41,7 @@ def tree_attention_mosaic(
     ancestors: jax.Array,
     *,
     scale: float,
+    ordered: bool = False,
     tile: MosaicTile,
     rows: int | None = None,
     **options,
@@ -48,7 +49,7 @@ def tree_attention_mosaic(
     """See `tree_attention_reference` for shapes and meaning; cache rows must be finite.
 
     Args:
-      rows: see `tree_attention`.
+      ordered, rows: see `tree_attention`.
       options: of `plgpu.kernel`.
     """
     batch, n, heads, dim = q.shape
@@ -60,6 +61,7 @@ def tree_attention_mosaic(
         tile=tile,
         scale=scale * math.log2(math.e),
         together=together,
+        ordered=ordered,
         interpreted=options.get("interpret") is not None,
     )
     made = plgpu.kernel(
@@ -156,14 +158,15 @@ def _program(
     wide = group // (COMPUTING * together)  # programs that share 64 nodes
     length, split = lengths_ref[b], lax.axis_index("split")
     prefix = lax.div(length + BLOCK - 1, BLOCK)
-    blocks = prefix + n // BLOCK
+    own = lax.div(at, wide)  # the program's block of nodes
+    blocks = prefix + (own + 1 if static["ordered"] else n // BLOCK)
     share = lax.div(blocks + tile.splits - 1, tile.splits)
     start = jnp.minimum(split * share, blocks)
     work = _Work(
         b=b,
         kv_head=kv_head,
         first_head=kv_head * group + lax.rem(at, wide) * (COMPUTING * together),
-        nodes=pl.ds(lax.div(at, wide) * BLOCK, BLOCK),
+        nodes=pl.ds(own * BLOCK, BLOCK),
         split=split,
         length=length,
         whole=lax.div(length, BLOCK),

@@ -32,7 +32,9 @@ TINY = 1e-30  # below the total of any program that saw a key, which is at least
 MERGE_ELEMENTS = 4096  # partial outputs that one program of `merge` holds in registers
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "window", "tile", "rows", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("scale", "window", "ordered", "tile", "rows", "interpret")
+)
 def tree_attention_triton(
     q,
     k_cache,
@@ -45,6 +47,7 @@ def tree_attention_triton(
     scale: float,
     depths=None,
     window: int | None = None,
+    ordered: bool = False,
     tile: TileConfig,
     rows: int | None = None,
     interpret: bool = False,
@@ -56,8 +59,8 @@ def tree_attention_triton(
     float32 separate kernels would write, read and convert all four.
 
     Args:
+      ordered, rows: see `tree_attention`.
       tile: see `choose`.
-      rows: see `tree_attention`.
       interpret: run on the CPU, program by program, to check numbers. Shapes, bounds and
         races are not checked: `tests/pallas_kernels/ttir_check.py` does that.
     """
@@ -93,6 +96,7 @@ def tree_attention_triton(
             kv_heads=kv_heads,
             capacity=capacity,
             window=window,
+            ordered=ordered,
             products=_products(dtype, interpret),
         ),
         out_shape=out if tile.splits == 1 else partials,
@@ -162,6 +166,7 @@ def attend(
     kv_heads: int,
     capacity: int,
     window: int | None,
+    ordered: bool,
     products,
 ):
     """One tile of query rows of one key/value head against one split of its keys."""
@@ -230,10 +235,13 @@ def attend(
             carry, rows_of(k_new_ref, index, exists), rows_of(v_new_ref, index, exists), visible
         )
 
-    # Blocks of the prefix that any row sees, then blocks of the tree, shared evenly.
+    # Blocks of the prefix and then of the tree that any row sees, shared evenly.
     first = 0 if window is None else jnp.maximum(length - window + 1, 0) // tile.keys
     prefix = pl.cdiv(length, tile.keys) - first
-    tree = pl.cdiv(n, tile.nodes)
+    seen = n
+    if ordered:
+        seen = jnp.minimum(pl.cdiv((pl.program_id(0) + 1) * tile.rows, group), n)
+    tree = pl.cdiv(seen, tile.nodes)
     share = pl.cdiv(prefix + tree, tile.splits)
     start = split * share
     stop = jnp.minimum(start + share, prefix + tree)

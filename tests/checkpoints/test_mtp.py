@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxspec.checkpoints.convert import convert
 from jaxspec.checkpoints.drafters import save_drafter
@@ -75,6 +76,28 @@ def test_other_prefixes_and_mixtures(tmp_path):
         assert all(jax.tree.leaves(same))
     sparse = load(tmp_path / "sparse", hybrid.NEXT, tensors(sparse=True))
     assert sparse.params.head.layer.mlp.gate_up.shape == (3, WIDTH, 2, 5)
+
+
+def test_a_layer_apart_from_its_target(tmp_path):
+    """As some publish it for targets whose checkpoint lacks it, quantised ones for example."""
+    named = tensors()
+    inside = load(tmp_path / "whole", hybrid.TEXT, named)
+    own = {name: x for name, x in named.items() if name.startswith("mtp.")}
+    target = load_target(write_folder(tmp_path / "without", hybrid.TEXT, hybrid.tensors()))
+    single = tmp_path / "single"
+    single.mkdir()
+    save_file(own, single / "mtp.safetensors")
+    config = {"model_type": "qwen3_5_mtp", "block_size": 3}
+    bare = {name.removeprefix("mtp."): x for name, x in own.items()}
+    split = write_folder(tmp_path / "split", config, bare)
+    for folder in (tmp_path / "whole", single, split):
+        apart = load_drafter(f"mtp:{folder}", target)
+        same = jax.tree.map(np.array_equal, inside.params, apart.params)
+        assert all(jax.tree.leaves(same))
+    with pytest.raises(ValueError, match=f"MTP layer of a target .*; draft with 'mtp:{split}'"):
+        load_drafter(str(split), target)
+    with pytest.raises(ValueError, match="there is no file or folder nowhere"):
+        load_drafter("mtp:nowhere", target)
 
 
 def without(name):

@@ -200,6 +200,15 @@ def test_pickled_weights_are_never_opened(tmp_path, name):
         SafetensorsFolder(tmp_path)
 
 
+def test_the_only_file_may_have_any_name_but_a_shards(tmp_path):
+    tensors = {"fc.weight": np.ones((2, 3), np.float32)}
+    save_file(tensors, tmp_path / "mtp.safetensors")
+    np.testing.assert_array_equal(SafetensorsFolder(tmp_path).read("fc.weight"), 1)
+    (tmp_path / "mtp.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match="has no weights"):
+        SafetensorsFolder(tmp_path)
+
+
 def test_no_weights(tmp_path):
     with pytest.raises(ValueError, match=r"has no weights; expected model.safetensors or"):
         SafetensorsFolder(tmp_path)

@@ -27,8 +27,15 @@ CASES = {
 }
 
 
-@pytest.mark.h100  # where a newer JAX is tested
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter lacks layouts")
+def needs_interpreter(test):
+    """Marks a test that runs where a newer JAX is tested."""
+    old = jax.__version_info__ < (0, 11)
+    return pytest.mark.h100(
+        pytest.mark.skipif(old, reason="its interpreter lacks layouts")(test)
+    )
+
+
+@needs_interpreter
 @pytest.mark.parametrize("name", slow_but(["two heads a warp group"], CASES))
 def test_the_kernel_computes_the_definition(name):
     shape, lengths, tile = CASES[name]
@@ -38,6 +45,19 @@ def test_the_kernel_computes_the_definition(name):
     expected = oracle(**arrays, scale=0.125, window=None)
     del arrays["depths"]  # for windows
     found = np.asarray(tree_attention_mosaic(**arrays, **options), np.float64)
+    assert np.abs(found - expected).max() < tolerance(case, tensor_cores=True)
+
+
+@needs_interpreter
+def test_blocks_of_later_nodes_are_not_read_where_trees_are_ordered():
+    shape, lengths, tile = CASES["two blocks of nodes"]
+    case = Case(Shape(*shape, BFLOAT16), MosaicTile(*tile))
+    arrays = make_inputs(case, lengths)
+    expected = oracle(**arrays, scale=0.125, window=None)[:, :64]
+    del arrays["depths"]  # for windows
+    arrays["v_new"] = arrays["v_new"].at[:, 64:].set(jnp.nan)
+    options = dict(scale=0.125, tile=case.tile, ordered=True, interpret=interpreted())
+    found = np.asarray(tree_attention_mosaic(**arrays, **options), np.float64)[:, :64]
     assert np.abs(found - expected).max() < tolerance(case, tensor_cores=True)
 
 

@@ -49,7 +49,8 @@ def check(case, arrays):
     first, again = kernel(), kernel()
     assert first.dtype == arrays["q"].dtype
     in_blocks = blocks(**arrays, **options, block=case.tile.keys)
-    for actual in (first, reference(**arrays, **options), in_blocks):
+    ordered = kernel(ordered=True)
+    for actual in (first, ordered, reference(**arrays, **options), in_blocks):
         error = np.abs(np.asarray(actual, np.float64) - expected).max()
         assert error < tolerance(case)
     assert (first == again).all()
@@ -92,6 +93,18 @@ def test_rows_past_the_length_are_not_read():
     for name in ("k_cache", "v_cache"):
         arrays[name] = jnp.where(spoiled, jnp.nan, arrays[name])
     assert (kernel(**arrays) == expected).all()
+
+
+def test_blocks_of_later_nodes_are_not_read_where_trees_are_ordered():
+    case = CASES["tree of several steps"]  # 16 nodes of a tile, blocks of 32
+    arrays = make_inputs(case, (40,))
+    kernel = functools.partial(
+        tree_attention_triton, scale=SCALE, tile=case.tile, interpret=True
+    )
+    expected = kernel(**arrays, ordered=True)[:, :32]
+    arrays["v_new"] = arrays["v_new"].at[:, 32:].set(jnp.nan)
+    assert jnp.isnan(kernel(**arrays)[:, :32]).any()
+    assert (kernel(**arrays, ordered=True)[:, :32] == expected).all()
 
 
 def test_a_longer_row_beside_it_changes_nothing_of_a_row_in_blocks():

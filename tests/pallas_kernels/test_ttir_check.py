@@ -34,7 +34,7 @@ def test_the_lowered_kernels_stay_in_bounds_and_compute_the_definition(name, len
 
     def call(*values):
         return tree_attention_triton(
-            **dict(zip(names, values, strict=True)), **options, tile=case.tile
+            **dict(zip(names, values, strict=True)), **options, ordered=True, tile=case.tile
         )
 
     (actual,) = execute(call, *values)
