@@ -23,14 +23,14 @@ ARROWS = {
     "noise": "",
     "settings": "",
     "sharding": "",
-    "text_stream": "",
-    "tokenizer": "text_stream",
+    "tokenizer": "",
+    "text_stream": "tokenizer",
     "trees": "config pallas_kernels",
     "models": "config trees pallas_kernels",
     "drafters": "config models noise trees pallas_kernels",
     "decoding": "config drafters models noise trees",
     "checkpoints": "config drafters models sharding tokenizer",
-    "answer_text": "tokenizer",
+    "answer_text": "text_stream tokenizer",
     "data": "models tokenizer",
     "dtypes": "checkpoints",
     "kept_curves": "decoding dtypes",
@@ -43,7 +43,8 @@ ARROWS = {
     " results settings",
     "planning": "config decoding drafters models sharding trees pallas_kernels"
     " pallas_kernels.h100",
-    "serving": "answer_text config decoding drafters models prompts sharding tokenizer trees",
+    "serving": "answer_text config decoding drafters models prompts sharding text_stream"
+    " tokenizer trees",
     "evaluation": "jaxspec api config data decoding drafters loading models noise prompts"
     " results settings trees",
     "training": "jaxspec api checkpoints config data decoding drafters interrupts locks models"
