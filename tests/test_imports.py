@@ -18,7 +18,8 @@ TOP = ("jaxspec", "pallas_kernels")
 ARROWS = {
     "pallas_kernels": "",  # its kernels
     "pallas_kernels.h100": "pallas_kernels",
-    "config": "",
+    "arguments": "",
+    "config": "arguments",
     "interrupts": "",
     "locks": "",
     "noise": "",
@@ -28,28 +29,28 @@ ARROWS = {
     "text_stream": "tokenizer",
     "trees": "config pallas_kernels",
     "models": "config trees pallas_kernels",
-    "drafters": "config models noise trees pallas_kernels",
-    "decoding": "config drafters models noise trees",
+    "drafters": "arguments config models noise trees pallas_kernels",
+    "decoding": "arguments config drafters models noise trees",
     "checkpoints": "config drafters models sharding tokenizer",
     "answer_text": "text_stream tokenizer",
     "data": "models tokenizer",
     "dtypes": "checkpoints",
     "kept_curves": "decoding dtypes",
     "loading": "checkpoints config drafters dtypes models settings sharding",
-    "pace": "config decoding drafters kept_curves loading models prompts settings sharding",
+    "pace": "arguments decoding drafters kept_curves loading models prompts settings sharding",
     "prompts": "data decoding models",
     "results": "decoding",
     "scoring": "config decoding drafters models prompts settings trees",
-    "api": "answer_text config decoding drafters interrupts loading models pace prompts"
+    "api": "answer_text arguments decoding drafters interrupts loading models pace prompts"
     " results settings",
     "planning": "config decoding drafters models sharding trees pallas_kernels"
     " pallas_kernels.h100",
-    "serving": "answer_text config decoding drafters models prompts sharding text_stream"
-    " tokenizer trees",
+    "serving": "answer_text arguments config decoding drafters models prompts sharding"
+    " text_stream tokenizer trees",
     "evaluation": "jaxspec api config data decoding drafters loading models noise prompts"
     " results settings trees",
-    "training": "jaxspec api checkpoints config data decoding drafters interrupts locks models"
-    " prompts serving settings sharding tokenizer trees",
+    "training": "jaxspec api arguments checkpoints config data decoding drafters interrupts"
+    " locks models prompts serving settings sharding tokenizer trees",
     "check": "api config decoding drafters evaluation models prompts training trees",
     "cli": "jaxspec api check checkpoints config data decoding doctor drafters dtypes"
     " evaluation interrupts kept_curves loading"

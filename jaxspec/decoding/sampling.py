@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxspec.config import check_field, convert_field
+from jaxspec.arguments import check_field, convert_field
 from jaxspec.noise import Noise, drafting_scale
 
 NO_TOKEN = -1
