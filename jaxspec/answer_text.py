@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxspec.text_stream import TextStream
 from jaxspec.tokenizer import Tokenizer
 
 
@@ -20,7 +21,7 @@ class AnswerText:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, min_tokens: int = 0):
         """Args: min_tokens: number of first tokens in whose text stop texts are ignored."""
-        self._pieces, self._stops = tokenizer.stream(), tuple(stops)
+        self._pieces, self._stops = TextStream(tokenizer), tuple(stops)
         self._min_tokens = min_tokens
         self._held = ""
         self.text, self.stopped, self.taken = "", False, 0

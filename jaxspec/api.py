@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxspec.answer_text import AnswerText
-from jaxspec.config import integer
+from jaxspec.arguments import integer
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import (

@@ -2,62 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import operator
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from jaxspec.arguments import at_least, check_field, check_indices
 
 ROPE_KINDS = ("linear", "yarn", "llama3")
-
-
-def check_field(config: Any, name: str, good: bool, expected: str) -> None:
-    """Raises ValueError, with what is expected, unless a dataclass's field is good."""
-    if not good:
-        found = getattr(config, name)
-        raise ValueError(f"{type(config).__name__}.{name} is {found!r}; expected {expected}")
-
-
-def at_least(low: float, config: Any, *names: str) -> None:
-    """Raises ValueError if a field of a dataclass is below `low`."""
-    for name in names:
-        check_field(config, name, getattr(config, name) >= low, f"at least {low}")
-
-
-def check_seed(config: Any) -> None:
-    """Raises ValueError unless a dataclass's `seed` has a random key and numbers of its own."""
-    check_field(config, "seed", 0 <= config.seed < 2**32, f"0 … {2**32 - 1}")
-
-
-def convert_field(config: Any, name: str, convert: Callable[[Any], Any], expected: str) -> None:
-    """Stores convert(value) in a field of a frozen dataclass.
-
-    Raises ValueError, with what is expected, where `convert` refuses the value.
-    """
-    converted = False
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        object.__setattr__(config, name, convert(getattr(config, name)))
-        converted = True
-    check_field(config, name, converted, expected)
-
-
-def integer(name: str, value: Any, *, low: int | None = None) -> int:
-    """An argument as an int; raises ValueError unless it is an integer, at least `low`."""
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} is {value!r}; expected an integer") from None
-    if low is not None and value < low:
-        raise ValueError(f"{name} is {value}; expected at least {low}")
-    return value
-
-
-def _check_indices(config: Any, name: str, found: Sequence[int], count: int, of: str) -> None:
-    bad = [i for i in found if not 0 <= i < count]
-    if bad:
-        kind = type(config).__name__
-        raise ValueError(f"{kind}.{name} names {bad}; expected {of}, 0 … {count - 1}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +163,7 @@ class TargetConfig:
         self._check_layers()
         experts = not self.sparse_layers or 1 <= self.experts_per_token <= self.num_experts
         check("experts_per_token", experts, f"1 … num_experts = {self.num_experts}")
-        _check_indices(
+        check_indices(
             self, "eos_token_ids", self.eos_token_ids, self.vocab_size, "tokens of this model"
         )
 
@@ -220,8 +172,8 @@ class TargetConfig:
         windows, count = self.windows, self.num_layers
         each = len(windows) in (0, count) and all(w is None or w >= 1 for w in windows)
         check_field(self, "windows", each, f"None or at least 1 for each of {count} layers")
-        _check_indices(self, "sparse_layers", self.sparse_layers, count, "layers")
-        _check_indices(self, "delta_net.layers", self.delta_layers, count, "layers")
+        check_indices(self, "sparse_layers", self.sparse_layers, count, "layers")
+        check_indices(self, "delta_net.layers", self.delta_layers, count, "layers")
         some = len(set(self.delta_layers)) < count
         check_field(self, "delta_net", some, f"at least one attention layer among {count}")
         both = [i for i in self.delta_layers if windows and windows[i]]

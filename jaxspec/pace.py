@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxspec.config import integer
+from jaxspec.arguments import integer
 from jaxspec.decoding.curve import (
     Curve,
     half_full,

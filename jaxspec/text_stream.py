@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from jaxspec.tokenizer import Tokenizer
+from jaxspec.tokenizer import Tokenizer
 
 UNKNOWN_CHARACTER = "\ufffd"
 BY_TOKEN = {"Replace", "Strip", "Metaspace", "WordPiece", "BPEDecoder"}  # work token by token
@@ -29,11 +26,11 @@ class Decoding:
     bytes_in_characters: bool = False
 
     @classmethod
-    def of(cls, backend) -> Decoding:
-        """Args: backend: a `tokenizers.Tokenizer`, or None if there is none."""
-        if backend is None:
+    def of(cls, tokenizer: Tokenizer) -> Decoding:
+        """Of the steps of a tokenizer's decoder; nothing is certain where they are unknown."""
+        steps = tokenizer.decoder_steps
+        if steps is None:
             return cls(grows=False)
-        steps = decoder_steps(backend)
         if not steps:  # tokens with blanks between them
             return cls(grows=True)
         kinds, joined = {step["type"] for step in steps}, False
@@ -42,14 +39,6 @@ class Decoding:
                 return cls(grows=False)
             joined |= step["type"] in ("Fuse", "ByteLevel")
         return cls(True, "ByteFallback" in kinds, "ByteLevel" in kinds)
-
-
-def decoder_steps(backend) -> list[dict]:
-    """The steps of a `tokenizers.Tokenizer`'s decoder, each with its type."""
-    if backend.decoder is None:
-        return []
-    decoder = json.loads(backend.decoder.__getstate__())
-    return decoder.get("decoders", [decoder])
 
 
 def _grows(step: dict, joined: bool) -> bool:
@@ -71,7 +60,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._decoding = tokenizer, tokenizer.decoding
+        self._tokenizer, self._decoding = tokenizer, Decoding.of(tokenizer)
         self._ids: list[int] = []
         self._window = 0  # first id of the window
         self._seen = 0  # characters of the window's text already returned

@@ -1,14 +1,13 @@
-"""Text to token ids and back: encoding, chat templates, streaming."""
+"""Text to token ids and back: encoding, decoding, chat templates."""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from jaxspec.text_stream import Decoding, TextStream, decoder_steps
 
 Messages = Sequence[dict[str, str]]
 
@@ -190,15 +189,6 @@ class Tokenizer:
         except Exception as error:  # a template is a program and may raise anything
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
-    def stream(self) -> TextStream:
-        """A decoder for ids that arrive one round at a time."""
-        return TextStream(self)
-
-    @functools.cached_property
-    def decoding(self) -> Decoding:
-        """How the decoder treats an unfinished text, for `TextStream`."""
-        return Decoding.of(self.fast)
-
     def shown(self, token: int) -> str | None:
         """A token as the vocabulary spells it; None for one that `decode` omits."""
         found = self.fast.id_to_token(token)
@@ -225,8 +215,19 @@ class Tokenizer:
         return self.decode([token, token])[len(self.decode([token])) :].encode()
 
     @functools.cached_property
+    def decoder_steps(self) -> list[dict] | None:
+        """The steps of the decoder, each with its type; [] without a decoder, which puts blanks
+        between tokens; None where they are unknown, as `fast` is None."""
+        if self.fast is None:
+            return None
+        if self.fast.decoder is None:
+            return []
+        decoder = json.loads(self.fast.decoder.__getstate__())
+        return decoder.get("decoders", [decoder])
+
+    @functools.cached_property
     def _decoder_kinds(self) -> set[str]:
-        return {step["type"] for step in decoder_steps(self.fast)}
+        return {step["type"] for step in self.decoder_steps}
 
     @functools.cached_property
     def _added(self) -> dict:

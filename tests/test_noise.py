@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec.decoding.sampling import choose
+from jaxspec.decoding.choice import choose
 from jaxspec.noise import Noise, bias
-from tests.decoding.test_sampling import nothing_written, rows
+from tests.decoding.test_choice import nothing_written, rows
 
 VOCAB, DEPTH = 23, 4
 

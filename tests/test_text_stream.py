@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from jaxspec.text_stream import TextStream
 from jaxspec.tokenizer import Tokenizer
 
 WORDS = ["▁", "▁a", "▁Hi", "b", "▁▁", "é", "�", " ", ".", "##c", "d</w>", "|", "<0x>", ""]
@@ -55,7 +56,7 @@ TOKENIZERS = {
 
 
 def streamed(tokenizer, ids):
-    stream = tokenizer.stream()
+    stream = TextStream(tokenizer)
     return [*(stream.step(token) for token in ids), stream.finish()]
 
 
@@ -128,11 +129,11 @@ def test_the_bytes_of_a_token_inside_a_text(name, token, raw):
 
 def test_a_long_text_is_not_decoded_again_and_again():
     tokenizer = TOKENIZERS["byte fallback"]
-    stream, lengths = tokenizer.stream(), []
+    stream, lengths = TextStream(tokenizer), []
     whole = tokenizer.decode
 
     class Counted:
-        decoding, shown = tokenizer.decoding, tokenizer.shown
+        shown = tokenizer.shown
 
         def decode(self, ids):
             lengths.append(len(ids))

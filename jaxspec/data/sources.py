@@ -114,7 +114,8 @@ def _folder(path: Path, split: str | None) -> tuple[str, Callable[[], Iterator[R
     if any((path / name).exists() for name in SAVED):
         refuse_programs(path)
         chosen, rows = choose_split(tables.saved_splits(path), split, f"{path}::")
-        return _named("a saved dataset", chosen), functools.partial(_table, rows, str(path))
+        read = lambda: numbered_rows(tables.saved_rows(rows), path)  # noqa: E731
+        return _named("a saved dataset", chosen), read
     chosen, files = choose_split(data_files(path), split, f"{path}::")
     kinds = sorted({file_format(file)[0] for file in files})
     count = "1 file" if len(files) == 1 else f"{len(files)} files"
@@ -128,11 +129,8 @@ def _hub(
     source = f"{name}::{subset}/" if subset else f"{name}::"
     chosen, rows = choose_split(tables.hub_splits(name, subset), split, source)
     found = _named("a dataset of the hub, streamed", chosen)
-    return found, functools.partial(_table, rows, f"{source}{chosen}")
-
-
-def _table(rows: Any, source: str) -> Iterator[Row]:
-    return numbered_rows(tables.dataset_rows(rows, source), source)
+    where = f"{source}{chosen}"
+    return found, lambda: numbered_rows(tables.streamed_rows(rows, where), where)
 
 
 def _chained(files: list[Path]) -> Iterator[Row]:

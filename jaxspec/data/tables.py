@@ -53,11 +53,15 @@ def _decoded(batch) -> list[dict[str, Any] | ValueError]:
         return [without_nulls(row) for row in batch.to_pylist()]
     except Exception as error:
         if len(batch) == 1:
-            return [ValueError(f"the row cannot be decoded ({_line(error)})")]
+            return [_undecoded(error)]
         return [row for i in range(len(batch)) for row in _decoded(batch.slice(i, 1))]
 
 
-def saved_splits(folder: Path) -> dict[str, Iterable[dict[str, Any]]]:
+def _undecoded(error: Exception) -> ValueError:
+    return ValueError(f"the row cannot be decoded ({_line(error)})")
+
+
+def saved_splits(folder: Path) -> Mapping[str, Sequence[dict[str, Any]]]:
     """The splits of a folder that `Dataset.save_to_disk` wrote; "" where it has none.
 
     Raises:
@@ -91,8 +95,18 @@ def hub_splits(name: str, subset: str | None) -> Mapping[str, Iterable[dict[str,
         ) from error
 
 
-def dataset_rows(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
-    """Rows of one split.
+def saved_rows(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any] | ValueError]:
+    """Rows of a split of a saved dataset; or the error of a row."""
+    for number in range(len(rows)):  # an iterator would end at an error
+        try:
+            row = without_nulls(rows[number])
+        except Exception as error:
+            row = _undecoded(error)
+        yield row
+
+
+def streamed_rows(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+    """Rows of a split of a dataset on the hub.
 
     Raises:
       ValueError: a row cannot be decoded or fetched; later rows are then lost too.

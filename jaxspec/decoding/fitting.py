@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jaxspec.decoding.choice import choose
 from jaxspec.decoding.penalties import Written
-from jaxspec.decoding.sampling import SamplingRows, choose
+from jaxspec.decoding.sampling import SamplingRows
 from jaxspec.decoding.staircase import VerifySize
 from jaxspec.decoding.state import Draft, Verdict, Verified
 from jaxspec.drafters.base import Drafter

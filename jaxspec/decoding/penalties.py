@@ -11,15 +11,12 @@ repetition, frequency and presence.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxspec.decoding.sampling import SamplingRows
 from jaxspec.trees.tree import DraftTree, unpack_bits
-
-if TYPE_CHECKING:
-    from jaxspec.decoding.sampling import SamplingRows
 
 
 @jax.tree_util.register_dataclass

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.decoding.allowed import masked
+from jaxspec.decoding.choice import choose
 from jaxspec.decoding.logprobs import empty_logprobs, of_path, of_prompts
 from jaxspec.decoding.penalties import Written
 from jaxspec.decoding.precision import exact_in_float32
-from jaxspec.decoding.sampling import choose
 from jaxspec.decoding.state import (
     Decoder,
     DecodeState,

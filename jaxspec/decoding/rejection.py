@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxspec.decoding.choice import log_law
 from jaxspec.decoding.penalties import Written
-from jaxspec.decoding.sampling import SamplingRows, log_law
+from jaxspec.decoding.sampling import SamplingRows
 from jaxspec.decoding.state import Acceptance, Decoder, DecodeState, Draft, Params, Verified
 from jaxspec.trees.tree import chain
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxspec.config import TargetConfig, integer
+from jaxspec.arguments import integer
+from jaxspec.config import TargetConfig
 from jaxspec.decoding import logprobs
 from jaxspec.decoding.sampling import (
     MAX_BIASES,

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxspec.config import at_least, check_field
+from jaxspec.arguments import at_least, check_field
 from jaxspec.decoding.budget import admit, best_size
 from jaxspec.decoding.fitting import smallest
 from jaxspec.decoding.habit import (

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspec.config import RopeScaling, at_least, check_field
+from jaxspec.arguments import at_least, check_field
+from jaxspec.config import RopeScaling
 from jaxspec.drafters.head import Vocabulary
 from jaxspec.drafters.sequential import join, ones, weight
 from jaxspec.models.layers import lookup, project, rms_norm, rotate, swiglu

@@ -22,7 +22,8 @@ from jaxspec.drafters.eagle import EagleDrafter, EagleParams, eagle_params
 from jaxspec.drafters.eagle_head import Attend
 from jaxspec.drafters.head import Vocabulary
 from jaxspec.drafters.sequential import join
-from jaxspec.models.decoder import attention, mlp
+from jaxspec.models.attention import attention
+from jaxspec.models.decoder import mlp
 from jaxspec.models.layers import lookup, project, rms_norm
 from jaxspec.models.params import LayerParams, TargetParams, abstract_params
 from jaxspec.models.rope import layer_angles

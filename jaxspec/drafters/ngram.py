@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxspec.config import TreeConfig, at_least, check_field
+from jaxspec.arguments import at_least, check_field
+from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, Drafter
 from jaxspec.noise import Noise
 from jaxspec.trees.copies import common_suffixes, with_copies

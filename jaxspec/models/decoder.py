@@ -5,35 +5,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxspec.config import TargetConfig
+from jaxspec.models.attention import attention
 from jaxspec.models.cache import KVRows
 from jaxspec.models.delta_net import DeltaRows, DeltaState, Kinship, delta_net, kinship
-from jaxspec.models.layers import lookup, project, project_swiglu, rms_norm
+from jaxspec.models.layers import lookup, project, project_out, project_swiglu, rms_norm
 from jaxspec.models.moe import mixture_of_experts
 from jaxspec.models.params import (
     AttentionParams,
     DeltaNetParams,
-    Matrix,
     MlpParams,
     MoeParams,
     TargetParams,
 )
 from jaxspec.models.rope import Angles, layer_angles
-from jaxspec.models.scaled import OutputsFirst, ScaledWeight, is_scaled
+from jaxspec.models.scaled import is_scaled
 from jaxspec.models.state import LayerRows, LayerStates
 from jaxspec.trees.packing import Packing
 from jaxspec.trees.tree import chain_nodes
 from pallas_kernels.mesh import on_one_device
-from pallas_kernels.rotary_heads import rotary_heads
 from pallas_kernels.tree_attention import tree_attention
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 MIN_ROWS = 8  # rows of a product of narrow operands, for cuBLAS: XLA pads each with fewer
 FEW_ROWS = 64  # up to this many rows, float32 results of products cost little
 
@@ -240,30 +237,6 @@ def _attend(
     return out, tuple(kept)
 
 
-def attention(
-    params: AttentionParams,
-    config: TargetConfig,
-    x: Float[Array, "B N M"],
-    angles: Angles,
-    attend: Attend,
-    dtype=None,
-    results=jnp.float32,
-) -> Float[Array, "B N M"]:
-    """The output of attention, which is added to x.
-
-    Args:
-      attend: attention proper, with masks: queries [B, N, H, D] and keys [B, N, K, D], both
-        rotated, and values [B, N, K, D] -> [B, N, H, D].
-      dtype: if given, a kernel for NVIDIA GPUs norms, rotates and rounds to it (`fuses`).
-      results: dtype to which the product is rounded first.
-    """
-    q, k, v, gate = _qkv(params, config, x, angles, dtype, results)
-    attended = attend(q, k, v).reshape(*x.shape[:2], -1)
-    if gate is not None:
-        attended = attended * jax.nn.sigmoid(gate)
-    return _project_out(params, attended)
-
-
 def _delta_layer(
     params: DeltaNetParams,
     config: TargetConfig,
@@ -280,7 +253,7 @@ def _delta_layer(
     inputs = inputs.reshape(-1, *inputs.shape[2:])
     out, rows = delta_net(params, config, inputs, state, kin, kernels=nodes.rows is not None)
     out = nodes.activations(out).reshape(*x.shape[:2], -1)
-    return project("bnj,jm->bnm", out, _merge_inputs(params.output)), rows
+    return project_out(out, params.output), rows
 
 
 def fuses(params: TargetParams, config: TargetConfig, implementation: str | None) -> bool:
@@ -309,50 +282,6 @@ def check_taps(taps: tuple[int, ...], config: TargetConfig) -> None:
             f"taps {bad} are out of range: the target has layers 0 … {config.num_layers - 1} "
             "(-1 is the embedding); was the drafter trained for another target?"
         )
-
-
-def _qkv(params: AttentionParams, config: TargetConfig, x: jax.Array, angles, dtype, results):
-    """Rotated queries [B, N, H, D], rotated keys and values [B, N, K, D]; gates [B, N, H D] of
-    queries that have them, else None.
-
-    With `dtype` one kernel does what follows the product, and rounds to it.
-    """
-    normed = rms_norm(x, params.norm, config.rms_norm_eps)
-    qkv = project("bnm,mkgd->bnkgd", normed, params.qkv, results)
-    options = dict(eps=config.rms_norm_eps, dtype=dtype or qkv.dtype, gated=params.gated)
-    gains = (params.qkv_bias, params.q_norm, params.k_norm)
-    angles = (x.reshape(-1, x.shape[-1]) for x in angles)
-    q, k, v = rotary_heads(
-        qkv.reshape(-1, *qkv.shape[2:]),
-        *gains,
-        *angles,
-        **options,
-        implementation="triton" if dtype else "xla",
-    )
-    shape = x.shape[:2] if dtype is None else (1, q.shape[0])
-    return *(x.reshape(*shape, *x.shape[1:]) for x in (q, k, v)), _gates(params, qkv)
-
-
-def _gates(params: AttentionParams, qkv: jax.Array) -> jax.Array | None:
-    """The columns [B, N, H D] of a projection that follow its queries; None without gates."""
-    if not params.gated:
-        return None
-    gates = qkv[..., 1:-2:2, :].astype(jnp.float32)
-    if params.qkv_bias is not None:
-        gates = gates + params.qkv_bias[:, 1:-2:2]
-    return gates.reshape(*qkv.shape[:2], -1)
-
-
-def _project_out(params: AttentionParams, attended: jax.Array) -> jax.Array:
-    """[B, N, H * D] -> [B, N, M]."""
-    return project("bnh,hm->bnm", attended, _merge_inputs(params.out))
-
-
-def _merge_inputs(weight: Matrix) -> Matrix:
-    """A weight [..., M] with one axis of inputs: of three XLA would transpose it."""
-    if isinstance(weight, (ScaledWeight, OutputsFirst)):
-        return weight.merge_inputs()
-    return weight.reshape(-1, weight.shape[-1])
 
 
 @functools.partial(_traced_once, static_argnames=("config", "count", "results"))

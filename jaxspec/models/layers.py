@@ -73,6 +73,20 @@ def project_swiglu(
     return swiglu(project("...m,mcf->...cf", x, gate_up, result))
 
 
+def project_out(
+    x: Float[Array, "B N inputs"], weight: jax.Array | ScaledWeight | OutputsFirst
+) -> Float[Array, "B N M"]:
+    """The product of heads side by side and a weight [..., M].
+
+    The weight's axes of inputs are merged: with three axes XLA would transpose it.
+    """
+    if isinstance(weight, (ScaledWeight, OutputsFirst)):
+        weight = weight.merge_inputs()
+    else:
+        weight = weight.reshape(-1, weight.shape[-1])
+    return project("bnh,hm->bnm", x, weight)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def product(spec: str, x: jax.Array, y: jax.Array, dtype=jnp.float32) -> jax.Array:
     """einsum of operands of one dtype: float32 sums, rounded to `dtype`.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxspec.config import TargetConfig, at_least, check_field
+from jaxspec.arguments import at_least, check_field
+from jaxspec.config import TargetConfig
 from jaxspec.decoding.schedule import Adaptive, Fixed, Schedule
 
 

@@ -7,7 +7,7 @@ import dataclasses
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from jaxspec.config import check_field
+from jaxspec.arguments import check_field
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.models.target import Target
+from jaxspec.text_stream import TextStream
 from jaxspec.trees.tree import NO_PARENT, DraftTree
 
 TARGET, DRAFTER, LOOKUP = "target", "drafter", "lookup"
@@ -113,7 +114,7 @@ class Watcher:
             _watch_round(decoder, params, _copy(state), requests.sampling)
             plain.milliseconds()
             self._compiled.add(capacity)
-        pieces, length = self.target.tokenizer.stream(), len(prompt) + 1
+        pieces, length = TextStream(self.target.tokenizer), len(prompt) + 1
         tokens, done = jax.device_get((state.tokens, state.done))
         first = {"text": pieces.step(int(tokens[0, length - 1])), "source": TARGET}
         yield {"kind": "start", "token": first}

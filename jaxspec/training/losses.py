@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxspec.config import at_least, check_field
+from jaxspec.arguments import at_least, check_field
 from jaxspec.drafters.head import DraftHead, Vocabulary
 from jaxspec.drafters.teacher_forced import BlockOutput
 from jaxspec.training.selector_loss import MISSING, Choices, choices, leading_run

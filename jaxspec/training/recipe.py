@@ -8,15 +8,8 @@ import math
 from pathlib import PurePath
 from typing import Any
 
-from jaxspec.config import (
-    LOW_RANK,
-    DrafterConfig,
-    TargetConfig,
-    at_least,
-    check_field,
-    check_seed,
-    spaced_taps,
-)
+from jaxspec.arguments import at_least, check_field, check_seed
+from jaxspec.config import LOW_RANK, DrafterConfig, TargetConfig, spaced_taps
 from jaxspec.drafters.eagle_head import EagleConfig, ParallelEagleConfig
 from jaxspec.training.batches import PACKED_UNIT
 from jaxspec.training.losses import LossConfig

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxspec.config import at_least, check_field, check_seed
+from jaxspec.arguments import at_least, check_field, check_seed
 from jaxspec.data.conversations import extend
 from jaxspec.data.identity import fingerprint, template_hash
 from jaxspec.data.jobs import Job, Opening

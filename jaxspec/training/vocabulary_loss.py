@@ -20,7 +20,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxspec.config import at_least, check_field
+from jaxspec.arguments import at_least, check_field
 from jaxspec.drafters.chunks import join, split
 from jaxspec.models.layers import project
 from jaxspec.trees.candidates import top_logits

@@ -126,24 +126,35 @@ def test_parquet_that_is_damaged(tmp_path):
         contents(path)
 
 
-@needs("pyarrow")
-@pytest.mark.parametrize("bad", ["text that is not UTF-8", "a date after the year 9999"])
-def test_a_bad_value_in_parquet_does_not_end_the_rows(tmp_path, bad):
-    import pyarrow
+def as_parquet_file(table, path):
     from pyarrow import parquet
 
+    parquet.write_table(table, path)
+
+
+def as_saved_dataset(table, path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset(table).save_to_disk(path)
+
+
+@needs("pyarrow")
+@pytest.mark.parametrize("save", [as_parquet_file, as_saved_dataset])
+@pytest.mark.parametrize("bad", ["text that is not UTF-8", "a date after the year 9999"])
+def test_a_bad_value_in_a_table_does_not_end_the_rows(tmp_path, bad, save):
+    import pyarrow
+
     if bad.startswith("text"):
-        found = pyarrow.array([b"a", b"\xff", b"c"]).buffers()
-        columns = {"prompt": pyarrow.Array.from_buffers(pyarrow.string(), 3, found)}
+        found = pyarrow.array([b"a", b"\xff", b"c", b"\xff"]).buffers()
+        columns = {"prompt": pyarrow.Array.from_buffers(pyarrow.string(), 4, found)}
     else:
-        days = pyarrow.array([0, 3 * 10**14, 0], pyarrow.timestamp("ms"))
-        columns = {"prompt": ["a", "b", "c"], "day": days}
-    path = tmp_path / "data.parquet"
-    parquet.write_table(pyarrow.table(columns), path)
+        days = pyarrow.array([0, 3 * 10**14, 0, 3 * 10**14], pyarrow.timestamp("ms"))
+        columns = {"prompt": ["a", "b", "c", "d"], "day": days}
+    path = tmp_path / "data"
+    save(pyarrow.table(columns), path)
     refused = []
     assert read_prompts(path, refused) == ["a", "c"]
-    (error,) = refused
-    assert error.startswith(f"{path}, row 1: the row cannot be decoded (")
+    for number, error in zip((1, 3), refused, strict=True):
+        assert error.startswith(f"{path}, row {number}: the row cannot be decoded (")
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "runs/data.jsonl.gz", "./runs/data", "data"])

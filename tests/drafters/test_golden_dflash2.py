@@ -9,13 +9,13 @@ import pytest
 
 from jaxspec.api import generate
 from jaxspec.config import TreeConfig
+from jaxspec.decoding.choice import log_law
 from jaxspec.decoding.rejection import residual, scatter_law
-from jaxspec.decoding.sampling import log_law
 from jaxspec.drafters.rollout import tempered
 from jaxspec.drafters.selector import lattice, pick, top_candidates, walk
 from jaxspec.drafters.weights import bind
 from tests import tiny
-from tests.decoding.test_sampling import nothing_written, rows
+from tests.decoding.test_choice import nothing_written, rows
 from tests.drafters import goldens
 from tests.drafters.goldens import TOLERANCE, observed
 from tests.slow import slow_but

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec.models import decoder
+from jaxspec.models import attention, decoder
 from jaxspec.models.cache import KVRows, init_cache
 from jaxspec.models.decoder import forward, forward_chain, unembed
 from jaxspec.models.layers import rms_norm, rotate
@@ -202,7 +202,7 @@ def test_the_gpu_layout_computes_the_same(name, packed, monkeypatch):
     plain = outputs()
     monkeypatch.setattr(decoder, "fuses", lambda *_: True)
     monkeypatch.setattr(
-        decoder,
+        attention,
         "rotary_heads",
         lambda *args, implementation, **options: rotary_heads(*args, **options),
     )

@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -19,6 +21,7 @@ from jaxspec.training.recipe import OptimizerConfig, TrainConfig
 from jaxspec.training.run_folder import METRICS
 from jaxspec.training.trainer import train
 from jaxspec.training.vocabulary_loss import Mixture
+from tests.processes import ROOT, many_devices
 
 TARGET_CONFIG = TargetConfig(
     vocab_size=24,
@@ -79,6 +82,28 @@ def metrics(folder) -> list[dict]:
         {name: x for name, x in json.loads(line).items() if name not in OF_THE_MACHINE}
         for line in lines
     ]
+
+
+def steps(folder) -> list[dict]:
+    """The lines of a run's metrics that are steps, rather than validations."""
+    return [line for line in metrics(folder) if "loss" in line]
+
+
+def losses(folder) -> list[float]:
+    return [line["loss"] for line in steps(folder)]
+
+
+def start(folder, *options, devices=1) -> subprocess.Popen:
+    """A run in a process of its own, with the options of `main`."""
+    command = [sys.executable, "-m", "tests.training.tiny", str(folder), *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=many_devices(devices), stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
 
 
 def main():
