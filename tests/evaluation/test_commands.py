@@ -203,7 +203,7 @@ def test_a_finished_run_is_left_alone(file, tmp_path, monkeypatch, capsys):
     [
         (("--batch-size", "1"), "batch_size was 2, now it is 1"),
         (("--budgets", "2", "3"), "budgets was [2], now it is [2, 3]"),
-        (("--top-k", "3"), "top_k was 'unknown', now it is 3"),
+        (("--top-k", "3"), "it does not say top_k, which now is 3"),
         (("--count", "1"), "prompts was {'sums': 2, 'code': 2}, now it is {'sums': 1, 'code'"),
     ],
 )
@@ -264,7 +264,7 @@ def test_results_that_do_not_name_their_models_do_not_go_on(file, tmp_path, caps
     output = tmp_path / "results.jsonl"
     output.write_text(json.dumps(setup) + "\n" + "".join(rest))
     assert evaluate(file.parent, output) == BAD_INPUT
-    assert "fingerprint was 'unknown', now it is" in capsys.readouterr().err
+    assert "it does not say fingerprint, which now is" in capsys.readouterr().err
     assert main(["report", str(output)]) == 0
 
 
