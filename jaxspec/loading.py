@@ -13,7 +13,6 @@ import numpy as np
 
 from jaxspec import checkpoints
 from jaxspec.checkpoints import Weights, catalog, drafters, speculators
-from jaxspec.checkpoints.drafters import SHIPPED
 from jaxspec.checkpoints.huggingface import resolve
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.config import TreeConfig
@@ -122,6 +121,22 @@ def as_drafter(target: Target, drafter: LoadedDrafter | str) -> LoadedDrafter:
     return drafter
 
 
+def trained_folder(spec: str) -> Path | None:
+    """The folder of a trained drafter; None for one that needs no checkpoint.
+
+    Args:
+      spec: see `load_drafter`.
+
+    Raises:
+      ValueError: the drafter cannot be found.
+    """
+    alone = spec.removesuffix(registry.LOOKUP_TOO)
+    name, colon, _ = alone.partition(":")
+    if {alone, name + colon} & registry.NAMES.keys():
+        return None
+    return drafters.drafter_folder(alone)
+
+
 def named_target(spec: str) -> str | None:
     """The target that a trained drafter's files name; None if they name none.
 
@@ -131,11 +146,9 @@ def named_target(spec: str) -> str | None:
     Raises:
       ValueError: the drafter or its target cannot be found.
     """
-    alone = spec.removesuffix(registry.LOOKUP_TOO)
-    name, colon, _ = alone.partition(":")
-    if {alone, name + colon} & {*registry.NAMES, SHIPPED}:
+    folder = trained_folder(spec)
+    if folder is None:
         return None
-    folder = drafters.drafter_folder(alone)
     found = speculators.verifier(read_json(folder / "config.json"), folder)
     if found is None:
         return None

@@ -167,6 +167,64 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, message):
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
+def never(*_, **__):
+    raise AssertionError("nothing may be loaded before this is refused")
+
+
+GENERATE = ["generate", "--prompt", "a"]
+CHECK = ["check", "--drafter", "shipped"]
+CALIBRATE = ["calibrate", "--drafter", "shipped", "--prompts", "prompts.jsonl"]
+REGENERATE = ["regenerate", "--prompts", "prompts.jsonl", "--output", "data.jsonl"]
+TRAIN = ["train", "--data", "prompts.jsonl", "--output", "run"]
+BENCH = ["bench", "--drafters", "ngram", "--prompts", "prompts.jsonl"]
+EVALUATE = ["evaluate", "--prompts", "prompts.jsonl"]
+DECODERS = ["--output", "results.jsonl", "--decoders", "a=ngram"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([*GENERATE, "--max-new-tokens", "0"], "--max-new-tokens is 0; expected at least 1"),
+        ([*GENERATE, "--batch-size", "0"], "--batch-size is 0"),
+        ([*GENERATE, "--devices", "0"], "--devices is 0"),
+        ([*GENERATE, "--budget", "0"], "--budget is 0"),
+        ([*GENERATE, "--tree", "chain", "--width", "0"], "--width is 0"),
+        ([*GENERATE, "--survival", "2"], "--survival is 2.0; expected a probability, 0 … 1"),
+        ([*GENERATE, "--width", "5"], "--width 5 is for one kind of tree; give --tree too"),
+        ([*GENERATE, "--tree", "chain", "--drafter", "ngram"], "needs a drafter with scores"),
+        ([*GENERATE, "--rejection"], "without lookup; --drafter is shipped+ngram"),
+        (
+            [*GENERATE, "--rejection", "--drafter", "shipped", "--tree", "best_first"],
+            "--rejection needs a chain; --tree is best_first: leave it out",
+        ),
+        ([*GENERATE, "--target", "x", "--drafter", "nowhere"], "there is no drafter 'nowhere'"),
+        ([*CHECK, "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        ([*CHECK, "--target", "x", "--beside", "./absent"], "absent"),
+        ([*CALIBRATE, "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        ([*CALIBRATE, "--batch-size", "0"], "--batch-size is 0"),
+        ([*CALIBRATE, "--temperature", "-1"], "temperature is -1.0"),
+        ([*CALIBRATE, "--picture", "absent/x.png"], "--picture absent/x.png cannot be written"),
+        ([*CALIBRATE, "--drafter", "nowhere"], "there is no drafter 'nowhere'"),
+        ([*REGENERATE, "--drafter", "nowhere"], "there is no drafter 'nowhere'"),
+        ([*TRAIN, "--max-length", "0"], "--max-length is 0"),
+        ([*TRAIN, "--min-supervised", "0"], "--min-supervised is 0"),
+        ([*BENCH, "--output", "absent/x.jsonl"], "--output absent/x.jsonl cannot be written"),
+        ([*EVALUATE, *DECODERS, "--timed", "-1"], "--timed is -1; expected at least 0"),
+        ([*EVALUATE, *DECODERS, "a=shipped"], "two decoders are called 'a'"),
+        ([*EVALUATE, *DECODERS, "--output", "."], "--output . cannot be written"),
+    ],
+)
+def test_what_options_alone_tell_is_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    monkeypatch.chdir(tmp_path)
+    for loads in ("jaxspec.load_target", "jaxspec.evaluation.contenders.load_target"):
+        monkeypatch.setattr(loads, never)
+    assert main(arguments) == BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

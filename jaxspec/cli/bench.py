@@ -17,6 +17,8 @@ from jaxspec.cli.options import (
     Thinking,
     TopK,
     TopP,
+    check_least,
+    check_writable,
     chosen_dtype,
     target_name,
 )
@@ -103,11 +105,7 @@ class Bench:
                 f"--budgets is {self.budgets}; expected at least 2 each (1, the root alone, is "
                 "plain decoding, which is measured too)"
             )
-        for name, low in (("count", 0), ("max_new_tokens", 2)):
-            if getattr(self, name) < low:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least "
-                    f"{low}"
-                )
+        check_least(self, count=0, max_new_tokens=2)
         if self.output is not None and self.output.exists():
             raise ValueError(f"{self.output} exists already; choose another name or delete it")
+        check_writable("output", self.output)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxspec.cli import exits
-from jaxspec.cli.options import NewTokens, Thinking
+from jaxspec.cli.options import NewTokens, Thinking, check_least, check_writable, target_name
 from jaxspec.data.prompts import read_prompts
 
 
@@ -49,8 +49,15 @@ class Calibrate:
         import jaxspec
         from jaxspec.checkpoints.drafters import save_temperatures
         from jaxspec.evaluation import calibration
+        from jaxspec.evaluation.plots import check_matplotlib
         from jaxspec.evaluation.walk import record
 
+        check_least(self, max_new_tokens=1, batch_size=1)
+        check_writable("picture", self.picture)
+        if self.picture is not None:
+            check_matplotlib()
+        sampling = jaxspec.Sampling(temperature=self.temperature)
+        name = target_name(self.target, str(self.drafter))
         unread: list[str] = []
         prompts = read_prompts(self.prompts, unread)
         if len(prompts) < 2:
@@ -58,7 +65,7 @@ class Calibrate:
                 f"{self.prompts} holds one prompt; expected at least two: half are held out"
             )
         jaxspec.enable_compilation_cache()
-        target = jaxspec.load_target(self.target, dtype=self.dtype)
+        target = jaxspec.load_target(name, dtype=self.dtype)
         drafter = jaxspec.load_drafter(str(self.drafter), target)
         config = drafter.drafter.head_config
         if config is None or config.confidence is None:
@@ -72,7 +79,7 @@ class Calibrate:
             rows,
             max_new_tokens=self.max_new_tokens,
             spare=spare,
-            sampling=jaxspec.Sampling(temperature=self.temperature),
+            sampling=sampling,
             batch_size=self.batch_size,
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxspec.cli import exits
-from jaxspec.cli.options import NewTokens, TargetName, Thinking, target_name
+from jaxspec.cli.options import NewTokens, TargetName, Thinking, check_least, target_name
 from jaxspec.data.jsonl import read_text
 
 CHECK_PROMPTS = (
@@ -64,10 +64,15 @@ class Check:
 
     def run(self) -> int:
         import jaxspec
+        from jaxspec import checkpoints
 
+        check_least(self, max_new_tokens=1)
         text = None if self.text is None else read_text(self.text)
+        name = target_name(self.target, self.drafter)
+        if self.beside is not None:
+            checkpoints.target_path(self.beside)
         jaxspec.enable_compilation_cache()
-        report = self._report(target_name(self.target, self.drafter), text)
+        report = self._report(name, text)
         other = None if self.beside is None else self._report(self.beside, text)
         if self.json:
             row = dataclasses.asdict(report)

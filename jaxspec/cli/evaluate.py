@@ -19,6 +19,8 @@ from jaxspec.cli.options import (
     Thinking,
     TopK,
     TopP,
+    check_least,
+    check_writable,
     target_name,
 )
 from jaxspec.cli.prompt_sets import chosen, encoded
@@ -134,16 +136,14 @@ class Evaluate:
     def _check(self, contenders) -> None:
         if not contenders or not self.prompts:
             raise ValueError("nothing to compare: give --decoders and --prompts, at least one")
-        for name, low in (("count", 0), ("max_new_tokens", 2), ("batch_size", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least "
-                    f"{low}"
-                )
+        check_least(self, count=0, max_new_tokens=2, batch_size=1)
+        if self.timed is not None:
+            check_least(self, timed=0)
         if any(budget < 1 for budget in self.budgets):
             raise ValueError(
                 f"--budgets has {min(self.budgets)}; expected at least 1 (the root)"
             )
+        check_writable("output", self.output)
 
     def _setup(self, entries, sets: dict[str, list[list[int]]], filters) -> dict:
         """Settings that all results of one file share; temperatures and timings may differ."""

@@ -21,6 +21,7 @@ from jaxspec.cli.options import (
     Thinking,
     TopK,
     TopP,
+    check_least,
     chosen_dtype,
     target_name,
 )
@@ -88,14 +89,16 @@ class Generate:
         from jaxspec.sharding import join_processes, mesh_of
 
         prompts = self._prompts()
+        check_least(self, max_new_tokens=1, batch_size=1, devices=1)
         if self.distributed:
             join_processes()
         sampling = jaxspec.Sampling(
             temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
         )
+        name = target_name(self.target, self.drafter.drafter)
+        self.drafter.check(name, rejection=self.rejection)
         jaxspec.enable_compilation_cache()
         dtype = chosen_dtype(self.dtype)
-        name = target_name(self.target, self.drafter.drafter)
         target = jaxspec.load_target(
             name, dtype=dtype, devices=self.devices, weights=self.weights
         )

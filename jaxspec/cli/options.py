@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -43,6 +45,27 @@ MinP = Annotated[
 ]
 
 
+def check_least(command: Any, **lows: int) -> None:
+    """Raises ValueError if an option is below its lowest value."""
+    for name, low in lows.items():
+        if getattr(command, name) < low:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is {getattr(command, name)}; expected at least {low}")
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Raises ValueError if an option names a file that cannot be written; None is no file."""
+    if path is None:
+        return
+    folder, there = path.parent, os.path.exists(path)
+    good = os.access(path, os.W_OK) if there else os.access(folder, os.W_OK | os.X_OK)
+    if os.path.isdir(path) or not os.path.isdir(folder) or not good:
+        raise ValueError(
+            f"--{option} {path} cannot be written; expected a path in a folder that exists and "
+            "is writable"
+        )
+
+
 def chosen_dtype(dtype: Dtype) -> str:
     """The dtype that an option means; prints the choice of "auto" to standard error."""
     if dtype != "auto":
@@ -62,14 +85,18 @@ def target_name(target: str | None, *drafters: str | None) -> str:
     """The target of --target; without it the one that the drafters' files name, or the default.
 
     Raises:
-      ValueError: two drafters name different targets, or one that cannot be found.
+      ValueError: a drafter cannot be found, or two name different targets, or one that cannot
+        be found.
     """
     from jaxspec.checkpoints.catalog import DEFAULT
-    from jaxspec.loading import named_target
+    from jaxspec.loading import named_target, trained_folder
 
+    given = [drafter for drafter in drafters if drafter is not None]
     if target is not None:
+        for drafter in given:
+            trained_folder(drafter)
         return target
-    names = {drafter: named_target(drafter) for drafter in drafters if drafter is not None}
+    names = {drafter: named_target(drafter) for drafter in given}
     named = {drafter: name for drafter, name in names.items() if name is not None}
     if len(set(named.values())) > 1:
         each = ", ".join(f"{drafter} {name!r}" for drafter, name in named.items())
@@ -103,29 +130,55 @@ class DrafterOptions:
     survival: float = 0.0
     """End a chain where the product of its confidences falls below this; 0 keeps all."""
 
-    def load(self, target, *, chain: bool = False):
-        """Loads the drafter. Args: chain: draft a chain where --tree is not given."""
-        from jaxspec.checkpoints.catalog import DEFAULT
-        from jaxspec.loading import load_drafter
+    def check(self, target: str, *, rejection: bool) -> None:
+        """Raises ValueError for options that `load` cannot use, before anything is loaded.
 
-        name = self.drafter
-        if name is None:
-            name = "shipped+ngram" if target.name == DEFAULT else "ngram"
-        if name == "none":
-            return load_drafter("none", target)
-        if self.budget < 1:
-            raise ValueError(f"--budget is {self.budget}; expected at least 1 (the root)")
+        Args:
+          target: its name.
+          rejection: whether drafts are verified by rejection sampling.
+        """
+        from jaxspec.drafters.registry import LOOKUP_TOO
+
+        check_least(self, budget=1, width=1, candidates=1)
+        for rule in ("threshold", "survival"):
+            if not 0 <= getattr(self, rule) <= 1:
+                raise ValueError(
+                    f"--{rule} is {getattr(self, rule)}; expected a probability, 0 … 1"
+                )
+        name = self._name(target)
         if self.tree and name == "ngram":
             raise ValueError(
                 f"--tree {self.tree} needs a drafter with scores, and ngram has none: leave "
                 "--tree out"
             )
+        if rejection and (name in ("none", "ngram") or name.endswith(LOOKUP_TOO)):
+            raise ValueError(
+                f"--rejection needs a trained drafter without lookup; --drafter is {name}"
+            )
+        if rejection and self.tree not in (None, "chain"):
+            raise ValueError(f"--rejection needs a chain; --tree is {self.tree}: leave it out")
+        if name != "none" and self.tree is None and not rejection:
+            self._check_open()
+
+    def _name(self, target: str) -> str:
+        from jaxspec.checkpoints.catalog import DEFAULT
+
+        if self.drafter is not None:
+            return self.drafter
+        return "shipped+ngram" if target == DEFAULT else "ngram"
+
+    def load(self, target, *, chain: bool = False):
+        """Loads the drafter. Args: chain: draft a chain where --tree is not given."""
+        from jaxspec.loading import load_drafter
+
+        name = self._name(target.name)
+        if name == "none":
+            return load_drafter("none", target)
         # The verified size is static, a power of two; the budget within it is an array.
         size = 1 << (self.budget - 1).bit_length()
         rules = dict(threshold=self.threshold, survival=self.survival)
         kind = self.tree or ("chain" if chain else None)
         if kind is None:
-            self._check_open()
             return load_drafter(name, target, nodes=size, **rules)
         tree = TreeConfig(kind, size=size, width=self.width, candidates=self.candidates)
         return load_drafter(name, target, tree=tree, **rules)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from jaxspec.cli import exits
+from jaxspec.cli.options import check_least, check_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,8 @@ class OverlapCheck:
 
         if self.clean is not None and self.clean.exists():
             raise ValueError(f"--clean {self.clean} exists already; choose another name")
-        if self.ngram < 1:
-            raise ValueError(f"--ngram is {self.ngram}; expected at least 1")
+        check_writable("clean", self.clean)
+        check_least(self, ngram=1)
         refused: list[str] = []
         data, asked = (tuple(map(open_source, x)) for x in (self.data, self.prompts))
         prompts = [part for x in asked for row in texts_of(x, refused) for part in row.parts]

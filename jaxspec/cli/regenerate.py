@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from jaxspec.cli.options import MinP, NewTokens, TopK, TopP
+from jaxspec.cli.options import MinP, NewTokens, TopK, TopP, target_name
 
 FAULT = 1  # exit code
 
@@ -90,8 +90,9 @@ class Regenerate:
             seed=self.seed,
             rows=self.rows,
         )
+        name = target_name(self.target, self.drafter)
         jaxspec.enable_compilation_cache()
-        target = jaxspec.load_target(self.target, dtype=self.dtype)
+        target = jaxspec.load_target(name, dtype=self.dtype)
         drafter = jaxspec.load_drafter(self.drafter, target)
         outcome = regenerate(config, target, jobs, self.output, drafter=drafter)
         if self.json:

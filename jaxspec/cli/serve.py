@@ -12,7 +12,14 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxspec.checkpoints import Weights
-from jaxspec.cli.options import DrafterOptions, Dtype, TargetName, chosen_dtype, target_name
+from jaxspec.cli.options import (
+    DrafterOptions,
+    Dtype,
+    TargetName,
+    check_writable,
+    chosen_dtype,
+    target_name,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +99,7 @@ class Serve:
         programs, start = kept_programs(), self._start()
         programs.expect(start)
         try:
-            from jaxspec.serving.access import LOOPBACK, Access
+            from jaxspec.serving.access import LOOPBACK
             from jaxspec.serving.connections import Limits
             from jaxspec.serving.server import check_servable, listen, server
         except ModuleNotFoundError as error:
@@ -101,25 +108,20 @@ class Serve:
                 "prometheus-client llguidance"
             ) from error
         import jaxspec
+        from jaxspec import checkpoints
         from jaxspec.decoding.curve import Curve
         from jaxspec.kept_curves import keep_curve, kept_curve
         from jaxspec.serving.runner import Runner
 
         limits = Limits(body_bytes=self.body_bytes, connections=self.connections)
-        key = self.api_key if self.api_key is not None else os.environ.get("JAXSPEC_API_KEY")
-        access = Access(key, self.open_metrics, self.cors_origins)
-        config = self._config()
-        if key is None and self.host not in LOOPBACK:
-            print(
-                f"warning: --host {self.host} may be reached by others without a key; set "
-                "--api-key, or put a proxy in front that asks for one",
-                file=sys.stderr,
-            )
+        access, config = self._access(), self._config()
+        target_path = target_name(self.target, self.drafter.drafter)
+        self.drafter.check(target_path, rejection=self.rejection)
         bound = listen(self.host, self.port)
         stored = self.curve is not None and self.curve.exists()
         curve = Curve.load(self.curve) if stored else None
+        config.check_room(checkpoints.read_config(target_path))
         jaxspec.enable_compilation_cache()
-        target_path = target_name(self.target, self.drafter.drafter)
         target = jaxspec.load_target(
             target_path, dtype=chosen_dtype(self.dtype), weights=self.weights
         )
@@ -142,7 +144,7 @@ class Serve:
             drain_seconds=self.drain_seconds,
         )
         print(f"serving {names[0]} on http://{host}:{port}/v1", flush=True)
-        if self.host in LOOPBACK or key is not None:
+        if self.host in LOOPBACK or access.key is not None:
             print(f"watch its trees on http://{host}:{port}/", flush=True)
         http.run([bound])
         return 0
@@ -157,13 +159,8 @@ class Serve:
             raise ValueError(
                 f"--drain-seconds is {self.drain_seconds}; expected a number of at least 0"
             )
-        if self.curve is not None and not os.path.exists(self.curve):
-            folder = self.curve.parent
-            if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-                raise ValueError(
-                    f"--curve {self.curve} cannot be written; expected a path in a folder that "
-                    "exists and is writable"
-                )
+        if self.curve is not None and not os.path.exists(self.curve):  # else it is read
+            check_writable("curve", self.curve)
 
     def _start(self) -> str:
         """Identifies the programs that this start needs."""
@@ -183,6 +180,20 @@ class Serve:
             budget=None if adaptive else min(self.drafter.budget, drafter.drafter.size),
         )
         return Engine(target, drafter, config, curve=curve, kept=kept)
+
+    def _access(self):
+        """Who may use the server; warns if everyone may."""
+        from jaxspec.serving.access import LOOPBACK, Access
+
+        key = self.api_key if self.api_key is not None else os.environ.get("JAXSPEC_API_KEY")
+        access = Access(key, self.open_metrics, self.cors_origins)
+        if key is None and self.host not in LOOPBACK:
+            print(
+                f"warning: --host {self.host} may be reached by others without a key; set "
+                "--api-key, or put a proxy in front that asks for one",
+                file=sys.stderr,
+            )
+        return access
 
     def _config(self):
         """The engine's limits, without those that depend on the drafter."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxspec.cli import exits
+from jaxspec.cli.options import check_least
 from jaxspec.cli.run_config import settings_of
 
 EAGLES = ("eagle3", "peagle")  # families without blocks
@@ -186,7 +187,12 @@ class Train:
         return exits.DONE
 
     def _check(self) -> None:
-        """Refuses options that would have no effect."""
+        """Refuses lengths out of range, options that would have no effect, and loggers that are
+        not installed."""
+        from jaxspec.training.metrics import check_writers
+
+        check_least(self, max_length=1, min_supervised=1)
+        check_writers(tensorboard=self.tensorboard, wandb=self.wandb is not None)
         if self.validate_every and self.validation is None:
             raise ValueError(
                 "--validate-every has no prompts; give --validation, or leave it out"

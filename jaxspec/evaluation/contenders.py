@@ -188,11 +188,14 @@ def load_entries(
     targets: dict[str, Target] = {}
     if isinstance(target, Target):
         targets[str(target.params.embed.dtype)] = target
+    contenders = list(contenders)
+    names = [c.name for c in contenders]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two decoders are called {twice!r}; give each its own name")
     drafters: dict[tuple[str, str], LoadedDrafter] = {}
-    entries: dict[str, Entry] = {}
+    entries: list[Entry] = []
     for c in contenders:
-        if c.name in entries:
-            raise ValueError(f"two decoders are called {c.name!r}; give each its own name")
         if c.dtype not in targets and isinstance(target, Target):
             raise ValueError(
                 f"decoder {c.name!r} asks for {c.dtype}, but the target was loaded in "
@@ -204,9 +207,9 @@ def load_entries(
         if key not in drafters:
             drafters[key] = load_drafter(c.drafter, targets[c.dtype], dtype=c.dtype)
         suited = _suited(c, drafters[key])
-        entries[c.name] = Entry(suited, targets[c.dtype], drafters[key])
-        entries[c.name].sized()  # raises if the drafter cannot draft the tree
-    return list(entries.values())
+        entries.append(Entry(suited, targets[c.dtype], drafters[key]))
+        entries[-1].sized()  # raises if the drafter cannot draft the tree
+    return entries
 
 
 def _suited(contender: Contender, loaded: LoadedDrafter) -> Contender:

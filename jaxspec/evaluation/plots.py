@@ -18,19 +18,24 @@ MARKERS = "osD^vPX"
 QUIET = "#5f6b76"
 
 
+def check_matplotlib() -> None:
+    """Raises ValueError if matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from error
+
+
 def save_all(view: View, folder: Path) -> list[Path]:
     """Writes every picture that the rows have data for.
 
     Raises:
       ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("pictures need matplotlib: pip install matplotlib") from error
+    check_matplotlib()
     written = []
 
-    def save(name: str, figure: Figure | None):
+    def save(name: str, figure):
         if figure is not None:
             written.append(folder / name)
             figure.savefig(written[-1], dpi=150, bbox_inches="tight", facecolor="white")

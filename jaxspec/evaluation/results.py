@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -277,13 +277,23 @@ def held(path: Path, setup: RunSettings) -> set[Key]:
     wanted = json.loads(json.dumps(setup.fields))  # a tuple comes back as a list
     for fields in found:
         for name in [*wanted, *fields]:
-            old, new = (x.get(name, "unknown") for x in (fields, wanted))
-            if old != new:
+            if name not in fields or name not in wanted or fields[name] != wanted[name]:
                 raise ValueError(
-                    f"{path} holds results of another setup: {name} was {old!r}, now it is "
-                    f"{new!r}; choose another name, or give the original options to resume"
+                    f"{path} holds results of another setup: {_change(name, fields, wanted)}; "
+                    "choose another name, or give the original options to resume"
                 )
     return {key(row) for row in rows}
+
+
+def _change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What a file says of a field of its setup, and what it is now."""
+    if name not in old:
+        return (
+            f"it does not say {name}, which now is {new[name]!r} (the file is from an earlier "
+            "version, or from a run without that option)"
+        )
+    now = repr(new[name]) if name in new else "not given"
+    return f"{name} was {old[name]!r}, now it is {now}"
 
 
 def cut_torn(path: Path) -> None:

@@ -57,6 +57,14 @@ class EngineConfig:
             check_field(self, name, good, "at least 0")
         at_least(1, self, "slots", "room", "queue", "max_nodes", "chunk", "rounds")
 
+    def check_room(self, target: TargetConfig) -> None:
+        """Raises ValueError if a request may be longer than the target's positions."""
+        if self.room > target.max_positions:
+            raise ValueError(
+                f"room is {self.room} tokens per request; the target has "
+                f"{target.max_positions} positions"
+            )
+
     def resolved(self, target: TargetConfig, size: int) -> EngineConfig:
         """Fills in schedule and budget, for a drafter whose trees have `size` nodes.
 
@@ -71,11 +79,7 @@ class EngineConfig:
             raise ValueError(f"budget is {self.budget}, but the schedule is not Fixed")
         if self.budget is not None and not 1 <= self.budget <= size:
             raise ValueError(f"budget is {self.budget}; the drafter's trees have 1 … {size}")
-        if self.room > target.max_positions:
-            raise ValueError(
-                f"room is {self.room} tokens per request; the target has "
-                f"{target.max_positions} positions"
-            )
+        self.check_room(target)
         budget = size if self.budget is None else self.budget
         top = min(self.top_logprobs, target.vocab_size)
         return dataclasses.replace(self, schedule=schedule, budget=budget, top_logprobs=top)

@@ -83,7 +83,14 @@ def never(*_, **__):
         (["serve", "--prefix-cache-mb", "-1"], "EngineConfig.prefix_cache_mb is -1.0"),
         (["serve", "--curve", "/nowhere/curve.json"], "--curve /nowhere/curve.json cannot be"),
         (["serve", "--curve", f"{__file__}/curve.json"], "expected a path in a folder that"),
-        (["calibrate", "--drafter", "x", "--prompts", "/nowhere"], "cannot read /nowhere"),
+        (
+            ["calibrate", "--drafter", "shipped", "--prompts", "/nowhere"],
+            "cannot read /nowhere",
+        ),
+        (["serve", "--budget", "0"], "--budget is 0; expected at least 1"),
+        (["serve", "--threshold", "-1"], "--threshold is -1.0; expected a probability, 0 … 1"),
+        (["serve", "--rejection"], "--rejection needs a trained drafter without lookup"),
+        (["serve", "--target", "x", "--drafter", "nowhere"], "there is no drafter 'nowhere'"),
     ],
 )
 def test_bad_options(arguments, message, monkeypatch, capsys):
@@ -124,13 +131,23 @@ def test_others_without_a_key_are_warned_of(arguments, key, warned, monkeypatch,
     assert said == warned
 
 
+def test_a_room_beyond_the_targets_positions_is_refused_before_weights_are_loaded(
+    tmp_path, monkeypatch, capsys
+):
+    target = write_folder(tmp_path / "target", DENSE, random_tensors(DENSE))
+    monkeypatch.setattr("jaxspec.load_target", never)
+    assert main(["serve", "--port", "0", "--target", str(target), "--room", "65"]) == BAD_INPUT
+    assert "room is 65 tokens per request; the target has 64" in capsys.readouterr().err
+
+
 def test_a_target_without_a_tokenizer_is_refused_before_anything_is_compiled(
     tmp_path, monkeypatch, capsys
 ):
     target = write_folder(tmp_path / "target", DENSE, random_tensors(DENSE))
     monkeypatch.setattr("jaxspec.enable_compilation_cache", lambda: tmp_path)
     monkeypatch.setattr("jaxspec.serving.engine.Engine", never)
-    assert main(["serve", "--port", "0", "--target", str(target)]) == BAD_INPUT
+    arguments = ["--target", str(target), "--port", "0", "--room", "64"]
+    assert main(["serve", *arguments]) == BAD_INPUT
     assert "has no tokenizer; a server needs one" in capsys.readouterr().err
 
 
