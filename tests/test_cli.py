@@ -112,9 +112,7 @@ def test_a_row_that_cannot_be_read_keeps_its_place(tmp_path):
 def test_a_drafter_that_is_none_of_them(spec):
     alone = spec.removesuffix("+ngram")
     alone = alone.partition("::")[0]
-    message = (
-        f"no drafter '{alone}'; expected shipped, the folder.*none, ngram, mtp, small:NAME"
-    )
+    message = f"no drafter '{alone}'; expected shipped, the folder.*none, ngram, mtp, mtp:NAME"
     with pytest.raises(ValueError, match=message):
         load_drafter(spec, tiny.target())
 
