@@ -10,13 +10,13 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from jaxspec.answer_text import AnswerText
 from jaxspec.decoding.stats import DecodeStats
+from jaxspec.serving.calls import joined_calls
 from jaxspec.serving.logprobs import LogProbShape, joined
 from jaxspec.serving.metrics import Watch
 from jaxspec.serving.protocol import Asked
 from jaxspec.serving.requests import Update
 from jaxspec.serving.runner import EngineFailed, Ticket
 from jaxspec.serving.shapes import Answer, Shape, error_body, usage
-from jaxspec.serving.tools import CallReader, joined_calls
 from jaxspec.tokenizer import Tokenizer
 
 log = logging.getLogger("uvicorn.error")
@@ -66,7 +66,7 @@ class ChoiceReader:
         self._choice, self._silent = choice, asked.silent
         self._echo = asked.echo[choice // asked.choices]
         self._answer = AnswerText(tokenizer, asked.stops, min_tokens=least)
-        self._reader = CallReader() if asked.tools else None
+        self._reader = asked.tools.reader() if asked.tools else None
         self._shape = None if request.logprobs is None else LogProbShape(tokenizer, chat=chat)
         self._cached = 0
 

@@ -19,7 +19,7 @@ from jaxspec.serving.formats import FORMATS, read_format
 from jaxspec.serving.grammars import Grammar, Grammars
 from jaxspec.serving.messages import read_messages
 from jaxspec.serving.requests import Request
-from jaxspec.serving.tools import TOOLS, Tools, read_tools
+from jaxspec.serving.tools import TOOLS, Tools, call_form, read_tools
 
 SAMPLED = {"temperature", "top_p", "top_k", "min_p", "seed"}
 PENALTIES = {"presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"}
@@ -40,7 +40,7 @@ class Asked:
       prompt_tokens: number of tokens of all prompts.
       echo: per prompt, the text that precedes its answer.
       silent: return only the echo, without the answers.
-      tools: whether answers may call tools.
+      tools: those that answers may call.
     """
 
     requests: tuple[Request, ...]
@@ -51,7 +51,7 @@ class Asked:
     usage_in_every_chunk: bool = False
     echo: tuple[str, ...] = ()
     silent: bool = False
-    tools: bool = False
+    tools: Tools | None = None
 
     @property
     def choices(self) -> int:
@@ -136,7 +136,8 @@ def read_chat(body: Any, target: Target, config: EngineConfig, grammars: Grammar
     """Reads `POST /v1/chat/completions`: text messages, and tools."""
     fields = Fields(body, CHAT)
     messages = read_messages(fields.get("messages", None))
-    tools, asked = read_tools(fields), read_format(fields)
+    form = call_form(target.tokenizer.chat_template)
+    tools, asked = read_tools(fields, form), read_format(fields)
     if tools is not None and asked is not None:
         raise BadRequest(f"tools exclude {asked[0]}; give one", asked[0])
     if tools is not None:
@@ -149,7 +150,7 @@ def read_chat(body: Any, target: Target, config: EngineConfig, grammars: Grammar
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
         top = None
     grammar = _grammar(fields, asked, grammars, tools)
-    own = dict(default=None, top=top, grammar=grammar, tools=tools is not None)
+    own = dict(default=None, top=top, grammar=grammar, tools=tools)
     return _asked(fields, [prompt], target, config, **own)
 
 
@@ -195,7 +196,7 @@ def _asked(
     top: int | None,
     grammar: Grammar | None,
     echo: Sequence[str] | None = None,
-    tools: bool = False,
+    tools: Tools | None = None,
 ) -> Asked:
     longest, room = max(map(len, prompts)), config.room
     left = room - longest
