@@ -144,8 +144,10 @@ def test_a_call_as_a_stream_equals_the_whole(client, monkeypatch, template, begi
     assert not any(c.delta.content for c in chunks)
 
 
-def test_the_model_is_told_of_tools_and_calls(client):
+@pytest.mark.parametrize("template", [structured.TEMPLATE, structured.XML_TEMPLATE])
+def test_the_model_is_told_of_tools_and_calls(client, monkeypatch, template):
     """The chat goes on with a call and its result; its prompt has all of them."""
+    monkeypatch.setattr(structured.tokenizer(), "chat_template", template)
     call = {"name": "weather", "arguments": '{"city": "Rome"}'}
     told = [
         *TURN,
