@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from jaxspec.answer_text import AnswerText
 from jaxspec.decoding.stats import DecodeStats
+from jaxspec.serving.calls import OPEN, joined_calls
 from jaxspec.serving.logprobs import LogProbShape, joined
 from jaxspec.serving.metrics import Watch
 from jaxspec.serving.protocol import Asked
@@ -17,7 +18,6 @@ from jaxspec.serving.requests import Update
 from jaxspec.serving.runner import EngineFailed, Ticket
 from jaxspec.serving.shapes import Answer, Shape, error_body, usage
 from jaxspec.serving.thoughts import ThoughtReader
-from jaxspec.serving.tools import OPEN, CallReader, joined_calls
 from jaxspec.tokenizer import Tokenizer
 
 log = logging.getLogger("uvicorn.error")
@@ -78,7 +78,7 @@ class ChoiceReader:
         self._thoughts = asked.thoughts and ThoughtReader(
             asked.thoughts, (OPEN,) if asked.tools else ()
         )
-        self._reader = CallReader() if asked.tools else None
+        self._reader = asked.tools.reader() if asked.tools else None
         self._shape = None if request.logprobs is None else LogProbShape(tokenizer, chat=chat)
         self._cached = 0
 

@@ -87,7 +87,7 @@ def _of_kind(kind: str, value: Any, path: str) -> str:
     good = isinstance(value, list) and all(isinstance(one, str) and one for one in value)
     if not good or not 1 <= len(value) <= MAX_CHOICES:
         raise BadRequest(f"{path} must be a list of 1 … {MAX_CHOICES} texts", path)
-    return regex_text("|".join(map(_escaped, value)))
+    return regex_text("|".join(map(escaped, value)))
 
 
 def regex_text(pattern: str) -> str:
@@ -96,7 +96,7 @@ def regex_text(pattern: str) -> str:
     return grammar["lark_grammar"]
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """A regular expression that matches just this text."""
     plain = lambda c: c.isascii() and c.isalnum()  # noqa: E731
     return "".join(c if plain(c) else f"\\x{{{ord(c):x}}}" for c in text)
@@ -127,5 +127,5 @@ def lark_json(schema: dict, path: str, *, lenient: bool = False) -> str:
 
 
 def lark_text(text: str) -> str:
-    """A text of printable ASCII and line feeds as part of a grammar."""
+    """A text that is not empty, as part of a grammar."""
     return json.dumps(text)

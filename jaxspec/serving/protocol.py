@@ -20,7 +20,7 @@ from jaxspec.serving.grammars import Grammar, Grammars
 from jaxspec.serving.messages import THOUGHTS, read_messages
 from jaxspec.serving.requests import Request
 from jaxspec.serving.thoughts import Start, after_thoughts, start_of
-from jaxspec.serving.tools import TOOLS, Tools, read_tools
+from jaxspec.serving.tools import TOOLS, Tools, call_form, read_tools
 
 SAMPLED = {"temperature", "top_p", "top_k", "min_p", "seed"}
 PENALTIES = {"presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"}
@@ -44,7 +44,7 @@ class Asked:
       echo: per prompt, the text that precedes its answer.
       silent: return only the echo, without the answers.
       thoughts: where the model's thoughts begin, which are given apart; None: it has none.
-      tools: whether answers may call tools.
+      tools: those that answers may call.
     """
 
     requests: tuple[Request, ...]
@@ -56,7 +56,7 @@ class Asked:
     echo: tuple[str, ...] = ()
     silent: bool = False
     thoughts: Start | None = None
-    tools: bool = False
+    tools: Tools | None = None
 
     @property
     def choices(self) -> int:
@@ -141,7 +141,8 @@ def read_chat(body: Any, target: Target, config: EngineConfig, grammars: Grammar
     """Reads `POST /v1/chat/completions`: text messages, and tools."""
     fields = Fields(body, CHAT)
     messages = read_messages(fields.get("messages", None))
-    tools, asked = read_tools(fields), read_format(fields)
+    form = call_form(target.tokenizer.chat_template)
+    tools, asked = read_tools(fields, form), read_format(fields)
     if tools is not None and asked is not None:
         raise BadRequest(f"tools exclude {asked[0]}; give one", asked[0])
     if tools is not None:
@@ -158,7 +159,7 @@ def read_chat(body: Any, target: Target, config: EngineConfig, grammars: Grammar
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
         top = None
     grammar = _grammar(fields, asked, grammars, tools)
-    own = dict(grammar=grammar, thoughts=thoughts, tools=tools is not None)
+    own = dict(grammar=grammar, thoughts=thoughts, tools=tools)
     return _asked(fields, [prompt], target, config, default=None, top=top, **own)
 
 

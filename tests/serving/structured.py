@@ -22,6 +22,15 @@ TEMPLATE = (
     "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
     "{% endfor %}{% endif %}\n{% endfor %}"
 )
+# Qwen3-Coder's, as far as tools go.
+XML_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }} in <tool_call>\n<function=name>\n{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or () %}"
+    "\n<tool_call>\n<function={{ c.function.name }}>\n"
+    "{% for key, value in c.function.arguments | items %}"
+    "<parameter={{ key }}>\n{{ value }}\n</parameter>\n{% endfor %}"
+    "</function>\n</tool_call>{% endfor %}\n{% endfor %}"
+)
 CONFIG = dataclasses.replace(
     tiny.QWEN3, vocab_size=len(VOCABULARY), eos_token_ids=(0,), max_positions=1024
 )
@@ -41,3 +50,13 @@ def target() -> Target:
 @functools.cache
 def grammars() -> Grammars:
     return Grammars(tokenizer(), CONFIG)
+
+
+def fits(grammar: str, text: str) -> bool:
+    """Whether an answer may be this text."""
+    matcher = grammars().of(grammar).matcher()
+    for token in [*tokenizer().encode(text), 0]:
+        if not matcher.allowed[token // 32] >> (token % 32) & 1:
+            return False
+        matcher.advance([token])
+    return True

@@ -3,8 +3,10 @@
 import pytest
 
 from jaxspec.serving.answering import ChoiceReader, Stuck
+from jaxspec.serving.fields import Fields
 from jaxspec.serving.protocol import Asked
 from jaxspec.serving.requests import Request, TokenLogProb, Update
+from jaxspec.serving.tools import TOOLS, call_form, read_tools
 from tests.serving import servers, structured
 
 
@@ -56,18 +58,31 @@ def test_each_prompt_has_its_own_echo(choice):
     assert (found.choice, found.text) == (choice, {1: "ac", 2: "bc"}[choice])
 
 
+def clock(template=structured.TEMPLATE):
+    body = {"tools": [{"type": "function", "function": {"name": "clock"}}]}
+    return read_tools(Fields(body, TOOLS), call_form(template))
+
+
+JSON = '{"name": "clock", "arguments": {}}'
+XML = "<function=clock>\n</function>"
+
+
 @pytest.mark.parametrize(("ended", "finish"), [("stop", "tool_calls"), ("length", "length")])
-def test_calls_are_not_text(ended, finish):
-    tokenizer = structured.tokenizer()
-    text = 'so\n<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
-    found = reader(tokenizer, tools=True).read(Update(0, tuple(tokenizer.encode(text)), ended))
+@pytest.mark.parametrize(
+    ("template", "call"), [(structured.TEMPLATE, JSON), (structured.XML_TEMPLATE, XML)]
+)
+def test_calls_are_not_text(ended, finish, template, call):
+    tokenizer, tools = structured.tokenizer(), clock(template)
+    tokens = tuple(tokenizer.encode(f"so\n<tool_call>\n{call}\n</tool_call>"))
+    found = reader(tokenizer, tools=tools).read(Update(0, tokens, ended))
     assert (found.text, found.finish) == ("so", finish)
     assert [call["function"] for call in found.calls] == [{"name": "clock", "arguments": "{}"}]
 
 
 def test_an_answer_without_calls_ends_as_others():
     tokenizer = structured.tokenizer()
-    found = reader(tokenizer, tools=True).read(Update(0, tuple(tokenizer.encode("so")), "stop"))
+    tokens = tuple(tokenizer.encode("so"))
+    found = reader(tokenizer, tools=clock()).read(Update(0, tokens, "stop"))
     assert (found.text, found.finish, found.calls) == ("so", "stop", [])
 
 

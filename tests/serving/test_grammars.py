@@ -15,12 +15,14 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.drafters.small_model import SmallModel
+from jaxspec.serving.calls import Tool, calls_text
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.formats import json_text, regex_text
 from jaxspec.serving.grammars import Grammars
 from jaxspec.serving.matcher import restrict
 from jaxspec.serving.requests import Request
+from jaxspec.serving.xml_calls import XmlCalls
 from jaxspec.trees.tree import DraftTree
 from tests import tiny
 from tests.serving import engines
@@ -58,6 +60,7 @@ def asked() -> list[Request]:
     """Constrained answers beside free ones, greedy and sampled."""
     prompt = tuple(tokenizer().encode('user: {"name": "tool", "age": 7}\n'))
     json = grammar(json_text(SCHEMA, ""))
+    call = calls_text(XmlCalls, [Tool("see", SCHEMA)], free=False, several=False)
     hot = Sampling(temperature=0.9)
     return [
         Request(prompt, 40, Sampling(), 1, grammar=json),
@@ -67,6 +70,7 @@ def asked() -> list[Request]:
         Request(prompt, 30, Sampling(), 5, grammar=regex(REGEX)),
         Request(prompt, 30, Sampling(temperature=1.5, top_k=9), 6, grammar=regex(REGEX)),
         Request(prompt[:7], 1, Sampling(), 7, grammar=json),
+        Request(prompt[:7], 72, Sampling(), 8, grammar=grammar(call)),
     ]
 
 
@@ -119,6 +123,7 @@ def test_answers_keep_to_their_grammars():
         assert re.fullmatch(REGEX, texts[i]) or expected()[i][-1] != 0
     for i in (0, 2, 6):
         assert texts[i].startswith('{"name": "'[: len(texts[i])])
+    assert texts[7].startswith("<tool_call>\n<function=see>\n<parameter=name>\n")
     assert not texts[1].startswith("{")
 
 

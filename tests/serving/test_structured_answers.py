@@ -9,10 +9,12 @@ import openai
 import pydantic
 import pytest
 
+from jaxspec.serving.calls import Tool, calls_text, joined_calls
 from jaxspec.serving.connections import Limits
 from jaxspec.serving.fields import Fields
+from jaxspec.serving.json_calls import JsonCalls
 from jaxspec.serving.tools import TOOLS as FIELDS
-from jaxspec.serving.tools import CallReader, Tool, calls_text, joined_calls, read_tools
+from jaxspec.serving.tools import read_tools
 from tests.serving import servers, structured
 
 TURN = [{"role": "user", "content": "hello"}]
@@ -117,20 +119,35 @@ def test_a_call_that_must_be(client, choice):
     assert arguments == {} if call.function.name == "clock" else arguments["city"]
 
 
-def test_a_call_as_a_stream_equals_the_whole(client):
+@pytest.mark.parametrize(
+    ("template", "begin"),
+    [
+        (structured.TEMPLATE, '{"name": "weather"'),
+        (structured.XML_TEMPLATE, "<function=weather>"),
+    ],
+)
+def test_a_call_as_a_stream_equals_the_whole(client, monkeypatch, template, begin):
+    """In the form that the chat template teaches."""
+    monkeypatch.setattr(structured.tokenizer(), "chat_template", template)
     asked = dict(tools=[WEATHER], tool_choice="required", parallel_tool_calls=False)
-    whole = chat(client, **asked).choices[0].message.tool_calls[0].function
+    done = chat(client, logprobs=True, **asked).choices[0]
+    text = "".join(token.token for token in done.logprobs.content)
+    assert text.startswith(f"<tool_call>\n{begin}")
+    whole = done.message.tool_calls[0].function
     chunks = [c.choices[0] for c in chat(client, stream=True, **asked)]
     deltas = [call for c in chunks for call in c.delta.tool_calls or []]
     assert deltas[0].id and deltas[0].function.name == whole.name == "weather"
+    assert json.loads(whole.arguments)["city"] in ("Rome", "Oslo")
     assert all(d.index == 0 and d.function.name is None for d in deltas[1:])
     assert "".join(d.function.arguments or "" for d in deltas) == whole.arguments
     assert len(deltas) > 2 and chunks[-1].finish_reason == "tool_calls"
     assert not any(c.delta.content for c in chunks)
 
 
-def test_the_model_is_told_of_tools_and_calls(client):
+@pytest.mark.parametrize("template", [structured.TEMPLATE, structured.XML_TEMPLATE])
+def test_the_model_is_told_of_tools_and_calls(client, monkeypatch, template):
     """The chat goes on with a call and its result; its prompt has all of them."""
+    monkeypatch.setattr(structured.tokenizer(), "chat_template", template)
     call = {"name": "weather", "arguments": '{"city": "Rome"}'}
     told = [
         *TURN,
@@ -175,19 +192,14 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_
 )
 def test_calls_in_free_answers_keep_to_their_schemas(text, fits):
     tools = [Tool("weather", PARAMETERS), Tool("clock", {"type": "object"})]
-    matcher = structured.grammars().of(calls_text(tools, free=True, several=True)).matcher()
-    for token in [*structured.tokenizer().encode(text), 0]:
-        if not matcher.allowed[token // 32] >> (token % 32) & 1:
-            assert not fits
-            return
-        matcher.advance([token])
-    assert fits
+    grammar = calls_text(JsonCalls, tools, free=True, several=True)
+    assert structured.fits(grammar, text) == fits
 
 
 @pytest.mark.parametrize("step", [1, 3, 7, 1000])
 def test_calls_are_read_from_any_pieces(step):
     text = "Let me see.\n" + CALL + "\n" + CALL.replace("Oslo", "Rome")
-    reader, said, calls = CallReader(), "", []
+    reader, said, calls = JsonCalls(()), "", []
     for at in range(0, len(text), step):
         more, found = reader.add(text[at : at + step], last=at + step >= len(text))
         assert len({call["index"] for call in found}) == len(found)
@@ -203,7 +215,7 @@ def test_calls_are_read_from_any_pieces(step):
 
 @pytest.mark.parametrize("text", ["a < b", "ends with <tool_", "x\n"])
 def test_what_is_no_call_is_said(text):
-    assert CallReader().add(text, last=True) == (text, [])
+    assert JsonCalls(()).add(text, last=True) == (text, [])
 
 
 def tool(schema, **options):
@@ -218,7 +230,7 @@ SOME = {"type": "array", "uniqueItems": True, "contains": {"type": "string"}}
 
 @pytest.mark.parametrize("schema", [RECORD, EITHER, SOME, {"not": {}}, {"format": "binary"}])
 def test_one_tools_schema_does_not_make_the_others_unusable(schema):
-    offered = read_tools(Fields({"tools": [CLOCK, tool(schema)]}, FIELDS))
+    offered = read_tools(Fields({"tools": [CLOCK, tool(schema)]}, FIELDS), JsonCalls)
     structured.grammars().of(offered.grammar)
 
 

@@ -11,17 +11,20 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.joined import with_lookup
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.drafters.small_model import SmallModel
+from jaxspec.serving.calls import Tool, calls_text
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.formats import json_text, regex_text
+from jaxspec.serving.json_calls import JsonCalls
 from jaxspec.serving.requests import Request
-from jaxspec.serving.tools import calls_text
+from jaxspec.serving.xml_calls import XmlCalls
 from tests.serving import engines
 from tests.serving.soaks import check_soak
 from tests.serving.structured import CONFIG, grammars, target, tokenizer
 
 COUNT = 1000
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}}}
+TOOLS = Tool("see", SCHEMA), Tool("go", SCHEMA)
 LIMITS = dict(room=160, chunk=16, queue=64, top_logprobs=5)
 SYSTEM = "system: answer in JSON, call a tool where you need one, be brief\n"
 
@@ -37,8 +40,9 @@ def asked(dice: random.Random) -> list[Request]:
         json_text(SCHEMA, ""),
         json_text({"type": "object"}, ""),
         regex_text("(ab|cd){2,9}[0-9]*!"),
-        calls_text({"see": SCHEMA, "go": SCHEMA}, free=False, several=True),
-        calls_text({"see": SCHEMA}, free=True, several=False),
+        calls_text(JsonCalls, TOOLS, free=False, several=True),
+        calls_text(JsonCalls, TOOLS[:1], free=True, several=False),
+        calls_text(XmlCalls, TOOLS, free=False, several=True),
     ]
     made = []
     for i in range(COUNT):

@@ -17,7 +17,7 @@ from jaxspec.serving.thoughts import ThoughtReader, start_of
 from jaxspec.tokenizer import Tokenizer
 from tests.serving import servers, structured
 from tests.serving.engines import CONFIG
-from tests.serving.test_answering import reader
+from tests.serving.test_answering import clock, reader
 
 # What templates do at the end of a prompt: Qwen3.5's, and Qwen3's.
 BEGUN = (
@@ -81,7 +81,7 @@ def test_a_mark_that_decoding_omits_begins_nothing():
 def test_a_choice_has_thoughts_text_and_calls():
     tokenizer = structured.tokenizer()
     text = 'so\n</think>\n\nyes\n<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
-    one: ChoiceReader = reader(tokenizer, tools=True, thoughts="prompt", chat=True)
+    one: ChoiceReader = reader(tokenizer, tools=clock(), thoughts="prompt", chat=True)
     found = one.read(Update(0, tuple(tokenizer.encode(text)), "stop"))
     assert (found.thoughts, found.text, found.finish) == ("so", "yes", "tool_calls")
     assert found.says_something and len(found.calls) == 1
