@@ -52,25 +52,6 @@ class Noise:
         rows = jax.vmap(along, in_axes=(0, 0, None))
         return rows(self.key, positions[:, None] + jnp.arange(count), tokens)
 
-    def chances(
-        self,
-        probabilities: Float[Array, "B ..."],
-        tokens: Int[Array, "B ..."],
-        positions: Int[Array, "B ..."],
-    ) -> Float[Array, "B ..."]:
-        """The probabilities that tokens are chosen at positions, given their noise.
-
-        With log p + g the token's score, and the maximum of the others' a Gumbel variable
-        around log(1 - p), it is chosen with probability exp(-(1 - p) / p exp(-g)).
-        """
-        batch = tokens.shape[0]
-        flat = tokens.reshape(batch, -1, 1), positions.reshape(batch, -1)
-        drawn = jax.vmap(jax.vmap(_gumbel, (None, 0, 0)))(self.key, flat[1], flat[0])
-        drawn = drawn.reshape(tokens.shape)
-        odds = (1 - probabilities) / probabilities
-        sampled = (self.scale > 0).reshape(batch, *[1] * (tokens.ndim - 1))
-        return jnp.where(sampled, jnp.exp(-odds * jnp.exp(-drawn)), probabilities)
-
 
 def _gumbel(
     key: Key[Array, ""], position: Int[Array, ""], tokens: Int[Array, " V"]

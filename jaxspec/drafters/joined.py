@@ -88,7 +88,7 @@ class Joined(Together):
         (drafter, lookup), (own, text) = self.drafters, state
         whole = jnp.full_like(budget, self.size)
         tree, own = drafter.draft(params[0], own, anchor, position, whole, noise)
-        tree, text = lookup.behind(tree, text, position, budget, noise)
+        tree, text = lookup.behind(tree, text, position, budget)
         return tree, (own, text)
 
 

@@ -89,15 +89,7 @@ class PromptLookup(Drafter):
         noise: Noise | None = None,
     ) -> tuple[DraftTree, jax.Array]:
         history = _write(state, anchor[:, None], position)
-        continuations, match = jax.vmap(self._look_up)(history, position)
-        levels = position[:, None, None] + 1 + jnp.arange(self.depth)
-        agreement = jnp.array(self.agreement)[jnp.maximum(match, 1) - 1]  # [B, C, P]
-        if noise is not None:
-            positions = jnp.broadcast_to(levels, continuations.shape)
-            agreement = noise.chances(agreement, continuations, positions)
-        failed = jnp.cumprod(1 - agreement[:, :-1, 0], axis=1)  # all better matches
-        agreement = agreement.at[:, 1:, 0].multiply(failed)
-        scores = jnp.cumsum(jnp.log(jnp.where(match > 0, agreement, 0.0)), axis=2)
+        continuations, scores = jax.vmap(self._look_up)(history, position)
         tree = merge(anchor, continuations, scores, size=self.size, budget=budget)
         return tree, history
 
@@ -107,23 +99,20 @@ class PromptLookup(Drafter):
         state: Int[Array, "B S"],
         position: Int[Array, " B"],
         budget: Int[Array, " B"],
-        noise: Noise | None = None,
     ) -> tuple[DraftTree, Int[Array, "B S"]]:
         """A drafter's tree with copies behind its nodes, and the state."""
         history = _write(state, tree.tokens[:, :1], position)
         enough = jnp.arange(1, 1 + len(self.weights)) >= self.min_match
         weights = jnp.where(enough, jnp.array(self.weights), 0.0)
         options = dict(weights=weights, depth=self.depth, budget=budget)
-        if noise is not None:
-            options["chances"] = noise.chances
         return with_copies(tree, history, position, **options), history
 
     def with_tree(self, tree: TreeConfig) -> PromptLookup:
         return dataclasses.replace(self, size=tree.size)
 
     def _look_up(self, history: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Continuations [C, P] of the best earlier matches, and how many tokens match before
-        each of theirs [C, P]; 0: there is none.
+        """Continuations [C, P] of the best earlier matches, and their paths' log-probabilities
+        [C, P].
 
         Args:
           history: [S] tokens, decided up to index `last`, included.
@@ -140,7 +129,11 @@ class PromptLookup(Drafter):
         take = end[:, None] + 1 + jnp.arange(self.depth) % period
         tokens = history.at[take].get(mode="fill", fill_value=0)
         match = jnp.minimum(length[end][:, None] + jnp.arange(self.depth), longest)
-        return tokens, jnp.where(best[:, None] >= 0, match, 0)
+        agreement = jnp.array(self.agreement)[match - 1]  # [C, P]
+        failed = jnp.cumprod(1 - agreement[:-1, 0])  # all better matches
+        agreement = agreement.at[1:, 0].multiply(failed)
+        scores = jnp.cumsum(jnp.log(agreement), axis=1)
+        return tokens, jnp.where(best[:, None] >= 0, scores, -jnp.inf)
 
 
 _write = jax.vmap(

@@ -12,7 +12,6 @@ so a copy may follow drafted tokens, and raises the drafted child that it agrees
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec.trees.levels import ROOT, best_nodes
 from jaxspec.trees.tree import DraftTree, ancestors, unpack_bits
-
-# What the weights [B, N, D] of tokens [B, N, D] at positions [B, N, D] become, knowing more.
-Chances = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def with_copies(
@@ -33,7 +29,6 @@ def with_copies(
     weights: Float[Array, " L"],
     depth: int,
     budget: Int[Array, " B"],
-    chances: Chances = lambda weights, tokens, positions: weights,
 ) -> DraftTree:
     """The best nodes of a tree and of the copies behind its nodes, best first.
 
@@ -44,17 +39,12 @@ def with_copies(
         copy; before each further token of the copy one more token is equal.
       depth: D, levels below the anchor that copies may reach.
       budget: [B] int32, at most this many nodes per row, the root included.
-      chances: see `Chances`.
     """
     above = unpack_bits(ancestors(tree), tree.size)
     copies = find_copies(tree, above, text, last, longest=len(weights), depth=depth)
     batch, size = tree.tokens.shape
     rows, node = jnp.arange(batch)[:, None], jnp.arange(size)
-    place = jnp.arange(depth)
-    levels = tree.depths[..., None] + 1 + place
-    length = jnp.minimum(copies.length[..., None] + place, len(weights))
-    weights = chances(weights[length - 1], copies.tokens, last[:, None, None] + levels)
-    first = jnp.where(copies.length > 0, weights[..., 0], 0.0)
+    first = jnp.where(copies.length > 0, weights[copies.length - 1], 0.0)
 
     # The tree's own nodes.
     drafted = (tree.scores > -jnp.inf) & (node > 0)
@@ -69,8 +59,11 @@ def with_copies(
 
     # The copies that do not begin with a child of their node.
     is_child = jnp.any((parents[:, None] == node[:, None]) & copied[:, None], axis=-1)
+    place = jnp.arange(depth)
+    levels = tree.depths[..., None] + 1 + place
     real = ((copies.length > 0) & ~is_child)[..., None] & (levels <= depth)
-    shares = jnp.cumsum(jnp.log(weights), axis=-1)
+    length = jnp.minimum(copies.length[..., None] + place, len(weights))
+    shares = jnp.cumsum(jnp.log(weights[length - 1]), axis=-1)
     behind = jnp.where(real, scores[..., None] + shares, -jnp.inf)  # [B, N, D]
     # Nodes without the root: the tree's, then all copies one after another.
     number = size - 1 + node[:, None] * depth + place
