@@ -6,7 +6,7 @@ is a drafter that does not know the noise. Beside them prompt lookup, alone and 
 of the tree, and chains that the drafter samples, accepted by rejection sampling (other answers
 of the same law). Nothing is timed.
 
-    python noise_scale.py  # 4 minutes of two cores
+    python noise_scale.py
     python noise_scale.py --temperature 0.6 --top-p 0.95 --top-k 20
 """
 
