@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -39,9 +40,8 @@ def choose(
     greedy = likeliest(logits)
     drawn = ((rows.temperature > 0) | changes_logits(rows))[written.row]
 
-    def draw(_):
+    def draw(together):
         order = jnp.argsort(~drawn)  # sampled rows first: only they cost something
-        together = math.gcd(logits.shape[0], ROWS_AT_ONCE)
 
         def some_rows(i, chosen):
             some = jax.lax.dynamic_slice_in_dim(order, i * together, together)
@@ -50,7 +50,15 @@ def choose(
 
         return jax.lax.fori_loop(0, -(-drawn.sum() // together), some_rows, greedy)
 
-    return jax.lax.cond(drawn.any(), draw, lambda _: greedy, None)
+    def draw_in_parts():
+        together = math.gcd(logits.shape[0], ROWS_AT_ONCE)
+        if min(logits.shape[:2]) == 1:
+            return draw(together)
+        # A CPU's cache holds the logits of one tree, not those of several.
+        one, several = functools.partial(draw, 1), functools.partial(draw, together)
+        return jax.lax.platform_dependent(cpu=one, default=several)
+
+    return jax.lax.cond(drawn.any(), draw_in_parts, lambda: greedy)
 
 
 def _draw(logits, depths, positions, rows, some, max_depth: int, written: Written) -> jax.Array:

@@ -56,6 +56,15 @@ def test_choices_of_one_position_share_their_noise():
     assert later[0] == chosen[1] and later[1] == chosen[3]
 
 
+def test_a_cpu_draws_for_one_tree_at_a_time():
+    logits, zeros = jnp.zeros((2, 3, 64)), jnp.zeros((2, 3), jnp.int32)
+    options, written = rows(batch=2), nothing_written(logits)
+    program = jax.jit(choose, static_argnames="max_depth")
+    lowered = program.lower(logits, zeros, zeros[:, 0], options, max_depth=4, written=written)
+    assert "tensor<1x5x64xf32>" in lowered.as_text()  # noise of the five depths
+    assert "tensor<2x5x64xf32>" not in lowered.as_text()
+
+
 def test_temperature_zero_is_argmax_beside_sampled_rows():
     logits = jax.random.normal(jax.random.key(0), (2, 3, 64))
     options = rows(batch=2)
