@@ -8,14 +8,10 @@ from jaxspec.answer_text import AnswerText
 class Letters:
     """A tokenizer whose tokens are characters."""
 
-    def stream(self):
-        return self
+    decoder_steps = ()
 
-    def step(self, token):
-        return chr(token)
-
-    def finish(self):
-        return ""
+    def decode(self, ids):
+        return "".join(map(chr, ids))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 50])

@@ -219,7 +219,8 @@ def test_another_target_is_shown_beside(monkeypatch, capsys):
         "jaxspec.cli.check.Check._report", lambda self, name, text: reports[name]
     )
     monkeypatch.setattr("jaxspec.enable_compilation_cache", lambda: None)
-    command = ["check", "--target", "fp8", "--beside", "whole", "--drafter", "x"]
+    monkeypatch.setattr("jaxspec.checkpoints.target_path", lambda name: name)
+    command = ["check", "--target", "fp8", "--beside", "whole", "--drafter", "ngram"]
     assert main(command) == 0
     assert "tau 3.00 over 35 rounds on whole: -0.25 here" in capsys.readouterr().out
     assert main([*command, "--json"]) == 0
