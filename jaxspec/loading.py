@@ -13,7 +13,6 @@ import numpy as np
 
 from jaxspec import checkpoints
 from jaxspec.checkpoints import Weights, catalog, drafters, speculators
-from jaxspec.checkpoints.huggingface import resolve
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.config import TreeConfig
 from jaxspec.drafters import registry
@@ -122,16 +121,18 @@ def as_drafter(target: Target, drafter: LoadedDrafter | str) -> LoadedDrafter:
 
 
 def trained_folder(spec: str) -> Path | None:
-    """The folder of a trained drafter; None for one that needs no checkpoint.
+    """The folder of a trained drafter; None for one of another kind.
 
     Args:
       spec: see `load_drafter`.
 
     Raises:
-      ValueError: the drafter cannot be found.
+      ValueError: the drafter, or the model that it names, cannot be found.
     """
     alone = spec.removesuffix(registry.LOOKUP_TOO)
-    name, colon, _ = alone.partition(":")
+    name, colon, argument = alone.partition(":")
+    if name + colon in ("small:", "mtp:"):
+        checkpoints.target_path(argument)
     if {alone, name + colon} & registry.NAMES.keys():
         return None
     return drafters.drafter_folder(alone)
@@ -212,7 +213,7 @@ def _mtp(
     checkpoint, or in another folder or hub repository."""
     from jaxspec.checkpoints import mtp
 
-    path = resolve(argument) if argument else checkpoints.target_path(target.name)
+    path = checkpoints.target_path(argument or target.name)
     return _placed(
         mtp.load(path, target.config, target.params, tree or TreeConfig(), dtype), target
     )

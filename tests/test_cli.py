@@ -196,6 +196,8 @@ DECODERS = ["--output", "results.jsonl", "--decoders", "a=ngram"]
             "--rejection needs a chain; --tree is best_first: leave it out",
         ),
         ([*GENERATE, "--target", "x", "--drafter", "nowhere"], "there is no drafter 'nowhere'"),
+        ([*GENERATE, "--drafter", "mtp:nowhere"], "there is no file or folder nowhere"),
+        ([*GENERATE, "--drafter", "small:nowhere"], "there is no file or folder nowhere"),
         ([*CHECK, "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         ([*CHECK, "--target", "x", "--beside", "./absent"], "absent"),
         ([*CALIBRATE, "--max-new-tokens", "0"], "--max-new-tokens is 0"),
