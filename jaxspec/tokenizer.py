@@ -152,15 +152,19 @@ class Tokenizer:
         """Whether the chat template marks answer tokens, by `{% generation %}`."""
         return "{%generation%}" in (self.chat_template or "").translate(_NO_BLANKS)
 
+    def template_has(self, text: str) -> bool:
+        """Whether there is a chat template with this text in it."""
+        return text in (self.chat_template or "")
+
     @property
     def switches_thinking(self) -> bool:
         """Whether the chat template has a switch for thinking."""
-        return "enable_thinking" in (self.chat_template or "")
+        return self.template_has("enable_thinking")
 
     @property
     def takes_tools(self) -> bool:
         """Whether the chat template takes tools."""
-        return "tools" in (self.chat_template or "")
+        return self.template_has("tools")
 
     def render_marked(
         self, messages: Messages, *, thinking: bool | None = None

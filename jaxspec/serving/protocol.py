@@ -141,7 +141,7 @@ def read_chat(body: Any, target: Target, config: EngineConfig, grammars: Grammar
     """Reads `POST /v1/chat/completions`: text messages, and tools."""
     fields = Fields(body, CHAT)
     messages = read_messages(fields.get("messages", None))
-    form = call_form(target.tokenizer.chat_template)
+    form = call_form(target.tokenizer)
     tools, asked = read_tools(fields, form), read_format(fields)
     if tools is not None and asked is not None:
         raise BadRequest(f"tools exclude {asked[0]}; give one", asked[0])
@@ -172,7 +172,7 @@ def _switches(fields: Fields, target: Target, *, strict: bool) -> dict[str, bool
     given = {name: options.flag(name, None) for name in SWITCHES}
     switches = {name: value for name, value in given.items() if value is not None}
     for name in switches:
-        if name not in (target.tokenizer.chat_template or ""):
+        if not target.tokenizer.template_has(name):
             raise BadRequest(
                 f"this model's chat template has no switch {name!r}; leave it out",
                 f"chat_template_kwargs.{name}",
@@ -194,7 +194,7 @@ def _chat(
     if (calls or tools) and not tokenizer.takes_tools:
         field = "tools" if tools else "messages"
         raise BadRequest("this model's chat template does not support tools", field)
-    if any(THOUGHTS in m for m in messages) and THOUGHTS not in tokenizer.chat_template:
+    if any(THOUGHTS in m for m in messages) and not tokenizer.template_has(THOUGHTS):
         raise BadRequest(f"this model's chat template has no {THOUGHTS}", "messages")
     try:
         offered = tools.offered if tools else ()

@@ -16,7 +16,7 @@ Start = Literal["prompt", "answer"]
 
 def start_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> Start | None:
     """Where the thoughts begin of the answer to a chat; None if the model has none."""
-    if CLOSE not in (tokenizer.chat_template or ""):
+    if not tokenizer.template_has(CLOSE):
         return None
     if CLOSE not in tokenizer.decode(tokenizer.encode(CLOSE, special=False)):
         return None  # decoding omits it, so that the end would not be seen

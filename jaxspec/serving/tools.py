@@ -11,6 +11,7 @@ from jaxspec.serving.fields import BadRequest, Fields
 from jaxspec.serving.grammars import Grammars
 from jaxspec.serving.json_calls import JsonCalls
 from jaxspec.serving.xml_calls import XmlCalls
+from jaxspec.tokenizer import Tokenizer
 
 TOOLS = {"tools", "tool_choice", "parallel_tool_calls"}
 NAME = re.compile("[A-Za-z0-9_-]{1,64}")
@@ -49,9 +50,9 @@ class Tools:
         return self.form(self.callable)
 
 
-def call_form(chat_template: str | None) -> type[CallReader]:
-    """The form of calls that a chat template teaches."""
-    return XmlCalls if "<function=" in (chat_template or "") else JsonCalls
+def call_form(tokenizer: Tokenizer) -> type[CallReader]:
+    """The form of calls that the chat template teaches."""
+    return XmlCalls if tokenizer.template_has("<function=") else JsonCalls
 
 
 def read_tools(fields: Fields, form: type[CallReader]) -> Tools | None:

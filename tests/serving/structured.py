@@ -37,8 +37,8 @@ CONFIG = dataclasses.replace(
 
 
 @functools.cache
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_bpe(VOCABULARY, MERGES, special=[0, 1], eos=0, chat_template=TEMPLATE)
+def tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
+    return Tokenizer.from_bpe(VOCABULARY, MERGES, special=[0, 1], eos=0, chat_template=template)
 
 
 @functools.cache

@@ -58,9 +58,9 @@ def test_each_prompt_has_its_own_echo(choice):
     assert (found.choice, found.text) == (choice, {1: "ac", 2: "bc"}[choice])
 
 
-def clock(template=structured.TEMPLATE):
+def clock(tokenizer):
     body = {"tools": [{"type": "function", "function": {"name": "clock"}}]}
-    return read_tools(Fields(body, TOOLS), call_form(template))
+    return read_tools(Fields(body, TOOLS), call_form(tokenizer))
 
 
 JSON = '{"name": "clock", "arguments": {}}'
@@ -72,9 +72,9 @@ XML = "<function=clock>\n</function>"
     ("template", "call"), [(structured.TEMPLATE, JSON), (structured.XML_TEMPLATE, XML)]
 )
 def test_calls_are_not_text(ended, finish, template, call):
-    tokenizer, tools = structured.tokenizer(), clock(template)
+    tokenizer = structured.tokenizer(template)
     tokens = tuple(tokenizer.encode(f"so\n<tool_call>\n{call}\n</tool_call>"))
-    found = reader(tokenizer, tools=tools).read(Update(0, tokens, ended))
+    found = reader(tokenizer, tools=clock(tokenizer)).read(Update(0, tokens, ended))
     assert (found.text, found.finish) == ("so", finish)
     assert [call["function"] for call in found.calls] == [{"name": "clock", "arguments": "{}"}]
 
@@ -82,7 +82,7 @@ def test_calls_are_not_text(ended, finish, template, call):
 def test_an_answer_without_calls_ends_as_others():
     tokenizer = structured.tokenizer()
     tokens = tuple(tokenizer.encode("so"))
-    found = reader(tokenizer, tools=clock()).read(Update(0, tokens, "stop"))
+    found = reader(tokenizer, tools=clock(tokenizer)).read(Update(0, tokens, "stop"))
     assert (found.text, found.finish, found.calls) == ("so", "stop", [])
 
 

@@ -51,11 +51,6 @@ def test_any_pieces_give_the_same(name, cuts):
     assert ["".join(part) for part in zip(*read, strict=True)] == expected
 
 
-def with_template(template: str) -> Tokenizer:
-    vocabulary, merges = structured.VOCABULARY, structured.MERGES
-    return Tokenizer.from_bpe(vocabulary, merges, special=[0, 1], eos=0, chat_template=template)
-
-
 @pytest.mark.parametrize(
     ("template", "switches", "start"),
     [
@@ -66,7 +61,7 @@ def with_template(template: str) -> Tokenizer:
     ],
 )
 def test_where_thoughts_begin(template, switches, start):
-    tokenizer = with_template(template)
+    tokenizer = structured.tokenizer(template)
     prompt = tokenizer.chat([{"role": "user", "content": "a"}], **switches)
     assert start_of(tokenizer, prompt) == start
 
@@ -81,7 +76,7 @@ def test_a_mark_that_decoding_omits_begins_nothing():
 def test_a_choice_has_thoughts_text_and_calls():
     tokenizer = structured.tokenizer()
     text = 'so\n</think>\n\nyes\n<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
-    one: ChoiceReader = reader(tokenizer, tools=clock(), thoughts="prompt", chat=True)
+    one: ChoiceReader = reader(tokenizer, tools=clock(tokenizer), thoughts="prompt", chat=True)
     found = one.read(Update(0, tuple(tokenizer.encode(text)), "stop"))
     assert (found.thoughts, found.text, found.finish) == ("so", "yes", "tool_calls")
     assert found.says_something and len(found.calls) == 1
@@ -89,7 +84,7 @@ def test_a_choice_has_thoughts_text_and_calls():
 
 def ask(template, **body):
     target = structured.target()
-    target = type(target)("tiny", target.config, target.params, with_template(template))
+    target = type(target)("tiny", target.config, target.params, structured.tokenizer(template))
     body = {"messages": [{"role": "user", "content": "a"}]} | body
     return read_chat(body, target, EngineConfig(**CONFIG), structured.grammars())
 
@@ -113,6 +108,9 @@ def test_a_format_holds_after_the_thoughts(template, switches, text):
 
 
 def test_thoughts_of_earlier_answers_go_to_the_template():
+    told = [{"role": "assistant", "content": "b", "reasoning_content": "so"}]
+    with pytest.raises(BadRequest, match="chat template has no reasoning_content"):
+        ask(None, messages=told)
     for name in ("reasoning_content", "reasoning"):
         told = [{"role": "assistant", "content": "b", name: "so"}]
         (message,) = read_messages(told)
@@ -133,7 +131,7 @@ def test_a_switch_that_the_template_lacks_is_refused():
 def test_thoughts_come_as_reasoning_content():
     """Of a random model, whose thoughts do not end."""
     target = structured.target()
-    thinks = type(target)("tiny", target.config, target.params, with_template(BEGUN))
+    thinks = type(target)("tiny", target.config, target.params, structured.tokenizer(BEGUN))
     body = {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 8, "temperature": 0}
     with servers.serve(limits=Limits(), target=thinks) as (port, _):
         _, whole = servers.post(port, "/v1/chat/completions", json.dumps(body).encode())
