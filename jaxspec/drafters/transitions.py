@@ -44,6 +44,6 @@ def transition_table(
 
     same = chosen[:, :-1, :, :, None] == likely[:, :, None, None, :]
     index = jnp.where(same.any(-1), jnp.argmax(same, axis=-1), -1)
-    leaves = jnp.full_like(index[:, :1], -1)
+    leaves = jnp.full_like(chosen[:, :1], -1)
     following = jnp.concatenate([index, leaves], axis=1)
     return vocabulary.ids(chosen), log_probs, following

@@ -95,7 +95,8 @@ def test_survival_scores():
             assert found[tuple(own[: depth + 1])] == pytest.approx(survival[depth], abs=2e-4)
 
 
-def test_transition_table_links_children_to_their_own_rows():
+@pytest.mark.parametrize("slots", [4, 1])
+def test_transition_table_links_children_to_their_own_rows(slots):
     kind, parents = "dspark", 4
     params = cases.params(kind)
     drafter = BlockDrafter(cases.KINDS[kind], TreeConfig("transitions"))
@@ -104,7 +105,7 @@ def test_transition_table_links_children_to_their_own_rows():
 
     @jax.jit
     def run(anchor):
-        stream = drafter.stream(params, state, anchor, jnp.array([6]))
+        stream = drafter.stream(params, state, anchor, jnp.array([6]))[:, :slots]
         base = head.logits(params.vocabulary, stream)
         options = dict(parents=parents, children=5)
         scores = base, jnp.zeros((1, base.shape[1], 1))
@@ -113,6 +114,7 @@ def test_transition_table_links_children_to_their_own_rows():
         )
 
     base, (tokens, _, following) = run(jnp.array([4]))
+    assert tokens.shape == following.shape == (1, slots, parents, 5)
     likely = np.argsort(-np.asarray(base[0]), axis=-1)[:, :parents]
     for slot, parent, child in np.ndindex(*tokens.shape[1:]):
         row, token = int(following[0, slot, parent, child]), int(tokens[0, slot, parent, child])
