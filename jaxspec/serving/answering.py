@@ -75,9 +75,9 @@ class ChoiceReader:
         self._choice, self._silent = choice, asked.silent
         self._echo = asked.echo[choice // asked.choices]
         self._answer = AnswerText(tokenizer, asked.stops, min_tokens=least)
-        self._thoughts = asked.thoughts and ThoughtReader(
-            asked.thoughts, (OPEN,) if asked.tools else ()
-        )
+        # A grammar that asks for a call has it after the thoughts, in which any text may be.
+        ends = (OPEN,) if asked.tools and asked.tools.free else ()
+        self._thoughts = asked.thoughts and ThoughtReader(asked.thoughts, ends)
         self._reader = asked.tools.reader() if asked.tools else None
         self._shape = None if request.logprobs is None else LogProbShape(tokenizer, chat=chat)
         self._cached = 0

@@ -215,7 +215,8 @@ class XmlCalls(CallReader):
 
     def _head(self, calls: list[dict]) -> bool:
         if begun := super()._head(calls):
-            own = parameters(self._tools[self._called])
+            unknown = Tool(self._called, {})  # has any parameters
+            own = parameters(self._tools.get(self._called, unknown))
             self._known = {parameter.key: parameter for parameter in own}
             self._lead = "{"  # what comes before the next argument
         return begun

@@ -58,8 +58,9 @@ def test_each_prompt_has_its_own_echo(choice):
     assert (found.choice, found.text) == (choice, {1: "ac", 2: "bc"}[choice])
 
 
-def clock(tokenizer):
-    body = {"tools": [{"type": "function", "function": {"name": "clock"}}]}
+def clock(tokenizer, choice="auto"):
+    own = {"type": "function", "function": {"name": "clock"}}
+    body = {"tools": [own], "tool_choice": choice}
     return read_tools(Fields(body, TOOLS), call_form(tokenizer))
 
 

@@ -123,6 +123,10 @@ def test_an_argument_is_streamed_when_it_is_complete():
     assert reader.add("</function>\n", last=True) == ("", [])  # a call cut off stays open
 
 
+def test_a_name_that_is_no_tool_is_a_call_with_any_parameters():
+    assert read(TOOLS[0], call("other", a="1", b="x")) == {"a": 1, "b": "x"}
+
+
 ANY_OF = {"anyOf": [{"type": "string", "minLength": 2}, {"type": "null"}]}
 REFERRED = {"$ref": "#/$defs/Kind", "description": "…"}
 CIRCLE = {"$ref": "#/$defs/Circle"}
