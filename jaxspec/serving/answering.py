@@ -131,7 +131,7 @@ class ChoiceReader:
         if self._reader is None:
             return text, (), finish
         text, calls = self._reader.add(text, last=finish is not None)
-        called = finish == "stop" and self._reader.count
+        called = finish == "stop" and self._reader.count and not self._reader.open
         return text, calls, "tool_calls" if called else finish
 
 

@@ -75,7 +75,12 @@ class CallReader:
 
     def __init__(self, tools: Sequence[Tool]):
         """Args: tools: those that the answer may call."""
-        self._held, self._called, self.count = "", None, 0
+        self._held, self._called, self._told, self.count = "", None, "", 0
+
+    @property
+    def open(self) -> bool:
+        """Whether a call has begun whose arguments are not complete."""
+        return self._called is not None
 
     def add(self, text: str, *, last: bool = False) -> tuple[str, list[dict]]:
         """The new plain text, and the new parts of calls as a stream's `tool_calls`.
@@ -91,7 +96,7 @@ class CallReader:
                 more = self._arguments(calls, last)
             else:
                 found, more = self._said(last)
-                said += found
+                said += "" if self.count else found  # after a call, it is the form's
                 if more:
                     more = self._head(calls)
             if not more:
@@ -119,17 +124,22 @@ class CallReader:
         function = {"name": found[1], "arguments": ""}
         call = {"index": self.count, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
         calls.append(call | {"function": function})
-        self._held, self._called = self._held[found.end() :], found[1]
+        self._held, self._called, self._told = self._held[found.end() :], found[1], ""
         self.count += 1
         return True
 
     def _arguments(self, calls: list[dict], last: bool) -> bool:
         """Reads more of the arguments; returns whether there may be more to read in what is
-        held."""
+        held.
+
+        Args: last: the answer may end inside the call, which ends too if its arguments are
+          complete.
+        """
         raise NotImplementedError
 
     def _tell(self, calls: list[dict], arguments: str) -> None:
         """Adds JSON text to the arguments of the call that is being read."""
+        self._told += arguments
         if calls:  # the last of them is this call's
             calls[-1]["function"]["arguments"] += arguments
         else:

@@ -3,6 +3,7 @@
 import pytest
 
 from jaxspec.serving.answering import ChoiceReader, Stuck
+from jaxspec.serving.calls import joined_calls
 from jaxspec.serving.fields import Fields
 from jaxspec.serving.protocol import Asked
 from jaxspec.serving.requests import Request, TokenLogProb, Update
@@ -78,6 +79,26 @@ def test_calls_are_not_text(ended, finish, template, call):
     found = reader(tokenizer, tools=clock(tokenizer)).read(Update(0, tokens, ended))
     assert (found.text, found.finish) == ("so", finish)
     assert [call["function"] for call in found.calls] == [{"name": "clock", "arguments": "{}"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "call", "arguments", "finish"),
+    [
+        (structured.TEMPLATE, '{"name": "clock", "arguments": {}}\n</tool', "{}", "tool_calls"),
+        (structured.TEMPLATE, '{"name": "clock", "arguments": {}', "{}", "tool_calls"),
+        (structured.TEMPLATE, '{"name": "clock", "arguments": {', "{", "stop"),
+        (structured.XML_TEMPLATE, "<function=clock>\n</fun", "{}", "tool_calls"),
+        (structured.XML_TEMPLATE, "<function=clock>\n<", "", "stop"),
+    ],
+)
+def test_a_call_that_a_stop_text_cuts_off(template, call, arguments, finish):
+    """It is a call to be made if its arguments are complete."""
+    tokenizer = structured.tokenizer(template)
+    one = reader(tokenizer, tools=clock(tokenizer), stops=("~",))
+    first = one.read(Update(0, tuple(tokenizer.encode(f"<tool_call>\n{call}~"))))
+    last = one.read(Update(0, (), "cancelled"))
+    (found,) = joined_calls([*first.calls, *last.calls])
+    assert (found["function"]["arguments"], last.finish) == (arguments, finish)
 
 
 def test_an_answer_without_calls_ends_as_others():

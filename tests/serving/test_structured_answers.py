@@ -213,6 +213,35 @@ def test_calls_are_read_from_any_pieces(step):
     assert len({call["id"] for call in joined_calls(calls)}) == 2
 
 
+@pytest.mark.parametrize("step", [1, 1000])
+@pytest.mark.parametrize(
+    ("cut", "arguments", "is_open"),
+    [
+        ('{"a": {"b": "}"}}}\n</tool_call', '{"a": {"b": "}"}}', False),
+        ('{"a": {"b": "}"}}}', '{"a": {"b": "}"}}', False),
+        ('{"a": {"b": "}"}}', '{"a": {"b": "}"}}', False),
+        ('{"a": {"b": "}"}', '{"a": {"b": "}"}', True),
+        ('{"a": {"b": "}', '{"a": {"b": "}', True),
+        ("", "", True),
+    ],
+)
+def test_a_call_cut_off_is_complete_if_its_arguments_are(cut, arguments, is_open, step):
+    text = f'<tool_call>\n{{"name": "run", "arguments": {cut}'
+    reader, calls = JsonCalls(()), []
+    for at in range(0, len(text), step):
+        calls += reader.add(text[at : at + step])[1]
+    said, more = reader.add("", last=True)
+    (found,) = joined_calls(calls + more)
+    assert (said, found["function"]["arguments"], reader.open) == ("", arguments, is_open)
+
+
+@pytest.mark.parametrize("begun", ["\n", "\n<tool_", '\n<tool_call>\n{"name'])
+def test_a_second_call_that_has_only_begun_is_neither_call_nor_text(begun):
+    reader = JsonCalls(())
+    said, (call,) = reader.add(CALL + begun, last=True)
+    assert (said, call["index"], reader.open) == ("", 0, False)
+
+
 @pytest.mark.parametrize("text", ["a < b", "ends with <tool_", "x\n"])
 def test_what_is_no_call_is_said(text):
     assert JsonCalls(()).add(text, last=True) == (text, [])
