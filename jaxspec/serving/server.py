@@ -163,20 +163,37 @@ class _Draining(uvicorn.Server):
         late.cancel()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket for `uvicorn.Server.run`, which refuses connections until that listens.
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket for `uvicorn.Server.run`, which refuses connections until `listen`.
 
     Raises:
       ValueError: the address is not available.
     """
-    try:
+    with _address(host, port):
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+    return bound
+
+
+def listen(bound: socket.socket) -> None:
+    """Lets a bound socket take connections.
+
+    Raises:
+      ValueError: another server, bound while neither listened, came first.
+    """
+    with _address(*bound.getsockname()[:2]):
+        bound.listen()
+
+
+@contextlib.contextmanager
+def _address(host: str, port: int):
+    """Raises ValueError if the address is not available."""
+    try:
+        yield
     except OSError as error:
         raise ValueError(f"cannot serve on {host}, port {port}: {error.strerror}") from error
-    return bound
 
 
 @dataclasses.dataclass(frozen=True)
