@@ -34,6 +34,10 @@ NEUTRAL: dict[str, tuple] = {
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
 }
+# In messages: what clients add to answers that they send back, and what templates do not show.
+IGNORED_IN_MESSAGES = {
+    "name", "parsed", "cache_control", "reasoning_details", "provider_specific_fields",
+}  # fmt: skip
 NEUTRAL_IN_MESSAGES: dict[str, tuple] = {
     "type": ("text", "message"),  # lm-evaluation-harness, and items of OpenAI's Responses
     "tool_calls": ([],),
