@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from jaxspec.serving.fields import IGNORED_IN_MESSAGES, NEUTRAL_IN_MESSAGES, BadRequest, Fields
+from jaxspec.serving.thoughts import CLOSE, OPEN
 
 THOUGHTS = "reasoning_content"  # as Qwen3's templates name it; vLLM's newer name comes second
 THOUGHT_NAMES = (THOUGHTS, "reasoning")
@@ -23,6 +24,16 @@ def read_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list of at least one message", "messages")
     return [_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
+
+
+def thoughts_in_content(message: dict[str, Any]) -> dict[str, Any]:
+    """The message for templates that read thoughts in the content, and there decide what the
+    model sees of them."""
+    if THOUGHTS not in message:
+        return message
+    rest = {name: value for name, value in message.items() if name != THOUGHTS}
+    content = f"{OPEN}\n{message[THOUGHTS]}\n{CLOSE}\n\n{message['content']}"
+    return rest | {"content": content}
 
 
 def _message(where: str, message: Any) -> dict[str, Any]:

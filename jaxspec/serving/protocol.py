@@ -17,9 +17,9 @@ from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.fields import BadRequest, Fields, is_number
 from jaxspec.serving.formats import FORMATS, read_format
 from jaxspec.serving.grammars import Grammar, Grammars
-from jaxspec.serving.messages import THOUGHTS, read_messages
+from jaxspec.serving.messages import THOUGHTS, read_messages, thoughts_in_content
 from jaxspec.serving.requests import Request
-from jaxspec.serving.thoughts import Start, after_thoughts, start_of
+from jaxspec.serving.thoughts import CLOSE, Start, after_thoughts, start_of
 from jaxspec.serving.tools import TOOLS, Tools, call_form, read_tools
 
 SAMPLED = {"temperature", "top_p", "top_k", "min_p", "seed"}
@@ -195,7 +195,10 @@ def _chat(
         field = "tools" if tools else "messages"
         raise BadRequest("this model's chat template does not support tools", field)
     if any(THOUGHTS in m for m in messages) and not tokenizer.template_has(THOUGHTS):
-        raise BadRequest(f"this model's chat template has no {THOUGHTS}", "messages")
+        if not tokenizer.template_has(CLOSE):
+            message = f"this model's chat template has no {THOUGHTS}; leave it out"
+            raise BadRequest(message, "messages")
+        messages = [thoughts_in_content(m) for m in messages]
     try:
         offered = tools.offered if tools else ()
         return tokenizer.chat(messages, tools=offered, **switches)
