@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from jaxspec.decoding.requests import check_tokens
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.models.target import Target
+from jaxspec.serving.calls import OPEN
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.fields import BadRequest, Fields, is_number
 from jaxspec.serving.formats import FORMATS, read_format
@@ -21,6 +22,7 @@ from jaxspec.serving.messages import THOUGHTS, read_messages, thoughts_in_conten
 from jaxspec.serving.requests import Request
 from jaxspec.serving.thoughts import CLOSE, Start, after_thoughts, start_of
 from jaxspec.serving.tools import TOOLS, Tools, call_form, read_tools
+from jaxspec.tokenizer import Tokenizer
 
 SAMPLED = {"temperature", "top_p", "top_k", "min_p", "seed"}
 PENALTIES = {"presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"}
@@ -190,10 +192,7 @@ def _chat(
 ) -> list[int]:
     """Token ids of a chat."""
     tokenizer = target.tokenizer
-    calls = any("tool_calls" in m or m["role"] == "tool" for m in messages)
-    if (calls or tools) and not tokenizer.takes_tools:
-        field = "tools" if tools else "messages"
-        raise BadRequest("this model's chat template does not support tools", field)
+    _check_tools(messages, tools, tokenizer)
     if any(THOUGHTS in m for m in messages) and not tokenizer.template_has(THOUGHTS):
         if not tokenizer.template_has(CLOSE):
             message = f"this model's chat template has no {THOUGHTS}; leave it out"
@@ -204,6 +203,23 @@ def _chat(
         return tokenizer.chat(messages, tools=offered, **switches)
     except (ValueError, TemplateError) as error:  # templates refuse orders of roles
         raise BadRequest(str(error), "messages") from error
+
+
+def _check_tools(
+    messages: list[dict[str, Any]], tools: Tools | None, tokenizer: Tokenizer
+) -> None:
+    """Raises BadRequest if the chat template does not take tools, or teaches no calls that
+    would be found."""
+    calls = any("tool_calls" in m or m["role"] == "tool" for m in messages)
+    if (calls or tools) and not tokenizer.takes_tools:
+        field = "tools" if tools else "messages"
+        raise BadRequest("this model's chat template does not support tools", field)
+    if tools and tools.free and not tokenizer.template_has(OPEN):
+        raise BadRequest(
+            f"this model's chat template teaches tool calls without {OPEN}, which this server "
+            "does not find; set tool_choice to 'required' or to one of the tools",
+            "tool_choice",
+        )
 
 
 def _asked(

@@ -321,6 +321,15 @@ def test_what_is_refused(port, body, message):
     assert message in found and "%json" not in found and " | " not in found
 
 
+def test_a_template_that_teaches_other_calls_takes_only_calls_that_must_be(port, monkeypatch):
+    """As Llama 3's, whose calls are JSON without marks: they would not be found."""
+    plain = structured.TEMPLATE.replace("<tool_call>", "JSON")
+    monkeypatch.setattr(structured.tokenizer(), "chat_template", plain)
+    assert "teaches tool calls without <tool_call>" in refused(port, dict(tools=TOOLS))
+    body = dict(messages=TURN, tools=TOOLS, tool_choice="required", max_tokens=2)
+    assert servers.post(port, "/v1/chat/completions", json.dumps(body).encode())[0] == 200
+
+
 def refused(port, body) -> str:
     body = json.dumps(dict(messages=TURN) | body).encode()
     status, text = servers.post(port, "/v1/chat/completions", body)
