@@ -53,11 +53,18 @@ class BadRequest(Exception):
     Attributes:
       param: the field at fault, or None.
       status: HTTP status.
+      code: what programs recognise the error by, or None.
     """
 
-    def __init__(self, message: str, param: str | None = None, status: int = 400):
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+    ):
         super().__init__(message)
-        self.param, self.status = param, status
+        self.param, self.status, self.code = param, status, code
 
 
 class Fields:

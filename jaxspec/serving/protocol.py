@@ -238,9 +238,9 @@ def _asked(
     longest, room = max(map(len, prompts)), config.room
     left = room - longest
     if left < 1:
-        raise BadRequest(
-            f"the prompt has {longest} tokens; this server allows {room} with the answer",
-            "prompt",
+        field = "prompt" if fields.get("messages", None) is None else "messages"
+        raise _too_long(
+            room, f"the prompt has {longest} and leaves none for an answer; shorten it", field
         )
     choices = fields.integer("n", 1)
     if not 1 <= choices <= MAX_CHOICES:
@@ -249,7 +249,7 @@ def _asked(
     seed = fields.integer("seed", -1)
     if seed == -1:
         seed = secrets.randbelow(2**32)
-    new_tokens = _longest(fields, left, default, least=1 if echo is None else 0)
+    new_tokens = _longest(fields, left, room, default, least=1 if echo is None else 0)
     sampling = _sampling(fields, target)
     if sampling.min_tokens > new_tokens:
         raise BadRequest(
@@ -284,19 +284,28 @@ def _asked(
     )
 
 
-def _longest(fields: Fields, left: int, default: int | None, least: int) -> int:
-    """Maximum new tokens; -1 asks for as many as fit."""
-    default = left if default is None else min(default, left)
-    longest = default
+def _too_long(room: int, problem: str, field: str) -> BadRequest:
+    """The code and the first words are OpenAI's, by which clients know to shorten a chat."""
+    message = f"this model's maximum context length is {room} tokens; {problem}"
+    return BadRequest(message, field, code="context_length_exceeded")
+
+
+def _longest(fields: Fields, left: int, room: int, default: int | None, least: int) -> int:
+    """Maximum new tokens; -1 asks for as many as fit.
+
+    Args: left: tokens that fit after the prompt; room: tokens of prompt and answer.
+    """
+    longest = left if default is None else min(default, left)
+    expected = f"{least} … {left}"
     for name in sorted(LENGTHS, reverse=True):  # the newer name wins
         longest = fields.integer(name, longest)
         if longest == -1:
             longest = left
-        if not least <= longest <= left:
-            raise BadRequest(
-                f"{name} is {longest}; expected {least} … {left}, which fit after this prompt",
-                name,
-            )
+        if longest > left:
+            found = f"the prompt has {room - left}, and {name} is {longest}"
+            raise _too_long(room, f"{found}; expected {expected}, or a shorter prompt", name)
+        if longest < least:
+            raise BadRequest(f"{name} is {longest}; expected {expected}", name)
     return longest
 
 

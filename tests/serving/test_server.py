@@ -171,8 +171,9 @@ BAD = [
     ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens is 0; expected"),
     ({"prompt": "a", "max_completion_tokens": -2}, 400, "max_completion_tokens is -2"),
     ({"prompt": "a", "max_tokens": 1e9}, 400, "must be an integer"),
-    ({"prompt": "a", "max_tokens": 10**9}, 400, "max_tokens is 1000000000; expected 1"),
-    ({"prompt": "a" * 100}, 400, "allows 60 with the answer"),
+    ({"prompt": "a", "max_tokens": 10**9}, 400, "max_tokens is 1000000000; expected 1 … 59"),
+    ({"prompt": "a" * 100}, 400, "the prompt has 100 and leaves none for an answer"),
+    ({"messages": [{"role": "user", "content": "a" * 60}]}, 400, "the prompt has 60 and"),
     ({"prompt": "a", "stop": ["x"] * 65}, 400, "stop must be up to 64"),
     ({"prompt": "a", "stream": 1}, 400, "stream must be true or false"),
     ({"prompt": "a", "seed": 1.5}, 400, "seed must be an integer, not 1.5"),
@@ -185,7 +186,7 @@ BAD = [
     ({"prompt": "a", "logprobs": -1}, 400, "logprobs is -1; expected 0 … 5"),
     ({"prompt": "a", "top_logprobs": 2}, 400, "top_logprobs = 2 is not supported"),
     ({"prompt": "a", "echo": 0}, 400, "echo must be true or false, not 0"),
-    ({"prompt": "a", "echo": True, "max_tokens": -2}, 400, "expected 0 … 59, which fit"),
+    ({"prompt": "a", "echo": True, "max_tokens": -2}, 400, "expected 0 … 59"),
     ({"prompt": "a", "repetition_penalty": 0}, 400, "repetition_penalty is 0.0; expected a"),
     ({"prompt": "a", "frequency_penalty": False}, 400, "frequency_penalty must be a number"),
     ({"prompt": "a", "presence_penalty": -2.5}, 400, "presence_penalty is -2.5; expected -2"),
@@ -249,6 +250,14 @@ def test_bad_bodies(port, body, status, message):
         or error["param"] is None
         or set(body) & set(re.split(r"[.\[]", error["param"]))
     )
+
+
+@pytest.mark.parametrize("body", [{"prompt": "a" * 60}, {"prompt": "a", "max_tokens": 60}])
+def test_clients_know_by_openais_code_and_words_to_shorten_a_chat(port, body):
+    _, text = post(port, "/v1/completions", json.dumps(body).encode())
+    error = json.loads(text)["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert error["message"].startswith("this model's maximum context length is 60 tokens; ")
 
 
 @pytest.mark.parametrize(
