@@ -293,9 +293,30 @@ def test_a_full_queue_is_answered_429(running, port, client):
     assert runner.healthy
 
 
-def test_another_host_name_is_refused(port):
-    text = exchange(port, b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n")
-    assert text.startswith(b"HTTP/1.1 400")
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:8000", 200),
+        ("127.0.0.1:1", 200),
+        ("[::1]:8000", 200),
+        ("evil.example", 400),
+        ("host.docker.internal:8000", 400),
+        ("localhost.evil.example", 400),
+        ("localhost:evil.example", 400),
+        ("[::1].evil.example", 400),
+    ],
+)
+def test_another_host_name_is_refused(port, host, status):
+    text = exchange(
+        port, f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+    )
+    head, _, body = text.decode().partition("\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status}")
+    if status == 400:
+        error = json.loads(body)["error"]
+        assert f"the host name {host!r}; expected one of 127.0.0.1" in error["message"]
+        assert "start it with --host and --api-key" in error["message"]
 
 
 def test_half_open_and_slow_clients_are_cut_off(port, client):
