@@ -159,7 +159,12 @@ def joined_calls(parts: list[dict]) -> list[dict]:
 
 
 def calls_text(
-    form: type[CallReader], tools: Sequence[Tool], *, free: bool, several: bool
+    form: type[CallReader],
+    tools: Sequence[Tool],
+    *,
+    free: bool,
+    several: bool,
+    instead: str | None = None,
 ) -> str:
     """The text of the grammar of answers with calls.
 
@@ -167,9 +172,12 @@ def calls_text(
       tools: those that may be called.
       free: any text may come before the calls, or instead of them.
       several: there may be more than one call.
+      instead: the text of a grammar of answers that may come instead of the calls.
     """
     more = f"({lark_text(chr(10) + OPEN)} call)*" if several else ""
     start = f"TEXT | lead call {more}" if free else f"{lark_text(OPEN)} call {more}"
+    if instead is not None:
+        start += f" | instead\n{instead.replace('start:', 'instead:', 1)}"
     names = [f"call_{i}" for i in range(len(tools))]
     rules = [f"start: {start}", ANYTHING if free else "", form.SHARED]
     rules.append("call: " + " | ".join(names))

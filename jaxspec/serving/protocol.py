@@ -16,7 +16,7 @@ from jaxspec.models.target import Target
 from jaxspec.serving.calls import OPEN
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.fields import BadRequest, Fields, is_number
-from jaxspec.serving.formats import FORMATS, read_format
+from jaxspec.serving.formats import FORMATS, is_json, read_format
 from jaxspec.serving.grammars import Grammar, Grammars
 from jaxspec.serving.messages import THOUGHTS, read_messages, thoughts_in_content
 from jaxspec.serving.requests import Request
@@ -144,12 +144,13 @@ def read_chat(body: Any, target: Target, config: EngineConfig, grammars: Grammar
     fields = Fields(body, CHAT)
     messages = read_messages(fields.get("messages", None))
     form = call_form(target.tokenizer)
-    tools, asked = read_tools(fields, form), read_format(fields)
-    if tools is not None and asked is not None:
-        raise BadRequest(f"tools exclude {asked[0]}; give one", asked[0])
+    asked = read_format(fields)
+    tools = read_tools(fields, form, asked and asked[1])
     if tools is not None:
-        asked = "tools", tools.grammar
-    strict = asked is not None and not (tools and tools.free)
+        if asked is not None and not is_json(asked[1]):  # its start tells it from a call
+            raise BadRequest(f"tools exclude {asked[0]} unless it is JSON; give one", asked[0])
+        asked = asked[0] if asked else "tools", tools.grammar
+    strict = asked is not None and not (tools and tools.anywhere)
     switches = _switches(fields, target, strict=strict)
     prompt = _chat(messages, tools, target, switches)
     thoughts = start_of(target.tokenizer, prompt)

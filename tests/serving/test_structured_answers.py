@@ -75,6 +75,19 @@ def test_a_schema_as_a_stream(client):
     assert parts[-1].finish_reason == "stop" and json.loads(text)["city"] in ("Rome", "Oslo")
 
 
+def test_a_schema_beside_tools(client):
+    """As the OpenAI Agents SDK sends them. A bias decides between the two."""
+    body = {"type": "json_schema", "json_schema": {"name": "p", "schema": PARAMETERS}}
+    calls = structured.tokenizer().encode("<")
+    asked = dict(tools=TOOLS, response_format=body, logit_bias={str(calls[0]): -100})
+    found = chat(client, **asked).choices[0]
+    assert found.finish_reason == "stop" and not found.message.tool_calls
+    assert json.loads(found.message.content)["city"] in ("Rome", "Oslo")
+    asked["logit_bias"] = {str(calls[0]): 100}
+    found = chat(client, **asked, parallel_tool_calls=False).choices[0]
+    assert found.finish_reason == "tool_calls" and found.message.content is None
+
+
 def test_any_object(client):
     done = chat(client, response_format={"type": "json_object"}, max_tokens=9)
     text = done.choices[0].message.content
@@ -285,7 +298,11 @@ REFUSED = [
     (dict(response_format="json"), "response_format must be a JSON object"),
     (dict(tools="weather"), "tools must be a list"),
     (dict(tools=TOOLS, tool_choice={"type": "function"}), "tool_choice names None"),
-    (dict(tools=TOOLS, guided_regex="a"), "tools exclude guided_regex"),
+    (dict(tools=TOOLS, guided_regex="a"), "tools exclude guided_regex unless it is JSON"),
+    (
+        dict(tools=TOOLS, guided_json={"type": "a"}),
+        "guided_json cannot be used: failed to compile",
+    ),
     (dict(tools=[WEATHER, WEATHER]), "tools has 'weather' twice"),
     (dict(tools=[{"type": "custom"}]), "tools[0].type must be 'function'"),
     (
