@@ -101,7 +101,7 @@ class Serve:
         try:
             from jaxspec.serving.access import LOOPBACK
             from jaxspec.serving.connections import Limits
-            from jaxspec.serving.server import check_servable, listen, server
+            from jaxspec.serving.server import bind, check_servable, listen, server
         except ModuleNotFoundError as error:
             raise ValueError(
                 f"{error.name} is not installed: pip install starlette uvicorn "
@@ -117,7 +117,7 @@ class Serve:
         access, config = self._access(), self._config()
         target_path = target_name(self.target, self.drafter.drafter)
         self.drafter.check(target_path, rejection=self.rejection)
-        bound = listen(self.host, self.port)
+        bound = bind(self.host, self.port)
         stored = self.curve is not None and self.curve.exists()
         curve = Curve.load(self.curve) if stored else None
         config.check_room(checkpoints.read_config(target_path))
@@ -132,6 +132,7 @@ class Serve:
         print("compiling …", flush=True)
         engine.open()
         programs.remember(start)
+        listen(bound)
         host, port = bound.getsockname()[:2]
         names = self._names(target_path)
         http = server(

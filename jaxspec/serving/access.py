@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
+import re
 
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxspec.serving.shapes import error_body
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+HOST = re.compile(r"(\[.*\]|[^:]*)(:\d*)?")  # a Host header: the name, and a port if any
 # Supervisors and a browser that opens the page have no key; the page's own requests need it.
 OPEN_PATHS = frozenset({"/health", "/ready", "/"})
 
@@ -43,7 +45,7 @@ class Access:
         """Middleware, outermost first: a browser sends its CORS preflight without the key."""
         found = []
         if self.hosts:  # against DNS rebinding: a page reaching a local server by its own name
-            found.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(self.hosts)))
+            found.append(Middleware(_NeedsHost, hosts=self.hosts))
         if self.origins:
             found.append(
                 Middleware(
@@ -56,6 +58,26 @@ class Access:
         if self.key is not None:
             found.append(Middleware(_NeedsKey, access=self))
         return found
+
+
+class _NeedsHost:
+    def __init__(self, app: ASGIApp, hosts: tuple[str, ...]):
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._knows(host := Headers(scope=scope).get("host", "")):
+            return await self._app(scope, receive, send)
+        message = (
+            f"this server does not answer to the host name {host!r}; expected one of "
+            f"{', '.join(self._hosts)}. To be called by other names, start it with --host and "
+            "--api-key"
+        )
+        answer = JSONResponse(error_body(message, "invalid_request_error"), 400)
+        await answer(scope, receive, send)
+
+    def _knows(self, host: str) -> bool:
+        name = HOST.fullmatch(host)
+        return name is not None and name[1].lower() in self._hosts
 
 
 class _NeedsKey:

@@ -75,10 +75,11 @@ class ChoiceReader:
         self._choice, self._silent = choice, asked.silent
         self._echo = asked.echo[choice // asked.choices]
         self._answer = AnswerText(tokenizer, asked.stops, min_tokens=least)
-        self._thoughts = asked.thoughts and ThoughtReader(
-            asked.thoughts, (OPEN,) if asked.tools else ()
-        )
+        # A grammar that asks for a call has it after the thoughts, in which any text may be.
+        ends = (OPEN,) if asked.tools and asked.tools.anywhere else ()
+        self._thoughts = asked.thoughts and ThoughtReader(asked.thoughts, ends)
         self._reader = asked.tools.reader() if asked.tools else None
+        self._undecided = bool(asked.tools and asked.tools.instead)  # whether it is a call
         self._shape = None if request.logprobs is None else LogProbShape(tokenizer, chat=chat)
         self._cached = 0
 
@@ -128,10 +129,12 @@ class ChoiceReader:
 
     def _calls(self, text: str, finish: str | None) -> tuple[str, Sequence[dict], str | None]:
         """The text outside calls, new parts of calls, and why the choice ends."""
+        if self._undecided and text:  # JSON, in which <tool_call> is text, or calls
+            self._undecided, self._reader = False, self._reader if text[0] == OPEN[0] else None
         if self._reader is None:
             return text, (), finish
         text, calls = self._reader.add(text, last=finish is not None)
-        called = finish == "stop" and self._reader.count
+        called = finish == "stop" and self._reader.count and not self._reader.open
         return text, calls, "tool_calls" if called else finish
 
 

@@ -75,7 +75,12 @@ class CallReader:
 
     def __init__(self, tools: Sequence[Tool]):
         """Args: tools: those that the answer may call."""
-        self._held, self._called, self.count = "", None, 0
+        self._held, self._called, self._told, self.count = "", None, "", 0
+
+    @property
+    def open(self) -> bool:
+        """Whether a call has begun whose arguments are not complete."""
+        return self._called is not None
 
     def add(self, text: str, *, last: bool = False) -> tuple[str, list[dict]]:
         """The new plain text, and the new parts of calls as a stream's `tool_calls`.
@@ -91,7 +96,7 @@ class CallReader:
                 more = self._arguments(calls, last)
             else:
                 found, more = self._said(last)
-                said += found
+                said += "" if self.count else found  # after a call, it is the form's
                 if more:
                     more = self._head(calls)
             if not more:
@@ -119,17 +124,22 @@ class CallReader:
         function = {"name": found[1], "arguments": ""}
         call = {"index": self.count, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
         calls.append(call | {"function": function})
-        self._held, self._called = self._held[found.end() :], found[1]
+        self._held, self._called, self._told = self._held[found.end() :], found[1], ""
         self.count += 1
         return True
 
     def _arguments(self, calls: list[dict], last: bool) -> bool:
         """Reads more of the arguments; returns whether there may be more to read in what is
-        held."""
+        held.
+
+        Args: last: the answer may end inside the call, which ends too if its arguments are
+          complete.
+        """
         raise NotImplementedError
 
     def _tell(self, calls: list[dict], arguments: str) -> None:
         """Adds JSON text to the arguments of the call that is being read."""
+        self._told += arguments
         if calls:  # the last of them is this call's
             calls[-1]["function"]["arguments"] += arguments
         else:
@@ -149,7 +159,12 @@ def joined_calls(parts: list[dict]) -> list[dict]:
 
 
 def calls_text(
-    form: type[CallReader], tools: Sequence[Tool], *, free: bool, several: bool
+    form: type[CallReader],
+    tools: Sequence[Tool],
+    *,
+    free: bool,
+    several: bool,
+    instead: str | None = None,
 ) -> str:
     """The text of the grammar of answers with calls.
 
@@ -157,9 +172,12 @@ def calls_text(
       tools: those that may be called.
       free: any text may come before the calls, or instead of them.
       several: there may be more than one call.
+      instead: the text of a grammar of answers that may come instead of the calls.
     """
     more = f"({lark_text(chr(10) + OPEN)} call)*" if several else ""
     start = f"TEXT | lead call {more}" if free else f"{lark_text(OPEN)} call {more}"
+    if instead is not None:
+        start += f" | instead\n{instead.replace('start:', 'instead:', 1)}"
     names = [f"call_{i}" for i in range(len(tools))]
     rules = [f"start: {start}", ANYTHING if free else "", form.SHARED]
     rules.append("call: " + " | ".join(names))

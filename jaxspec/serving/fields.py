@@ -34,6 +34,10 @@ NEUTRAL: dict[str, tuple] = {
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
 }
+# In messages: what clients add to answers that they send back, and what templates do not show.
+IGNORED_IN_MESSAGES = {
+    "name", "parsed", "cache_control", "reasoning_details", "provider_specific_fields",
+}  # fmt: skip
 NEUTRAL_IN_MESSAGES: dict[str, tuple] = {
     "type": ("text", "message"),  # lm-evaluation-harness, and items of OpenAI's Responses
     "tool_calls": ([],),
@@ -49,11 +53,18 @@ class BadRequest(Exception):
     Attributes:
       param: the field at fault, or None.
       status: HTTP status.
+      code: what programs recognise the error by, or None.
     """
 
-    def __init__(self, message: str, param: str | None = None, status: int = 400):
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+    ):
         super().__init__(message)
-        self.param, self.status = param, status
+        self.param, self.status, self.code = param, status, code
 
 
 class Fields:

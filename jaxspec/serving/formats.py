@@ -114,6 +114,11 @@ def json_text(schema: Any, path: str) -> str:
     return f"start: {lark_json(schema, path)}"
 
 
+def is_json(grammar: str) -> bool:
+    """Whether a grammar's texts are JSON values."""
+    return grammar.startswith("start: %json ")
+
+
 def lark_json(schema: dict, path: str, *, lenient: bool = False) -> str:
     """A schema as part of a grammar; overrides the schema's own rules for blanks.
 

@@ -10,6 +10,7 @@ supports of it, so that one tool's schema does not make all others unusable.
 
 from __future__ import annotations
 
+import json
 import re
 
 from jaxspec.answer_text import overlap
@@ -32,6 +33,8 @@ class JsonCalls(CallReader):
 
     def _arguments(self, calls: list[dict], last: bool) -> bool:
         at = self._held.find(CLOSE)
+        if at < 0 and last:  # only the JSON tells whose the last brace is
+            at = _length(self._told + self._held) - len(self._told)
         keep = 0 if last else overlap(self._held, CLOSE)
         cut = at if at >= 0 else len(self._held) - keep
         if cut:
@@ -40,3 +43,11 @@ class JsonCalls(CallReader):
         if at >= 0:
             self._called = None
         return at >= 0
+
+
+def _length(text: str) -> int:
+    """Characters of the JSON value that a text begins with; -1 if it is not complete."""
+    try:
+        return json.JSONDecoder().raw_decode(text)[1]
+    except (ValueError, RecursionError):
+        return -1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from jaxspec.serving.fields import NEUTRAL_IN_MESSAGES, BadRequest, Fields
+from jaxspec.serving.fields import IGNORED_IN_MESSAGES, NEUTRAL_IN_MESSAGES, BadRequest, Fields
+from jaxspec.serving.thoughts import CLOSE, OPEN
 
 THOUGHTS = "reasoning_content"  # as Qwen3's templates name it; vLLM's newer name comes second
 THOUGHT_NAMES = (THOUGHTS, "reasoning")
@@ -25,15 +26,24 @@ def read_messages(messages: Any) -> list[dict[str, Any]]:
     return [_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
 
 
+def thoughts_in_content(message: dict[str, Any]) -> dict[str, Any]:
+    """The message for templates that read thoughts in the content, and there decide what the
+    model sees of them."""
+    if THOUGHTS not in message:
+        return message
+    rest = {name: value for name, value in message.items() if name != THOUGHTS}
+    content = f"{OPEN}\n{message[THOUGHTS]}\n{CLOSE}\n\n{message['content']}"
+    return rest | {"content": content}
+
+
 def _message(where: str, message: Any) -> dict[str, Any]:
-    # `name` is accepted and ignored: chat templates do not show it.
-    known, neutral = {"role", "content", "name"}, dict(NEUTRAL_IN_MESSAGES)
+    known = {"role", "content", *IGNORED_IN_MESSAGES}
     role = message.get("role") if isinstance(message, dict) else None
     if role == "assistant":
         known |= {"tool_calls", *THOUGHT_NAMES}
     if role == "tool":
         known.add("tool_call_id")
-    fields = Fields(message, known, neutral, within=where)
+    fields = Fields(message, known, NEUTRAL_IN_MESSAGES, within=where)
     if not isinstance(role, str) or role not in ROLES:
         raise BadRequest(f"{where} must have a role, one of {tuple(ROLES)}", "messages")
     calls = fields.get("tool_calls", []) if role == "assistant" else []
@@ -69,7 +79,8 @@ def _calls(calls: Any, where: str) -> list[dict]:
 
 def _call(call: Any, where: str) -> dict:
     fields = Fields(call, {"id", "type", "function", "index"}, {}, within=where)
-    function = fields.part("function", {"name", "arguments"})
+    # The openai package adds `parsed_arguments`, which repeat the arguments.
+    function = fields.part("function", {"name", "arguments", "parsed_arguments"})
     name, arguments = function.get("name", None), function.get("arguments", "{}")
     try:
         if isinstance(arguments, str):  # clients send "" for a call without arguments

@@ -21,7 +21,7 @@ from jaxspec.serving.events import EventStream
 from jaxspec.serving.fields import BadRequest
 from jaxspec.serving.protocol import parse_body
 from jaxspec.serving.runner import EngineFailed, Runner
-from jaxspec.serving.shapes import error_body
+from jaxspec.serving.shapes import error_body, refusal_body
 from jaxspec.serving.watching import Watcher
 
 MOST_TOKENS = 512
@@ -61,8 +61,7 @@ def page_routes(
             )
             events = watcher.events(prompt, **asked)
         except BadRequest as error:
-            refusal = error_body(str(error), "invalid_request_error", error.param)
-            return JSONResponse(refusal, error.status)
+            return JSONResponse(refusal_body(error), error.status)
         except ValueError as error:
             return JSONResponse(error_body(str(error), "invalid_request_error"), 400)
         if not watcher.reserve():

@@ -13,14 +13,16 @@ from jinja2 import TemplateError
 from jaxspec.decoding.requests import check_tokens
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.models.target import Target
+from jaxspec.serving.calls import OPEN
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.fields import BadRequest, Fields, is_number
-from jaxspec.serving.formats import FORMATS, read_format
+from jaxspec.serving.formats import FORMATS, is_json, read_format
 from jaxspec.serving.grammars import Grammar, Grammars
-from jaxspec.serving.messages import THOUGHTS, read_messages
+from jaxspec.serving.messages import THOUGHTS, read_messages, thoughts_in_content
 from jaxspec.serving.requests import Request
-from jaxspec.serving.thoughts import Start, after_thoughts, start_of
+from jaxspec.serving.thoughts import CLOSE, Start, after_thoughts, start_of
 from jaxspec.serving.tools import TOOLS, Tools, call_form, read_tools
+from jaxspec.tokenizer import Tokenizer
 
 SAMPLED = {"temperature", "top_p", "top_k", "min_p", "seed"}
 PENALTIES = {"presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"}
@@ -142,12 +144,13 @@ def read_chat(body: Any, target: Target, config: EngineConfig, grammars: Grammar
     fields = Fields(body, CHAT)
     messages = read_messages(fields.get("messages", None))
     form = call_form(target.tokenizer)
-    tools, asked = read_tools(fields, form), read_format(fields)
-    if tools is not None and asked is not None:
-        raise BadRequest(f"tools exclude {asked[0]}; give one", asked[0])
+    asked = read_format(fields)
+    tools = read_tools(fields, form, asked and asked[1])
     if tools is not None:
-        asked = "tools", tools.grammar
-    strict = asked is not None and not (tools and tools.free)
+        if asked is not None and not is_json(asked[1]):  # its start tells it from a call
+            raise BadRequest(f"tools exclude {asked[0]} unless it is JSON; give one", asked[0])
+        asked = asked[0] if asked else "tools", tools.grammar
+    strict = asked is not None and not (tools and tools.anywhere)
     switches = _switches(fields, target, strict=strict)
     prompt = _chat(messages, tools, target, switches)
     thoughts = start_of(target.tokenizer, prompt)
@@ -190,17 +193,34 @@ def _chat(
 ) -> list[int]:
     """Token ids of a chat."""
     tokenizer = target.tokenizer
-    calls = any("tool_calls" in m or m["role"] == "tool" for m in messages)
-    if (calls or tools) and not tokenizer.takes_tools:
-        field = "tools" if tools else "messages"
-        raise BadRequest("this model's chat template does not support tools", field)
+    _check_tools(messages, tools, tokenizer)
     if any(THOUGHTS in m for m in messages) and not tokenizer.template_has(THOUGHTS):
-        raise BadRequest(f"this model's chat template has no {THOUGHTS}", "messages")
+        if not tokenizer.template_has(CLOSE):
+            message = f"this model's chat template has no {THOUGHTS}; leave it out"
+            raise BadRequest(message, "messages")
+        messages = [thoughts_in_content(m) for m in messages]
     try:
         offered = tools.offered if tools else ()
         return tokenizer.chat(messages, tools=offered, **switches)
     except (ValueError, TemplateError) as error:  # templates refuse orders of roles
         raise BadRequest(str(error), "messages") from error
+
+
+def _check_tools(
+    messages: list[dict[str, Any]], tools: Tools | None, tokenizer: Tokenizer
+) -> None:
+    """Raises BadRequest if the chat template does not take tools, or teaches no calls that
+    would be found."""
+    calls = any("tool_calls" in m or m["role"] == "tool" for m in messages)
+    if (calls or tools) and not tokenizer.takes_tools:
+        field = "tools" if tools else "messages"
+        raise BadRequest("this model's chat template does not support tools", field)
+    if tools and tools.free and not tokenizer.template_has(OPEN):
+        raise BadRequest(
+            f"this model's chat template teaches tool calls without {OPEN}, which this server "
+            "does not find; set tool_choice to 'required' or to one of the tools",
+            "tool_choice",
+        )
 
 
 def _asked(
@@ -219,9 +239,9 @@ def _asked(
     longest, room = max(map(len, prompts)), config.room
     left = room - longest
     if left < 1:
-        raise BadRequest(
-            f"the prompt has {longest} tokens; this server allows {room} with the answer",
-            "prompt",
+        field = "prompt" if fields.get("messages", None) is None else "messages"
+        raise _too_long(
+            room, f"the prompt has {longest} and leaves none for an answer; shorten it", field
         )
     choices = fields.integer("n", 1)
     if not 1 <= choices <= MAX_CHOICES:
@@ -230,7 +250,7 @@ def _asked(
     seed = fields.integer("seed", -1)
     if seed == -1:
         seed = secrets.randbelow(2**32)
-    new_tokens = _longest(fields, left, default, least=1 if echo is None else 0)
+    new_tokens = _longest(fields, left, room, default, least=1 if echo is None else 0)
     sampling = _sampling(fields, target)
     if sampling.min_tokens > new_tokens:
         raise BadRequest(
@@ -265,19 +285,28 @@ def _asked(
     )
 
 
-def _longest(fields: Fields, left: int, default: int | None, least: int) -> int:
-    """Maximum new tokens; -1 asks for as many as fit."""
-    default = left if default is None else min(default, left)
-    longest = default
+def _too_long(room: int, problem: str, field: str) -> BadRequest:
+    """The code and the first words are OpenAI's, by which clients know to shorten a chat."""
+    message = f"this model's maximum context length is {room} tokens; {problem}"
+    return BadRequest(message, field, code="context_length_exceeded")
+
+
+def _longest(fields: Fields, left: int, room: int, default: int | None, least: int) -> int:
+    """Maximum new tokens; -1 asks for as many as fit.
+
+    Args: left: tokens that fit after the prompt; room: tokens of prompt and answer.
+    """
+    longest = left if default is None else min(default, left)
+    expected = f"{least} … {left}"
     for name in sorted(LENGTHS, reverse=True):  # the newer name wins
         longest = fields.integer(name, longest)
         if longest == -1:
             longest = left
-        if not least <= longest <= left:
-            raise BadRequest(
-                f"{name} is {longest}; expected {least} … {left}, which fit after this prompt",
-                name,
-            )
+        if longest > left:
+            found = f"the prompt has {room - left}, and {name} is {longest}"
+            raise _too_long(room, f"{found}; expected {expected}, or a shorter prompt", name)
+        if longest < least:
+            raise BadRequest(f"{name} is {longest}; expected {expected}", name)
     return longest
 
 

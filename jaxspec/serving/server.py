@@ -45,7 +45,7 @@ from jaxspec.serving.page import page_routes
 from jaxspec.serving.protocol import Asked, parse_body, read_chat, read_completion
 from jaxspec.serving.requests import QueueFull
 from jaxspec.serving.runner import EngineFailed, Runner
-from jaxspec.serving.shapes import Shape, error_body
+from jaxspec.serving.shapes import Shape, error_body, refusal_body
 from jaxspec.serving.watching import Watcher
 
 LAST_WORDS_SECONDS = 5  # to send errors to answers that are cut off
@@ -163,20 +163,37 @@ class _Draining(uvicorn.Server):
         late.cancel()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket for `uvicorn.Server.run`, which refuses connections until that listens.
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket for `uvicorn.Server.run`, which refuses connections until `listen`.
 
     Raises:
       ValueError: the address is not available.
     """
-    try:
+    with _address(host, port):
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+    return bound
+
+
+def listen(bound: socket.socket) -> None:
+    """Lets a bound socket take connections.
+
+    Raises:
+      ValueError: another server, bound while neither listened, came first.
+    """
+    with _address(*bound.getsockname()[:2]):
+        bound.listen()
+
+
+@contextlib.contextmanager
+def _address(host: str, port: int):
+    """Raises ValueError if the address is not available."""
+    try:
+        yield
     except OSError as error:
         raise ValueError(f"cannot serve on {host}, port {port}: {error.strerror}") from error
-    return bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +219,7 @@ class _Service:
         try:
             self._check_name(name)
         except BadRequest as error:
-            body = error_body(str(error), "invalid_request_error", error.param)
-            return JSONResponse(body, error.status)
+            return JSONResponse(refusal_body(error), error.status)
         return JSONResponse(self._model(name))
 
     def _model(self, name: str) -> dict:
@@ -252,9 +268,8 @@ class _Service:
                 tickets = tickets.pop_all()
         except BadRequest as error:
             self.metrics.refused("bad_request")
-            body = error_body(str(error), "invalid_request_error", error.param)
             close = {"connection": "close"} if error.status in (408, 413) else None
-            return JSONResponse(body, error.status, headers=close)
+            return JSONResponse(refusal_body(error), error.status, headers=close)
         except ValueError as error:
             self.metrics.refused("bad_request")
             return JSONResponse(error_body(str(error), "invalid_request_error"), 400)

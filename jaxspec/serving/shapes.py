@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxspec.decoding.stats import DecodeStats
+from jaxspec.serving.fields import BadRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,11 @@ def usage(
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None):
     """The error object."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def refusal_body(error: BadRequest) -> dict:
+    """The error object of a refused body."""
+    return error_body(str(error), "invalid_request_error", error.param, error.code)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ class Tools:
       form: of calls.
       grammar: text of the grammar of answers.
       free: whether the answer may contain no call.
+      instead: text of the grammar of an answer without calls, if it has a format.
     """
 
     offered: tuple[dict, ...]
@@ -36,6 +37,12 @@ class Tools:
     form: type[CallReader]
     grammar: str
     free: bool
+    instead: str | None = None
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether a call may come after any text."""
+        return self.free and self.instead is None
 
     def check(self, grammars: Grammars) -> None:
         """Raises BadRequest for the first tool whose schema cannot be used."""
@@ -55,9 +62,14 @@ def call_form(tokenizer: Tokenizer) -> type[CallReader]:
     return XmlCalls if tokenizer.template_has("<function=") else JsonCalls
 
 
-def read_tools(fields: Fields, form: type[CallReader]) -> Tools | None:
+def read_tools(
+    fields: Fields, form: type[CallReader], instead: str | None = None
+) -> Tools | None:
     """Reads `tools`, `tool_choice` and `parallel_tool_calls`; None if no tool may be called, so
-    that the model is shown none."""
+    that the model is shown none.
+
+    Args: instead: text of the grammar of answers without calls; None: they are any text.
+    """
     offered = fields.get("tools", [])
     if not isinstance(offered, list) or len(offered) > MAX_TOOLS:
         raise BadRequest(f"tools must be a list of up to {MAX_TOOLS} tools", "tools")
@@ -76,8 +88,10 @@ def read_tools(fields: Fields, form: type[CallReader]) -> Tools | None:
         raise BadRequest("tool_choice asks for a call, but tools is empty", "tool_choice")
     callable_ = (tools[named],) if named else tuple(tools.values())
     free = choice == "auto"
-    grammar = calls_text(form, callable_, free=free, several=several and not named)
-    return Tools(tuple(offered), callable_, form, grammar, free)
+    instead = instead if free else None
+    own = dict(free=free and instead is None, several=several and not named, instead=instead)
+    grammar = calls_text(form, callable_, **own)
+    return Tools(tuple(offered), callable_, form, grammar, free, instead)
 
 
 def _tool(tool: Any, where: str) -> Tool:

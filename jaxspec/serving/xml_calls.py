@@ -215,14 +215,14 @@ class XmlCalls(CallReader):
 
     def _head(self, calls: list[dict]) -> bool:
         if begun := super()._head(calls):
-            own = parameters(self._tools[self._called])
+            unknown = Tool(self._called, {})  # has any parameters
+            own = parameters(self._tools.get(self._called, unknown))
             self._known = {parameter.key: parameter for parameter in own}
-            self._lead = "{"  # what comes before the next argument
         return begun
 
     def _arguments(self, calls: list[dict], last: bool) -> bool:
-        if self._held.startswith(CLOSE):
-            self._tell(calls, "{}" if self._lead == "{" else "}")
+        if self._held.startswith(CLOSE[:2] if last else CLOSE):
+            self._tell(calls, "}" if self._told else "{}")
             self._held, self._called = self._held[len(CLOSE) :], None
             return True
         key = KEY.match(self._held)
@@ -231,6 +231,7 @@ class XmlCalls(CallReader):
             return False
         parameter = self._known[key[1] if key[1] in self._known else None]
         value = parameter.as_json(self._held[key.end() : end])
-        self._tell(calls, f"{self._lead}{_json(key[1])}: {value}")
-        self._held, self._lead = self._held[end + len(END) + 1 :], ", "
+        lead = ", " if self._told else "{"
+        self._tell(calls, f"{lead}{_json(key[1])}: {value}")
+        self._held = self._held[end + len(END) + 1 :]
         return True

@@ -17,7 +17,7 @@ MERGES = [f"{pair[0]} {pair[1]}" for pair in PAIRS] + ["to ol"]
 # Qwen3's, as far as tools go.
 TEMPLATE = (
     "{% if enable_thinking is defined and not enable_thinking %}(no thoughts){% endif %}"
-    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% if tools %}{{ tools | tojson }} in <tool_call>{% endif %}"
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.tool_calls %}"
     "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
     "{% endfor %}{% endif %}\n{% endfor %}"

@@ -3,7 +3,9 @@
 import pytest
 
 from jaxspec.serving.answering import ChoiceReader, Stuck
+from jaxspec.serving.calls import joined_calls
 from jaxspec.serving.fields import Fields
+from jaxspec.serving.formats import json_text
 from jaxspec.serving.protocol import Asked
 from jaxspec.serving.requests import Request, TokenLogProb, Update
 from jaxspec.serving.tools import TOOLS, call_form, read_tools
@@ -58,9 +60,10 @@ def test_each_prompt_has_its_own_echo(choice):
     assert (found.choice, found.text) == (choice, {1: "ac", 2: "bc"}[choice])
 
 
-def clock(tokenizer):
-    body = {"tools": [{"type": "function", "function": {"name": "clock"}}]}
-    return read_tools(Fields(body, TOOLS), call_form(tokenizer))
+def clock(tokenizer, choice="auto", instead=None):
+    own = {"type": "function", "function": {"name": "clock"}}
+    body = {"tools": [own], "tool_choice": choice}
+    return read_tools(Fields(body, TOOLS), call_form(tokenizer), instead)
 
 
 JSON = '{"name": "clock", "arguments": {}}'
@@ -77,6 +80,59 @@ def test_calls_are_not_text(ended, finish, template, call):
     found = reader(tokenizer, tools=clock(tokenizer)).read(Update(0, tokens, ended))
     assert (found.text, found.finish) == ("so", finish)
     assert [call["function"] for call in found.calls] == [{"name": "clock", "arguments": "{}"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "call", "arguments", "finish"),
+    [
+        (structured.TEMPLATE, '{"name": "clock", "arguments": {}}\n</tool', "{}", "tool_calls"),
+        (structured.TEMPLATE, '{"name": "clock", "arguments": {}', "{}", "tool_calls"),
+        (structured.TEMPLATE, '{"name": "clock", "arguments": {', "{", "stop"),
+        (structured.XML_TEMPLATE, "<function=clock>\n</fun", "{}", "tool_calls"),
+        (structured.XML_TEMPLATE, "<function=clock>\n<", "", "stop"),
+    ],
+)
+def test_a_call_that_a_stop_text_cuts_off(template, call, arguments, finish):
+    """It is a call to be made if its arguments are complete."""
+    tokenizer = structured.tokenizer(template)
+    one = reader(tokenizer, tools=clock(tokenizer), stops=("~",))
+    first = one.read(Update(0, tuple(tokenizer.encode(f"<tool_call>\n{call}~"))))
+    last = one.read(Update(0, (), "cancelled"))
+    (found,) = joined_calls([*first.calls, *last.calls])
+    assert (found["function"]["arguments"], last.finish) == (arguments, finish)
+
+
+TEXT = '{"a": "<tool_call>"}'
+CALL = f"<tool_call>\n{JSON}\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "fits", "text", "calls"),
+    [
+        (TEXT, True, TEXT, 0),
+        (CALL, True, "", 1),
+        (f"{CALL}\n{CALL}", True, "", 2),
+        ("so", False, "so", 0),
+        (f"{TEXT}\n{CALL}", False, f"{TEXT}\n{CALL}", 0),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 1000])
+def test_with_a_format_an_answer_is_all_json_or_all_calls(answer, fits, text, calls, step):
+    tokenizer = structured.tokenizer()
+    offered = clock(tokenizer, instead=json_text({"type": "object"}, "response_format"))
+    assert structured.fits(offered.grammar, answer) == fits
+    one, ids = reader(tokenizer, tools=offered), tokenizer.encode(answer)
+    pieces = [one.read(Update(0, tuple(ids[i : i + step]))) for i in range(0, len(ids), step)]
+    pieces.append(one.read(Update(0, (), "stop")))
+    assert "".join(piece.text for piece in pieces) == text
+    assert len(joined_calls([call for piece in pieces for call in piece.calls])) == calls
+    assert pieces[-1].finish == ("tool_calls" if calls else "stop")
+
+
+def test_an_answer_that_must_be_a_call_has_no_other_format():
+    offered = clock(structured.tokenizer(), "required", json_text({}, "response_format"))
+    assert structured.fits(offered.grammar, CALL)
+    assert not structured.fits(offered.grammar, TEXT)
 
 
 def test_an_answer_without_calls_ends_as_others():

@@ -120,6 +120,32 @@ def test_messages_of_assistants_that_said_nothing():
         read_messages([{"role": "user", "content": None}])
 
 
+def test_what_clients_add_to_messages_has_no_effect():
+    """Fields of the openai package after `parse`, of litellm, OpenRouter and agents."""
+    own = {"name": "clock", "arguments": "{}"}
+    call = {"id": "c", "type": "function", "function": own | {"parsed_arguments": {"a": 1}}}
+    added = {
+        "parsed": {"city": "Rome"},
+        "reasoning_details": [{"type": "reasoning.text", "text": "so"}],
+        "provider_specific_fields": {"refusal": None},
+        "cache_control": {"type": "ephemeral"},
+    }
+    part = {"type": "text", "text": "ab", "cache_control": {"type": "ephemeral"}}
+    told = [
+        {"role": "user", "content": [part], "cache_control": {"type": "ephemeral"}},
+        {"role": "assistant", "content": "", "tool_calls": [call]} | added,
+    ]
+    function = {"name": "clock", "arguments": {}}
+    assert read_messages(told) == [
+        {"role": "user", "content": "ab"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": function}],
+        },
+    ]
+
+
 @pytest.mark.parametrize("seed", [0, 2**32, 2**40, 2**63, -2])
 def test_seeds_of_any_size(port, seed):
     found = answer(port, max_tokens=12, temperature=0.9, seed=seed)
@@ -250,4 +276,4 @@ def test_the_guide_names_every_field():
     named = {"model", *re.findall(r"`([a-z_]+)(?:\.[a-z_]+)?`", guide)}
     taken = protocol.CHAT | {"prompt", "echo"} | KINDS
     neutral = {*fields.IGNORED, *fields.NEUTRAL, *fields.NEUTRAL_IN_MESSAGES}
-    assert taken | neutral <= named
+    assert taken | neutral | fields.IGNORED_IN_MESSAGES <= named

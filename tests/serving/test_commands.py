@@ -20,6 +20,7 @@ from jaxspec.cli.serve import Serve
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.joined import with_survival
+from jaxspec.serving.server import bind, listen
 from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
 from tests.drafters import cases
@@ -105,6 +106,21 @@ def test_an_address_in_use_is_refused_before_anything_is_loaded(capsys):
         assert main(["serve", "--port", port, "--target", "nothing"]) == BAD_INPUT
     error = capsys.readouterr().err
     assert f"cannot serve on 127.0.0.1, port {port}" in error and error.count("\n") == 1
+
+
+def test_of_two_bound_sockets_only_the_first_can_listen():
+    """Both bind while neither listens, as two servers do that compile at the same time."""
+    first = bind("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    with first, bind("127.0.0.1", port) as second:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=1)
+        listen(first)
+        with pytest.raises(ValueError, match=f"cannot serve on 127.0.0.1, port {port}: Addr"):
+            listen(second)
+        with pytest.raises(ValueError, match="cannot serve"):
+            bind("127.0.0.1", port)
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
 
 
 def test_a_curve_file_is_checked_before_anything_is_loaded(tmp_path, capsys):

@@ -171,8 +171,9 @@ BAD = [
     ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens is 0; expected"),
     ({"prompt": "a", "max_completion_tokens": -2}, 400, "max_completion_tokens is -2"),
     ({"prompt": "a", "max_tokens": 1e9}, 400, "must be an integer"),
-    ({"prompt": "a", "max_tokens": 10**9}, 400, "max_tokens is 1000000000; expected 1"),
-    ({"prompt": "a" * 100}, 400, "allows 60 with the answer"),
+    ({"prompt": "a", "max_tokens": 10**9}, 400, "max_tokens is 1000000000; expected 1 … 59"),
+    ({"prompt": "a" * 100}, 400, "the prompt has 100 and leaves none for an answer"),
+    ({"messages": [{"role": "user", "content": "a" * 60}]}, 400, "the prompt has 60 and"),
     ({"prompt": "a", "stop": ["x"] * 65}, 400, "stop must be up to 64"),
     ({"prompt": "a", "stream": 1}, 400, "stream must be true or false"),
     ({"prompt": "a", "seed": 1.5}, 400, "seed must be an integer, not 1.5"),
@@ -185,7 +186,7 @@ BAD = [
     ({"prompt": "a", "logprobs": -1}, 400, "logprobs is -1; expected 0 … 5"),
     ({"prompt": "a", "top_logprobs": 2}, 400, "top_logprobs = 2 is not supported"),
     ({"prompt": "a", "echo": 0}, 400, "echo must be true or false, not 0"),
-    ({"prompt": "a", "echo": True, "max_tokens": -2}, 400, "expected 0 … 59, which fit"),
+    ({"prompt": "a", "echo": True, "max_tokens": -2}, 400, "expected 0 … 59"),
     ({"prompt": "a", "repetition_penalty": 0}, 400, "repetition_penalty is 0.0; expected a"),
     ({"prompt": "a", "frequency_penalty": False}, 400, "frequency_penalty must be a number"),
     ({"prompt": "a", "presence_penalty": -2.5}, 400, "presence_penalty is -2.5; expected -2"),
@@ -251,6 +252,14 @@ def test_bad_bodies(port, body, status, message):
     )
 
 
+@pytest.mark.parametrize("body", [{"prompt": "a" * 60}, {"prompt": "a", "max_tokens": 60}])
+def test_clients_know_by_openais_code_and_words_to_shorten_a_chat(port, body):
+    _, text = post(port, "/v1/completions", json.dumps(body).encode())
+    error = json.loads(text)["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert error["message"].startswith("this model's maximum context length is 60 tokens; ")
+
+
 @pytest.mark.parametrize(
     ("data", "media", "status"),
     [
@@ -284,9 +293,30 @@ def test_a_full_queue_is_answered_429(running, port, client):
     assert runner.healthy
 
 
-def test_another_host_name_is_refused(port):
-    text = exchange(port, b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n")
-    assert text.startswith(b"HTTP/1.1 400")
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:8000", 200),
+        ("127.0.0.1:1", 200),
+        ("[::1]:8000", 200),
+        ("evil.example", 400),
+        ("host.docker.internal:8000", 400),
+        ("localhost.evil.example", 400),
+        ("localhost:evil.example", 400),
+        ("[::1].evil.example", 400),
+    ],
+)
+def test_another_host_name_is_refused(port, host, status):
+    text = exchange(
+        port, f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+    )
+    head, _, body = text.decode().partition("\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status}")
+    if status == 400:
+        error = json.loads(body)["error"]
+        assert f"the host name {host!r}; expected one of 127.0.0.1" in error["message"]
+        assert "start it with --host and --api-key" in error["message"]
 
 
 def test_half_open_and_slow_clients_are_cut_off(port, client):

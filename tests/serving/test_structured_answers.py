@@ -75,6 +75,19 @@ def test_a_schema_as_a_stream(client):
     assert parts[-1].finish_reason == "stop" and json.loads(text)["city"] in ("Rome", "Oslo")
 
 
+def test_a_schema_beside_tools(client):
+    """As the OpenAI Agents SDK sends them. A bias decides between the two."""
+    body = {"type": "json_schema", "json_schema": {"name": "p", "schema": PARAMETERS}}
+    calls = structured.tokenizer().encode("<")
+    asked = dict(tools=TOOLS, response_format=body, logit_bias={str(calls[0]): -100})
+    found = chat(client, **asked).choices[0]
+    assert found.finish_reason == "stop" and not found.message.tool_calls
+    assert json.loads(found.message.content)["city"] in ("Rome", "Oslo")
+    asked["logit_bias"] = {str(calls[0]): 100}
+    found = chat(client, **asked, parallel_tool_calls=False).choices[0]
+    assert found.finish_reason == "tool_calls" and found.message.content is None
+
+
 def test_any_object(client):
     done = chat(client, response_format={"type": "json_object"}, max_tokens=9)
     text = done.choices[0].message.content
@@ -213,6 +226,35 @@ def test_calls_are_read_from_any_pieces(step):
     assert len({call["id"] for call in joined_calls(calls)}) == 2
 
 
+@pytest.mark.parametrize("step", [1, 1000])
+@pytest.mark.parametrize(
+    ("cut", "arguments", "is_open"),
+    [
+        ('{"a": {"b": "}"}}}\n</tool_call', '{"a": {"b": "}"}}', False),
+        ('{"a": {"b": "}"}}}', '{"a": {"b": "}"}}', False),
+        ('{"a": {"b": "}"}}', '{"a": {"b": "}"}}', False),
+        ('{"a": {"b": "}"}', '{"a": {"b": "}"}', True),
+        ('{"a": {"b": "}', '{"a": {"b": "}', True),
+        ("", "", True),
+    ],
+)
+def test_a_call_cut_off_is_complete_if_its_arguments_are(cut, arguments, is_open, step):
+    text = f'<tool_call>\n{{"name": "run", "arguments": {cut}'
+    reader, calls = JsonCalls(()), []
+    for at in range(0, len(text), step):
+        calls += reader.add(text[at : at + step])[1]
+    said, more = reader.add("", last=True)
+    (found,) = joined_calls(calls + more)
+    assert (said, found["function"]["arguments"], reader.open) == ("", arguments, is_open)
+
+
+@pytest.mark.parametrize("begun", ["\n", "\n<tool_", '\n<tool_call>\n{"name'])
+def test_a_second_call_that_has_only_begun_is_neither_call_nor_text(begun):
+    reader = JsonCalls(())
+    said, (call,) = reader.add(CALL + begun, last=True)
+    assert (said, call["index"], reader.open) == ("", 0, False)
+
+
 @pytest.mark.parametrize("text", ["a < b", "ends with <tool_", "x\n"])
 def test_what_is_no_call_is_said(text):
     assert JsonCalls(()).add(text, last=True) == (text, [])
@@ -256,7 +298,11 @@ REFUSED = [
     (dict(response_format="json"), "response_format must be a JSON object"),
     (dict(tools="weather"), "tools must be a list"),
     (dict(tools=TOOLS, tool_choice={"type": "function"}), "tool_choice names None"),
-    (dict(tools=TOOLS, guided_regex="a"), "tools exclude guided_regex"),
+    (dict(tools=TOOLS, guided_regex="a"), "tools exclude guided_regex unless it is JSON"),
+    (
+        dict(tools=TOOLS, guided_json={"type": "a"}),
+        "guided_json cannot be used: failed to compile",
+    ),
     (dict(tools=[WEATHER, WEATHER]), "tools has 'weather' twice"),
     (dict(tools=[{"type": "custom"}]), "tools[0].type must be 'function'"),
     (
@@ -290,6 +336,15 @@ REFUSED = [
 def test_what_is_refused(port, body, message):
     found = refused(port, body)
     assert message in found and "%json" not in found and " | " not in found
+
+
+def test_a_template_that_teaches_other_calls_takes_only_calls_that_must_be(port, monkeypatch):
+    """As Llama 3's, whose calls are JSON without marks: they would not be found."""
+    plain = structured.TEMPLATE.replace("<tool_call>", "JSON")
+    monkeypatch.setattr(structured.tokenizer(), "chat_template", plain)
+    assert "teaches tool calls without <tool_call>" in refused(port, dict(tools=TOOLS))
+    body = dict(messages=TURN, tools=TOOLS, tool_choice="required", max_tokens=2)
+    assert servers.post(port, "/v1/chat/completions", json.dumps(body).encode())[0] == 200
 
 
 def refused(port, body) -> str:

@@ -82,6 +82,29 @@ def test_a_choice_has_thoughts_text_and_calls():
     assert found.says_something and len(found.calls) == 1
 
 
+NAMED = {"type": "function", "function": {"name": "clock"}}
+CALL = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+OF_A_CALL = f"so\n{CALL}, or"  # thoughts
+
+
+@pytest.mark.parametrize(
+    ("choice", "text", "thoughts"),
+    [
+        ("auto", f"so\n{CALL}", "so"),
+        ("required", f"{OF_A_CALL}\n</think>\n\n{CALL}", OF_A_CALL),
+        (NAMED, f"{OF_A_CALL}\n</think>\n\n{CALL}", OF_A_CALL),
+    ],
+)
+def test_only_free_calls_end_thoughts(choice, text, thoughts):
+    """A call that must come comes after the thoughts, as its grammar has it."""
+    tokenizer = structured.tokenizer()
+    own = dict(tools=clock(tokenizer, choice), thoughts="prompt", chat=True)
+    update = Update(0, tuple(tokenizer.encode(text)), "stop")
+    found = reader(tokenizer, **own).read(update)
+    assert (found.thoughts, found.text, found.finish) == (thoughts, "", "tool_calls")
+    assert [call["function"] for call in found.calls] == [{"name": "clock", "arguments": "{}"}]
+
+
 def ask(template, **body):
     target = structured.target()
     target = type(target)("tiny", target.config, target.params, structured.tokenizer(template))
@@ -117,10 +140,19 @@ def test_thoughts_of_earlier_answers_go_to_the_template():
         assert message == {"role": "assistant", "content": "b", "reasoning_content": "so"}
         (request,) = ask(BEGUN, messages=told).requests
         assert structured.tokenizer().decode(request.prompt) == "so</think>b<think>"
-        with pytest.raises(BadRequest, match="chat template has no reasoning_content"):
-            ask(OLDER, messages=told)
     with pytest.raises(BadRequest, match="unknown field 'messages.0..reasoning'"):
         read_messages([{"role": "user", "content": "b", "reasoning": "so"}])
+
+
+def test_thoughts_of_earlier_answers_go_where_older_templates_read_them():
+    """QwQ's template takes the thoughts off itself; another shows them."""
+    own = "{% set told = m.content.split('</think>')[-1].lstrip('\n') %}{{ told }}"
+    told = [{"role": "assistant", "content": "b", "reasoning_content": "so"}]
+    told.append({"role": "user", "content": "c"})
+    for shown, prompt in ((own, "bc"), ("{{ m.content }}", "<think>\nso\n</think>\n\nbc")):
+        template = f"{{% for m in messages %}}{shown}{{% endfor %}}{{# </think> #}}"
+        (request,) = ask(template, messages=told).requests
+        assert structured.tokenizer().decode(request.prompt) == prompt
 
 
 def test_a_switch_that_the_template_lacks_is_refused():

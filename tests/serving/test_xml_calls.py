@@ -120,7 +120,29 @@ def test_an_argument_is_streamed_when_it_is_complete():
     assert part == {"index": 0, "function": {"arguments": '{"city": "Rome"'}}
     _, (part,) = reader.add("2\n</parameter>\n")
     assert part["function"] == {"arguments": ', "days": 12'}
-    assert reader.add("</function>\n", last=True) == ("", [])  # a call cut off stays open
+    _, (part,) = reader.add("</function>\n</tool_call>")
+    assert part["function"] == {"arguments": "}"}
+
+
+@pytest.mark.parametrize(
+    ("cut", "arguments", "is_open"),
+    [
+        ("\n</function>\n</tool", '{"city": "Rome"}', False),
+        ("\n</", '{"city": "Rome"}', False),
+        ("\n<", '{"city": "Rome"', True),  # another argument may come
+        ("\n<parameter=days>\n1", '{"city": "Rome"', True),
+        ("", "", True),
+    ],
+)
+def test_a_call_cut_off_is_complete_if_its_arguments_are(cut, arguments, is_open):
+    reader = XmlCalls(TOOLS)
+    text = f"<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>{cut}"
+    (found,) = joined_calls(reader.add(text)[1] + reader.add("", last=True)[1])
+    assert (found["function"]["arguments"], reader.open) == (arguments, is_open)
+
+
+def test_a_name_that_is_no_tool_is_a_call_with_any_parameters():
+    assert read(TOOLS[0], call("other", a="1", b="x")) == {"a": 1, "b": "x"}
 
 
 ANY_OF = {"anyOf": [{"type": "string", "minLength": 2}, {"type": "null"}]}
