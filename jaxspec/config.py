@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from jaxspec.arguments import at_least, check_field, check_indices
+from jaxspec.arguments import at_least, check_field, check_indices, convert_field
 
 ROPE_KINDS = ("linear", "yarn", "llama3")
 
@@ -225,7 +226,10 @@ class TreeConfig:
 
     def __post_init__(self):
         check_field(self, "kind", self.kind in TREE_KINDS, f"one of {TREE_KINDS}")
-        at_least(1, self, "size", "width", "candidates")
+        sizes = ("size", "width", "candidates")
+        for name in sizes:
+            convert_field(self, name, operator.index, "an integer")
+        at_least(1, self, *sizes)
 
 
 LOW_RANK = ("markov", "gated", "rnn", "bilinear")  # heads with their own token embedding

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxspec import checkpoints
+from jaxspec.arguments import integer
 from jaxspec.checkpoints import Weights, catalog, drafters, speculators
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.config import TreeConfig
@@ -20,7 +21,7 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.joined import change_drafter
 from jaxspec.drafters.small_model import SmallModel
 from jaxspec.dtypes import fastest
-from jaxspec.models.target import Target
+from jaxspec.models.target import Target, check_target
 from jaxspec.settings import own_settings
 from jaxspec.sharding import mesh_of, place
 
@@ -89,6 +90,15 @@ def load_drafter(
       ValueError: the drafter cannot be found or does not fit the target; or `threshold` or
         `survival` is given and it drafts no chains or has no confidence head.
     """
+    check_target(target)
+    if not isinstance(spec, str):
+        raise ValueError(
+            f"spec is {spec!r}; expected a text: the name or folder of a drafter, or 'none'"
+        )
+    if not isinstance(tree, TreeConfig | None):
+        raise ValueError(
+            f"tree is {tree!r}; expected a jaxspec.TreeConfig, which has a kind and a size"
+        )
     rules = {"threshold": threshold, "survival": survival}
     for name, value in rules.items():
         if not 0 <= value <= 1:
@@ -96,7 +106,7 @@ def load_drafter(
     if nodes is not None:
         if tree is not None:
             raise ValueError(f"nodes is {nodes}, but tree has a size too; give one of them")
-        tree = TreeConfig(size=nodes)
+        tree = TreeConfig(size=integer("nodes", nodes, low=1))
     dtype = str(target.params.embed.dtype) if dtype is None else dtype
     loaded = registry.make(spec, target, tree=tree, dtype=dtype, trained=_trained)
     if not any(rules.values()):
