@@ -204,6 +204,15 @@ class TargetConfig:
 
 TreeKind = Literal["chain", "best_first", "top_budget", "path_conditioned", "transitions"]
 TREE_KINDS = get_args(TreeKind)
+# The options that each kind uses besides its size; of path_conditioned trees, EAGLE-3's alone
+# have a width. Confidences below `threshold` or `survival` end a chain (`load_drafter`).
+TREE_OPTIONS: dict[TreeKind, tuple[str, ...]] = {
+    "chain": ("threshold", "survival"),
+    "best_first": ("width",),
+    "top_budget": (),
+    "path_conditioned": ("width", "candidates"),
+    "transitions": ("width", "candidates"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +223,8 @@ class TreeConfig:
       kind: one of `TREE_KINDS`.
       size: N, nodes of the tree, root included; smaller trees are padded to it. A row's budget,
         an array, may be smaller.
-      width: children per expanded node (`best_first`) or per scored parent (`transitions`).
+      width: children per expanded node (`best_first`, `path_conditioned` of EAGLE-3) or per
+        scored parent (`transitions`).
       candidates: parents per depth whose children are scored over the whole vocabulary
         (`path_conditioned`, `transitions`).
     """

@@ -99,6 +99,11 @@ def load_drafter(
         raise ValueError(
             f"tree is {tree!r}; expected a jaxspec.TreeConfig, which has a kind and a size"
         )
+    if spec in registry.UNSCORED and tree is not None and tree.kind != "chain":
+        raise ValueError(
+            f"tree is of kind {tree.kind!r}, which grows from scores, and {spec!r} has none; "
+            "give nodes instead"
+        )
     rules = {"threshold": threshold, "survival": survival}
     for name, value in rules.items():
         if not 0 <= value <= 1:

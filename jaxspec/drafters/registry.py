@@ -28,6 +28,7 @@ from jaxspec.models.params import TargetParams
 from jaxspec.models.target import Target
 
 LOOKUP_TOO = "+ngram"
+UNSCORED = ("none", "ngram")  # names of drafters whose trees do not grow from scores
 
 
 class Factory(Protocol):
@@ -132,7 +133,7 @@ def make(
     """
     if spec.endswith(LOOKUP_TOO):
         alone = spec.removesuffix(LOOKUP_TOO)
-        if alone in ("none", "ngram"):
+        if alone in UNSCORED:
             raise ValueError(
                 f"drafter {alone!r} has nothing to join with prompt lookup; leave +ngram out"
             )

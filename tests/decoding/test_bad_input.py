@@ -152,6 +152,8 @@ def test_a_small_drafter_must_share_the_tokenizer(monkeypatch):
     [
         (None, {}, "spec is None; expected a text: the name or folder of a drafter, or 'none'"),
         ("ngram", dict(tree="chain"), "tree is 'chain'; expected a jaxspec.TreeConfig"),
+        ("ngram", dict(tree=TreeConfig("best_first")), "'best_first', which grows from scores"),
+        ("none", dict(tree=TreeConfig("best_first")), "give nodes instead"),
         ("ngram", dict(nodes=8.0), "nodes is 8.0; expected an integer"),
         ("ngram", dict(nodes=0), "nodes is 0; expected at least 1"),
         ("ngram", dict(threshold=0.5), "'ngram' has no such head, or its tree is not a chain"),
