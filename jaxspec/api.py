@@ -69,8 +69,8 @@ def generate(
       prompts: texts, conversations, or lists of token ids, or a single one of them. A text
         becomes a user's turn in the chat template, unless `raw`; a conversation is a list of
         messages {"role": …, "content": …}.
-      drafter: from `load_drafter`, or its name there: it is then loaded in each call, with
-        trees of 8 nodes of the kind that suits it best. Plain decoding by default.
+      drafter: from `load_drafter`, or its name there: it is then loaded in each call. Plain
+        decoding by default.
       stop: texts that end an answer. The answer's text is cut before the first of them; its
         tokens end with the one that completes it. None is none.
       sampling: one for all prompts or one per prompt.

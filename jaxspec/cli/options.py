@@ -193,8 +193,6 @@ class DrafterOptions:
         from jaxspec.loading import load_drafter
 
         name = self._name(target.name)
-        if name == "none":
-            return load_drafter("none", target)
         # The verified size is static, a power of two; the budget within it is an array.
         size = 1 << (self.budget - 1).bit_length()
         rules = dict(threshold=self.threshold, survival=self.survival)

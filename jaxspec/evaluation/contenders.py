@@ -217,7 +217,10 @@ def load_entries(
             targets[c.dtype] = load_target(target, dtype=c.dtype, weights=weights)
         key = c.drafter, c.dtype
         if key not in drafters:
-            drafters[key] = load_drafter(c.drafter, targets[c.dtype], dtype=c.dtype)
+            # `Entry.sized` makes its trees; this one is as deep as the drafter can draft.
+            drafters[key] = load_drafter(
+                c.drafter, targets[c.dtype], tree=TreeConfig(), dtype=c.dtype
+            )
         suited = _suited(c, drafters[key])
         entries.append(Entry(suited, targets[c.dtype], drafters[key]))
         entries[-1].sized()  # raises if the drafter cannot draft the tree
