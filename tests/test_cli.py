@@ -228,6 +228,10 @@ DECODERS = ["--output", "results.jsonl", "--decoders", "a=ngram"]
         ([*REGENERATE, "--drafter", "nowhere"], "there is no drafter 'nowhere'"),
         ([*TRAIN, "--max-length", "0"], "--max-length is 0"),
         ([*TRAIN, "--min-supervised", "0"], "--min-supervised is 0"),
+        (
+            [*TRAIN, "--resume-step", "7"],
+            "resume_step is 7, but no run has begun in run; ",
+        ),
         ([*BENCH, "--output", "absent/x.jsonl"], "--output absent/x.jsonl cannot be written"),
         ([*EVALUATE, *DECODERS, "--timed", "-1"], "--timed is -1; expected at least 0"),
         ([*EVALUATE, *DECODERS, "a=shipped"], "two decoders are called 'a'"),
