@@ -104,9 +104,11 @@ def generate(
     batch_size = integer("batch_size", batch_size, low=1)
     pace, batch = None, min(batch_size, len(prompts))
     if isinstance(budget, Pace):
-        pace, capacity, batch, budget = budget, budget.capacity, budget.rows, budget.budget
-        pace.check(decoder, params)
+        pace, batch, budget, capacity = budget, budget.rows, budget.budget, None
     capacity = check_capacity(decoder, prompts, max_new_tokens, capacity)
+    if pace is not None:
+        pace.check(decoder, params, capacity)
+        capacity = pace.capacity
     budget = check_budget(decoder, budget)
     sampling = _one_each(sampling, len(prompts))
     for options in sampling:  # all of them before the first batch: an error loses its answers

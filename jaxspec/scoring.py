@@ -31,8 +31,9 @@ def logits(target: Target, ids: Any = None, *, embeddings: Any = None) -> jax.Ar
     """Logits after every token of one text, or of several of equal length.
 
     A pure function of arrays: it may be jitted, and differentiated with respect to the target
-    (a pytree of its weights) or the embeddings. Memory grows with T · V and with T²; use
-    `score` for long texts.
+    (a pytree of its weights) or the embeddings. Traced ids are not checked: one outside the
+    vocabulary gives meaningless logits. Memory grows with T · V and with T²; use `score` for
+    long texts.
 
     Args:
       ids: [T] or [B, T] token ids, a list or an array (possibly traced).

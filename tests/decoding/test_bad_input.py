@@ -53,7 +53,7 @@ from tests import tiny
         (
             [[1]],
             dict(sampling=Sampling(stop_ids=tuple(range(9)))),
-            "stop_ids has 9 ids; expected at most 8",
+            "stop_ids has 9 ids; expected at most 8, the target's own included",
         ),
         (
             [[1]],
