@@ -237,10 +237,16 @@ DECODERS = ["--output", "results.jsonl", "--decoders", "a=ngram"]
         ([*EVALUATE, *DECODERS, "a=shipped"], "two decoders are called 'a'"),
         (
             [*EVALUATE, *DECODERS, "b=run,tree=chain,width=9"],
-            "decoder 'b': width is 9; expected none: a chain tree does not use it",
+            "decoder 'b': width is 9; expected it left out: a chain tree does not use it",
         ),
-        ([*EVALUATE, *DECODERS, "b=none,tree=chain"], "expected none: none has a fixed tree"),
-        ([*EVALUATE, *DECODERS, "b=ngram,width=2"], "expected none: ngram has a fixed tree"),
+        (
+            [*EVALUATE, *DECODERS, "b=none,tree=chain"],
+            "expected it left out: 'none' has a fixed tree",
+        ),
+        (
+            [*EVALUATE, *DECODERS, "b=ngram,width=2"],
+            "expected it left out: 'ngram' has a fixed tree",
+        ),
         ([*EVALUATE, *DECODERS, "--output", "."], "--output . cannot be written"),
     ],
 )

@@ -58,12 +58,16 @@ class Contender:
 
         given = [name for name in ("tree", *SHAPE) if getattr(self, name) is not None]
         for name in given:
-            check(name, self.drafter not in UNSCORED, f"none: {self.drafter} has a fixed tree")
+            check(
+                name,
+                self.drafter not in UNSCORED,
+                f"it left out: {self.drafter!r} has a fixed tree",
+            )
         if self.tree is not None:
             check("tree", self.tree in TREE_KINDS, f"one of {', '.join(TREE_KINDS)}")
             for name in given[1:]:
                 used = name in TREE_OPTIONS[self.tree]
-                check(name, used, f"none: a {self.tree} tree does not use it")
+                check(name, used, f"it left out: a {self.tree} tree does not use it")
         check("head", self.head in ("own", "none"), "own or none")
         check("scores", self.scores in ("own", "confidence"), "own or confidence")
         check("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")

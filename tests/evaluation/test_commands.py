@@ -415,7 +415,10 @@ def test_report_writes_its_summary_into_a_document(file, tmp_path, capsys):
         ({"--decoders": "a=run/a,budget=0"}, "budget is 0; expected at least 1"),
         ({"--decoders": "a=run/a,tree=oak"}, "tree is 'oak'; expected one of chain"),
         ({"--decoders": "a=run/a,head=no"}, "head is 'no'; expected own or none"),
-        ({"--decoders": "a=ngram,tree=chain"}, "expected none: ngram has a fixed tree"),
+        (
+            {"--decoders": "a=ngram,tree=chain"},
+            "expected it left out: 'ngram' has a fixed tree",
+        ),
         ({"--decoders": "a=run/b,tree=transitions"}, "needs a sequential head"),
         ({"--decoders": "a=run/a a=run/b"}, "two decoders are called 'a'"),
         ({"--max-new-tokens": "1"}, "--max-new-tokens is 1; expected at least 2"),

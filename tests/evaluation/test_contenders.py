@@ -70,6 +70,6 @@ def test_a_drafter_has_the_tree_that_suits_it_unless_one_is_named():
 def test_the_kind_that_suits_a_drafter_uses_the_options_given():
     (entry,) = load_entries("target", [Contender.parse("a=run/a,candidates=6")])
     assert entry.sized().drafter.tree == TreeConfig("path_conditioned", 8, candidates=6)
-    message = "'b': candidates is 6; expected none: a chain tree does not use it"
+    message = "'b': candidates is 6; expected it left out: a chain tree does not use it"
     with pytest.raises(ValueError, match=message):
         load_entries("target", [Contender.parse("b=run/b,candidates=6")])
