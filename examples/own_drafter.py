@@ -88,5 +88,4 @@ class Followers(Drafter):
 
 def followers(argument, target, *, tree, dtype) -> LoadedDrafter:
     """The factory (`jaxspec.drafters.registry.Factory`); this drafter has no weights."""
-    drafter = Followers(target.config.vocab_size)
-    return LoadedDrafter(drafter if tree is None else drafter.with_tree(tree))
+    return LoadedDrafter(Followers(target.config.vocab_size, tree.size))

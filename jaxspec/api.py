@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -25,13 +25,13 @@ from jaxspec.decoding.requests import (
     unpack,
 )
 from jaxspec.decoding.sampling import Sampling, SamplingRows
-from jaxspec.decoding.state import Decoder, DecodeState, Params
+from jaxspec.decoding.state import Decoder, DecodeState, Params, Requests
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.interrupts import postponed
 from jaxspec.loading import as_drafter
-from jaxspec.models.target import Target
+from jaxspec.models.target import Target, check_target
 from jaxspec.pace import Pace
 from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.results import Completion, Finish, Interrupted
@@ -47,7 +47,7 @@ def generate(
     *,
     drafter: LoadedDrafter | str = PLAIN,
     max_new_tokens: int = 256,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     sampling: Sampling | Sequence[Sampling] = Sampling(),
     seed: int | Sequence[int] = 0,
     budget: int | Pace | None = None,
@@ -69,10 +69,10 @@ def generate(
       prompts: texts, conversations, or lists of token ids, or a single one of them. A text
         becomes a user's turn in the chat template, unless `raw`; a conversation is a list of
         messages {"role": …, "content": …}.
-      drafter: from `load_drafter`, or its name there: it is then loaded in each call, with
-        trees of 8 nodes of the kind that suits it best. Plain decoding by default.
+      drafter: from `load_drafter`, or its name there: it is then loaded in each call. Plain
+        decoding by default.
       stop: texts that end an answer. The answer's text is cut before the first of them; its
-        tokens end with the one that completes it.
+        tokens end with the one that completes it. None is none.
       sampling: one for all prompts or one per prompt.
       seed: prompt i uses `seed` folded with i; or one seed per prompt.
       budget: nodes verified per round, root included; the drafter's whole tree by default. A
@@ -104,9 +104,11 @@ def generate(
     batch_size = integer("batch_size", batch_size, low=1)
     pace, batch = None, min(batch_size, len(prompts))
     if isinstance(budget, Pace):
-        pace, capacity, batch, budget = budget, budget.capacity, budget.rows, budget.budget
-        pace.check(decoder, params)
+        pace, batch, budget, capacity = budget, budget.rows, budget.budget, None
     capacity = check_capacity(decoder, prompts, max_new_tokens, capacity)
+    if pace is not None:
+        pace.check(decoder, params, capacity)
+        capacity = pace.capacity
     budget = check_budget(decoder, budget)
     sampling = _one_each(sampling, len(prompts))
     for options in sampling:  # all of them before the first batch: an error loses its answers
@@ -155,8 +157,10 @@ def generate(
     return completions
 
 
-def _stop_texts(target: Target, stop: str | Sequence[str]) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+def _stop_texts(target: Target, stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    stop = () if stop is None else stop
+    several = isinstance(stop, Iterable) and not isinstance(stop, str)
+    stops = tuple(stop) if several else (stop,)
     for text in stops:
         if not isinstance(text, str) or not text:
             raise ValueError(f"stop holds {text!r}; expected non-empty texts")
@@ -169,7 +173,12 @@ def _stop_texts(target: Target, stop: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _one_each(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
-    samplings = [sampling] * count if isinstance(sampling, Sampling) else list(sampling)
+    samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * count
+    for options in samplings:
+        if not isinstance(options, Sampling):
+            raise ValueError(
+                f"sampling has {options!r}; expected a jaxspec.Sampling, or one per prompt"
+            )
     if len(samplings) != count:
         raise ValueError(
             f"sampling has {len(samplings)} entries for {count} prompts; give one, or one per "
@@ -248,14 +257,14 @@ def _end_stopped(
     return dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
 
 
-@own_settings_between_yields
+@own_settings()
 def stream(
     target: Target,
     prompt: Prompt,
     *,
     drafter: LoadedDrafter | str = PLAIN,
     max_new_tokens: int = 256,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     sampling: Sampling = Sampling(),
     seed: int = 0,
     budget: int | None = None,
@@ -267,10 +276,12 @@ def stream(
 ) -> Generator[str, None, DecodeStats]:
     """Yields the text of one completion as it grows, in whole characters.
 
-    Runs the compiled programs of `generate`, `rounds` rounds at a time; other arguments as
-    there. Text that may begin a stop text is held back until that is decided. The generator's
-    return value is the request's `DecodeStats`.
+    Runs the compiled programs of `generate`, `rounds` rounds at a time; other arguments and
+    errors as there: the call checks them, before the first text is asked for. Text that may
+    begin a stop text is held back until that is decided. The generator's return value is the
+    request's `DecodeStats`.
     """
+    check_target(target)
     if target.tokenizer is None:
         raise ValueError(
             f"target {target.name!r} has no tokenizer; use generate with token ids"
@@ -278,6 +289,7 @@ def stream(
     rounds = integer("rounds", rounds, low=1)
     prompts = as_token_ids(target, [prompt], raw=raw, thinking=thinking)
     stops, drafter = _stop_texts(target, stop), as_drafter(target, drafter)
+    (options,) = _one_each(sampling, 1)
     decoder, params = decoder_for(target, drafter, implementation, rejection)
     requests = pack(
         decoder,
@@ -286,13 +298,21 @@ def stream(
         capacity=check_capacity(decoder, prompts, max_new_tokens, None),
         max_new_tokens=max_new_tokens,
         budget=check_budget(decoder, budget),
-        sampling=[sampling],
+        sampling=[options],
         keys=request_keys(seed, 1),
     )
+    answer = AnswerText(target.tokenizer, stops, min_tokens=options.min_tokens)
+    return _pieces(decoder, params, requests, answer, rounds)
+
+
+@own_settings_between_yields
+def _pieces(
+    decoder: Decoder, params: Params, requests: Requests, answer: AnswerText, rounds: int
+) -> Generator[str, None, DecodeStats]:
+    """The answer of a single request, `rounds` rounds at a time; see `stream`."""
     state = prefill(decoder, params, requests)
-    answer = AnswerText(target.tokenizer, stops, min_tokens=sampling.min_tokens)
     while True:
-        ((ids, stats),) = unpack(state, [len(prompts[0])])
+        ((ids, stats),) = unpack(state, requests.length)
         piece, done = answer.see(ids), bool(state.done[0])
         if done:
             piece += answer.finish()

@@ -1,10 +1,10 @@
-"""Checks of arguments: fields of configurations, and integers."""
+"""Checks of arguments: fields of configurations, integers, and sequences."""
 
 from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
@@ -47,6 +47,13 @@ def integer(name: str, value: Any, *, low: int | None = None) -> int:
     if low is not None and value < low:
         raise ValueError(f"{name} is {value}; expected at least {low}")
     return value
+
+
+def sequence(name: str, values: Any) -> tuple:
+    """An argument as a tuple; raises ValueError if it is a single value, as a text is."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} is {values!r}; expected a sequence: put it in []")
+    return tuple(values)
 
 
 def check_indices(config: Any, name: str, found: Sequence[int], count: int, of: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from jaxspec.arguments import at_least, check_field, check_indices
+from jaxspec.arguments import at_least, check_field, check_indices, convert_field
 
 ROPE_KINDS = ("linear", "yarn", "llama3")
 
@@ -203,6 +204,15 @@ class TargetConfig:
 
 TreeKind = Literal["chain", "best_first", "top_budget", "path_conditioned", "transitions"]
 TREE_KINDS = get_args(TreeKind)
+# The options that each kind uses besides its size; of path_conditioned trees, EAGLE-3's alone
+# have a width. Confidences below `threshold` or `survival` end a chain (`load_drafter`).
+TREE_OPTIONS: dict[TreeKind, tuple[str, ...]] = {
+    "chain": ("threshold", "survival"),
+    "best_first": ("width",),
+    "top_budget": (),
+    "path_conditioned": ("width", "candidates"),
+    "transitions": ("width", "candidates"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +223,8 @@ class TreeConfig:
       kind: one of `TREE_KINDS`.
       size: N, nodes of the tree, root included; smaller trees are padded to it. A row's budget,
         an array, may be smaller.
-      width: children per expanded node (`best_first`) or per scored parent (`transitions`).
+      width: children per expanded node (`best_first`, `path_conditioned` of EAGLE-3) or per
+        scored parent (`transitions`).
       candidates: parents per depth whose children are scored over the whole vocabulary
         (`path_conditioned`, `transitions`).
     """
@@ -225,7 +236,10 @@ class TreeConfig:
 
     def __post_init__(self):
         check_field(self, "kind", self.kind in TREE_KINDS, f"one of {TREE_KINDS}")
-        at_least(1, self, "size", "width", "candidates")
+        sizes = ("size", "width", "candidates")
+        for name in sizes:
+            convert_field(self, name, operator.index, "an integer")
+        at_least(1, self, *sizes)
 
 
 LOW_RANK = ("markov", "gated", "rnn", "bilinear")  # heads with their own token embedding

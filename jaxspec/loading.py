@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxspec import checkpoints
+from jaxspec.arguments import integer
 from jaxspec.checkpoints import Weights, catalog, drafters, speculators
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.config import TreeConfig
@@ -20,11 +21,11 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.joined import change_drafter
 from jaxspec.drafters.small_model import SmallModel
 from jaxspec.dtypes import fastest
-from jaxspec.models.target import Target
+from jaxspec.models.target import Target, check_target
 from jaxspec.settings import own_settings
 from jaxspec.sharding import mesh_of, place
 
-NODES = 8  # nodes per tree of a drafter given by name
+NODES = 8  # nodes per tree, where none are given
 
 
 @own_settings()
@@ -76,10 +77,10 @@ def load_drafter(
         the current folder or an installed package), "shipped" (the trained drafter for the
         default target), or the folder or hub name of a trained drafter ("repo::subfolder"
         too). "NAME+ngram" adds prompt lookup to any but the first two.
-      tree: the kind and size of tree to draft. Without it and `nodes`, the factory's default:
-        for trained drafters a chain of 16 nodes. `jaxspec.generate` loads a name with nodes=8.
-      nodes: nodes of the tree, root included, instead of `tree`. The kind is then chosen:
-        path_conditioned for EAGLE-3, MTP and drafters with a sequential head, else a chain.
+      tree: the kind and size of tree to draft. Without it the kind is chosen: a chain with
+        `threshold` or `survival`, else path_conditioned for EAGLE-3, MTP and drafters with a
+        sequential head, a chain for others.
+      nodes: nodes of the tree, root included, instead of `tree`; 8 by default.
       dtype: of the drafter's weights; the target's by default.
       threshold: ends a chain before the first token whose acceptance probability, by the
         confidence head, is below this; 0 keeps all.
@@ -89,29 +90,43 @@ def load_drafter(
       ValueError: the drafter cannot be found or does not fit the target; or `threshold` or
         `survival` is given and it drafts no chains or has no confidence head.
     """
+    check_target(target)
+    if not isinstance(spec, str):
+        raise ValueError(
+            f"spec is {spec!r}; expected a text: the name or folder of a drafter, or 'none'"
+        )
+    if not isinstance(tree, TreeConfig | None):
+        raise ValueError(
+            f"tree is {tree!r}; expected a jaxspec.TreeConfig, which has a kind and a size"
+        )
+    if spec in registry.UNSCORED and tree is not None and tree.kind != "chain":
+        raise ValueError(
+            f"tree is of kind {tree.kind!r}, which grows from scores, and {spec!r} has none; "
+            "give nodes instead"
+        )
     rules = {"threshold": threshold, "survival": survival}
     for name, value in rules.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}; expected a probability, 0 … 1")
-    if nodes is not None:
-        if tree is not None:
-            raise ValueError(f"nodes is {nodes}, but tree has a size too; give one of them")
-        tree = TreeConfig(size=nodes)
+    if tree is not None and nodes is not None:
+        raise ValueError(f"nodes is {nodes}, but tree has a size too; give one of them")
+    nodes = NODES if nodes is None else integer("nodes", nodes, low=1)
     dtype = str(target.params.embed.dtype) if dtype is None else dtype
-    loaded = registry.make(spec, target, tree=tree, dtype=dtype, trained=_trained)
-    if not any(rules.values()):
-        return loaded if nodes is None else change_drafter(loaded, _branching)
-    return change_drafter(loaded, functools.partial(_end_chains, spec=spec, rules=rules))
+    shape = tree or TreeConfig(size=nodes)
+    loaded = registry.make(spec, target, tree=shape, dtype=dtype, trained=_trained)
+    if any(rules.values()):
+        return change_drafter(loaded, functools.partial(_end_chains, spec=spec, rules=rules))
+    return change_drafter(loaded, _branching) if tree is None else loaded
 
 
 def as_drafter(target: Target, drafter: LoadedDrafter | str) -> LoadedDrafter:
-    """A loaded drafter as it is; a name loaded with trees of `NODES` nodes.
+    """A loaded drafter as it is; a name loaded.
 
     Raises:
       ValueError: it is neither, or `load_drafter` raises it.
     """
     if isinstance(drafter, str):
-        return load_drafter(drafter, target, nodes=NODES)
+        return load_drafter(drafter, target)
     if not isinstance(drafter, LoadedDrafter):
         raise ValueError(
             f"drafter is {drafter!r}; expected a name or the result of load_drafter. Wrap your "
@@ -187,7 +202,7 @@ def _end_chains(loaded: LoadedDrafter, *, spec: str, rules: dict[str, float]) ->
     return dataclasses.replace(loaded, params=dataclasses.replace(params, **placed))
 
 
-def _small(name: str, target: Target, *, tree: TreeConfig | None, dtype: str) -> LoadedDrafter:
+def _small(name: str, target: Target, *, tree: TreeConfig, dtype: str) -> LoadedDrafter:
     """Factory of "small:NAME"."""
     small = load_target(name, dtype=dtype)
     if small.config.vocab_size != target.config.vocab_size:
@@ -202,30 +217,21 @@ def _small(name: str, target: Target, *, tree: TreeConfig | None, dtype: str) ->
             f"drafter {small.name!r} turns text into other tokens than target "
             f"{target.name!r}; a small drafter must share the target's tokenizer"
         )
-    drafter = SmallModel(small.config, tree) if tree else SmallModel(small.config)
-    return LoadedDrafter(drafter, small.params)
+    return LoadedDrafter(SmallModel(small.config, tree), small.params)
 
 
-def _mtp(
-    argument: str, target: Target, *, tree: TreeConfig | None, dtype: str
-) -> LoadedDrafter:
+def _mtp(argument: str, target: Target, *, tree: TreeConfig, dtype: str) -> LoadedDrafter:
     """Factory of "mtp" and "mtp:NAME": the multi-token-prediction layer in the target's
     checkpoint, or in another folder or hub repository."""
     from jaxspec.checkpoints import mtp
 
     path = checkpoints.target_path(argument or target.name)
-    return _placed(
-        mtp.load(path, target.config, target.params, tree or TreeConfig(), dtype), target
-    )
+    return _placed(mtp.load(path, target.config, target.params, tree, dtype), target)
 
 
-def _trained(
-    name: str, target: Target, *, tree: TreeConfig | None, dtype: str
-) -> LoadedDrafter:
+def _trained(name: str, target: Target, *, tree: TreeConfig, dtype: str) -> LoadedDrafter:
     """Factory of all other names: a trained drafter's folder or hub name."""
-    loaded = drafters.load_drafter(
-        name, target.config, target.params, tree or TreeConfig(), dtype
-    )
+    loaded = drafters.load_drafter(name, target.config, target.params, tree, dtype)
     return _placed(loaded, target)
 
 

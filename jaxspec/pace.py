@@ -65,13 +65,19 @@ class Pace:
         self.tokens = 0
         self._habit: Habit | None = None
 
-    def check(self, decoder: Decoder, params: Params) -> None:
-        """Raises ValueError unless it was measured for this decoder and these weights."""
+    def check(self, decoder: Decoder, params: Params, capacity: int) -> None:
+        """Raises ValueError unless it was measured for this decoder and these weights, and for
+        rows of so many tokens or more."""
         weights = self.curve.setup["weights"]
         if decoder != self.decoder or values_by_dtype(params) != weights:
             raise ValueError(
                 "the pace was measured for another target, dtype, drafter or acceptance rule; "
                 "measure it again (`jaxspec.measure_pace`)"
+            )
+        if capacity > self.capacity:
+            raise ValueError(
+                f"the pace was measured for rows of {self.capacity} tokens, but these prompts "
+                f"and max_new_tokens need {capacity}; measure it again with them"
             )
 
     def steps(
@@ -114,6 +120,9 @@ class Pace:
         spent = float(self.rounds @ np.array(seconds))
         return self.tokens * seconds[0] / spent if spent else 1.0
 
+    def __repr__(self) -> str:
+        return f"Pace({self.rows} rows of {self.capacity} tokens, budget {self.budget})"
+
     def __str__(self) -> str:
         if not self.rounds.any():
             return "no round of decoding ran"
@@ -124,7 +133,7 @@ class Pace:
         facts = f"a round of {nodes} nodes takes {cost:.2f} times a plain one"
         if self.gain > 1:
             return (
-                f"speculation pays: {self.gain:.1f}x plain decoding ({tau:.2f} tokens a round; "
+                f"speculation pays: {self.gain:.2f}x plain decoding ({tau:.2f} tokens a round; "
                 f"{facts})"
             )
         share = self.rounds[0] / total

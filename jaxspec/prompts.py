@@ -6,11 +6,13 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.data.messages import read_messages
 from jaxspec.decoding.requests import check_positions
-from jaxspec.models.target import Target
+from jaxspec.models.target import Target, check_target
 
 Message = Mapping[str, Any]
 # A text, token ids, or a conversation.
@@ -20,7 +22,20 @@ Prompt = str | Sequence[int] | Sequence[Message]
 def as_token_ids(
     target: Target, prompts: Prompt | Sequence[Prompt], *, raw: bool, thinking: bool | None
 ) -> list[list[int]]:
-    """One prompt or many as token ids; see `token_ids`."""
+    """One prompt or many as token ids; see `token_ids`.
+
+    Raises:
+      ValueError: a prompt cannot be used, `target` is not a loaded one, or the call is traced,
+        as in `jax.jit`.
+    """
+    check_target(target)
+    # Inside jit every array is traced; inside grad and vmap, what their arguments decide.
+    arrays = jnp.zeros(()), target.params.embed, prompts
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        raise ValueError(
+            "the call is traced by jax.jit, grad or vmap; expected a call outside of them, as "
+            "it runs a loop in Python. jaxspec.logits and hidden_states may be traced"
+        )
     if isinstance(prompts, Mapping):
         raise ValueError(
             "prompts is a single message; a conversation is a list of messages: put it in []"

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.arguments import integer
 from jaxspec.config import TargetConfig
 from jaxspec.decoding.precision import precision_of
 from jaxspec.decoding.requests import capacity_for, decoder_for
@@ -18,7 +19,7 @@ from jaxspec.drafters.plain import PLAIN
 from jaxspec.models.decoder import ForwardOutput, forward_chain, unembed
 from jaxspec.models.params import TargetParams
 from jaxspec.models.state import LayerStates, init_states
-from jaxspec.models.target import Target
+from jaxspec.models.target import Target, check_target
 from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.settings import own_settings
 
@@ -26,18 +27,17 @@ POSITIONS = 128  # positions whose logits are in memory at a time
 
 
 @own_settings()
-def logits(
-    target: Target, ids: Any = None, *, embeddings: jax.Array | None = None
-) -> jax.Array:
+def logits(target: Target, ids: Any = None, *, embeddings: Any = None) -> jax.Array:
     """Logits after every token of one text, or of several of equal length.
 
     A pure function of arrays: it may be jitted, and differentiated with respect to the target
-    (a pytree of its weights) or the embeddings. Memory grows with T · V and with T²; use
-    `score` for long texts.
+    (a pytree of its weights) or the embeddings. Traced ids are not checked: one outside the
+    vocabulary gives meaningless logits. Memory grows with T · V and with T²; use `score` for
+    long texts.
 
     Args:
       ids: [T] or [B, T] token ids, a list or an array (possibly traced).
-      embeddings: [T, M] or [B, T, M] float32, instead of ids.
+      embeddings: [T, M] or [B, T, M] float32, a list or an array, instead of ids.
 
     Returns:
       float32 [T, V] or [B, T, V].
@@ -49,15 +49,14 @@ def logits(
     >>> loss = lambda target: jaxspec.logits(target, [1, 2, 3])[-1, 7]      # doctest: +SKIP
     >>> jax.grad(loss)(target).params.embed.shape                          # doctest: +SKIP
     """
+    check_target(target)
     output, rows = _run(target, ids, embeddings)
     with precision_of(target.params.embed.dtype):
         return rows(unembed(target.params, output.hidden))
 
 
 @own_settings()
-def hidden_states(
-    target: Target, ids: Any = None, *, embeddings: jax.Array | None = None
-) -> jax.Array:
+def hidden_states(target: Target, ids: Any = None, *, embeddings: Any = None) -> jax.Array:
     """Outputs of all layers, as Hugging Face's `output_hidden_states` gives them.
 
     A pure function of arrays, as `logits`. Args: as for `logits`.
@@ -66,6 +65,7 @@ def hidden_states(
       float32 [L + 1, T, M] or [L + 1, B, T, M]: the embedding first; the last layer's output
       after the final norm, from which `models.decoder.unembed` computes logits.
     """
+    check_target(target)
     layers = tuple(range(-1, target.config.num_layers))
     output, rows = _run(target, ids, embeddings, layers)
     batch, length = output.taps.shape[:2]
@@ -82,12 +82,7 @@ def _run(target: Target, ids, embeddings, taps=()):
         tokens = jnp.atleast_2d(ids)
         single = ids.ndim == 1
     else:
-        width = target.config.hidden_size
-        if embeddings.ndim not in (2, 3) or embeddings.shape[-1] != width:
-            raise ValueError(
-                f"embeddings have shape {embeddings.shape}; expected [T, {width}] or "
-                f"[B, T, {width}]"
-            )
+        embeddings = _as_embeddings(embeddings, target.config.hidden_size)
         single = embeddings.ndim == 2
         embeddings = embeddings[None] if single else embeddings
         tokens = jnp.zeros(embeddings.shape[:2], jnp.int32)
@@ -98,15 +93,31 @@ def _run(target: Target, ids, embeddings, taps=()):
     return output, lambda x: x[0] if single else x
 
 
+def _as_embeddings(embeddings, width: int) -> jax.Array:
+    """Embeddings as float32 [T, M] or [B, T, M], possibly traced."""
+    try:
+        embeddings = jnp.asarray(embeddings, jnp.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"embeddings are no array of numbers ({error}); expected [T, {width}] or "
+            f"[B, T, {width}]"
+        ) from None
+    if embeddings.ndim not in (2, 3) or embeddings.shape[-1] != width:
+        raise ValueError(
+            f"embeddings have shape {embeddings.shape}; expected [T, {width}] or "
+            f"[B, T, {width}]"
+        )
+    return embeddings
+
+
 def _as_array(ids, config: TargetConfig) -> jax.Array:
     """Ids as int32 [T] or [B, T], checked unless traced."""
     if not isinstance(ids, jax.core.Tracer):
         try:
             ids = np.asarray(ids)
         except ValueError:
-            lengths = sorted({len(row) for row in ids})
             raise ValueError(
-                f"ids has rows of {lengths} tokens; expected equal lengths: pad them, or pass "
+                "ids has rows of different lengths; expected equal ones: pad them, or pass "
                 "them one by one"
             ) from None
         if ids.dtype.kind in "iu" and ids.size:
@@ -204,9 +215,7 @@ def score(
     longest, most = max(map(len, rows)), target.config.max_positions
     if longest > most:
         raise ValueError(f"a text has {longest} tokens; the target has {most} positions")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-    batch, found = min(batch_size, len(rows)), []
+    batch, found = min(integer("batch_size", batch_size, low=1), len(rows)), []
     for start in range(0, len(rows), batch):
         own = rows[start : start + batch]
         log_probs = _log_probs(target, own + [[0]] * (batch - len(own)))

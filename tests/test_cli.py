@@ -175,6 +175,7 @@ CALIBRATE = ["calibrate", "--drafter", "shipped", "--prompts", "prompts.jsonl"]
 REGENERATE = ["regenerate", "--prompts", "prompts.jsonl", "--output", "data.jsonl"]
 TRAIN = ["train", "--data", "prompts.jsonl", "--output", "run"]
 BENCH = ["bench", "--drafters", "ngram", "--prompts", "prompts.jsonl"]
+PLAN = ["plan", "--target", "qwen3-8b", "--no-compile"]
 EVALUATE = ["evaluate", "--prompts", "prompts.jsonl"]
 DECODERS = ["--output", "results.jsonl", "--decoders", "a=ngram"]
 
@@ -188,8 +189,27 @@ DECODERS = ["--output", "results.jsonl", "--decoders", "a=ngram"]
         ([*GENERATE, "--budget", "0"], "--budget is 0"),
         ([*GENERATE, "--tree", "chain", "--width", "0"], "--width is 0"),
         ([*GENERATE, "--survival", "2"], "--survival is 2.0; expected a probability, 0 … 1"),
-        ([*GENERATE, "--width", "5"], "--width 5 is for one kind of tree; give --tree too"),
-        ([*GENERATE, "--tree", "chain", "--drafter", "ngram"], "needs a drafter with scores"),
+        ([*GENERATE, "--width", "5"], "--width is for one kind of tree; give --tree too"),
+        (
+            [*GENERATE, "--tree", "chain", "--drafter", "ngram"],
+            "drafter ngram does not use --tree, which a drafter with scores needs",
+        ),
+        (
+            [*GENERATE, "--drafter", "none", "--width", "7", "--threshold", "0.5"],
+            "drafter none does not use --width, --threshold",
+        ),
+        (
+            [*GENERATE, "--tree", "chain", "--width", "9", "--candidates", "3"],
+            "a chain tree does not use --width, --candidates: leave that out",
+        ),
+        ([*GENERATE, "--survival", "0.5", "--width", "9"], "a chain tree does not use --width"),
+        (
+            [*GENERATE, "--tree", "top_budget", "--width", "4"],
+            "top_budget tree does not use",
+        ),
+        ([*GENERATE, "--tree", "best_first", "--threshold", "0.5"], "not use --threshold"),
+        ([*PLAN, "--tree", "chain", "--width", "9"], "a chain tree does not use --width"),
+        ([*PLAN, "--drafter", "ngram", "--width", "9"], "drafter ngram does not use --width"),
         ([*GENERATE, "--rejection"], "without lookup; --drafter is shipped+ngram"),
         (
             [*GENERATE, "--rejection", "--drafter", "shipped", "--tree", "best_first"],
@@ -208,9 +228,25 @@ DECODERS = ["--output", "results.jsonl", "--decoders", "a=ngram"]
         ([*REGENERATE, "--drafter", "nowhere"], "there is no drafter 'nowhere'"),
         ([*TRAIN, "--max-length", "0"], "--max-length is 0"),
         ([*TRAIN, "--min-supervised", "0"], "--min-supervised is 0"),
+        (
+            [*TRAIN, "--resume-step", "7"],
+            "resume_step is 7, but no run has begun in run; ",
+        ),
         ([*BENCH, "--output", "absent/x.jsonl"], "--output absent/x.jsonl cannot be written"),
         ([*EVALUATE, *DECODERS, "--timed", "-1"], "--timed is -1; expected at least 0"),
         ([*EVALUATE, *DECODERS, "a=shipped"], "two decoders are called 'a'"),
+        (
+            [*EVALUATE, *DECODERS, "b=run,tree=chain,width=9"],
+            "decoder 'b': width is 9; expected it left out: a chain tree does not use it",
+        ),
+        (
+            [*EVALUATE, *DECODERS, "b=none,tree=chain"],
+            "expected it left out: 'none' has a fixed tree",
+        ),
+        (
+            [*EVALUATE, *DECODERS, "b=ngram,width=2"],
+            "expected it left out: 'ngram' has a fixed tree",
+        ),
         ([*EVALUATE, *DECODERS, "--output", "."], "--output . cannot be written"),
     ],
 )

@@ -36,19 +36,19 @@ ARROWS = {
     "data": "models tokenizer",
     "dtypes": "checkpoints",
     "kept_curves": "decoding dtypes",
-    "loading": "checkpoints config drafters dtypes models settings sharding",
+    "loading": "arguments checkpoints config drafters dtypes models settings sharding",
     "pace": "arguments decoding drafters kept_curves loading models prompts settings sharding",
     "prompts": "data decoding models",
     "results": "decoding",
-    "scoring": "config decoding drafters models prompts settings trees",
+    "scoring": "arguments config decoding drafters models prompts settings trees",
     "api": "answer_text arguments decoding drafters interrupts loading models pace prompts"
     " results settings",
     "planning": "config decoding drafters models sharding trees pallas_kernels"
     " pallas_kernels.h100",
     "serving": "answer_text arguments config decoding drafters models prompts sharding"
     " text_stream tokenizer trees",
-    "evaluation": "jaxspec api config data decoding drafters loading models noise prompts"
-    " results settings trees",
+    "evaluation": "jaxspec api arguments config data decoding drafters loading models noise"
+    " prompts results settings trees",
     "training": "jaxspec api arguments checkpoints config data decoding drafters interrupts"
     " locks models prompts serving settings sharding tokenizer trees",
     "check": "api config decoding drafters evaluation models prompts training trees",

@@ -100,10 +100,11 @@ def test_rounds_verify_what_pays(measured):
 def test_what_it_says(measured):
     pace = with_seconds(measured, 0.010, 0.015)
     assert str(pace) == "no round of decoding ran"
+    assert repr(pace) == "Pace(2 rows of 256 tokens, budget 4)"
     pace.rounds, pace.tokens = np.array([10, 40]), 130
     assert pace.gain == pytest.approx(130 * 0.010 / (10 * 0.010 + 40 * 0.015))
     assert str(pace) == (
-        "speculation pays: 1.9x plain decoding (2.60 tokens a round; a round of 4 nodes takes "
+        "speculation pays: 1.86x plain decoding (2.60 tokens a round; a round of 4 nodes takes "
         "1.50 times a plain one)"
     )
     pace.rounds, pace.tokens = np.array([90, 10]), 100
@@ -117,7 +118,8 @@ def test_it_serves_what_it_was_measured_for(measured):
     other = LoadedDrafter(dataclasses.replace(LOOKUP.drafter, min_match=2))
     with pytest.raises(ValueError, match="measured for another target, dtype, drafter or acc"):
         jaxspec.generate(target(), [[1]], drafter=other, budget=measured)
-    with pytest.raises(ValueError, match="capacity is 256; .* depth need 514"):
+    message = "measured for rows of 256 tokens, but .* need 768; measure it again with them"
+    with pytest.raises(ValueError, match=message):
         jaxspec.generate(
             target(), [[1] * 450], drafter=LOOKUP, budget=measured, max_new_tokens=60
         )

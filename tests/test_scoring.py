@@ -52,7 +52,8 @@ def test_the_hidden_states_end_in_the_logits(target):
 def test_embeddings_take_the_place_of_tokens(target):
     embeddings = jaxspec.hidden_states(target, IDS)[0]
     expected = jaxspec.logits(target, IDS)
-    np.testing.assert_array_equal(jaxspec.logits(target, embeddings=embeddings), expected)
+    for given in (embeddings, embeddings.tolist()):
+        np.testing.assert_array_equal(jaxspec.logits(target, embeddings=given), expected)
 
 
 @pytest.mark.parametrize("cast", [lambda target: target, narrow])
@@ -109,7 +110,8 @@ def test_scoring_holds_the_logits_of_few_positions():
     "ids, message",
     [
         ([1, 11], "ids has token id 11; the target's vocabulary is 0 … 10"),
-        ([[1], [2, 3]], r"rows of \[1, 2\] tokens; expected equal lengths"),
+        ([[1], [2, 3]], "ids has rows of different lengths; expected equal ones"),
+        ([1, [2]], "ids has rows of different lengths; expected equal ones"),
         ([0.5], "dtype float64; expected integers"),
         ([], "the text has 0 tokens; expected 1 … 512|expected integers"),
         ([1] * 513, "the text has 513 tokens; expected 1 … 512"),
@@ -126,3 +128,7 @@ def test_what_cannot_be_scored():
         jaxspec.score(tiny.target(), [[1] * 513])
     with pytest.raises(ValueError, match=r"embeddings have shape \(8, 3\); expected \[T, 32\]"):
         jaxspec.logits(tiny.target(), embeddings=jnp.zeros((8, 3)))
+    with pytest.raises(ValueError, match="embeddings are no array of numbers .*; expected"):
+        jaxspec.logits(tiny.target(), embeddings=[[0.0], [1.0, 2.0]])
+    with pytest.raises(ValueError, match="batch_size is 2.0; expected an integer"):
+        jaxspec.score(tiny.target(), [[1]], batch_size=2.0)

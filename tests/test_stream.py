@@ -65,6 +65,8 @@ def test_a_stop_text_ends_text_and_tokens_where_plain_decoding_has_it(target, dr
     assert sum(cut.stats.committed) == count - 1
     if stop not in second.text:
         assert (other.token_ids, other.finish) == (second.token_ids, "length")
+    (none,) = generate(target, prompts[:1], seed=seeds[:1], stop=None, **options)
+    assert none.text == first.text
     streamed = stream(target, "abcab", drafter=drafter, stop=stop, seed=3, **options)
     (alone,) = generate(target, "abcab", seed=3, stop=stop, **options)
     assert "".join(streamed) == alone.text
@@ -99,10 +101,19 @@ def test_a_drafter_by_name_and_a_row_of_a_table(target):
     assert repr(named).startswith(f"Completion({named.text!r}, {row['new_tokens']} tokens, tau")
 
 
-@pytest.mark.parametrize("rounds", [0, -1])
-def test_a_stream_runs_at_least_one_round_at_a_time(target, rounds):
-    with pytest.raises(ValueError, match=f"rounds is {rounds}; expected at least 1"):
-        next(stream(target, "a", raw=True, rounds=rounds))
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(rounds=0), "rounds is 0; expected at least 1"),
+        (dict(rounds=-1), "rounds is -1; expected at least 1"),
+        (dict(budget=2), "budget is 2; the drafter's trees have 1 … 1 nodes"),
+        (dict(sampling=[Sampling()] * 2), "sampling has 2 entries for 1 prompts"),
+        (dict(sampling=None), "sampling has None; expected a jaxspec.Sampling"),
+    ],
+)
+def test_a_stream_is_refused_when_it_is_called(target, options, message):
+    with pytest.raises(ValueError, match=message):
+        stream(target, "a", raw=True, **options)
 
 
 def test_empty_text_is_refused(target):

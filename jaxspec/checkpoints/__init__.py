@@ -79,6 +79,10 @@ def target_path(name_or_path: str | Path) -> Path:
     """The local file or folder of a name, downloaded if necessary; errors as `load`."""
     from jaxspec.checkpoints import catalog, huggingface
 
+    if not isinstance(name_or_path, str | Path):
+        raise ValueError(
+            f"a model is named by {name_or_path!r}; expected the text of a name or path"
+        )
     if name_or_path in catalog.names() and not Path(name_or_path).exists():
         name_or_path = catalog.find(name_or_path)
     return huggingface.resolve(name_or_path)

@@ -24,6 +24,7 @@ from jaxspec.sharding import shardings
 
 Box = tuple[tuple[int, int], ...]  # first and one past the last, per axis
 
+DTYPES = ("float32", "bfloat16", "float16")  # of weights in memory
 ALIGNMENT = 64  # bytes; JAX on the CPU adopts an aligned buffer instead of copying it
 LARGEST = 1e6  # of any weight; those of trained models stay below a few thousand
 LARGE = 1_000_000_000  # bytes; loading more shows progress
@@ -156,13 +157,12 @@ def build(tensors: Tensors, table: Any, specs: Any, mesh: Mesh | None = None) ->
 def check_dtype(dtype) -> np.dtype:
     """The dtype; raises ValueError if weights cannot have it."""
     try:
-        dtype = jnp.dtype(dtype)
-        good = jnp.issubdtype(dtype, jnp.floating)
+        name = "None" if dtype is None else jnp.dtype(dtype).name  # jnp.dtype(None) is float64
     except TypeError:  # no such name
-        good = False
-    if not good:
-        raise ValueError(f"dtype is {dtype}; weights need float32, bfloat16 or float16")
-    return dtype
+        name = str(dtype)
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name}; weights need one of {', '.join(DTYPES)}")
+    return jnp.dtype(name)
 
 
 def check_weights(values: np.ndarray, name: str, origin: str) -> None:

@@ -68,7 +68,7 @@ class Store:
         """
         steps = self.steps
         if not steps:
-            raise ValueError(f"{self.folder} holds no checkpoint")
+            raise ValueError(f"{self.folder} holds no checkpoint; train in a new folder")
         step = steps[-1] if step is None else step
         if step not in steps:
             raise ValueError(f"{self.folder} has no checkpoint {step}; it has {steps}")

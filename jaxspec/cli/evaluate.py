@@ -136,9 +136,7 @@ class Evaluate:
     def _check(self, contenders) -> None:
         if not contenders or not self.prompts:
             raise ValueError("nothing to compare: give --decoders and --prompts, at least one")
-        check_least(self, count=0, max_new_tokens=2, batch_size=1)
-        if self.timed is not None:
-            check_least(self, timed=0)
+        check_least(self, count=0, max_new_tokens=2, batch_size=1, timed=0)
         if any(budget < 1 for budget in self.budgets):
             raise ValueError(
                 f"--budgets has {min(self.budgets)}; expected at least 1 (the root)"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from jaxspec.config import TreeConfig, TreeKind
+from jaxspec.config import TREE_OPTIONS, TreeConfig, TreeKind
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -46,11 +47,35 @@ MinP = Annotated[
 
 
 def check_least(command: Any, **lows: int) -> None:
-    """Raises ValueError if an option is below its lowest value."""
+    """Raises ValueError if an option is given and below its lowest value."""
     for name, low in lows.items():
-        if getattr(command, name) < low:
+        value = getattr(command, name)
+        if value is not None and value < low:
             option = name.replace("_", "-")
-            raise ValueError(f"--{option} is {getattr(command, name)}; expected at least {low}")
+            raise ValueError(f"--{option} is {value}; expected at least {low}")
+
+
+def check_tree_options(drafter: str, kind: TreeKind | None, given: Sequence[str]) -> None:
+    """Raises ValueError for options of trees that a drafter's tree does not use.
+
+    Args:
+      kind: None if the drafter decides.
+      given: names of the options, "tree" among them if that is given.
+    """
+    from jaxspec.drafters.registry import UNSCORED
+
+    if given and drafter in UNSCORED:
+        options = ", ".join(f"--{name}" for name in given)
+        raise ValueError(
+            f"drafter {drafter} does not use {options}, which a drafter with scores needs: "
+            "leave that out"
+        )
+    shape = [name for name in given if name != "tree"]
+    if shape and kind is None:
+        raise ValueError(f"--{shape[0]} is for one kind of tree; give --tree too")
+    unused = ", ".join(f"--{name}" for name in shape if name not in TREE_OPTIONS[kind])
+    if unused:
+        raise ValueError(f"a {kind} tree does not use {unused}: leave that out")
 
 
 def check_writable(option: str, path: Path | None) -> None:
@@ -119,12 +144,13 @@ class DrafterOptions:
     tree: TreeKind | None = None
     """How a tree grows from the drafter's scores. Default: path_conditioned for drafters with a
     sequential head, chain for others."""
-    width: int = 4
-    """Children per expanded node (best_first) or per scored parent (transitions)."""
+    width: int | None = None
+    """Children per expanded node (best_first, path_conditioned of EAGLE-3) or per scored parent
+    (transitions). Default: 4."""
     budget: int = 8
     """Nodes verified per round, root included."""
-    candidates: int = 16
-    """Parents scored per depth (path_conditioned, transitions)."""
+    candidates: int | None = None
+    """Parents scored per depth (path_conditioned, transitions). Default: 16."""
     threshold: float = 0.0
     """End a chain before the first token whose confidence is below this; 0 keeps all."""
     survival: float = 0.0
@@ -137,7 +163,7 @@ class DrafterOptions:
           target: its name.
           rejection: whether drafts are verified by rejection sampling.
         """
-        from jaxspec.drafters.registry import LOOKUP_TOO
+        from jaxspec.drafters.registry import LOOKUP_TOO, UNSCORED
 
         check_least(self, budget=1, width=1, candidates=1)
         for rule in ("threshold", "survival"):
@@ -145,20 +171,15 @@ class DrafterOptions:
                 raise ValueError(
                     f"--{rule} is {getattr(self, rule)}; expected a probability, 0 … 1"
                 )
-        name = self._name(target)
-        if self.tree and name == "ngram":
-            raise ValueError(
-                f"--tree {self.tree} needs a drafter with scores, and ngram has none: leave "
-                "--tree out"
-            )
-        if rejection and (name in ("none", "ngram") or name.endswith(LOOKUP_TOO)):
+        name, shape = self._name(target), self._shape()
+        given = ["tree"] * bool(self.tree) + list(shape)
+        check_tree_options(name, self._kind(chain=rejection), given)
+        if rejection and (name in UNSCORED or name.endswith(LOOKUP_TOO)):
             raise ValueError(
                 f"--rejection needs a trained drafter without lookup; --drafter is {name}"
             )
         if rejection and self.tree not in (None, "chain"):
             raise ValueError(f"--rejection needs a chain; --tree is {self.tree}: leave it out")
-        if name != "none" and self.tree is None and not rejection:
-            self._check_open()
 
     def _name(self, target: str) -> str:
         from jaxspec.checkpoints.catalog import DEFAULT
@@ -172,22 +193,20 @@ class DrafterOptions:
         from jaxspec.loading import load_drafter
 
         name = self._name(target.name)
-        if name == "none":
-            return load_drafter("none", target)
         # The verified size is static, a power of two; the budget within it is an array.
         size = 1 << (self.budget - 1).bit_length()
         rules = dict(threshold=self.threshold, survival=self.survival)
-        kind = self.tree or ("chain" if chain else None)
+        kind = self._kind(chain=chain)
         if kind is None:
-            return load_drafter(name, target, nodes=size, **rules)
-        tree = TreeConfig(kind, size=size, width=self.width, candidates=self.candidates)
-        return load_drafter(name, target, tree=tree, **rules)
+            return load_drafter(name, target, nodes=size)
+        shape = {name: value for name, value in self._shape().items() if name not in rules}
+        return load_drafter(name, target, tree=TreeConfig(kind, size, **shape), **rules)
 
-    def _check_open(self) -> None:
-        """Raises ValueError for options of one kind of tree when --tree is not given."""
-        default = DrafterOptions()
-        for name in ("width", "candidates"):
-            if getattr(self, name) != getattr(default, name):
-                raise ValueError(
-                    f"--{name} {getattr(self, name)} is for one kind of tree; give --tree too"
-                )
+    def _kind(self, *, chain: bool) -> TreeKind | None:
+        """The kind of tree; None if the drafter decides."""
+        return self.tree or ("chain" if chain or self.threshold or self.survival else None)
+
+    def _shape(self) -> dict[str, float]:
+        """The options given that only some kinds of trees use."""
+        names = ("width", "candidates", "threshold", "survival")
+        return {name: value for name in names if (value := getattr(self, name))}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from jaxspec.cli import exits
+from jaxspec.cli.options import check_tree_options
 from jaxspec.config import TreeKind
 
 
@@ -36,10 +37,11 @@ class Plan:
     none and ngram joins prompt lookup."""
     tree: TreeKind = "best_first"
     """How a tree grows from the drafter's scores."""
-    width: int = 4
-    """Children per expanded node (best_first) or per scored parent (transitions)."""
-    candidates: int = 16
-    """Parents scored per depth (path_conditioned, transitions)."""
+    width: int | None = None
+    """Children per expanded node (best_first, path_conditioned of EAGLE-3) or per scored parent
+    (transitions). Default: 4."""
+    candidates: int | None = None
+    """Parents scored per depth (path_conditioned, transitions). Default: 16."""
     budget: int = 64
     """Nodes verified per round, root included; rounded up to a power of two."""
     context: int = 4096
@@ -99,6 +101,9 @@ class Plan:
         from jaxspec.drafters.registry import LOOKUP_TOO, of_config
         from jaxspec.planning.setup import published_drafter
 
+        names = ("width", "candidates")
+        shape = {name: x for name in names if (x := getattr(self, name)) is not None}
+        check_tree_options(self.drafter, self.tree, list(shape))
         size = 1 << (self.budget - 1).bit_length()
         if self.drafter == "none":
             return Plain()
@@ -113,7 +118,7 @@ class Plan:
             from jaxspec.checkpoints.drafters import read_drafter_config
 
             config = read_drafter_config(name, target)
-        tree = TreeConfig(self.tree, size, self.width, self.candidates)
+        tree = TreeConfig(self.tree, size, **shape)
         drafter = of_config(config, tree)
         return drafter if name == self.drafter else beside_lookup(drafter)
 

@@ -125,7 +125,10 @@ def stop_ids_of(sampling: Sampling, config: TargetConfig) -> tuple[int, ...]:
     """
     stops = config.eos_token_ids if sampling.stop_ids is None else sampling.stop_ids
     if len(stops) > MAX_STOP_IDS:
-        raise ValueError(f"stop_ids has {len(stops)} ids; expected at most {MAX_STOP_IDS}")
+        raise ValueError(
+            f"stop_ids has {len(stops)} ids; expected at most {MAX_STOP_IDS}, the target's own "
+            "included"
+        )
     bad = next((token for token in stops if not 0 <= token < config.vocab_size), None)
     if bad is not None:
         raise ValueError(

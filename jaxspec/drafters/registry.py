@@ -28,19 +28,20 @@ from jaxspec.models.params import TargetParams
 from jaxspec.models.target import Target
 
 LOOKUP_TOO = "+ngram"
+UNSCORED = ("none", "ngram")  # names of drafters whose trees do not grow from scores
 
 
 class Factory(Protocol):
     """Makes the drafter of a registered name."""
 
     def __call__(
-        self, argument: str, target: Target, *, tree: TreeConfig | None, dtype: str
+        self, argument: str, target: Target, *, tree: TreeConfig, dtype: str
     ) -> LoadedDrafter:
         """A drafter for a target.
 
         Args:
           argument: the part of the spec after the name; "" for names without a colon.
-          tree: tree to draft; None for the default.
+          tree: tree to draft; a chain where the caller leaves the kind to the drafter.
           dtype: of its weights.
 
         Raises:
@@ -55,8 +56,7 @@ def none(argument, target, *, tree, dtype):
 
 def ngram(argument, target, *, tree, dtype):
     """Prompt lookup."""
-    lookup = PromptLookup()
-    return LoadedDrafter(lookup if tree is None else lookup.with_tree(tree))
+    return LoadedDrafter(PromptLookup(size=tree.size))
 
 
 def python(argument, target, *, tree, dtype):
@@ -119,7 +119,7 @@ def register(name: str, factory: Factory) -> None:
 
 
 def make(
-    spec: str, target: Target, *, tree: TreeConfig | None, dtype: str, trained: Factory
+    spec: str, target: Target, *, tree: TreeConfig, dtype: str, trained: Factory
 ) -> LoadedDrafter:
     """The drafter of a spec.
 
@@ -132,7 +132,7 @@ def make(
     """
     if spec.endswith(LOOKUP_TOO):
         alone = spec.removesuffix(LOOKUP_TOO)
-        if alone in ("none", "ngram"):
+        if alone in UNSCORED:
             raise ValueError(
                 f"drafter {alone!r} has nothing to join with prompt lookup; leave +ngram out"
             )

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxspec.arguments import integer, sequence
 from jaxspec.data.identity import fingerprint
 from jaxspec.data.prompts import spread
 from jaxspec.decoding.requests import check_positions
@@ -98,12 +99,15 @@ class Evaluation:
     def save(self, path: str | Path) -> None:
         """Writes a new file of JSON lines, which `python -m jaxspec report` draws.
 
+        Its folder is made where it is missing.
+
         Raises:
           ValueError: the file exists.
         """
         path = Path(path)
         if path.exists():
             raise ValueError(f"{path} exists already; choose another name or delete it")
+        path.parent.mkdir(parents=True, exist_ok=True)
         for row in self.rows:
             append(path, row)
 
@@ -157,7 +161,12 @@ def evaluate(
     """
     if not decoders or not prompts:
         raise ValueError("nothing to compare: give at least one decoder and one prompt")
-    check_options(max_new_tokens, batch_size, budgets)
+    max_new_tokens = integer("max_new_tokens", max_new_tokens, low=2)
+    batch_size = integer("batch_size", batch_size, low=1)
+    budgets = [integer("budgets", budget, low=1) for budget in sequence("budgets", budgets)]
+    timed = None if timed is None else integer("timed", timed, low=0)
+    plain_dtypes = sequence("plain_dtypes", plain_dtypes)
+    temperatures = sequence("temperatures", temperatures)
     filters = dict(top_k=top_k, top_p=top_p, min_p=min_p)
     samplings = [Sampling(temperature=t, **filters) for t in temperatures]
     entries = _entries(target, decoders)
@@ -192,17 +201,6 @@ def evaluate(
     return Evaluation((RunSettings(settings), *rows))
 
 
-def check_options(max_new_tokens: int, batch_size: int, budgets: Sequence[int]) -> None:
-    """Raises ValueError for options out of range."""
-    for name, value, least in (
-        ("max_new_tokens", max_new_tokens, 2),
-        ("batch_size", batch_size, 1),
-        ("budgets", min(budgets, default=1), 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected at least {least}")
-
-
 def filters_in_use(filters: Mapping[str, float]) -> dict[str, float]:
     """The filters of sampling, for the setup of results; none where all are off."""
     off = Sampling()
@@ -231,6 +229,10 @@ def machine() -> dict[str, Any]:
 
 
 def _entries(target: Target | str, decoders: Mapping[str, str | LoadedDrafter]) -> list[Entry]:
+    if not isinstance(decoders, Mapping):
+        raise ValueError(
+            f"decoders is {decoders!r}; expected decoders by name: {{'lookup': 'ngram'}}"
+        )
     loaded = isinstance(target, Target)
     dtype = str(target.params.embed.dtype) if loaded else "float32"
     if not loaded and not all(isinstance(x, str) for x in decoders.values()):

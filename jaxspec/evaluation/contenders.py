@@ -7,14 +7,16 @@ from collections.abc import Iterable
 
 from flax import nnx
 
-from jaxspec.config import TREE_KINDS, TreeConfig
+from jaxspec.config import TREE_KINDS, TREE_OPTIONS, TreeConfig
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.joined import change_drafter
 from jaxspec.drafters.ngram import PromptLookup
+from jaxspec.drafters.registry import UNSCORED
 from jaxspec.drafters.weights import abstract_weights
 from jaxspec.loading import load_drafter, load_target
 from jaxspec.models.target import Target
 
+SHAPE = ("width", "candidates")  # options of a tree, besides its size
 EXAMPLE = "ours=run/drafter,tree=path_conditioned,budget=16"
 
 
@@ -25,13 +27,13 @@ class Contender:
     Attributes:
       name: as tables show it.
       drafter: as for `jaxspec.load_drafter`, "…+ngram" included.
-      tree: one of `config.TREE_KINDS`; None for prompt lookup, which has its own, and for the
-        kind that suits the drafter best, which `load_entries` decides.
+      tree: one of `config.TREE_KINDS`; None for "ngram" and "none", which have their own, and
+        for the kind that suits the drafter best, which `load_entries` decides.
       head: "own", or "none" to drop a block drafter's sequential head, so that every depth is
         scored independently, as in DFlash, DDTree and JetSpec.
       scores: of a tree's nodes: "own", the drafter's probabilities, or "confidence", the
         survival probabilities of its confidence head, as a server scores chains.
-      width, candidates: see `TreeConfig`.
+      width, candidates: see `TreeConfig`; None for its defaults.
       budget: nodes verified per round, root included; `measure.tau` takes several budgets.
       dtype: of the target and the drafter.
     """
@@ -41,8 +43,8 @@ class Contender:
     tree: str | None = None
     head: str = "own"
     scores: str = "own"
-    width: int = 4
-    candidates: int = 16
+    width: int | None = None
+    candidates: int | None = None
     budget: int = 8
     dtype: str = "float32"
 
@@ -54,13 +56,22 @@ class Contender:
                     f"expected {expected}"
                 )
 
+        given = [name for name in ("tree", *SHAPE) if getattr(self, name) is not None]
+        for name in given:
+            check(
+                name,
+                self.drafter not in UNSCORED,
+                f"it left out: {self.drafter!r} has a fixed tree",
+            )
         if self.tree is not None:
-            check("tree", self.drafter != "ngram", "none: prompt lookup has a fixed tree")
             check("tree", self.tree in TREE_KINDS, f"one of {', '.join(TREE_KINDS)}")
+            for name in given[1:]:
+                used = name in TREE_OPTIONS[self.tree]
+                check(name, used, f"it left out: a {self.tree} tree does not use it")
         check("head", self.head in ("own", "none"), "own or none")
         check("scores", self.scores in ("own", "confidence"), "own or confidence")
         check("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-        for name in ("width", "candidates", "budget"):
+        for name in (*given[1:], "budget"):
             check(name, getattr(self, name) >= 1, "at least 1")
 
     @classmethod
@@ -69,23 +80,27 @@ class Contender:
         [,width=W][,candidates=C][,dtype=D]`.
 
         Without tree it is path_conditioned for drafters that it suits best, else a chain; the
-        budget is 8. Args: dtype: the default dtype.
+        budget is 8. Options that a kind of tree does not use are refused.
+
+        Args:
+          dtype: the default dtype.
 
         >>> Contender.parse("ours=run/drafter,tree=path_conditioned,budget=16").budget
         16
         """
         first, *options = text.split(",")
         name, equals, drafter = first.partition("=")
-        known = {field.name: field.type for field in dataclasses.fields(cls)[2:]}
+        known = [field.name for field in dataclasses.fields(cls)[2:]]
         given: dict[str, str | int] = {"dtype": dtype}
         for option in options:
             key, _, value = option.partition("=")
-            if key not in known or not value or (known[key] == "int" and not value.isdigit()):
+            number = key in (*SHAPE, "budget")
+            if key not in known or not value or (number and not value.isdigit()):
                 raise ValueError(
                     f"decoder {text!r}: option {option!r} is not one of "
                     f"{', '.join(f'{k}=…' for k in known)}; for example {EXAMPLE}"
                 )
-            given[key] = int(value) if known[key] == "int" else value
+            given[key] = int(value) if number else value
         if not (name and equals and drafter):
             raise ValueError(
                 f"decoder {text!r}: expected NAME=DRAFTER,…; for example {EXAMPLE}"
@@ -109,7 +124,8 @@ class Entry:
         """The drafter with trees of `budget` nodes (the contender's by default)."""
         c, loaded = self.contender, self.drafter
         size = 1 << (max(budget or c.budget, 2) - 1).bit_length()
-        config = TreeConfig(tree or c.tree or "chain", size, c.width, c.candidates)
+        shape = {name: getattr(c, name) for name in SHAPE if getattr(c, name) is not None}
+        config = TreeConfig(tree or c.tree or "chain", size, **shape)
 
         def change(loaded):
             loaded = without_head(loaded) if c.head == "none" else loaded
@@ -166,8 +182,8 @@ def entry_of(name: str, target: Target, loaded: LoadedDrafter) -> Entry:
         contender = Contender(name, "ngram", budget=size, dtype=dtype)
     else:
         tree = getattr(first, "tree", TreeConfig())
-        shape = dict(tree=tree.kind, width=tree.width, candidates=tree.candidates)
-        contender = Contender(name, name, budget=size, dtype=dtype, **shape)
+        shape = {x: getattr(tree, x) for x in SHAPE if x in TREE_OPTIONS[tree.kind]}
+        contender = Contender(name, name, tree.kind, budget=size, dtype=dtype, **shape)
     entry = Entry(contender, target, loaded)
     entry.sized()
     return entry
@@ -205,7 +221,10 @@ def load_entries(
             targets[c.dtype] = load_target(target, dtype=c.dtype, weights=weights)
         key = c.drafter, c.dtype
         if key not in drafters:
-            drafters[key] = load_drafter(c.drafter, targets[c.dtype], dtype=c.dtype)
+            # `Entry.sized` makes its trees; this one is as deep as the drafter can draft.
+            drafters[key] = load_drafter(
+                c.drafter, targets[c.dtype], tree=TreeConfig(), dtype=c.dtype
+            )
         suited = _suited(c, drafters[key])
         entries.append(Entry(suited, targets[c.dtype], drafters[key]))
         entries[-1].sized()  # raises if the drafter cannot draft the tree
@@ -214,7 +233,7 @@ def load_entries(
 
 def _suited(contender: Contender, loaded: LoadedDrafter) -> Contender:
     """The contender with the kind of tree that suits its drafter best, if it names none."""
-    if contender.tree is not None or contender.drafter == "ngram":
+    if contender.tree is not None or contender.drafter in UNSCORED:
         return contender
     conditioned = any(part.path_conditioned for part in loaded.drafter.parts)
     best = "path_conditioned" if conditioned and contender.head == "own" else "chain"

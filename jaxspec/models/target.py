@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -36,3 +36,11 @@ class Target:
     config: TargetConfig
     params: TargetParams = dataclasses.field(repr=False)
     tokenizer: Tokenizer | None = None
+
+
+def check_target(target: Any) -> None:
+    """Raises ValueError unless it is a loaded target."""
+    if not isinstance(target, Target):
+        raise ValueError(
+            f"target is {target!r}; expected a loaded target: load it with jaxspec.load_target"
+        )

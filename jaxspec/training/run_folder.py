@@ -51,6 +51,15 @@ def described(
     }
 
 
+def check_begun(folder: Path, resume_step: int | None) -> None:
+    """Raises ValueError if a step to resume from is given, and no run has begun here."""
+    if resume_step is not None and not (folder / CONFIG).exists():
+        raise ValueError(
+            f"resume_step is {resume_step}, but no run has begun in {folder}; leave it out to "
+            "begin one, or give the folder of the run to resume"
+        )
+
+
 def check_run(folder: Path, run: Mapping[str, Any], resume_step: int | None = None) -> bool:
     """Checks a run against the one that was begun in the folder.
 

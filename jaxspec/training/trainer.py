@@ -37,7 +37,14 @@ from jaxspec.training.loading import Loader
 from jaxspec.training.metrics import MetricsLog, check_writers, peak_memory
 from jaxspec.training.networks import trained_drafter
 from jaxspec.training.recipe import TrainConfig
-from jaxspec.training.run_folder import DRAFTER, METRICS, check_run, described, enter
+from jaxspec.training.run_folder import (
+    DRAFTER,
+    METRICS,
+    check_begun,
+    check_run,
+    described,
+    enter,
+)
 from jaxspec.training.sharding import any_process, gather, state_shardings
 from jaxspec.training.start import (
     DRAFT_VOCABULARY,
@@ -104,6 +111,7 @@ def train(
         start leaves its folder as it was.
     """
     folder, leads = Path(folder), jax.process_index() == 0
+    check_begun(folder, resume_step)
     _check(config, target, prompts, mesh)
     check_writers(tensorboard=tensorboard, wandb=wandb is not None)
     if prompts:

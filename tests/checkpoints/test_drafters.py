@@ -250,8 +250,8 @@ def test_a_value_that_no_weight_can_be_is_not_saved(tmp_path, value):
 
 def test_a_dtype_that_weights_cannot_have(tmp_path):
     save(tmp_path / "a", "dflash")
-    for dtype in ("int8", "half-precision"):
-        with pytest.raises(ValueError, match=f"dtype is {dtype}; weights need float32"):
+    for dtype in ("int8", "half-precision", "float64", "float8_e4m3fn", None):
+        with pytest.raises(ValueError, match=f"dtype is {dtype}; weights need one of float32"):
             load(tmp_path / "a", dtype)
 
 

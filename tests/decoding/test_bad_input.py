@@ -2,15 +2,17 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from jaxspec.api import generate, stream, warm_up
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.ngram import PromptLookup
-from jaxspec.loading import load_drafter
+from jaxspec.loading import load_drafter, load_target
 from jaxspec.models.decoder import check_taps
 from jaxspec.pace import measure_pace
+from jaxspec.scoring import hidden_states, logits, score
 from jaxspec.tokenizer import Tokenizer
 from tests import tiny
 
@@ -42,8 +44,16 @@ from tests import tiny
         ([[1], [2]], dict(sampling=[Sampling()]), "1 entries for 2 prompts; give one"),
         (
             [[1]],
+            dict(sampling={"top_k": 1}),
+            "sampling has {'top_k': 1}; expected a jaxspec",
+        ),
+        ([[1]], dict(sampling=[Sampling(), 2]), "sampling has 2; expected a jaxspec.Sampling"),
+        ([[1]], dict(drafter=None), "drafter is None; expected a name or the result of load_d"),
+        ([[1]], dict(stop=3), "stop holds 3; expected non-empty texts"),
+        (
+            [[1]],
             dict(sampling=Sampling(stop_ids=tuple(range(9)))),
-            "stop_ids has 9 ids; expected at most 8",
+            "stop_ids has 9 ids; expected at most 8, the target's own included",
         ),
         (
             [[1]],
@@ -60,7 +70,27 @@ from tests import tiny
 def test_requests(prompts, options, message, monkeypatch):
     monkeypatch.setattr("jaxspec.api.prefill", None)  # nothing runs
     with pytest.raises(ValueError, match=message):
-        generate(tiny.target(), prompts, drafter=tiny.RANDOM, **options)
+        generate(tiny.target(), prompts, **dict(drafter=tiny.RANDOM) | options)
+
+
+CALLS = (generate, stream, warm_up, measure_pace, logits, hidden_states, score)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_name_is_no_target(call):
+    options = dict(drafter="ngram") if call is measure_pace else {}
+    with pytest.raises(ValueError, match="target is 'tiny'; expected .* jaxspec.load_target"):
+        call("tiny", [1, 2], **options)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad])
+@pytest.mark.parametrize("call", [generate, score])
+def test_loops_in_python_cannot_be_traced(call, transform):
+    with pytest.raises(ValueError, match="the call is traced by jax.jit, grad or vmap"):
+        transform(lambda target: call(target, [1, 2]))(tiny.target())
+    if transform is jax.jit:  # what it closes over is traced too
+        with pytest.raises(ValueError, match="the call is traced"):
+            transform(lambda x: call(tiny.target(), [1, 2]))(0.0)
 
 
 def test_warming_up_refuses_what_generating_does():
@@ -87,7 +117,7 @@ def test_warming_up_takes_one_option_each():
 
 def test_streaming_needs_a_tokenizer():
     with pytest.raises(ValueError, match="target 'tiny' has no tokenizer; use generate"):
-        next(stream(tiny.target(), [1, 2]))
+        stream(tiny.target(), [1, 2])
 
 
 def test_taps_out_of_range():
@@ -118,15 +148,31 @@ def test_a_small_drafter_must_share_the_tokenizer(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "spec, rules, message",
+    "spec, options, message",
     [
+        (None, {}, "spec is None; expected a text: the name or folder of a drafter, or 'none'"),
+        ("ngram", dict(tree="chain"), "tree is 'chain'; expected a jaxspec.TreeConfig"),
+        ("ngram", dict(tree=TreeConfig("best_first")), "'best_first', which grows from scores"),
+        ("none", dict(tree=TreeConfig("best_first")), "give nodes instead"),
+        ("ngram", dict(nodes=8.0), "nodes is 8.0; expected an integer"),
+        ("ngram", dict(nodes=0), "nodes is 0; expected at least 1"),
         ("ngram", dict(threshold=0.5), "'ngram' has no such head, or its tree is not a chain"),
         ("ngram", dict(survival=1.5), "survival is 1.5; expected a probability, 0 … 1"),
     ],
 )
-def test_confidence_rules(spec, rules, message):
+def test_drafters(spec, options, message):
     with pytest.raises(ValueError, match=message):
-        load_drafter(spec, tiny.target(), **rules)
+        load_drafter(spec, tiny.target(), **options)
+
+
+def test_a_drafter_is_for_a_loaded_target():
+    with pytest.raises(ValueError, match="target is 'tiny'; expected a loaded target: load it"):
+        load_drafter("ngram", "tiny")
+
+
+def test_a_model_has_a_name():
+    with pytest.raises(ValueError, match="a model is named by None; expected the text of a na"):
+        load_target(None)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +180,7 @@ def test_confidence_rules(spec, rules, message):
     [
         (lambda: TreeConfig("bush"), "TreeConfig.kind is 'bush'; expected one of"),
         (lambda: TreeConfig(size=0), "TreeConfig.size is 0; expected at least 1"),
+        (lambda: TreeConfig(size=8.0), "TreeConfig.size is 8.0; expected an integer"),
         (lambda: PromptLookup(depth=0), "PromptLookup.depth is 0; expected at least 1"),
         (
             lambda: PromptLookup(min_match=11),

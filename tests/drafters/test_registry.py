@@ -8,6 +8,7 @@ import pytest
 
 import jaxspec
 from examples.own_drafter import Followers, followers
+from jaxspec.checkpoints.drafters import save_drafter
 from jaxspec.cli import main
 from jaxspec.cli.exits import BAD_INPUT
 from jaxspec.config import TreeConfig
@@ -18,6 +19,7 @@ from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.plain import PLAIN
 from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
+from tests.drafters import cases
 from tests.slow import slow_but
 
 
@@ -38,6 +40,21 @@ def test_names():
     joined = jaxspec.load_drafter(f"{spec}+ngram", target, tree=tree).drafter
     assert joined == Joined((own, PromptLookup(size=4, depth=3)), 4)
     assert joined.parts == joined.drafters and own.parts == (own,)
+
+
+def test_a_drafter_has_the_tree_that_suits_it_unless_one_is_given(tmp_path):
+    target = tiny.target()
+    for kind, rules, tree in (
+        ("rnn", {}, "path_conditioned"),
+        ("dflash", {}, "chain"),
+        ("dspark", dict(survival=0.5), "chain"),
+    ):
+        loaded, folder = cases.loaded(kind, TreeConfig()), str(tmp_path / kind)
+        save_drafter(folder, loaded.drafter, loaded.params)
+        found = jaxspec.load_drafter(folder, target, **rules).drafter
+        assert found.tree == TreeConfig(tree, size=8)
+        both = jaxspec.load_drafter(f"{folder}+ngram", target, nodes=4, **rules).drafter
+        assert both.drafters[0].tree == TreeConfig(tree, size=4)
 
 
 def test_a_registered_name_is_one_line_of_ours(names):

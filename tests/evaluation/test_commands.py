@@ -89,15 +89,16 @@ def test_python_gives_the_rows_of_the_command(file, tmp_path):
         budgets=(2,),
         batch_size=2,
     )
-    found.save(tmp_path / "results.jsonl")
+    saved = tmp_path / "new/results.jsonl"
+    found.save(saved)
     with pytest.raises(ValueError, match="results.jsonl exists already; choose another name"):
-        found.save(tmp_path / "results.jsonl")
+        found.save(saved)
 
     def rounds(path):  # the drafter of "path" has no name here
         rows = [row for row in without_clock(path) if row["kind"] == "rounds"]
         return [row | {"drafter": None} if row["decoder"] == "path" else row for row in rows]
 
-    assert rounds(tmp_path / "results.jsonl") == rounds(file)
+    assert rounds(saved) == rounds(file)
     table = found.to_dicts()
     assert len(table) == 2 * 2 * (4 * 2 + 4 + 2)
     walked = next(row for row in table if row["decoder"] == "path" and row["budget"] == 4)
@@ -134,6 +135,14 @@ def test_filters_hold_at_every_temperature(file):
         ({"a": tiny.RANDOM.drafter}, {}, "drafter is RandomTrees.* LoadedDrafter.drafter, par"),
         ({"a": "ngram"}, dict(max_new_tokens=1), "max_new_tokens is 1; expected at least 2"),
         ({"a": "ngram"}, dict(budgets=(0,)), "budgets is 0; expected at least 1"),
+        ({"a": "ngram"}, dict(budgets=[8.0]), "budgets is 8.0; expected an integer"),
+        ({"a": "ngram"}, dict(temperatures=0.0), "temperatures is 0.0; expected a sequence"),
+        (
+            {"a": "ngram"},
+            dict(plain_dtypes="float32"),
+            "plain_dtypes is 'float32'; expected a",
+        ),
+        (["ngram"], {}, r"decoders is \['ngram'\]; expected decoders by name: {'lookup'"),
         ({"a": "ngram"}, dict(max_new_tokens=512), "need 5.* positions; the target has 512"),
     ],
 )
@@ -406,7 +415,10 @@ def test_report_writes_its_summary_into_a_document(file, tmp_path, capsys):
         ({"--decoders": "a=run/a,budget=0"}, "budget is 0; expected at least 1"),
         ({"--decoders": "a=run/a,tree=oak"}, "tree is 'oak'; expected one of chain"),
         ({"--decoders": "a=run/a,head=no"}, "head is 'no'; expected own or none"),
-        ({"--decoders": "a=ngram,tree=chain"}, "prompt lookup has a fixed tree"),
+        (
+            {"--decoders": "a=ngram,tree=chain"},
+            "expected it left out: 'ngram' has a fixed tree",
+        ),
         ({"--decoders": "a=run/b,tree=transitions"}, "needs a sequential head"),
         ({"--decoders": "a=run/a a=run/b"}, "two decoders are called 'a'"),
         ({"--max-new-tokens": "1"}, "--max-new-tokens is 1; expected at least 2"),

@@ -51,6 +51,7 @@ def test_a_drafter_without_confidence_is_not_scored_by_it(kind, options):
 def test_a_drafter_has_the_tree_that_suits_it_unless_one_is_named():
     trees = {
         "ngram": None,
+        "none": None,
         "run/a": "path_conditioned",  # has a sequential head
         "run/a+ngram": "path_conditioned",
         "run/a,head=none": "chain",
@@ -61,4 +62,14 @@ def test_a_drafter_has_the_tree_that_suits_it_unless_one_is_named():
     contenders = [Contender.parse(f"{i}={text}") for i, text in enumerate(trees)]
     entries = load_entries("target", contenders)
     assert [entry.contender.tree for entry in entries] == list(trees.values())
-    assert [entry.sized().drafter.size for entry in entries] == [8] * len(trees)
+    sizes = [entry.sized().drafter.size for entry in entries]
+    assert sizes == [1 if text == "none" else 8 for text in trees]
+
+
+@pytest.mark.usefixtures("models")
+def test_the_kind_that_suits_a_drafter_uses_the_options_given():
+    (entry,) = load_entries("target", [Contender.parse("a=run/a,candidates=6")])
+    assert entry.sized().drafter.tree == TreeConfig("path_conditioned", 8, candidates=6)
+    message = "'b': candidates is 6; expected it left out: a chain tree does not use it"
+    with pytest.raises(ValueError, match=message):
+        load_entries("target", [Contender.parse("b=run/b,candidates=6")])

@@ -101,6 +101,12 @@ def test_a_run_that_cannot_start_leaves_its_folder_as_it_was(copied):
     assert train(tiny.CONFIG, tiny.target(), tiny.examples(), copied) == copied / "drafter"
 
 
+def test_a_run_that_has_not_begun_has_no_step_to_resume_from(tmp_path):
+    with pytest.raises(ValueError, match="resume_step is 7, but no run has begun in .*; leave"):
+        train(tiny.CONFIG, tiny.target(), tiny.examples(), tmp_path / "new", resume_step=7)
+    assert not (tmp_path / "new").exists()
+
+
 def test_settings_may_change_until_something_was_trained(whole_run, tmp_path):
     packed = dataclasses.replace(tiny.CONFIG, packed=64, draft_vocab=9)
     with pytest.raises(ValueError, match="does not fit a packed row of 64; .*pack longer rows"):
