@@ -49,7 +49,7 @@ def generate(
     max_new_tokens: int = 256,
     stop: str | Sequence[str] | None = (),
     sampling: Sampling | Sequence[Sampling] = Sampling(),
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | jax.Array = 0,
     budget: int | Pace | None = None,
     batch_size: int = 8,
     capacity: int | None = None,
@@ -74,7 +74,7 @@ def generate(
       stop: texts that end an answer. The answer's text is cut before the first of them; its
         tokens end with the one that completes it. None is none.
       sampling: one for all prompts or one per prompt.
-      seed: prompt i uses `seed` folded with i; or one seed per prompt.
+      seed: prompt i uses `seed` folded with i; or one seed, or typed key, per prompt.
       budget: nodes verified per round, root included; the drafter's whole tree by default. A
         `Pace` (`measure_pace`) chooses it in each round, and fixes capacity and batch size.
       batch_size: prompts decoded together.

@@ -17,6 +17,7 @@ from jaxspec.cli.options import DrafterOptions
 from jaxspec.config import TreeConfig
 from jaxspec.data.jobs import read_jobs
 from jaxspec.data.prompts import read_prompts, read_rows
+from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.loading import load_drafter, load_target
 from jaxspec.prompts import as_token_ids, usable_prompts
@@ -138,7 +139,14 @@ def test_a_seed_follows_the_prompts_place_not_its_batch(folder, tmp_path, capsys
         )
         assert code == 0
         outputs.append([json.loads(line)["token_ids"] for line in out.splitlines()])
-    assert outputs[0] == outputs[1]
+    python = jaxspec.generate(
+        load_target(folder),
+        [[1, 2], [3], [4, 5, 6]],
+        max_new_tokens=8,
+        sampling=Sampling(1.0),
+        seed=5,
+    )
+    assert outputs[0] == outputs[1] == [list(answer.token_ids) for answer in python]
 
 
 def test_people_see_tokens_rounds_and_tau(folder, tmp_path, capsys):

@@ -66,7 +66,7 @@ class Generate:
     top_p: TopP = 1.0
     min_p: MinP = 0.0
     seed: int = 0
-    """Seed of sampling; prompt i of a file uses seed + i."""
+    """Seed of sampling; prompt i uses it folded with i, as in `jaxspec.generate`."""
     schedule: Literal["adaptive", "fixed"] = "adaptive"
     """adaptive: each round verifies as many nodes as pay for their time, down to the root alone
     (plain decoding); round times are measured at the first start and kept. fixed: each round
@@ -115,9 +115,11 @@ class Generate:
 
     def _decode(self, target, prompts: list, options: dict) -> int:
         import jax
+        import numpy as np
         from tqdm import tqdm
 
         import jaxspec
+        from jaxspec.decoding.requests import request_keys
         from jaxspec.prompts import usable_prompts
         from jaxspec.results import Interrupted
 
@@ -130,17 +132,16 @@ class Generate:
         )
         leads = jax.process_index() == 0
         code = exits.left_out(refused.values() if leads else ())
-        places = list(rows)
+        places, keys = list(rows), request_keys(self.seed, len(prompts))
         pace = self._prepare(target, list(rows.values()), options)
         starts = range(0, len(places), self.batch_size)
         hidden = len(starts) == 1 or not leads
         for start in tqdm(starts, unit="batch", disable=hidden, file=sys.stderr):
             batch = places[start : start + self.batch_size]
-            # A prompt's seed depends on its place in the file, not on its batch.
-            seeds = [self.seed + place for place in batch]
+            own = keys[np.array(batch)]  # by the place in the file, whatever the batch
             ids, interrupt = [rows[place] for place in batch], None
             try:
-                done = jaxspec.generate(target, ids, seed=seeds, **options)
+                done = jaxspec.generate(target, ids, seed=own, **options)
             except Interrupted as early:
                 done, interrupt = early.completions, early
             for place, completion in zip(batch, done, strict=True) if leads else ():

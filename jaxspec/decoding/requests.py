@@ -4,6 +4,7 @@ programs are compiled."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -181,13 +182,23 @@ def check_positions(config: TargetConfig, length: int, max_new_tokens: int) -> N
         )
 
 
-def request_keys(seed: int | Sequence[int], count: int) -> jax.Array:
-    """One typed key per request: `seed` folded with 0 … count - 1, or each own seed with 0."""
+def request_keys(seed: int | Sequence[int] | jax.Array, count: int) -> jax.Array:
+    """One typed key per request: `seed` folded with 0 … count - 1, each own seed with 0, or
+    keys that are typed already."""
     if np.ndim(seed) == 0:
         return _fold_keys(seed_key(seed), np.arange(count))
     if len(seed) != count:
         raise ValueError(f"{len(seed)} seeds for {count} prompts; give one, or one per prompt")
+    if is_key(seed):
+        return seed
     return jax.numpy.stack([jax.random.fold_in(seed_key(s), 0) for s in seed])
+
+
+def is_key(seed: Any) -> bool:
+    """Whether a seed is a typed key, or an array of them."""
+    return isinstance(seed, jax.Array) and jax.dtypes.issubdtype(
+        seed.dtype, jax.dtypes.prng_key
+    )
 
 
 _fold_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from jaxspec.config import TargetConfig
 from jaxspec.decoding import logprobs
 from jaxspec.decoding.logprobs import LogProbs
-from jaxspec.decoding.requests import check_tokens, request_keys, stop_ids_of
+from jaxspec.decoding.requests import check_tokens, is_key, request_keys, stop_ids_of
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.serving.grammars import Grammar
@@ -81,10 +80,7 @@ class Request:
                 f"exceed the {room} tokens that this engine allows per request; shorten the "
                 "prompt or ask for fewer tokens"
             )
-        keyed = isinstance(self.seed, jax.Array) and jnp.issubdtype(
-            self.seed.dtype, jax.dtypes.prng_key
-        )
-        if type(self.seed) is not int and not keyed:
+        if type(self.seed) is not int and not is_key(self.seed):
             raise ValueError(f"the seed is {self.seed!r}; expected an integer")
         check_tokens(self.sampling, config)
         least = self.sampling.min_tokens

@@ -53,6 +53,13 @@ def test_a_seed_may_be_an_array():
         assert (request_keys(seed, 2) == request_keys(3, 2)).all()
 
 
+def test_typed_keys_are_taken_as_they_are():
+    keys = jax.random.split(jax.random.key(1), 3)
+    assert (request_keys(keys, 3) == keys).all()
+    with pytest.raises(ValueError, match="3 seeds for 2 prompts"):
+        request_keys(keys, 2)
+
+
 SEEDS = [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**40, 2**63, 2**64, 3 * 2**64, -1, -(2**32)]
 
 
