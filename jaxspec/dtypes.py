@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.checkpoints import catalog
+from jaxspec.whole_files import replace_text
 
 DTYPES = ("float32", "bfloat16")
 ROWS, WIDTH, HEIGHT = 8, 8192, 8192  # 8 nodes times a weight larger than any CPU cache
@@ -107,6 +108,4 @@ def keep_json(name: str, value: dict) -> None:
     with contextlib.suppress(OSError):
         path = catalog.cache_dir() / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        own = path.with_name(f"{path.name}.{os.getpid()}")
-        own.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        own.replace(path)
+        replace_text(path, json.dumps(value, indent=1) + "\n")

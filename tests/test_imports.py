@@ -26,15 +26,16 @@ ARROWS = {
     "settings": "",
     "sharding": "",
     "tokenizer": "",
+    "whole_files": "",
     "text_stream": "tokenizer",
     "trees": "config pallas_kernels",
     "models": "config trees pallas_kernels",
     "drafters": "arguments config models noise trees pallas_kernels",
-    "decoding": "arguments config drafters models noise trees",
-    "checkpoints": "config drafters models sharding tokenizer",
+    "decoding": "arguments config drafters models noise trees whole_files",
+    "checkpoints": "config drafters models sharding tokenizer whole_files",
     "answer_text": "text_stream tokenizer",
     "data": "models tokenizer",
-    "dtypes": "checkpoints",
+    "dtypes": "checkpoints whole_files",
     "kept_curves": "decoding dtypes",
     "loading": "arguments checkpoints config drafters dtypes models settings sharding",
     "pace": "arguments decoding drafters kept_curves loading models prompts settings sharding",
@@ -50,7 +51,7 @@ ARROWS = {
     "evaluation": "jaxspec api arguments config data decoding drafters loading models noise"
     " prompts results settings trees",
     "training": "jaxspec api arguments checkpoints config data decoding drafters interrupts"
-    " locks models prompts serving settings sharding tokenizer trees",
+    " locks models prompts serving settings sharding tokenizer trees whole_files",
     "check": "api config decoding drafters evaluation models prompts training trees",
     "cli": "jaxspec api check checkpoints config data decoding doctor drafters dtypes"
     " evaluation interrupts kept_curves loading"

@@ -29,6 +29,7 @@ from jaxspec.checkpoints.target_weights import target_parts
 from jaxspec.checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder, read_json
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams
+from jaxspec.whole_files import new_folder
 
 FORMATS = ("orbax", "safetensors")
 SHARD_BYTES = 4 * 10**9  # of one safetensors file
@@ -96,9 +97,9 @@ def convert(
         head = dict(lm_head=fp8_lm_head, tied=config.tie_embeddings)
         return _convert_to_fp8(folder, output, format, **head)
     dtype = dtype or _stored_dtype(folder)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    cpu = jax.default_device(jax.local_devices(backend="cpu")[0])
+    with cpu, new_folder(output) as partial:
         params = huggingface.load_params(folder, config, dtype)
-        partial = _empty_beside(output)
         _copy_side_files(folder, partial, _text_config(folder, config) | {"dtype": dtype})
         if format == "orbax":
             save_weights(partial / huggingface.WEIGHTS, params)
@@ -108,7 +109,6 @@ def convert(
             written = _stored_tensors(partial, config, params)
         arrays = len(jax.tree.leaves(params))
         count, size = _compare(tqdm(written, "compare", unit="array", total=arrays), partial)
-    partial.rename(output)
     stored = str(np.dtype(DTYPES[dtype]))
     return Converted(output, stored, size, count, left_out=_left_out(folder, config))
 
@@ -126,14 +126,14 @@ def _convert_to_fp8(
     if format != "safetensors":
         raise ValueError(f"format is {format!r}; fp8 is written as safetensors")
     source = Fp8Tensors(folder, lm_head=lm_head, tied=tied)
-    partial, raw = _empty_beside(output), read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     change = {"quantization_config": source.section} | (_untied(raw) if lm_head else {})
-    _copy_side_files(folder, partial, raw | change)
-    _save_shards(partial, source.tensors("write"))
-    found = SafetensorsFolder(partial, quantised=True)
-    written = ((name, x, found.read(name)) for name, x in source.tensors("compare"))
-    count, size = _compare(written, partial)
-    partial.rename(output)
+    with new_folder(output) as partial:
+        _copy_side_files(folder, partial, raw | change)
+        _save_shards(partial, source.tensors("write"))
+        found = SafetensorsFolder(partial, quantised=True)
+        written = ((name, x, found.read(name)) for name, x in source.tensors("compare"))
+        count, size = _compare(written, partial)
     return Converted(output, "fp8", size, count, source.errors)
 
 
@@ -156,14 +156,6 @@ def _untied(raw: dict[str, Any]) -> dict[str, Any]:
     own = {"tie_word_embeddings": False}
     text = raw.get("text_config")
     return own if text is None else own | {"text_config": text | own}
-
-
-def _empty_beside(output: Path) -> Path:
-    """A temporary folder beside `output`, to be renamed to it when complete."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
 
 
 def _compare(written: Iterable[tuple[str, Any, Any]], folder: Path) -> tuple[int, int]:

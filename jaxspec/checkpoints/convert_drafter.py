@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from jaxspec.checkpoints.drafters import INTEGERS, drafter_folder, load_drafter,
 from jaxspec.checkpoints.quantisation import quantisation_of
 from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.config import TreeConfig
+from jaxspec.whole_files import new_folder
 
 # Information that some formats lack, although no computation depends on it.
 SILENT = {
@@ -80,9 +80,7 @@ def convert_drafter(
         loaded = load(target or named, dtype)
         arguments = loaded.config, loaded.params, TreeConfig(), dtype
         before = load_drafter(folder, *arguments)
-        partial = output.with_name(output.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
+        with new_folder(output) as partial:
             verifier = _from(output, target or named)
             save_drafter(partial, *before, format, verifier=verifier)
             after = load_drafter(partial, *arguments)
@@ -91,9 +89,6 @@ def convert_drafter(
                 lost = (*lost, f"the target's name, {named}")
             if quantisation is not None:
                 lost = (*lost, f"{quantisation.name}: weights are written in {dtype}")
-            os.rename(partial, output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return ConvertedDrafter(output, source, format, lost)
 
 

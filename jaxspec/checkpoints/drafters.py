@@ -45,6 +45,7 @@ from jaxspec.drafters.registry import trained
 from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.params import TargetParams
 from jaxspec.models.scaled import by_value
+from jaxspec.whole_files import replace_text
 
 INTEGERS = (DRAFT_TOKENS, OFFSETS, MEMBERS)  # tensors that are not weights
 SHIPPED = "shipped"  # name of the drafter in this package, for the catalog's default target
@@ -151,9 +152,7 @@ def save_temperatures(folder: str | Path, temperatures: Sequence[float]) -> None
     raw = read_json(path)
     config = from_json(raw, folder)
     raw[TEMPERATURES] = _temperatures([float(x) for x in temperatures], config, folder)
-    fresh = path.with_name("config.json.new")
-    fresh.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
-    fresh.replace(path)
+    replace_text(path, json.dumps(raw, indent=2, sort_keys=True) + "\n")
 
 
 def _temperatures(found: Any, config: Config, origin: Any) -> list[float]:

@@ -20,6 +20,7 @@ from jaxspec.decoding.schedule import Batch
 from jaxspec.decoding.staircase import Staircase, VerifySize
 from jaxspec.decoding.state import Decoder, Params
 from jaxspec.models.target import Target
+from jaxspec.whole_files import replace_text
 
 # Step times are flat if the slowest size takes less than this times the fastest. A single
 # number of rows may be flat, where reading weights takes longer than multiplying nodes.
@@ -81,10 +82,7 @@ class Curve:
 
     def save(self, path: str | Path) -> None:
         """Writes a JSON file, atomically."""
-        text = json.dumps(dataclasses.asdict(self), indent=1)
-        partial = Path(f"{path}.partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
+        replace_text(Path(path), json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Curve:

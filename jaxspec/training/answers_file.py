@@ -12,6 +12,7 @@ from typing import Any
 from jaxspec.data.identity import same_name
 from jaxspec.data.jobs import Job
 from jaxspec.locks import lock
+from jaxspec.whole_files import replace_text
 
 BEGINNING = b'{"id": '  # of every row
 Fields = dict[str, Any]
@@ -85,10 +86,8 @@ class AnswersFile:
                 )
         kept = [row for row in self._failed if row["id"] not in known]
         text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in kept)
-        fresh = self.errors.with_suffix(".partial")
         if kept:
-            fresh.write_text(text, encoding="utf-8")
-            os.replace(fresh, self.errors)
+            replace_text(self.errors, text)
         else:
             self.errors.unlink(missing_ok=True)
         return [job for job in jobs if job.id not in self.rows]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from jaxspec.checkpoints.drafters import save_drafter
@@ -11,6 +10,7 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.training.model_card import model_card
 from jaxspec.training.recipe import TrainConfig
 from jaxspec.training.run_folder import DRAFTER
+from jaxspec.whole_files import new_folder
 
 
 def export(
@@ -28,18 +28,11 @@ def export(
     folder = run / DRAFTER
     if Path(target).exists():
         target = os.path.relpath(target, folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        save_drafter(
-            partial,
-            drafter.drafter,
-            drafter.params,
-            verifier=target,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"{error}; resume from an earlier checkpoint with --resume-step"
-        ) from error
-    (partial / "README.md").write_text(model_card(run, config, step=step), encoding="utf-8")
-    os.rename(partial, folder)
+    with new_folder(folder) as partial:
+        try:
+            save_drafter(partial, drafter.drafter, drafter.params, verifier=target)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; resume from an earlier checkpoint with --resume-step"
+            ) from error
+        (partial / "README.md").write_text(model_card(run, config, step=step), encoding="utf-8")

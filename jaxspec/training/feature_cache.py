@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ from jaxspec.training.feature_shards import (
     stored_dtype,
 )
 from jaxspec.training.features import Features
+from jaxspec.whole_files import replace_text
 
 INDEX = "index.json"
 SHARD_BYTES = 256 * 10**6
@@ -100,7 +100,7 @@ class FeatureCache:
             )
         with claimed(self._folder, "wait until it is done, or give --features another folder"):
             _check_room(self._folder, layout, missing, stored)
-            _write_index(self._folder / INDEX, self._index)
+            replace_text(self._folder / INDEX, json.dumps(self._index, indent=2) + "\n")
             build_shards(self._folder, target, examples, self._held, layout, missing, stored)
 
     def read(self, length: int, shape: tuple[int, int], found: Sequence[Place]) -> Features:
@@ -197,12 +197,6 @@ def _index(
             "another folder"
         )
     return index
-
-
-def _write_index(path: Path, index: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(index, indent=2) + "\n")
-    os.replace(partial, path)
 
 
 def _check_room(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import jax
+
+from jaxspec.whole_files import replace_text
 
 OF_THE_MACHINE = ("tokens_per_second", "peak_memory")  # may differ in a repeated run
 Scalars = Mapping[str, float]
@@ -53,9 +54,7 @@ class MetricsLog:
             line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after
         ]
         if kept != lines:
-            fresh = path.with_suffix(".partial")
-            fresh.write_text("".join(kept))
-            os.replace(fresh, path)
+            replace_text(path, "".join(kept))
         self.path = path
 
     def write(self, step: int, **values: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from jaxspec.data.conversations import Example
 from jaxspec.data.identity import fingerprint
 from jaxspec.models.target import Target
 from jaxspec.training.recipe import TrainConfig
+from jaxspec.whole_files import replace_text
 
 CONFIG, FLAGS, METRICS, DRAFTER = "config.json", "run.toml", "metrics.jsonl", "drafter"
 FREE = ("validate_every", "checkpoint_every", "keep")  # settings without effect on weights
@@ -93,19 +93,14 @@ def enter(folder: Path, run: Mapping[str, Any], flags: Mapping[str, Any] | None 
     path = folder / CONFIG
     if (folder / DRAFTER).exists():
         (folder / DRAFTER).rename(_free_name(folder, read_json(path)["steps"]))
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(run, indent=2) + "\n")
-    os.replace(partial, path)
+    replace_text(path, json.dumps(run, indent=2) + "\n")
     if flags is not None:
         write_flags(folder, flags)
 
 
 def write_flags(folder: Path, flags: Mapping[str, Any]) -> None:
     """Writes the flags of the command that trains; `train --config` reads them."""
-    text = tomli_w.dumps(flags)
-    partial = (folder / FLAGS).with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, folder / FLAGS)
+    replace_text(folder / FLAGS, tomli_w.dumps(flags))
 
 
 def data_hash(examples: Sequence[Example]) -> str:
