@@ -242,6 +242,12 @@ class TreeConfig:
         at_least(1, self, *sizes)
 
 
+def tree_size(budget: int) -> int:
+    """The size of trees that verify `budget` nodes: a power of two, so that programs compiled
+    for one budget serve others."""
+    return 1 << (budget - 1).bit_length()
+
+
 LOW_RANK = ("markov", "gated", "rnn", "bilinear")  # heads with their own token embedding
 SEQUENTIAL_HEADS = (*LOW_RANK, "mlp")
 CONFIDENCE_HEADS = ("hidden", "hidden_and_previous")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from jaxspec.config import TREE_OPTIONS, TreeConfig, TreeKind
+from jaxspec.config import TREE_OPTIONS, TreeConfig, TreeKind, tree_size
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -193,8 +193,7 @@ class DrafterOptions:
         from jaxspec.loading import load_drafter
 
         name = self._name(target.name)
-        # The verified size is static, a power of two; the budget within it is an array.
-        size = 1 << (self.budget - 1).bit_length()
+        size = tree_size(self.budget)
         rules = dict(threshold=self.threshold, survival=self.survival)
         kind = self._kind(chain=chain)
         if kind is None:

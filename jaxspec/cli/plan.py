@@ -93,7 +93,7 @@ class Plan:
         return exits.DONE if fits else exits.FAULT
 
     def _drafter(self, target):
-        from jaxspec.config import TreeConfig
+        from jaxspec.config import TreeConfig, tree_size
         from jaxspec.drafters.joined import beside_lookup
         from jaxspec.drafters.mtp import mtp_config
         from jaxspec.drafters.ngram import PromptLookup
@@ -104,7 +104,7 @@ class Plan:
         names = ("width", "candidates")
         shape = {name: x for name in names if (x := getattr(self, name)) is not None}
         check_tree_options(self.drafter, self.tree, list(shape))
-        size = 1 << (self.budget - 1).bit_length()
+        size = tree_size(self.budget)
         if self.drafter == "none":
             return Plain()
         if self.drafter == "ngram":

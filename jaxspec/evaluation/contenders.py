@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from flax import nnx
 
-from jaxspec.config import TREE_KINDS, TREE_OPTIONS, TreeConfig
+from jaxspec.config import TREE_KINDS, TREE_OPTIONS, TreeConfig, tree_size
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.joined import change_drafter
 from jaxspec.drafters.ngram import PromptLookup
@@ -123,7 +123,7 @@ class Entry:
     def sized(self, budget: int | None = None, *, tree: str | None = None) -> LoadedDrafter:
         """The drafter with trees of `budget` nodes (the contender's by default)."""
         c, loaded = self.contender, self.drafter
-        size = 1 << (max(budget or c.budget, 2) - 1).bit_length()
+        size = tree_size(max(budget or c.budget, 2))
         shape = {name: getattr(c, name) for name in SHAPE if getattr(c, name) is not None}
         config = TreeConfig(tree or c.tree or "chain", size, **shape)
 

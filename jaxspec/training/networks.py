@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from jaxspec.config import DrafterConfig, TreeConfig
+from jaxspec.config import DrafterConfig, TreeConfig, tree_size
 from jaxspec.drafters import registry
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.eagle import eagle_params
@@ -103,7 +103,7 @@ def trained_drafter(
       kept: the draft vocabulary (`block_params`).
     """
     if tree is None:
-        tree = TreeConfig("chain", size=1 << config.depth.bit_length())
+        tree = TreeConfig("chain", size=tree_size(config.depth + 1))
     return registry.trained(config, weights, target.params, tree, kept=kept)
 
 
