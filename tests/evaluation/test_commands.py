@@ -335,7 +335,7 @@ def test_contenders_that_differ_in_budget_share_a_walk(file, tmp_path):
     walks = {
         (row.decoder, row.budget) for row in results.read_rows(output) if row.kind == "rounds"
     }
-    assert walks == {("small", 2), ("small", 4)}
+    assert walks == {("small", 2), ("large", 4)}
     before = output.read_bytes()
     assert main(arguments) == 0  # all of it is known
     assert output.read_bytes() == before
