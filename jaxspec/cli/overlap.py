@@ -23,10 +23,10 @@ class OverlapCheck:
     data: tuple[str, ...]
     """Conversations or prompts, in any format of docs/training.md."""
     prompts: tuple[str, ...]
-    """Evaluation prompts; every turn counts."""
+    """Evaluation prompts; every turn of a user counts, answers do not."""
     ngram: int = 13
-    """Shortest run of common words that counts as overlap. Each character of Chinese and
-    Japanese is a word."""
+    """Number of consecutive words in both texts that counts as overlap. Each character of
+    Chinese and Japanese is a word."""
     clean: Path | None = None
     """Write the rows without overlap here, as JSON lines."""
     json: bool = False
@@ -42,7 +42,12 @@ class OverlapCheck:
         check_least(self, ngram=1)
         refused: list[str] = []
         data, asked = (tuple(map(open_source, x)) for x in (self.data, self.prompts))
-        prompts = [part for x in asked for row in texts_of(x, refused) for part in row.parts]
+        prompts = [
+            turn
+            for x in asked
+            for row in texts_of(x, refused, answers=False)
+            for turn in row.parts
+        ]
         rows = [row for x in data for row in texts_of(x, refused)]
         found = list(overlaps((row.parts for row in rows), prompts, ngram=self.ngram))
         if self.clean is not None:
