@@ -36,6 +36,8 @@ class OverlapCheck:
         from jaxspec.data.sources import open_source
         from jaxspec.evaluation.overlap import overlaps, texts_of
 
+        if not self.data or not self.prompts:
+            raise ValueError("nothing to compare: give --data and --prompts, at least one each")
         if self.clean is not None and self.clean.exists():
             raise ValueError(f"--clean {self.clean} exists already; choose another name")
         check_writable("clean", self.clean)

@@ -134,7 +134,11 @@ def test_filters_hold_at_every_temperature(file):
         ({"a": tiny.RANDOM.drafter}, {}, "drafter is RandomTrees.* LoadedDrafter.drafter, par"),
         ({"a": "ngram"}, dict(max_new_tokens=1), "max_new_tokens is 1; expected at least 2"),
         ({"a": "ngram"}, dict(budgets=(0,)), "budgets is 0; expected at least 1"),
-        ({"a": "ngram"}, dict(max_new_tokens=512), "need 5.* positions; the target has 512"),
+        (
+            {"a": "ngram"},
+            dict(max_new_tokens=512),
+            "of 3 tokens, 512 new ones and 8 more of the last round need 523 positions; the",
+        ),
     ],
 )
 def test_python_refuses_what_the_command_does(decoders, options, message):
