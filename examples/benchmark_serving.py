@@ -32,6 +32,7 @@ from jaxspec.decoding.schedule import Adaptive, Fixed
 from jaxspec.drafters.joined import with_survival
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.drafters.registry import LOOKUP_TOO
+from jaxspec.evaluation.plots import check_matplotlib
 from jaxspec.prompts import as_token_ids
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
@@ -85,6 +86,7 @@ class Benchmark:
 
 
 def main(options: Benchmark) -> None:
+    check_matplotlib()
     began = time.perf_counter()
     jaxspec.enable_compilation_cache()
     target = jaxspec.load_target(options.target, dtype=options.dtype)
@@ -116,8 +118,8 @@ def main(options: Benchmark) -> None:
         "turns": turns,
     }
     options.output.write_text(json.dumps(results, indent=1) + "\n")
-    draw(rows, options.output.with_suffix(".png"))
     print(table(rows, ratios))
+    draw(rows, options.output.with_suffix(".png"))
 
 
 def engines(options: Benchmark, target) -> Iterator[tuple[str, Engine]]:

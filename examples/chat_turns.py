@@ -15,8 +15,12 @@ import time
 import uuid
 from collections.abc import Iterator
 
-import openai
 import tyro
+
+try:
+    import openai
+except ModuleNotFoundError:
+    raise SystemExit("this script needs openai: pip install openai") from None
 
 RULES = "Answer in plain words, name what you are not sure of, and never repeat the question. "
 QUESTIONS = (

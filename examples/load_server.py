@@ -16,7 +16,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import openai
 import tyro
 
 from jaxspec.data.prompts import read_prompts
@@ -29,6 +28,11 @@ from jaxspec.serving.load import (
     summarise,
     to_server,
 )
+
+try:
+    import openai
+except ModuleNotFoundError:
+    raise SystemExit("this script needs openai: pip install openai") from None
 
 PROMPTS = ("Why is the sky blue?", "Name three prime numbers.", "What is a tree?")
 

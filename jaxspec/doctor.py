@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -62,10 +62,8 @@ def versions() -> Finding:
     wrong = [line for line in map(_lacking, _requirements("")) if line]
     if not wrong:
         return Finding("versions", found)
-    advice = f"pip install {' '.join(repr(str(requirement)) for requirement in wrong)}"
-    return Finding(
-        "versions", f"{found}; not as needed: {', '.join(map(str, wrong))}", advice, True
-    )
+    found += f"; not as needed: {', '.join(map(str, wrong))}"
+    return Finding("versions", found, _pip_install(wrong), True)
 
 
 def devices() -> Finding:
@@ -149,10 +147,11 @@ def hub() -> Finding:
 def extras() -> Iterator[Finding]:
     """Optional extras, and which of their packages are missing."""
     for name in EXTRAS:
-        lacking = [str(r.name) for r in map(_lacking, _requirements(name)) if r]
-        if lacking:
-            advice = f"pip install {' '.join(lacking)} if you need it"
-            yield Finding(f"extra {name}", f"not installed: {', '.join(lacking)}", advice)
+        wrong = {r: lacking for r in _requirements(name) if (lacking := _lacking(r))}
+        if wrong:
+            found = ", ".join(lacking.name for lacking in wrong.values())
+            advice = f"{_pip_install(wrong)} if you need it"
+            yield Finding(f"extra {name}", f"not installed: {found}", advice)
         else:
             yield Finding(f"extra {name}", "installed")
 
@@ -170,8 +169,13 @@ def _requirements(extra: str, package: str = DISTRIBUTION) -> list[Requirement]:
                 marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
             )
         if wanted:
+            requirement.marker = None  # it holds, and pip knows nothing of the extra
             found.append(requirement)
     return found
+
+
+def _pip_install(requirements: Iterable[Requirement]) -> str:
+    return f"pip install {' '.join(repr(str(r)) for r in requirements)}"
 
 
 def _lacking(requirement: Requirement) -> Requirement | None:

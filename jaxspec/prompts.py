@@ -139,11 +139,13 @@ def usable_prompts(
     raw: bool,
     thinking: bool | None,
     max_new_tokens: int,
+    spare: int = 0,
 ) -> tuple[dict[int, list[int]], dict[int, str]]:
     """Usable prompts as token ids, and reasons why the others are not, both by index.
 
     Args:
       prompts: prompts, or an error in place of one that could not be read.
+      spare: tokens past an answer that also need positions.
 
     Raises:
       ValueError: none of them can be used.
@@ -156,7 +158,7 @@ def usable_prompts(
             continue
         try:
             ids = token_ids(target, prompt, raw=raw, thinking=thinking, name=name)
-            check_positions(target.config, len(ids), max_new_tokens)
+            check_positions(target.config, len(ids), max_new_tokens, spare)
             rows[place] = ids
         except ValueError as error:
             text = str(error)

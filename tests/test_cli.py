@@ -92,6 +92,15 @@ def test_a_prompt_that_cannot_be_used_is_named_and_the_others_are_answered(
     assert code == BAD_INPUT and "none of the 2 prompts is usable; prompt 0 has token" in err
 
 
+def test_spare_tokens_are_no_new_ones():
+    prompts, options = [[1], [2] * 500], dict(raw=True, thinking=None, max_new_tokens=8)
+    assert len(usable_prompts(tiny.target(), prompts, **options)[0]) == 2
+    (reason,) = usable_prompts(tiny.target(), prompts, **options, spare=5)[1].values()
+    assert reason.startswith(
+        "prompt 1: a prompt of 500 tokens, 8 new ones and 5 more of the last round need 513 "
+    )
+
+
 def test_a_row_that_cannot_be_read_keeps_its_place(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"turns": ["a"]}\n{"turn": 1}\n{not json\n{"prompt": "b"}\n')
@@ -240,6 +249,12 @@ DECODERS = ["--output", "results.jsonl", "--decoders", "a=ngram"]
             [*TRAIN, "--resume-step", "7"],
             "resume_step is 7, but no run has begun in run; ",
         ),
+        (["train", "--output", "run", "--data"], "nothing to train on: give --data"),
+        (
+            ["overlap", "--prompts", "prompts.jsonl", "--data"],
+            "nothing to compare: give --data",
+        ),
+        (["report"], "no results: give at least one file that `evaluate` wrote"),
         ([*BENCH, "--output", "absent/x.jsonl"], "--output absent/x.jsonl cannot be written"),
         ([*EVALUATE, *DECODERS, "--timed", "-1"], "--timed is -1; expected at least 0"),
         ([*EVALUATE, *DECODERS, "a=shipped"], "two decoders are called 'a'"),

@@ -54,3 +54,13 @@ def test_a_gpu_that_jax_does_not_see(monkeypatch):
 def test_what_is_lacking(needs, lacks):
     found = doctor._lacking(Requirement(needs))
     assert (found and found.name) == lacks
+
+
+def test_an_extra_is_installed_as_the_project_asks(monkeypatch):
+    """With JAX's own extra, which pins its plugins to JAX's version."""
+    monkeypatch.setattr(doctor, "EXTRAS", ("cuda",))
+    monkeypatch.setattr(doctor, "_lacking", lambda _: Requirement("jax-cuda13-plugin"))
+    (found,) = doctor.extras()
+    assert found.found == "not installed: jax-cuda13-plugin"
+    assert found.advice.startswith("pip install 'jax[cuda13]")
+    assert "extra ==" not in found.advice

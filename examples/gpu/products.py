@@ -212,7 +212,7 @@ def parse(arguments: list[str] | None):
     parser.add_argument("--products", nargs="+", help="names of weights; all by default")
     parser.add_argument("--nodes", type=int, nargs="+", default=[64])
     parser.add_argument("--tiles", type=Path, default=Path("out/gpu/products.json"))
-    options = parser.parse_args(arguments)
+    options = timing.parse(parser, arguments, nodes=[4])
     options.kernel = jax.default_backend() == "gpu"
     return options
 

@@ -304,7 +304,8 @@ def parse(arguments: list[str] | None):
         default="best_first",
         help="the tree whose drafting is paid for",
     )
-    options = parser.parse_args(arguments)
+    tiny = dict(nodes=[8], tau=[4], length=12, new_tokens=40)
+    options = timing.parse(parser, arguments, **tiny)
     if min(options.nodes) < 2:
         parser.error(f"--nodes is {options.nodes}; a tree has at least 2")
     profile = [1.0, *(options.survival or [])]

@@ -132,7 +132,8 @@ def parse(arguments: list[str] | None):
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=dtype_here().name)
     usual = ["chain8", *(f"{kind}{n}" for kind in TREE_KINDS[2:4] for n in (16, 64, 128))]
     parser.add_argument("--trees", nargs="+", default=usual, help="kind and nodes")
-    options = parser.parse_args(arguments)
+    tiny = dict(count=2, new_tokens=12, trees=["path_conditioned8"])
+    options = timing.parse(parser, arguments, **tiny)
     for name in options.trees:
         kind, nodes = case_parts(name)
         if kind not in TREE_KINDS or nodes < 2:

@@ -53,6 +53,7 @@ TABLE = (
     (8, 900, "plain chain16"),
     (32, 900, "plain verify8"),
 )
+TINY = "plain verify4 prefill512 pass path_conditioned8"  # cases of the tiny model
 CHUNK = 512  # prompt tokens at a time, and the unit of capacities
 ROOM = 1024  # cache rows for new tokens
 ROUNDS, DRAFTS, PROFILED = 32, 32, 8
@@ -356,12 +357,14 @@ def check(case: str) -> None:
 def parse(arguments: list[str] | None):
     parser = timing.parser(__doc__.splitlines()[0], "steps")
     parser.add_argument("--model", choices=MODELS, default="qwen3-8b")
-    parser.add_argument("--cases", nargs="+", help="without any selection: the whole table")
+    parser.add_argument(
+        "--cases", nargs="+", help="without any selection: the whole table; a few for tiny"
+    )
     parser.add_argument("--batch", type=int, nargs="+")
     parser.add_argument("--length", type=int, nargs="+", help="tokens behind")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"))
     parser.add_argument("--profile", nargs="+", default=[], help="cases to show by kernel")
-    return parser.parse_args(arguments)
+    return timing.parse(parser, arguments, cases=TINY.split(), length=[20])
 
 
 if __name__ == "__main__":

@@ -55,6 +55,16 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     return made
 
 
+def parse(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, **tiny
+) -> argparse.Namespace:
+    """Parses options; with `--model tiny` those in `tiny` are the defaults, so that a CPU is
+    soon done."""
+    if parser.parse_known_args(arguments)[0].model == "tiny":
+        parser.set_defaults(**tiny)
+    return parser.parse_args(arguments)
+
+
 class Rows:
     """A file of rows, each one JSON line, written as soon as it is known.
 

@@ -321,12 +321,8 @@ def parse(arguments: list[str] | None):
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--tiles", type=Path, default=Path("out/gpu/tiles.json"))
     parser.add_argument("--model", choices=("tiny",), help="small shapes, for a CPU")
-    options = parser.parse_args(arguments)
-    if options.model == "tiny":
-        options.nodes, options.contexts = [4], [64]
-        options.heads, options.kv_heads, options.head_dim = 4, 2, 64
-        options.dtype = "float32"
-    return options
+    heads = dict(heads=4, kv_heads=2, head_dim=64)
+    return timing.parse(parser, arguments, nodes=[4], contexts=[64], dtype="float32", **heads)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Calibrate:
                 f"--drafter {self.drafter} has no confidence head: nothing to calibrate"
             )
         spare = drafter.drafter.depth + 1
-        rows, code = self._usable(target, prompts, unread, self.max_new_tokens + spare)
+        rows, code = self._usable(target, prompts, unread, spare)
         answers = record(
             target,
             rows,
@@ -102,13 +102,12 @@ class Calibrate:
             print(f"stored in {self.drafter}/config.json")
         return code
 
-    def _usable(self, target, prompts, unread, max_new_tokens) -> tuple[list, int]:
+    def _usable(self, target, prompts, unread, spare) -> tuple[list, int]:
         """The prompts that the target can answer, and the exit code; others are printed."""
         from jaxspec.prompts import usable_prompts
 
-        rows, refused = usable_prompts(
-            target, prompts, raw=False, thinking=self.thinking, max_new_tokens=max_new_tokens
-        )
+        options = dict(thinking=self.thinking, max_new_tokens=self.max_new_tokens, spare=spare)
+        rows, refused = usable_prompts(target, prompts, raw=False, **options)
         code = exits.left_out([*unread, *refused.values()])
         if len(rows) < 2:
             raise ValueError(

@@ -106,7 +106,8 @@ class Evaluate:
             entries[0].target,
             texts,
             thinking=self.thinking,
-            max_new_tokens=self.max_new_tokens + spare_tokens(entries, self.budgets),
+            max_new_tokens=self.max_new_tokens,
+            spare=spare_tokens(entries, self.budgets),
         )
         setup = RunSettings(self._setup(entries, sets, filters))
         done = held(self.output, setup)

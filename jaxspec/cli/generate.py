@@ -32,6 +32,9 @@ from jaxspec.data.prompts import read_prompt_ids, read_rows
 class Generate:
     """Answer prompts by speculative decoding; the output is exactly the target model's.
 
+    Tau, printed with every answer, is the mean number of tokens that a round committed; a last
+    round that --max-new-tokens cuts short counts in full.
+
     Examples:
       python -m jaxspec generate --prompt "Why is the sky blue?"
       python -m jaxspec generate --prompts prompts.jsonl --drafter ngram --budget 8 --json

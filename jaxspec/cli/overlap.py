@@ -23,10 +23,10 @@ class OverlapCheck:
     data: tuple[str, ...]
     """Conversations or prompts, in any format of docs/training.md."""
     prompts: tuple[str, ...]
-    """Evaluation prompts; every turn counts."""
+    """Evaluation prompts; every turn of a user counts, answers do not."""
     ngram: int = 13
-    """Shortest run of common words that counts as overlap. Each character of Chinese and
-    Japanese is a word."""
+    """Number of consecutive words in both texts that counts as overlap. Each character of
+    Chinese and Japanese is a word."""
     clean: Path | None = None
     """Write the rows without overlap here, as JSON lines."""
     json: bool = False
@@ -36,13 +36,20 @@ class OverlapCheck:
         from jaxspec.data.sources import open_source
         from jaxspec.evaluation.overlap import overlaps, texts_of
 
+        if not self.data or not self.prompts:
+            raise ValueError("nothing to compare: give --data and --prompts, at least one each")
         if self.clean is not None and self.clean.exists():
             raise ValueError(f"--clean {self.clean} exists already; choose another name")
         check_writable("clean", self.clean)
         check_least(self, ngram=1)
         refused: list[str] = []
         data, asked = (tuple(map(open_source, x)) for x in (self.data, self.prompts))
-        prompts = [part for x in asked for row in texts_of(x, refused) for part in row.parts]
+        prompts = [
+            turn
+            for x in asked
+            for row in texts_of(x, refused, answers=False)
+            for turn in row.parts
+        ]
         rows = [row for x in data for row in texts_of(x, refused)]
         found = list(overlaps((row.parts for row in rows), prompts, ngram=self.ngram))
         if self.clean is not None:

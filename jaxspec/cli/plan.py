@@ -155,7 +155,7 @@ class Plan:
             *(f"  {name:<34}{gib(size)}" for name, size in plan.parts.items() if size),
         ]
         if plan.repeated:
-            lines.append(f"  {'of which passed twice, held once':<34}{gib(-plan.repeated)}")
+            lines.append(f"  {'embedding, LM head: counted twice':<34}{gib(-plan.repeated)}")
         for name, program in plan.programs.items():
             lines.append(f"  {name + ', temporaries':<34}{gib(program.temporaries)}")
         known = "at peak" if plan.programs else "without temporaries, not compiled"

@@ -26,16 +26,21 @@ def chosen(names: Sequence[str], count: int, unread: list[str]) -> dict[str, lis
 
 
 def encoded(
-    target, texts: dict[str, list[str]], *, thinking: bool | None, max_new_tokens: int
+    target,
+    texts: dict[str, list[str]],
+    *,
+    thinking: bool | None,
+    max_new_tokens: int,
+    spare: int = 0,
 ) -> tuple[dict[str, list[list[int]]], list[str]]:
-    """Prompts of each set as token ids, and a reason per prompt that cannot be used."""
+    """Prompts of each set as token ids, and a reason per prompt that cannot be used; see
+    `prompts.usable_prompts`."""
     from jaxspec.prompts import usable_prompts
 
+    options = dict(raw=False, thinking=thinking, max_new_tokens=max_new_tokens, spare=spare)
     sets, refused = {}, []
     for name, prompts in texts.items():
-        rows, bad = usable_prompts(
-            target, prompts, raw=False, thinking=thinking, max_new_tokens=max_new_tokens
-        )
+        rows, bad = usable_prompts(target, prompts, **options)
         sets[name] = list(rows.values())
         refused += [f"{name}: {reason}" for reason in bad.values()]
     return sets, refused

@@ -34,6 +34,8 @@ class Report:
         from jaxspec.evaluation.results import read_rows
         from jaxspec.evaluation.view import View
 
+        if not self.results:
+            raise ValueError("no results: give at least one file that `evaluate` wrote")
         view = View([row for path in self.results for row in read_rows(path)])
         tables = markdown(view, against=self.against)
         if self.into is not None:

@@ -30,11 +30,13 @@ class Serve:
     compiled, and compiles those for larger batches meanwhile. The adaptive schedule then
     measures, while idle, how long rounds of each size take; the times are kept.
 
+    A request without a temperature is sampled at 1, as in OpenAI's API; 0 is greedy.
+
     Examples:
       python -m jaxspec serve
       python -m jaxspec serve --drafter run/drafter --tree path_conditioned --budget 16
       curl localhost:8000/v1/completions -H "Content-Type: application/json" \\
-          -d '{"prompt": "Once upon a time", "max_tokens": 32}'
+          -d '{"prompt": "Once upon a time", "max_tokens": 32, "temperature": 0}'
     """
 
     drafter: Annotated[DrafterOptions, tyro.conf.arg(name="")] = DrafterOptions()

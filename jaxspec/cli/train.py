@@ -187,11 +187,13 @@ class Train:
         return exits.DONE
 
     def _check(self) -> None:
-        """Refuses lengths out of range, options that would have no effect, a step of a run that
-        has not begun, and loggers that are not installed."""
+        """Refuses missing data, lengths out of range, options that would have no effect, a step
+        of a run that has not begun, and loggers that are not installed."""
         from jaxspec.training.metrics import check_writers
         from jaxspec.training.run_folder import check_begun
 
+        if not self.data:
+            raise ValueError("nothing to train on: give --data, at least one source")
         check_begun(self.output, self.resume_step)
         check_least(self, max_length=1, min_supervised=1)
         check_writers(tensorboard=self.tensorboard, wandb=self.wandb is not None)

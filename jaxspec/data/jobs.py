@@ -71,10 +71,10 @@ class Job:
 def read_jobs(*sources: str | Path | Source) -> list[Job]:
     """Conversations to answer.
 
-    A row is {"turns": [...]}, {"prompt": ...}, a conversation whose answers are dropped
-    (`prompts.row_turns`), or {"opening": ..., "ending": ...}, a question the target writes
-    between the two. A row without "id" gets its index in the source, prefixed by "LABEL-" if
-    there are several sources. Any other row becomes a job with an error.
+    A row is {"turns": [...]}, {"prompt": ...}, {"question": ...}, a conversation whose answers
+    are dropped (`prompts.row_turns`), or {"opening": ..., "ending": ...}, a question the target
+    writes between the two. A row without "id" gets its index in the source, prefixed by
+    "LABEL-" if there are several sources. Any other row becomes a job with an error.
 
     Raises:
       ValueError: a source cannot be read, two rows have the same id, or no row can be used.

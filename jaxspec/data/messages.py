@@ -11,7 +11,7 @@ SYSTEMS = ("system", "developer")
 ROLES = (*SYSTEMS, USER, ASSISTANT, "tool")
 SHAREGPT = {"human": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT} | {x: x for x in ROLES}
 KEYS = ("conversations", "messages")  # keys of a conversation in a row
-PROMPT, COMPLETION = "prompt", "completion"
+PAIRS = (("prompt", "completion"), ("question", "answer"))  # keys of a row
 OURS, PROMPTS = "conversations", "prompts"
 PLAIN_SHAPES = (OURS, PROMPTS)  # what this project's own files hold
 TOOLS = ("tools", "functions")  # keys of a row
@@ -31,14 +31,24 @@ def shape_of(row: dict[str, Any]) -> str | None:
         if isinstance(first, dict) and "from" in first:
             return "ShareGPT's conversations"
         return OURS if key == KEYS[0] else "OpenAI's messages"
-    if PROMPT in row:
-        return "prompts with completions" if COMPLETION in row else PROMPTS
+    asked, answer = pair_of(row)
+    if asked in row:
+        return f"{asked}s with {answer}s" if answer in row else f"{asked}s"
     return PROMPTS if "turns" in row or "opening" in row else None
+
+
+def pair_of(row: dict[str, Any]) -> tuple[str, str]:
+    """The keys under which a row has a prompt, and perhaps its completion.
+
+    >>> pair_of({"question": "1 + 1?", "answer": "2"})
+    ('question', 'answer')
+    """
+    return next((pair for pair in PAIRS if pair[0] in row), PAIRS[0])
 
 
 def holds_conversation(row: dict[str, Any]) -> bool:
     """Whether a row has answers, so that `row_messages` reads it."""
-    return any(key in row for key in KEYS) or (PROMPT in row and COMPLETION in row)
+    return any(key in row for key in KEYS) or all(key in row for key in pair_of(row))
 
 
 def refuse_tools(row: dict[str, Any]) -> None:
@@ -54,7 +64,7 @@ def row_messages(row: dict[str, Any], *, answers: bool = True) -> list[dict[str,
     """The conversation of a row, as `read_messages` gives it.
 
     It is the list under "conversations" or "messages" (possibly as JSON text), or a "prompt"
-    with its "completion", each a text or a list of messages.
+    with its "completion", or a "question" with its "answer", each a text or a list of messages.
 
     Raises:
       ValueError: the row has no conversation, an invalid one, or one with tools.
@@ -64,14 +74,16 @@ def row_messages(row: dict[str, Any], *, answers: bool = True) -> list[dict[str,
     found = next((x for x in lists if x is not None), None)
     if found is not None:
         return read_messages(found, answers=answers)
-    if PROMPT in row and COMPLETION in row:
+    asked, answer = pair_of(row)
+    if asked in row and answer in row:
         return [
-            *_messages(row[PROMPT], USER, PROMPT),
-            *_messages(row[COMPLETION], ASSISTANT, COMPLETION),
+            *_messages(row[asked], USER, asked),
+            *_messages(row[answer], ASSISTANT, answer),
         ]
     raise ValueError(
-        "expected {'conversations': [{'role': …, 'content': …}, …]}, {'messages': […]} or "
-        f"{{'prompt': …, 'completion': …}}, found the keys {sorted(map(str, row))}"
+        "expected {'conversations': [{'role': …, 'content': …}, …]}, {'messages': […]}, "
+        "{'prompt': …, 'completion': …} or {'question': …, 'answer': …}, found the keys "
+        f"{sorted(map(str, row))}"
     )
 
 

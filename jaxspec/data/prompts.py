@@ -12,9 +12,9 @@ from jaxspec.data.jsonl import read_text
 from jaxspec.data.messages import (
     ASSISTANT,
     KEYS,
-    PROMPT,
     SYSTEMS,
     USER,
+    pair_of,
     read_messages,
     refuse_tools,
     row_messages,
@@ -23,8 +23,8 @@ from jaxspec.data.messages import read_text as message_text
 from jaxspec.data.sources import Source, open_source
 
 EXPECTED = (
-    'expected {"turns": ["text", …]}, {"prompt": "text"}, or {"conversations": […]} or '
-    '{"messages": […]} with a user\'s message'
+    'expected {"turns": ["text", …]}, {"prompt": "text"}, {"question": "text"}, or '
+    '{"conversations": […]} or {"messages": […]} with a user\'s message'
 )
 
 
@@ -70,15 +70,15 @@ def read_rows(source: str | Path | Source) -> Iterator[str | ValueError]:
 def row_turns(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
     """System messages and the user's turns of a row; answers are dropped.
 
-    A row is {"turns": [...]}, {"prompt": ...} with text or messages, or a conversation
-    (`messages.row_messages`).
+    A row is {"turns": [...]}, {"prompt": ...} or {"question": ...} with text or messages, or a
+    conversation (`messages.row_messages`).
 
     Raises:
       ValueError: the row has another form, no turn with text, tools, or a message between the
         turns that is no answer.
     """
     refuse_tools(row)
-    asked = row.get(PROMPT)
+    asked = row.get(pair_of(row)[0])
     if any(key in row for key in KEYS) or ("turns" not in row and isinstance(asked, list)):
         system, turns = _turns(
             row_messages(row, answers=False)

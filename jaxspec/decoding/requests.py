@@ -172,13 +172,21 @@ def unpack(
     ]
 
 
-def check_positions(config: TargetConfig, length: int, max_new_tokens: int) -> None:
-    """Raises ValueError if a prompt and its new tokens exceed the target's positions."""
-    total, positions = length + max_new_tokens, config.max_positions
+def check_positions(
+    config: TargetConfig, length: int, max_new_tokens: int, spare: int = 0
+) -> None:
+    """Raises ValueError if a prompt and its new tokens exceed the target's positions.
+
+    Args:
+      spare: tokens past the answer that also need positions.
+    """
+    total, positions = length + max_new_tokens + spare, config.max_positions
     if total > positions:
+        new = f"{max_new_tokens} new ones"
+        parts = f", {new} and {spare} more of the last round" if spare else f" and {new}"
         raise ValueError(
-            f"a prompt of {length} tokens and {max_new_tokens} new ones need {total} "
-            f"positions; the target has {positions}. Shorten the prompt or lower max_new_tokens"
+            f"a prompt of {length} tokens{parts} need {total} positions; the target has "
+            f"{positions}. Shorten the prompt or lower max_new_tokens"
         )
 
 

@@ -175,10 +175,10 @@ def evaluate(
         name: as_token_ids(entries[0].target, own, raw=raw, thinking=thinking)
         for name, own in ({"prompts": prompts} if one_set else prompts).items()
     }
-    needed = max_new_tokens + measure.spare_tokens(entries, budgets)
+    spare = measure.spare_tokens(entries, budgets)
     for rows in sets.values():
         for row in rows:
-            check_positions(entries[0].target.config, len(row), needed)
+            check_positions(entries[0].target.config, len(row), max_new_tokens, spare)
     settings = {
         "target": entries[0].target.name,
         "decoders": [entry.contender.name for entry in entries],

@@ -45,11 +45,12 @@ def tau(
 ) -> Iterator[Rounds | Reliability | Branches]:
     """Measures tau of every contender along the target's own answers; nothing is timed.
 
-    Contenders that differ only in budget are replayed once, at all of their budgets, under the
-    first one's name.
+    Contenders that differ only in name and budget are replayed once; each has a row at its own
+    budget.
 
     Args:
-      budgets: further budgets, besides each contender's own.
+      budgets: further budgets, besides each contender's own; of contenders that differ only in
+        name and budget, the first has their rows.
       stride: anchors between the branches compared with the target; 0 compares none.
       done: keys of known rows (`results.key`); a set whose rounds are all known is left out.
     """
@@ -70,20 +71,24 @@ class _Walks:
     """Contenders of one target, walked set by set."""
 
     def __init__(self, entries, sets: Sets, budgets, max_new_tokens: int, batch_size: int):
-        alike: dict[Contender, list[Entry]] = {}  # one walk serves those that differ in budget
+        self.entries, self.sets = entries, sets
+        alike: dict[tuple, list[Entry]] = {}  # they differ in name and budget; one walk each
         for e in entries:
-            alike.setdefault(dataclasses.replace(e.contender, name="", budget=1), []).append(e)
+            shape = dataclasses.replace(e.contender, name="", budget=1)
+            alike.setdefault((shape, id(e.drafter)), []).append(e)
+        self.first = {e: same[0] for same in alike.values() for e in same}
         self.budgets = {
-            same[0]: sorted({*budgets, *(e.contender.budget for e in same)})
-            for same in alike.values()
+            e: sorted({e.contender.budget, *(budgets if e is self.first[e] else ())})
+            for e in entries
         }
-        self.entries, self.sets = list(self.budgets), sets
         self.target: Target = entries[0].target
         self.max_new_tokens, self.batch = max_new_tokens, batch_size
-        self.walked = {e: e.sized(self.budgets[e][-1]) for e in self.entries}
+        self.walked = {
+            same[0]: same[0].sized(max(self.budgets[e][-1] for e in same))
+            for same in alike.values()
+        }
         # One observation serves all trees of a drafter.
-        first = {e.contender.drafter: e for e in reversed(self.entries)}
-        self.drafters = {name: self.walked[e] for name, e in first.items()}
+        self.drafters = {id(e.drafter): self.walked[e] for e in reversed(self.walked)}
         self.spare = spare_tokens(entries, budgets)
         longest = max(len(row) for rows in sets.values() for row in rows)
         together = Together(tuple(d.drafter for d in self.drafters.values()))
@@ -109,7 +114,7 @@ class _Walks:
             tables, gaps = self._tables(answers, stride, name)
             # Rounds come last: if they are known, all rows of the set are.
             for entry in self.entries:
-                bins = self._bins(entry, answers, tables[entry])
+                bins = self._bins(entry, answers, tables[self.first[entry]])
                 if bins is not None:
                     c = entry.contender
                     budget = self.budgets[entry][-1]
@@ -117,20 +122,21 @@ class _Walks:
             for drafter, found in gaps.items():
                 yield Branches(name, temperature, drafter, self._dtype, found)
             for entry in self.entries:
+                own = tables[self.first[entry]]
                 for budget in self.budgets[entry]:
-                    yield self._rounds(entry, name, temperature, budget, answers, tables[entry])
+                    yield self._rounds(entry, name, temperature, budget, answers, own)
 
     @property
     def _dtype(self) -> str:
         return self.entries[0].contender.dtype
 
     def _tables(self, answers: list[w.RecordedAnswer], stride: int, name: str):
-        """The tables of all answers per contender, and the branch gaps per drafter."""
-        tables: dict[Entry, list[w.Table]] = {entry: [] for entry in self.entries}
+        """The tables of all answers per walk, and the branch gaps per drafter."""
+        tables: dict[Entry, list[w.Table]] = {entry: [] for entry in self.walked}
         gaps: dict[str, list[float]] = {}
         chains = {
-            e.contender.drafter: e.sized(e.drafter.drafter.depth + 1, tree="chain")
-            for e in self.entries
+            e.contender.drafter: (e, e.sized(e.drafter.drafter.depth + 1, tree="chain"))
+            for e in self.walked
             if stride and e.contender.tree and e.contender.head == "own"
             if not self.target.config.delta_layers  # see `walk.branch_gaps`
             if len(e.drafter.drafter.parts) == 1
@@ -144,13 +150,11 @@ class _Walks:
                 self.target, drafters, batch, batch=self.batch, capacity=self.capacity
             )
             states = dict(zip(self.drafters, observed.states, strict=True))
-            for entry in self.entries:
-                state = states[entry.contender.drafter]
-                tables[entry] += w.tabulate(observed, batch, self.walked[entry], state)
-            for drafter, chain in chains.items():
-                found = w.branch_gaps(
-                    self.target, observed, batch, chain, states[drafter], stride=stride
-                )
+            for entry, walked in self.walked.items():
+                tables[entry] += w.tabulate(observed, batch, walked, states[id(entry.drafter)])
+            for drafter, (entry, chain) in chains.items():
+                state = states[id(entry.drafter)]
+                found = w.branch_gaps(self.target, observed, batch, chain, state, stride=stride)
                 gaps.setdefault(drafter, []).extend(found)
         return tables, gaps
 

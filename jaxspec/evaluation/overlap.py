@@ -107,7 +107,7 @@ class Texts:
     Attributes:
       where: its source and line or row.
       row: its fields.
-      parts: every message of a conversation, or every turn of a prompt.
+      parts: every message of a conversation, or every user's turn of a prompt.
     """
 
     where: str
@@ -115,12 +115,15 @@ class Texts:
     parts: list[str]
 
 
-def texts_of(source: str | Path | Source, refused: list[str]) -> Iterator[Texts]:
+def texts_of(
+    source: str | Path | Source, refused: list[str], *, answers: bool = True
+) -> Iterator[Texts]:
     """The texts of a source's rows: conversations (`messages.row_messages`) or prompts
     (`prompts.row_turns`).
 
     Args:
       refused: receives a line per unreadable row.
+      answers: whether answers count too; if not, conversations are read as prompts.
 
     Raises:
       ValueError: the source, or every row of it, is unreadable.
@@ -128,7 +131,7 @@ def texts_of(source: str | Path | Source, refused: list[str]) -> Iterator[Texts]
     source, read, bad = open_source(source), 0, []
     for row in source:
         try:
-            if holds_conversation(row.fields):
+            if answers and holds_conversation(row.fields):
                 parts = [message["content"] for message in row_messages(row.fields)]
             else:
                 parts = row_turns(row.fields)[1]

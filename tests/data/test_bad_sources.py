@@ -96,12 +96,10 @@ def test_no_rows(target, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", FILES)
 def test_wrong_columns_are_named(target, tmp_path, kind):
-    path = write(tmp_path / "data", kind, [{"question": "a", "answer": "b"}] * 2)
-    with pytest.raises(
-        ValueError, match=r"(line 1|row 0): expected .*\['answer', 'question'\]"
-    ):
+    path = write(tmp_path / "data", kind, [{"query": "a", "response": "b"}] * 2)
+    with pytest.raises(ValueError, match=r"(line 1|row 0): expected .*\['query', 'response'\]"):
         read_examples(path, target, max_length=9)
-    with pytest.raises(ValueError, match="(line 1|row 0): expected .*found.*question"):
+    with pytest.raises(ValueError, match="(line 1|row 0): expected .*found.*query"):
         read_prompts(path)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxspec.data.messages import read_messages, row_messages
+from jaxspec.data.messages import holds_conversation, read_messages, row_messages
 from jaxspec.data.prompts import row_turns
 
 TEXT = {"type": "text", "text": "Hi"}
@@ -84,6 +84,18 @@ def test_parts_that_would_be_lost_are_refused(part, error):
 def test_parts_that_are_empty_are_not_missed():
     empty = {"tool_calls": [], "function_call": None, "reasoning_content": "", "weight": 1}
     assert row_messages({"messages": [USER, ANSWER | empty], "tools": []}) == [USER, ANSWER]
+
+
+@pytest.mark.parametrize("name", ["prompt", "question"])
+def test_a_prompt_alone_asks_and_is_no_conversation(name):
+    assert row_turns({name: "Hi"}) == row_turns({name: [USER]}) == ([], ["Hi"])
+    with pytest.raises(ValueError, match=rf"expected .*, found the keys \['{name}'\]"):
+        row_messages({name: "Hi"})
+
+
+def test_a_prompt_goes_before_a_question():
+    row = {"prompt": "Hi", "question": "?", "answer": "!"}
+    assert row_turns(row) == ([], ["Hi"]) and not holds_conversation(row)
 
 
 @pytest.mark.parametrize("row", [{"messages": [USER, ANSWER]}, {"prompt": "Hi"}])

@@ -63,8 +63,9 @@ def test_our_own_lines_are_not_announced(tmp_path, capsys):
         ({"prompt": "a b", "completion": "c d"}, "prompts with completions"),
         ({"prompt": TALK[:1], "completion": TALK[1:2]}, "prompts with completions"),
         ({"messages": json.dumps(TALK[:2])}, "OpenAI's messages"),
+        ({"question": "a b", "answer": "c d"}, "questions with answers"),
     ],
-    ids=["openai", "sharegpt", "completion", "completion of messages", "json text"],
+    ids=["openai", "sharegpt", "completion", "completion of messages", "json text", "answer"],
 )
 @pytest.mark.parametrize("kind", FILES)
 def test_every_shape_of_row_trains_and_asks_alike(target, tmp_path, capsys, row, shape, kind):

@@ -143,7 +143,11 @@ def test_filters_hold_at_every_temperature(file):
             "plain_dtypes is 'float32'; expected a",
         ),
         (["ngram"], {}, r"decoders is \['ngram'\]; expected decoders by name: {'lookup'"),
-        ({"a": "ngram"}, dict(max_new_tokens=512), "need 5.* positions; the target has 512"),
+        (
+            {"a": "ngram"},
+            dict(max_new_tokens=512),
+            "of 3 tokens, 512 new ones and 8 more of the last round need 523 positions; the",
+        ),
     ],
 )
 def test_python_refuses_what_the_command_does(decoders, options, message):
@@ -344,7 +348,7 @@ def test_contenders_that_differ_in_budget_share_a_walk(file, tmp_path):
     walks = {
         (row.decoder, row.budget) for row in results.read_rows(output) if row.kind == "rounds"
     }
-    assert walks == {("small", 2), ("small", 4)}
+    assert walks == {("small", 2), ("large", 4)}
     before = output.read_bytes()
     assert main(arguments) == 0  # all of it is known
     assert output.read_bytes() == before

@@ -13,6 +13,7 @@ STORY = (
     "Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of "
     "babysitting. How much did she earn?"
 )
+SAID = {"role": "assistant", "content": STORY}
 PROMPTS = [
     STORY + FORMAT,
     "A merchant wants to make a choice of purchase between 2 purchase plans." + FORMAT,
@@ -93,6 +94,22 @@ def test_the_command_names_lines_and_writes_the_clean_ones(tmp_path, capsys):
     assert main(arguments) == 0
     assert main([*arguments, "--clean", str(clean)]) == BAD_INPUT
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "How much?", "answer": STORY},
+        {"messages": [{"role": "user", "content": "How much?"}, SAID]},
+    ],
+    ids=["answer", "messages"],
+)
+def test_answers_of_evaluation_rows_are_no_prompts(tmp_path, capsys, row):
+    data = write(tmp_path / "data.jsonl", {"conversations": [SAID]})
+    prompts = write(tmp_path / "prompts.jsonl", row)
+    assert main(["overlap", "--data", str(data), "--prompts", str(prompts)]) == 0
+    assert "0 of 1 rows overlap with 1 prompts\n" in capsys.readouterr().out
+    assert main(["overlap", "--data", str(prompts), "--prompts", str(prompts)]) == 1
 
 
 def test_rows_that_cannot_be_read_are_named_and_the_others_searched(tmp_path, capsys):

@@ -47,6 +47,13 @@ def test_what_is_not_begun_in_time_is_reported_and_done_the_next_time(run):
     assert row["ms"] > 0
 
 
+def test_the_tiny_model_has_small_defaults_which_options_replace(script):
+    parse = script("replay").parse
+    assert (parse([]).new_tokens, parse([]).nodes) == (1024, [16, 64, 256])
+    tiny = parse(["--model", "tiny", "--new-tokens", "7"])
+    assert (tiny.new_tokens, tiny.nodes) == (7, [8])
+
+
 def test_a_large_model_is_refused_where_there_is_no_gpu(run):
     with pytest.raises(
         SystemExit, match="JAX runs on .* CPU; .* expects .* GPU.* `--model tiny`"

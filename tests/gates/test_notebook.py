@@ -14,7 +14,8 @@ def test_the_tour(smollm2_path):
     tour = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
     where = {"metadata": {"path": str(EXAMPLES)}}
     nbclient.NotebookClient(tour, timeout=600, resources=where).execute()
-    printed = [
-        output.get("text", "") for cell in tour.cells for output in cell.get("outputs", ())
-    ]
-    assert any("tokens a round with 8 nodes" in text for text in printed)
+    printed = [out["text"] for out in tour.cells[-1].outputs if out.get("name") == "stdout"]
+    lines = "".join(printed).splitlines()
+    decoders = ["lookup", "chain", "tree", "both", "own"]
+    assert [line.partition(":")[0].strip() for line in lines] == decoders
+    assert "tokens a round with 8 nodes" in lines[0]

@@ -185,6 +185,11 @@ def test_command(capsys):
     assert "without temporaries, not compiled" in capsys.readouterr().out
 
 
+def test_command_says_what_it_counts_twice(capsys):
+    assert main(["plan", "--target", "qwen3-8b", "--no-compile"]) == 0
+    assert "  embedding, LM head: counted twice " in capsys.readouterr().out
+
+
 def test_command_with_a_name_nothing_is_known_of(capsys):
     assert main(["plan", "--target", "Qwen/Qwen9", "--no-compile"]) == 2
     assert "no preset and no folder is called Qwen/Qwen9" in capsys.readouterr().err
