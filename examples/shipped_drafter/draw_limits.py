@@ -38,7 +38,7 @@ class Draw:
     temperature: float = 0.0
 
     def run(self) -> None:
-        rows = results.read_rows(self.results)
+        rows = results.read_rows(self.results, limits.KINDS)
         found = Found(rows, self.temperature)
         tables = {
             TAU_MARKS: tau_table(found),
@@ -65,15 +65,15 @@ def write(tables: dict[tuple[str, str], str], document: Path | None) -> None:
 class Found:
     """Rows of one temperature by decoder and budget, and of all sets."""
 
-    def __init__(self, rows: list[results.Row], temperature: float):
+    def __init__(self, rows: list[limits.Row], temperature: float):
         lines = View(rows).select("walk", temperature)
         self.lines: dict[str, dict[int, Line]] = {}
         for line in lines:
             own = self.lines.setdefault(line.label.decoder, {})
             own[line.label.budget] = line
-        self.joint: dict[str, list[results.Joint]] = {}
+        self.joint: dict[str, list[limits.Joint]] = {}
         for row in rows:
-            if isinstance(row, results.Joint) and row.temperature == temperature:
+            if isinstance(row, limits.Joint) and row.temperature == temperature:
                 self.joint.setdefault(row.first, []).append(row)
         if not self.joint:
             raise ValueError(f"nothing was walked at temperature {temperature:g}")
@@ -143,7 +143,7 @@ def share_table(found: Found) -> str:
     return table(["drafter", "drafted tokens", *heads], rows, left=2)
 
 
-def shares(rows: list[results.Joint], least: int) -> dict[str, m.Estimate]:
+def shares(rows: list[limits.Joint], least: int) -> dict[str, m.Estimate]:
     """Share of rounds by who would have accepted at least so many drafted tokens."""
     counts = [np.asarray(own) for row in rows for own in row.counts]
     weights = m.resamplings([len(row.counts) for row in rows])
@@ -214,7 +214,7 @@ def _draw_budgets(panel, found: Found, named: str) -> None:
     panel.set_title("Trees, and what their candidates allow", **TITLE)
 
 
-def _draw_shares(panel, rows: list[results.Joint]) -> None:
+def _draw_shares(panel, rows: list[limits.Joint]) -> None:
     least = (1, 2, 3, 4, 6)
     bottom = np.zeros(len(least))
     looks = {

@@ -38,7 +38,7 @@ class Draw:
     """Folder for long.png."""
 
     def run(self) -> None:
-        rows = results.read_rows(self.results)
+        rows = results.read_rows(self.results, limits.KINDS)
         view = View(rows)
         tables = {TAU_MARKS: tau_table(rows, view, self.drafter)}
         if view.select("decode", 0.0):
@@ -65,10 +65,10 @@ def shown(drafter: str) -> dict[str, str]:
     }
 
 
-def tau_table(rows: list[results.Row], view: View, drafter: str) -> str:
+def tau_table(rows: list[limits.Row], view: View, drafter: str) -> str:
     """Tau with 16 nodes by task and length, and how much of the answers was copied."""
     cells = []
-    copied = {(x.set, x.temperature): x for x in rows if isinstance(x, results.Copies)}
+    copied = {(x.set, x.temperature): x for x in rows if isinstance(x, limits.Copies)}
     for temperature in view.temperatures:
         found = lines(view, "walk", temperature)
         for name in sorted(found[limits.LOOKUP, NODES].sets, key=_order):

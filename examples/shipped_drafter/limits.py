@@ -19,15 +19,17 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
+import oracle  # the script beside this one
 import tyro
 from tqdm import tqdm
 
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.joined import DEEPEST_MATCH
-from jaxspec.evaluation import oracle, results
+from jaxspec.evaluation import results
 from jaxspec.evaluation import walk as w
 from jaxspec.evaluation.comparison import machine
 from jaxspec.evaluation.contenders import Contender, Entry, load_entries
@@ -41,6 +43,53 @@ ANY = 1 << 30  # candidates: the whole draft vocabulary
 JOINT_BUDGET = 16
 LOOKUP = "lookup"
 GRAM = 8  # run of equal tokens that counts as copied rather than chance
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """What two decoders would have accepted in the rounds of a third.
+
+    Attributes:
+      decoder: the third decoder; `budget` is that of all three.
+      first, second: names of the other two.
+      counts: [prompts, P + 1, P' + 1], rounds in which the first would have accepted 0, 1, …
+        drafted tokens and the second 0, 1, ….
+    """
+
+    set: str
+    temperature: float
+    decoder: str
+    budget: int
+    first: str
+    second: str
+    counts: Sequence[Sequence[Sequence[int]]]
+    kind: Literal["joint"] = "joint"
+    identity: ClassVar = ("set", "temperature", "decoder", "budget", "first", "second")
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """How much of the target's answers repeats earlier text; lists have one entry per prompt.
+
+    Attributes:
+      gram: a token counts as copied if the last `gram` tokens occurred before.
+      tokens: tokens of the answer.
+      from_prompt: tokens copied from the prompt.
+      from_answer: further tokens copied from earlier in the answer.
+    """
+
+    set: str
+    temperature: float
+    gram: int
+    tokens: Sequence[int]
+    from_prompt: Sequence[int]
+    from_answer: Sequence[int]
+    kind: Literal["copies"] = "copies"
+    identity: ClassVar = ("set", "temperature", "gram")
+
+
+KINDS = results.KINDS | {cls.kind: cls for cls in (Joint, Copies)}
+Row = results.Row | Joint | Copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +147,10 @@ def setup_of(entry: Entry, texts: dict[str, list[str]], length: int) -> results.
 def keep(
     output: Path,
     setup: results.RunSettings,
-    measure: Callable[[results.Done], Iterable[results.Row]],
+    measure: Callable[[results.Done], Iterable[Row]],
 ) -> None:
     """Appends the rows that a file does not have yet, as they come."""
-    done = results.held(output, setup)
+    done = results.held(output, setup, KINDS)
     results.cut_torn(output)
     for row in itertools.chain([setup], measure(done)):
         if results.key(row) not in done:
@@ -116,7 +165,7 @@ def walked(
     length: int,
     done: results.Done,
     budgets: Sequence[int] = BUDGETS,
-) -> Iterator[results.Row]:
+) -> Iterator[Row]:
     """Rows of all drafters on all sets, `length` new tokens each, at one temperature.
 
     Args:
@@ -160,7 +209,7 @@ def limits(
     temperature: float,
     answers: list[w.RecordedAnswer],
     budgets: Sequence[int] = BUDGETS,
-) -> Iterator[results.Row]:
+) -> Iterator[Row]:
     """Rows of one drafter on one set.
 
     Args:
@@ -209,14 +258,14 @@ def limits(
     yield dataclasses.replace(_last(name, temperature, entry), counts=counts)
 
 
-def _last(name: str, temperature: float, entry: Entry) -> results.Joint:
+def _last(name: str, temperature: float, entry: Entry) -> Joint:
     """The last row of a set, without its counts: if it is known, the whole set is."""
     named = entry.contender.name
-    return results.Joint(name, temperature, f"{named}, both", JOINT_BUDGET, named, LOOKUP, ())
+    return Joint(name, temperature, f"{named}, both", JOINT_BUDGET, named, LOOKUP, ())
 
 
 def joint(answer: w.RecordedAnswer, both: w.Table, first: w.Table, second: w.Table):
-    """Counts of `results.Joint` for one answer."""
+    """Counts of `Joint` for one answer."""
     _, visited = w.walk(answer, both, JOINT_BUDGET)
     accepted = [(t.nodes[visited] < JOINT_BUDGET).sum(axis=1) for t in (first, second)]
     counts = np.zeros([t.nodes.shape[1] + 1 for t in (first, second)], int)
@@ -224,9 +273,7 @@ def joint(answer: w.RecordedAnswer, both: w.Table, first: w.Table, second: w.Tab
     return counts.tolist()
 
 
-def copies(
-    name: str, temperature: float, answers: Sequence[w.RecordedAnswer]
-) -> results.Copies:
+def copies(name: str, temperature: float, answers: Sequence[w.RecordedAnswer]) -> Copies:
     """How much of the answers is copied from their prompts, or from earlier in themselves."""
     tokens, from_prompt, from_answer = [], [], []
     for answer in answers:
@@ -241,7 +288,7 @@ def copies(
         tokens.append(answer.new_tokens)
         from_prompt.append(counts[0])
         from_answer.append(counts[1])
-    return results.Copies(name, temperature, GRAM, tokens, from_prompt, from_answer)
+    return Copies(name, temperature, GRAM, tokens, from_prompt, from_answer)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ class Walk:
         chosen = {name: sets[name] for name in self.only or sets}
         limits.keep(self.output, setup, lambda done: self.rows(entries, chosen, done))
 
-    def rows(self, entries: list[Entry], sets, done: results.Done) -> Iterator[results.Row]:
+    def rows(self, entries: list[Entry], sets, done: results.Done) -> Iterator[limits.Row]:
         for temperature in self.temperatures:
             length = self.max_new_tokens
             yield from limits.walked(entries, sets, temperature, length, done, BUDGETS)
@@ -173,7 +173,7 @@ class Clock(Walk):
     timed: int = 2
     """Prompts per set, evenly apart."""
 
-    def rows(self, entries: list[Entry], sets, done: results.Done) -> Iterator[results.Row]:
+    def rows(self, entries: list[Entry], sets, done: results.Done) -> Iterator[limits.Row]:
         rivals = {(name, 1): form for name, form in plain_forms().items()}
         for entry in entries:
             for nodes in BUDGETS:

@@ -4,14 +4,13 @@
 - ``rounds``: one decoder on one prompt set (`Rounds`). Tau follows from these counts and, with
   `seconds`, speed.
 - ``reliability``: a decoder's predicted and actual acceptance (`Reliability`).
-- ``joint``: rounds by what two decoders would have accepted in them (`Joint`).
-- ``copies``: share of the answers that repeats earlier text (`Copies`).
 - ``branches``: how faithful a drafter's likeliest branch is to the target (`Branches`).
 - ``costs``: milliseconds of the phases of a round (`Costs`).
 - ``verify``: milliseconds of a forward over n nodes (`Verify`).
 
-Tables and pictures can be made from the file alone (`python -m jaxspec report`), and an
-interrupted run resumes from it (`held`).
+A class's `identity` names the fields by which its rows in one run differ. Tables and pictures
+can be made from the file alone (`python -m jaxspec report`), and an interrupted run resumes
+from it (`held`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -62,6 +61,7 @@ class Rounds:
     equal: Sequence[bool] | None = None
     prompt_seconds: Sequence[float] | None = None
     kind: Literal["rounds"] = "rounds"
+    identity: ClassVar = ("how", "set", "temperature", "decoder", "budget")
 
     def histogram(self) -> np.ndarray:
         """[prompts, K]: rounds that committed 0, 1, … K - 1 tokens."""
@@ -109,6 +109,7 @@ class Reliability:
     budget: int
     bins: Sequence[Sequence[float]]
     kind: Literal["reliability"] = "reliability"
+    identity: ClassVar = ("set", "temperature", "decoder", "budget")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,47 +127,7 @@ class Branches:
     dtype: str
     gaps: Sequence[float]
     kind: Literal["branches"] = "branches"
-
-
-@dataclasses.dataclass(frozen=True)
-class Joint:
-    """What two decoders would have accepted in the rounds of a third.
-
-    Attributes:
-      decoder: the third decoder; `budget` is that of all three.
-      first, second: names of the other two.
-      counts: [prompts, P + 1, P' + 1], rounds in which the first would have accepted 0, 1, …
-        drafted tokens and the second 0, 1, ….
-    """
-
-    set: str
-    temperature: float
-    decoder: str
-    budget: int
-    first: str
-    second: str
-    counts: Sequence[Sequence[Sequence[int]]]
-    kind: Literal["joint"] = "joint"
-
-
-@dataclasses.dataclass(frozen=True)
-class Copies:
-    """How much of the target's answers repeats earlier text; lists have one entry per prompt.
-
-    Attributes:
-      gram: a token counts as copied if the last `gram` tokens occurred before.
-      tokens: tokens of the answer.
-      from_prompt: tokens copied from the prompt.
-      from_answer: further tokens copied from earlier in the answer.
-    """
-
-    set: str
-    temperature: float
-    gram: int
-    tokens: Sequence[int]
-    from_prompt: Sequence[int]
-    from_answer: Sequence[int]
-    kind: Literal["copies"] = "copies"
+    identity: ClassVar = ("set", "temperature", "drafter", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +143,7 @@ class Costs:
     budget: int
     phases: dict[str, float | None]
     kind: Literal["costs"] = "costs"
+    identity: ClassVar = ("decoder", "dtype", "budget")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +153,7 @@ class Verify:
     dtype: str
     ms: dict[str, float]
     kind: Literal["verify"] = "verify"
+    identity: ClassVar = ("dtype",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,22 +162,11 @@ class RunSettings:
 
     fields: dict[str, Any]
     kind: Literal["setup"] = "setup"
+    identity: ClassVar = ()
 
 
-Row = Rounds | Reliability | Joint | Copies | Branches | Costs | Verify | RunSettings
+Row = Rounds | Reliability | Branches | Costs | Verify | RunSettings
 KINDS = {cls.kind: cls for cls in Row.__args__}
-
-# Fields that identify a row among those of its kind in one run.
-IDENTITY = {
-    "rounds": ("how", "set", "temperature", "decoder", "budget"),
-    "reliability": ("set", "temperature", "decoder", "budget"),
-    "joint": ("set", "temperature", "decoder", "budget", "first", "second"),
-    "copies": ("set", "temperature", "gram"),
-    "branches": ("set", "temperature", "drafter", "dtype"),
-    "costs": ("decoder", "dtype", "budget"),
-    "verify": ("dtype",),
-    "setup": (),
-}
 Key = tuple
 Done = Collection[Key]
 
@@ -225,7 +177,7 @@ def key(row: Row) -> Key:
     >>> key(Verify("float32", {"1": 10.0}))
     ('verify', 'float32')
     """
-    return (row.kind, *(getattr(row, name) for name in IDENTITY[row.kind]))
+    return (row.kind, *(getattr(row, name) for name in row.identity))
 
 
 def counts(stats: Sequence[DecodeStats]) -> dict[str, list]:
@@ -242,21 +194,25 @@ def append(path: Path, row: Row) -> None:
         stream.write(json.dumps(dataclasses.asdict(row)) + "\n")
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path, kinds: Mapping[str, type] = KINDS) -> list[Row]:
     """All rows of a file.
+
+    Args: kinds: classes of its rows, by `kind`.
 
     Raises:
       ValueError: the file cannot be read, or a line is not a row.
     """
-    rows = [_parse(path, number, line) for number, line in numbered_lines(path)]
+    rows = [_parse(path, number, line, kinds) for number, line in numbered_lines(path)]
     if not any(isinstance(row, Rounds) for row in rows):
         raise ValueError(f"{path} has no measurements; run `python -m jaxspec evaluate`")
     return rows
 
 
-def held(path: Path, setup: RunSettings) -> set[Key]:
+def held(path: Path, setup: RunSettings, kinds: Mapping[str, type] = KINDS) -> set[Key]:
     """Keys of the rows already in a file of the same setup; none without a file. An incomplete
     last line is ignored, see `cut_torn`.
+
+    Args: kinds: classes of its rows, by `kind`.
 
     Raises:
       ValueError: the file is another setup's, or no evaluation's. A setup without fingerprints
@@ -267,7 +223,7 @@ def held(path: Path, setup: RunSettings) -> set[Key]:
     lines = list(numbered_lines(path))
     if _torn(path):
         del lines[-1]
-    rows = [_parse(path, number, line) for number, line in lines]
+    rows = [_parse(path, number, line, kinds) for number, line in lines]
     found = [row.fields for row in rows if isinstance(row, RunSettings)]
     if not found:
         raise ValueError(
@@ -309,10 +265,10 @@ def _torn(path: Path) -> bytes:
     return last if last.strip() else b""
 
 
-def _parse(path: str | Path, number: int, line: str) -> Row:
+def _parse(path: str | Path, number: int, line: str, kinds: Mapping[str, type]) -> Row:
     try:
         fields = json.loads(line)
-        return KINDS[fields["kind"]](**fields)
+        return kinds[fields["kind"]](**fields)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}, line {number}: expected a row written by `python -m jaxspec evaluate`, "

@@ -6,17 +6,17 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 
 from jaxspec.answer_text import AnswerText
 from jaxspec.decoding.stats import DecodeStats
-from jaxspec.serving.calls import OPEN, joined_calls
-from jaxspec.serving.logprobs import LogProbShape, joined
+from jaxspec.serving.calls import OPEN
+from jaxspec.serving.logprobs import LogProbShape
 from jaxspec.serving.metrics import Watch
 from jaxspec.serving.protocol import Asked
 from jaxspec.serving.requests import Update
 from jaxspec.serving.runner import EngineFailed, Ticket
-from jaxspec.serving.shapes import Answer, Shape, error_body, usage
+from jaxspec.serving.shapes import Piece, Shape, error_body, joined_pieces, usage
 from jaxspec.serving.thoughts import ThoughtReader
 from jaxspec.tokenizer import Tokenizer
 
@@ -29,35 +29,6 @@ class Choice:
 
     ticket: Ticket
     watch: Watch
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Text added to a choice; the last piece of a choice says why it ended.
-
-    Attributes:
-      tokens: number of tokens of the answer so far.
-      cached: prompt tokens taken from the prefix cache.
-      logprobs: of the new tokens, in the answer's shape, if the request asks for them.
-      thoughts: added to what the model thought before it answered.
-      calls: new parts of tool calls (`CallReader`).
-    """
-
-    choice: int
-    text: str
-    tokens: int
-    finish: str | None = None
-    stats: DecodeStats | None = None
-    cached: int = 0
-    logprobs: dict | None = None
-    thoughts: str = ""
-    calls: Sequence[dict] = ()
-
-    @property
-    def says_something(self) -> bool:
-        """Whether a client has to know it."""
-        parts = self.text, self.finish, self.logprobs, self.thoughts, self.calls
-        return any(map(bool, parts))
 
 
 class Stuck(Exception):
@@ -157,20 +128,8 @@ class Answering:
         async with contextlib.aclosing(self._pieces()) as pieces:
             async for piece in pieces:
                 found[piece.choice].append(piece)
-        answers = []
-        for own in found:
-            parts = [piece.logprobs for piece in own if piece.logprobs is not None]
-            answers.append(
-                Answer(
-                    "".join(piece.text for piece in own),
-                    own[-1].finish,
-                    "".join(piece.thoughts for piece in own),
-                    joined(parts) if parts else None,
-                    joined_calls([call for piece in own for call in piece.calls]),
-                )
-            )
-        last = {choice: own[-1] for choice, own in enumerate(found)}
-        return self.shape.whole(answers, self._usage(last))
+        answers = [joined_pieces(own) for own in found]
+        return self.shape.whole(answers, self._usage(answers))
 
     async def events(self) -> AsyncGenerator[dict]:
         """The objects of a stream; an error, if any, comes last."""
@@ -181,19 +140,11 @@ class Answering:
                     first = piece.choice not in last
                     last[piece.choice] = piece
                     if first or piece.says_something:
-                        told = self._usage(last) if self.asked.usage_in_every_chunk else None
-                        yield self.shape.chunk(
-                            piece.text,
-                            piece.finish,
-                            piece.choice,
-                            first=first,
-                            thoughts=piece.thoughts,
-                            calls=piece.calls,
-                            logprobs=piece.logprobs,
-                            usage=told,
-                        )
+                        every = self.asked.usage_in_every_chunk
+                        told = self._usage(last.values()) if every else None
+                        yield self.shape.chunk(piece, first=first, usage=told)
             if self.asked.include_usage:
-                yield self.shape.last(self._usage(last))
+                yield self.shape.last(self._usage(last.values()))
         except Stuck as error:
             yield error_body(str(error), "invalid_request_error")
         except EngineFailed as error:
@@ -202,16 +153,16 @@ class Answering:
             log.exception("an answer could not be given")
             yield error_body(fault_message(error), "server_error")
 
-    def _usage(self, last: Mapping[int, Piece]) -> dict:
+    def _usage(self, last: Collection[Piece]) -> dict:
         """Args: last: the last piece of every choice so far."""
-        found = [piece.stats for piece in last.values() if piece.stats]
+        found = [piece.stats for piece in last if piece.stats]
         stats = DecodeStats(
             tuple(tokens for own in found for tokens in own.committed),
             sum(own.nodes for own in found),
         )
-        tokens = sum(piece.tokens for piece in last.values())
+        tokens = sum(piece.tokens for piece in last)
         # A prompt is counted once; its further choices find the first one's pages.
-        cached = sum(p.cached for i, p in last.items() if i % self.asked.choices == 0)
+        cached = sum(p.cached for p in last if p.choice % self.asked.choices == 0)
         return usage(self.asked.prompt_tokens, tokens, stats, cached)
 
     async def _pieces(self) -> AsyncGenerator[Piece]:

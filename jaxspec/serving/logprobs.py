@@ -66,7 +66,7 @@ def shown(raw: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def joined(parts: Sequence[dict]) -> dict:
+def joined_logprobs(parts: Sequence[dict]) -> dict:
     """Joins the objects of consecutive tokens into one."""
     lists = {name: [] for name, value in parts[0].items() if isinstance(value, list)}
     for part in parts:

@@ -18,14 +18,13 @@ from starlette.routing import Route
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.prompts import token_ids
 from jaxspec.serving.events import EventStream
-from jaxspec.serving.fields import BadRequest
+from jaxspec.serving.fields import BadRequest, Fields
 from jaxspec.serving.protocol import parse_body
 from jaxspec.serving.runner import EngineFailed, Runner
 from jaxspec.serving.shapes import error_body, refusal_body
 from jaxspec.serving.watching import Watcher
 
 MOST_TOKENS = 512
-FIELDS = {"prompt": str, "max_tokens": int, "temperature": (int, float), "seed": int}
 
 
 def page_routes(
@@ -80,25 +79,15 @@ def read_watch(body) -> dict:
     Raises:
       BadRequest: a field is unknown or its value invalid.
     """
-    if not isinstance(body, dict):
-        raise BadRequest("the body must be a JSON object")
-    for name, value in body.items():
-        kind = FIELDS.get(name)
-        if kind is None:
-            raise BadRequest(f"unknown field {name!r}; expected {', '.join(FIELDS)}", name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            expected = "text" if kind is str else "a number"
-            raise BadRequest(f"{name} is {value!r}; expected {expected}", name)
-    if "prompt" not in body:
-        raise BadRequest("prompt is missing; expected a text", "prompt")
-    count = body.get("max_tokens")
-    if count is not None and not 1 <= count <= MOST_TOKENS:
+    fields = Fields(body, {"prompt", "max_tokens", "temperature", "seed"})
+    count = fields.get("max_tokens", None)
+    if count is not None and not 1 <= fields.integer("max_tokens", 1) <= MOST_TOKENS:
         raise BadRequest(f"max_tokens is {count}; expected 1 … {MOST_TOKENS}", "max_tokens")
     return {
-        "prompt": body["prompt"],
+        "prompt": fields.text("prompt"),
         "max_new_tokens": count,
-        "sampling": Sampling(temperature=float(body.get("temperature", 0.0))),
-        "seed": body.get("seed", 0),
+        "sampling": Sampling(temperature=fields.number("temperature", 0.0)),
+        "seed": fields.integer("seed", 0),
     }
 
 

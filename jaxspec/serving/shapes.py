@@ -7,28 +7,50 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxspec.decoding.stats import DecodeStats
+from jaxspec.serving.calls import joined_calls
 from jaxspec.serving.fields import BadRequest
+from jaxspec.serving.logprobs import joined_logprobs
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """One choice.
+class Piece:
+    """Text added to a choice; the last piece of a choice says why it ended.
 
     Attributes:
-      finish: why it ended.
-      thoughts: what the model thought before it answered.
-      logprobs, calls: log-probabilities and tool calls, in OpenAI's format.
+      tokens: number of tokens of the answer so far.
+      cached: prompt tokens taken from the prefix cache.
+      logprobs: of the new tokens, in the answer's shape, if the request asks for them.
+      thoughts: added to what the model thought before it answered.
+      calls: new parts of tool calls (`CallReader`).
     """
 
+    choice: int
     text: str
-    finish: str | None
-    thoughts: str = ""
+    tokens: int
+    finish: str | None = None
+    stats: DecodeStats | None = None
+    cached: int = 0
     logprobs: dict | None = None
+    thoughts: str = ""
     calls: Sequence[dict] = ()
 
+    @property
+    def says_something(self) -> bool:
+        """Whether a client has to know it."""
+        parts = self.text, self.finish, self.logprobs, self.thoughts, self.calls
+        return any(map(bool, parts))
 
-def _choice(index: int, body: dict, finish: str | None, logprobs: dict | None) -> dict:
-    return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish}
+
+def joined_pieces(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of a choice as one."""
+    logprobs = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+    return dataclasses.replace(
+        pieces[-1],
+        text="".join(piece.text for piece in pieces),
+        logprobs=joined_logprobs(logprobs) if logprobs else None,
+        thoughts="".join(piece.thoughts for piece in pieces),
+        calls=joined_calls([call for piece in pieces for call in piece.calls]),
+    )
 
 
 def usage(
@@ -71,50 +93,25 @@ class Shape:
     created: int
     model: str
 
-    def whole(self, answers: Sequence[Answer], usage: dict) -> dict:
-        """The object of all choices."""
+    def whole(self, answers: Sequence[Piece], usage: dict) -> dict:
+        """The object of all choices, each joined to one piece."""
         choices = []
-        for index, answer in enumerate(answers):
-            body: dict[str, Any] = {"text": answer.text}
-            if self.chat:
-                message = {"role": "assistant", "content": answer.text}
-                if answer.thoughts:
-                    message["reasoning_content"] = answer.thoughts
-                if answer.calls:
-                    calls = {"content": answer.text or None, "tool_calls": answer.calls}
-                    message |= calls
-                body = {"message": message}
-            choices.append(_choice(index, body, answer.finish, answer.logprobs))
+        for answer in answers:
+            body = {"message": _message(answer)} if self.chat else {"text": answer.text}
+            choices.append(_choice(answer, body))
         name = "chat.completion" if self.chat else "text_completion"
         return self._object(name, choices) | {"usage": usage}
 
-    def chunk(
-        self,
-        text: str,
-        finish: str | None = None,
-        choice: int = 0,
-        *,
-        first: bool = False,
-        thoughts: str = "",
-        calls: Sequence[dict] = (),
-        logprobs: dict | None = None,
-        usage: dict | None = None,
-    ) -> dict:
-        """Args: thoughts, calls, logprobs, usage: included in this chunk if given."""
-        if self.chat:
-            delta: dict[str, Any] = {"role": "assistant"} if first else {}
-            if thoughts:
-                delta["reasoning_content"] = thoughts
-            if text or (first and not thoughts and not calls):
-                delta["content"] = text
-            if calls:
-                delta["tool_calls"] = list(calls)
-            body: dict[str, Any] = {"delta": delta}
-        else:
-            body = {"text": text}
+    def chunk(self, piece: Piece, *, first: bool, usage: dict | None = None) -> dict:
+        """The object of one piece.
+
+        Args:
+          first: whether it is the first of its choice.
+          usage: included if given.
+        """
+        body = {"delta": _delta(piece, first=first)} if self.chat else {"text": piece.text}
         told = {} if usage is None else {"usage": usage}
-        choices = [_choice(choice, body, finish, logprobs)]
-        return self._object(self._chunk_name, choices) | told
+        return self._object(self._chunk_name, [_choice(piece, body)]) | told
 
     def last(self, usage: dict) -> dict:
         """The chunk that holds the usage and no choice."""
@@ -132,3 +129,28 @@ class Shape:
             "model": self.model,
             "choices": choices,
         }
+
+
+def _choice(piece: Piece, body: dict) -> dict:
+    told = {"logprobs": piece.logprobs, "finish_reason": piece.finish}
+    return {"index": piece.choice, **body, **told}
+
+
+def _message(answer: Piece) -> dict:
+    message = {"role": "assistant", "content": answer.text}
+    if answer.thoughts:
+        message["reasoning_content"] = answer.thoughts
+    if answer.calls:
+        message |= {"content": answer.text or None, "tool_calls": answer.calls}
+    return message
+
+
+def _delta(piece: Piece, *, first: bool) -> dict:
+    delta: dict[str, Any] = {"role": "assistant"} if first else {}
+    if piece.thoughts:
+        delta["reasoning_content"] = piece.thoughts
+    if piece.text or (first and not piece.thoughts and not piece.calls):
+        delta["content"] = piece.text
+    if piece.calls:
+        delta["tool_calls"] = piece.calls
+    return delta

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from jaxspec.checkpoints.tensors import read_json
 from jaxspec.data.conversations import Example
+
+FILE = "draft_vocabulary.json"
 
 
 def most_frequent(
@@ -40,20 +44,33 @@ def coverage(examples: Sequence[Example], kept: np.ndarray, *, vocab: int) -> fl
     return float(counts[kept].sum() / max(counts.sum(), 1))
 
 
-def save_tokens(path: Path, kept: np.ndarray, covered: float) -> None:
-    """Writes the draft vocabulary of a run, atomically."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(
-        json.dumps({"size": len(kept), "coverage": covered, "token_ids": kept.tolist()}) + "\n"
+def save_tokens(
+    folder: Path, kept: np.ndarray | None, examples: Sequence[Example], *, vocab: int
+) -> None:
+    """Writes and prints a run's draft vocabulary; removes one of a run that never began.
+
+    Args: kept: None for all tokens.
+    """
+    path = folder / FILE
+    if kept is None:
+        path.unlink(missing_ok=True)
+        return
+    covered = coverage(examples, kept, vocab=vocab)
+    partial = path.with_suffix(".partial")
+    fields = {"size": len(kept), "coverage": covered, "token_ids": kept.tolist()}
+    partial.write_text(json.dumps(fields) + "\n")
+    partial.replace(path)
+    print(
+        f"draft vocabulary: {len(kept)} of {vocab} tokens, {covered:.2%} of those that the "
+        "target wrote",
+        file=sys.stderr,
     )
-    fresh.replace(path)
 
 
-def load_tokens(path: Path) -> np.ndarray | None:
+def load_tokens(folder: Path) -> np.ndarray | None:
     """The tokens that `save_tokens` wrote; None without a file."""
-    if not path.exists():
-        return None
-    return np.array(json.loads(path.read_text())["token_ids"], np.int32)
+    path = folder / FILE
+    return np.array(read_json(path)["token_ids"], np.int32) if path.exists() else None
 
 
 def _counts(examples: Sequence[Example], vocab: int) -> np.ndarray:

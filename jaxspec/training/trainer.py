@@ -30,7 +30,7 @@ from jaxspec.prompts import Prompt
 from jaxspec.settings import own_settings
 from jaxspec.sharding import DATA, mesh_of, place
 from jaxspec.training.batches import Position
-from jaxspec.training.draft_vocabulary import load_tokens
+from jaxspec.training.draft_vocabulary import load_tokens, most_frequent, save_tokens
 from jaxspec.training.export import export
 from jaxspec.training.feature_cache import open_features
 from jaxspec.training.loading import Loader
@@ -46,12 +46,7 @@ from jaxspec.training.run_folder import (
     enter,
 )
 from jaxspec.training.sharding import any_process, gather, state_shardings
-from jaxspec.training.start import (
-    DRAFT_VOCABULARY,
-    drafted_tokens,
-    initial_drafter,
-    save_drafted_tokens,
-)
+from jaxspec.training.start import initial_drafter
 from jaxspec.training.step import TrainState, init_state, learning_rate, train_step
 from jaxspec.training.validation import prompt_rows, thinking_of, walked_tau
 
@@ -149,7 +144,8 @@ def train(
         held.enter_context(contextlib.closing(metrics))
         if leads:  # only now, when nothing that may fail is left
             enter(folder, settings, flags)
-            save_drafted_tokens(folder, config, examples, run.kept)
+            kept = jax.device_get(run.kept)
+            save_tokens(folder, kept, examples, vocab=config.drafter.vocab_size)
         store.drop_after(step)
         state = _take_steps(run, state, position, loader, store, metrics)
         return None if state is None else _export(run, state, store, folder)
@@ -238,10 +234,13 @@ def _begin(
     Args:
       new: whether the folder holds no run yet, so that initial weights are loaded.
     """
-    weights, known = None, None if new else load_tokens(folder / DRAFT_VOCABULARY)
+    weights, kept = None, None if new else load_tokens(folder)
     if config.initial not in ("target", "random") and new:
-        weights, known = initial_drafter(config, target)
-    kept = drafted_tokens(config, target, examples, known)
+        weights, kept = initial_drafter(config, target)
+    if config.draft_vocab and kept is None:
+        vocab, stops = config.drafter.vocab_size, target.config.eos_token_ids
+        kept = most_frequent(examples, config.draft_vocab, vocab=vocab, always=stops)
+    kept = jax.tree.map(jnp.asarray, kept)
     state = init_state(config, target.params, weights)
     if mesh is not None:
         target = dataclasses.replace(target, params=place(mesh, target.params))

@@ -82,19 +82,22 @@ def test_an_answer_without_room_is_refused(watcher):
     "body, message",
     [
         ([], "the body must be a JSON object"),
-        ({}, "prompt is missing"),
-        ({"prompt": 3}, "prompt is 3; expected text"),
-        ({"prompt": "a", "max_tokens": True}, "max_tokens is True; expected a number"),
+        ({"prompt": 3}, "prompt must be a text, not 3"),
+        ({"prompt": "a", "max_tokens": True}, "max_tokens must be an integer, not True"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens is 0; expected 1 … 512"),
         ({"prompt": "a", "max_tokens": 513}, "max_tokens is 513; expected 1 … 512"),
-        (
-            {"prompt": "a", "stream": True},
-            "unknown field 'stream'; expected prompt, max",
-        ),
+        ({"prompt": "a", "temperature": 10**400}, "temperature is too large"),
+        ({"prompt": "a", "stream": True}, "unknown field 'stream'"),
     ],
 )
 def test_bodies_that_are_refused(body, message):
     with pytest.raises(BadRequest, match=message):
         read_watch(body)
+
+
+def test_fields_that_are_null_are_left_out():
+    found = read_watch({"prompt": "a", "max_tokens": None, "temperature": None, "seed": None})
+    assert found == read_watch({"prompt": "a"})
 
 
 def body(**fields):
@@ -118,6 +121,8 @@ def test_events_over_http(server):
     assert events[-1]["kind"] == "end" and events[-1]["tokens"] <= 20
     status, text = servers.post(server, "/watch", body(temperature=-1))
     assert status == 400 and "temperature" in text
+    status, text = servers.post(server, "/watch", b"{}")
+    assert status == 400 and "the prompt is empty; expected some text" in text
 
 
 def test_one_watches_at_a_time_until_it_has_gone(server):

@@ -24,7 +24,7 @@ ROUNDS = [[0, 0, 6, 2], [0, 2, 4, 2]]  # 2.25 and 2 tokens a round: 34 / 16 in a
 @pytest.fixture(scope="module")
 def scripts():
     found = {}
-    for name in ("limits", "draw_limits", "long", "draw_long"):
+    for name in ("oracle", "limits", "draw_limits", "long", "draw_long"):
         spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
         found[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(found[name])
@@ -48,8 +48,17 @@ def walked(limits, name):
         for k in (*limits.CANDIDATES, limits.ANY):
             yield row(name, decoder, k, most if k == limits.ANY else ROUNDS)
     counts = [[[4, 1], [2, 1]], [[4, 1], [2, 1]]]
-    yield results.Joint(name, 0.0, "x, both", 16, "x", "lookup", counts)
-    yield results.Copies(name, 0.0, 8, [20, 20], [5, 5], [3, 1])
+    yield limits.Joint(name, 0.0, "x, both", 16, "x", "lookup", counts)
+    yield limits.Copies(name, 0.0, 8, [20, 20], [5, 5], [3, 1])
+
+
+@pytest.mark.parametrize("name", ["limits", "long"])
+def test_what_was_measured_is_known_to_a_run_that_resumes(scripts, name):
+    path, kinds = scripts[name].RESULTS, scripts["limits"].KINDS
+    rows = results.read_rows(path, kinds)
+    setup = next(row for row in rows if isinstance(row, results.RunSettings))
+    done = results.held(path, setup, kinds)
+    assert len(done) == len(rows) and {"joint", "copies"} <= {kind for kind, *_ in done}
 
 
 def test_rounds_are_counted_by_what_each_accepts(scripts):
@@ -72,7 +81,8 @@ def test_rounds_are_counted_by_what_each_accepts(scripts):
 
 
 def test_shares_of_rounds(scripts):
-    rows = [results.Joint("sums", 0.0, "x, both", 16, "x", "lookup", [[[4, 1], [2, 1]]])]
+    counts = [[[4, 1], [2, 1]]]
+    rows = [scripts["limits"].Joint("sums", 0.0, "x, both", 16, "x", "lookup", counts)]
     found = scripts["draw_limits"].shares(rows, 1)
     assert {who: share.value for who, share in found.items()} == {
         "both": 0.125,

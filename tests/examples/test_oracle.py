@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from examples.shipped_drafter import oracle
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.head import Vocabulary
 from jaxspec.drafters.ngram import PromptLookup
-from jaxspec.evaluation import oracle
 from jaxspec.evaluation import walk as w
 from tests import tiny
 from tests.drafters import cases, eagle_cases
