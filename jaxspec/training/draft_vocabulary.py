@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.data.conversations import Example
+from jaxspec.whole_files import replace_text
 
 FILE = "draft_vocabulary.json"
 
@@ -56,10 +57,8 @@ def save_tokens(
         path.unlink(missing_ok=True)
         return
     covered = coverage(examples, kept, vocab=vocab)
-    partial = path.with_suffix(".partial")
     fields = {"size": len(kept), "coverage": covered, "token_ids": kept.tolist()}
-    partial.write_text(json.dumps(fields) + "\n")
-    partial.replace(path)
+    replace_text(path, json.dumps(fields) + "\n")
     print(
         f"draft vocabulary: {len(kept)} of {vocab} tokens, {covered:.2%} of those that the "
         "target wrote",
