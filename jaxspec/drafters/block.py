@@ -121,14 +121,12 @@ class BlockDrafter(Drafter):
     Attributes:
       survival_scores: chains and `path_conditioned` trees are scored by the confidence head's
         survival probabilities instead of the drafter's own (`trees.path_conditioned`).
-      count_mass: see `selector.lattice_tree`.
       implementation: of tree attention.
     """
 
     config: DrafterConfig
     tree: TreeConfig
     survival_scores: bool = False
-    count_mass: bool = False
     implementation: str | None = None
     verify_sizes: tuple[int, ...] = ()
 
@@ -211,8 +209,7 @@ class BlockDrafter(Drafter):
         added = bias(noise, position, self.depth, self.config.vocab_size, vocabulary.kept)
         if self.config.candidates:
             table = lattice(head, vocabulary, stream, base, anchor, added)
-            count_mass = self.count_mass
-            tree = lattice_tree(self.tree, table, anchor, budget, count_mass=count_mass)
+            tree = lattice_tree(self.tree, table, anchor, budget)
         elif self.config.sequential and self.tree.kind == "path_conditioned":
             tree = self._path_conditioned(head, params, stream, base, added, anchor, budget)
         elif self.tree.kind == "transitions":
