@@ -121,13 +121,11 @@ class BlockDrafter(Drafter):
     Attributes:
       survival_scores: chains and `path_conditioned` trees are scored by the confidence head's
         survival probabilities instead of the drafter's own (`trees.path_conditioned`).
-      implementation: of tree attention.
     """
 
     config: DrafterConfig
     tree: TreeConfig
     survival_scores: bool = False
-    implementation: str | None = None
     verify_sizes: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -308,7 +306,6 @@ class BlockDrafter(Drafter):
                 scale=c.head_dim**-0.5,
                 depths=jnp.broadcast_to(jnp.arange(size), (*anchor.shape, size)),
                 window=c.window[layer],
-                implementation=self.implementation,
             )
 
         return bind(c, params.head).stream(params.vocabulary, anchor, position, attend)
