@@ -126,7 +126,6 @@ class BlockDrafter(Drafter):
     config: DrafterConfig
     tree: TreeConfig
     survival_scores: bool = False
-    verify_sizes: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.tree.kind == "transitions" and self.config.sequential in (None, "rnn"):

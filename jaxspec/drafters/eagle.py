@@ -125,7 +125,6 @@ class EagleDrafter(Drafter):
 
     config: EagleConfig
     tree: TreeConfig
-    verify_sizes: tuple[int, ...] = ()
     path_conditioned = True
 
     def __post_init__(self):
