@@ -365,8 +365,7 @@ def _log_confidence(head: DraftHead, params: BlockParams, stream, anchor, tokens
 def _chain_lengths(params: BlockParams, log_confidence: jax.Array) -> jax.Array:
     """Tokens of a chain worth verifying, by both confidence rules: [B] int32."""
     confidence = jnp.exp(log_confidence)
-    full = jnp.full(confidence.shape[0], confidence.shape[1], jnp.int32)
     return jnp.minimum(
         confident_prefix(confidence, params.threshold),
-        surviving_prefix(confidence, params.survival, full),
+        surviving_prefix(confidence, params.survival),
     )
