@@ -56,7 +56,6 @@ def generate(
     raw: bool = False,
     thinking: bool | None = None,
     rejection: bool = False,
-    implementation: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[Completion]:
     """Completes prompts; whatever the drafter, the output is the target's own.
@@ -85,7 +84,6 @@ def generate(
       rejection: a block drafter samples its chains instead of taking the likeliest tokens, and
         rejection sampling verifies them: the same distribution as plain sampling, but other
         tokens at the same seed.
-      implementation: backend of `pallas_kernels.tree_attention`; chosen by platform if None.
       progress: called with the number of tokens written since its last call, several times a
         second.
 
@@ -100,7 +98,7 @@ def generate(
     prompts = as_token_ids(target, prompts, raw=raw, thinking=thinking)
     stops = _stop_texts(target, stop)
     drafter = as_drafter(target, drafter)
-    decoder, params = decoder_for(target, drafter, implementation, rejection)
+    decoder, params = decoder_for(target, drafter, rejection=rejection)
     batch_size = integer("batch_size", batch_size, low=1)
     pace, batch = None, min(batch_size, len(prompts))
     if isinstance(budget, Pace):
@@ -271,7 +269,6 @@ def stream(
     raw: bool = False,
     thinking: bool | None = None,
     rejection: bool = False,
-    implementation: str | None = None,
     rounds: int = 4,
 ) -> Generator[str, None, DecodeStats]:
     """Yields the text of one completion as it grows, in whole characters.
@@ -290,7 +287,7 @@ def stream(
     prompts = as_token_ids(target, [prompt], raw=raw, thinking=thinking)
     stops, drafter = _stop_texts(target, stop), as_drafter(target, drafter)
     (options,) = _one_each(sampling, 1)
-    decoder, params = decoder_for(target, drafter, implementation, rejection)
+    decoder, params = decoder_for(target, drafter, rejection=rejection)
     requests = pack(
         decoder,
         prompts,

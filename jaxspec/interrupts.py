@@ -57,8 +57,8 @@ def postponed(*numbers: int, patient: bool = False, says: str = "") -> Iterator[
 
 
 @contextlib.contextmanager
-def bounded(grace: float = GRACE) -> Iterator[list[int]]:
-    """Ends the process with code 130 if it still runs `grace` seconds after a Ctrl-C.
+def bounded() -> Iterator[list[int]]:
+    """Ends the process with code 130 if it still runs `GRACE` seconds after a Ctrl-C.
 
     Python sees a signal only when a compilation or device call returns, so a thread that the
     signal wakes does it. It does nothing during a patient `postponed` or a web server, which
@@ -90,7 +90,7 @@ def bounded(grace: float = GRACE) -> Iterator[list[int]]:
                 continue
             if _patient is not None and _patient is not spared:
                 spared = _patient
-            elif not ended.wait(grace):
+            elif not ended.wait(GRACE):
                 os.write(2, b"\ninterrupted\n")
                 os._exit(INTERRUPTED)
 

@@ -158,7 +158,6 @@ def measure_pace(
     raw: bool = False,
     thinking: bool | None = None,
     rejection: bool = False,
-    implementation: str | None = None,
 ) -> Pace:
     """Compiles the programs of `generate(target, prompts, budget=pace)` and times its rounds.
 
@@ -176,7 +175,7 @@ def measure_pace(
             f"drafter {drafter.drafter} drafts nothing, so there is no budget to choose; call "
             "generate without a pace"
         )
-    decoder, params = decoder_for(target, drafter, implementation, rejection)
+    decoder, params = decoder_for(target, drafter, rejection=rejection)
     capacity = check_capacity(decoder, rows, max_new_tokens, None)
     budget = check_budget(decoder, budget)
     batch = min(integer("batch_size", batch_size, low=1), len(rows))

@@ -177,8 +177,8 @@ def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows, width)
 
 
-def _get(file: GgufFile, key: str, kind: type, default: Any = None) -> Any:
-    value = file.metadata.get(key, default)
+def _get(file: GgufFile, key: str, kind: type) -> Any:
+    value = file.metadata.get(key)
     if value is None:
         raise ValueError(f"{file.path} has no '{key}' in its metadata; expected a Llama model")
     if type(value) is not kind:

@@ -7,7 +7,7 @@ along a row, so a rule keeps a prefix of each row, and smaller trees are nested 
 a chain becomes shorter, a tree narrower.
 
 Rules for a single row are `drafters.confidence.confident_prefix` (per-slot threshold) and
-`surviving_prefix` (longest prefix under a budget and a survival threshold).
+`surviving_prefix` (survival threshold).
 
 Losslessness (DSpark, arXiv 2607.05147, section 3.3 and appendix A). Trees verified by
 sample-then-match may be cut by any rule: they are fixed before the target chooses. Chains that

@@ -213,10 +213,7 @@ _fold_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
 
 
 def decoder_for(
-    target: Target,
-    drafter: LoadedDrafter,
-    implementation: str | None = None,
-    rejection: bool = False,
+    target: Target, drafter: LoadedDrafter, *, rejection: bool = False
 ) -> tuple[Decoder, Params]:
     """The static part of decoding, and its weights.
 
@@ -230,7 +227,6 @@ def decoder_for(
         drafter.drafter,
         rejection=rejection,
         cache_dtype="float32" if jax.default_backend() == "cpu" else None,
-        implementation=implementation,
     )
     return decoder, Params(target.params, drafter.params)
 

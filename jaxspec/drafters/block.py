@@ -121,16 +121,11 @@ class BlockDrafter(Drafter):
     Attributes:
       survival_scores: chains and `path_conditioned` trees are scored by the confidence head's
         survival probabilities instead of the drafter's own (`trees.path_conditioned`).
-      count_mass: see `selector.lattice_tree`.
-      implementation: of tree attention.
     """
 
     config: DrafterConfig
     tree: TreeConfig
     survival_scores: bool = False
-    count_mass: bool = False
-    implementation: str | None = None
-    verify_sizes: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.tree.kind == "transitions" and self.config.sequential in (None, "rnn"):
@@ -211,8 +206,7 @@ class BlockDrafter(Drafter):
         added = bias(noise, position, self.depth, self.config.vocab_size, vocabulary.kept)
         if self.config.candidates:
             table = lattice(head, vocabulary, stream, base, anchor, added)
-            count_mass = self.count_mass
-            tree = lattice_tree(self.tree, table, anchor, budget, count_mass=count_mass)
+            tree = lattice_tree(self.tree, table, anchor, budget)
         elif self.config.sequential and self.tree.kind == "path_conditioned":
             tree = self._path_conditioned(head, params, stream, base, added, anchor, budget)
         elif self.tree.kind == "transitions":
@@ -311,7 +305,6 @@ class BlockDrafter(Drafter):
                 scale=c.head_dim**-0.5,
                 depths=jnp.broadcast_to(jnp.arange(size), (*anchor.shape, size)),
                 window=c.window[layer],
-                implementation=self.implementation,
             )
 
         return bind(c, params.head).stream(params.vocabulary, anchor, position, attend)
@@ -372,8 +365,7 @@ def _log_confidence(head: DraftHead, params: BlockParams, stream, anchor, tokens
 def _chain_lengths(params: BlockParams, log_confidence: jax.Array) -> jax.Array:
     """Tokens of a chain worth verifying, by both confidence rules: [B] int32."""
     confidence = jnp.exp(log_confidence)
-    full = jnp.full(confidence.shape[0], confidence.shape[1], jnp.int32)
     return jnp.minimum(
         confident_prefix(confidence, params.threshold),
-        surviving_prefix(confidence, params.survival, full),
+        surviving_prefix(confidence, params.survival),
     )

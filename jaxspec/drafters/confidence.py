@@ -45,24 +45,20 @@ def confident_prefix(confidence: Float[Array, "B P"], threshold: jax.Array) -> I
     return _leading(confidence >= jnp.asarray(threshold)[..., None])
 
 
-def surviving_prefix(
-    confidence: Float[Array, "B P"], threshold: jax.Array, budget: Int[Array, " B"]
-) -> Int[Array, " B"]:
-    """The longest prefix, within the budget, whose survival probability reaches the threshold.
+def surviving_prefix(confidence: Float[Array, "B P"], threshold: jax.Array) -> Int[Array, " B"]:
+    """The longest prefix whose survival probability reaches the threshold.
 
     Survival of slot j is the product of the confidences up to j; it never rises.
 
     Args:
       confidence: [B, P], conditional acceptance probabilities.
       threshold: [B] or scalar; 0 keeps all.
-      budget: [B] int32, at most this many slots.
 
     Returns:
       [B] int32, 0 … P.
     """
     survival = jnp.cumprod(confidence, axis=-1)
-    kept = _leading(survival >= jnp.asarray(threshold)[..., None])
-    return jnp.minimum(kept, budget)
+    return _leading(survival >= jnp.asarray(threshold)[..., None])
 
 
 def _leading(kept: jax.Array) -> jax.Array:

@@ -121,15 +121,10 @@ class EagleDrafter(Drafter):
     The tree is EAGLE-2's, `path_conditioned`: every level runs the `tree.candidates` best nodes
     of the level above and keeps `tree.width` children of each; the best of all levels are
     verified. EAGLE-2 and SGLang use one number k for both.
-
-    Attributes:
-      implementation: of tree attention.
     """
 
     config: EagleConfig
     tree: TreeConfig
-    implementation: str | None = None
-    verify_sizes: tuple[int, ...] = ()
     path_conditioned = True
 
     def __post_init__(self):
@@ -377,7 +372,6 @@ class EagleDrafter(Drafter):
             scale=self.config.head_dim**-0.5,
             depths=depths,
             window=self.config.window[layer],
-            implementation=self.implementation,
         )
 
 

@@ -27,41 +27,17 @@ from jaxspec.trees.tree import DraftTree
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Candidates:
-    """The k likeliest tokens of every slot by base logits, likeliest first.
-
-    Attributes:
-      index: [..., k] int32 draft indices; of equal logits the lower index first.
-      logits: [..., k] float32.
-      log_mass: [...] float32, log of their total probability under the base logits.
-    """
-
-    index: jax.Array
-    logits: jax.Array
-    log_mass: jax.Array
-
-
-def top_candidates(base: Float[Array, "*L V"], k: int) -> Candidates:
-    """The k likeliest of base logits [..., V']; all of them where V' is smaller."""
-    index, logits, log_total = top_logits(base, min(k, base.shape[-1]))
-    return Candidates(index, logits, jax.nn.logsumexp(logits, axis=-1) - log_total)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Lattice:
     """Scores of every candidate given each candidate of the slot before.
 
     Attributes:
-      tokens: [B, P, k] int32, the candidates' ids.
+      tokens: [B, P, k] int32, ids of the candidates, the likeliest by base logits first.
       scores: [B, P, k, k] float32 unnormalised logits: slot, candidate of the slot before,
         candidate of the slot. In slot 0 all rows are the anchor's.
-      log_mass: [B, P], see `Candidates`.
     """
 
     tokens: jax.Array
     scores: jax.Array
-    log_mass: jax.Array
 
 
 def lattice(
@@ -81,17 +57,17 @@ def lattice(
       added: to the scores of each slot's tokens, see `noise.bias`. The candidates stay those of
         U: the selector was trained on no others.
     """
-    found = top_candidates(base, head.config.candidates)
-    tokens = vocabulary.ids(found.index)
+    index, logits, _ = top_logits(base, min(head.config.candidates, base.shape[-1]))
+    tokens = vocabulary.ids(index)
     first = jnp.broadcast_to(anchor[:, None, None], tokens[:, :1].shape)
     previous = jnp.concatenate([first, tokens[:, :-1]], axis=1)  # [B, P, k]
     latent, _ = head.advance(vocabulary, stream[:, :, None], previous, ())
     # Candidate by candidate of the slot before: [B, P, k, R] -> [B, P, k, k].
-    scores = jax.vmap(head.select, (None, None, 2), 2)(found.logits, found.index, latent)
+    scores = jax.vmap(head.select, (None, None, 2), 2)(logits, index, latent)
     if added is not None:
         added = jnp.broadcast_to(added, base.shape)
-        scores += jnp.take_along_axis(added, found.index, axis=-1)[:, :, None]
-    return Lattice(tokens, scores, found.log_mass)
+        scores += jnp.take_along_axis(added, index, axis=-1)[:, :, None]
+    return Lattice(tokens, scores)
 
 
 def walk(
@@ -130,8 +106,6 @@ def lattice_tree(
     table: Lattice,
     anchor: Int[Array, " B"],
     budget: Int[Array, " B"],
-    *,
-    count_mass: bool = False,
 ) -> DraftTree:
     """The configured tree over the candidates, scored by the selector's log-probabilities.
 
@@ -142,11 +116,8 @@ def lattice_tree(
     Args:
       anchor: [B] int32.
       budget: [B] int32, nodes per row, root included, 1 … tree.size.
-      count_mass: add the log of the candidates' mass to the scores of a depth. The selector's
-        own distribution gives other tokens no mass.
     """
     k = table.tokens.shape[-1]
-    mass = table.log_mass if count_mass else jnp.zeros_like(table.log_mass)
     if tree.kind in ("path_conditioned", "transitions"):
         parents, width = k, k
         if tree.kind == "transitions":
@@ -155,11 +126,10 @@ def lattice_tree(
         log_probs, index = lax.top_k(log_probs, width)  # [B, P, parents, width]
         tokens = jnp.take_along_axis(table.tokens[:, :, None], index, axis=-1)
         following = jnp.where(index < parents, index, -1)
-        log_probs = log_probs + mass[..., None, None]
         return from_transitions(
             tokens, log_probs, following, anchor, budget=budget, size=tree.size
         )
     _, rows = walk(table.scores, lambda slot, row: (jnp.argmax(row, -1).astype(jnp.int32), row))
     log_probs, index = lax.top_k(jax.nn.log_softmax(rows, axis=-1), k)
     tokens = jnp.take_along_axis(table.tokens, index, axis=-1)
-    return build_from_top(tree, tokens, log_probs + mass[..., None], anchor, budget)
+    return build_from_top(tree, tokens, log_probs, anchor, budget)

@@ -174,7 +174,6 @@ def rollouts(
     answers: Sequence[RecordedAnswer],
     *,
     batch: int = 8,
-    capacity: int | None = None,
 ) -> Rollouts:
     """The rounds in which decoding would write these answers, with the head's logits.
 
@@ -207,7 +206,7 @@ def rollouts(
     loaded = LoadedDrafter(chain, params)
     for start in range(0, len(answers), batch):
         some = answers[start : start + batch]
-        seen = observe(target, [loaded], some, batch=batch, capacity=capacity)
+        seen = observe(target, [loaded], some, batch=batch)
         tables = tabulate(seen, some, loaded, seen.states[0])
         for answer, table in zip(some, tables, strict=True):
             _, visited = walk(answer, table, chain.size)

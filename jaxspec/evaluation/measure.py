@@ -40,7 +40,6 @@ def tau(
     budgets: Sequence[int] = (),
     max_new_tokens: int = 256,
     batch_size: int = 8,
-    stride: int = 16,
     done: Done = (),
 ) -> Iterator[Rounds | Reliability | Branches]:
     """Measures tau of every contender along the target's own answers; nothing is timed.
@@ -51,14 +50,11 @@ def tau(
     Args:
       budgets: further budgets, besides each contender's own; of contenders that differ only in
         name and budget, the first has their rows.
-      stride: anchors between the branches compared with the target; 0 compares none.
       done: keys of known rows (`results.key`); a set whose rounds are all known is left out.
     """
     for dtype in dict.fromkeys(entry.contender.dtype for entry in entries):
         group = [entry for entry in entries if entry.contender.dtype == dtype]
-        yield from _Walks(group, sets, budgets, max_new_tokens, batch_size).rows(
-            sampling, stride, done
-        )
+        yield from _Walks(group, sets, budgets, max_new_tokens, batch_size).rows(sampling, done)
 
 
 def spare_tokens(entries: Sequence[Entry], budgets: Sequence[int] = ()) -> int:
@@ -96,7 +92,7 @@ class _Walks:
             longest + max_new_tokens + self.spare, Decoder(self.target.config, together)
         )
 
-    def rows(self, sampling: Sampling, stride: int, done: Done):
+    def rows(self, sampling: Sampling, done: Done):
         temperature = sampling.temperature
         walks = [(e.contender.name, budget) for e in self.entries for budget in self.budgets[e]]
         for name, rows in self.sets.items():
@@ -111,7 +107,7 @@ class _Walks:
                 batch_size=self.batch,
                 capacity=self.capacity,
             )
-            tables, gaps = self._tables(answers, stride, name)
+            tables, gaps = self._tables(answers, name)
             # Rounds come last: if they are known, all rows of the set are.
             for entry in self.entries:
                 bins = self._bins(entry, answers, tables[self.first[entry]])
@@ -130,14 +126,14 @@ class _Walks:
     def _dtype(self) -> str:
         return self.entries[0].contender.dtype
 
-    def _tables(self, answers: list[w.RecordedAnswer], stride: int, name: str):
+    def _tables(self, answers: list[w.RecordedAnswer], name: str):
         """The tables of all answers per walk, and the branch gaps per drafter."""
         tables: dict[Entry, list[w.Table]] = {entry: [] for entry in self.walked}
         gaps: dict[str, list[float]] = {}
         chains = {
             e.contender.drafter: (e, e.sized(e.drafter.drafter.depth + 1, tree="chain"))
             for e in self.walked
-            if stride and e.contender.tree and e.contender.head == "own"
+            if e.contender.tree and e.contender.head == "own"
             if not self.target.config.delta_layers  # see `walk.branch_gaps`
             if len(e.drafter.drafter.parts) == 1
         }
@@ -154,7 +150,7 @@ class _Walks:
                 tables[entry] += w.tabulate(observed, batch, walked, states[id(entry.drafter)])
             for drafter, (entry, chain) in chains.items():
                 state = states[id(entry.drafter)]
-                found = w.branch_gaps(self.target, observed, batch, chain, state, stride=stride)
+                found = w.branch_gaps(self.target, observed, batch, chain, state)
                 gaps.setdefault(drafter, []).extend(found)
         return tables, gaps
 

@@ -28,14 +28,14 @@ class Estimate:
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
-def resamplings(sizes: Sequence[int], *, seed: int = 0) -> np.ndarray:
+def resamplings(sizes: Sequence[int]) -> np.ndarray:
     """How often each prompt is drawn: [1 + RESAMPLES, sum(sizes)], the first row all ones.
 
     Prompts are drawn with replacement within each set (a stratified bootstrap). The draws
     depend only on the sizes, so decoders that answered the same prompts share resamplings, and
     intervals of their ratios are paired.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     parts = [random.multinomial(n, np.full(n, 1 / n), RESAMPLES) for n in sizes]
     drawn = np.concatenate(parts, axis=1).astype(float)
     return np.concatenate([np.ones((1, drawn.shape[1])), drawn])

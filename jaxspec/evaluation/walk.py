@@ -336,7 +336,7 @@ def branch_gaps(
     if target.config.delta_layers:
         raise ValueError(
             f"gaps need the target's state at every anchor; {target.name!r} has gated delta "
-            "nets, which keep only the last state: leave the gaps out (stride 0)"
+            "nets, which keep only the last state: leave the gaps out"
         )
     gaps = []
     for offset in range(0, max(answer.new_tokens for answer in answers), stride):

@@ -48,7 +48,6 @@ class EngineConfig:
     throughput: bool = False
     top_logprobs: int = 0
     prefix_cache_mb: float | None = 0.0
-    implementation: str | None = None
 
     def __post_init__(self):
         for name in ("top_logprobs", "prefix_cache_mb"):

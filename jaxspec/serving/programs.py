@@ -59,7 +59,7 @@ class Programs:
     ):
         """Args: config: from `EngineConfig.resolved`."""
         self.kept = kept
-        decoder, params = decoder_for(target, drafter, config.implementation, config.rejection)
+        decoder, params = decoder_for(target, drafter, rejection=config.rejection)
         self._params = kept.bind(params)
         self._decoder = dataclasses.replace(
             decoder, chunk=config.chunk, top_logprobs=config.top_logprobs

@@ -35,7 +35,6 @@ def target_features(
     *,
     taps: tuple[int, ...],
     chunk: int = 256,
-    implementation: str | None = None,
 ) -> Features:
     """Runs the target over whole sequences, `chunk` tokens at a time, no logits computed.
 
@@ -59,15 +58,8 @@ def target_features(
     whole = jnp.full(batch, size)
 
     def run(tokens, cache, length):
-        return forward_chain(
-            params,
-            config,
-            tokens,
-            cache,
-            jnp.broadcast_to(length, batch),
-            taps=taps,
-            implementation=implementation,
-        )
+        lengths = jnp.broadcast_to(length, batch)
+        return forward_chain(params, config, tokens, cache, lengths, taps=taps)
 
     def features(output):
         return Features(output.hidden.astype(dtype), output.taps.astype(dtype))

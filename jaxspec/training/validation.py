@@ -43,8 +43,6 @@ def walked_tau(
     drafter: LoadedDrafter,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int = NEW_TOKENS,
-    batch_size: int = 8,
     shown: bool = False,
 ) -> float:
     """Tokens per round of real greedy decoding, pooled over prompts.
@@ -55,7 +53,7 @@ def walked_tau(
     Args:
       shown: show a progress bar of tokens on standard error.
     """
-    total = len(prompts) * max_new_tokens
+    total = len(prompts) * NEW_TOKENS
     with tqdm(
         total=total,
         desc="validation",
@@ -69,8 +67,7 @@ def walked_tau(
             target,
             prompts,
             drafter=drafter,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+            max_new_tokens=NEW_TOKENS,
             progress=bar.update,
         )
     return pooled_tau([completion.stats for completion in completions])

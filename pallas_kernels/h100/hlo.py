@@ -33,7 +33,6 @@ _FREE = {
     "async-done", "async-update", "opt-barrier",
 }  # fmt: skip
 _PARTIAL_READS = {"slice", "dynamic-slice", "gather"}
-_CONTROL = {"while", "conditional", "call"}
 TREE_CHUNK = 256  # logits of a chunk of `tree_level`, at most
 _HOST = {"send", "recv", "infeed", "outfeed", "send-done", "recv-done"}
 

@@ -168,8 +168,8 @@ RULES = {
     "threshold per slot": per_row(
         lambda s: confident_prefix(conditional(s), jnp.float32(0.45))
     ),
-    "longest prefix": per_row(
-        lambda s: surviving_prefix(conditional(s), jnp.float32(0.2), jnp.array([2, 3]))
+    "threshold of survival": per_row(
+        lambda s: surviving_prefix(conditional(s), jnp.float32(0.2))
     ),
     "ranked under a budget": lambda system: by_budget(system.survivals(), 3, 3),
     "budget of older survivals": lambda system: by_older_best(

@@ -79,7 +79,7 @@ def test_a_done_row_has_no_block_read(way, name):
     One loop over blocks serves both rows, so a block read for the long one is multiplied into
     the short one's result with weight 0, and 0 times NaN would be seen.
     """
-    decoder, params = decoder_for(tiny.target(), DRAFTERS[name], "xla")
+    decoder, params = decoder_for(tiny.target(), DRAFTERS[name])
 
     def run(spoil):
         requests = pack(

@@ -33,7 +33,7 @@ def prepared(drafter, batch=2, capacity=None, dtype="float32"):
     """decoder, params and requests of a small batch, on the device."""
     target = tiny.target()
     params = narrowed(target.params, dtype)
-    decoder, params = decoder_for(dataclasses.replace(target, params=params), drafter, None)
+    decoder, params = decoder_for(dataclasses.replace(target, params=params), drafter)
     requests = pack(
         decoder,
         tiny.prompts(*range(3, 3 + batch)),

@@ -108,11 +108,8 @@ def test_confidence_rules_are_exact(rule, seed):
 
     def lengths(draft):
         confidence = jnp.asarray(confidences(draft, table))[None]
-        kept = (
-            confident_prefix(confidence, jnp.float32(bar))
-            if rule == "threshold"
-            else surviving_prefix(confidence, jnp.float32(bar), jnp.array([2]))
-        )
+        prefix = confident_prefix if rule == "threshold" else surviving_prefix
+        kept = prefix(confidence, jnp.float32(bar))
         seen.add(int(kept[0]))
         return int(kept[0])
 

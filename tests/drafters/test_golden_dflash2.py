@@ -12,7 +12,7 @@ from jaxspec.config import TreeConfig
 from jaxspec.decoding.choice import log_law
 from jaxspec.decoding.rejection import residual, scatter_law
 from jaxspec.drafters.rollout import tempered
-from jaxspec.drafters.selector import lattice, pick, top_candidates, walk
+from jaxspec.drafters.selector import lattice, pick, walk
 from jaxspec.drafters.weights import bind
 from tests import tiny
 from tests.decoding.test_choice import nothing_written, rows
@@ -47,7 +47,7 @@ def draft(drafter, params, tokens, features, position):
     found = {
         "hidden": head.normed(stream),
         "unary_logits": base,
-        "candidates": top_candidates(base, drafter.config.candidates).index,
+        "candidates": table.tokens,
         "lattice": table.scores,
         "scores": scores,
         "path": pick(table.tokens, chosen),

@@ -108,7 +108,7 @@ def test_eagle3(kind, launches):
     """Every level reads the layer and the LM head again; the tree runs four rows per level."""
     config = eagle_config(PRESETS["qwen3-8b"], steps=5)
     tree = TreeConfig(kind, 8 if kind == "chain" else 16, width=4, candidates=4)
-    module = compiled("qwen3-8b", EagleDrafter(config, tree, implementation="triton"))
+    module = compiled("qwen3-8b", EagleDrafter(config, tree))
     assert module.launches() <= launches
     assert beyond_weights_ms(module, 5 * read_once(config)) <= 0.7
 
