@@ -7,6 +7,7 @@ import pytest
 
 from jaxspec.cli.exits import INTERRUPTED
 from jaxspec.cli.train import Train
+from jaxspec.training.run_folder import CONFIG
 from jaxspec.training.validation import thinking_of
 from tests.data.test_conversations import tokenizer
 from tests.training import tiny
@@ -75,6 +76,7 @@ def test_an_interrupted_command_says_how_to_go_on(
     options = dict(target="tiny", mask_token_id=23, taps=(0, 1), resume_step=step)
     data = tmp_path / "data.jsonl"
     data.write_text("{}")
+    (tmp_path / CONFIG).write_text("{}")  # a run has begun
     assert Train((str(data),), tmp_path, **options).run() == INTERRUPTED
     assert told in capsys.readouterr().out
 
