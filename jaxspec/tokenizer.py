@@ -202,6 +202,12 @@ class Tokenizer:
         """Whether `decode` omits the token."""
         return self.shown(token) is None
 
+    def id_of(self, text: str) -> int | None:
+        """The id of the added token that stands for just this text; None if there is none, or
+        if `decode` omits it."""
+        token = None if self.fast is None else self.fast.token_to_id(text)
+        return token if token in self._added and not self.is_special(token) else None
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token adds inside a text; for an added token, those of its name.
 

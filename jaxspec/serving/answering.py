@@ -47,7 +47,7 @@ class ChoiceReader:
         self._echo = asked.echo[choice // asked.choices]
         self._answer = AnswerText(tokenizer, asked.stops, min_tokens=least)
         # A grammar that asks for a call has it after the thoughts, in which any text may be.
-        ends = (OPEN,) if asked.tools and asked.tools.anywhere else ()
+        ends = (OPEN,) if asked.tools and asked.tools.lead else ()
         self._thoughts = asked.thoughts and ThoughtReader(asked.thoughts, ends)
         self._reader = asked.tools.reader() if asked.tools else None
         self._undecided = bool(asked.tools and asked.tools.instead)  # whether it is a call
@@ -105,6 +105,8 @@ class ChoiceReader:
         if self._reader is None:
             return text, (), finish
         text, calls = self._reader.add(text, last=finish is not None)
+        if finish == "stop":
+            text += self._reader.rest()
         called = finish == "stop" and self._reader.count and not self._reader.open
         return text, calls, "tool_calls" if called else finish
 

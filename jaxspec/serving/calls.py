@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from jaxspec.answer_text import overlap
 from jaxspec.serving.fields import BadRequest
 from jaxspec.serving.formats import lark_text
+from jaxspec.serving.grammars import Lead
 
 OPEN = "<tool_call>"
-ANYTHING = r"""
-lead[lazy]: /(.|\n)*<tool_call>/
-TEXT: /(.|\n)*/ & ~/(.|\n)*<tool_call>(.|\n)*/
-"""
+LEAD = Lead(OPEN, may_end=True)  # of answers that may contain a call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +100,11 @@ class CallReader:
             if not more:
                 return said, calls
 
+    def rest(self) -> str:
+        """The end of a whole answer that began like a call and is none."""
+        rest, self._held = "" if self.count else self._held, ""
+        return rest
+
     def _said(self, last: bool) -> tuple[str, bool]:
         """The text up to a call, and whether a call begins.
 
@@ -170,16 +173,16 @@ def calls_text(
 
     Args:
       tools: those that may be called.
-      free: any text may come before the calls, or instead of them.
+      free: the answer has the lead `LEAD`.
       several: there may be more than one call.
       instead: the text of a grammar of answers that may come instead of the calls.
     """
     more = f"({lark_text(chr(10) + OPEN)} call)*" if several else ""
-    start = f"TEXT | lead call {more}" if free else f"{lark_text(OPEN)} call {more}"
+    start = f"call {more}" if free else f"{lark_text(OPEN)} call {more}"
     if instead is not None:
         start += f" | instead\n{instead.replace('start:', 'instead:', 1)}"
     names = [f"call_{i}" for i in range(len(tools))]
-    rules = [f"start: {start}", ANYTHING if free else "", form.SHARED]
+    rules = [f"start: {start}", form.SHARED]
     rules.append("call: " + " | ".join(names))
     rules += map(form.rules, tools, names)
     return "\n".join(rules)

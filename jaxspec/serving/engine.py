@@ -123,7 +123,8 @@ class Engine:
                 )
             number = next(self._numbers)
             now, length = time.perf_counter(), len(request.prompt)
-            self._waiting.append(Running(number, request, now, length, matcher))
+            stop_ids = stop_ids_of(request.sampling, self.target.config)
+            self._waiting.append(Running(number, request, now, stop_ids, length, matcher))
             self.ready.wanted = max(self.ready.wanted, len(self._waiting) + self.running)
         return number
 
@@ -312,61 +313,51 @@ class Engine:
 
     def _first_token(self, prompt: _Prompt) -> list[Update]:
         running = prompt.running
-        allowed = None if running.matcher is None else running.matcher.allowed
+        allowed = running.restricting and running.restricting.allowed
         prompt.batch = self._programs.end_prompt(prompt.requests, prompt.prefilling, allowed)
         prompt.prefilling = None
         state, request = prompt.batch.state, running.request
         laws = None if request.logprobs is None else state.logprobs
-        tokens, done, laws = jax.device_get((state.tokens, state.done, laws))
+        tokens, laws = jax.device_get((state.tokens, laws))
         row, first = tokens[0].tolist(), running.length
-        token = row[first]
-        update = Update(running.id, (token,), cached=prompt.cached, waited=prompt.waited)
-        if laws is not None:
-            logprobs = read_logprobs(laws, 0, range(first, first + 1), row, request.logprobs)
-            update = dataclasses.replace(update, logprobs=logprobs)
+        logprobs = read_logprobs(laws, 0, range(first, first + 1), row, request.logprobs)
+        update = running.advance((row[first],), logprobs)
+        update = dataclasses.replace(update, cached=prompt.cached, waited=prompt.waited)
         if request.prompt_logprobs:
             logprobs = read_logprobs(laws, 0, range(1, first), row, request.logprobs)
             logprobs = TokenLogProb(row[0], None, ()), *logprobs
             update = dataclasses.replace(update, prompt_logprobs=logprobs)
-        failure = running.advance((token,))
-        if not done[0] and failure is None:
-            return [update]
-        self._prompt = None
-        if failure is not None:
-            return [dataclasses.replace(update, finish="stuck", failure=failure)]
-        stopped = token in stop_ids_of(request.sampling, self.target.config)
-        finish = "stop" if stopped else "length"
-        return [dataclasses.replace(update, finish=finish, stats=DecodeStats((), 0))]
+        if update.finish is not None:
+            self._prompt = None
+            update = dataclasses.replace(update, stats=DecodeStats((), 0))
+        return [update]
 
     def _advance_rows(self) -> list[Update]:
         if not self._rows.running:
             return []
         began = time.perf_counter()
-        recent, laws, length, done = self._burst()
+        recent, laws, length = self._burst()
         self.burst_seconds = time.perf_counter() - began
-        updates, ended, stuck = [], {}, []
+        updates, ended = [], {}
         for i, running in self._rows.taken:
-            update = running.progress(recent[i, : length[i] - running.length], laws, i)
-            failure = running.advance(update.tokens)
-            if failure is not None:
-                stuck.append(i)
-                ended[i] = dataclasses.replace(update, finish="stuck", failure=failure)
-            elif done[i]:
-                stops = stop_ids_of(running.request.sampling, self.target.config)
-                stopped = update.tokens and update.tokens[-1] in stops
-                finish = "stop" if stopped else "length"
-                ended[i] = dataclasses.replace(update, finish=finish)
+            tokens = recent[i, : length[i] - running.length].tolist()
+            top = running.request.logprobs
+            logprobs = read_logprobs(laws, i, range(len(tokens)), tokens, top)
+            update = running.advance(tokens, logprobs)
+            if update.finish is not None:
+                ended[i] = update
             elif update.tokens:
                 updates.append(update)
         updates += self._rows.release(ended)
-        self._rows.stop(stuck)
+        self._rows.stop([i for i, update in ended.items() if update.finish == "stuck"])
+        self._rows.resume()
         return updates
 
-    def _burst(self) -> tuple[np.ndarray, LogProbs | None, np.ndarray, np.ndarray]:
+    def _burst(self) -> tuple[np.ndarray, LogProbs | None, np.ndarray]:
         """Runs rounds of all rows. Returns the new tokens [B, n], their log-probabilities if a
-        request asks for them, lengths [B], and whether rows are done [B]."""
+        request asks for them, and lengths [B]."""
         rows, start = self._rows, self._rows.lengths()
-        matchers = [None if x is None else x.matcher for x in rows.requests]
+        matchers = [None if x is None else x.restricting for x in rows.requests]
         if any(matchers):
             rows.batch, self._habit = self._programs.restricted_round(
                 rows.batch, self._habit, self.ready.staircases[len(rows)], matchers
@@ -382,8 +373,8 @@ class Engine:
         recent = self._programs.recent_tokens(rows.batch, start)
         if any(running.request.logprobs is not None for _, running in rows.taken):
             laws = self._programs.recent_logprobs(rows.batch, start)
-        recent, laws, length, done, by_size = jax.device_get(
-            (recent, laws, state.length, state.done, self._habit.rounds)
+        recent, laws, length, by_size = jax.device_get(
+            (recent, laws, state.length, self._habit.rounds)
         )
         self.rounds_by_size = by_size.tolist()
-        return recent, laws, length, done
+        return recent, laws, length

@@ -7,6 +7,7 @@ limit their own steps, so a hostile grammar is refused or ends its own answer.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import threading
@@ -28,28 +29,61 @@ PLACE = re.compile(r"^at \d+\(\d+\): |(\n +\d+ \| |<non-verbose).*", re.DOTALL)
 LIMITS = dict(max_lexer_states=20_000, step_lexer_fuel=50_000, step_max_items=20_000)
 
 
+@dataclasses.dataclass(frozen=True)
+class Lead:
+    """Any text that comes before what a grammar describes.
+
+    Attributes:
+      end: the text that ends it.
+      may_end: whether the answer may end in it.
+    """
+
+    end: str
+    may_end: bool
+
+    def before(self, text: str) -> str:
+        """The text of a grammar of answers with this lead."""
+        end = re.escape(self.end).replace("/", r"\/")
+        start = "LEAD_ALONE | lead after" if self.may_end else "lead after"
+        rules = [f"start: {start}", f"lead[lazy]: /(.|\\n)*{end}/"]
+        if self.may_end:
+            rules.append(rf"LEAD_ALONE: /(.|\n)*/ & ~/(.|\n)*{end}(.|\n)*/")
+        return "\n".join([*rules, text.replace("start:", "after:", 1)])
+
+
 class Grammar:
     """The set of allowed answers.
 
     Attributes:
-      text: in llguidance's format; equal grammars have equal texts.
+      text: in llguidance's format.
+      lead: text before the grammar holds, if a token of its own ends it.
+      begin: that token, up to which answers need not be restricted; else None.
     """
 
-    def __init__(self, text: str, start: Any, first: np.ndarray, ends: Sequence[int]):
-        """Args: start: a new `llguidance.LLMatcher`; first: bits of the allowed first tokens;
-        ends: stop ids."""
-        self.text, self._start, self._first = text, start, first
-        self._ends = frozenset(ends)
+    def __init__(
+        self,
+        text: str,
+        start: Any,
+        first: np.ndarray,
+        ends: Sequence[int],
+        lead: Lead | None = None,
+        begin: int | None = None,
+    ):
+        """Args: start: a new `llguidance.LLMatcher`; first: bits of the tokens allowed first,
+        after the lead; ends: stop ids."""
+        self.text, self.lead, self.begin = text, lead, begin
+        self._start, self._first, self._ends = start, first, frozenset(ends)
 
     def __eq__(self, other) -> bool:
-        return isinstance(other, Grammar) and self.text == other.text
+        own = lambda x: (x.text, x.lead)  # noqa: E731
+        return isinstance(other, Grammar) and own(self) == own(other)
 
     def __hash__(self) -> int:
-        return hash(self.text)
+        return hash((self.text, self.lead))
 
     def matcher(self) -> Matcher:
         """A matcher at the start of an answer."""
-        return Matcher(self._start, self._first, self._ends)
+        return Matcher(self._start, self._first, self._ends, self.begin)
 
 
 class Grammars:
@@ -60,8 +94,10 @@ class Grammars:
         self._one_at_a_time = threading.Lock()
         self._known = functools.lru_cache(KEPT)(self._parse)
 
-    def of(self, text: str) -> Grammar:
+    def of(self, text: str, lead: Lead | None = None) -> Grammar:
         """The grammar of a text in llguidance's format.
+
+        Args: lead: comes before what the text describes.
 
         Raises:
           ValueError: the text is not a grammar, is too large or takes too long to parse; or the
@@ -74,9 +110,12 @@ class Grammars:
                 f"the grammar has {len(text)} characters; expected up to {MAX_CHARACTERS}"
             )
         with self._one_at_a_time:
-            return self._known(text)
+            return self._known(text, lead)
 
-    def _parse(self, text: str) -> Grammar:
+    def _parse(self, text: str, lead: Lead | None) -> Grammar:
+        begin = lead and self._tokenizer.id_of(lead.end)
+        if lead is not None and begin is None:
+            text, lead = lead.before(text), None
         library, tokens = llguidance(), self._tokens
         limits = library.LLParserLimits(verbose_errors=False, **LIMITS)
         began = time.thread_time()
@@ -92,7 +131,7 @@ class Grammars:
                 f"the grammar takes {seconds:.1f} s of CPU time to start; expected up to "
                 f"{CPU_SECONDS}"
             )
-        return Grammar(text, start, mask, self._config.eos_token_ids)
+        return Grammar(text, start, mask, self._config.eos_token_ids, lead, begin)
 
     @functools.cached_property
     def _tokens(self):

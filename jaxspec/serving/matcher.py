@@ -41,15 +41,19 @@ class Matcher:
     """The state of one answer in its grammar.
 
     Attributes:
-      allowed: [ceil(V / 32)] uint32, bits of the tokens allowed next; all are set once the
-        answer has ended or failed.
+      waiting: whether any token may come next, as the grammar's lead has not ended.
+      allowed: [ceil(V / 32)] uint32, bits of the tokens allowed next, or after the lead; all
+        are set once the answer has ended or failed.
       failure: why no token is allowed next; None while the answer can go on.
     """
 
-    def __init__(self, start: Any, first: np.ndarray, ends: frozenset[int]):
+    def __init__(
+        self, start: Any, first: np.ndarray, ends: frozenset[int], begin: int | None = None
+    ):
         """Args: start: an `llguidance.LLMatcher` at the start; first: bits of the tokens
-        allowed first; ends: stop ids."""
-        self._start, self._ends = start, ends
+        allowed first; ends: stop ids; begin: the token that ends the lead, if there is one."""
+        self._start, self._ends, self._begin = start, ends, begin
+        self.waiting = begin is not None
         self._parser = start.deep_copy()
         self._decided: list[int] = []
         self._path: tuple[int, ...] = ()  # drafted tokens that the parser has consumed too
@@ -58,7 +62,11 @@ class Matcher:
         self.allowed = first
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Consumes the answer's next tokens, which must have been allowed."""
+        """Consumes the answer's next tokens, which must have been allowed; where a lead ends,
+        up to its end."""
+        if self.waiting:
+            self.waiting = self._begin not in tokens
+            return
         for token in tokens:
             self._over |= token in self._ends
             if not self._over:

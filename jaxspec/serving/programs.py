@@ -33,6 +33,7 @@ from jaxspec.serving.rows import (
     place_row,
     recent_logprobs,
     recent_tokens,
+    resume_row,
     run_chunk,
     stop_rows,
 )
@@ -91,7 +92,7 @@ class Programs:
             capacity=self._capacity,
             max_new_tokens=request.max_new_tokens,
             budget=self._config.budget,
-            sampling=[request.sampling],
+            sampling=[request.packed_sampling(self._decoder.config)],
             keys=request.keys,
             asked=request.asked,
         )
@@ -234,6 +235,11 @@ class Programs:
             decoder, params, batch, habit, drafted, draft, staircase, schedule=schedule
         )
 
+    def resume_row(self, batch: Batch, request: Request, row: int) -> Batch:
+        """Lets a row go on that its grammar's beginning has stopped."""
+        sampling = self.pack(dataclasses.replace(request, grammar=None)).sampling
+        return resume_row(batch, sampling, np.int32(row))
+
     def compile_prompts(self) -> None:
         """Compiles the prompt programs by running each once."""
         requests = self.pack(Request((0,), 1))
@@ -262,11 +268,13 @@ class Programs:
 
     def compile_restricted(self, rows: int) -> None:
         """Compiles the programs of requests with grammars for batches of `rows` rows."""
-        requests = self.pack(Request((0,), 1))
+        request = Request((0,), 1)
+        requests = self.pack(request)
         every = np.full(-(-self._decoder.config.vocab_size // 32), ALL, np.uint32)
         self.end_prompt(requests, self.run_chunk(requests, 0, self.begin_prompt()), every)
         staircase = self._guessed(rows).only(-1)
-        self.restricted_round(self._half_full(rows), self.habit(), staircase, [None] * rows)
+        batch = self.resume_row(self._half_full(rows), request, 0)
+        self.restricted_round(batch, self.habit(), staircase, [None] * rows)
 
     def turn(self) -> dict[int, list[float]]:
         """Times one round per number of rows and verify size, in seconds; for `curve.least`."""

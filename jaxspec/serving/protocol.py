@@ -17,10 +17,10 @@ from jaxspec.serving.calls import OPEN
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.fields import BadRequest, Fields, is_number
 from jaxspec.serving.formats import FORMATS, is_json, read_format
-from jaxspec.serving.grammars import Grammar, Grammars
+from jaxspec.serving.grammars import Grammar, Grammars, Lead
 from jaxspec.serving.messages import THOUGHTS, read_messages, thoughts_in_content
 from jaxspec.serving.requests import Request
-from jaxspec.serving.thoughts import CLOSE, Start, after_thoughts, start_of
+from jaxspec.serving.thoughts import BEGIN, CLOSE, LEAD, Start, after_thoughts, start_of
 from jaxspec.serving.tools import TOOLS, Tools, call_form, read_tools
 from jaxspec.tokenizer import Tokenizer
 
@@ -99,10 +99,13 @@ def _grammar(
     fields: Fields,
     asked: tuple[str, str] | None,
     grammars: Grammars,
+    *,
+    lead: Lead | None = None,
     tools: Tools | None = None,
 ) -> Grammar | None:
     """Args:
     asked: the field that asks for a grammar, and the grammar's text.
+    lead: comes before what the text describes.
     tools: whose grammar it is, if it is that of tools.
     """
     if asked is None:
@@ -115,7 +118,7 @@ def _grammar(
     for name in filter(longer.get, longer):
         raise BadRequest(f"{name} excludes {field}, which decides where the answer ends", name)
     try:
-        return grammars.of(text)
+        return grammars.of(text, lead)
     except ValueError as error:
         if tools is not None:
             tools.check(grammars)
@@ -150,18 +153,22 @@ def read_chat(body: Any, target: Target, config: EngineConfig, grammars: Grammar
         if asked is not None and not is_json(asked[1]):  # its start tells it from a call
             raise BadRequest(f"tools exclude {asked[0]} unless it is JSON; give one", asked[0])
         asked = asked[0] if asked else "tools", tools.grammar
-    strict = asked is not None and not (tools and tools.anywhere)
+    lead = tools and tools.lead
+    strict = asked is not None and lead is None
     switches = _switches(fields, target, strict=strict)
     prompt = _chat(messages, tools, target, switches)
     thoughts = start_of(target.tokenizer, prompt)
     if strict and thoughts and (switches.get(THINKING) or thoughts == "prompt"):
-        asked = asked[0], after_thoughts(asked[1], thoughts)
+        if thoughts == "answer":  # with which it must begin then
+            prompt += target.tokenizer.encode(BEGIN, special=False)
+        lead, thoughts = LEAD, "prompt"
+        asked = asked[0], after_thoughts(asked[1])
     top = _top_logprobs(fields, "top_logprobs", config)
     if not fields.flag("logprobs"):
         if top:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
         top = None
-    grammar = _grammar(fields, asked, grammars, tools)
+    grammar = _grammar(fields, asked, grammars, lead=lead, tools=tools)
     own = dict(grammar=grammar, thoughts=thoughts, tools=tools)
     return _asked(fields, [prompt], target, config, default=None, top=top, **own)
 

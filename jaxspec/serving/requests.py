@@ -12,7 +12,7 @@ from jaxspec.config import TargetConfig
 from jaxspec.decoding import logprobs
 from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.requests import check_tokens, is_key, request_keys, stop_ids_of
-from jaxspec.decoding.sampling import Sampling
+from jaxspec.decoding.sampling import MAX_BIAS, Sampling
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.serving.grammars import Grammar
 
@@ -45,6 +45,21 @@ class Request:
     prompt_logprobs: bool = False
     cache_salt: str = ""
     grammar: Grammar | None = None
+
+    def packed_sampling(self, config: TargetConfig) -> Sampling:
+        """How it samples until its grammar begins: the token that begins it stops the row, and
+        no stop id is chosen in a lead that an answer may not end in.
+
+        Raises ValueError: as `stop_ids_of`.
+        """
+        grammar = self.grammar
+        if grammar is None or grammar.begin is None:
+            return self.sampling
+        stops, bias = stop_ids_of(self.sampling, config), dict(self.sampling.logit_bias)
+        if not grammar.lead.may_end:
+            bias |= dict.fromkeys(stops, -MAX_BIAS)
+        stops = (*stops, grammar.begin)
+        return dataclasses.replace(self.sampling, stop_ids=stops, logit_bias=bias)
 
     @property
     def asked(self) -> int:
@@ -82,7 +97,7 @@ class Request:
             )
         if type(self.seed) is not int and not is_key(self.seed):
             raise ValueError(f"the seed is {self.seed!r}; expected an integer")
-        check_tokens(self.sampling, config)
+        check_tokens(self.packed_sampling(config), config)
         least = self.sampling.min_tokens
         if least > self.max_new_tokens:
             raise ValueError(
@@ -128,14 +143,21 @@ class TokenLogProb:
 
 
 def read_logprobs(
-    laws: LogProbs, row: int, places: Sequence[int], tokens: Sequence[int], top: int
+    laws: LogProbs | None,
+    row: int,
+    places: Sequence[int],
+    tokens: Sequence[int],
+    top: int | None,
 ) -> tuple[TokenLogProb, ...]:
-    """Log-probabilities at some positions of a row, with `top` alternatives each.
+    """Log-probabilities at some positions of a row, with `top` alternatives each; () if that is
+    None.
 
     Args:
       laws: fetched from the device.
       tokens: the row's tokens by position.
     """
+    if top is None:
+        return ()
     return tuple(
         TokenLogProb(
             tokens[place],

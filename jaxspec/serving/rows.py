@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.prefill import begin_prefill, end_prefill, prefill_chunk
-from jaxspec.decoding.sampling import NO_TOKEN
+from jaxspec.decoding.sampling import NO_TOKEN, SamplingRows
 from jaxspec.decoding.schedule import Batch, unknown_survivals
 from jaxspec.decoding.state import Decoder, Params, Prefilling, Requests
 from jaxspec.models.state import LayerStates
@@ -61,8 +61,7 @@ def end_prompt(
 @functools.partial(jax.jit, donate_argnames="batch")
 def place_row(batch: Batch, fresh: Batch, row: jax.Array) -> Batch:
     """Overwrites one row."""
-    put = jax.lax.dynamic_update_slice_in_dim
-    return jax.tree.map(lambda x, new: put(x, new, row, 0), batch, fresh)
+    return _put(batch, fresh, row)
 
 
 @jax.jit
@@ -76,6 +75,13 @@ def move_rows(batch: Batch, rows: jax.Array) -> Batch:
 def stop_rows(batch: Batch, stopped: jax.Array) -> Batch:
     """Marks the rows of a mask [B] as done."""
     return _with_done(batch, batch.state.done | stopped)
+
+
+@functools.partial(jax.jit, donate_argnames="batch")
+def resume_row(batch: Batch, sampling: SamplingRows, row: jax.Array) -> Batch:
+    """Lets a done row go on, choosing by `sampling`, of one row."""
+    batch = _with_done(batch, batch.state.done.at[row].set(False))
+    return dataclasses.replace(batch, sampling=_put(batch.sampling, sampling, row))
 
 
 @functools.partial(jax.jit, static_argnames="width")
@@ -93,6 +99,12 @@ def recent_logprobs(batch: Batch, start: jax.Array, *, width: int) -> LogProbs |
     index = start[:, None] + jnp.arange(width)
     row = jnp.arange(start.shape[0])[:, None]
     return jax.tree.map(lambda x: x.at[row, index].get(mode="clip"), batch.state.logprobs)
+
+
+def _put(rows: Any, new: Any, row: jax.Array) -> Any:
+    """Overwrites one row of every leaf."""
+    put = jax.lax.dynamic_update_slice_in_dim
+    return jax.tree.map(lambda x, one: put(x, one, row, 0), rows, new)
 
 
 def _with_done(batch: Batch, done: jax.Array) -> Batch:

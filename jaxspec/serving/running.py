@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from jaxspec.decoding.logprobs import LogProbs
 from jaxspec.decoding.schedule import Batch
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.serving.matcher import Matcher
 from jaxspec.serving.programs import Programs
-from jaxspec.serving.requests import Request, Update, read_logprobs
+from jaxspec.serving.requests import Finish, Request, TokenLogProb, Update
 
 SHRINK_AFTER = 8  # consecutive rounds with too many rows
 
@@ -24,34 +23,42 @@ class Running:
 
     Attributes:
       submitted: time of submission, by time.perf_counter().
+      stop_ids: ids that end the answer.
       length: tokens returned so far, prompt included.
       matcher: the answer's position in its grammar, if it has one.
+      paused: whether its row has stopped where its grammar begins, and can go on.
     """
 
     id: int
     request: Request
     submitted: float
+    stop_ids: Sequence[int]
     length: int
     matcher: Matcher | None = None
+    paused: bool = False
 
-    def advance(self, tokens: Sequence[int]) -> str | None:
-        """Advances the grammar by tokens; returns why the answer cannot go on, or None."""
+    @property
+    def restricting(self) -> Matcher | None:
+        """The matcher, if it restricts the next token."""
+        return None if self.matcher is None or self.matcher.waiting else self.matcher
+
+    def advance(self, tokens: Sequence[int], logprobs: Sequence[TokenLogProb] = ()) -> Update:
+        """Adds tokens to the answer. Args: logprobs: of the tokens, if asked for."""
         self.length += len(tokens)
-        if self.matcher is None:
-            return None
-        self.matcher.advance(tokens)
-        return self.matcher.failure
-
-    def progress(self, tokens: np.ndarray, laws: LogProbs | None, row: int) -> Update:
-        """The request's update after a burst.
-
-        Args:
-          tokens: [n] int32.
-          laws, row: recent log-probabilities, and the request's row in them.
-        """
-        ids, top = tokens.tolist(), self.request.logprobs
-        found = () if top is None else read_logprobs(laws, row, range(len(ids)), ids, top)
-        return Update(self.id, tuple(ids), logprobs=found)
+        failure = None
+        if self.matcher is not None:
+            free = self.matcher.waiting
+            self.matcher.advance(tokens)
+            self.paused = free and not self.matcher.waiting
+            failure = self.matcher.failure
+        finish: Finish | None = None  # as the device decides, but for failures
+        if failure is not None:
+            finish = "stuck"
+        elif tokens and tokens[-1] in self.stop_ids:
+            finish = "stop"
+        elif self.length == len(self.request.prompt) + self.request.max_new_tokens:
+            finish = "length"
+        return Update(self.id, tuple(tokens), finish, logprobs=logprobs, failure=failure)
 
 
 class RunningRows:
@@ -111,7 +118,15 @@ class RunningRows:
         row = self.requests.index(None)
         self.batch = self._programs.place_row(self.batch, fresh, row)
         self.requests[row] = running
+        self.resume()
         return True
+
+    def resume(self) -> None:
+        """Lets paused rows go on."""
+        for row, running in self.taken:
+            if running.paused:
+                self.batch = self._programs.resume_row(self.batch, running.request, row)
+                running.paused = False
 
     def stop(self, rows: Sequence[int]) -> None:
         """Ends rows on the device."""

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jaxspec.answer_text import overlap
+from jaxspec.serving.grammars import Lead
 from jaxspec.tokenizer import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
+BEGIN = f"{OPEN}\n"  # as templates write it
+LEAD = Lead(CLOSE, may_end=False)
 
 # Where thoughts begin: in the prompt, as with Qwen3.5's template, or in the answer, if at all.
 Start = Literal["prompt", "answer"]
@@ -24,12 +27,9 @@ def start_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> Start | None:
     return "prompt" if last.rstrip().endswith(OPEN) else "answer"
 
 
-def after_thoughts(grammar: str, start: Start) -> str:
-    """A grammar in llguidance's format of answers that begin with thoughts."""
-    begin = "" if start == "prompt" else r"<think>\n"
-    thoughts = rf"thoughts[lazy]: /{begin}(.|\n)*<\/think>/"
-    rules = grammar.replace("start:", "answer:", 1)
-    return f'start: thoughts "\\n\\n" answer\n{thoughts}\n{rules}'
+def after_thoughts(grammar: str) -> str:
+    """The text of a grammar of answers that have thoughts before them, `LEAD`."""
+    return 'start: "\\n\\n" answer\n' + grammar.replace("start:", "answer:", 1)
 
 
 class ThoughtReader:

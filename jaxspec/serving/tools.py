@@ -6,9 +6,9 @@ import dataclasses
 import re
 from typing import Any
 
-from jaxspec.serving.calls import CallReader, Tool, calls_text
+from jaxspec.serving.calls import LEAD, CallReader, Tool, calls_text
 from jaxspec.serving.fields import BadRequest, Fields
-from jaxspec.serving.grammars import Grammars
+from jaxspec.serving.grammars import Grammars, Lead
 from jaxspec.serving.json_calls import JsonCalls
 from jaxspec.serving.xml_calls import XmlCalls
 from jaxspec.tokenizer import Tokenizer
@@ -40,9 +40,9 @@ class Tools:
     instead: str | None = None
 
     @property
-    def anywhere(self) -> bool:
-        """Whether a call may come after any text."""
-        return self.free and self.instead is None
+    def lead(self) -> Lead | None:
+        """What may come before a call, if it may be any text."""
+        return LEAD if self.free and self.instead is None else None
 
     def check(self, grammars: Grammars) -> None:
         """Raises BadRequest for the first tool whose schema cannot be used."""

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from jaxspec.models.target import Target
-from jaxspec.serving.grammars import Grammars
+from jaxspec.serving.grammars import Grammars, Lead
 from jaxspec.tokenizer import Tokenizer
 from tests import tiny
 
@@ -52,9 +52,9 @@ def grammars() -> Grammars:
     return Grammars(tokenizer(), CONFIG)
 
 
-def fits(grammar: str, text: str) -> bool:
+def fits(grammar: str, text: str, lead: Lead | None = None) -> bool:
     """Whether an answer may be this text."""
-    matcher = grammars().of(grammar).matcher()
+    matcher = grammars().of(grammar, lead).matcher()
     for token in [*tokenizer().encode(text), 0]:
         if not matcher.allowed[token // 32] >> (token % 32) & 1:
             return False

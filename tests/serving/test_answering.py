@@ -142,6 +142,15 @@ def test_an_answer_without_calls_ends_as_others():
     assert (found.text, found.finish, found.calls) == ("so", "stop", [])
 
 
+def test_what_began_like_a_call_and_is_none_is_text():
+    """Written letter by letter, the mark restricts nothing."""
+    tokenizer = structured.tokenizer()
+    text = "its mark, <tool_call>, is none"
+    one = reader(tokenizer, tools=clock(tokenizer))
+    pieces = [one.read(Update(0, tuple(tokenizer.encode(text)))), one.read(Update(0, (), "stop"))]
+    assert "".join(piece.text for piece in pieces) == text and pieces[-1].finish == "stop"
+
+
 def test_an_answer_that_is_stuck():
     with pytest.raises(Stuck, match="cannot go on in its format: no token"):
         reader().read(Update(0, (1,), "stuck", failure="no token"))

@@ -9,7 +9,7 @@ import openai
 import pydantic
 import pytest
 
-from jaxspec.serving.calls import Tool, calls_text, joined_calls
+from jaxspec.serving.calls import LEAD, Tool, calls_text, joined_calls
 from jaxspec.serving.connections import Limits
 from jaxspec.serving.fields import Fields
 from jaxspec.serving.json_calls import JsonCalls
@@ -206,7 +206,7 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_
 def test_calls_in_free_answers_keep_to_their_schemas(text, fits):
     tools = [Tool("weather", PARAMETERS), Tool("clock", {"type": "object"})]
     grammar = calls_text(JsonCalls, tools, free=True, several=True)
-    assert structured.fits(grammar, text) == fits
+    assert structured.fits(grammar, text, LEAD) == fits
 
 
 @pytest.mark.parametrize("step", [1, 3, 7, 1000])

@@ -11,7 +11,7 @@ from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.joined import with_lookup
 from jaxspec.drafters.plain import PLAIN
 from jaxspec.drafters.small_model import SmallModel
-from jaxspec.serving.calls import Tool, calls_text
+from jaxspec.serving.calls import LEAD, Tool, calls_text
 from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.formats import json_text, regex_text
@@ -37,12 +37,12 @@ def drafter() -> LoadedDrafter:
 def asked(dice: random.Random) -> list[Request]:
     """Chat turns behind one system prompt, and prompts of their own."""
     texts = [
-        json_text(SCHEMA, ""),
-        json_text({"type": "object"}, ""),
-        regex_text("(ab|cd){2,9}[0-9]*!"),
-        calls_text(JsonCalls, TOOLS, free=False, several=True),
-        calls_text(JsonCalls, TOOLS[:1], free=True, several=False),
-        calls_text(XmlCalls, TOOLS, free=False, several=True),
+        (json_text(SCHEMA, ""),),
+        (json_text({"type": "object"}, ""),),
+        (regex_text("(ab|cd){2,9}[0-9]*!"),),
+        (calls_text(JsonCalls, TOOLS, free=False, several=True),),
+        (calls_text(JsonCalls, TOOLS[:1], free=True, several=False), LEAD),
+        (calls_text(XmlCalls, TOOLS, free=False, several=True),),
     ]
     made = []
     for i in range(COUNT):
@@ -59,7 +59,7 @@ def asked(dice: random.Random) -> list[Request]:
             logit_bias=dice.choice([(), ((40, 2.5),)]) if penalised else (),
         )
         logprobs = dice.choice([None, None, 0, 3])
-        grammar = grammars().of(dice.choice(texts)) if dice.random() < 0.5 else None
+        grammar = grammars().of(*dice.choice(texts)) if dice.random() < 0.5 else None
         made.append(
             Request(
                 tuple(tokenizer().encode(text)),

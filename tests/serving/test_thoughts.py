@@ -116,13 +116,16 @@ def ask(template, **body):
     ("template", "switches", "text"),
     [
         (BEGUN, {}, "so\n</think>\n\nab"),
-        (OLDER, {"enable_thinking": True}, "<think>\nso</think>\n\nab"),
+        (OLDER, {"enable_thinking": True}, "so</think>\n\nab"),
         (OLDER, {}, "ab"),
     ],
 )
 def test_a_format_holds_after_the_thoughts(template, switches, text):
-    """Where the model can be kept from thinking, it thinks only if it is asked to."""
+    """Where the model can be kept from thinking, it thinks only if it is asked to; then the
+    prompt begins the thoughts."""
     (request,) = ask(template, guided_regex="ab", chat_template_kwargs=switches).requests
+    prompt = structured.tokenizer().decode(request.prompt)
+    assert prompt.rstrip().endswith("<think>") == ("</think>" in text)
     matcher = request.grammar.matcher()
     for token in structured.tokenizer().encode(text):
         assert matcher.allowed[token // 32] >> (token % 32) & 1, text

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxspec.serving.calls import Tool, calls_text, joined_calls
+from jaxspec.serving.calls import LEAD, Tool, calls_text, joined_calls
 from jaxspec.serving.fields import BadRequest
 from jaxspec.serving.xml_calls import XmlCalls
 from tests.serving import structured
@@ -85,7 +85,8 @@ def read(tool: Tool, text: str) -> dict:
     ],
 )
 def test_answers_keep_to_the_form(text, fits):
-    assert structured.fits(calls_text(XmlCalls, TOOLS, free=True, several=True), text) == fits
+    grammar = calls_text(XmlCalls, TOOLS, free=True, several=True)
+    assert structured.fits(grammar, text, LEAD) == fits
 
 
 ANSWER = f"See <tool:\n\n{WHOLE}\n{call('clock')}\n{call('clock', a='1', b='x')}"
