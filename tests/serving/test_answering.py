@@ -147,7 +147,8 @@ def test_what_began_like_a_call_and_is_none_is_text():
     tokenizer = structured.tokenizer()
     text = "its mark, <tool_call>, is none"
     one = reader(tokenizer, tools=clock(tokenizer))
-    pieces = [one.read(Update(0, tuple(tokenizer.encode(text)))), one.read(Update(0, (), "stop"))]
+    updates = Update(0, tuple(tokenizer.encode(text))), Update(0, (), "stop")
+    pieces = list(map(one.read, updates))
     assert "".join(piece.text for piece in pieces) == text and pieces[-1].finish == "stop"
 
 
