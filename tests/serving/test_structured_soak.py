@@ -18,7 +18,7 @@ from jaxspec.serving.formats import json_text, regex_text
 from jaxspec.serving.json_calls import JsonCalls
 from jaxspec.serving.requests import Request
 from jaxspec.serving.xml_calls import XmlCalls
-from tests.serving import engines
+from tests.serving import engines, test_leads
 from tests.serving.soaks import check_soak
 from tests.serving.structured import CONFIG, grammars, target, tokenizer
 
@@ -36,13 +36,16 @@ def drafter() -> LoadedDrafter:
 
 def asked(dice: random.Random) -> list[Request]:
     """Chat turns behind one system prompt, and prompts of their own."""
-    texts = [
-        (json_text(SCHEMA, ""),),
-        (json_text({"type": "object"}, ""),),
-        (regex_text("(ab|cd){2,9}[0-9]*!"),),
-        (calls_text(JsonCalls, TOOLS, free=False, several=True),),
-        (calls_text(JsonCalls, TOOLS[:1], free=True, several=False), LEAD),
-        (calls_text(XmlCalls, TOOLS, free=False, several=True),),
+    parse = grammars().of
+    known = [
+        parse(json_text(SCHEMA, "")),
+        parse(json_text({"type": "object"}, "")),
+        parse(regex_text("(ab|cd){2,9}[0-9]*!")),
+        parse(calls_text(JsonCalls, TOOLS, free=False, several=True)),
+        parse(calls_text(JsonCalls, TOOLS[:1], free=True, several=False), LEAD),
+        parse(calls_text(XmlCalls, TOOLS, free=False, several=True)),
+        test_leads.grammar(may_end=True),
+        test_leads.grammar(may_end=False),
     ]
     made = []
     for i in range(COUNT):
@@ -59,7 +62,7 @@ def asked(dice: random.Random) -> list[Request]:
             logit_bias=dice.choice([(), ((40, 2.5),)]) if penalised else (),
         )
         logprobs = dice.choice([None, None, 0, 3])
-        grammar = grammars().of(*dice.choice(texts)) if dice.random() < 0.5 else None
+        grammar = dice.choice(known) if dice.random() < 0.5 else None
         made.append(
             Request(
                 tuple(tokenizer().encode(text)),
