@@ -30,7 +30,7 @@ def export(
         target = os.path.relpath(target, folder)
     with new_folder(folder) as partial:
         try:
-            save_drafter(partial, drafter.drafter, drafter.params, verifier=target)
+            save_drafter(partial, drafter, verifier=target)
         except ValueError as error:
             raise ValueError(
                 f"{error}; resume from an earlier checkpoint with --resume-step"
