@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from jaxspec.checkpoints import load, speculators
 from jaxspec.checkpoints.block_format import DRAFT_TOKENS, TEMPERATURES
 from jaxspec.checkpoints.drafter_config import NAMES, recognise
 from jaxspec.checkpoints.drafters import INTEGERS, drafter_folder, load_drafter, save_drafter
+from jaxspec.checkpoints.fuse import DTYPES
 from jaxspec.checkpoints.quantisation import quantisation_of
 from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
 from jaxspec.drafters.base import LoadedDrafter
@@ -26,7 +26,6 @@ SILENT = {
     "steps": "how many tokens to draft: readers take their own default",
     "target_layers": "the number of the target's layers",
 }
-FLOATS = {np.dtype(x).name for x in (np.float32, np.float16, ml_dtypes.bfloat16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +93,7 @@ def convert_drafter(
 def _stored_dtype(folder: Path) -> str:
     """Dtype of the weights; raises ValueError if there are several."""
     tensors = SafetensorsFolder(folder, integers=INTEGERS)
-    floats = sorted({np.dtype(dtype).name for dtype in tensors.dtypes.values()} & FLOATS)
+    floats = sorted({np.dtype(dtype).name for dtype in tensors.dtypes.values()} & {*DTYPES})
     if len(floats) != 1:
         raise ValueError(f"{folder} holds weights of {', '.join(floats)}; expected one dtype")
     return floats[0]

@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from jaxspec.checkpoints.fuse import Box, Part, build, check_weights, slices
+from jaxspec.checkpoints.fuse import Part, build, check_weights
 from jaxspec.checkpoints.quantised import open_weights
+from jaxspec.checkpoints.tensors import Box, cut
 from jaxspec.models.scaled import ScaledWeight, is_scaled
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
@@ -125,45 +126,10 @@ class DrafterTensors:
     ) -> Iterator[tuple[Box, np.ndarray]]:
         """See `fuse.Tensors`; of a fused tensor only the rows of that name."""
         if name in self.places:
-            yield box, self.read(name).reshape(shape)[slices(box, ((0, 0),) * len(shape))]
+            yield box, cut(self.read(name), shape, box, skip)
             return
         skip += self.first.get(name, 0) * math.prod(self.shapes[name][1:])
         yield from self.tensors.pieces(self.names[name], shape, box, skip)
-
-
-def same(name: str, *shape: int) -> tuple[Part, ...]:
-    """A tensor that is the array."""
-    return (Part(name, shape, np.s_[...], tuple(range(len(shape)))),)
-
-
-def linear(name: str, outputs: int, inputs: int) -> tuple[Part, ...]:
-    """A linear layer, [out, in] in files and [in, out] here."""
-    return (Part(name, (outputs, inputs), np.s_[...], (1, 0)),)
-
-
-def expected_shapes(table: Table) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a table, by name."""
-    return {part.name: part.shape for parts in table.values() for part in parts}
-
-
-def check_names(
-    tensors: DrafterTensors, expected: Mapping[str, tuple[int, ...]], known: Collection[str]
-) -> None:
-    """Raises ValueError unless a file has all expected tensors, and else only known ones."""
-    for name, shape in expected.items():
-        found = tensors.shapes.get(name)
-        if found != shape:
-            raise ValueError(
-                f"{tensors.origin}: tensor '{name}' "
-                + (f"has shape {found}" if found else "is missing")
-                + f"; its configuration asks for {shape}"
-            )
-    unknown = sorted(set(tensors.shapes) - set(expected) - set(known))
-    if unknown:
-        raise ValueError(
-            f"{tensors.origin}: tensor '{unknown[0]}' has no place in the drafter its "
-            "configuration describes; ignoring it would change the drafts"
-        )
 
 
 def read_weights(tensors: DrafterTensors, table: Table, abstract: nnx.State) -> nnx.State:
@@ -183,7 +149,7 @@ def written_tensors(weights: nnx.State, table: Table) -> dict[str, np.ndarray]:
     """The inverse of `read_weights`."""
     flat = {path: np.asarray(x[...]) for path, x in nnx.to_flat_state(weights)}
     return {
-        part.name: flat[path][part.index].transpose(part.axes).reshape(part.shape)
+        part.name: part.taken_from(flat[path])
         for path, parts in table.items()
         for part in parts
     }

@@ -24,16 +24,14 @@ from jaxspec.checkpoints.drafter_config import (
 )
 from jaxspec.checkpoints.drafter_files import (
     DrafterTensors,
-    check_names,
     check_repeated,
     check_unused,
-    expected_shapes,
     read_weights,
     write_folder,
     written_tensors,
 )
 from jaxspec.checkpoints.drafter_format import Config
-from jaxspec.checkpoints.fuse import check_dtype
+from jaxspec.checkpoints.fuse import check_dtype, check_tensors, expected_shapes
 from jaxspec.checkpoints.huggingface import MASK, resolve
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.config import TargetConfig, TreeConfig
@@ -77,10 +75,10 @@ def load_drafter(
     format, config = recognise(raw, folder), from_json(raw, folder, target.config)
     tensors = DrafterTensors(folder, INTEGERS, format.todays_name)
     table, repeated = format.parts(config), format.repeated(target.params)
-    tensors.split_fused(expected_shapes(table))
+    expected = expected_shapes(table) | {name: x.shape for name, x in repeated.items()}
+    tensors.split_fused(expected)
     format.prepare(tensors, config)
-    shapes = {name: x.shape for name, x in repeated.items()}
-    check_names(tensors, expected_shapes(table) | shapes, format.extra)
+    check_tensors(tensors, expected, format.extra)
     check_repeated(tensors, repeated)
     own = format.read_vocabulary(tensors, raw, config, target.params, dtype)
     weights = read_weights(tensors, table, abstract_weights(config, dtype))

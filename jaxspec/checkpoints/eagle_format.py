@@ -60,18 +60,12 @@ class EagleFormat(DrafterFormat):
 
     def read_vocabulary(self, tensors, raw, c, target, dtype):
         kept, width = draft_vocabulary.draft_tokens(tensors, raw, c.vocab_size), c.hidden_size
-        rows = c.vocab_size if kept is None else len(kept)
-        whole = (c.vocab_size, width)
-        embed = draft_vocabulary.own_table(tensors, EMBEDDING, whole, target.embed, dtype)
+        embed = draft_vocabulary.own_table(tensors, EMBEDDING, target.embed, width, dtype)
         found = {"kept": kept, "embed": embed}
         if raw.get("tie_word_embeddings") and HEAD not in tensors.shapes:
             table = target.embed if embed is None else embed
             return found | {"unembed": table if kept is None else table[kept]}
-        judge = target.unembed
-        if kept is not None:
-            draft_vocabulary.required(tensors, HEAD, rows)
-            judge = judge[kept]
-        own = draft_vocabulary.own_table(tensors, HEAD, (rows, width), judge, dtype)
+        own = draft_vocabulary.own_table(tensors, HEAD, target.unembed, width, dtype, kept)
         return found | {"unembed": own}
 
     def vocabulary_tensors(self, vocabulary, c, dtype):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxspec.checkpoints import target_weights
-from jaxspec.checkpoints.fuse import Box
 from jaxspec.checkpoints.gguf_file import GgufFile, open_gguf
 from jaxspec.checkpoints.json_config import JsonConfig
+from jaxspec.checkpoints.tensors import Box, cut
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams
 from jaxspec.tokenizer import Tokenizer
@@ -155,8 +154,7 @@ class _LlamaTensors:
         projection = re.search(r"self_attn\.([qk])_proj", name)
         if projection is not None:
             tensor = _unpermute(tensor, self._heads[projection[1]])
-        seen = tensor.reshape(-1)[skip : skip + math.prod(shape)].reshape(shape)
-        yield box, seen[tuple(slice(*ends) for ends in box)]
+        yield box, cut(tensor, shape, box, skip)
 
 
 def _rename(name: str) -> str:

@@ -10,10 +10,11 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from jaxspec.checkpoints import rope
-from jaxspec.checkpoints.fuse import Box, Tensors
+from jaxspec.checkpoints.fuse import Tensors
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.checkpoints.quantisation import KEYS as QUANTISATION
 from jaxspec.checkpoints.quantised import Stored
+from jaxspec.checkpoints.tensors import Box
 from jaxspec.config import DeltaNetConfig, TargetConfig
 
 DENSE = ("qwen3_5", "qwen3_5_text")

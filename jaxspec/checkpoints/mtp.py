@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxspec.checkpoints.fuse import Part, build, check_dtype, check_tensors
+from jaxspec.checkpoints.fuse import build, check_dtype, check_tensors, expected_shapes, linear
 from jaxspec.checkpoints.huggingface import WEIGHTS
 from jaxspec.checkpoints.hybrid import predictor_tensors
 from jaxspec.checkpoints.quantised import open_weights
@@ -55,7 +55,7 @@ def load(path: Path, target: Target, tree: TreeConfig, dtype) -> LoadedDrafter:
         )
     config = mtp_config(target.config)
     table = mtp_parts(config, tensors.shapes)
-    check_tensors(tensors, table)
+    check_tensors(tensors, expected_shapes(table))
     weights = build(tensors, table, abstract_mtp(config, dtype))
     return trained(config, weights, target.params, tree)
 
@@ -70,7 +70,7 @@ def mtp_parts(config: MtpConfig, names) -> MtpWeights:
     return MtpWeights(
         token_norm=norm(c, "mtp.pre_fc_norm_embedding.weight", width),
         feature_norm=norm(c, "mtp.pre_fc_norm_hidden.weight", width),
-        fc=(Part("mtp.fc.weight", (width, 2 * width), ..., (1, 0)),),
+        fc=linear("mtp.fc.weight", width, 2 * width),
         layer=layer_parts(c, 0, LAYER, names),
         norm=norm(c, "mtp.norm.weight", width),
     )

@@ -226,12 +226,10 @@ class Speculators(BlockFormat):
         kept = draft_vocabulary.draft_tokens(tensors, raw, c.vocab_size)
         if kept is None:
             return {}
-        draft_vocabulary.required(tensors, HEAD, len(kept))
-        shape, theirs = (len(kept), c.hidden_size), target.unembed[kept]
-        return {
-            "kept": kept,
-            "unembed": draft_vocabulary.own_table(tensors, HEAD, shape, theirs, dtype),
-        }
+        own = draft_vocabulary.own_table(
+            tensors, HEAD, target.unembed, c.hidden_size, dtype, kept
+        )
+        return {"kept": kept, "unembed": own}
 
     def vocabulary_tensors(self, vocabulary, c, dtype):
         if vocabulary.kept is None:

@@ -30,10 +30,10 @@ from jaxspec.training.feature_build import build_shards
 from jaxspec.training.feature_shards import (
     Layout,
     ShardFormat,
+    check_stored_dtype,
     open_shard,
     plan_shards,
     shard_path,
-    stored_dtype,
 )
 from jaxspec.training.features import Features
 from jaxspec.whole_files import replace_text
@@ -67,7 +67,7 @@ class FeatureCache:
         self._held: tuple[int, ...] = tuple(index["taps"])
         self._order = [self._held.index(tap) for tap in taps]
         self.dtype: str = index["dtype"]
-        stored_dtype(self.dtype)
+        check_stored_dtype(self.dtype)
         self._format = ShardFormat(width, len(self._held) * width, jnp.dtype(self.dtype))
         rows = max(1, index["shard_bytes"] // self._format.row_bytes)
         self._layout = plan_shards(lengths, rows)
