@@ -47,7 +47,8 @@ def test_there_and_back(tmp_path, raw):
 
 def test_another_dtype(tmp_path):
     write_large_folder(tmp_path / "source", DENSE, shards=1)
-    convert(tmp_path / "source", tmp_path / "store", dtype="float32")
+    done = convert(tmp_path / "source", tmp_path / "store", dtype=jnp.float32)
+    assert done.dtype == "float32"
     for folder in ("source", "store"):
         params = checkpoints.load(tmp_path / folder, "float32").params
         assert params.embed.dtype == jnp.float32
