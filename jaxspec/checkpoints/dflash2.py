@@ -13,7 +13,7 @@ from jaxspec.checkpoints.fuse import Part, linear, same
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.config import DrafterConfig
 
-# Our field, their key, and the value without effect.
+# Our fields and their keys.
 SCALES = {
     "logit_scale": "output_multiplier",
     "embedding_scale": "input_embedding_scale",
@@ -50,11 +50,10 @@ def from_json(whole: JsonConfig, own: JsonConfig) -> dict[str, Any]:
 
 def to_json(c: DrafterConfig) -> dict[str, Any]:
     """Keys of `dflash_config`, without those that have no effect."""
-    neutral = {"logit_scale": 1.0, "embedding_scale": 1.0, "logit_softcap": None}
     keys = {
         key: getattr(c, name)
         for name, key in SCALES.items()
-        if getattr(c, name) != neutral[name]
+        if getattr(c, name) != getattr(DrafterConfig, name)  # the default
     }
     for pair, given in ((CONVOLUTION, c.conv_taps), (SELECTOR, c.candidates)):
         if given:

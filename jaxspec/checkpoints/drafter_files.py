@@ -16,10 +16,8 @@ from safetensors.numpy import save_file
 
 from jaxspec.checkpoints.fuse import Part, build, check_weights
 from jaxspec.checkpoints.quantised import open_weights
-from jaxspec.checkpoints.tensors import Box, cut
+from jaxspec.checkpoints.tensors import SINGLE, Box, cut
 from jaxspec.models.scaled import ScaledWeight, is_scaled
-
-CONFIG, TENSORS = "config.json", "model.safetensors"
 
 # For every weight, by path in the head, the tensors it is made of.
 Table = Mapping[tuple, tuple[Part, ...]]
@@ -46,9 +44,7 @@ class DrafterTensors:
       ValueError: the folder cannot be read, or holds one tensor under two names.
     """
 
-    def __init__(
-        self, folder: Path, integers: Collection[str], renamed: Callable[[str], str] = str
-    ):
+    def __init__(self, folder: Path, integers: Collection[str], renamed: Callable[[str], str]):
         self.tensors = open_weights(folder, integers=integers)
         self.origin = self.tensors.origin
         self.names: dict[str, str] = {}
@@ -177,7 +173,7 @@ def check_repeated(tensors: DrafterTensors, tables: Mapping[str, jax.Array]) -> 
 
 def check_unused(folder: Path) -> None:
     """Raises ValueError if a folder holds a checkpoint."""
-    if any((folder / name).exists() for name in (CONFIG, TENSORS)):
+    if any((folder / name).exists() for name in ("config.json", SINGLE)):
         raise ValueError(f"{folder} already holds a checkpoint; save to a new folder")
 
 
@@ -197,5 +193,5 @@ def write_folder(
     for name in set(tensors) - set(integers):
         check_weights(tensors[name], name, f"{folder} is not written")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")

@@ -17,7 +17,7 @@ from jaxspec.checkpoints.drafter_format import DrafterFormat
 from jaxspec.checkpoints.head_tensors import eagle_parts
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
-from jaxspec.checkpoints.rope import read_rope, rope_to_json
+from jaxspec.checkpoints.rope import read_rope
 from jaxspec.config import TargetConfig
 from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.models.scaled import by_value
@@ -121,7 +121,6 @@ def layers_to_json(c: EagleConfig) -> dict[str, Any]:
         "eos_token_id": None,
         "model_type": "qwen3" if c.qk_norm else "llama",
         "pad_token_id": None,
-        "rope_parameters": rope_to_json(c.rope_theta, c.rope_scaling),
         "tie_word_embeddings": False,
     }
     windows = visibility.to_json(c.window)

@@ -92,7 +92,7 @@ def fields(text: JsonConfig, model_type: str) -> dict[str, Any]:
 def _delta_net(text: JsonConfig, *, interleaved: bool) -> DeltaNetConfig:
     return text.make(
         DeltaNetConfig,
-        layers=tuple(i for i, kind in enumerate(layer_types(text)) if kind == LINEAR),
+        layers=tuple(i for i, kind in enumerate(_layer_types(text)) if kind == LINEAR),
         key_heads=text.integer("linear_num_key_heads"),
         value_heads=text.integer("linear_num_value_heads"),
         key_dim=text.integer("linear_key_head_dim"),
@@ -102,7 +102,7 @@ def _delta_net(text: JsonConfig, *, interleaved: bool) -> DeltaNetConfig:
     )
 
 
-def layer_types(text: JsonConfig) -> tuple[str, ...]:
+def _layer_types(text: JsonConfig) -> tuple[str, ...]:
     """The type of every layer, `LINEAR` or `FULL`, listed or by an interval (default: 4).
 
     Raises:

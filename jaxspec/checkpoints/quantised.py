@@ -32,15 +32,14 @@ def open_weights(
     """
     quantisation = quantisation_of(folder)
     if quantisation is None:
-        return SafetensorsFolder(folder, integers=tuple(integers))
-    if not dequantise:
-        return QuantisedFolder(folder, quantisation.form, integers=integers)
-    warnings.warn(
-        f"{folder} is stored as {quantisation.name}; its weights are dequantised on loading, "
-        "and take as much memory as those of the unquantised model",
-        stacklevel=2,
-    )
-    return QuantisedFolder(folder, quantisation.form, integers=integers)
+        return SafetensorsFolder(folder, integers=integers)
+    if dequantise:
+        warnings.warn(
+            f"{folder} is stored as {quantisation.name}; its weights are dequantised on "
+            "loading, and take as much memory as those of the unquantised model",
+            stacklevel=2,
+        )
+    return QuantisedFolder(folder, quantisation.form, integers)
 
 
 class QuantisedFolder:
@@ -54,8 +53,8 @@ class QuantisedFolder:
         shape or dtype.
     """
 
-    def __init__(self, folder: Path, form: Form, *, integers: Collection[str] = ()):
-        self._folder = SafetensorsFolder(folder, integers=tuple(integers), quantised=True)
+    def __init__(self, folder: Path, form: Form, integers: Collection[str]):
+        self._folder = SafetensorsFolder(folder, integers=integers, quantised=True)
         self._form = form
         self.origin = self._folder.origin
         self._weights = form.find(self._folder)

@@ -18,7 +18,6 @@ import numpy as np
 
 from jaxspec.checkpoints import dflash2, draft_vocabulary, visibility
 from jaxspec.checkpoints.block_format import (
-    NO_IDS,
     BlockFormat,
     heads_from_json,
     heads_to_json,
@@ -28,18 +27,16 @@ from jaxspec.checkpoints.block_format import (
 from jaxspec.checkpoints.draft_vocabulary import EMBEDDING, HEAD, MEMBERS, OFFSETS
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
-from jaxspec.checkpoints.rope import rope_to_json
 from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.models.scaled import by_value
 
 KEY = "speculators_model_type"
-TYPES = ("dflash", "dflash2", "dspark")
 # Kinds that are not implemented, and why.
 MISSING = {
     "xpress": "XPress refines what it drafts by a network of its own",
     "mtp": "layers of the target's own checkpoint are drafter 'mtp'",
 }
-CLASSES = {"dflash": "DFlash", "dflash2": "DFlash2", "dspark": "DSpark"}
+CLASSES = {"dflash": "DFlash", "dflash2": "DFlash2", "dspark": "DSpark"}  # by kind
 VERSION = "0.9.0"
 MARKOV_OUTPUT = "markov_head.markov_w2.weight"
 # Copies of the target's arrays that older versions wrote, as is an LM head of full vocabulary.
@@ -81,7 +78,7 @@ def _fields(
     kind = whole.get(KEY)
     if isinstance(kind, str) and kind in MISSING:
         raise whole.refusal(KEY, f"another kind: {MISSING[kind]}")
-    whole.one_of(KEY, (*TYPES, "eagle3", "peagle"), REQUIRED)  # the last two: elsewhere
+    whole.one_of(KEY, (*CLASSES, "eagle3", "peagle"), REQUIRED)  # the last two: elsewhere
     window = visibility.windows(layer)
     both_ways = whole.flag("sliding_window_non_causal", kind == "dflash2")
     hidden, vocab = layer.integer("hidden_size"), layer.integer("vocab_size")
@@ -186,8 +183,7 @@ class Speculators(BlockFormat):
         return config
 
     def to_json(self, c, dtype, *, kept, verifier):
-        layer = layers_to_json(c, dtype) | NO_IDS
-        layer["rope_parameters"] = rope_to_json(c.rope_theta, c.rope_scaling)
+        layer = layers_to_json(c, dtype)
         for key in ("block_size", "num_target_layers", "is_causal"):
             layer.pop(key, None)
         raw = _around(c, layer, kept)

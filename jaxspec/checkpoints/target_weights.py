@@ -57,7 +57,7 @@ def load(
     Args:
       mesh: see `fuse.build`.
       keep: maps shapes, parts, tensors and the number of devices that shard channels to those
-        that hold some weights in 8 bits (`kept.keep`).
+        that hold some weights in 8 bits (`eight_bit.keep`).
 
     Raises:
       ValueError: a tensor is missing, is not part of the model, has another shape than

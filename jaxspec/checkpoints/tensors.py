@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -63,7 +63,9 @@ class SafetensorsFolder:
         two files hold tensors of the same name; or a tensor is not of a float type.
     """
 
-    def __init__(self, folder: Path, *, integers: Sequence[str] = (), quantised: bool = False):
+    def __init__(
+        self, folder: Path, *, integers: Collection[str] = (), quantised: bool = False
+    ):
         """
         Args:
           integers: tensors that are integers or booleans, by the last part of their names.
@@ -206,7 +208,7 @@ def parse_json(text: str | bytes):
 
 
 def _entries(
-    folder: Path, integers: Sequence[str], floats: Mapping[str, Any]
+    folder: Path, integers: Collection[str], floats: Mapping[str, Any]
 ) -> dict[str, Entry]:
     if not (folder / INDEX).exists():
         return read_header(_inside(folder, _single(folder)), integers, floats)
@@ -296,7 +298,7 @@ def _places(root: Path) -> list[Path]:
 
 
 def read_header(
-    file: Path, integers: Sequence[str] = (), floats: Mapping[str, Any] = DTYPES
+    file: Path, integers: Collection[str] = (), floats: Mapping[str, Any] = DTYPES
 ) -> dict[str, Entry]:
     """The tensors of a safetensors file by name.
 
