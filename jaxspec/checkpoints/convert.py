@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from jaxspec.checkpoints import huggingface, hybrid, target_path
 from jaxspec.checkpoints.fp8 import Fp8Tensors
-from jaxspec.checkpoints.fuse import Part, check_dtype
+from jaxspec.checkpoints.fuse import check_dtype
 from jaxspec.checkpoints.quantisation import KEYS, MODELOPT, quantisation_of
 from jaxspec.checkpoints.store import load_weights, save_weights
 from jaxspec.checkpoints.target_weights import target_parts
@@ -104,7 +104,8 @@ def convert(
             written = _stored_arrays(partial / huggingface.WEIGHTS, params)
         else:
             save_safetensors(partial, config, params)
-            written = _stored_tensors(partial, config, params)
+            found = SafetensorsFolder(partial)
+            written = ((name, x, found.read(name)) for name, x in _tensors(config, params))
         arrays = len(jax.tree.leaves(params))
         count, size = _compare(tqdm(written, "compare", unit="array", total=arrays), partial)
     return Converted(output, dtype, size, count, left_out=_left_out(folder, config))
@@ -214,8 +215,7 @@ def _stored_arrays(store: Path, params: TargetParams) -> Iterator[tuple[str, Any
 
 def save_safetensors(output: Path, config, params: TargetParams) -> None:
     """Writes unquantised weights as a Hugging Face folder's tensors, in `SHARD_BYTES` files."""
-    named = ((parts[0].name, _tensor(parts, array)) for parts, array in _parts(config, params))
-    _save_shards(output, named)
+    _save_shards(output, _tensors(config, params))
 
 
 def _save_shards(output: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -247,26 +247,14 @@ def _save_shards(output: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> Non
         (output / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _stored_tensors(output: Path, config, params) -> Iterator[tuple[str, Any, Any]]:
-    tensors = SafetensorsFolder(output)
-    for parts, array in _parts(config, params):
-        name = parts[0].name
-        yield name, _tensor(parts, array), tensors.read(name)
-
-
-def _parts(config, params: TargetParams) -> Iterator[tuple[list[Part], jax.Array]]:
-    """Every tensor of the weights, one per expert: its parts in the order of its rows, and the
-    array that holds them."""
+def _tensors(config, params: TargetParams) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the weights by name, one per expert."""
     arrays, tree = jax.tree.flatten(params)
     table = tree.flatten_up_to(target_parts(config, {}))
     for group, array in zip(table, arrays, strict=True):
-        for _, parts in itertools.groupby(group, key=lambda part: part.name):
-            yield list(parts), array
-
-
-def _tensor(parts: list[Part], array: jax.Array) -> np.ndarray:
-    rows = [part.taken_from(np.asarray(array)) for part in parts]
-    return np.ascontiguousarray(np.concatenate(rows))
+        for name, parts in itertools.groupby(group, key=lambda part: part.name):
+            rows = [part.taken_from(np.asarray(array)) for part in parts]
+            yield name, np.ascontiguousarray(np.concatenate(rows))
 
 
 def _bits(array) -> np.ndarray:
