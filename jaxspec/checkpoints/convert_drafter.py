@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def convert_drafter(
         model = load(target or named, dtype)
         before = load_drafter(folder, model, dtype=dtype)
         with new_folder(output) as partial:
-            verifier = _from(output, target or named)
+            verifier = speculators.verifier_name(target or named, output)
             save_drafter(partial, before, format, verifier)
             after = load_drafter(partial, model, dtype=dtype)
             lost = _lost(before, after, format, read_json(partial / "config.json"))
@@ -97,11 +96,6 @@ def _stored_dtype(folder: Path) -> str:
     if len(floats) != 1:
         raise ValueError(f"{folder} holds weights of {', '.join(floats)}; expected one dtype")
     return floats[0]
-
-
-def _from(folder: Path, target: str) -> str:
-    """A target's name, or its path relative to a folder."""
-    return os.path.relpath(target, folder) if Path(target).exists() else target
 
 
 def _lost(

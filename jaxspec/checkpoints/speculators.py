@@ -11,6 +11,7 @@ Differences from z-lab's files:
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,11 @@ def verifier(raw: dict[str, Any], folder: Path) -> str | None:
         return None
     beside = folder / name
     return str(beside.resolve()) if beside.exists() else name
+
+
+def verifier_name(target: str, folder: Path) -> str:
+    """What a drafter's configuration calls its target: the inverse of `verifier`."""
+    return os.path.relpath(target, folder) if Path(target).exists() else target
 
 
 def _kind(c: DrafterConfig) -> str:

@@ -108,7 +108,8 @@ def layer_parts(c: TargetConfig, i: int, prefix: str, names: Mapping[str, Any]) 
 
 
 def _attention(c: TargetConfig, layer: str) -> AttentionParams:
-    width, keys = c.hidden_size, c.num_kv_heads * c.head_dim
+    width, heads = c.hidden_size, c.num_heads * c.head_dim
+    keys = c.num_kv_heads * c.head_dim
     # With gates, a head's gate follows its query in the tensor.
     group = 2 * c.group_size if c.attention_gate else c.group_size
     queries = c.num_kv_heads * group * c.head_dim
@@ -131,14 +132,8 @@ def _attention(c: TargetConfig, layer: str) -> AttentionParams:
         ),
         q_norm=norm_parts(c, f"{a}q_norm.weight", c.head_dim) if c.qk_norm else None,
         k_norm=norm_parts(c, f"{a}k_norm.weight", c.head_dim) if c.qk_norm else None,
-        out=(  # [K, G, D, M]
-            Part(
-                f"{a}o_proj.weight",
-                (width, c.num_heads * c.head_dim),
-                np.s_[...],
-                (3, 0, 1, 2),
-            ),
-        ),
+        # [K, G, D, M]
+        out=(Part(f"{a}o_proj.weight", (width, heads), np.s_[...], (3, 0, 1, 2)),),
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxspec.checkpoints.tensors import DTYPES, read_header
+from jaxspec.checkpoints.tensors import read_header
 from jaxspec.training.features import Features
 
 
@@ -63,13 +63,6 @@ def plan_shards(lengths: Sequence[int], shard_rows: int) -> Layout:
         shards[-1].append(i)
         rows[-1] += lengths[i]
     return Layout(tuple(map(tuple, shards)), tuple(starts), tuple(rows))
-
-
-def check_stored_dtype(dtype: str) -> None:
-    """Raises ValueError if features cannot be stored in a dtype."""
-    known = [str(np.dtype(x)) for x in DTYPES.values()]
-    if dtype not in known:
-        raise ValueError(f"features cannot be stored in {dtype!r}; expected one of {known}")
 
 
 def write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from jaxspec import checkpoints
 from jaxspec.checkpoints.drafter_config import from_json, recognise
 from jaxspec.checkpoints.drafters import CHAIN, load_drafter, save_drafter
-from jaxspec.checkpoints.speculators import verifier
+from jaxspec.checkpoints.speculators import verifier, verifier_name
 from jaxspec.drafters.registry import trained
 from jaxspec.drafters.weights import random_weights
 from tests import tiny
@@ -219,6 +219,8 @@ def test_the_target_by_name(tmp_path):
         (tmp_path / name).mkdir()
     raw["speculators_config"]["verifier"]["name_or_path"] = "../target"
     assert verifier(raw, tmp_path / "draft") == str(tmp_path / "target")
+    assert verifier_name(str(tmp_path / "target"), tmp_path / "draft") == "../target"
+    assert verifier_name("Qwen/Qwen3-8B", tmp_path / "draft") == "Qwen/Qwen3-8B"
     raw["speculators_config"]["verifier"]["name_or_path"] = ""
     assert verifier(raw, tmp_path / "draft") is None
     assert verifier({}, tmp_path) is None
