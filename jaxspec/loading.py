@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxspec import checkpoints
 from jaxspec.arguments import integer
-from jaxspec.checkpoints import Weights, catalog, drafters, speculators
+from jaxspec.checkpoints import Weights, catalog, drafters, mtp, speculators
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.config import TreeConfig
 from jaxspec.drafters import registry
@@ -223,23 +223,20 @@ def _small(name: str, target: Target, *, tree: TreeConfig, dtype: str) -> Loaded
 def _mtp(argument: str, target: Target, *, tree: TreeConfig, dtype: str) -> LoadedDrafter:
     """Factory of "mtp" and "mtp:NAME": the multi-token-prediction layer in the target's
     checkpoint, or in another folder or hub repository."""
-    from jaxspec.checkpoints import mtp
-
     path = checkpoints.target_path(argument or target.name)
-    return _placed(mtp.load(path, target.config, target.params, tree, dtype), target)
+    return _placed(mtp.load(path, target, tree, dtype), target)
 
 
 def _trained(name: str, target: Target, *, tree: TreeConfig, dtype: str) -> LoadedDrafter:
     """Factory of all other names: a trained drafter's folder or hub name."""
-    loaded = drafters.load_drafter(name, target.config, target.params, tree, dtype)
-    return _placed(loaded, target)
+    return _placed(drafters.load_drafter(name, target, tree, dtype), target)
 
 
-def _placed(loaded, target: Target) -> LoadedDrafter:
-    """A drafter and its weights, on the target's devices."""
-    drafter, params = loaded
+def _placed(loaded: LoadedDrafter, target: Target) -> LoadedDrafter:
+    """A drafter with its weights on the target's devices."""
     with mesh_of(target.params) as mesh:
-        return LoadedDrafter(drafter, params if mesh is None else place(mesh, params))
+        params = loaded.params if mesh is None else place(mesh, loaded.params)
+        return dataclasses.replace(loaded, params=params)
 
 
 def _tokenizes(target: Target) -> list[int]:

@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 
+from jaxspec import checkpoints
 from jaxspec.api import generate
 from jaxspec.check.known_texts import Text, draft_everywhere, padded
 from jaxspec.check.report import (
@@ -17,13 +18,11 @@ from jaxspec.check.report import (
     check_answers,
     judge,
 )
-from jaxspec.checkpoints import huggingface
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.cli import main
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.plain import Plain
-from jaxspec.models.target import Target
 from tests import tiny
 from tests.drafters import cases
 
@@ -66,12 +65,12 @@ def test_it_must_be_a_block_drafter_and_a_long_text():
 def test_a_wrong_configuration_is_named(golden):
     """JetSpec's golden drafter, on texts of its own choices, told to read other layers."""
     folder, trace = golden("jetspec_a")
-    config = huggingface.read_config(folder / "target")
-    target = Target("golden", config, huggingface.load_params(folder / "target", config))
-    drafter, params = load_drafter(folder / "draft", config, target.params, CHAIN)
+    target = checkpoints.load(folder / "target")
+    loaded = load_drafter(folder / "draft", target, CHAIN)
+    drafter, params = loaded.drafter, loaded.params
     prompts = [prompt["prompt"] for prompt in trace["prompts"][:4]]
     texts = [favourable(target, drafter, params, prompt) for prompt in prompts]
-    right = check(target, LoadedDrafter(drafter, params), texts, diagnose=False)
+    right = check(target, loaded, texts, diagnose=False)
     assert right.tau == 8 and right.findings == ()
 
     shifted = dataclasses.replace(drafter.config, taps=(2, 4))

@@ -323,7 +323,7 @@ def test_check_prints_a_report_and_exits_with_1_at_a_fault(tmp_path, monkeypatch
     monkeypatch.setattr("jaxspec.load_target", lambda *_, **__: target)
     monkeypatch.setattr("jaxspec.check.report._alternatives", lambda *_: ())  # each compiles
     untrained = cases.loaded("dflash", TreeConfig("chain", size=8))
-    save_drafter(tmp_path / "drafter", untrained.drafter, untrained.params)
+    save_drafter(tmp_path / "drafter", untrained)
     (tmp_path / "text.txt").write_text("abcde" * 6)
     common = ["check", "--drafter", str(tmp_path / "drafter"), "--text"]
     assert main([*common, str(tmp_path / "text.txt"), "--json"]) == FAULT

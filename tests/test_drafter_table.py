@@ -94,13 +94,13 @@ def round_trip(config, target, format):
     with tempfile.TemporaryDirectory() as parent:
         drafter, folder = made(config, target), Path(parent) / "drafter"
         try:
-            save_drafter(folder, drafter.drafter, drafter.params, format)
+            save_drafter(folder, drafter, format)
         except ValueError:
             return None
-        again, params = load_drafter(folder, target.config, target.params, TreeConfig())
-    same = jax.tree.map(np.array_equal, drafter.params, params)
+        again = load_drafter(folder, target)
+    same = jax.tree.map(np.array_equal, drafter.params, again.params)
     assert all(jax.tree.leaves(same)), "written and read, a weight is another"
-    return again.config
+    return again.drafter.config
 
 
 def format_table() -> str:
@@ -197,9 +197,9 @@ def test_training(family, tmp_path):
         steps=2,
     )
     folder = train(config, target, examples, tmp_path / "run")
-    drafter, params = load_drafter(folder, target.config, target.params, TreeConfig("chain", 4))
-    assert drafter.config == config.drafter
-    again = trained_drafter(config.drafter, params.whole_head, target)
+    loaded = load_drafter(folder, target, TreeConfig("chain", 4))
+    assert loaded.drafter.config == config.drafter
+    again = trained_drafter(config.drafter, loaded.params.whole_head, target)
     assert outputs(target, drafter=again) == outputs(target)
 
 

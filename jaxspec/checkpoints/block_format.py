@@ -26,6 +26,11 @@ DRAFTER_HARMLESS = HARMLESS | {
     TEMPERATURES,
 }
 PREDICT_NEXT = ("sample_from_anchor", "query_zero_predicts_next")
+IDS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 HEAD_TYPES = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}  # theirs to ours
 
 
@@ -82,7 +87,7 @@ def rope_of(whole: JsonConfig, window: tuple[int | None, ...]) -> dict[str, Any]
 
 
 def layers_to_json(c: DrafterConfig, dtype: str) -> dict[str, Any]:
-    """The keys of a Qwen3 for the drafter's layers, without rotary positions."""
+    """The keys of a Qwen3 for the drafter's layers."""
     raw = layer_sizes.to_json(c) | {
         "attention_bias": False,
         "block_size": c.block_size,
@@ -91,15 +96,13 @@ def layers_to_json(c: DrafterConfig, dtype: str) -> dict[str, Any]:
         "model_type": "qwen3",
         "num_target_layers": c.target_layers,
         "tie_word_embeddings": False,
+        **dict.fromkeys(IDS),
     }
     raw |= visibility.to_json(c.window)
     causal = visibility.switch(c)
     if c.causal != visibility.causality(None, c.window):
         raw["is_causal"] = causal
     return raw
-
-
-NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 def block_size(whole: JsonConfig, own: JsonConfig) -> int:

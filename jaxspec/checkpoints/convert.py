@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from jaxspec.checkpoints import huggingface, hybrid, target_path
 from jaxspec.checkpoints.fp8 import Fp8Tensors
-from jaxspec.checkpoints.fuse import Part
+from jaxspec.checkpoints.fuse import check_dtype
 from jaxspec.checkpoints.quantisation import KEYS, MODELOPT, quantisation_of
 from jaxspec.checkpoints.store import load_weights, save_weights
 from jaxspec.checkpoints.target_weights import target_parts
@@ -34,7 +33,6 @@ from jaxspec.whole_files import new_folder
 FORMATS = ("orbax", "safetensors")
 SHARD_BYTES = 4 * 10**9  # of one safetensors file
 COMPARED_BYTES = 256 * 10**6  # bytes of a store read back at a time
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +94,7 @@ def convert(
     if dtype == "fp8":
         head = dict(lm_head=fp8_lm_head, tied=config.tie_embeddings)
         return _convert_to_fp8(folder, output, format, **head)
-    dtype = dtype or _stored_dtype(folder)
+    dtype = check_dtype(dtype or _stored_dtype(folder)).name
     cpu = jax.default_device(jax.local_devices(backend="cpu")[0])
     with cpu, new_folder(output) as partial:
         params = huggingface.load_params(folder, config, dtype)
@@ -106,11 +104,11 @@ def convert(
             written = _stored_arrays(partial / huggingface.WEIGHTS, params)
         else:
             save_safetensors(partial, config, params)
-            written = _stored_tensors(partial, config, params)
+            found = SafetensorsFolder(partial)
+            written = ((name, x, found.read(name)) for name, x in _tensors(config, params))
         arrays = len(jax.tree.leaves(params))
         count, size = _compare(tqdm(written, "compare", unit="array", total=arrays), partial)
-    stored = str(np.dtype(DTYPES[dtype]))
-    return Converted(output, stored, size, count, left_out=_left_out(folder, config))
+    return Converted(output, dtype, size, count, left_out=_left_out(folder, config))
 
 
 def _convert_to_fp8(
@@ -217,8 +215,7 @@ def _stored_arrays(store: Path, params: TargetParams) -> Iterator[tuple[str, Any
 
 def save_safetensors(output: Path, config, params: TargetParams) -> None:
     """Writes unquantised weights as a Hugging Face folder's tensors, in `SHARD_BYTES` files."""
-    named = ((parts[0].name, _tensor(parts, array)) for parts, array in _parts(config, params))
-    _save_shards(output, named)
+    _save_shards(output, _tensors(config, params))
 
 
 def _save_shards(output: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -250,33 +247,14 @@ def _save_shards(output: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> Non
         (output / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _stored_tensors(output: Path, config, params) -> Iterator[tuple[str, Any, Any]]:
-    tensors = SafetensorsFolder(output)
-    for parts, array in _parts(config, params):
-        name = parts[0].name
-        yield name, _tensor(parts, array), tensors.read(name)
-
-
-def _parts(config, params: TargetParams) -> Iterator[tuple[list[Part], jax.Array]]:
-    """Every tensor of the weights, one per expert: its parts in the order of its rows, and the
-    array that holds them."""
-    table = target_parts(config, {})
-    parts = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, tuple) and _all_parts(x))
-    for group, array in zip(parts, jax.tree.leaves(params), strict=True):
-        for _, parts in itertools.groupby(group, key=lambda part: part.name):
-            yield list(parts), array
-
-
-def _all_parts(x: tuple) -> bool:
-    return bool(x) and all(isinstance(part, Part) for part in x)
-
-
-def _tensor(parts: list[Part], array: jax.Array) -> np.ndarray:
-    def own(part: Part) -> np.ndarray:
-        values = np.asarray(array)[part.index].transpose(part.axes).reshape(part.own_shape)
-        return values - part.offset if part.offset else values
-
-    return np.ascontiguousarray(np.concatenate([own(part) for part in parts]))
+def _tensors(config, params: TargetParams) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the weights by name, one per expert."""
+    arrays, tree = jax.tree.flatten(params)
+    table = tree.flatten_up_to(target_parts(config, {}))
+    for group, array in zip(table, arrays, strict=True):
+        for name, parts in itertools.groupby(group, key=lambda part: part.name):
+            rows = [part.taken_from(np.asarray(array)) for part in parts]
+            yield name, np.ascontiguousarray(np.concatenate(rows))
 
 
 def _bits(array) -> np.ndarray:

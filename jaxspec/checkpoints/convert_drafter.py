@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from jaxspec.checkpoints import load, speculators
 from jaxspec.checkpoints.block_format import DRAFT_TOKENS, TEMPERATURES
 from jaxspec.checkpoints.drafter_config import NAMES, recognise
 from jaxspec.checkpoints.drafters import INTEGERS, drafter_folder, load_drafter, save_drafter
+from jaxspec.checkpoints.fuse import DTYPES
 from jaxspec.checkpoints.quantisation import quantisation_of
 from jaxspec.checkpoints.tensors import SafetensorsFolder, read_json
-from jaxspec.config import TreeConfig
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.whole_files import new_folder
 
 # Information that some formats lack, although no computation depends on it.
@@ -26,7 +25,6 @@ SILENT = {
     "steps": "how many tokens to draft: readers take their own default",
     "target_layers": "the number of the target's layers",
 }
-FLOATS = {np.dtype(x).name for x in (np.float32, np.float16, ml_dtypes.bfloat16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +75,12 @@ def convert_drafter(
     quantisation = quantisation_of(folder)
     dtype = _stored_dtype(folder) if quantisation is None else "bfloat16"
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        loaded = load(target or named, dtype)
-        arguments = loaded.config, loaded.params, TreeConfig(), dtype
-        before = load_drafter(folder, *arguments)
+        model = load(target or named, dtype)
+        before = load_drafter(folder, model, dtype=dtype)
         with new_folder(output) as partial:
-            verifier = _from(output, target or named)
-            save_drafter(partial, *before, format, verifier=verifier)
-            after = load_drafter(partial, *arguments)
+            verifier = speculators.verifier_name(target or named, output)
+            save_drafter(partial, before, format, verifier)
+            after = load_drafter(partial, model, dtype=dtype)
             lost = _lost(before, after, format, read_json(partial / "config.json"))
             if named is not None and format != "speculators":
                 lost = (*lost, f"the target's name, {named}")
@@ -95,26 +92,22 @@ def convert_drafter(
 def _stored_dtype(folder: Path) -> str:
     """Dtype of the weights; raises ValueError if there are several."""
     tensors = SafetensorsFolder(folder, integers=INTEGERS)
-    floats = sorted({np.dtype(dtype).name for dtype in tensors.dtypes.values()} & FLOATS)
+    floats = sorted({np.dtype(dtype).name for dtype in tensors.dtypes.values()} & {*DTYPES})
     if len(floats) != 1:
         raise ValueError(f"{folder} holds weights of {', '.join(floats)}; expected one dtype")
     return floats[0]
 
 
-def _from(folder: Path, target: str) -> str:
-    """A target's name, or its path relative to a folder."""
-    return os.path.relpath(target, folder) if Path(target).exists() else target
-
-
-def _lost(before: Any, after: Any, format: str, raw: dict[str, Any]) -> tuple[str, ...]:
+def _lost(
+    before: LoadedDrafter, after: LoadedDrafter, format: str, raw: dict[str, Any]
+) -> tuple[str, ...]:
     """What the drafter read back lacks, and what other programs will not read.
 
     Raises:
       ValueError: the drafter read back differs.
     """
-    (old, old_params), (new, new_params) = before, after
-    found, fields = [], dataclasses.asdict(old.config)
-    for name, value in dataclasses.asdict(new.config).items():
+    found, fields = [], dataclasses.asdict(before.drafter.config)
+    for name, value in dataclasses.asdict(after.drafter.config).items():
         if fields[name] == value:
             continue
         if name not in SILENT:
@@ -123,19 +116,20 @@ def _lost(before: Any, after: Any, format: str, raw: dict[str, Any]) -> tuple[st
                 "choose another format"
             )
         found.append(SILENT[name])
-    outputs = (getattr(x, "whole_output", None) for x in (old_params, new_params))
+    old, new = before.params, after.params
+    outputs = (getattr(x, "whole_output", None) for x in (old, new))
     if not np.array_equal(*outputs):
         found.append("rows of the Markov head for tokens outside of the draft vocabulary")
         drop = functools.partial(dataclasses.replace, whole_output=None)
-        old_params, new_params = drop(old_params), drop(new_params)
-    same = jax.tree.map(np.array_equal, old_params, new_params)
+        old, new = drop(old), drop(new)
+    same = jax.tree.map(np.array_equal, old, new)
     if not all(jax.tree.leaves(same)):
         raise ValueError(
             f"format {format!r} reads weights back differently; choose another format"
         )
     if TEMPERATURES in raw:
         found.append("the confidence head's temperatures, which other programs do not read")
-    kept = old_params.vocabulary.kept is not None
+    kept = old.vocabulary.kept is not None
     if kept and format in ("dflash", "treeflash"):
         found.append(
             f"the draft vocabulary: other programs do not read '{DRAFT_TOKENS}', and draft "

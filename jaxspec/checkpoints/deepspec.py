@@ -8,7 +8,6 @@ from __future__ import annotations
 from jaxspec.checkpoints import zlab
 from jaxspec.checkpoints.block_format import (
     DRAFTER_HARMLESS,
-    NO_IDS,
     BlockFormat,
     heads_from_json,
     heads_to_json,
@@ -16,7 +15,6 @@ from jaxspec.checkpoints.block_format import (
     newer_needs,
 )
 from jaxspec.checkpoints.known_keys import NEUTRAL
-from jaxspec.checkpoints.rope import rope_to_json
 from jaxspec.config import DrafterConfig
 
 
@@ -37,10 +35,8 @@ class DeepSpec(BlockFormat):
     def to_json(self, c, dtype, *, kept, verifier):
         return (
             layers_to_json(c, dtype)
-            | NO_IDS
             | heads_to_json(c)
             | {
-                "rope_parameters": rope_to_json(c.rope_theta, c.rope_scaling),
                 "mask_token_id": c.mask_token_id,
                 "target_layer_ids": list(c.taps),
                 "architectures": ["Qwen3DSparkModel"],

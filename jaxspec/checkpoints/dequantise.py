@@ -43,15 +43,14 @@ class Scaled:
 
     def weight(self, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
         """values [..., O, I] times their scales, float32."""
-        scale = scale.astype(np.float32)
+        return values.astype(np.float32) * self.spread(scale.astype(np.float32), values.shape)
+
+    def spread(self, scale: np.ndarray, shape: Shape) -> np.ndarray:
+        """The scales of values [..., O, I], as an array that broadcasts to them."""
         if self.block is None:
-            if scale.shape == values.shape[:1]:  # [O], of its rows
-                scale = scale[:, None]
-            return values.astype(np.float32) * scale
-        rows, columns = values.shape[-2:]
-        scale = np.repeat(scale, self.block[0], axis=-2)[..., :rows, :]
-        scale = np.repeat(scale, self.block[1], axis=-1)[..., :columns]
-        return values.astype(np.float32) * scale
+            return scale[:, None] if scale.shape == shape[:1] else scale  # [O], of its rows
+        scale = np.repeat(scale, self.block[0], axis=-2)[..., : shape[-2], :]
+        return np.repeat(scale, self.block[1], axis=-1)[..., : shape[-1]]
 
     def find(self, folder: SafetensorsFolder) -> dict[str, QuantisedWeight]:
         """The weights of a folder that are stored so, by name."""

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxspec.checkpoints.fuse import Part
+from jaxspec.checkpoints.fuse import Part, linear, same
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.config import DrafterConfig
 
-# Our field, their key, and the value without effect.
+# Our fields and their keys.
 SCALES = {
     "logit_scale": "output_multiplier",
     "embedding_scale": "input_embedding_scale",
@@ -50,11 +50,10 @@ def from_json(whole: JsonConfig, own: JsonConfig) -> dict[str, Any]:
 
 def to_json(c: DrafterConfig) -> dict[str, Any]:
     """Keys of `dflash_config`, without those that have no effect."""
-    neutral = {"logit_scale": 1.0, "embedding_scale": 1.0, "logit_softcap": None}
     keys = {
         key: getattr(c, name)
         for name, key in SCALES.items()
-        if getattr(c, name) != neutral[name]
+        if getattr(c, name) != getattr(DrafterConfig, name)  # the default
     }
     for pair, given in ((CONVOLUTION, c.conv_taps), (SELECTOR, c.candidates)):
         if given:
@@ -74,9 +73,7 @@ def convolutions(c: DrafterConfig, layer: str) -> dict[tuple[str, str], tuple[Pa
     table = {}
     for name in ("attention_conv", "mlp_conv"):
         theirs = f"{layer}{name}."
-        table[name, "base"] = (
-            Part(f"{theirs}base_kernel", (2, taps, width), np.s_[...], (0, 1, 2)),
-        )
+        table[name, "base"] = same(f"{theirs}base_kernel", 2, taps, width)
         # [M, 2, K, G]
         table[name, "projection"] = (
             Part(f"{theirs}kernel_projection.weight", (rows, width), np.s_[...], (1, 2, 3, 0)),
@@ -86,19 +83,11 @@ def convolutions(c: DrafterConfig, layer: str) -> dict[tuple[str, str], tuple[Pa
 
 def selector(c: DrafterConfig) -> dict[str, tuple[Part, ...]]:
     """The tensors of the selector, by their path in the sequential head."""
-    book = (c.vocab_size, c.rank)
-    prefix = "candidate_selector."
+    book, prefix = (c.vocab_size, c.rank), "candidate_selector."
     return {
-        "previous": (Part(f"{prefix}predecessor_codebook", book, np.s_[...], (0, 1)),),
-        "output": (Part(f"{prefix}successor_codebook", book, np.s_[...], (0, 1)),),
-        "hidden": (
-            Part(
-                f"{prefix}hidden_projection.weight",
-                (c.rank, c.hidden_size),
-                np.s_[...],
-                (1, 0),
-            ),
-        ),
+        "previous": same(f"{prefix}predecessor_codebook", *book),
+        "output": same(f"{prefix}successor_codebook", *book),
+        "hidden": linear(f"{prefix}hidden_projection.weight", c.rank, c.hidden_size),
     }
 
 

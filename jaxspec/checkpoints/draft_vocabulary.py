@@ -87,38 +87,38 @@ def vocabulary_tensors(kept: np.ndarray, vocab: int) -> dict[str, np.ndarray]:
 
 
 def own_table(
-    tensors: DrafterTensors, name: str, shape: tuple[int, int], theirs: jax.Array, dtype
+    tensors: DrafterTensors,
+    name: str,
+    theirs: jax.Array,
+    width: int,
+    dtype,
+    kept: np.ndarray | None = None,
 ) -> np.ndarray | None:
     """The file's own embedding or LM head; None if it equals the target's, which is not copied.
 
     Args:
-      theirs: the target's.
+      theirs: the target's [V, M].
+      width: the drafter's M.
+      kept: ids [V'] of the tokens that it has rows for; None for all.
 
     Raises:
       ValueError: it is damaged or has another shape; or it is missing and the target's has
         another shape.
     """
+    shape = (theirs.shape[0] if kept is None else len(kept), width)
     found = tensors.shapes.get(name)
     if found is None and theirs.shape == shape:
         return None
     if found != shape:
-        holds = f"has shape {found}" if found else "is missing, and the target's has another"
+        missing = f"is missing, and the target's has shape {theirs.shape}"
+        holds = missing if found is None else f"has shape {found}"
         raise ValueError(
             f"{tensors.origin}: tensor '{name}' {holds}; its configuration asks for {shape}"
         )
     stored = tensors.read(name)
-    if equal_as_stored(stored, theirs):
+    if equal_as_stored(stored, theirs if kept is None else theirs[kept]):
         return None
     with np.errstate(over="ignore"):  # overflow is reported below, with the tensor's name
         stored = stored.astype(dtype)
     check_weights(stored, name, tensors.origin)
     return stored
-
-
-def required(tensors: DrafterTensors, name: str, rows: int) -> None:
-    """Raises ValueError if a file with a draft vocabulary of `rows` tokens lacks a table."""
-    if name not in tensors.shapes:
-        raise ValueError(
-            f"{tensors.origin}: tensor '{name}' is missing; expected {rows} rows, one per "
-            "token of the draft vocabulary"
-        )

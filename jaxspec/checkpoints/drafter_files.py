@@ -14,11 +14,10 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from jaxspec.checkpoints.fuse import Box, Part, build, check_weights, slices
+from jaxspec.checkpoints.fuse import Part, build, check_weights
 from jaxspec.checkpoints.quantised import open_weights
+from jaxspec.checkpoints.tensors import SINGLE, Box, cut
 from jaxspec.models.scaled import ScaledWeight, is_scaled
-
-CONFIG, TENSORS = "config.json", "model.safetensors"
 
 # For every weight, by path in the head, the tensors it is made of.
 Table = Mapping[tuple, tuple[Part, ...]]
@@ -45,9 +44,7 @@ class DrafterTensors:
       ValueError: the folder cannot be read, or holds one tensor under two names.
     """
 
-    def __init__(
-        self, folder: Path, integers: Collection[str], renamed: Callable[[str], str] = str
-    ):
+    def __init__(self, folder: Path, integers: Collection[str], renamed: Callable[[str], str]):
         self.tensors = open_weights(folder, integers=integers)
         self.origin = self.tensors.origin
         self.names: dict[str, str] = {}
@@ -125,45 +122,10 @@ class DrafterTensors:
     ) -> Iterator[tuple[Box, np.ndarray]]:
         """See `fuse.Tensors`; of a fused tensor only the rows of that name."""
         if name in self.places:
-            yield box, self.read(name).reshape(shape)[slices(box, ((0, 0),) * len(shape))]
+            yield box, cut(self.read(name), shape, box, skip)
             return
         skip += self.first.get(name, 0) * math.prod(self.shapes[name][1:])
         yield from self.tensors.pieces(self.names[name], shape, box, skip)
-
-
-def same(name: str, *shape: int) -> tuple[Part, ...]:
-    """A tensor that is the array."""
-    return (Part(name, shape, np.s_[...], tuple(range(len(shape)))),)
-
-
-def linear(name: str, outputs: int, inputs: int) -> tuple[Part, ...]:
-    """A linear layer, [out, in] in files and [in, out] here."""
-    return (Part(name, (outputs, inputs), np.s_[...], (1, 0)),)
-
-
-def expected_shapes(table: Table) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a table, by name."""
-    return {part.name: part.shape for parts in table.values() for part in parts}
-
-
-def check_names(
-    tensors: DrafterTensors, expected: Mapping[str, tuple[int, ...]], known: Collection[str]
-) -> None:
-    """Raises ValueError unless a file has all expected tensors, and else only known ones."""
-    for name, shape in expected.items():
-        found = tensors.shapes.get(name)
-        if found != shape:
-            raise ValueError(
-                f"{tensors.origin}: tensor '{name}' "
-                + (f"has shape {found}" if found else "is missing")
-                + f"; its configuration asks for {shape}"
-            )
-    unknown = sorted(set(tensors.shapes) - set(expected) - set(known))
-    if unknown:
-        raise ValueError(
-            f"{tensors.origin}: tensor '{unknown[0]}' has no place in the drafter its "
-            "configuration describes; ignoring it would change the drafts"
-        )
 
 
 def read_weights(tensors: DrafterTensors, table: Table, abstract: nnx.State) -> nnx.State:
@@ -183,7 +145,7 @@ def written_tensors(weights: nnx.State, table: Table) -> dict[str, np.ndarray]:
     """The inverse of `read_weights`."""
     flat = {path: np.asarray(x[...]) for path, x in nnx.to_flat_state(weights)}
     return {
-        part.name: flat[path][part.index].transpose(part.axes).reshape(part.shape)
+        part.name: part.taken_from(flat[path])
         for path, parts in table.items()
         for part in parts
     }
@@ -211,7 +173,7 @@ def check_repeated(tensors: DrafterTensors, tables: Mapping[str, jax.Array]) -> 
 
 def check_unused(folder: Path) -> None:
     """Raises ValueError if a folder holds a checkpoint."""
-    if any((folder / name).exists() for name in (CONFIG, TENSORS)):
+    if any((folder / name).exists() for name in ("config.json", SINGLE)):
         raise ValueError(f"{folder} already holds a checkpoint; save to a new folder")
 
 
@@ -231,5 +193,5 @@ def write_folder(
     for name in set(tensors) - set(integers):
         check_weights(tensors[name], name, f"{folder} is not written")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")

@@ -24,40 +24,36 @@ from jaxspec.checkpoints.drafter_config import (
 )
 from jaxspec.checkpoints.drafter_files import (
     DrafterTensors,
-    check_names,
     check_repeated,
     check_unused,
-    expected_shapes,
     read_weights,
     write_folder,
     written_tensors,
 )
 from jaxspec.checkpoints.drafter_format import Config
-from jaxspec.checkpoints.fuse import check_dtype
+from jaxspec.checkpoints.fuse import check_dtype, check_tensors, expected_shapes
 from jaxspec.checkpoints.huggingface import MASK, resolve
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.config import TargetConfig, TreeConfig
-from jaxspec.drafters.base import Drafter
-from jaxspec.drafters.block import BlockDrafter, BlockParams
-from jaxspec.drafters.eagle import EagleDrafter, EagleParams
-from jaxspec.drafters.mtp import MtpDrafter
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.mtp import MtpConfig
 from jaxspec.drafters.registry import trained
 from jaxspec.drafters.weights import abstract_weights
-from jaxspec.models.params import TargetParams
 from jaxspec.models.scaled import by_value
+from jaxspec.models.target import Target
 from jaxspec.whole_files import replace_text
 
 INTEGERS = (DRAFT_TOKENS, OFFSETS, MEMBERS)  # tensors that are not weights
+CHAIN = TreeConfig("chain")
 SHIPPED = "shipped"  # name of the drafter in this package, for the catalog's default target
 
 
 def load_drafter(
     name_or_path: str | Path,
-    target_config: TargetConfig,
-    target_params: TargetParams,
-    tree: TreeConfig,
+    target: Target,
+    tree: TreeConfig = CHAIN,
     dtype=jnp.float32,
-) -> tuple[Drafter, BlockParams | EagleParams]:
+) -> LoadedDrafter:
     """Loads a published drafter for a target.
 
     Args:
@@ -76,20 +72,19 @@ def load_drafter(
             f"{folder} holds '{MASK}', a mask embedding of its own, which is not supported; "
             "expected a drafter whose mask is a token of the target"
         )
-    format, config = recognise(raw, folder), from_json(raw, folder, target_config)
+    format, config = recognise(raw, folder), from_json(raw, folder, target.config)
     tensors = DrafterTensors(folder, INTEGERS, format.todays_name)
-    table, repeated = format.parts(config), format.repeated(target_params)
-    tensors.split_fused(expected_shapes(table))
+    table, repeated = format.parts(config), format.repeated(target.params)
+    expected = expected_shapes(table) | {name: x.shape for name, x in repeated.items()}
+    tensors.split_fused(expected)
     format.prepare(tensors, config)
-    shapes = {name: x.shape for name, x in repeated.items()}
-    check_names(tensors, expected_shapes(table) | shapes, format.extra)
+    check_tensors(tensors, expected, format.extra)
     check_repeated(tensors, repeated)
-    own = format.read_vocabulary(tensors, raw, config, target_params, dtype)
+    own = format.read_vocabulary(tensors, raw, config, target.params, dtype)
     weights = read_weights(tensors, table, abstract_weights(config, dtype))
     if raw.get(TEMPERATURES) is not None:
         own["temperatures"] = _temperatures(raw[TEMPERATURES], config, folder)
-    loaded = trained(config, weights, target_params, tree, **own)
-    return loaded.drafter, loaded.params
+    return trained(config, weights, target.params, tree, **own)
 
 
 def read_drafter_config(name_or_path: str | Path, target: TargetConfig) -> Config:
@@ -100,8 +95,7 @@ def read_drafter_config(name_or_path: str | Path, target: TargetConfig) -> Confi
 
 def save_drafter(
     folder: str | Path,
-    drafter: BlockDrafter | EagleDrafter,
-    params: BlockParams | EagleParams,
+    loaded: LoadedDrafter,
     format: str | None = None,
     verifier: str | None = None,
 ) -> None:
@@ -109,7 +103,7 @@ def save_drafter(
 
     Args:
       folder: must not hold a checkpoint yet.
-      params: weights, whose dtype is also the file's.
+      loaded: a trained drafter; the dtype of its weights is also the file's.
       format: one of `drafter_config.NAMES`; None: a format that can express the configuration.
       verifier: the target's hub name or path from the folder, which speculators' format names.
 
@@ -117,13 +111,13 @@ def save_drafter(
       ValueError: the format cannot express the drafter, the folder holds a checkpoint, or a
         weight is not finite or absurdly large.
     """
-    folder, config, vocabulary = Path(folder), drafter.config, params.vocabulary
-    if isinstance(drafter, MtpDrafter):
+    folder, config, params = Path(folder), loaded.drafter.config, loaded.params
+    if isinstance(config, MtpConfig):
         raise ValueError(
             f"{folder} is not written: an MTP layer is part of its target's checkpoint, and no "
             "drafter format can hold it"
         )
-    name = format or default_format(config)
+    name, vocabulary = format or default_format(config), params.vocabulary
     check_unused(folder)
     codec, dtype = format_of(config, name), np.dtype(params.head.fc.dtype)
     own = codec.vocabulary_tensors(vocabulary, config, dtype)

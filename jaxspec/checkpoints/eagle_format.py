@@ -17,7 +17,7 @@ from jaxspec.checkpoints.drafter_format import DrafterFormat
 from jaxspec.checkpoints.head_tensors import eagle_parts
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
-from jaxspec.checkpoints.rope import read_rope, rope_to_json
+from jaxspec.checkpoints.rope import read_rope
 from jaxspec.config import TargetConfig
 from jaxspec.drafters.eagle_head import EagleConfig
 from jaxspec.models.scaled import by_value
@@ -60,18 +60,12 @@ class EagleFormat(DrafterFormat):
 
     def read_vocabulary(self, tensors, raw, c, target, dtype):
         kept, width = draft_vocabulary.draft_tokens(tensors, raw, c.vocab_size), c.hidden_size
-        rows = c.vocab_size if kept is None else len(kept)
-        whole = (c.vocab_size, width)
-        embed = draft_vocabulary.own_table(tensors, EMBEDDING, whole, target.embed, dtype)
+        embed = draft_vocabulary.own_table(tensors, EMBEDDING, target.embed, width, dtype)
         found = {"kept": kept, "embed": embed}
         if raw.get("tie_word_embeddings") and HEAD not in tensors.shapes:
             table = target.embed if embed is None else embed
             return found | {"unembed": table if kept is None else table[kept]}
-        judge = target.unembed
-        if kept is not None:
-            draft_vocabulary.required(tensors, HEAD, rows)
-            judge = judge[kept]
-        own = draft_vocabulary.own_table(tensors, HEAD, (rows, width), judge, dtype)
+        own = draft_vocabulary.own_table(tensors, HEAD, target.unembed, width, dtype, kept)
         return found | {"unembed": own}
 
     def vocabulary_tensors(self, vocabulary, c, dtype):
@@ -127,7 +121,6 @@ def layers_to_json(c: EagleConfig) -> dict[str, Any]:
         "eos_token_id": None,
         "model_type": "qwen3" if c.qk_norm else "llama",
         "pad_token_id": None,
-        "rope_parameters": rope_to_json(c.rope_theta, c.rope_scaling),
         "tie_word_embeddings": False,
     }
     windows = visibility.to_json(c.window)

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxspec.checkpoints.fuse import Box, Part
+from jaxspec.checkpoints.fuse import Part
 from jaxspec.checkpoints.quantised import Stored
+from jaxspec.checkpoints.tensors import Box, cut
 from jaxspec.models.params import TargetParams, scaled_spec
 from jaxspec.models.scaled import ScaledWeight
 
@@ -55,8 +56,7 @@ class KeptTensors:
         self, name: str, shape: tuple[int, ...], box: Box, skip: int = 0
     ) -> Iterator[tuple[Box, np.ndarray]]:
         if name in self._scales:
-            seen = self._scales[name].reshape(-1)[skip : skip + math.prod(shape)].reshape(shape)
-            yield box, seen[tuple(slice(*ends) for ends in box)]
+            yield box, cut(self._scales[name], shape, box, skip)
         elif name in self._values:
             stored = self._values[name]
             yield from stored.folder.pieces(stored.name, shape, box, skip)
@@ -117,9 +117,7 @@ def _parts(
 
 def _outputs_first(part: Part, scaled: ScaledWeight) -> Part:
     """A part of an unquantised array as a part of the 8-bit values, stored outputs first."""
-    index = part.index if isinstance(part.index, tuple) else (part.index,)
-    index = () if part.index is ... else index
-    index += (slice(None),) * (scaled.values.ndim - len(index))
+    index = part.whole_index(scaled.values.ndim)
     first, after = scaled.leading, scaled.leading + scaled.inputs
     index = (*index[:first], *index[after:], *index[first:after])
     return dataclasses.replace(part, index=index, axes=tuple(range(len(part.axes))))

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxspec.checkpoints.dequantise import Scaled
+from jaxspec.checkpoints.fuse import check_weights
 from jaxspec.checkpoints.quantised_tensors import FP8
 from jaxspec.checkpoints.target_weights import LM_HEAD
 from jaxspec.checkpoints.tensors import SafetensorsFolder
@@ -38,7 +39,7 @@ class Fp8Tensors:
       section: `quantization_config` of the result.
     """
 
-    def __init__(self, folder: Path, *, lm_head: bool = False, tied: bool = False):
+    def __init__(self, folder: Path, *, lm_head: bool, tied: bool):
         """
         Args:
           lm_head: quantise the LM head too.
@@ -93,11 +94,7 @@ class Fp8Tensors:
                 yield name, weight
                 continue
             weight = weight.astype(np.float32)
-            if not np.isfinite(weight).all():
-                raise ValueError(
-                    f"{self._tensors.origin}: tensor '{source[0]}' holds NaN or infinity; the "
-                    "checkpoint is damaged, download it again"
-                )
+            check_weights(weight, source[0], self._tensors.origin)
             values, scale = quantise(weight)
             change = dequantised(values, scale) - weight
             squares = [np.square(x, dtype=np.float64).sum() for x in (change, weight)]
@@ -143,15 +140,9 @@ def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     largest = np.maximum.reduceat(np.abs(weight), rows, axis=0)
     scale = np.maximum.reduceat(largest, columns, axis=1) / np.float32(LARGEST)
     scale = np.where(scale < SMALLEST, np.float32(1), scale)
-    return (weight / _spread(scale, weight.shape)).astype(FP8), scale
+    return (weight / Scaled(BLOCK).spread(scale, weight.shape)).astype(FP8), scale
 
 
 def dequantised(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """The weight [O, I] float32 of values and scales."""
     return Scaled(BLOCK).weight(values, scale)
-
-
-def _spread(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The scale of every value."""
-    rows, columns = (np.arange(n) // size for n, size in zip(shape, BLOCK, strict=True))
-    return scale[rows][:, columns]

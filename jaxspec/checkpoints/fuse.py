@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -19,10 +19,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
-from jaxspec.checkpoints.tensors import WRAPPERS
+from jaxspec.checkpoints.tensors import WRAPPERS, Box, whole
 from jaxspec.sharding import shardings
-
-Box = tuple[tuple[int, int], ...]  # first and one past the last, per axis
 
 DTYPES = ("float32", "bfloat16", "float16")  # of weights in memory
 ALIGNMENT = 64  # bytes; JAX on the CPU adopts an aligned buffer instead of copying it
@@ -87,22 +85,39 @@ class Part:
         """Number of the tensor's values before those placed."""
         return self.rows[0] * math.prod(self.shape[1:]) if self.rows else 0
 
-    def within(self, shape: tuple[int, ...]) -> Box:
-        """Its place in an array of that shape."""
+    def whole_index(self, ndim: int) -> tuple[int | slice, ...]:
+        """The index of an array of `ndim` axes, all of them given."""
         index = self.index if isinstance(self.index, tuple) else (self.index,)
         index = () if self.index is ... else index
-        index += (slice(None),) * (len(shape) - len(index))
+        return index + (slice(None),) * (ndim - len(index))
+
+    def within(self, shape: tuple[int, ...]) -> Box:
+        """Its place in an array of that shape."""
         return tuple(
             at.indices(n)[:2] if isinstance(at, slice) else (at, at + 1)
-            for at, n in zip(index, shape, strict=True)
+            for at, n in zip(self.whole_index(len(shape)), shape, strict=True)
         )
 
     def order(self, ndim: int) -> tuple[int, ...]:
         """The axes of the array, of `ndim` axes, in the tensor's order."""
-        index = self.index if isinstance(self.index, tuple) else (self.index,)
-        fixed = {axis for axis, at in enumerate(index) if isinstance(at, int)}
-        kept = [axis for axis in range(ndim) if axis not in fixed]
+        index = self.whole_index(ndim)
+        kept = [axis for axis, at in enumerate(index) if isinstance(at, slice)]
         return tuple(kept[axis] for axis in self.axes)
+
+    def taken_from(self, array: np.ndarray) -> np.ndarray:
+        """The tensor's rows in an array: the inverse of placing them."""
+        values = array[self.index].transpose(self.axes).reshape(self.own_shape)
+        return values - self.offset if self.offset else values
+
+
+def same(name: str, *shape: int) -> tuple[Part, ...]:
+    """A tensor that is the array."""
+    return (Part(name, shape, np.s_[...], tuple(range(len(shape)))),)
+
+
+def linear(name: str, outputs: int, inputs: int) -> tuple[Part, ...]:
+    """A linear layer, [out, in] in files and [in, out] here."""
+    return (Part(name, (outputs, inputs), np.s_[...], (1, 0)),)
 
 
 def build(tensors: Tensors, table: Any, specs: Any, mesh: Mesh | None = None) -> Any:
@@ -117,18 +132,12 @@ def build(tensors: Tensors, table: Any, specs: Any, mesh: Mesh | None = None) ->
     Raises:
       ValueError: a tensor holds a value that no weight can have.
     """
-    boxes = (
-        jax.tree.map(lambda spec: _boxes(spec, None), specs)
-        if mesh is None
-        else jax.tree.map(_boxes, specs, shardings(mesh, specs))
-    )
+    leaves, tree = jax.tree.flatten(specs)
+    on = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(mesh, specs))
+    places, parts = list(map(_boxes, leaves, on)), tree.flatten_up_to(table)
     total = sum(
         math.prod(stop - start for start, stop in box) * spec.dtype.itemsize
-        for spec, local in zip(
-            jax.tree.leaves(specs),
-            jax.tree.leaves(boxes, is_leaf=lambda x: isinstance(x, _Boxes)),
-            strict=True,
-        )
+        for spec, local in zip(leaves, places, strict=True)
         for box in local.devices
     )
     hidden = total < LARGE or jax.process_index() > 0
@@ -146,8 +155,6 @@ def build(tensors: Tensors, table: Any, specs: Any, mesh: Mesh | None = None) ->
                     progress.update(count * spec.dtype.itemsize)
             return shards
 
-        leaves, tree = jax.tree.flatten(specs)
-        places, parts = (tree.flatten_up_to(x) for x in (boxes, table))
         with ThreadPoolExecutor(READERS) as readers:
             each = (map if total >= LARGE else readers.map)(read, leaves, places, parts)
             made = zip(leaves, places, each, strict=True)
@@ -208,7 +215,7 @@ class _Boxes:
 
 def _boxes(spec: jax.ShapeDtypeStruct, sharding: NamedSharding | None) -> _Boxes:
     if sharding is None:
-        return _Boxes({tuple((0, n) for n in spec.shape): [None]}, None)
+        return _Boxes({whole(spec.shape): [None]}, None)
     devices: dict[Box, list] = {}
     for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
         box = tuple(at.indices(n)[:2] for at, n in zip(index, spec.shape, strict=True))
@@ -216,15 +223,21 @@ def _boxes(spec: jax.ShapeDtypeStruct, sharding: NamedSharding | None) -> _Boxes
     return _Boxes(devices, sharding)
 
 
-def check_tensors(tensors: Tensors, table: Any, redundant: Sequence[str] = ()) -> None:
-    """Raises ValueError unless a checkpoint has the tensors of a table, and no others.
+def expected_shapes(table: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a pytree of `Part`s, by name."""
+    parts = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Part))
+    return {part.name: part.shape for part in parts}
+
+
+def check_tensors(
+    tensors: Tensors, expected: Mapping[str, tuple[int, ...]], optional: Collection[str] = ()
+) -> None:
+    """Raises ValueError unless a checkpoint has tensors of the expected shapes, and no others.
 
     Args:
-      redundant: further tensors that it may have, besides precomputed rotary frequencies and
-        biases of zeros.
+      optional: names of further tensors that it may have, besides precomputed rotary
+        frequencies and biases of zeros.
     """
-    parts = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Part))
-    expected = {part.name: part.shape for part in parts}
     missing = [name for name in expected if name not in tensors.shapes]
     if missing:
         raise ValueError(
@@ -235,15 +248,15 @@ def check_tensors(tensors: Tensors, table: Any, redundant: Sequence[str] = ()) -
         if tensors.shapes[name] != shape:
             raise ValueError(
                 f"{tensors.origin}: tensor '{name}' has shape {tensors.shapes[name]}; its "
-                f"configuration says {shape}"
+                f"configuration asks for {shape}"
             )
-    known = {*expected, *redundant}
+    known = {*expected, *optional}
     unknown = [name for name in tensors.shapes if name not in known]
     unknown = [name for name in unknown if not _without_effect(tensors, name, expected)]
     if unknown:
         raise ValueError(
             f"{tensors.origin}: tensor '{unknown[0]}'{_more(unknown)} has no place in the "
-            "model its configuration describes; leaving it out would change the output"
+            "model its configuration describes; leaving it out would change the result"
         )
 
 
@@ -254,7 +267,7 @@ def _without_effect(tensors: Tensors, name: str, expected: Mapping[str, Any]) ->
     if kind != "bias" or f"{base}.weight" not in expected:
         return name.endswith("rotary_emb.inv_freq")
     shape = tensors.shapes[name]
-    pieces = tensors.pieces(name, shape, tuple((0, n) for n in shape))
+    pieces = tensors.pieces(name, shape, whole(shape))
     return not any(values.any() for _, values in pieces)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxspec.checkpoints import target_weights
-from jaxspec.checkpoints.fuse import Box
 from jaxspec.checkpoints.gguf_file import GgufFile, open_gguf
 from jaxspec.checkpoints.json_config import JsonConfig
+from jaxspec.checkpoints.tensors import Box, cut
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams
 from jaxspec.tokenizer import Tokenizer
@@ -62,13 +61,10 @@ def read_config(path: str | Path) -> TargetConfig:
     Raises:
       ValueError: the file is damaged, or describes a model this decoder does not implement.
     """
-    file = open_gguf(path)
-    _expect(file, "general.architecture", "llama")
-    raw = JsonConfig(
-        {k: x for k, x in file.metadata.items() if k.startswith("llama.") or k in ENDS},
-        path,
-        "a Llama model",
-    )
+    file, whole = open_gguf(path), _metadata(path)
+    _expect(whole, "general.architecture", "llama")
+    own = {k: x for k, x in whole.values.items() if k.startswith("llama.") or k in ENDS}
+    raw = JsonConfig(own, path, whole.owner)
     heads = raw.integer("llama.attention.head_count")
     hidden = raw.integer("llama.embedding_length")
     head_dim = raw.integer("llama.rope.dimension_count", hidden // heads)
@@ -116,22 +112,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
     Raises:
       ValueError: the tokenizer is of another kind.
     """
-    file = open_gguf(path)
-    if "tokenizer.ggml.model" not in file.metadata:
+    raw = _metadata(path)
+    if not raw.has("tokenizer.ggml.model"):
         return None
-    _expect(file, "tokenizer.ggml.model", "gpt2")
-    _expect(file, "tokenizer.ggml.pre", "smollm")
-    types = _get(file, "tokenizer.ggml.token_type", list)
-    tokens = _get(file, "tokenizer.ggml.tokens", list)
-    merges = _get(file, "tokenizer.ggml.merges", list)
-    eos = _get(file, "tokenizer.ggml.eos_token_id", int)
+    _expect(raw, "tokenizer.ggml.model", "gpt2")
+    _expect(raw, "tokenizer.ggml.pre", "smollm")
+    types = raw.items("tokenizer.ggml.token_type", int)
+    tokens, merges = (raw.items(f"tokenizer.ggml.{x}", str) for x in ("tokens", "merges"))
+    eos = raw.integer("tokenizer.ggml.eos_token_id", least=0)
     try:
         return Tokenizer.from_bpe(
             tokens,
             merges,
             special=[i for i, kind in enumerate(types) if kind == SPECIAL],
             eos=eos,
-            chat_template=file.metadata.get("tokenizer.chat_template"),
+            chat_template=raw.get("tokenizer.chat_template", None),
         )
     except Exception as error:  # of many kinds: ids past the end, merges of unknown tokens
         raise ValueError(
@@ -155,8 +150,7 @@ class _LlamaTensors:
         projection = re.search(r"self_attn\.([qk])_proj", name)
         if projection is not None:
             tensor = _unpermute(tensor, self._heads[projection[1]])
-        seen = tensor.reshape(-1)[skip : skip + math.prod(shape)].reshape(shape)
-        yield box, seen[tuple(slice(*ends) for ends in box)]
+        yield box, cut(tensor, shape, box, skip)
 
 
 def _rename(name: str) -> str:
@@ -177,19 +171,10 @@ def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows, width)
 
 
-def _get(file: GgufFile, key: str, kind: type) -> Any:
-    value = file.metadata.get(key)
-    if value is None:
-        raise ValueError(f"{file.path} has no '{key}' in its metadata; expected a Llama model")
-    if type(value) is not kind:
-        raise ValueError(f"{file.path}: '{key}' is {value!r}; expected {kind.__name__}")
-    return value
+def _metadata(path: str | Path) -> JsonConfig:
+    return JsonConfig(open_gguf(path).metadata, path, "a Llama model")
 
 
-def _expect(file: GgufFile, key: str, value: str) -> None:
-    found = _get(file, key, str)
-    if found != value:
-        raise ValueError(
-            f"{file.path}: '{key}' is {found!r}, which is not supported; expected {value!r}: "
-            "use the model's safetensors checkpoint"
-        )
+def _expect(raw: JsonConfig, key: str, value: str) -> None:
+    if raw.get(key) != value:
+        raise raw.refusal(key, f"{value!r}: use the model's safetensors checkpoint")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from jaxspec.checkpoints import dflash2
-from jaxspec.checkpoints.drafter_files import Table, linear, same
-from jaxspec.checkpoints.fuse import Part
+from jaxspec.checkpoints.drafter_files import Table
+from jaxspec.checkpoints.fuse import Part, linear, same
 from jaxspec.config import DrafterConfig
 from jaxspec.drafters.eagle_head import EagleConfig, ParallelEagleConfig
 

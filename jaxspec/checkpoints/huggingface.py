@@ -154,17 +154,15 @@ def config_to_json(c: TargetConfig) -> dict[str, Any]:
             f"{kind!r} does not have the layers of {c}; expected a Qwen2, a Qwen3 (dense or a "
             "mixture of experts) or a Llama"
         )
-    rope = rope_to_json(c.rope_theta, c.rope_scaling)
-    if c.sliding_rope_theta is not None:
-        local = rope_to_json(c.sliding_rope_theta, None)
-        rope = {"full_attention": rope, "sliding_attention": local}
     raw = layer_sizes.to_json(c) | {
         "architectures": [ARCHITECTURES[kind]],
         "eos_token_id": list(c.eos_token_ids) or None,
         "model_type": kind,
-        "rope_parameters": rope,
         "tie_word_embeddings": c.tie_embeddings,
     }
+    if c.sliding_rope_theta is not None:
+        rope = {"sliding_attention": rope_to_json(c.sliding_rope_theta, None)}
+        raw["rope_parameters"] = rope | {"full_attention": raw["rope_parameters"]}
     if kind != "qwen2":  # Qwen2 has biases without a key
         raw["attention_bias"] = False
     if c.windows:
@@ -215,7 +213,7 @@ def load_params(
     See `target_weights.load` for memory, errors and `mesh`.
 
     Args:
-      stored: hold fp8 weights in 8 bits (`kept.keep`).
+      stored: hold fp8 weights in 8 bits (`eight_bit.keep`).
 
     Raises:
       ValueError: `stored`, and the weights are not in fp8.

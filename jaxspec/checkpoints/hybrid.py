@@ -10,10 +10,11 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from jaxspec.checkpoints import rope
-from jaxspec.checkpoints.fuse import Box, Tensors
+from jaxspec.checkpoints.fuse import Tensors
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.checkpoints.quantisation import KEYS as QUANTISATION
 from jaxspec.checkpoints.quantised import Stored
+from jaxspec.checkpoints.tensors import Box
 from jaxspec.config import DeltaNetConfig, TargetConfig
 
 DENSE = ("qwen3_5", "qwen3_5_text")
@@ -91,7 +92,7 @@ def fields(text: JsonConfig, model_type: str) -> dict[str, Any]:
 def _delta_net(text: JsonConfig, *, interleaved: bool) -> DeltaNetConfig:
     return text.make(
         DeltaNetConfig,
-        layers=tuple(i for i, kind in enumerate(layer_types(text)) if kind == LINEAR),
+        layers=tuple(i for i, kind in enumerate(_layer_types(text)) if kind == LINEAR),
         key_heads=text.integer("linear_num_key_heads"),
         value_heads=text.integer("linear_num_value_heads"),
         key_dim=text.integer("linear_key_head_dim"),
@@ -101,7 +102,7 @@ def _delta_net(text: JsonConfig, *, interleaved: bool) -> DeltaNetConfig:
     )
 
 
-def layer_types(text: JsonConfig) -> tuple[str, ...]:
+def _layer_types(text: JsonConfig) -> tuple[str, ...]:
     """The type of every layer, `LINEAR` or `FULL`, listed or by an interval (default: 4).
 
     Raises:

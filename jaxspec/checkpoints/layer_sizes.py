@@ -1,10 +1,11 @@
-"""Layer sizes in the `config.json` of a Llama or a Qwen3, target or drafter."""
+"""Sizes of layers in the `config.json` of a Llama or a Qwen3, target or drafter."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from jaxspec.checkpoints.json_config import JsonConfig
+from jaxspec.checkpoints.rope import rope_to_json
 from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.drafters.eagle_head import EagleConfig
 
@@ -26,7 +27,7 @@ def from_json(raw: JsonConfig) -> dict[str, Any]:
 
 
 def to_json(c: TargetConfig | DrafterConfig | EagleConfig) -> dict[str, Any]:
-    """The keys of the sizes, and those with the same value in all models here."""
+    """The keys of sizes and rotary positions, and those with one value in all models here."""
     return {
         "attention_dropout": 0.0,
         "head_dim": c.head_dim,
@@ -39,6 +40,7 @@ def to_json(c: TargetConfig | DrafterConfig | EagleConfig) -> dict[str, Any]:
         "num_hidden_layers": c.num_layers,
         "num_key_value_heads": c.num_kv_heads,
         "rms_norm_eps": c.rms_norm_eps,
+        "rope_parameters": rope_to_json(c.rope_theta, c.rope_scaling),
         "use_cache": True,
         "vocab_size": c.vocab_size,
     }

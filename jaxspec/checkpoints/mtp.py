@@ -5,17 +5,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxspec.checkpoints.fuse import Part, build, check_dtype, check_tensors
+from jaxspec.checkpoints.fuse import build, check_dtype, check_tensors, expected_shapes, linear
 from jaxspec.checkpoints.huggingface import WEIGHTS
 from jaxspec.checkpoints.hybrid import predictor_tensors
 from jaxspec.checkpoints.quantised import open_weights
 from jaxspec.checkpoints.target_weights import layer_parts
 from jaxspec.checkpoints.target_weights import norm_parts as norm
 from jaxspec.checkpoints.tensors import SafetensorsFolder
-from jaxspec.config import TargetConfig, TreeConfig
-from jaxspec.drafters.eagle import EagleParams, eagle_params
-from jaxspec.drafters.mtp import MtpConfig, MtpDrafter, MtpWeights, abstract_mtp, mtp_config
-from jaxspec.models.params import TargetParams
+from jaxspec.config import TreeConfig
+from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.mtp import MtpConfig, MtpWeights, abstract_mtp, mtp_config
+from jaxspec.drafters.registry import trained
+from jaxspec.models.target import Target
 
 LAYER = "mtp.layers.0."
 REMEDY = (
@@ -25,9 +26,7 @@ REMEDY = (
 )
 
 
-def load(
-    path: Path, target: TargetConfig, params: TargetParams, tree: TreeConfig, dtype
-) -> tuple[MtpDrafter, EagleParams]:
+def load(path: Path, target: Target, tree: TreeConfig, dtype) -> LoadedDrafter:
     """The drafter inside a target's checkpoint, or one published apart from it.
 
     Args:
@@ -54,11 +53,11 @@ def load(
             f"{path}: tensor '{further}' belongs to a second MTP layer; expected one, which "
             "runs again for every token"
         )
-    config = mtp_config(target)
+    config = mtp_config(target.config)
     table = mtp_parts(config, tensors.shapes)
-    check_tensors(tensors, table)
+    check_tensors(tensors, expected_shapes(table))
     weights = build(tensors, table, abstract_mtp(config, dtype))
-    return MtpDrafter(config, tree), eagle_params(weights, params)
+    return trained(config, weights, target.params, tree)
 
 
 def mtp_parts(config: MtpConfig, names) -> MtpWeights:
@@ -71,7 +70,7 @@ def mtp_parts(config: MtpConfig, names) -> MtpWeights:
     return MtpWeights(
         token_norm=norm(c, "mtp.pre_fc_norm_embedding.weight", width),
         feature_norm=norm(c, "mtp.pre_fc_norm_hidden.weight", width),
-        fc=(Part("mtp.fc.weight", (width, 2 * width), ..., (1, 0)),),
+        fc=linear("mtp.fc.weight", width, 2 * width),
         layer=layer_parts(c, 0, LAYER, names),
         norm=norm(c, "mtp.norm.weight", width),
     )

@@ -27,30 +27,17 @@ KEYS = ("quantization_config", "compression_config", "quantization", "sparsity_c
 MODELOPT = "hf_quant_config.json"  # beside config.json
 # The tensors themselves tell which layers were left out; other keys are for calibration or
 # kernels.
-HARMLESS = {
-    *("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "producer"),
-    *(
-        "activation_scheme",
-        "kv_cache_scheme",
-        "kv_cache_quant_algo",
-        "global_compression_ratio",
-    ),
-    *("quantization_status", "version", "observer", "observer_kwargs", "dynamic", "targets"),
-    *("input_activations", "output_activations", "dequantize", "format", "config_groups"),
-    *("damp_percent", "static_groups", "true_sequential", "model_name_or_path", "desc_act"),
-    *("model_file_base_name", "quantizer", "meta", "sym", "lm_head", "dataset", "tokenizer"),
-    *("batch_size", "model_seqlen", "max_input_length", "use_cuda_fp16", "use_exllama"),
-    *("exllama_config", "backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "scale"),
-    *("block_name_to_quantize", "module_name_preceding_first_block", "disable_exllama"),
-    *(
-        "cache_block_outputs",
-        "pad_token_id",
-        "quant_algo",
-        "kv_cache",
-        "actorder",
-        "zero_point",
-    ),
-}
+HARMLESS = frozenset(
+    "modules_to_not_convert ignored_layers ignore exclude_modules producer "
+    "activation_scheme kv_cache_scheme kv_cache_quant_algo global_compression_ratio "
+    "quantization_status version observer observer_kwargs dynamic targets input_activations "
+    "output_activations dequantize format config_groups damp_percent static_groups "
+    "true_sequential model_name_or_path desc_act model_file_base_name quantizer meta sym "
+    "lm_head dataset tokenizer batch_size model_seqlen max_input_length use_cuda_fp16 "
+    "use_exllama exllama_config backend do_fuse fuse_max_seq_len modules_to_fuse scale "
+    "block_name_to_quantize module_name_preceding_first_block disable_exllama "
+    "cache_block_outputs pad_token_id quant_algo kv_cache actorder zero_point".split()
+)
 NEUTRAL = {"transform_config": ({},), "sparsity_config": ({},), "scale_fmt": ("float", "ue8m0")}
 
 Form = Scaled | Packed | Gptq | Awq
@@ -120,10 +107,15 @@ def _fp8(own: JsonConfig) -> Quantisation:
     own.one_of("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
     if not own.has("weight_block_size"):
         return Quantisation("fp8", Scaled())
-    block = own.items("weight_block_size", int)
-    if len(block) != 2 or min(block) < 1:
-        raise own.refusal("weight_block_size", "two positive integers")
+    block = _block(own, "weight_block_size")
     return Quantisation(f"fp8 in blocks of {block[0]} x {block[1]}", Scaled(block))
+
+
+def _block(own: JsonConfig, key: str) -> tuple[int, int]:
+    block = own.items(key, int)
+    if len(block) != 2 or min(block) < 1:
+        raise own.refusal(key, "two positive integers")
+    return block
 
 
 def _modelopt(own: JsonConfig) -> Quantisation:
@@ -157,9 +149,7 @@ def _group(own: JsonConfig, name: str, group: Any) -> Quantisation:
         weights.one_of("strategy", ("tensor", "channel", "group"), "tensor")
         return Quantisation(f"int{bits}, packed (compressed-tensors)", Packed(bits))
     strategy = weights.one_of("strategy", ("tensor", "channel", "block"), "tensor")
-    block = weights.items("block_structure", int) if strategy == "block" else None
-    if block is not None and (len(block) != 2 or min(block) < 1):
-        raise weights.refusal("block_structure", "two positive integers")
+    block = _block(weights, "block_structure") if strategy == "block" else None
     name = {"float": "fp8", "int": "int8"}[kind]
     return Quantisation(f"{name} (compressed-tensors)", Scaled(block))
 

@@ -7,7 +7,6 @@ values computes something else; here they keep the dtype of the weights.
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -16,12 +15,10 @@ import numpy as np
 
 from jaxspec.checkpoints.quantisation import Form, quantisation_of
 from jaxspec.checkpoints.quantised_tensors import FP8, Finder
-from jaxspec.checkpoints.tensors import DTYPES, SafetensorsFolder
+from jaxspec.checkpoints.tensors import DTYPES, Box, SafetensorsFolder, cut
 
 # Scales of activations and cached keys and values, which are not rounded here.
 ACTIVATIONS = ("input_scale", "output_scale", "k_scale", "v_scale", "q_scale", "kv_scale")
-
-Box = tuple[tuple[int, int], ...]  # first and one past the last, per axis
 
 
 def open_weights(
@@ -35,15 +32,14 @@ def open_weights(
     """
     quantisation = quantisation_of(folder)
     if quantisation is None:
-        return SafetensorsFolder(folder, integers=tuple(integers))
-    if not dequantise:
-        return QuantisedFolder(folder, quantisation.form, integers=integers)
-    warnings.warn(
-        f"{folder} is stored as {quantisation.name}; its weights are dequantised on loading, "
-        "and take as much memory as those of the unquantised model",
-        stacklevel=2,
-    )
-    return QuantisedFolder(folder, quantisation.form, integers=integers)
+        return SafetensorsFolder(folder, integers=integers)
+    if dequantise:
+        warnings.warn(
+            f"{folder} is stored as {quantisation.name}; its weights are dequantised on "
+            "loading, and take as much memory as those of the unquantised model",
+            stacklevel=2,
+        )
+    return QuantisedFolder(folder, quantisation.form, integers)
 
 
 class QuantisedFolder:
@@ -57,8 +53,8 @@ class QuantisedFolder:
         shape or dtype.
     """
 
-    def __init__(self, folder: Path, form: Form, *, integers: Collection[str] = ()):
-        self._folder = SafetensorsFolder(folder, integers=tuple(integers), quantised=True)
+    def __init__(self, folder: Path, form: Form, integers: Collection[str]):
+        self._folder = SafetensorsFolder(folder, integers=integers, quantised=True)
         self._form = form
         self.origin = self._folder.origin
         self._weights = form.find(self._folder)
@@ -90,8 +86,7 @@ class QuantisedFolder:
         if name not in self._weights:
             yield from self._folder.pieces(name, shape, box, skip)
             return
-        seen = self.read(name).reshape(-1)[skip : skip + math.prod(shape)].reshape(shape)
-        yield box, seen[tuple(slice(*ends) for ends in box)]
+        yield box, cut(self.read(name), shape, box, skip)
 
     def stored(self, name: str) -> Stored | None:
         """A weight as stored, if that is float8_e4m3fn [O, I] with scales; else None."""

@@ -68,10 +68,11 @@ class Finder:
                 "are float32, float16, bfloat16 or float8_e8m0fnu: the checkpoint is damaged"
             )
         values = values.astype(np.float32)
-        if not (np.isfinite(values) & (values > 0)).all():
+        wrong = values[~(np.isfinite(values) & (values > 0))]
+        if wrong.size:
             raise ValueError(
-                f"{self.folder.origin}: tensor '{name}' holds {_worst(values)}; a scale is "
-                "positive: the checkpoint is damaged, download it again"
+                f"{self.folder.origin}: tensor '{name}' holds {wrong[0]}; a scale is positive: "
+                "the checkpoint is damaged, download it again"
             )
         return values
 
@@ -83,7 +84,3 @@ class Finder:
                 f"{values.max()}; there are {count}: the checkpoint is damaged"
             )
         return values
-
-
-def _worst(values: np.ndarray) -> float:
-    return float(values[~(np.isfinite(values) & (values > 0))].flat[0])

@@ -11,6 +11,7 @@ Differences from z-lab's files:
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import numpy as np
 
 from jaxspec.checkpoints import dflash2, draft_vocabulary, visibility
 from jaxspec.checkpoints.block_format import (
-    NO_IDS,
     BlockFormat,
     heads_from_json,
     heads_to_json,
@@ -28,18 +28,16 @@ from jaxspec.checkpoints.block_format import (
 from jaxspec.checkpoints.draft_vocabulary import EMBEDDING, HEAD, MEMBERS, OFFSETS
 from jaxspec.checkpoints.json_config import REQUIRED, JsonConfig
 from jaxspec.checkpoints.known_keys import HARMLESS, NEUTRAL
-from jaxspec.checkpoints.rope import rope_to_json
 from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.models.scaled import by_value
 
 KEY = "speculators_model_type"
-TYPES = ("dflash", "dflash2", "dspark")
 # Kinds that are not implemented, and why.
 MISSING = {
     "xpress": "XPress refines what it drafts by a network of its own",
     "mtp": "layers of the target's own checkpoint are drafter 'mtp'",
 }
-CLASSES = {"dflash": "DFlash", "dflash2": "DFlash2", "dspark": "DSpark"}
+CLASSES = {"dflash": "DFlash", "dflash2": "DFlash2", "dspark": "DSpark"}  # by kind
 VERSION = "0.9.0"
 MARKOV_OUTPUT = "markov_head.markov_w2.weight"
 # Copies of the target's arrays that older versions wrote, as is an LM head of full vocabulary.
@@ -81,7 +79,7 @@ def _fields(
     kind = whole.get(KEY)
     if isinstance(kind, str) and kind in MISSING:
         raise whole.refusal(KEY, f"another kind: {MISSING[kind]}")
-    whole.one_of(KEY, (*TYPES, "eagle3", "peagle"), REQUIRED)  # the last two: elsewhere
+    whole.one_of(KEY, (*CLASSES, "eagle3", "peagle"), REQUIRED)  # the last two: elsewhere
     window = visibility.windows(layer)
     both_ways = whole.flag("sliding_window_non_causal", kind == "dflash2")
     hidden, vocab = layer.integer("hidden_size"), layer.integer("vocab_size")
@@ -161,6 +159,11 @@ def verifier(raw: dict[str, Any], folder: Path) -> str | None:
     return str(beside.resolve()) if beside.exists() else name
 
 
+def verifier_name(target: str, folder: Path) -> str:
+    """What a drafter's configuration calls its target: the inverse of `verifier`."""
+    return os.path.relpath(target, folder) if Path(target).exists() else target
+
+
 def _kind(c: DrafterConfig) -> str:
     return "dflash2" if c.sequential == "bilinear" else "dspark" if c.sequential else "dflash"
 
@@ -186,8 +189,7 @@ class Speculators(BlockFormat):
         return config
 
     def to_json(self, c, dtype, *, kept, verifier):
-        layer = layers_to_json(c, dtype) | NO_IDS
-        layer["rope_parameters"] = rope_to_json(c.rope_theta, c.rope_scaling)
+        layer = layers_to_json(c, dtype)
         for key in ("block_size", "num_target_layers", "is_causal"):
             layer.pop(key, None)
         raw = _around(c, layer, kept)
@@ -226,12 +228,10 @@ class Speculators(BlockFormat):
         kept = draft_vocabulary.draft_tokens(tensors, raw, c.vocab_size)
         if kept is None:
             return {}
-        draft_vocabulary.required(tensors, HEAD, len(kept))
-        shape, theirs = (len(kept), c.hidden_size), target.unembed[kept]
-        return {
-            "kept": kept,
-            "unembed": draft_vocabulary.own_table(tensors, HEAD, shape, theirs, dtype),
-        }
+        own = draft_vocabulary.own_table(
+            tensors, HEAD, target.unembed, c.hidden_size, dtype, kept
+        )
+        return {"kept": kept, "unembed": own}
 
     def vocabulary_tensors(self, vocabulary, c, dtype):
         if vocabulary.kept is None:

@@ -124,7 +124,8 @@ class Store:
 def save_weights(folder: Path, params: Any) -> None:
     """Writes a pytree of arrays as a new uncompressed store; each process writes its shards."""
     sums = checksums(params)
-    stored = by_path(params) | {CHECKSUMS: _in_order(sums)}
+    in_order = np.array([sums[path] for path in sorted(sums)], np.uint32)
+    stored = by_path(params) | {CHECKSUMS: in_order}
     with _weights_context(params):
         ocp.save(folder.absolute(), stored)
 
@@ -172,10 +173,6 @@ def load_weights(folder: Path, like: Any) -> Any:
 def _sums(state: Any, position: dict[str, Any]) -> dict[str, int]:
     """The checksums that are stored with a checkpoint."""
     return checksums(state) | {f"{POSITION}.{k}": int(x) for k, x in position.items()}
-
-
-def _in_order(sums: dict[str, int]) -> np.ndarray:
-    return np.array([sums[path] for path in sorted(sums)], np.uint32)
 
 
 def _compare(written: dict[str, int], found: dict[str, int]) -> None:

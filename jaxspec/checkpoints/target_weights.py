@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +12,18 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxspec.checkpoints.fuse import Part, Tensors, build, check_dtype, check_tensors, slices
+from jaxspec.checkpoints.fuse import (
+    Part,
+    Tensors,
+    build,
+    check_dtype,
+    check_tensors,
+    expected_shapes,
+    linear,
+    same,
+    slices,
+)
+from jaxspec.checkpoints.tensors import whole
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import (
     AttentionParams,
@@ -47,7 +57,7 @@ def load(
     Args:
       mesh: see `fuse.build`.
       keep: maps shapes, parts, tensors and the number of devices that shard channels to those
-        that hold some weights in 8 bits (`kept.keep`).
+        that hold some weights in 8 bits (`eight_bit.keep`).
 
     Raises:
       ValueError: a tensor is missing, is not part of the model, has another shape than
@@ -60,7 +70,8 @@ def load(
             f"for {config.num_layers} layers: the checkpoint is incomplete or damaged"
         )
     table = target_parts(config, tensors.shapes)
-    check_tensors(tensors, table, redundant=(LM_HEAD,) if config.tie_embeddings else ())
+    expected = expected_shapes(table)
+    check_tensors(tensors, expected, optional=(LM_HEAD,) if config.tie_embeddings else ())
     if config.tie_embeddings and LM_HEAD in tensors.shapes:
         _check_tied(tensors)
     specs = abstract_params(config, dtype)
@@ -79,12 +90,12 @@ def target_parts(config: TargetConfig, names: Mapping[str, Any]) -> TargetParams
     """
     c = config
     return TargetParams(
-        embed=(_same(EMBEDDING, c.vocab_size, c.hidden_size),),
+        embed=same(EMBEDDING, c.vocab_size, c.hidden_size),
         layers=tuple(
             layer_parts(c, i, f"model.layers.{i}.", names) for i in range(c.num_layers)
         ),
         final_norm=norm_parts(c, "model.norm.weight", c.hidden_size),
-        lm_head=(None if c.tie_embeddings else (_same(LM_HEAD, c.vocab_size, c.hidden_size),)),
+        lm_head=None if c.tie_embeddings else same(LM_HEAD, c.vocab_size, c.hidden_size),
     )
 
 
@@ -97,7 +108,8 @@ def layer_parts(c: TargetConfig, i: int, prefix: str, names: Mapping[str, Any]) 
 
 
 def _attention(c: TargetConfig, layer: str) -> AttentionParams:
-    width, keys = c.hidden_size, c.num_kv_heads * c.head_dim
+    width, heads = c.hidden_size, c.num_heads * c.head_dim
+    keys = c.num_kv_heads * c.head_dim
     # With gates, a head's gate follows its query in the tensor.
     group = 2 * c.group_size if c.attention_gate else c.group_size
     queries = c.num_kv_heads * group * c.head_dim
@@ -120,14 +132,8 @@ def _attention(c: TargetConfig, layer: str) -> AttentionParams:
         ),
         q_norm=norm_parts(c, f"{a}q_norm.weight", c.head_dim) if c.qk_norm else None,
         k_norm=norm_parts(c, f"{a}k_norm.weight", c.head_dim) if c.qk_norm else None,
-        out=(  # [K, G, D, M]
-            Part(
-                f"{a}o_proj.weight",
-                (width, c.num_heads * c.head_dim),
-                np.s_[...],
-                (3, 0, 1, 2),
-            ),
-        ),
+        # [K, G, D, M]
+        out=(Part(f"{a}o_proj.weight", (width, heads), np.s_[...], (3, 0, 1, 2)),),
     )
 
 
@@ -170,7 +176,7 @@ def _delta_net(c: TargetConfig, layer: str) -> DeltaNetParams:
         ),
         log_rate=(Part(f"{a}A_log", (heads,), np.s_[...], (0, 1)),),
         step_bias=(Part(f"{a}dt_bias", (heads,), np.s_[...], (0, 1)),),
-        head_norm=(_same(f"{a}norm.weight", d.value_dim),),
+        head_norm=same(f"{a}norm.weight", d.value_dim),
         # [J, R, dv, M]
         output=(Part(f"{a}out_proj.weight", (width, values), np.s_[...], (3, 0, 1, 2)),),
     )
@@ -189,7 +195,7 @@ def _swiglu(mlp: str, width: int, inner: int) -> dict[str, tuple[Part, ...]]:
             Part(f"{mlp}gate_proj.weight", (inner, width), np.s_[:, 0], (1, 0)),
             Part(f"{mlp}up_proj.weight", (inner, width), np.s_[:, 1], (1, 0)),
         ),
-        down=(Part(f"{mlp}down_proj.weight", (width, inner), np.s_[...], (1, 0)),),
+        down=linear(f"{mlp}down_proj.weight", width, inner),
     )
 
 
@@ -217,7 +223,7 @@ def _moe(c: TargetConfig, layer: str, names: Mapping[str, Any]) -> MoeParams:
         shared = SharedExpertParams(gate=(gate,), **parts)
     return MoeParams(
         norm=norm_parts(c, f"{layer}post_attention_layernorm.weight", width),
-        router=(Part(f"{layer}mlp.gate.weight", (experts, width), np.s_[...], (1, 0)),),
+        router=linear(f"{layer}mlp.gate.weight", experts, width),
         gate_up=gate_up,
         down=down,
         shared=shared,
@@ -226,12 +232,7 @@ def _moe(c: TargetConfig, layer: str, names: Mapping[str, Any]) -> MoeParams:
 
 def norm_parts(c: TargetConfig, name: str, size: int) -> tuple[Part]:
     """A norm's weights, which some models store minus one."""
-    return (dataclasses.replace(_same(name, size), offset=float(c.zero_centered_norms)),)
-
-
-def _same(name: str, *shape: int) -> Part:
-    """A tensor that is the array."""
-    return Part(name, shape, np.s_[...], tuple(range(len(shape))))
+    return (Part(name, (size,), np.s_[...], (0,), offset=float(c.zero_centered_norms)),)
 
 
 def _check_tied(tensors: Tensors) -> None:
@@ -241,8 +242,7 @@ def _check_tied(tensors: Tensors) -> None:
     """
     shape, shapes = tensors.shapes[EMBEDDING], tensors.shapes
     equal = shapes[LM_HEAD] == shape
-    whole = tuple((0, n) for n in shape)
-    for box, head in tensors.pieces(LM_HEAD, shape, whole) if equal else ():
+    for box, head in tensors.pieces(LM_HEAD, shape, whole(shape)) if equal else ():
         for inner, rows in tensors.pieces(EMBEDDING, shape, box):
             narrow = min(head.dtype, rows.dtype, key=lambda dtype: dtype.itemsize)
             own = head[slices(inner, box)].astype(narrow)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +30,7 @@ WRAPPERS = {  # prefixes of names, and who gives them
 }
 INTEGERS = {"I32": np.int32, "I64": np.int64, "BOOL": np.bool_}
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+Box = tuple[tuple[int, int], ...]  # first and one past the last, per axis
 QUANTISED = {  # what parts of quantised weights are stored as, beside the above
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
@@ -38,9 +39,11 @@ QUANTISED = {  # what parts of quantised weights are stored as, beside the above
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
+class Entry:
+    """A tensor in a file, its values from byte `offset` on."""
+
     file: Path
-    offset: int  # bytes from the start of the file
+    offset: int
     dtype: np.dtype
     shape: tuple[int, ...]
 
@@ -60,7 +63,9 @@ class SafetensorsFolder:
         two files hold tensors of the same name; or a tensor is not of a float type.
     """
 
-    def __init__(self, folder: Path, *, integers: Sequence[str] = (), quantised: bool = False):
+    def __init__(
+        self, folder: Path, *, integers: Collection[str] = (), quantised: bool = False
+    ):
         """
         Args:
           integers: tensors that are integers or booleans, by the last part of their names.
@@ -77,24 +82,20 @@ class SafetensorsFolder:
         """A whole tensor, as a new array; or a range of its rows, seen as a matrix [-1, n]."""
         shape = self.shapes[name]
         if rows is None:
-            return self._read(name, shape, tuple((0, n) for n in shape))
+            return self._read(name, shape, whole(shape))
         *leading, columns = shape
         return self._read(name, (math.prod(leading), columns), (rows, (0, columns)))
 
     def pieces(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        box: tuple[tuple[int, int], ...],
-        skip: int = 0,
-    ) -> Iterator[tuple[tuple[tuple[int, int], ...], np.ndarray]]:
+        self, name: str, shape: tuple[int, ...], box: Box, skip: int = 0
+    ) -> Iterator[tuple[Box, np.ndarray]]:
         """Boxes of some rows, `PIECE` bytes or one row each, that cover `box`, with values.
 
         Only the bytes of the box are read.
 
         Args:
           shape: shape to view the tensor's values as.
-          box: half-open range per axis of `shape`.
+          box: in an array of `shape`.
           skip: number of the tensor's values before the view.
         """
         if not shape:
@@ -141,6 +142,17 @@ class SafetensorsFolder:
                     "was changed after it was opened, load it again"
                 )
             buffer = buffer[count:]
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box of a whole array."""
+    return tuple((0, n) for n in shape)
+
+
+def cut(array: np.ndarray, shape: tuple[int, ...], box: Box, skip: int = 0) -> np.ndarray:
+    """A box of an array that is viewed as `shape` after its first `skip` values."""
+    seen = array.reshape(-1)[skip : skip + math.prod(shape)].reshape(shape)
+    return seen[tuple(slice(*ends) for ends in box)]
 
 
 def read_json(path: Path) -> dict:
@@ -196,10 +208,10 @@ def parse_json(text: str | bytes):
 
 
 def _entries(
-    folder: Path, integers: Sequence[str], floats: Mapping[str, Any]
-) -> dict[str, _Entry]:
+    folder: Path, integers: Collection[str], floats: Mapping[str, Any]
+) -> dict[str, Entry]:
     if not (folder / INDEX).exists():
-        return _header(_inside(folder, _single(folder)), integers, floats)
+        return read_header(_inside(folder, _single(folder)), integers, floats)
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) for file in weight_map.values()
@@ -211,9 +223,9 @@ def _entries(
             "remove the one that is not wanted"
         )
     files = {name: _inside(folder, name) for name in sorted(set(weight_map.values()))}
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Entry] = {}
     for file in files.values():
-        for name, entry in _header(file, integers, floats).items():
+        for name, entry in read_header(file, integers, floats).items():
             if name in entries:
                 raise ValueError(
                     f"tensor '{name}' is in {entries[name].file.name} and again in "
@@ -239,7 +251,7 @@ def _single(folder: Path) -> str:
     return names[0]
 
 
-def _unwrapped(entries: dict[str, _Entry]) -> dict[str, _Entry]:
+def _unwrapped(entries: dict[str, Entry]) -> dict[str, Entry]:
     for prefix in WRAPPERS:
         if prefix.startswith("model."):  # of the decoder's own names, beside `lm_head`
             continue
@@ -285,9 +297,18 @@ def _places(root: Path) -> list[Path]:
     return places
 
 
-def _header(
-    file: Path, integers: Sequence[str], floats: Mapping[str, Any]
-) -> dict[str, _Entry]:
+def read_header(
+    file: Path, integers: Collection[str] = (), floats: Mapping[str, Any] = DTYPES
+) -> dict[str, Entry]:
+    """The tensors of a safetensors file by name.
+
+    Args:
+      integers: see `SafetensorsFolder`.
+      floats: dtypes that the other tensors may have, by their name in the file.
+
+    Raises:
+      ValueError: the file is missing or damaged, or a tensor has another dtype.
+    """
     try:
         with safe_open(file, "numpy"):  # checks lengths and offsets against the file
             pass
@@ -310,7 +331,7 @@ def _header(
                 + ("" if integer else _of_integers(name))
             )
         dtype, start = np.dtype(known[info["dtype"]]), info["data_offsets"][0]
-        entries[name] = _Entry(file, 8 + size + start, dtype, tuple(info["shape"]))
+        entries[name] = Entry(file, 8 + size + start, dtype, tuple(info["shape"]))
     return entries
 
 

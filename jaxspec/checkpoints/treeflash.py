@@ -8,13 +8,11 @@ from __future__ import annotations
 from jaxspec.checkpoints import zlab
 from jaxspec.checkpoints.block_format import (
     DRAFTER_HARMLESS,
-    NO_IDS,
     BlockFormat,
     layers_to_json,
     newer_needs,
 )
 from jaxspec.checkpoints.known_keys import NEUTRAL
-from jaxspec.checkpoints.rope import rope_to_json
 from jaxspec.config import DrafterConfig
 
 SECTION = "treeflash_config"
@@ -40,19 +38,14 @@ class TreeFlash(BlockFormat):
 
     def to_json(self, c, dtype, *, kept, verifier):
         correction = "swiglu" if c.sequential else None
-        return (
-            layers_to_json(c, dtype)
-            | NO_IDS
-            | {
-                "rope_parameters": rope_to_json(c.rope_theta, c.rope_scaling),
-                "architectures": ["TreeFlashDraftModel"],
-                zlab.SECTION: {
-                    "mask_token_id": c.mask_token_id,
-                    "target_layer_ids": list(c.taps),
-                },
-                SECTION: {"ar_approximation": correction, "candidate_tokens": 16},
-            }
-        )
+        return layers_to_json(c, dtype) | {
+            "architectures": ["TreeFlashDraftModel"],
+            zlab.SECTION: {
+                "mask_token_id": c.mask_token_id,
+                "target_layer_ids": list(c.taps),
+            },
+            SECTION: {"ar_approximation": correction, "candidate_tokens": 16},
+        }
 
     def written_name(self, name):
         backbone = name.startswith(("fc.", "hidden_norm.", "norm.", "layers."))

@@ -11,7 +11,7 @@ from typing import Any
 from jaxspec.checkpoints import dflash2, visibility
 from jaxspec.checkpoints.block_format import (
     DRAFTER_HARMLESS,
-    NO_IDS,
+    IDS,
     PREDICT_NEXT,
     BlockFormat,
     agreed,
@@ -23,7 +23,6 @@ from jaxspec.checkpoints.block_format import (
 )
 from jaxspec.checkpoints.json_config import JsonConfig
 from jaxspec.checkpoints.known_keys import NEUTRAL
-from jaxspec.checkpoints.rope import rope_to_json
 from jaxspec.config import DrafterConfig
 
 SECTION = "dflash_config"
@@ -78,11 +77,9 @@ class ZLab(BlockFormat):
         if c.confidence or c.sequential not in (None, "bilinear"):
             own |= {"projector_type": "dspark"} | heads_to_json(c)
         raw = layers_to_json(c, dtype) | {SECTION: own | dflash2.to_json(c)}
-        rope = rope_to_json(c.rope_theta, c.rope_scaling)
         if c.candidates or c.conv_taps:
-            newer = {"architectures": ["DFlash2DraftModel"], "rope_parameters": rope}
-            return raw | newer | NO_IDS
-        return raw | {"architectures": ["DFlashDraftModel"]} | _older(rope)
+            return raw | {"architectures": ["DFlash2DraftModel"]}
+        return _older(raw) | {"architectures": ["DFlashDraftModel"]}
 
     def missing(self, c, kept):
         return {
@@ -91,8 +88,10 @@ class ZLab(BlockFormat):
         }
 
 
-def _older(rope: dict[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` in the keys of transformers 4."""
-    scaling = {name: x for name, x in rope.items() if name != "rope_theta"}
+def _older(raw: dict[str, Any]) -> dict[str, Any]:
+    """A configuration in the keys of transformers 4."""
+    scaling = raw["rope_parameters"]
+    theta = scaling.pop("rope_theta")
     plain = scaling == {"rope_type": "default"}
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
+    rest = {key: x for key, x in raw.items() if key not in ("rope_parameters", *IDS)}
+    return rest | {"rope_theta": theta, "rope_scaling": None if plain else scaling}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +54,18 @@ def template_hash(target: Target) -> str:
     return hashlib.sha256(template.encode()).hexdigest()[:16]
 
 
-def same_name(one: str, other: str) -> bool:
-    """Whether two names likely mean one model: their last parts are equal but for case.
+def same_model(written: Mapping[str, Any], target: str, weights: str) -> bool:
+    """Whether the `target` or `fingerprint` of a file's fields may be this model's.
 
-    >>> same_name("Qwen/Qwen3-8B", "/models/qwen3-8b")
+    A model may be moved: without a fingerprint only the last part of its name counts.
+
+    Args:
+      target, weights: the model's name and fingerprint.
+
+    >>> same_model({"target": "Qwen/Qwen3-8B"}, "/models/qwen3-8b", "0123")
     True
     """
-    return PurePath(one).name.lower() == PurePath(other).name.lower()
+    name = written.get("target")
+    if "fingerprint" in written or not isinstance(name, str):
+        return written.get("fingerprint", weights) == weights
+    return PurePath(name).name.lower() == PurePath(target).name.lower()

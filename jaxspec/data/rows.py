@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxspec.data.conversations import Example, answer_ranges, encode
 from jaxspec.data.files import Row
-from jaxspec.data.identity import fingerprint, same_name
+from jaxspec.data.identity import fingerprint, same_model
 from jaxspec.data.messages import row_messages
 from jaxspec.data.sources import Source, open_source
 from jaxspec.tokenizer import Tokenizer
@@ -157,7 +157,9 @@ def read_examples(
     for row in itertools.chain.from_iterable(sources):
         conversations += 1
         try:
-            known = _wrote(row.fields, target, ours)
+            metadata = row.fields.get("metadata")
+            of_model = metadata if isinstance(metadata, dict) else {}
+            known = same_model(of_model, target.name, ours)
             encoded = read(row.fields, known=known) if known or any_target else None
         except ValueError as error:
             skipped.append(f"{row.where}: {error}")
@@ -195,17 +197,6 @@ def _another_wrote(row: Row, target: Target) -> ValueError:
         f"{row.where}: {wrote!r} wrote this row, but the target is {target.name!r}; regenerate "
         "the answers with this target, or give --any-target to train on another model's answers"
     )
-
-
-def _wrote(row: dict[str, Any], target: Target, ours: str) -> bool:
-    """Whether the target wrote a row, as far as the row says."""
-    metadata = row.get("metadata")
-    if not isinstance(metadata, dict):
-        return True
-    if "fingerprint" in metadata:
-        return metadata["fingerprint"] == ours
-    name = metadata.get("target")
-    return not isinstance(name, str) or same_name(name, target.name)
 
 
 def _shown(skipped: Sequence[str]) -> str:

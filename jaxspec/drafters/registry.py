@@ -20,7 +20,7 @@ from jaxspec.drafters.block import BlockDrafter, block_params
 from jaxspec.drafters.eagle import EagleDrafter, eagle_params
 from jaxspec.drafters.eagle_head import EagleConfig, ParallelEagleConfig
 from jaxspec.drafters.joined import with_lookup
-from jaxspec.drafters.mtp import MtpConfig, MtpDrafter
+from jaxspec.drafters.mtp import MtpConfig, MtpDrafter, MtpWeights
 from jaxspec.drafters.ngram import PromptLookup
 from jaxspec.drafters.parallel_eagle import ParallelEagleDrafter
 from jaxspec.drafters.plain import PLAIN
@@ -92,8 +92,8 @@ def of_config(config: DrafterConfig | EagleConfig | MtpConfig, tree: TreeConfig)
 
 
 def trained(
-    config: DrafterConfig | EagleConfig,
-    weights: nnx.State,
+    config: DrafterConfig | EagleConfig | MtpConfig,
+    weights: nnx.State | MtpWeights,
     target: TargetParams,
     tree: TreeConfig,
     **own: Any,

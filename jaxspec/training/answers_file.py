@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxspec.data.identity import same_name
+from jaxspec.data.identity import same_model
 from jaxspec.data.jobs import Job
 from jaxspec.locks import lock
 from jaxspec.whole_files import replace_text
@@ -110,8 +110,8 @@ class AnswersFile:
 
 def _differences(found: Fields, expected: Fields) -> list[str]:
     """Fields whose values differ; a field that only one row has is ignored."""
-    if "fingerprint" in found or same_name(str(found.get("target")), expected["target"]):
-        found = found | {"target": expected["target"]}  # a model may be moved
+    if same_model(found, expected["target"], expected["fingerprint"]):
+        found = found | {"target": expected["target"]}
     return [
         f"{name} {found[name]!r}, now {value!r}"
         for name, value in expected.items()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from jaxspec.checkpoints.drafters import save_drafter
+from jaxspec.checkpoints.speculators import verifier_name
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.training.model_card import model_card
 from jaxspec.training.recipe import TrainConfig
@@ -26,11 +26,10 @@ def export(
       ValueError: a weight is not finite.
     """
     folder = run / DRAFTER
-    if Path(target).exists():
-        target = os.path.relpath(target, folder)
+    target = verifier_name(target, folder)
     with new_folder(folder) as partial:
         try:
-            save_drafter(partial, drafter.drafter, drafter.params, verifier=target)
+            save_drafter(partial, drafter, verifier=target)
         except ValueError as error:
             raise ValueError(
                 f"{error}; resume from an earlier checkpoint with --resume-step"

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.checkpoints.fuse import DTYPES
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.data.conversations import Example
 from jaxspec.data.identity import fingerprint
@@ -33,7 +34,6 @@ from jaxspec.training.feature_shards import (
     open_shard,
     plan_shards,
     shard_path,
-    stored_dtype,
 )
 from jaxspec.training.features import Features
 from jaxspec.whole_files import replace_text
@@ -67,7 +67,10 @@ class FeatureCache:
         self._held: tuple[int, ...] = tuple(index["taps"])
         self._order = [self._held.index(tap) for tap in taps]
         self.dtype: str = index["dtype"]
-        stored_dtype(self.dtype)
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f"features cannot be stored in {self.dtype!r}; expected one of {DTYPES}"
+            )
         self._format = ShardFormat(width, len(self._held) * width, jnp.dtype(self.dtype))
         rows = max(1, index["shard_bytes"] // self._format.row_bytes)
         self._layout = plan_shards(lengths, rows)

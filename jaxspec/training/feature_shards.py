@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxspec.checkpoints.tensors import DTYPES
+from jaxspec.checkpoints.tensors import read_header
 from jaxspec.training.features import Features
 
 
@@ -66,14 +65,6 @@ def plan_shards(lengths: Sequence[int], shard_rows: int) -> Layout:
     return Layout(tuple(map(tuple, shards)), tuple(starts), tuple(rows))
 
 
-def stored_dtype(dtype: str) -> str:
-    """A dtype's name in safetensors."""
-    kinds = {str(np.dtype(x)): kind for kind, x in DTYPES.items()}
-    if dtype not in kinds:
-        raise ValueError(f"features cannot be stored in {dtype!r}; expected one of {[*kinds]}")
-    return kinds[dtype]
-
-
 def write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Writes a shard atomically and durably."""
     partial = path.with_suffix(".partial")
@@ -85,26 +76,16 @@ def write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 def open_shard(path: Path, rows: int, stored: ShardFormat) -> Features | None:
     """Memory maps of a shard; None if it is missing or incomplete."""
-    if not path.exists():
+    try:
+        entries = read_header(path)
+    except ValueError:
         return None
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        header = int.from_bytes(stream.read(8), "little")
-        if header + 8 > size:
-            return None
-        try:
-            entries = json.loads(stream.read(header))
-        except ValueError:
-            return None
     maps = {}
     for name, width in (("hidden", stored.hidden), ("taps", stored.taps)):
-        begin, end = entries[name]["data_offsets"]
-        as_expected = {"dtype": stored_dtype(str(stored.dtype)), "shape": [rows, width]}
-        if entries[name] != as_expected | {"data_offsets": [begin, end]}:
+        entry = entries[name]
+        if (entry.dtype, entry.shape) != (stored.dtype, (rows, width)):
             return None
-        if 8 + header + end > size:
-            return None
-        maps[name] = np.memmap(path, stored.dtype, "r", 8 + header + begin, (rows, width))
+        maps[name] = np.memmap(path, entry.dtype, "r", entry.offset, entry.shape)
     return Features(**maps)
 
 

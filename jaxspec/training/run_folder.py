@@ -14,7 +14,7 @@ import tomli_w
 
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.data.conversations import Example
-from jaxspec.data.identity import fingerprint
+from jaxspec.data.identity import fingerprint, same_model
 from jaxspec.models.target import Target
 from jaxspec.training.recipe import TrainConfig
 from jaxspec.whole_files import replace_text
@@ -115,8 +115,7 @@ def data_hash(examples: Sequence[Example]) -> str:
 
 def _check_identity(folder: Path, old: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Checks the target and data of a run; fields that an older file lacks are not checked."""
-    known = "fingerprint" if "fingerprint" in old else "target"  # a model may be moved
-    if old.get(known, now[known]) != now[known]:
+    if not same_model(old, now["target"], now["fingerprint"]):
         raise ValueError(
             f"{folder} holds a run of another target, {old.get('target')!r} (now "
             f"{now['target']!r}, with other weights); train in a new folder"

@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 from safetensors.numpy import load_file, save_file
 
-from jaxspec.checkpoints.drafters import load_drafter, save_drafter
-from jaxspec.config import TreeConfig
-from jaxspec.drafters.block import BlockDrafter, block_params
+from jaxspec.checkpoints.drafters import CHAIN, load_drafter, save_drafter
+from jaxspec.drafters.registry import trained
 from jaxspec.drafters.weights import random_weights
 from tests import tiny
 from tests.drafters import cases
 
-TREE = TreeConfig()
 FORMATS = {
     "dflash": "dflash",
     "jetspec": "dflash",
@@ -33,15 +31,13 @@ def save(folder, kind, dtype=jnp.float32, format=None):
     if kind == "treeflash":  # has no confidence head
         config = dataclasses.replace(config, confidence=None)
     weights = random_weights(config, jax.random.key(3), dtype)
-    params = block_params(weights, tiny.target().params)
-    drafter = BlockDrafter(config, TREE)
-    save_drafter(folder, drafter, params, FORMATS[kind] if format is None else format)
-    return drafter, params
+    saved = trained(config, weights, tiny.target().params, CHAIN)
+    save_drafter(folder, saved, FORMATS[kind] if format is None else format)
+    return saved
 
 
 def load(folder, dtype=jnp.float32):
-    target = tiny.target()
-    return load_drafter(folder, target.config, target.params, TREE, dtype)
+    return load_drafter(folder, tiny.target(), dtype=dtype)
 
 
 def edit(folder, change):

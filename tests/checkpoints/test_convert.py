@@ -47,7 +47,8 @@ def test_there_and_back(tmp_path, raw):
 
 def test_another_dtype(tmp_path):
     write_large_folder(tmp_path / "source", DENSE, shards=1)
-    convert(tmp_path / "source", tmp_path / "store", dtype="float32")
+    done = convert(tmp_path / "source", tmp_path / "store", dtype=jnp.float32)
+    assert done.dtype == "float32"
     for folder in ("source", "store"):
         params = checkpoints.load(tmp_path / folder, "float32").params
         assert params.embed.dtype == jnp.float32
@@ -217,9 +218,13 @@ def test_an_lm_head_that_is_missing_is_not_made_of_the_embedding(tmp_path):
 def test_blocks_of_zeros_and_what_no_weight_can_be(tmp_path):
     values, scale = quantise(np.zeros((3, 130), np.float32))
     assert (values == 0).all() and scale.tolist() == [[1, 1]]
-    tensors = random_tensors(DENSE)
-    tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = np.inf
-    write_folder(tmp_path / "source", DENSE, tensors)
-    with pytest.raises(ValueError, match=r"1\.self_attn\.k_proj\.weight' holds NaN or infin"):
-        convert(tmp_path / "source", tmp_path / "fp8", dtype="fp8")
-    assert not (tmp_path / "fp8").exists()
+    for value, found in (
+        (np.inf, "NaN or infin"),
+        (1e7, r"1e\+07; no weight is beyond 1e\+06"),
+    ):
+        tensors = random_tensors(DENSE)
+        tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = value
+        write_folder(tmp_path / "source", DENSE, tensors)
+        with pytest.raises(ValueError, match=rf"1\.self_attn\.k_proj\.weight' holds {found}"):
+            convert(tmp_path / "source", tmp_path / "fp8", dtype="fp8")
+        assert not (tmp_path / "fp8").exists()

@@ -9,18 +9,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxspec.checkpoints.convert_drafter import convert_drafter
-from jaxspec.checkpoints.drafters import save_drafter
+from jaxspec.checkpoints.drafters import CHAIN, save_drafter
 from jaxspec.cli import main
 from jaxspec.cli.options import target_name
-from jaxspec.config import TreeConfig
-from jaxspec.drafters.block import BlockDrafter, block_params
-from jaxspec.drafters.eagle import EagleDrafter, eagle_params
+from jaxspec.drafters.registry import trained
 from jaxspec.drafters.weights import random_weights
 from jaxspec.loading import load_target, named_target
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
 from tests.drafters import cases, eagle_cases
-
-TREE = TreeConfig()
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +39,9 @@ def fitted(config, target):
 
 def save(folder, config, target, format, verifier=None, **own):
     config = fitted(config, target)
-    if isinstance(config, eagle_cases.EagleConfig):
-        weights = random_weights(config, jax.random.key(0))
-        pair = EagleDrafter(config, TREE), eagle_params(weights, target.params, **own)
-    else:
-        weights = random_weights(config, jax.random.key(0))
-        pair = BlockDrafter(config, TREE), block_params(weights, target.params, **own)
-    save_drafter(folder, *pair, format, verifier=verifier)
+    weights = random_weights(config, jax.random.key(0))
+    loaded = trained(config, weights, target.params, CHAIN, **own)
+    save_drafter(folder, loaded, format, verifier)
 
 
 NAME, LAYERS = "the target's name", "the number of the target's layers"

@@ -5,6 +5,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxspec.checkpoints.drafters import save_drafter
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import block_params
 from tests import tiny
 from tests.checkpoints.drafter_folders import edit, load, own, save
@@ -19,16 +20,16 @@ def test_legacy_tensor_names(tmp_path):
     assert set(renamed) != set(tensors)
     save_file(renamed, path)
     np.testing.assert_array_equal(
-        load(tmp_path / "a")[1].head.sequential.output[...],
+        load(tmp_path / "a").params.head.sequential.output[...],
         tensors["markov_head.markov_w2.weight"],
     )
 
 
 def test_a_format_that_repeats_the_lm_head_has_no_draft_vocabulary(tmp_path):
-    drafter, params = save(tmp_path / "whole", "dspark")
-    params = block_params(params.head, tiny.target().params, kept=[0, 2, 3])
+    whole = save(tmp_path / "whole", "dspark")
+    params = block_params(whole.params.head, tiny.target().params, kept=[0, 2, 3])
     with pytest.raises(ValueError, match="'deepspec' repeats the target's whole LM head"):
-        save_drafter(tmp_path / "reduced", drafter, params, "deepspec")
+        save_drafter(tmp_path / "reduced", LoadedDrafter(whole.drafter, params), "deepspec")
     assert not (tmp_path / "reduced").exists()
 
 
@@ -52,17 +53,17 @@ def test_a_drafter_of_other_weights_is_refused(tmp_path, name):
         (
             "dspark",
             lambda c: c.update(markov_rank=8),
-            r"has shape \(11, 6\).* asks for \(11, 8\)",
+            r"'confidence_head.proj.weight' has shape \(1, 38\).* asks for \(1, 40\)",
         ),
         (
             "dspark",
             lambda c: c.update(markov_head_type="gated"),
-            "gate_proj.weight' is missing",
+            "no tensor 'markov_head.gate_proj.bias' .and 1 more",
         ),
         (
             "gated",
             lambda c: c.update(markov_head_type="vanilla"),
-            "has no place in the drafter",
+            "has no place in the model",
         ),
     ],
 )

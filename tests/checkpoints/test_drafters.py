@@ -11,13 +11,14 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxspec.checkpoints import huggingface
+from jaxspec import checkpoints
 from jaxspec.checkpoints.drafter_config import from_json, recognise, to_json
 from jaxspec.checkpoints.drafters import drafter_folder, load_drafter, save_drafter
 from jaxspec.config import DrafterConfig, RopeScaling
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.block import block_params
 from tests import tiny
-from tests.checkpoints.drafter_folders import FORMATS, TREE, load, save
+from tests.checkpoints.drafter_folders import FORMATS, load, save
 from tests.drafters import cases
 
 GOLDEN = {
@@ -34,25 +35,23 @@ GOLDEN = {
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_export_then_import_is_bit_exact(tmp_path, kind, dtype):
-    drafter, params = save(tmp_path / "a", kind, dtype)
-    again, loaded = load(tmp_path / "a", dtype)
-    assert again == drafter
-    before, after = nnx.to_flat_state(params.head), nnx.to_flat_state(loaded.head)
+    saved = save(tmp_path / "a", kind, dtype)
+    loaded = load(tmp_path / "a", dtype)
+    assert loaded.drafter == saved.drafter
+    before, after = (nnx.to_flat_state(x.params.head) for x in (saved, loaded))
     assert [path for path, _ in after] == [path for path, _ in before]
     for (_, x), (_, y) in zip(before, after, strict=True):
         assert y[...].dtype == dtype
         np.testing.assert_array_equal(x[...], y[...])
     # The vocabulary is the target's own, whatever the file held.
-    assert loaded.vocabulary.embed is tiny.target().params.embed
+    assert loaded.params.vocabulary.embed is tiny.target().params.embed
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_published_folder_is_written_back_as_it_was(golden, tmp_path, name):
     folder, _ = golden(name)
-    config = huggingface.read_config(folder / "target")
-    target = huggingface.load_params(folder / "target", config)
-    drafter, params = load_drafter(folder / "draft", config, target, TREE)
-    save_drafter(tmp_path / "out", drafter, params, GOLDEN[name])
+    loaded = load_drafter(folder / "draft", checkpoints.load(folder / "target"))
+    save_drafter(tmp_path / "out", loaded, GOLDEN[name])
 
     theirs = load_file(folder / "draft" / "model.safetensors")
     ours = load_file(tmp_path / "out" / "model.safetensors")
@@ -78,10 +77,10 @@ def test_a_published_folder_is_written_back_as_it_was(golden, tmp_path, name):
 def test_transformers_reads_the_configuration(tmp_path, kind):
     from transformers import AutoConfig
 
-    drafter, _ = save(tmp_path / "a", kind)
+    config = save(tmp_path / "a", kind).drafter.config
     found = AutoConfig.from_pretrained(tmp_path / "a")
-    assert found.hidden_size == drafter.config.hidden_size
-    assert found.rope_parameters["rope_theta"] == drafter.config.rope_theta
+    assert found.hidden_size == config.hidden_size
+    assert found.rope_parameters["rope_theta"] == config.rope_theta
 
 
 @pytest.mark.parametrize("format", ["dflash", "deepspec"])
@@ -105,8 +104,8 @@ def test_a_configuration_round_trips(format, sequential, confidence):
 
 
 def test_a_subfolder_of_a_repository(tmp_path):
-    drafter, _ = save(tmp_path / "repo" / "sweep" / "one", "jetspec")
-    assert load(f"{tmp_path / 'repo'}::sweep/one")[0] == drafter
+    saved = save(tmp_path / "repo" / "sweep" / "one", "jetspec")
+    assert load(f"{tmp_path / 'repo'}::sweep/one").drafter == saved.drafter
     for inner in ("../repo", "/etc", "", "sweep/../../.."):
         with pytest.raises(ValueError, match="expected one inside"):
             drafter_folder(f"{tmp_path / 'repo'}::{inner}")
@@ -119,9 +118,9 @@ KEPT = [0, 2, 3, 7, 10]
 
 def save_reduced(folder, kind):
     """A drafter that drafts the tokens of `KEPT`; its params."""
-    drafter, params = save(folder / "whole", kind)
-    params = block_params(params.head, tiny.target().params, kept=KEPT)
-    save_drafter(folder / "reduced", drafter, params)
+    whole = save(folder / "whole", kind)
+    params = block_params(whole.params.head, tiny.target().params, kept=KEPT)
+    save_drafter(folder / "reduced", LoadedDrafter(whole.drafter, params))
     return params
 
 
@@ -139,11 +138,11 @@ def test_a_draft_vocabulary_is_one_more_tensor(tmp_path, kind):
     configs = [(tmp_path / name / "config.json").read_text() for name in ("whole", "reduced")]
     assert configs[0] == configs[1]
 
-    drafter, loaded = load(tmp_path / "reduced")
-    assert jax.tree.structure(loaded) == jax.tree.structure(params)
-    jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    assert loaded.vocabulary.unembed.shape[0] == len(KEPT)
-    save_drafter(tmp_path / "again", drafter, loaded)
+    loaded = load(tmp_path / "reduced")
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    assert loaded.params.vocabulary.unembed.shape[0] == len(KEPT)
+    save_drafter(tmp_path / "again", loaded)
     for name in ("config.json", "model.safetensors"):
         first, second = ((tmp_path / x / name).read_bytes() for x in ("reduced", "again"))
         assert first == second
@@ -240,11 +239,12 @@ def test_a_value_that_no_weight_can_be(tmp_path, value, found):
 
 @pytest.mark.parametrize("value", [np.nan, 3.6e35])
 def test_a_value_that_no_weight_can_be_is_not_saved(tmp_path, value):
-    drafter, params = save(tmp_path / "b", "dspark")
-    head = jax.tree.map(lambda x: x, params.head)
+    saved = save(tmp_path / "b", "dspark")
+    head = jax.tree.map(lambda x: x, saved.params.head)
     head.fc = head.fc.replace(head.fc[...].at[1, 2].set(value))
+    params = block_params(head, tiny.target().params)
     with pytest.raises(ValueError, match="a is not written: tensor 'fc.weight' holds"):
-        save_drafter(tmp_path / "a", drafter, block_params(head, tiny.target().params))
+        save_drafter(tmp_path / "a", LoadedDrafter(saved.drafter, params))
     assert not (tmp_path / "a").exists()
 
 

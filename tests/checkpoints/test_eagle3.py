@@ -11,18 +11,15 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from jaxspec import checkpoints
-from jaxspec.checkpoints.drafters import load_drafter, save_drafter
-from jaxspec.config import TreeConfig
+from jaxspec.checkpoints.drafters import CHAIN, load_drafter, save_drafter
 from jaxspec.drafters.block import BlockDrafter
-from jaxspec.drafters.eagle import EagleDrafter, eagle_params
 from jaxspec.drafters.eagle_head import ParallelEagleConfig
-from jaxspec.drafters.parallel_eagle import ParallelEagleDrafter
+from jaxspec.drafters.registry import trained
 from jaxspec.drafters.weights import random_weights
 from tests import tiny
 from tests.checkpoints.drafter_folders import change_tensors
 from tests.drafters import eagle_cases as cases
 
-TREE = TreeConfig()
 FORMATS = {
     "speculators": ["plain", "qwen", "normed", "each tap", "two layers"],
     "eagle3": ["plain", "each tap, fed back as it is", "raw logits"],
@@ -40,15 +37,13 @@ def save(folder, kind="plain", format="speculators", reduced=False):
     config = KINDS[kind]
     kept = dict(kept=cases.KEPT) if reduced else {}
     weights = random_weights(config, jax.random.key(3))
-    params = eagle_params(weights, tiny.target().params, **kept)
-    drafter = EagleDrafter(config, TREE)
-    save_drafter(folder, drafter, params, format, verifier="../target")
-    return drafter, params
+    saved = trained(config, weights, tiny.target().params, CHAIN, **kept)
+    save_drafter(folder, saved, format, verifier="../target")
+    return saved
 
 
-def load(folder, tree=TREE):
-    target = tiny.target()
-    return load_drafter(folder, target.config, target.params, tree)
+def load(folder):
+    return load_drafter(folder, tiny.target())
 
 
 def edit(folder, **changes):
@@ -58,8 +53,8 @@ def edit(folder, **changes):
 
 
 def equal(before, after):
-    pairs = zip(nnx.to_flat_state(before.head), nnx.to_flat_state(after.head), strict=True)
-    for (path, x), (again, y) in pairs:
+    pairs = (nnx.to_flat_state(x.params.head) for x in (before, after))
+    for (path, x), (again, y) in zip(*pairs, strict=True):
         assert path == again
         np.testing.assert_array_equal(x[...], y[...])
 
@@ -68,63 +63,62 @@ def equal(before, after):
     ("format", "kind"), [(format, kind) for format in FORMATS for kind in FORMATS[format]]
 )
 def test_export_then_import(tmp_path, format, kind):
-    drafter, params = save(tmp_path / "a", kind, format)
-    again, loaded = load(tmp_path / "a")
+    saved, loaded = save(tmp_path / "a", kind, format), load(tmp_path / "a")
     # The original files do not say how many tokens to draft.
-    steps = drafter.config.steps if format != "eagle3" else 5
-    assert again.config == dataclasses.replace(drafter.config, steps=steps)
-    equal(params, loaded)
+    steps = KINDS[kind].steps if format != "eagle3" else 5
+    assert loaded.drafter.config == dataclasses.replace(KINDS[kind], steps=steps)
+    equal(saved, loaded)
     # The file's tables are the target's, which are not copied.
-    assert loaded.vocabulary.embed is tiny.target().params.embed
-    assert loaded.vocabulary.judge is None
+    assert loaded.params.vocabulary.embed is tiny.target().params.embed
+    assert loaded.params.vocabulary.judge is None
 
 
 @pytest.mark.parametrize("format", ["speculators", "eagle3"])
 def test_a_draft_vocabulary(tmp_path, format):
-    _, params = save(tmp_path / "a", format=format, reduced=True)
+    saved = save(tmp_path / "a", format=format, reduced=True)
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     assert tensors["d2t"].tolist() == [0, 1, 1, 2, 2, 2, 4]
     assert np.flatnonzero(tensors["t2d"]).tolist() == list(cases.KEPT)
     change_tensors(
         tmp_path / "a", lambda t: t.__setitem__("lm_head.weight", 2 * t["lm_head.weight"])
     )
-    _, loaded = load(tmp_path / "a")
-    equal(params, loaded)
-    assert loaded.vocabulary.kept.tolist() == list(cases.KEPT)
-    np.testing.assert_array_equal(loaded.vocabulary.unembed, 2 * params.vocabulary.unembed)
-    np.testing.assert_array_equal(loaded.vocabulary.judge, params.vocabulary.unembed)
+    loaded = load(tmp_path / "a")
+    equal(saved, loaded)
+    before, after = saved.params.vocabulary, loaded.params.vocabulary
+    assert after.kept.tolist() == list(cases.KEPT)
+    np.testing.assert_array_equal(after.unembed, 2 * before.unembed)
+    np.testing.assert_array_equal(after.judge, before.unembed)
 
 
 @pytest.mark.parametrize("prefix", ["draft_model.", "module.", "module.draft_model."])
 def test_a_draft_vocabulary_under_a_prefix(tmp_path, prefix):
-    _, params = save(tmp_path / "a", format="eagle3", reduced=True)
+    saved = save(tmp_path / "a", format="eagle3", reduced=True)
 
     def rename(tensors):
         for name in list(tensors):
             tensors[prefix + name] = tensors.pop(name)
 
     change_tensors(tmp_path / "a", rename)
-    equal(params, load(tmp_path / "a")[1])
+    equal(saved, load(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("format", ["speculators", "eagle3"])
 def test_an_embedding_of_its_own(tmp_path, format):
     own = np.random.default_rng(0).standard_normal((11, 32)).astype(np.float32)
     weights = random_weights(cases.PLAIN, jax.random.key(3))
-    params = eagle_params(weights, tiny.target().params, embed=own)
-    save_drafter(tmp_path / "a", EagleDrafter(cases.PLAIN, TREE), params, format)
-    _, loaded = load(tmp_path / "a")
-    np.testing.assert_array_equal(loaded.vocabulary.embed, own)
-    assert loaded.vocabulary.own_embed and loaded.vocabulary.judge is None
+    saved = trained(cases.PLAIN, weights, tiny.target().params, CHAIN, embed=own)
+    save_drafter(tmp_path / "a", saved, format)
+    vocabulary = load(tmp_path / "a").params.vocabulary
+    np.testing.assert_array_equal(vocabulary.embed, own)
+    assert vocabulary.own_embed and vocabulary.judge is None
 
 
 @pytest.mark.parametrize("name", ["eagle3_a", "eagle3_speculators_a"])
 def test_a_published_folder_is_written_back_as_it_was(golden, tmp_path, name):
     folder, _ = golden(name)
-    target = checkpoints.load(folder / "target")
-    drafter, params = load_drafter(folder / "draft", target.config, target.params, TREE)
+    loaded = load_drafter(folder / "draft", checkpoints.load(folder / "target"))
     format = "speculators" if "speculators" in name else "deepspec"
-    save_drafter(tmp_path / "out", drafter, params, format, verifier="../target")
+    save_drafter(tmp_path / "out", loaded, format, verifier="../target")
     theirs = load_file(folder / "draft" / "model.safetensors")
     ours = load_file(tmp_path / "out" / "model.safetensors")
     assert set(ours) == set(theirs)
@@ -146,7 +140,7 @@ def test_a_published_folder_is_written_back_as_it_was(golden, tmp_path, name):
 
 def test_names_of_other_programs(tmp_path):
     """NeMo's prefix; the first files of EAGLE-3.1."""
-    _, params = save(tmp_path / "a", "each tap, fed back as it is", "eagle3")
+    saved = save(tmp_path / "a", "each tap, fed back as it is", "eagle3")
     old = {
         "fc_norm.0": "aux_norm_low",
         "fc_norm.1": "aux_norm_mid",
@@ -160,11 +154,11 @@ def test_names_of_other_programs(tmp_path):
             tensors[prefix + new] = tensors.pop(name)
 
     change_tensors(tmp_path / "a", rename)
-    equal(params, load(tmp_path / "a")[1])
+    equal(saved, load(tmp_path / "a"))
 
 
 def test_fused_tensors_are_split(tmp_path):
-    _, params = save(tmp_path / "a", format="eagle3")
+    saved = save(tmp_path / "a", format="eagle3")
 
     def fuse(tensors):
         names = [f"midlayer.self_attn.{x}_proj.weight" for x in "qkv"]
@@ -172,7 +166,7 @@ def test_fused_tensors_are_split(tmp_path):
         tensors["midlayer.self_attn.qkv_proj.weight"] = np.concatenate(parts)
 
     change_tensors(tmp_path / "a", fuse)
-    equal(params, load(tmp_path / "a")[1])
+    equal(saved, load(tmp_path / "a"))
 
 
 @pytest.mark.parametrize(
@@ -187,16 +181,14 @@ def test_layers_it_reads(tmp_path, changes, taps):
     deep = dataclasses.replace(tiny.QWEN3, num_layers=7)
     save(tmp_path / "a", format="eagle3")
     edit(tmp_path / "a", **changes)
-    target = tiny.target(deep)
-    drafter, _ = load_drafter(tmp_path / "a", target.config, target.params, TREE)
-    assert drafter.taps == taps
+    assert load_drafter(tmp_path / "a", tiny.target(deep)).drafter.taps == taps
 
 
 @pytest.mark.parametrize("window", [None, 4096])
 def test_a_window_that_is_switched_off(tmp_path, window, recwarn):
     save(tmp_path / "a", format="eagle3")
     edit(tmp_path / "a", use_sliding_window=False, max_window_layers=36, sliding_window=window)
-    assert load(tmp_path / "a")[0].config.window == (None,)
+    assert load(tmp_path / "a").drafter.config.window == (None,)
     assert not recwarn.list
 
 
@@ -240,7 +232,7 @@ def test_what_is_refused_by_its_key(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("fc.weight"), "'fc.weight' is missing"),
+        (lambda t: t.pop("fc.weight"), "no tensor 'fc.weight'"),
         (lambda t: t.pop("lm_head.weight"), "'lm_head.weight' is missing"),
         (lambda t: t.__setitem__("fc.weight", t["fc.weight"][:, :64].copy()), "EAGLE-1"),
         (
@@ -280,7 +272,7 @@ def test_a_vocabulary_of_zeros_is_named(tmp_path):
 
     change_tensors(tmp_path / "a", zero)
     with pytest.warns(UserWarning, match="only the first 7 tokens are drafted"):
-        assert load(tmp_path / "a")[1].vocabulary.kept.tolist() == list(range(7))
+        assert load(tmp_path / "a").params.vocabulary.kept.tolist() == list(range(7))
 
 
 @pytest.mark.parametrize(
@@ -302,10 +294,10 @@ def test_what_a_format_cannot_say(tmp_path, format, kind, what):
 def test_norm_output_means_two_things(tmp_path):
     """In SpecForge's files: what the head reads; in the others: what is fed back."""
     save(tmp_path / "a", "raw logits", "eagle3")
-    config = load(tmp_path / "a")[0].config
+    config = load(tmp_path / "a").drafter.config
     assert (config.feedback_after_norm, config.logits_after_norm) == (False, False)
     edit(tmp_path / "a", norm_output=True, architectures=["LlamaEagle3DraftModel"])
-    config = load(tmp_path / "a")[0].config
+    config = load(tmp_path / "a").drafter.config
     assert (config.feedback_after_norm, config.logits_after_norm) == (True, True)
 
 
@@ -313,16 +305,15 @@ def test_a_parallel_drafter(tmp_path):
     """P-EAGLE: EAGLE-3's keys with a mask, and the feature of the mask."""
     config = ParallelEagleConfig(**vars(cases.PLAIN) | dict(mask_token_id=9, steps=6))
     weights = random_weights(config, jax.random.key(3))
-    drafter = ParallelEagleDrafter(config, TREE)
-    params = eagle_params(weights, tiny.target().params, kept=cases.KEPT)
-    save_drafter(tmp_path / "a", drafter, params, verifier="../target")
+    saved = trained(config, weights, tiny.target().params, CHAIN, kept=cases.KEPT)
+    save_drafter(tmp_path / "a", saved, verifier="../target")
     raw = json.loads((tmp_path / "a" / "config.json").read_text())
     assert (raw["speculators_model_type"], raw["mask_token_id"]) == ("peagle", 9)
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     assert tensors["mask_hidden"].shape == (1, 1, 3 * 32)
-    again, loaded = load(tmp_path / "a")
-    assert again == drafter
-    equal(params, loaded)
+    loaded = load(tmp_path / "a")
+    assert loaded.drafter == saved.drafter
+    equal(saved, loaded)
     for changes, message in (
         (dict(mask_token_id="absent"), "has no 'mask_token_id'"),
         (dict(mask_token_id=11), "mask_token_id is 11; expected a row of the embedding"),
@@ -336,4 +327,4 @@ def test_block_drafters_are_told_apart(tmp_path):
     from tests.checkpoints.drafter_folders import save as save_block
 
     save_block(tmp_path / "a", "dspark")
-    assert isinstance(load(tmp_path / "a")[0], BlockDrafter)
+    assert isinstance(load(tmp_path / "a").drafter, BlockDrafter)

@@ -175,7 +175,7 @@ def test_unexpected_shape(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"'model.layers.0.mlp.up_proj.weight' has shape \(21, 12\); its configuration "
-        r"says \(20, 12\)",
+        r"asks for \(20, 12\)",
     ):
         loaded(tmp_path, DENSE, tensors)
 

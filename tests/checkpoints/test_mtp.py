@@ -144,5 +144,5 @@ def test_a_target_without_one(tmp_path):
 def test_it_is_not_written_as_a_drafter_of_its_own(tmp_path):
     loaded = load(tmp_path / "plain", hybrid.TEXT, tensors())
     with pytest.raises(ValueError, match="part of its target's checkpoint"):
-        save_drafter(tmp_path / "out", loaded.drafter, loaded.params)
+        save_drafter(tmp_path / "out", loaded)
     assert not (tmp_path / "out").exists()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxspec import checkpoints
 from jaxspec.checkpoints import convert, huggingface
 from jaxspec.checkpoints.drafters import load_drafter
-from jaxspec.config import TreeConfig
 from tests.checkpoints.writing import DENSE, MIXTURE, random_tensors, write_folder
 
 CONFIG = DENSE | {"hidden_size": 32, "head_dim": 16, "intermediate_size": 48,
@@ -284,14 +284,10 @@ def test_drafters(tmp_path, golden):
         stored |= {name.removesuffix("weight") + part: x for part, x in parts.items()}
     write_folder(tmp_path / "quantised", raw | {"quantization_config": section}, stored)
     write_folder(tmp_path / "plain", raw, meant)
-    config = huggingface.read_config(folder / "target")
-    params = huggingface.load_params(folder / "target", config)
-    found, expected = (
-        load_drafter(tmp_path / kind, config, params, TreeConfig())[1]
-        for kind in ("quantised", "plain")
-    )
+    target = checkpoints.load(folder / "target")
+    found, expected = (load_drafter(tmp_path / kind, target) for kind in ("quantised", "plain"))
     assert stored.keys() != meant.keys()
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
 
 
 def with_first(value):

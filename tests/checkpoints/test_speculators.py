@@ -9,17 +9,15 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxspec.checkpoints import huggingface
+from jaxspec import checkpoints
 from jaxspec.checkpoints.drafter_config import from_json, recognise
-from jaxspec.checkpoints.drafters import load_drafter, save_drafter
-from jaxspec.checkpoints.speculators import verifier
-from jaxspec.config import TreeConfig
-from jaxspec.drafters.block import BlockDrafter, block_params
+from jaxspec.checkpoints.drafters import CHAIN, load_drafter, save_drafter
+from jaxspec.checkpoints.speculators import verifier, verifier_name
+from jaxspec.drafters.registry import trained
 from jaxspec.drafters.weights import random_weights
 from tests import tiny
 from tests.drafters import cases
 
-TREE = TreeConfig()
 DFLASH2 = dataclasses.replace(
     cases.KINDS["dflash2"],
     causal=False,
@@ -39,22 +37,18 @@ KINDS = {
 }
 
 
-def save(folder, config, kept=None, **options):
-    params = block_params(
-        random_weights(config, jax.random.key(3)), tiny.target().params, **options
-    )
+def save(folder, config, kept=None):
+    own = {}
     if kept is not None:
-        options = dict(kept=kept, unembed=np.ones((len(kept), config.hidden_size), np.float32))
-        params = block_params(params.head, tiny.target().params, **options)
-    save_drafter(
-        folder, BlockDrafter(config, TREE), params, "speculators", verifier="../target"
-    )
-    return params
+        own = dict(kept=kept, unembed=np.ones((len(kept), config.hidden_size), np.float32))
+    weights = random_weights(config, jax.random.key(3))
+    saved = trained(config, weights, tiny.target().params, CHAIN, **own)
+    save_drafter(folder, saved, "speculators", verifier="../target")
+    return saved.params
 
 
 def load(folder):
-    target = tiny.target()
-    return load_drafter(folder, target.config, target.params, TREE)
+    return load_drafter(folder, tiny.target())
 
 
 def edit(folder, **changes):
@@ -66,9 +60,9 @@ def edit(folder, **changes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_export_then_import(tmp_path, kind):
     params = save(tmp_path / "a", KINDS[kind])
-    drafter, loaded = load(tmp_path / "a")
-    assert drafter.config == KINDS[kind]
-    before, after = nnx.to_flat_state(params.head), nnx.to_flat_state(loaded.head)
+    loaded = load(tmp_path / "a")
+    assert loaded.drafter.config == KINDS[kind]
+    before, after = map(nnx.to_flat_state, (params.head, loaded.params.head))
     for (path, x), (again, y) in zip(before, after, strict=True):
         assert path == again
         np.testing.assert_array_equal(x[...], y[...])
@@ -84,11 +78,11 @@ def test_a_reduced_vocabulary_has_its_own_head(tmp_path):
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     assert tensors["d2t"].tolist() == [1, 1, 2, 2, 4, 4]
     assert np.flatnonzero(tensors["t2d"]).tolist() == kept.tolist()
-    _, loaded = load(tmp_path / "a")
-    assert loaded.vocabulary.kept.tolist() == kept.tolist()
-    np.testing.assert_array_equal(loaded.vocabulary.unembed, np.ones((6, 32)))
+    loaded = load(tmp_path / "a")
+    assert loaded.params.vocabulary.kept.tolist() == kept.tolist()
+    np.testing.assert_array_equal(loaded.params.vocabulary.unembed, np.ones((6, 32)))
     with pytest.raises(ValueError, match="its own LM head, for which format 'dflash'"):
-        save_drafter(tmp_path / "b", BlockDrafter(KINDS["dflash"], TREE), loaded, "dflash")
+        save_drafter(tmp_path / "b", loaded, "dflash")
 
 
 @pytest.mark.parametrize("kind", ["dspark", "gated"])
@@ -99,9 +93,9 @@ def test_a_markov_head_has_rows_of_the_draft_vocabulary_alone(tmp_path, kind):
     tensors = load_file(path)
     assert tensors["markov_head.markov_w2.weight"].shape == (6, 6)
     assert tensors["markov_head.markov_w1.weight"].shape == (11, 6)
-    _, loaded = load(tmp_path / "a")
-    jax.tree.map(np.testing.assert_array_equal, loaded.head, params.head)
-    save_drafter(tmp_path / "b", BlockDrafter(KINDS[kind], TREE), loaded, "speculators")
+    loaded = load(tmp_path / "a")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params.head, params.head)
+    save_drafter(tmp_path / "b", loaded, "speculators")
     again = load_file(tmp_path / "b" / "model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, again, tensors)
     save_file(tensors | {"markov_head.markov_w2.weight": np.zeros((11, 6), np.float32)}, path)
@@ -225,6 +219,8 @@ def test_the_target_by_name(tmp_path):
         (tmp_path / name).mkdir()
     raw["speculators_config"]["verifier"]["name_or_path"] = "../target"
     assert verifier(raw, tmp_path / "draft") == str(tmp_path / "target")
+    assert verifier_name(str(tmp_path / "target"), tmp_path / "draft") == "../target"
+    assert verifier_name("Qwen/Qwen3-8B", tmp_path / "draft") == "Qwen/Qwen3-8B"
     raw["speculators_config"]["verifier"]["name_or_path"] = ""
     assert verifier(raw, tmp_path / "draft") is None
     assert verifier({}, tmp_path) is None
@@ -233,10 +229,8 @@ def test_the_target_by_name(tmp_path):
 def test_a_published_folder(golden, tmp_path):
     """Every tensor and key comes back as it was."""
     folder, _ = golden("dflash_speculators_a")
-    config = huggingface.read_config(folder / "target")
-    target = huggingface.load_params(folder / "target", config)
-    drafter, params = load_drafter(folder / "draft", config, target, TREE)
-    save_drafter(tmp_path / "out", drafter, params, "speculators", verifier="../target")
+    loaded = load_drafter(folder / "draft", checkpoints.load(folder / "target"))
+    save_drafter(tmp_path / "out", loaded, "speculators", verifier="../target")
     theirs = load_file(folder / "draft" / "model.safetensors")
     ours = load_file(tmp_path / "out" / "model.safetensors")
     assert set(ours) == set(theirs)

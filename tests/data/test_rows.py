@@ -11,7 +11,7 @@ import pytest
 
 from jaxspec.config import TreeConfig
 from jaxspec.data.conversations import Example
-from jaxspec.data.identity import fingerprint
+from jaxspec.data.identity import fingerprint, same_model
 from jaxspec.data.rows import read_examples, read_sequences, stored_sequences
 from jaxspec.models.target import Target
 from tests.data.test_conversations import PLAIN, TALK, shown, tokenizer
@@ -180,6 +180,21 @@ def test_a_target_that_was_moved_cast_or_turned_is_the_same():
         assert fingerprint(moved) == fingerprint(target)
     tuned = jax.tree.map(lambda x: x * 1.01, target.params)
     assert fingerprint(Target("tiny", target.config, tuned)) != fingerprint(target)
+
+
+@pytest.mark.parametrize(
+    "written, same",
+    [
+        ({"target": "Qwen/Qwen3-8B", "fingerprint": "0123"}, True),
+        ({"target": "qwen3-4b", "fingerprint": "0123"}, True),
+        ({"target": "qwen3-8b", "fingerprint": "4567"}, False),
+        ({"target": "Qwen/Qwen3-8B"}, True),
+        ({"target": "qwen3-4b"}, False),
+        ({}, True),
+    ],
+)
+def test_a_model_is_known_by_its_weights_else_by_the_end_of_its_name(written, same):
+    assert same_model(written, "/models/qwen3-8b", "0123") == same
 
 
 def test_a_calibrated_drafter_is_another():

@@ -21,8 +21,7 @@ TOLERANCE = dict(atol=2e-4, rtol=0)
 def load(folder, tree: TreeConfig) -> tuple[Target, LoadedDrafter]:
     """What the files of a case hold."""
     target = checkpoints.load(folder / "target")
-    drafter = load_drafter(folder / "draft", target.config, target.params, tree)
-    return target, LoadedDrafter(*drafter)
+    return target, load_drafter(folder / "draft", target, tree)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "taps"))

@@ -72,7 +72,7 @@ def test_a_selectors_walk_verified_by_rejection(plain):
 @pytest.mark.parametrize("rule", ["threshold", "survival"])
 def test_confidence_rules_shorten_chains_and_change_nothing(plain, rule, tmp_path):
     loaded = cases.loaded("dspark", TREES["dspark"])
-    save_drafter(tmp_path / "dspark", loaded.drafter, loaded.params)
+    save_drafter(tmp_path / "dspark", loaded)
     folder, target = str(tmp_path / "dspark"), tiny.target()
     drafter = load_drafter(folder, target, tree=TREES["dspark"], **{rule: 0.5})
     done = generate(

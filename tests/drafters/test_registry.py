@@ -50,7 +50,7 @@ def test_a_drafter_has_the_tree_that_suits_it_unless_one_is_given(tmp_path):
         ("dspark", dict(survival=0.5), "chain"),
     ):
         loaded, folder = cases.loaded(kind, TreeConfig()), str(tmp_path / kind)
-        save_drafter(folder, loaded.drafter, loaded.params)
+        save_drafter(folder, loaded)
         found = jaxspec.load_drafter(folder, target, **rules).drafter
         assert found.tree == TreeConfig(tree, size=8)
         both = jaxspec.load_drafter(f"{folder}+ngram", target, nodes=4, **rules).drafter

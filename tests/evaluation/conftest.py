@@ -35,7 +35,7 @@ def models(tmp_path_factory):
     write_tokenizer(folder / "target", tokenizer)
     for name, kind in FOLDERS.items():
         loaded = cases.loaded(kind, TreeConfig())
-        save_drafter(folder / name, loaded.drafter, loaded.params)
+        save_drafter(folder / name, loaded)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(jaxspec, "enable_compilation_cache", lambda: None)

@@ -275,7 +275,7 @@ def test_a_prompt_without_room_for_its_last_round_is_left_out(tmp_path, capsys):
 
 def test_such_a_prompt_is_not_calibrated_on(tmp_path, capsys):
     loaded = cases.loaded("dspark", TreeConfig())
-    save_drafter(tmp_path / "drafter", loaded.drafter, loaded.params)
+    save_drafter(tmp_path / "drafter", loaded)
     arguments = ["--drafter", str(tmp_path / "drafter"), "--max-new-tokens", "12"]
     assert main(["calibrate", *long_and_short(tmp_path), *arguments]) == BAD_INPUT
     assert "1 of 2 prompts can be used; expected at least two" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.drafters.eagle import EagleDrafter, EagleParams
+from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.unrolled import unroll
 from jaxspec.drafters.weights import bind
 from jaxspec.loading import load_target
@@ -56,8 +56,9 @@ def whole_rounds(completion, block: int) -> list[int]:
     return list(committed[: int(np.sum(begins <= len(completion.token_ids) - block))])
 
 
-def unrolled_logits(drafter: EagleDrafter, params: EagleParams, *, steps: int) -> jax.Array:
-    """Logits [steps, LENGTH, V'] of a drafter that reads its own outputs."""
+def unrolled_logits(loaded: LoadedDrafter, *, steps: int) -> jax.Array:
+    """Logits [steps, LENGTH, V'] of an EAGLE-3 drafter that reads its own outputs."""
+    drafter, params = loaded.drafter, loaded.params
     head = bind(drafter.config, params.head)
     taps = jnp.asarray(features(len(drafter.taps)))[None]
     outputs = unroll(head, params.vocabulary, jnp.array([TOKENS]), taps, steps=steps)

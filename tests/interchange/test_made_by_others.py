@@ -11,7 +11,7 @@ import pytest
 from jaxspec.api import generate
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.config import TreeConfig
-from jaxspec.drafters.base import Committed, LoadedDrafter
+from jaxspec.drafters.base import Committed
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.weights import bind
 from tests.drafters.goldens import CAPACITY, tapped
@@ -211,7 +211,7 @@ def case(tmp_path_factory):
 
 def load(case, name):
     folder, target, jobs, *_ = case
-    return load_drafter(folder / jobs[name]["draft"], target.config, target.params, CHAIN)
+    return load_drafter(folder / jobs[name]["draft"], target, CHAIN)
 
 
 @functools.partial(jax.jit, static_argnames="drafter")
@@ -228,7 +228,8 @@ def drafts(drafter, params, tokens, taps, position):
 def test_zlab_drafts_what_we_draft(case, name):
     """In every round of a whole block; and decoding commits as much."""
     target, theirs, prompt = case[1], case[3][f"dflash {name}"], prompts(1)[0]
-    drafter, params = load(case, f"dflash {name}")
+    loaded = load(case, f"dflash {name}")
+    drafter, params = loaded.drafter, loaded.params
     size, position = drafter.config.block_size, len(prompt)
     sequence = np.array([*prompt, *theirs["tokens"]])[:CAPACITY]
     tokens = jnp.asarray(np.pad(sequence, (0, CAPACITY - len(sequence)))[None], jnp.int32)
@@ -240,9 +241,7 @@ def test_zlab_drafts_what_we_draft(case, name):
         assert block[1:] == drafts(drafter, params, tokens, taps, jnp.int32(position)).tolist()
         position, whole = position + committed, whole + 1
     assert whole > 5
-    (ours,) = generate(
-        target, [prompt], drafter=LoadedDrafter(drafter, params), max_new_tokens=NEW
-    )
+    (ours,) = generate(target, [prompt], drafter=loaded, max_new_tokens=NEW)
     assert ours.token_ids == theirs["tokens"]
     assert list(ours.stats.committed)[:whole] == theirs["committed"][:whole]
 
@@ -256,7 +255,8 @@ def outputs_of(case, name, module):
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_speculators_blocks_have_our_logits(case, name):
-    drafter, params = load(case, f"speculators {name}")
+    loaded = load(case, f"speculators {name}")
+    drafter, params = loaded.drafter, loaded.params
     head = bind(drafter.config, params.head)
     block = run_blocks(
         head,
@@ -279,7 +279,7 @@ def test_speculators_blocks_have_our_logits(case, name):
 
 @pytest.mark.parametrize("name", [name for name in EAGLES if "peagle" not in name])
 def test_speculators_steps_have_our_logits(case, name):
-    ours = unrolled_logits(*load(case, f"speculators {name}"), steps=STEPS)
+    ours = unrolled_logits(load(case, f"speculators {name}"), steps=STEPS)
     for step in range(STEPS):
         inside = LENGTH - 1 - step
         theirs = case[4][f"speculators {name}/lm_head/{step}"]
@@ -289,7 +289,8 @@ def test_speculators_steps_have_our_logits(case, name):
 @pytest.mark.parametrize("name", [name for name in EAGLES if "peagle" in name])
 def test_speculators_depths_have_our_logits(case, name):
     """Their rows are in an order of their own: each of ours is among those of its depth."""
-    drafter, params = load(case, f"speculators {name}")
+    loaded = load(case, f"speculators {name}")
+    drafter, params = loaded.drafter, loaded.params
     pair, tokens, taps = 60, jnp.array([TOKENS]), jnp.asarray(features(3))[None]
     count = jnp.array([pair + 1])
     state = drafter.observe(

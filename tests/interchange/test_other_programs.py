@@ -11,7 +11,7 @@ from jaxspec.api import generate
 from jaxspec.checkpoints.drafters import load_drafter, save_drafter
 from jaxspec.config import TreeConfig
 from jaxspec.data.conversations import Example
-from jaxspec.drafters.base import Committed, LoadedDrafter
+from jaxspec.drafters.base import Committed
 from jaxspec.drafters.eagle_head import ParallelEagleConfig
 from jaxspec.drafters.registry import trained
 from jaxspec.drafters.teacher_forced import run_blocks
@@ -77,14 +77,13 @@ def drafters(target):
             keep=1,
         )
         run = train(config, target, examples, folder / family)
-        found[family] = load_drafter(run, target.config, target.params, CHAIN)
+        found[family] = load_drafter(run, target, CHAIN)
     eagle = eagle_config(target.config, steps=4)
     changes = dict(num_layers=2, window=None, tap_norm="joined", mask_token_id=39)
     parallel = ParallelEagleConfig(**vars(eagle) | changes)
     for name, config in (("eagle3", eagle), ("peagle", parallel)):
         weights = random_weights(config, jax.random.key(0))
-        loaded = trained(config, weights, target.params, CHAIN)
-        found[name] = loaded.drafter, loaded.params
+        found[name] = trained(config, weights, target.params, CHAIN)
     return found
 
 
@@ -93,10 +92,10 @@ def theirs(target, drafters):
     """What the other programs make of the exported folders."""
     folder = Path(target.name).parent
     jobs = {}
-    for family, (drafter, params) in drafters.items():
-        draft = f"speculators-{family}"
-        save_drafter(folder / draft, drafter, params, "speculators", verifier="../target")
-        jobs[draft] = dict(program="speculators", draft=draft, taps=f"{len(drafter.taps)}")
+    for family, loaded in drafters.items():
+        draft, taps = f"speculators-{family}", f"{len(loaded.drafter.taps)}"
+        save_drafter(folder / draft, loaded, "speculators", verifier="../target")
+        jobs[draft] = dict(program="speculators", draft=draft, taps=taps)
         if family not in SIZES:  # rows are pairs of a feature and the token after it
             jobs[draft] |= dict(tokens=[*TOKENS[1:], 0], anchors=list(range(LENGTH)))
             jobs[draft]["options"] = OPTIONS[family]
@@ -115,7 +114,7 @@ def theirs(target, drafters):
 
 @pytest.mark.parametrize("family", SIZES)
 def test_zlab_generates_with_our_drafters_as_we_do(target, drafters, theirs, family):
-    drafter, taus = LoadedDrafter(*drafters[family]), []
+    drafter, taus = drafters[family], []
     for i, ours in enumerate(generate(target, prompts(2), drafter=drafter, max_new_tokens=NEW)):
         found = theirs[0][f"{family} {i}"]
         assert ours.token_ids == found["tokens"]
@@ -127,7 +126,7 @@ def test_zlab_generates_with_our_drafters_as_we_do(target, drafters, theirs, fam
 
 @pytest.mark.parametrize("family", SIZES)
 def test_speculators_gives_our_logits_of_blocks(drafters, theirs, family):
-    drafter, params = drafters[family]
+    drafter, params = drafters[family].drafter, drafters[family].params
     head = bind(drafter.config, params.head)
     blocks = run_blocks(
         head,
@@ -142,7 +141,7 @@ def test_speculators_gives_our_logits_of_blocks(drafters, theirs, family):
 
 
 def test_speculators_gives_our_logits_of_unrolled_steps(drafters, theirs):
-    ours = unrolled_logits(*drafters["eagle3"], steps=STEPS)
+    ours = unrolled_logits(drafters["eagle3"], steps=STEPS)
     for step in range(STEPS):
         inside = LENGTH - 1 - step
         found = theirs[1][f"speculators-eagle3/lm_head/{step}"]
@@ -152,7 +151,7 @@ def test_speculators_gives_our_logits_of_unrolled_steps(drafters, theirs):
 @pytest.mark.parametrize("pair", [6, 60, 100])
 def test_speculators_gives_our_logits_of_all_depths(drafters, theirs, pair):
     """Their rows are in an order of their own: each of ours is among those of its depth."""
-    drafter, params = drafters["peagle"]
+    drafter, params = drafters["peagle"].drafter, drafters["peagle"].params
     tokens, taps = jnp.array([TOKENS]), jnp.asarray(features(len(drafter.taps)))[None]
     count = jnp.array([pair + 1])
     state = drafter.observe(

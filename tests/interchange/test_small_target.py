@@ -12,7 +12,6 @@ from jaxspec.checkpoints.drafters import load_drafter, save_drafter
 from jaxspec.checkpoints.huggingface import config_to_json
 from jaxspec.config import TreeConfig
 from jaxspec.data.conversations import Example
-from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.weights import bind
 from jaxspec.training.recipe import (
@@ -80,15 +79,15 @@ def drafters(folder, smollm2, prompts, answers):
             keep=1,
         )
         run_folder = train(config, smollm2, examples, folder / family)
-        found[family] = load_drafter(run_folder, smollm2.config, smollm2.params, CHAIN)
+        found[family] = load_drafter(run_folder, smollm2, CHAIN)
     return found
 
 
 @pytest.fixture(scope="module")
 def shipped(folder, smollm2):
-    drafter, params = load_drafter("shipped", smollm2.config, smollm2.params, CHAIN)
-    save_drafter(folder / "shipped", drafter, params, "speculators", verifier="../target")
-    return drafter, params
+    loaded = load_drafter("shipped", smollm2, CHAIN)
+    save_drafter(folder / "shipped", loaded, "speculators", verifier="../target")
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +99,8 @@ def text(smollm2, prompts, answers):
 
 @pytest.fixture(scope="module")
 def features(smollm2, shipped, text):
-    drafter, _ = shipped
-    return tapped(smollm2.params, smollm2.config, jnp.asarray(text)[None], drafter.taps)
+    taps = shipped.drafter.taps
+    return tapped(smollm2.params, smollm2.config, jnp.asarray(text)[None], taps)
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +126,7 @@ def test_zlab_generates_with_our_drafters_as_we_do(
     smollm2, prompts, answers, drafters, theirs, family
 ):
     """The same tokens, and as many in every round of a whole block."""
-    ours = generate(
-        smollm2, prompts, drafter=LoadedDrafter(*drafters[family]), max_new_tokens=NEW
-    )
+    ours = generate(smollm2, prompts, drafter=drafters[family], max_new_tokens=NEW)
     rounds = []
     for i, completion in enumerate(ours):
         found = theirs[0][f"{family} {i}"]
@@ -143,7 +140,7 @@ def test_zlab_generates_with_our_drafters_as_we_do(
 
 def test_speculators_gives_the_shipped_drafters_logits(shipped, text, features, theirs):
     """Base logits, what the Markov head adds, and confidence."""
-    drafter, params = shipped
+    drafter, params = shipped.drafter, shipped.params
     head, tokens = bind(drafter.config, params.head), jnp.asarray(text)[None]
     block = run_blocks(head, params.vocabulary, tokens, features, jnp.array([[ANCHOR]]))
     base = head.logits(params.vocabulary, block.stream)

@@ -18,7 +18,6 @@ from jaxspec.cli import main
 from jaxspec.cli.exits import BAD_INPUT
 from jaxspec.cli.serve import Serve
 from jaxspec.config import TreeConfig
-from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.joined import with_survival
 from jaxspec.serving.server import bind, listen
 from tests import tiny
@@ -29,23 +28,21 @@ from tests.serving import engines
 
 @pytest.fixture
 def folder(tmp_path):
-    drafter = BlockDrafter(cases.KINDS["dspark"], TreeConfig())
-    save_drafter(tmp_path / "drafter", drafter, cases.params("dspark"))
+    save_drafter(tmp_path / "drafter", cases.loaded("dspark", TreeConfig()))
     return tmp_path / "drafter"
 
 
 def load(folder):
-    target = tiny.target()
-    return load_drafter(folder, target.config, target.params, TreeConfig("chain", size=5))
+    return load_drafter(folder, tiny.target(), TreeConfig("chain", size=5))
 
 
 def test_temperatures_are_stored_with_the_drafter(folder, tmp_path):
-    assert load(folder)[1].temperatures == 1.0
+    assert load(folder).params.temperatures == 1.0
     save_temperatures(folder, [0.5, 1.0, 2.0, 3.0])
-    drafter, params = load(folder)
-    assert params.temperatures.tolist() == [0.5, 1.0, 2.0, 3.0]
-    save_drafter(tmp_path / "again", drafter, params)
-    assert load(tmp_path / "again")[1].temperatures.tolist() == [0.5, 1.0, 2.0, 3.0]
+    loaded = load(folder)
+    assert loaded.params.temperatures.tolist() == [0.5, 1.0, 2.0, 3.0]
+    save_drafter(tmp_path / "again", loaded)
+    assert load(tmp_path / "again").params.temperatures.tolist() == [0.5, 1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("values", [[1.0], [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, np.inf]])
@@ -57,9 +54,7 @@ def test_temperatures_that_do_not_fit_are_refused(folder, values):
 
 
 def test_confidence_scores_chains_where_there_is_a_head(folder):
-    from jaxspec.drafters.base import LoadedDrafter
-
-    loaded = LoadedDrafter(*load(folder))
+    loaded = load(folder)
     for kind in ("chain", "path_conditioned"):
         drafter = dataclasses.replace(loaded.drafter, tree=TreeConfig(kind, 8))
         scored = with_survival(dataclasses.replace(loaded, drafter=drafter))

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxspec import checkpoints
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.checkpoints.head_tensors import block_parts
-from jaxspec.config import DrafterConfig, TreeConfig
+from jaxspec.config import DrafterConfig
 from jaxspec.drafters.head import Vocabulary
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.weights import bind, random_weights
@@ -94,8 +94,8 @@ def test_training_step_of_the_original(golden, name):
     expected = trace["train"]
     arrays = np.load(folder / "train.npz")
     target = checkpoints.load(folder / "target")
-    drafter, params = load_drafter(folder / "draft", target.config, target.params, TreeConfig())
-    config = drafter.config
+    loaded = load_drafter(folder / "draft", target)
+    config, params = loaded.drafter.config, loaded.params
     tokens, kept = jnp.asarray(arrays["input_ids"], jnp.int32), jnp.asarray(arrays["keep"])
     anchors = jnp.asarray(arrays["anchors"], jnp.int32)
     supervised = supervised_slots(

@@ -15,7 +15,6 @@ from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.cli.train import Train
 from jaxspec.config import TreeConfig
 from jaxspec.data.conversations import Example
-from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.head import Vocabulary, restrict
 from jaxspec.drafters.teacher_forced import BlockOutput
 from jaxspec.drafters.weights import bind, random_weights
@@ -164,10 +163,7 @@ def run(tmp_path_factory):
 
 
 def load(folder):
-    drafter, params = load_drafter(
-        folder / "drafter", target().config, target().params, TreeConfig("chain", size=4)
-    )
-    return LoadedDrafter(drafter, params)
+    return load_drafter(folder / "drafter", target(), TreeConfig("chain", size=4))
 
 
 def ids_of(folder):

@@ -9,7 +9,6 @@ from flax import nnx
 from jaxspec import checkpoints
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.checkpoints.head_tensors import block_parts
-from jaxspec.config import TreeConfig
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.weights import bind
 from jaxspec.models.layers import rms_norm
@@ -37,8 +36,8 @@ def test_a_training_step(golden, trainer):
     expected = expected if trainer == "nemo" else expected[trainer]
     rows, prefix = (slice(0, 2), "nemo") if trainer == "nemo" else (slice(0, 1), "spec")
     target = checkpoints.load(folder / "target")
-    drafter, params = load_drafter(folder / "draft", target.config, target.params, TreeConfig())
-    config = drafter.config
+    loaded = load_drafter(folder / "draft", target)
+    config, params = loaded.drafter.config, loaded.params
 
     tokens = jnp.asarray(arrays["input_ids"][rows], jnp.int32)
     anchors = jnp.asarray(arrays[f"{prefix}_anchors"].reshape(len(tokens), -1), jnp.int32)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.checkpoints.store import Store
-from jaxspec.config import DeltaNetConfig, TreeConfig
+from jaxspec.config import DeltaNetConfig
 from jaxspec.models.params import random_params
 from jaxspec.models.target import Target
 from jaxspec.training.networks import copy_layers
@@ -52,7 +52,7 @@ def test_interrupted_runs_end_the_same(whole_run, tmp_path):
 def test_the_checkpoint_is_what_was_trained_and_loads(whole_run):
     folder = whole_run
     target = tiny.target()
-    _, params = load_drafter(folder / "drafter", target.config, target.params, TreeConfig())
+    params = load_drafter(folder / "drafter", target).params
     state = init_state(tiny.CONFIG, target.params)
     step, state, _ = Store(folder / "checkpoints").restore(state)
     assert step == tiny.CONFIG.steps
@@ -135,7 +135,7 @@ def test_training_goes_on_from_an_exported_drafter(whole_run, tmp_path):
     folder = whole_run
     config = dataclasses.replace(tiny.CONFIG, initial=str(folder / "drafter"), steps=1)
     target = tiny.target()
-    _, params = load_drafter(folder / "drafter", target.config, target.params, TreeConfig())
+    params = load_drafter(folder / "drafter", target).params
     weights, kept = initial_drafter(config, target)
     assert kept is None
     jax.tree.map(np.testing.assert_array_equal, weights, params.head)
@@ -164,10 +164,10 @@ def test_every_head_is_trained_and_exported(tmp_path, head):
     folder = train(config, target, tiny.examples(4), tmp_path)
     steps = tiny.steps(tmp_path)
     assert steps[-1]["loss"] < steps[0]["loss"]
-    loaded, params = load_drafter(folder, target.config, target.params, TreeConfig())
-    assert loaded.config == drafter
+    loaded = load_drafter(folder, target)
+    assert loaded.drafter.config == drafter
     before = nnx.to_pure_dict(init_state(config, target.params).weights)["sequential"]
-    after = nnx.to_pure_dict(params.head)["sequential"]
+    after = nnx.to_pure_dict(loaded.params.head)["sequential"]
     assert all((after[name] != before[name]).any() for name in before)
 
 
@@ -182,7 +182,7 @@ def test_a_drafter_is_trained_for_a_hybrid_target(tmp_path):
     folder = train(run, target, tiny.examples(4), tmp_path)
     steps = tiny.steps(tmp_path)
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert load_drafter(folder, config, target.params, TreeConfig())[0].config == tiny.DRAFTER
+    assert load_drafter(folder, target).drafter.config == tiny.DRAFTER
 
 
 def test_what_no_format_can_say_is_refused_before_training(tmp_path):
@@ -209,7 +209,7 @@ def test_the_best_weights_are_exported(tmp_path, monkeypatch):
     config = dataclasses.replace(tiny.CONFIG, steps=4, validate_every=2)
     target = tiny.target()
     folder = train(config, target, tiny.examples(), tmp_path, prompts=[[1, 2]])
-    _, params = load_drafter(folder, target.config, target.params, TreeConfig())
+    params = load_drafter(folder, target).params
     state = init_state(config, target.params)
     _, best, _ = Store(tmp_path / "checkpoints").restore(state, 2)
     jax.tree.map(np.testing.assert_array_equal, params.head, best.weights)

@@ -14,7 +14,7 @@ from jaxspec.api import generate
 from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.checkpoints.head_tensors import eagle_parts
 from jaxspec.config import TreeConfig
-from jaxspec.drafters.base import Committed, LoadedDrafter
+from jaxspec.drafters.base import Committed
 from jaxspec.drafters.eagle import EagleDrafter
 from jaxspec.drafters.unrolled import unroll
 from jaxspec.drafters.weights import bind
@@ -43,16 +43,14 @@ GOLDEN_LOSSES = {
 def case(golden):
     folder, trace = golden("eagle3_speculators_a")
     target = checkpoints.load(folder / "target")
-    chain = TreeConfig("chain", size=6)
-    drafter = load_drafter(folder / "draft", target.config, target.params, chain)
-    return trace, np.load(folder / "train.npz"), target, *drafter
+    return trace, np.load(folder / "train.npz"), target, load_drafter(folder / "draft", target)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", GOLDEN_LOSSES)
 def test_a_training_step_of_speculators(case, variant):
-    trace, arrays, target, drafter, params = case
-    expected, config = trace["train"][variant], drafter.config
+    trace, arrays, target, loaded = case
+    expected, config, params = trace["train"][variant], loaded.drafter.config, loaded.params
     tokens = jnp.asarray(arrays["input_ids"], jnp.int32)
     supervised = jnp.asarray(arrays["loss_mask"] > 0)
     last = rms_norm(
@@ -207,9 +205,7 @@ def test_a_run_resumes_and_its_drafter_decodes(tmp_path):
     assert train(config, target, examples, tmp_path / "run", resume_step=2) == whole
     assert (whole / "model.safetensors").read_bytes() == before
 
-    loaded = LoadedDrafter(
-        *load_drafter(whole, target.config, target.params, TreeConfig("chain", 4))
-    )
+    loaded = load_drafter(whole, target, TreeConfig("chain", 4))
     assert loaded.drafter.config == config.drafter
     assert loaded.params.vocabulary.kept.shape == (12,)
     rows = [[1, 2, 3], [4, 5]]
