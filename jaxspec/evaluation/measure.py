@@ -137,14 +137,12 @@ class _Walks:
             if not self.target.config.delta_layers  # see `walk.branch_gaps`
             if len(e.drafter.drafter.parts) == 1
         }
-        for start in tqdm(
-            range(0, len(answers), self.batch), desc=f"walk {name}", unit="batch", leave=False
+        options = dict(batch=self.batch, capacity=self.capacity)
+        batches = w.observe_batches(self.target, [*self.drafters.values()], answers, **options)
+        total = -(-len(answers) // self.batch)
+        for batch, observed in tqdm(
+            batches, desc=f"walk {name}", unit="batch", total=total, leave=False
         ):
-            batch = answers[start : start + self.batch]
-            drafters = list(self.drafters.values())
-            observed = w.observe(
-                self.target, drafters, batch, batch=self.batch, capacity=self.capacity
-            )
             states = dict(zip(self.drafters, observed.states, strict=True))
             for entry, walked in self.walked.items():
                 tables[entry] += w.tabulate(observed, batch, walked, states[id(entry.drafter)])
