@@ -54,10 +54,6 @@ class Rollouts:
         survives."""
         return self.limit > slot, self.accepted > slot
 
-    def take(self, rounds: np.ndarray) -> Rollouts:
-        """Some of the rounds."""
-        return Rollouts(self.logits[rounds], self.accepted[rounds], self.limit[rounds])
-
 
 def survival_of(logits: np.ndarray, temperatures: Sequence[float]) -> np.ndarray:
     """Survival probabilities [R, P] of logits [R, P] under temperatures [P]."""
