@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import types
 
 import numpy as np
 import pytest
@@ -119,9 +118,9 @@ def answering(monkeypatch):
         def as_token_ids(target, prompts, *, raw, thinking):
             return [[modes.index(thinking)]] * len(prompts)
 
-        def answers(target, rows, *, max_new_tokens):
+        def record(target, rows, *, max_new_tokens, spare):
             counts = lengths[modes[rows[0][0]]]
-            return [types.SimpleNamespace(token_ids=(1,) * count) for count in counts]
+            return [w.RecordedAnswer((0, *(1,) * n), 1, max_new_tokens) for n in counts]
 
         def accepted(target, drafters, texts):
             checked.append([len(text.tokens) - text.start for text in texts])
@@ -131,7 +130,7 @@ def answering(monkeypatch):
             report = Report(9, 2.0, (0.5,), (0.0,), 1e-3, {}, ())
             return report, *accepted(target, [drafter], texts)
 
-        fakes = dict(as_token_ids=as_token_ids, generate=answers, _check=checks)
+        fakes = dict(as_token_ids=as_token_ids, record=record, _check=checks)
         fakes |= dict(accepted_everywhere=accepted, _can_think=lambda target: True)
         for name, fake in fakes.items():
             monkeypatch.setattr(f"jaxspec.check.report.{name}", fake)

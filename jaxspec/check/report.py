@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy.special import stdtrit
 
-from jaxspec.api import generate
 from jaxspec.check.known_texts import accepted_everywhere, differences
 from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.drafters.base import LoadedDrafter
-from jaxspec.evaluation.walk import RecordedAnswer, rounds_along
+from jaxspec.evaluation.metrics import conditional, survival_by_depth
+from jaxspec.evaluation.walk import RecordedAnswer, record, rounds_along
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt, as_token_ids
 
@@ -106,12 +106,7 @@ def check_answers(
     def answers(thinking) -> dict[int, RecordedAnswer]:
         """The answers that are long enough, by the number of their prompt."""
         rows = as_token_ids(target, prompts, raw=False, thinking=thinking)
-        done = generate(target, rows, max_new_tokens=max_new_tokens)
-        pairs = zip(rows, done, strict=True)
-        texts = [
-            RecordedAnswer((*row, *answer.token_ids), len(row), max_new_tokens)
-            for row, answer in pairs
-        ]
+        texts = record(target, rows, max_new_tokens=max_new_tokens, spare=0)
         found = {i: text for i, text in enumerate(texts) if _is_long(text, config)}
         if found and len(found) < len(texts):
             warnings.warn(
@@ -174,15 +169,12 @@ def _check(
     others = dict(_alternatives(drafter, target.config)) if diagnose else {}
     own, *found = accepted_everywhere(target, [drafter, *others.values()], texts)
     accepted = _rounds(own)
-    reached = [(accepted >= slot).sum() for slot in range(config.depth + 1)]
+    survival = survival_by_depth(np.bincount(accepted + 1, minlength=config.depth + 2))
     report = judge(
         Report(
             rounds=len(accepted),
             tau=float(np.mean(accepted + 1)),
-            accepted=tuple(
-                float(n / max(before, 1))
-                for before, n in zip(reached, reached[1:], strict=False)
-            ),
+            accepted=tuple(np.nan_to_num(conditional(survival)).tolist()),
             differences=tuple(differences(target, drafter, texts).tolist()),
             tolerance=max(
                 TOLERANCE.get(str(x.dtype), TOLERANCE["bfloat16"])
