@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import types
 
 import numpy as np
 import pytest
 
 from jaxspec import checkpoints
 from jaxspec.api import generate
-from jaxspec.check.known_texts import Text, draft_everywhere, padded
 from jaxspec.check.report import (
     Alternative,
     Report,
@@ -22,7 +20,10 @@ from jaxspec.checkpoints.drafters import load_drafter
 from jaxspec.cli import main
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.block import BlockDrafter
 from jaxspec.drafters.plain import Plain
+from jaxspec.drafters.rollout import greedy
+from jaxspec.evaluation import walk as w
 from tests import tiny
 from tests.drafters import cases
 
@@ -37,7 +38,7 @@ def test_training_and_decoding_agree(kind):
     drafter, prompts = cases.loaded(kind, CHAIN), tiny.prompts(9, 20)
     done = generate(tiny.target(), prompts, drafter=drafter, max_new_tokens=24)
     texts = [
-        Text((*prompt, *completion.token_ids), len(prompt))
+        w.RecordedAnswer((*prompt, *completion.token_ids), len(prompt), 24)
         for prompt, completion in zip(prompts, done, strict=True)
     ]
     report = check(tiny.target(), drafter, texts, diagnose=False)
@@ -51,8 +52,25 @@ def test_training_and_decoding_agree(kind):
     assert f"tau {report.tau:.2f} over {report.rounds} rounds" in str(report)
 
 
+class Shifted(BlockDrafter):
+    """Decodes every block one position too early."""
+
+    def stream(self, params, state, anchor, position):
+        return super().stream(params, state, anchor, position - 1)
+
+
+@pytest.mark.slow
+def test_a_drafter_that_decodes_otherwise_than_it_trains_is_found():
+    loaded = cases.loaded("dflash", CHAIN)
+    shifted = LoadedDrafter(Shifted(loaded.drafter.config, CHAIN), loaded.params)
+    text = w.RecordedAnswer(tuple(range(1, 11)), start=1, limit=10)
+    report = check(tiny.target(), shifted, [text], diagnose=False)
+    assert min(report.differences) > report.tolerance
+    assert report.findings[0].startswith("training and decoding disagree in slots [1, 2, 3, 4]")
+
+
 def test_it_must_be_a_block_drafter_and_a_long_text():
-    text = Text(tuple(range(8)))
+    text = w.RecordedAnswer(tuple(range(8)), start=1, limit=8)
     with pytest.raises(ValueError, match="Plain.* cannot be checked"):
         check(tiny.target(), LoadedDrafter(Plain()), [text])
     with pytest.raises(ValueError, match="a text of 8 tokens from position 4 on is too short"):
@@ -99,19 +117,19 @@ def answering(monkeypatch):
         def as_token_ids(target, prompts, *, raw, thinking):
             return [[modes.index(thinking)]] * len(prompts)
 
-        def answers(target, rows, *, max_new_tokens):
+        def record(target, rows, *, max_new_tokens, spare):
             counts = lengths[modes[rows[0][0]]]
-            return [types.SimpleNamespace(token_ids=(1,) * count) for count in counts]
+            return [w.RecordedAnswer((0, *(1,) * n), 1, max_new_tokens) for n in counts]
 
-        def accepted(config, target, params, texts):
+        def accepted(target, drafters, texts):
             checked.append([len(text.tokens) - text.start for text in texts])
-            return [np.full(2, len(text.tokens)) for text in texts]
+            return [[np.full(2, len(text.tokens)) for text in texts]]
 
         def checks(target, drafter, texts, *, diagnose):
             report = Report(9, 2.0, (0.5,), (0.0,), 1e-3, {}, ())
-            return report, accepted(None, target, None, texts)
+            return report, *accepted(target, [drafter], texts)
 
-        fakes = dict(as_token_ids=as_token_ids, generate=answers, _check=checks)
+        fakes = dict(as_token_ids=as_token_ids, record=record, _check=checks)
         fakes |= dict(accepted_everywhere=accepted, _can_think=lambda target: True)
         for name, fake in fakes.items():
             monkeypatch.setattr(f"jaxspec.check.report.{name}", fake)
@@ -181,8 +199,10 @@ def test_an_alternative_is_judged_by_what_each_text_gains():
     ],
 )
 def test_chance_is_not_a_finding(gains, low, wins):
-    own = [np.zeros(100) for _ in gains]
-    found = _alternative(own, [np.full(100, gain) for gain in gains])
+    own = [np.ones(100, int) for _ in gains]
+    some = [np.arange(100) < round(100 * abs(gain)) for gain in gains]
+    other = [np.where(x, 2 if gain > 0 else 0, 1) for x, gain in zip(some, gains, strict=True)]
+    found = _alternative(own, other)
     assert found.low == pytest.approx(low, abs=0.001) and found.wins == wins
     findings = judge(Report(9, 2.0, (0.5,), (0.0,), 1e-3, {"another": found}, ())).findings
     assert len(findings) == wins
@@ -198,15 +218,19 @@ def test_what_would_be_gained_is_said():
     )
 
 
-def favourable(target, drafter, params, prompt) -> Text:
+def favourable(target, drafter, params, prompt) -> w.RecordedAnswer:
     """The text in which every round of this drafter accepts its whole chain."""
-    tokens = list(prompt)
+    loaded, tokens = LoadedDrafter(drafter, params), list(prompt)
     for _ in range(4):
-        chains, _ = draft_everywhere(
-            drafter.config, target.config, target.params, params, padded(tokens, drafter.config)
-        )
-        tokens += [*np.asarray(chains)[len(tokens) - 1].tolist(), 0]
-    return Text(tuple(tokens), len(prompt) - 1)
+        text = w.RecordedAnswer(tuple(tokens), len(tokens) - 1, limit=1)
+        observed = w.observe(target, [loaded], [text], batch=1)
+        chains = w.at_every_anchor(chain, observed, [text], loaded, *observed.states)
+        tokens += [*chains[0, 0].tolist(), 0]
+    return w.RecordedAnswer(tuple(tokens), len(prompt) - 1, len(tokens))
+
+
+def chain(drafter, params, state, anchor, position, path, noise):
+    return drafter.rollout(params, state, anchor, position, greedy)[0]
 
 
 def test_another_target_is_shown_beside(monkeypatch, capsys):

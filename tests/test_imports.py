@@ -52,7 +52,7 @@ ARROWS = {
     " prompts results settings trees",
     "training": "jaxspec api arguments checkpoints config data decoding drafters interrupts"
     " locks models prompts serving settings sharding tokenizer trees whole_files",
-    "check": "api config decoding drafters evaluation models prompts training trees",
+    "check": "config decoding drafters evaluation models prompts training",
     "cli": "jaxspec api check checkpoints config data decoding doctor drafters dtypes"
     " evaluation interrupts kept_curves loading"
     " models planning prompts results serving sharding training pallas_kernels.h100",

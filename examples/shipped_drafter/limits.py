@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -118,7 +117,9 @@ class Measure:
         length, at = self.max_new_tokens, self.temperature
         sets, _ = encoded(entries[0].target, texts, thinking=None, max_new_tokens=length)
         setup = setup_of(entries[0], texts, length)
-        keep(self.output, setup, lambda done: walked(entries, sets, at, length, done))
+        results.resume(
+            self.output, setup, lambda done: walked(entries, sets, at, length, done), KINDS
+        )
 
 
 def contenders(drafters: Sequence[str], dtype: str) -> list[Contender]:
@@ -142,20 +143,6 @@ def setup_of(entry: Entry, texts: dict[str, list[str]], length: int) -> results.
             **machine(),
         }
     )
-
-
-def keep(
-    output: Path,
-    setup: results.RunSettings,
-    measure: Callable[[results.Done], Iterable[Row]],
-) -> None:
-    """Appends the rows that a file does not have yet, as they come."""
-    done = results.held(output, setup, KINDS)
-    results.cut_torn(output)
-    for row in itertools.chain([setup], measure(done)):
-        if results.key(row) not in done:
-            results.append(output, row)
-            done.add(results.key(row))
 
 
 def walked(

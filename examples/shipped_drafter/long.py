@@ -141,7 +141,12 @@ class Walk:
         if unknown := [name for name in self.only if name not in sets]:
             raise ValueError(f"--only has {unknown[0]!r}; expected some of {', '.join(sets)}")
         chosen = {name: sets[name] for name in self.only or sets}
-        limits.keep(self.output, setup, lambda done: self.rows(entries, chosen, done))
+        results.resume(
+            self.output,
+            setup,
+            lambda done: self.rows(entries, chosen, done),
+            limits.KINDS,
+        )
 
     def rows(self, entries: list[Entry], sets, done: results.Done) -> Iterator[limits.Row]:
         for temperature in self.temperatures:

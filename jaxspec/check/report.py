@@ -1,7 +1,7 @@
 """Does a drafter fit its target, and does decoding run it as training did?
 
-Runs the drafter over known texts as training does and as decoding does, and compares the logits
-slot by slot. Then tries the usual causes of low acceptance.
+Replays known texts as decoding would write them, compares the logits with training's slot by
+slot, and tries the usual causes of low acceptance.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy.special import stdtrit
 
-from jaxspec.api import generate
-from jaxspec.check.known_texts import Text, accepted_everywhere, decoded_rounds
+from jaxspec.check.known_texts import accepted_everywhere, differences
 from jaxspec.config import DrafterConfig, TargetConfig
 from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.evaluation.metrics import conditional, survival_by_depth
+from jaxspec.evaluation.walk import RecordedAnswer, record, rounds_along
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt, as_token_ids
 
@@ -55,7 +56,7 @@ class Report:
     """Result of a check.
 
     Attributes:
-      rounds: blocks that decoding drafted.
+      rounds: blocks that decoding would draft.
       tau: tokens per round of greedy chains, bonus included, if the target wrote the texts.
       accepted: per slot, the share of rounds that accepted it, given that they accepted the
         slots before it.
@@ -100,14 +101,12 @@ def check_answers(
     Raises:
       ValueError: the drafter is not a block drafter, or all answers are shorter than a block.
     """
-    config, params = _block_config(drafter), drafter.params
+    config = _block_config(drafter)
 
-    def answers(thinking) -> dict[int, Text]:
+    def answers(thinking) -> dict[int, RecordedAnswer]:
         """The answers that are long enough, by the number of their prompt."""
         rows = as_token_ids(target, prompts, raw=False, thinking=thinking)
-        done = generate(target, rows, max_new_tokens=max_new_tokens)
-        pairs = zip(rows, done, strict=True)
-        texts = [Text((*row, *answer.token_ids), len(row)) for row, answer in pairs]
+        texts = record(target, rows, max_new_tokens=max_new_tokens, spare=0)
         found = {i: text for i, text in enumerate(texts) if _is_long(text, config)}
         if found and len(found) < len(texts):
             warnings.warn(
@@ -133,13 +132,17 @@ def check_answers(
         both = [i for i in own if i in other]
         if both:
             name = f"thinking turned {'on' if on else 'off'}"
-            there = accepted_everywhere(config, target, params, [other[i] for i in both])
+            (there,) = accepted_everywhere(target, [drafter], [other[i] for i in both])
             found[name] = _alternative([own[i] for i in both], there)
     return judge(dataclasses.replace(report, alternatives=report.alternatives | found))
 
 
 def check(
-    target: Target, drafter: LoadedDrafter, texts: Sequence[Text], *, diagnose: bool = True
+    target: Target,
+    drafter: LoadedDrafter,
+    texts: Sequence[RecordedAnswer],
+    *,
+    diagnose: bool = True,
 ) -> Report:
     """Checks a block drafter on texts, best written by the target.
 
@@ -153,7 +156,7 @@ def check(
 
 
 def _check(
-    target: Target, drafter: LoadedDrafter, texts: Sequence[Text], *, diagnose: bool
+    target: Target, drafter: LoadedDrafter, texts: Sequence[RecordedAnswer], *, diagnose: bool
 ) -> tuple[Report, list[np.ndarray]]:
     """The report, and the drafts accepted at every anchor of every text."""
     config, params = _block_config(drafter), drafter.params
@@ -163,31 +166,24 @@ def _check(
                 f"a text of {len(text.tokens)} tokens from position {text.start} on is too "
                 f"short; expected at least {config.depth + 1} after it"
             )
-    rounds = [
-        r for text in texts for r in decoded_rounds(target, drafter.drafter, params, text)
-    ]
-    own = accepted_everywhere(config, target, params, texts)
-    accepted = np.array([count for count, _ in rounds])
-    reached = [(accepted >= slot).sum() for slot in range(config.depth + 1)]
-    others = _alternatives(config, target.config) if diagnose else ()
-    found = {
-        name: _alternative(own, accepted_everywhere(other, target, params, texts))
-        for name, other in others
-    }
+    others = dict(_alternatives(drafter, target.config)) if diagnose else {}
+    own, *found = accepted_everywhere(target, [drafter, *others.values()], texts)
+    accepted = _rounds(own)
+    survival = survival_by_depth(np.bincount(accepted + 1, minlength=config.depth + 2))
     report = judge(
         Report(
-            rounds=len(rounds),
+            rounds=len(accepted),
             tau=float(np.mean(accepted + 1)),
-            accepted=tuple(
-                float(n / max(before, 1))
-                for before, n in zip(reached, reached[1:], strict=False)
-            ),
-            differences=tuple(np.max([d for _, d in rounds], axis=0).tolist()),
+            accepted=tuple(np.nan_to_num(conditional(survival)).tolist()),
+            differences=tuple(differences(target, drafter, texts).tolist()),
             tolerance=max(
                 TOLERANCE.get(str(x.dtype), TOLERANCE["bfloat16"])
                 for x in (params.head.fc, target.params.embed)
             ),
-            alternatives=found,
+            alternatives={
+                name: _alternative(own, other)
+                for name, other in zip(others, found, strict=True)
+            },
             findings=(),
         )
     )
@@ -204,7 +200,7 @@ def _block_config(drafter: LoadedDrafter) -> DrafterConfig:
     return config
 
 
-def _is_long(text: Text, config: DrafterConfig) -> bool:
+def _is_long(text: RecordedAnswer, config: DrafterConfig) -> bool:
     """Whether a block's drafts can all be compared with the text."""
     return len(text.tokens) > text.start + config.depth
 
@@ -242,30 +238,38 @@ def _can_think(target: Target) -> bool:
 
 
 def _alternatives(
-    config: DrafterConfig, target: TargetConfig
-) -> Iterator[tuple[str, DrafterConfig]]:
-    """Likely wrong configurations: those that leave every weight's shape the same."""
+    drafter: LoadedDrafter, target: TargetConfig
+) -> Iterator[tuple[str, LoadedDrafter]]:
+    """The drafter under likely wrong configurations: those that leave its weights' shapes."""
+    config: DrafterConfig = drafter.drafter.config
+
+    def other(**changes) -> LoadedDrafter:
+        changed = dataclasses.replace(config, **changes)
+        return dataclasses.replace(
+            drafter, drafter=dataclasses.replace(drafter.drafter, config=changed)
+        )
+
     for shift in (1, -1):
         taps = tuple(tap + shift for tap in config.taps)
         if min(taps) >= -1 and max(taps) < target.num_layers:
-            yield f"taps {list(taps)}", dataclasses.replace(config, taps=taps)
+            yield f"taps {list(taps)}", other(taps=taps)
     if config.predict_next or config.block_size > 1:
         layout = "predict_own" if config.predict_next else "predict_next"
-        other = dataclasses.replace(config, predict_next=not config.predict_next)
-        if other.depth:
-            yield f"slot layout {layout}", other
+        swapped = other(predict_next=not config.predict_next)
+        if swapped.drafter.depth:
+            yield f"slot layout {layout}", swapped
     causal = any(config.causal)
     visibility = "bidirectional" if causal else "causal"
-    yield f"{visibility} blocks", dataclasses.replace(config, causal=not causal)
+    yield f"{visibility} blocks", other(causal=not causal)
     mask, last = config.mask_token_id, config.vocab_size - 1
     for token in dict.fromkeys((mask - 1, mask + 1, last, *target.eos_token_ids)):
         if token != mask and 0 <= token <= last:
-            yield f"mask id {token}", dataclasses.replace(config, mask_token_id=token)
+            yield f"mask id {token}", other(mask_token_id=token)
 
 
 def _alternative(own: list[np.ndarray], other: list[np.ndarray]) -> Alternative:
     """Args: own, other: `accepted_everywhere` of the same texts, paired."""
-    rounds = [count for counts in other for count in _rounds(counts)]
+    tau = float(np.mean(_rounds(other))) + 1
     if len(own) == 1:
         parts = min(PARTS, len(own[0]), len(other[0]))  # none empty
         own, other = (np.array_split(counts[0], parts) for counts in (own, other))
@@ -273,12 +277,10 @@ def _alternative(own: list[np.ndarray], other: list[np.ndarray]) -> Alternative:
     gain = float(np.mean(gains))
     error = float(np.std(gains, ddof=1)) / math.sqrt(len(gains))
     reach = float(stdtrit(len(gains) - 1, (1 + LEVEL) / 2)) * error
-    return Alternative(float(np.mean(rounds)) + 1, gain, gain - reach, gain + reach)
+    return Alternative(tau, gain, gain - reach, gain + reach)
 
 
-def _rounds(counts: np.ndarray) -> Iterator[int]:
-    """Drafts accepted in each round of a replay, from the counts at every anchor."""
-    at = 0
-    while at < len(counts):
-        yield int(counts[at])
-        at += int(counts[at]) + 1
+def _rounds(accepted: list[np.ndarray]) -> np.ndarray:
+    """Drafts accepted in each round of replays, from those at every anchor of each text."""
+    replays = (rounds_along(counts.item, 0, len(counts) + 1) for counts in accepted)
+    return np.array([count for replay in replays for _, count in replay])

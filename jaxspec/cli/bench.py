@@ -65,13 +65,7 @@ class Bench:
     def run(self) -> int:
         import jaxspec
         from jaxspec.evaluation.bench import bench, bench_entries, bench_rows, bench_table
-        from jaxspec.evaluation.comparison import (
-            Evaluation,
-            filters_in_use,
-            fingerprints,
-            machine,
-        )
-        from jaxspec.evaluation.results import RunSettings
+        from jaxspec.evaluation.comparison import Evaluation, run_settings
         from jaxspec.evaluation.view import View
 
         self._check()
@@ -86,11 +80,8 @@ class Bench:
         options = dict(max_new_tokens=self.max_new_tokens)
         sets, refused = encoded(entries[0].target, texts, thinking=self.thinking, **options)
         code = exits.left_out(unread + refused)
-        counts = {label: len(prompts) for label, prompts in sets.items()}
-        setup = {"target": name, "dtype": dtype, "prompts": counts, **options}
-        setup |= {**filters_in_use(filters), **fingerprints(entries), **machine()}
-        measured = bench(entries, sets, sampling=sampling, **options)
-        rows = (RunSettings(setup), *measured)
+        setup = run_settings(entries, sets, filters, dtype=dtype, **options)
+        rows = (setup, *bench(entries, sets, sampling=sampling, **options))
         if self.output is not None:
             Evaluation(rows).save(self.output)
         found = bench_rows(View(rows))

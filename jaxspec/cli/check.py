@@ -91,15 +91,15 @@ class Check:
     def _report(self, name: str, text: str | None):
         """The drafter's `Report` on one target."""
         import jaxspec
-        from jaxspec.check.known_texts import Text
         from jaxspec.check.report import check, check_answers
+        from jaxspec.evaluation.walk import RecordedAnswer
         from jaxspec.prompts import as_token_ids
 
         target = jaxspec.load_target(name, dtype=self.dtype)
         drafter = jaxspec.load_drafter(self.drafter, target)
         if text is not None:
             (ids,) = as_token_ids(target, [text], raw=True, thinking=None)
-            return check(target, drafter, [Text(tuple(ids))])
+            return check(target, drafter, [RecordedAnswer(tuple(ids), 1, len(ids))])
         return check_answers(
             target,
             drafter,

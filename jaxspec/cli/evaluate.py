@@ -83,14 +83,7 @@ class Evaluate:
         from jaxspec.evaluation.contenders import Contender, load_entries
         from jaxspec.evaluation.measure import spare_tokens
         from jaxspec.evaluation.report import markdown
-        from jaxspec.evaluation.results import (
-            RunSettings,
-            append,
-            cut_torn,
-            held,
-            key,
-            read_rows,
-        )
+        from jaxspec.evaluation.results import read_rows, resume
         from jaxspec.evaluation.view import View
 
         contenders = [Contender.parse(text) for text in self.decoders]
@@ -109,28 +102,23 @@ class Evaluate:
             max_new_tokens=self.max_new_tokens,
             spare=spare_tokens(entries, self.budgets),
         )
-        setup = RunSettings(self._setup(entries, sets, filters))
-        done = held(self.output, setup)
         code = exits.left_out(unread + refused)
-        cut_torn(self.output)
-        if key(setup) not in done:
-            append(self.output, setup)
 
-        rows = measurements(
-            entries,
-            sets,
-            samplings=samplings,
-            budgets=self.budgets,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            timed=0 if self.tau_only else self.timed or None,
-            plain_dtypes=self.plain_dtypes,
-            weights=self.weights,
-            done=done,
-        )
-        for row in rows:
-            if key(row) not in done:
-                append(self.output, row)
+        def measure(done):
+            return measurements(
+                entries,
+                sets,
+                samplings=samplings,
+                budgets=self.budgets,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+                timed=0 if self.tau_only else self.timed or None,
+                plain_dtypes=self.plain_dtypes,
+                weights=self.weights,
+                done=done,
+            )
+
+        resume(self.output, self._setup(entries, sets, filters), measure)
         print(markdown(View(read_rows(self.output))))
         return code
 
@@ -144,23 +132,13 @@ class Evaluate:
             )
         check_writable("output", self.output)
 
-    def _setup(self, entries, sets: dict[str, list[list[int]]], filters) -> dict:
+    def _setup(self, entries, sets: dict[str, list[list[int]]], filters):
         """Settings that all results of one file share; temperatures and timings may differ."""
-        from jaxspec.evaluation.comparison import filters_in_use, fingerprints, machine
+        from jaxspec.evaluation.comparison import run_settings
 
-        return {
-            "target": entries[0].target.name,
-            "decoders": list(self.decoders),
-            **fingerprints(entries),
-            "prompts": {name: len(rows) for name, rows in sets.items()},
-            "prompts_sha256": hashlib.sha256(json.dumps(sets).encode()).hexdigest()[:16],
-            "thinking": self.thinking,
-            "timed": self.timed,
-            "max_new_tokens": self.max_new_tokens,
-            "budgets": self.budgets,
-            "batch_size": self.batch_size,
-            "plain_dtypes": self.plain_dtypes,
-            **({"weights": self.weights} if self.weights != "dequantised" else {}),
-            **filters_in_use(filters),
-            **machine(),
-        }
+        names = ("decoders", "thinking", "timed", "max_new_tokens", "budgets", "batch_size")
+        options = {name: getattr(self, name) for name in (*names, "plain_dtypes")}
+        options["prompts_sha256"] = hashlib.sha256(json.dumps(sets).encode()).hexdigest()[:16]
+        if self.weights != "dequantised":
+            options["weights"] = self.weights
+        return run_settings(entries, sets, filters, **options)

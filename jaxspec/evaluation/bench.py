@@ -13,10 +13,8 @@ from jaxspec.evaluation import measure
 from jaxspec.evaluation import metrics as m
 from jaxspec.evaluation.contenders import Contender, Entry, load_entries
 from jaxspec.evaluation.report import table
-from jaxspec.evaluation.results import Row
+from jaxspec.evaluation.results import PHASES, PLAIN, Row
 from jaxspec.evaluation.view import ALL, Line, View, best_plain, is_plain, total
-
-PHASES = ("draft", "grow", "verify", "commit")
 
 
 def bench_entries(
@@ -74,7 +72,7 @@ def bench_rows(view: View) -> list[dict[str, Any]]:
     for line in [best, *(line for line in lines if not is_plain(line))]:
         cost = view.cost(line)
         if line is best:
-            cost = next(c for c in view.costs if c.decoder == measure.PLAIN)
+            cost = next(c for c in view.costs if c.decoder == PLAIN)
         speedup = m.estimate(line.rate / best.rate)
         rows.append(
             {

@@ -20,7 +20,7 @@ import numpy as np
 from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.evaluation.metrics import calibration_error, reliability_bins
-from jaxspec.evaluation.walk import RecordedAnswer, observe, tabulate, walk
+from jaxspec.evaluation.walk import RecordedAnswer, observe_batches, tabulate, walk
 from jaxspec.models.target import Target
 
 BINS = 20
@@ -53,10 +53,6 @@ class Rollouts:
         """Masks [R] bool: rounds in which the slot's outcome is known, and in which it
         survives."""
         return self.limit > slot, self.accepted > slot
-
-    def take(self, rounds: np.ndarray) -> Rollouts:
-        """Some of the rounds."""
-        return Rollouts(self.logits[rounds], self.accepted[rounds], self.limit[rounds])
 
 
 def survival_of(logits: np.ndarray, temperatures: Sequence[float]) -> np.ndarray:
@@ -204,10 +200,8 @@ def rollouts(
     )
     logits, accepted, limit = [], [], []
     loaded = LoadedDrafter(chain, params)
-    for start in range(0, len(answers), batch):
-        some = answers[start : start + batch]
-        seen = observe(target, [loaded], some, batch=batch)
-        tables = tabulate(seen, some, loaded, seen.states[0])
+    for some, seen in observe_batches(target, [loaded], answers, batch=batch):
+        tables = tabulate(seen, some, loaded, *seen.states)
         for answer, table in zip(some, tables, strict=True):
             _, visited = walk(answer, table, chain.size)
             anchors = np.array(visited, int)

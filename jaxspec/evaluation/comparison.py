@@ -179,15 +179,8 @@ def evaluate(
     for rows in sets.values():
         for row in rows:
             check_positions(entries[0].target.config, len(row), max_new_tokens, spare)
-    settings = {
-        "target": entries[0].target.name,
-        "decoders": [entry.contender.name for entry in entries],
-        "prompts": {name: len(rows) for name, rows in sets.items()},
-        "max_new_tokens": max_new_tokens,
-        **filters_in_use(filters),
-        **fingerprints(entries),
-        **machine(),
-    }
+    names = [entry.contender.name for entry in entries]
+    options = dict(decoders=names, max_new_tokens=max_new_tokens)
     rows = measurements(
         entries,
         sets,
@@ -198,22 +191,30 @@ def evaluate(
         timed=timed,
         plain_dtypes=plain_dtypes,
     )
-    return Evaluation((RunSettings(settings), *rows))
+    return Evaluation((run_settings(entries, sets, filters, **options), *rows))
 
 
-def filters_in_use(filters: Mapping[str, float]) -> dict[str, float]:
-    """The filters of sampling, for the setup of results; none where all are off."""
-    off = Sampling()
-    return dict(filters) if any(x != getattr(off, name) for name, x in filters.items()) else {}
+def run_settings(
+    entries: Sequence[Entry], sets: measure.Sets, filters: Mapping[str, float], **options
+) -> RunSettings:
+    """The settings of a run: its options, and what tells its models and machine from others.
 
-
-def fingerprints(entries: Sequence[Entry]) -> dict[str, Any]:
-    """What tells the models of an evaluation from others of the same names."""
-    drafters = {entry.contender.drafter: entry.drafter for entry in entries}
-    return {
-        "fingerprint": fingerprint(entries[0].target),
-        "drafter_fingerprints": {name: fingerprint(x) for name, x in drafters.items()},
-    }
+    Args:
+      filters: of sampling; they are left out where all are off.
+    """
+    off, drafters = Sampling(), {entry.contender.drafter: entry.drafter for entry in entries}
+    filtered = any(x != getattr(off, name) for name, x in filters.items())
+    return RunSettings(
+        {
+            "target": entries[0].target.name,
+            "prompts": {name: len(rows) for name, rows in sets.items()},
+            **options,
+            **(filters if filtered else {}),
+            "fingerprint": fingerprint(entries[0].target),
+            "drafter_fingerprints": {name: fingerprint(x) for name, x in drafters.items()},
+            **machine(),
+        }
+    )
 
 
 def machine() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from jaxspec.evaluation.contenders import Contender, Entry
 from jaxspec.evaluation.metrics import reliability_bins
 from jaxspec.evaluation.phases import phase_costs, verify_costs
 from jaxspec.evaluation.results import (
+    PLAIN,
     Branches,
     Costs,
     Done,
@@ -28,7 +29,6 @@ from jaxspec.evaluation.results import (
 from jaxspec.evaluation.speed import Run, plain_forms, runner, take_turns
 from jaxspec.models.target import Target
 
-PLAIN = "plain"
 Sets = Mapping[str, Sequence[list[int]]]  # prompts as token ids, by the name of their set
 
 
@@ -93,7 +93,7 @@ class _Walks:
         )
 
     def rows(self, sampling: Sampling, done: Done):
-        temperature = sampling.temperature
+        temperature, dtype = sampling.temperature, self.entries[0].contender.dtype
         walks = [(e.contender.name, budget) for e in self.entries for budget in self.budgets[e]]
         for name, rows in self.sets.items():
             if _known(done, "walk", name, temperature, walks):
@@ -116,15 +116,11 @@ class _Walks:
                     budget = self.budgets[entry][-1]
                     yield Reliability(name, temperature, c.name, budget, bins.tolist())
             for drafter, found in gaps.items():
-                yield Branches(name, temperature, drafter, self._dtype, found)
+                yield Branches(name, temperature, drafter, dtype, found)
             for entry in self.entries:
                 own = tables[self.first[entry]]
                 for budget in self.budgets[entry]:
                     yield self._rounds(entry, name, temperature, budget, answers, own)
-
-    @property
-    def _dtype(self) -> str:
-        return self.entries[0].contender.dtype
 
     def _tables(self, answers: list[w.RecordedAnswer], name: str):
         """The tables of all answers per walk, and the branch gaps per drafter."""
@@ -137,14 +133,12 @@ class _Walks:
             if not self.target.config.delta_layers  # see `walk.branch_gaps`
             if len(e.drafter.drafter.parts) == 1
         }
-        for start in tqdm(
-            range(0, len(answers), self.batch), desc=f"walk {name}", unit="batch", leave=False
+        options = dict(batch=self.batch, capacity=self.capacity)
+        batches = w.observe_batches(self.target, [*self.drafters.values()], answers, **options)
+        total = -(-len(answers) // self.batch)
+        for batch, observed in tqdm(
+            batches, desc=f"walk {name}", unit="batch", total=total, leave=False
         ):
-            batch = answers[start : start + self.batch]
-            drafters = list(self.drafters.values())
-            observed = w.observe(
-                self.target, drafters, batch, batch=self.batch, capacity=self.capacity
-            )
             states = dict(zip(self.drafters, observed.states, strict=True))
             for entry, walked in self.walked.items():
                 tables[entry] += w.tabulate(observed, batch, walked, states[id(entry.drafter)])

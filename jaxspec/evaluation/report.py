@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxspec.evaluation import metrics as m
+from jaxspec.evaluation.results import PHASES
 from jaxspec.evaluation.view import (
     ALL,
     Line,
@@ -186,13 +187,12 @@ def speed_table(view: View, lines: Sequence[Line]) -> str:
 
 
 def cost_table(view: View) -> str:
-    phases = ("draft", "grow", "verify", "commit")
     rows = []
     for cost in view.costs:
-        cells = [cost.phases[phase] for phase in phases]
+        cells = [cost.phases[phase] for phase in PHASES]
         shown = ["" if ms is None else f"{ms:.1f}" for ms in cells]
         rows.append([cost.decoder, cost.dtype, str(cost.budget), *shown, f"{total(cost):.1f}"])
-    return table(["decoder", "dtype", "budget", *phases, "round"], rows, left=2)
+    return table(["decoder", "dtype", "budget", *PHASES, "round"], rows, left=2)
 
 
 def verify_table(view: View) -> str:

@@ -9,15 +9,16 @@
 - ``verify``: milliseconds of a forward over n nodes (`Verify`).
 
 A class's `identity` names the fields by which its rows in one run differ. Tables and pictures
-can be made from the file alone (`python -m jaxspec report`), and an interrupted run resumes
-from it (`held`).
+can be made from the file alone (`python -m jaxspec report`), and an interrupted run goes on in
+it (`resume`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +26,9 @@ import numpy as np
 
 from jaxspec.data.jsonl import numbered_lines
 from jaxspec.decoding.stats import DecodeStats
+
+PLAIN = "plain"  # the drafter of plain decoding
+PHASES = ("draft", "grow", "verify", "commit")  # of a round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +139,7 @@ class Costs:
     """Milliseconds of each phase of a round at batch 1, medians.
 
     Attributes:
-      phases: draft, grow (None if it cannot be separated from draft), verify, commit.
+      phases: by `PHASES`; grow is None if it cannot be separated from draft.
     """
 
     decoder: str
@@ -208,9 +212,33 @@ def read_rows(path: str | Path, kinds: Mapping[str, type] = KINDS) -> list[Row]:
     return rows
 
 
+def resume(
+    path: Path,
+    setup: RunSettings,
+    measure: Callable[[Done], Iterable[Row]],
+    kinds: Mapping[str, type] = KINDS,
+) -> None:
+    """Appends the setup and the rows of `measure` that a file does not hold yet, as they come.
+
+    Args:
+      measure: yields rows, given the keys of those held, which it may leave out.
+      kinds: classes of the rows, by `kind`.
+
+    Raises:
+      ValueError: as `held`; the file is then as it was.
+    """
+    done = held(path, setup, kinds)
+    _cut_torn(path)
+    for row in itertools.chain([setup], measure(done)):
+        if key(row) not in done:
+            append(path, row)
+            done.add(key(row))
+
+
 def held(path: Path, setup: RunSettings, kinds: Mapping[str, type] = KINDS) -> set[Key]:
-    """Keys of the rows already in a file of the same setup; none without a file. An incomplete
-    last line is ignored, see `cut_torn`.
+    """Keys of the rows in a file of the same setup; none without a file.
+
+    An incomplete last line, as an interruption leaves it, is ignored.
 
     Args: kinds: classes of its rows, by `kind`.
 
@@ -252,8 +280,7 @@ def _change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return f"{name} was {old[name]!r}, now it is {now}"
 
 
-def cut_torn(path: Path) -> None:
-    """Removes an incomplete last line, as an interruption leaves it."""
+def _cut_torn(path: Path) -> None:
     if path.exists() and (torn := _torn(path)):
         with path.open("r+b") as stream:
             stream.truncate(path.stat().st_size - len(torn))

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxspec.evaluation import metrics as m
 from jaxspec.evaluation.results import (
+    PLAIN,
     Branches,
     Costs,
     Reliability,
@@ -141,7 +142,7 @@ class View:
 
     def plain_ms(self) -> float | None:
         """Milliseconds of a round of the fastest plain decoding."""
-        rounds = [total(c) for c in self.costs if c.decoder == "plain"]
+        rounds = [total(c) for c in self.costs if c.decoder == PLAIN]
         return min(rounds, default=None)
 
     def theoretical(self, line: Line) -> float | None:
@@ -177,7 +178,7 @@ def _check_prompts(lines: Sequence[Line]) -> None:
 
 
 def is_plain(line: Line) -> bool:
-    return line.label.drafter == "plain"
+    return line.label.drafter == PLAIN
 
 
 def best_plain(lines: Sequence[Line]) -> Line:

@@ -156,6 +156,20 @@ def observe(
     return Observed(requests.tokens, truth, start, noise, state.cache, state.drafter)
 
 
+def observe_batches(
+    target: Target,
+    drafters: Sequence[LoadedDrafter],
+    answers: Sequence[RecordedAnswer],
+    *,
+    batch: int,
+    capacity: int | None = None,
+) -> Iterator[tuple[Sequence[RecordedAnswer], Observed]]:
+    """`observe` on `batch` answers at a time, with these answers."""
+    for start in range(0, len(answers), batch):
+        some = answers[start : start + batch]
+        yield some, observe(target, drafters, some, batch=batch, capacity=capacity)
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """A drafter's trees at every anchor of one answer.
@@ -200,7 +214,8 @@ def at_every_anchor(
 
     Args:
       find: a static function, compiled with the drafter.
-      state: the drafter's, one of `observed.states`.
+      state: the drafter's, one of `observed.states`; other arrays that `find` reads may be
+        beside it.
     """
     anchors = max(answer.new_tokens for answer in answers)
     parts = []

@@ -27,11 +27,12 @@ def walked(monkeypatch):
         nodes = np.tile(np.arange(1, depth + 1), (12, 1))
         return [measure.w.Table(nodes, np.full(12, size), np.full((12, size), -1.0))]
 
-    def observe(target, drafters, *_, **__):
-        return types.SimpleNamespace(states=[f"of {x.drafter.depth}" for x in drafters])
+    def observe_batches(target, drafters, answers, **_):
+        states = [f"of {x.drafter.depth}" for x in drafters]
+        yield answers, types.SimpleNamespace(states=states)
 
     monkeypatch.setattr(measure.w, "record", lambda *_, **__: [ANSWER])
-    monkeypatch.setattr(measure.w, "observe", observe)
+    monkeypatch.setattr(measure.w, "observe_batches", observe_batches)
     monkeypatch.setattr(measure.w, "tabulate", tabulate)
     return found
 
