@@ -12,6 +12,7 @@ Speculative Decoding" (arXiv 2408.07978), for chains.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,7 @@ class Noise:
         return rows(self.key, positions[:, None] + jnp.arange(count), tokens)
 
 
+@functools.partial(jax.jit, inline=True)  # traced once for all numbers of rows and positions
 def _gumbel(
     key: Key[Array, ""], position: Int[Array, ""], tokens: Int[Array, " V"]
 ) -> Float[Array, " V"]:

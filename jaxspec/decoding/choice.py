@@ -16,6 +16,8 @@ from jaxspec.trees.candidates import likeliest
 ROWS_AT_ONCE, NODES_AT_ONCE = 8, 16  # sampled at a time, to bound the memory of [., ., V]
 
 
+# Traced once for all programs with these shapes, and part of each: the same program as without.
+@functools.partial(jax.jit, static_argnames="max_depth", inline=True)
 def choose(
     logits: jax.Array,
     depths: jax.Array,

@@ -9,6 +9,7 @@ import pytest
 
 from jaxspec.api import generate
 from jaxspec.config import TreeConfig
+from jaxspec.decoding import choice
 from jaxspec.decoding.choice import choose
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.penalties import Written
@@ -59,10 +60,26 @@ def test_choices_of_one_position_share_their_noise():
 def test_a_cpu_draws_for_one_tree_at_a_time():
     logits, zeros = jnp.zeros((2, 3, 64)), jnp.zeros((2, 3), jnp.int32)
     options, written = rows(batch=2), nothing_written(logits)
-    program = jax.jit(choose, static_argnames="max_depth")
-    lowered = program.lower(logits, zeros, zeros[:, 0], options, max_depth=4, written=written)
+    lowered = choose.lower(logits, zeros, zeros[:, 0], options, max_depth=4, written=written)
     assert "tensor<1x5x64xf32>" in lowered.as_text()  # noise of the five depths
     assert "tensor<2x5x64xf32>" not in lowered.as_text()
+
+
+def test_programs_of_the_same_shapes_share_one_trace(monkeypatch):
+    calls = []
+
+    def counted(*args):
+        calls.append(1)
+        return filtered(*args)
+
+    filtered = choice.filtered
+    monkeypatch.setattr(choice, "filtered", counted)
+    logits, zeros = jnp.zeros((1, 1, 67)), jnp.zeros((1, 1), jnp.int32)
+    options, written = rows(), nothing_written(logits)
+    for _ in range(2):
+        program = jax.jit(lambda x: choose(x, zeros, zeros[0], options, 0, written))
+        assert "while" in program.lower(logits).as_text()
+    assert len(calls) == 1
 
 
 def test_temperature_zero_is_argmax_beside_sampled_rows():

@@ -6,17 +6,22 @@ from jaxspec.api import generate
 from jaxspec.decoding.requests import check_capacity, decoder_for
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
+from jaxspec.drafters.plain import PLAIN
 from jaxspec.drafters.small_model import SmallModel
 from tests import tiny
 
-PROMPT = tiny.prompts(7)[0]
+PROMPTS = tiny.prompts(7) * 4
 ITSELF = LoadedDrafter(SmallModel(tiny.QWEN3), tiny.target().params)  # always right: 8 a round
 
 
-def run(max_new_tokens=40, stop_ids=None, drafter=ITSELF):
-    sampling = Sampling(stop_ids=stop_ids)
+def run(max_new_tokens=40, stop_ids=None, target=None, drafter=ITSELF, budget=None):
     return generate(
-        tiny.target(), PROMPT, drafter=drafter, max_new_tokens=max_new_tokens, sampling=sampling
+        target or tiny.target(),
+        PROMPTS,
+        drafter=drafter,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(stop_ids=stop_ids),
+        budget=budget,
     )[0]
 
 
@@ -42,7 +47,7 @@ def test_the_targets_own_stop_ids_are_the_default():
     reference = run(40).token_ids
     config = tiny.dataclasses.replace(tiny.QWEN3, eos_token_ids=(reference[4],))
     target = tiny.Target("tiny", config, tiny.target().params)
-    out = generate(target, PROMPT, max_new_tokens=40)[0]
+    out = run(40, target=target, drafter=PLAIN)
     assert out.token_ids == reference[: reference.index(reference[4]) + 1]
 
 
@@ -55,7 +60,7 @@ def test_tokens_rounds_and_nodes_agree():
 
 
 def test_the_budget_bounds_the_nodes_verified():
-    out = generate(tiny.target(), PROMPT, drafter=tiny.RANDOM, max_new_tokens=20, budget=5)[0]
+    out = run(20, drafter=tiny.RANDOM, budget=5)
     assert out.stats.nodes == out.stats.rounds * 5
 
 
@@ -94,6 +99,6 @@ def test_no_rounds_no_tau():
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_last_smaller_batch_is_padded(n):
-    prompts = tiny.prompts(3, 4, 5, 6)[: n + 2]
-    out = generate(tiny.target(), prompts, max_new_tokens=5, batch_size=2)
+    prompts = tiny.prompts(3, 4, 5, 6, 7, 8, 9)[: n + 4]
+    out = generate(tiny.target(), prompts, max_new_tokens=5, batch_size=4)
     assert [len(c.token_ids) for c in out] == [5] * len(prompts)

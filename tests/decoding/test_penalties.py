@@ -34,7 +34,7 @@ DRAFTERS = {
 
 
 def tokens(sampling=MIXED, prompts=PROMPTS, **options):
-    options = dict(max_new_tokens=24, seed=3) | options
+    options = dict(max_new_tokens=24, seed=3, batch_size=4) | options
     done = generate(tiny.target(), prompts, sampling=sampling, **options)
     return [c.token_ids for c in done]
 
@@ -69,7 +69,7 @@ def test_plain_decoding_follows_the_definitions(sampling):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_trees_give_plain_decodings_tokens(name):
-    options = dict(drafter=DRAFTERS[name], max_new_tokens=24, seed=3)
+    options = dict(drafter=DRAFTERS[name], max_new_tokens=24, seed=3, batch_size=4)
     done = generate(tiny.target(), PROMPTS, sampling=MIXED, **options)
     assert [c.token_ids for c in done] == tokens()
     assert max(max(c.stats.committed) for c in done) > 2  # through branches, not roots alone

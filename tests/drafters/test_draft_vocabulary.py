@@ -19,8 +19,13 @@ from tests.drafters import cases
 from tests.slow import slow_but
 
 KEPT = [1, 2, 4, 5, 8, 9]  # of 0 … 10
-PROMPTS = tiny.prompts(1, 5, 17)
-SAMPLINGS = [Sampling(), Sampling(temperature=0.7), Sampling(temperature=1, top_p=0.9)]
+PROMPTS = tiny.prompts(1, 5, 17, 3)
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=0.7),
+    Sampling(temperature=1, top_p=0.9),
+    Sampling(),
+]
 TREES = {
     "dspark": TreeConfig("chain", size=8),
     "jetspec": TreeConfig("best_first", size=16, width=3),

@@ -114,8 +114,13 @@ def test_a_draft_depends_on_the_rows_before_it_alone():
     np.testing.assert_allclose(trees[0].scores, trees[1].scores, rtol=1e-5)
 
 
-SAMPLINGS = [Sampling(), Sampling(temperature=0.7), Sampling(temperature=1, top_p=0.9)]
-PROMPTS = tiny.prompts(1, 5, 17)
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=0.7),
+    Sampling(temperature=1, top_p=0.9),
+    Sampling(),
+]
+PROMPTS = tiny.prompts(1, 5, 17, 3)
 
 
 def outputs(**options):

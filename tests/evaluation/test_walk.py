@@ -19,7 +19,7 @@ from tests.drafters import cases
 from tests.slow import slow_but
 
 SIZE, NEW = 16, 24
-PROMPTS = tiny.prompts(3, 17, 30)
+PROMPTS = tiny.prompts(3, 17, 30, 5)
 SMALL = dataclasses.replace(tiny.QWEN3, num_layers=1)
 DRAFTERS = {
     "lookup": LoadedDrafter(PromptLookup(size=SIZE, depth=5)),
@@ -69,7 +69,7 @@ def test_a_walk_counts_what_decoding_counts(recorded, name):
             drafter=DRAFTERS[name],
             max_new_tokens=NEW,
             sampling=sampling,
-            seed=[0, 1, 2],
+            seed=[0, 1, 2, 3],
             budget=budget,
         )
         pairs = zip(answers, tables, strict=True)
