@@ -80,7 +80,9 @@ class Bench:
         options = dict(max_new_tokens=self.max_new_tokens)
         sets, refused = encoded(entries[0].target, texts, thinking=self.thinking, **options)
         code = exits.left_out(unread + refused)
-        setup = run_settings(entries, sets, filters, dtype=dtype, **options)
+        setup = run_settings(
+            entries, sets, filters, decoders=self.drafters, dtype=dtype, **options
+        )
         rows = (setup, *bench(entries, sets, sampling=sampling, **options))
         if self.output is not None:
             Evaluation(rows).save(self.output)

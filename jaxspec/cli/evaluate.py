@@ -136,9 +136,9 @@ class Evaluate:
         """Settings that all results of one file share; temperatures and timings may differ."""
         from jaxspec.evaluation.comparison import run_settings
 
-        names = ("decoders", "thinking", "timed", "max_new_tokens", "budgets", "batch_size")
-        options = {name: getattr(self, name) for name in (*names, "plain_dtypes")}
-        options["prompts_sha256"] = hashlib.sha256(json.dumps(sets).encode()).hexdigest()[:16]
+        options = {"prompts_sha256": hashlib.sha256(json.dumps(sets).encode()).hexdigest()[:16]}
+        names = ("thinking", "timed", "max_new_tokens", "budgets", "batch_size", "plain_dtypes")
+        options |= {name: getattr(self, name) for name in names}
         if self.weights != "dequantised":
             options["weights"] = self.weights
-        return run_settings(entries, sets, filters, **options)
+        return run_settings(entries, sets, filters, decoders=self.decoders, **options)

@@ -179,8 +179,9 @@ def evaluate(
     for rows in sets.values():
         for row in rows:
             check_positions(entries[0].target.config, len(row), max_new_tokens, spare)
-    names = [entry.contender.name for entry in entries]
-    options = dict(decoders=names, max_new_tokens=max_new_tokens)
+    setup = run_settings(
+        entries, sets, filters, decoders=list(decoders), max_new_tokens=max_new_tokens
+    )
     rows = measurements(
         entries,
         sets,
@@ -191,27 +192,34 @@ def evaluate(
         timed=timed,
         plain_dtypes=plain_dtypes,
     )
-    return Evaluation((run_settings(entries, sets, filters, **options), *rows))
+    return Evaluation((setup, *rows))
 
 
 def run_settings(
-    entries: Sequence[Entry], sets: measure.Sets, filters: Mapping[str, float], **options
+    entries: Sequence[Entry],
+    sets: measure.Sets,
+    filters: Mapping[str, float],
+    *,
+    decoders: Sequence[str],
+    **options,
 ) -> RunSettings:
     """The settings of a run: its options, and what tells its models and machine from others.
 
     Args:
       filters: of sampling; they are left out where all are off.
+      decoders: the entries as the user gave them.
     """
     off, drafters = Sampling(), {entry.contender.drafter: entry.drafter for entry in entries}
     filtered = any(x != getattr(off, name) for name, x in filters.items())
     return RunSettings(
         {
             "target": entries[0].target.name,
+            "decoders": decoders,
+            "fingerprint": fingerprint(entries[0].target),
+            "drafter_fingerprints": {name: fingerprint(x) for name, x in drafters.items()},
             "prompts": {name: len(rows) for name, rows in sets.items()},
             **options,
             **(filters if filtered else {}),
-            "fingerprint": fingerprint(entries[0].target),
-            "drafter_fingerprints": {name: fingerprint(x) for name, x in drafters.items()},
             **machine(),
         }
     )
