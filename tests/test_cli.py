@@ -154,6 +154,7 @@ def test_a_seed_follows_the_prompts_place_not_its_batch(folder, tmp_path, capsys
         max_new_tokens=8,
         sampling=Sampling(1.0),
         seed=5,
+        batch_size=2,
     )
     assert outputs[0] == outputs[1] == [list(answer.token_ids) for answer in python]
 

@@ -1,5 +1,6 @@
 """Streaming gives the text of `generate`, in pieces."""
 
+import jax
 import pytest
 
 from jaxspec.api import generate, stream
@@ -19,9 +20,11 @@ VOCABULARY = ["<end>", "a", "b", "c", "Ġa", "Ġb", "Ã", "©", "Ċ", "d", "e"]
 
 @pytest.fixture(scope="module")
 def target() -> Target:
+    """Bound to a device, as weights that are read from files: else rounds after a stop text
+    would be compiled once more."""
     tokenizer = Tokenizer.from_bpe(VOCABULARY, [], special=[0], eos=0, chat_template=None)
-    model = tiny.target()
-    return Target("tiny", model.config, model.params, tokenizer)
+    params = jax.device_put(tiny.target().params, jax.devices()[0])
+    return Target("tiny", tiny.QWEN3, params, tokenizer)
 
 
 @pytest.mark.parametrize("temperature", [0.8, 1.5])

@@ -8,16 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxspec.decoding.fitting import doubling_sizes
+from jaxspec.decoding import habit as habits
 from jaxspec.decoding.habit import (
     KINDS,
     PATIENCE,
     UNKNOWN,
-    choose_size,
     foresee,
     init_habit,
-    learn,
-    probe,
     rested,
 )
 from jaxspec.decoding.prefill import prefill
@@ -38,6 +35,10 @@ from jaxspec.decoding.state import Draft
 from jaxspec.trees.tree import chain
 from tests import tiny
 from tests.serving import engines
+
+# Step by step they would be dozens of small programs.
+learn, choose_size = jax.jit(habits.learn), jax.jit(habits.choose_size)
+probe = jax.jit(habits.probe, static_argnums=1)
 
 
 def habit(**changes):
@@ -199,7 +200,7 @@ def test_the_size_of_a_round_does_not_depend_on_its_draft():
     """A sure and a doubtful drafter, of which older rounds say the same. Chains that are drawn
     from them would be biased otherwise (`decoding.budget`)."""
     loaded = engines.DRAFTERS["survival chain"]
-    sizes = doubling_sizes(1, loaded.drafter.size, 8)
+    sizes = VerifySize(1, 1), VerifySize(8, 8)
     seconds = Staircase.of(sizes, [1 + 0.1 * size.total for size in sizes])
 
     def rounds_by_size(temperature):

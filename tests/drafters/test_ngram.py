@@ -77,7 +77,7 @@ def test_behind_a_drafter_shorter_matches_are_ignored_too(min_match, copied):
     history, last = jnp.array([[1, 2, 9, 9, 3, 2, 0, 0]]), jnp.array([5])
     drafted = root_only(jnp.array([2]), size=4)
     lookup = PromptLookup(size=4, depth=2, min_match=min_match)
-    tree, _ = lookup.behind(drafted, history, last, jnp.array([4]))
+    tree, _ = jax.jit(lookup.behind)(drafted, history, last, jnp.array([4]))
     assert tree.tokens[0, tree.valid[0]].tolist() == [2, 9, 9][: 1 + copied]
 
 

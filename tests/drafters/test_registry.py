@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -114,15 +115,18 @@ def test_ones_own_drafter_from_the_command_line(tmp_path, monkeypatch, capsys, s
 
 def test_followers_drafts_what_followed_last():
     drafter = Followers(vocab=9, size=5)
-    state = drafter.init((), 1, 16)
     seen = jnp.array([[3, 4, 5, 3, 6, 8, 8]])  # the last is padding
-    state = drafter.observe((), state, Committed(seen, None, jnp.array([0]), jnp.array([6])))
-    tree, _ = drafter.draft((), state, jnp.array([4]), jnp.array([6]), jnp.array([5]))
-    assert tree.tokens[0].tolist() == [4, 5, 3, 6, 8]
-    tree, _ = drafter.draft((), state, jnp.array([4]), jnp.array([6]), jnp.array([3]))
-    assert tree.valid[0].tolist() == [True, True, True, False, False]
-    tree, _ = drafter.draft((), state, jnp.array([7]), jnp.array([6]), jnp.array([5]))
-    assert tree.valid[0].tolist() == [True, False, False, False, False]
+
+    @jax.jit
+    def draft(anchor, budget):
+        state = drafter.init((), 1, 16)
+        known = Committed(seen, None, jnp.array([0]), jnp.array([6]))
+        state = drafter.observe((), state, known)
+        return drafter.draft((), state, anchor[None], jnp.array([6]), budget[None])[0]
+
+    assert draft(4, 5).tokens[0].tolist() == [4, 5, 3, 6, 8]
+    assert draft(4, 3).valid[0].tolist() == [True, True, True, False, False]
+    assert draft(7, 5).valid[0].tolist() == [True, False, False, False, False]
 
 
 def test_a_drafter_of_an_earlier_protocol_is_refused(names):

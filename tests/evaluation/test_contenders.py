@@ -1,5 +1,6 @@
 """Contenders of an evaluation as drafters."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,12 +18,16 @@ def test_without_its_head_a_drafter_proposes_the_base_logits_argmax(kind):
     anchor, position = jnp.full(1, 3), jnp.zeros(1, jnp.int32)
     state = bare.drafter.init(bare.params, 1, 24)
     depth = bare.drafter.depth
-    drafted = bare.drafter.draft(bare.params, state, anchor, position, jnp.full(1, depth + 1))
-    stream = whole.drafter.stream(whole.params, state, anchor, position)
-    head = bind(whole.drafter.config, whole.params.head)
-    base = head.logits(whole.params.vocabulary, stream)
-    tokens = drafted[0].tokens[0, 1 : depth + 1]
-    np.testing.assert_array_equal(tokens, base[0].argmax(-1))
+    budget = jnp.full(1, depth + 1)
+    drafted = cases.draft(bare.drafter, bare.params, state, anchor, position, budget)
+
+    @jax.jit
+    def base(params):
+        stream = whole.drafter.stream(params, state, anchor, position)
+        return bind(whole.drafter.config, params.head).logits(params.vocabulary, stream)
+
+    tokens = drafted.tokens[0, 1 : depth + 1]
+    np.testing.assert_array_equal(tokens, base(whole.params)[0].argmax(-1))
 
 
 @pytest.mark.parametrize("tree", ["chain", "path_conditioned"])

@@ -63,14 +63,17 @@ def random_trees(keys, counts, size):
 
 
 @jax.jit
-def run(arrays, memory, window, kernel, inputs, bits, lengths):
+def run(arrays, state, kernel, inputs, trees, lengths):
+    memory, window, bits = state.memory, state.window, ancestors(trees)
     kin = kinship(bits, lengths)
     out, updates = tree_delta_rule(*arrays, memory, bits, kin.begun)
     convolved = tree_convolution(kernel, inputs, window, kin.parents, kin.begun)
     return out, convolved, DeltaRows(arrays[1], updates, arrays[3], inputs)
 
 
-commit = jax.jit(lambda state, rows, starts, counts: state.write(rows, starts, counts))
+@jax.jit
+def commit(state, rows, paths, starts, counts):
+    return state.write(rows.take(paths), starts, counts)
 
 
 def draw_case(seed, size, decay, repeated, share):
@@ -109,8 +112,9 @@ def prefix_of(state, row):
 def test_a_tree_equals_the_recurrence_along_every_path(seed, size, decay, repeated, share):
     case = draw_case(seed, size, decay, repeated, share)
     trees, counts, arrays, state, kernel, inputs = case
-    bits, parents = ancestors(trees), np.asarray(trees.parents)
-    out, convolved, rows = run(arrays, *state_parts(state), kernel, inputs, bits, LENGTHS)
+    parents = np.asarray(trees.parents)
+    out, convolved, rows = run(arrays, state, kernel, inputs, trees, LENGTHS)
+    out, convolved = np.asarray(out), np.asarray(convolved)
     deepest = np.zeros((2, size), np.int32)
     accepted = np.zeros(2, np.int32)
     for row in range(2):
@@ -126,7 +130,7 @@ def test_a_tree_equals_the_recurrence_along_every_path(seed, size, decay, repeat
             if len(path) > accepted[row]:
                 deepest[row, : len(path)], accepted[row] = path, len(path)
     # Committing a path is running it as a chain.
-    found = commit(state, rows.take(deepest), LENGTHS, accepted)
+    found = jax.device_get(commit(state, rows, deepest, LENGTHS, accepted))
     for row in range(2):
         memory, window = prefix_of(state, row)
         path = deepest[row, : accepted[row]]
@@ -136,30 +140,25 @@ def test_a_tree_equals_the_recurrence_along_every_path(seed, size, decay, repeat
         np.testing.assert_array_equal(found.window[row], line[1 - TAPS :])
 
 
-def state_parts(state):
-    return state.memory, state.window
-
-
 def test_a_state_takes_in_no_rejected_node_and_stays_without_a_count():
     """Rows past the count may hold anything; a sequence without one stays bit for bit."""
     case = draw_case(3, 16, 0.9, False, (1.0, 1.0))
     trees, _, arrays, state, kernel, inputs = case
-    rows = run(arrays, *state_parts(state), kernel, inputs, ancestors(trees), LENGTHS)[2]
-    path = np.zeros((2, 16), np.int32)
-    path[0] = np.arange(16)
-    spoiled = jax.tree.map(lambda x: x.at[:, 3:].set(jnp.nan), rows.take(path))
-    cut = jax.tree.map(lambda x: x.at[:, 3:].set(7.0), rows.take(path))
+    rows = jax.device_get(run(arrays, state, kernel, inputs, trees, LENGTHS)[2])
+    path = np.tile(np.arange(16, dtype=np.int32), (2, 1))
+    rest = lambda x, value: np.concatenate([x[:, :3], np.full_like(x[:, 3:], value)], 1)  # noqa: E731
+    spoiled, cut = (jax.tree.map(lambda x, v=v: rest(x, v), rows) for v in (np.nan, 7.0))
     lengths = np.array([9, 5])
-    found = commit(state, spoiled, lengths, np.array([3, 0]))
+    found = jax.device_get(commit(state, spoiled, path, lengths, np.array([3, 0])))
     for name in ("memory", "window"):
         same, moved = getattr(found, name), getattr(state, name)
         np.testing.assert_array_equal(same[1], moved[1])
         assert np.isfinite(same).all() and (same[0] != moved[0]).any()
-    expected = commit(state, cut, lengths, np.array([3, 0]))
+    expected = commit(state, cut, path, lengths, np.array([3, 0]))
     np.testing.assert_array_equal(found.memory, expected.memory)
     # With one node more than was accepted the state is another.
-    wrong = commit(state, cut, lengths, np.array([4, 0]))
-    assert np.abs(wrong.memory[0] - expected.memory[0]).max() > 0.1
+    wrong = commit(state, cut, path, lengths, np.array([4, 0]))
+    assert np.abs(np.subtract(wrong.memory, expected.memory)[0]).max() > 0.1
 
 
 @pytest.mark.parametrize("chunk", [1, 16])

@@ -1,5 +1,6 @@
 """`layers.product`: einsum whose gradient stays as narrow as its operands, and its result."""
 
+import functools
 import re
 
 import jax
@@ -18,44 +19,42 @@ SPECS = {  # of every kind that is differentiated: dense, turned, ellipsis, atte
 }
 
 
-def gradients(einsum, spec, dtype):
+def operands(spec, dtype):
+    draw = np.random.default_rng(0)
+    return [jnp.asarray(draw.standard_normal(shape), dtype) for shape in SPECS[spec]]
+
+
+@functools.partial(jax.jit, static_argnames=("einsum", "spec"))
+def gradients(einsum, spec, x, y):
     """Of a weighted sum of the result, by both operands."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, y = (
-        jax.random.normal(key, shape).astype(dtype)
-        for key, shape in zip(keys[:2], SPECS[spec], strict=True)
-    )
-    weights = jax.random.normal(keys[2], jax.eval_shape(lambda: einsum(spec, x, y)).shape)
+    shape = jax.eval_shape(lambda: einsum(spec, x, y)).shape
+    weights = np.random.default_rng(1).standard_normal(shape)
     return jax.grad(lambda x, y: jnp.sum(weights * einsum(spec, x, y)), (0, 1))(x, y)
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_gradient_is_einsums(spec):
-    for found, expected in zip(
-        gradients(product, spec, jnp.float32),
-        gradients(jnp.einsum, spec, jnp.float32),
-        strict=True,
-    ):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    arrays = operands(spec, "float32")
+    found, expected = (gradients(einsum, spec, *arrays) for einsum in (product, jnp.einsum))
+    for own, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_narrow_operands_meet_narrow_slopes(spec):
     """In bfloat16 every product, forward and backward, has bfloat16 operands and a float32
     sum, and the gradient is einsum's but for rounding."""
-    text = jax.jit(lambda: gradients(product, spec, jnp.bfloat16)).lower().as_text()
+    arrays = operands(spec, "bfloat16")
+    text = gradients.lower(product, spec, *arrays).as_text()
     products = re.findall(r"dot_general.*: \((.*)\) -> (.*)", text)
     assert len(products) >= 2  # the forward product is not needed for its own gradient
-    for operands, result in products:
-        assert operands.count("xbf16>") == 2 and result.endswith("xf32>")
-    for found, exact in zip(
-        gradients(product, spec, jnp.bfloat16),
-        gradients(jnp.einsum, spec, jnp.float32),
-        strict=True,
-    ):
+    for given, result in products:
+        assert given.count("xbf16>") == 2 and result.endswith("xf32>")
+    exact = gradients(jnp.einsum, spec, *operands(spec, "float32"))
+    for found, expected in zip(gradients(product, spec, *arrays), exact, strict=True):
         assert found.dtype == jnp.bfloat16
-        scale = np.abs(exact).max()
-        np.testing.assert_allclose(found.astype(np.float32), exact, atol=0.03 * scale)
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(np.float32(found), expected, atol=0.03 * scale)
 
 
 def test_sums_are_rounded_once_to_the_result():

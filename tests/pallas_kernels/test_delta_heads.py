@@ -1,5 +1,7 @@
 """Heads of a gated delta net from its projection in one kernel, against their definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,9 @@ CASES = {
     "three values": (1, 6, 2, 3, 3, 16, 32, 4),
     "two taps": (2, 5, 1, 1, 1, 32, 16, 2),
 }
+
+definition = jax.jit(delta_heads, static_argnames=("key_dim", "implementation"))
+interpreted = functools.partial(delta_heads_triton, interpret=True)
 
 
 def make_inputs(name, dtype="float32"):
@@ -90,14 +95,14 @@ def check(found, expected, atol=5e-6):
 def test_both_implementations_compute_the_definition(name, dtype):
     arrays = make_inputs(name, dtype)
     expected = oracle(name, *arrays)
-    check(delta_heads(*arrays, **options(name)), expected)
-    check(delta_heads_triton(*arrays, **options(name), interpret=True), expected)
+    check(definition(*arrays, **options(name)), expected)
+    check(interpreted(*arrays, **options(name)), expected)
 
 
 def test_a_window_counts_only_after_a_prefix():
     inputs, *rest, window, parents, begun = make_inputs("qwen3.5")
     changed = jnp.where(begun[:, None, None, None], window, jnp.nan)
-    for run in (delta_heads, lambda *a, **o: delta_heads_triton(*a, **o, interpret=True)):
+    for run in (definition, interpreted):
         found, same = (
             run(inputs, *rest, x, parents, begun, **options("qwen3.5"))
             for x in (window, changed)

@@ -20,6 +20,8 @@ CASES = {
     "everything": (2, 1, 1, 3, 16, 4, True, True, True),
 }
 
+definition = jax.jit(rotary_heads, static_argnames=("eps", "dtype", "gated"))
+
 
 def make_inputs(name, dtype=np.float32):
     rows, padding, kv_heads, group, dim, pairs, biased, normed, gated = CASES[name]
@@ -69,7 +71,7 @@ def oracle(name, qkv, bias, q_gain, k_gain, cos, sin, eps=1e-6):
 def test_both_implementations_compute_the_definition(name):
     arrays = make_inputs(name)
     for found in (
-        rotary_heads(*arrays, **options(name)),
+        definition(*arrays, **options(name)),
         rotary_heads_triton(*arrays, **options(name), interpret=True),
     ):
         for actual, expected in zip(found, oracle(name, *arrays), strict=True):
@@ -79,9 +81,9 @@ def test_both_implementations_compute_the_definition(name):
 def test_a_narrow_projection_is_widened_first():
     qkv, *rest = make_inputs("qwen2")
     narrow = qkv.astype(jnp.bfloat16)
-    expected = rotary_heads(narrow.astype(jnp.float32), *rest, **options("qwen2"))
+    expected = definition(narrow.astype(jnp.float32), *rest, **options("qwen2"))
     for found in (
-        rotary_heads(narrow, *rest, **options("qwen2")),
+        definition(narrow, *rest, **options("qwen2")),
         rotary_heads_triton(narrow, *rest, **options("qwen2"), interpret=True),
     ):
         for actual, wanted in zip(found, expected, strict=True):

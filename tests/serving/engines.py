@@ -42,6 +42,7 @@ DRAFTERS = {
     ),
 }
 CONFIG = dict(slots=4, room=60, queue=64, chunk=16, max_nodes=8, top_logprobs=5)
+FEW = dict(slots=2, max_nodes=2)  # the fewest programs that show all parts
 SCHEDULES = {"fixed": Fixed(), "adaptive": Adaptive()}
 
 
@@ -55,13 +56,19 @@ def staircase(engine: Engine) -> Curve:
     return Curve(setup, seconds)
 
 
-def engine(drafter=LOOKUP, schedule=None, **options) -> Engine:
-    """A warm engine with the step times of `staircase`."""
+def cold(drafter=LOOKUP, schedule=None, **options) -> Engine:
+    """An engine with the step times of `staircase` that has compiled nothing."""
     schedule = SCHEDULES["adaptive"] if schedule is None else schedule
     config = EngineConfig(**(CONFIG | dict(schedule=schedule) | options))
     made = Engine(tiny.target(), drafter, config)
     if not isinstance(schedule, Fixed):
         made = Engine(tiny.target(), drafter, config, curve=staircase(made))
+    return made
+
+
+def engine(drafter=LOOKUP, schedule=None, **options) -> Engine:
+    """A warm engine with the step times of `staircase`."""
+    made = cold(drafter, schedule, **options)
     made.warm_up()
     return made
 

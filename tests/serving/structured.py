@@ -34,6 +34,7 @@ XML_TEMPLATE = (
 CONFIG = dataclasses.replace(
     tiny.QWEN3, vocab_size=len(VOCABULARY), eos_token_ids=(0,), max_positions=1024
 )
+SERVER = dict(room=900, chunk=32, slots=1)  # of an engine: its programs are compiled once
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from jaxspec.serving.kept_programs import KeptPrograms
 from jaxspec.serving.programs import Programs
 from jaxspec.serving.requests import Request
 from jaxspec.serving.runner import Runner
+from tests import tiny
 from tests.serving import engines
 from tests.serving.structured import grammars, target
 
@@ -118,15 +119,15 @@ def test_grammars_are_compiled_beside_the_requests_without(engine, compiled, mon
     assert compiled == before
 
 
-def test_a_request_that_waits_for_a_row_presses(engine):
-    config = EngineConfig(**OPTIONS, schedule=Adaptive())
-    made = Engine(engine.target, engines.LOOKUP, config, curve=engine.ready.curve)
+def test_a_request_that_waits_for_a_row_presses():
+    made = engines.cold(**engines.FEW)
     made.open()
     made.ready.beside = True
-    made.submit(Request(LONG, 20))
+    prompt = tuple(tiny.prompts(34)[0])
+    made.submit(Request(prompt, 20))
     made.step()
     assert not made.pressed
-    waits = made.submit(Request(LONG, 12))
+    waits = made.submit(Request(prompt, 12))
     while not made.pressed:
         assert all(update.id != waits or not update.finish for update in made.step())
     made.ready.prepare()

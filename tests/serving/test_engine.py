@@ -20,9 +20,8 @@ from jaxspec.serving.requests import QueueFull, Request
 from jaxspec.serving.runner import Runner
 from tests import tiny
 from tests.serving import engines
-from tests.serving.engines import alone, drain, requests, tokens
+from tests.serving.engines import FEW, alone, drain, requests, tokens
 
-FEW = dict(slots=2, max_nodes=2)  # the fewest programs that show all parts
 WARM = {}
 
 

@@ -79,7 +79,7 @@ def engine(drafter: str, schedule: str = "fixed", slots: int = 2) -> Engine:
     fixed = schedule == "fixed"
     plan = Fixed() if fixed else engines.SCHEDULES["adaptive"]
     limits = dict(slots=slots, room=96, chunk=16, max_nodes=24, throughput=True)
-    config = EngineConfig(schedule=plan, **limits)
+    config = EngineConfig(schedule=plan, top_logprobs=2, **limits)
     made = Engine(target(), DRAFTERS[drafter], config)
     if not fixed:
         made = Engine(target(), DRAFTERS[drafter], config, curve=engines.staircase(made))
@@ -274,10 +274,9 @@ def bits(words: np.ndarray, vocab: int) -> list[int]:
 
 
 def test_log_probabilities_beside_a_grammar_are_the_models_own():
-    limits = dict(slots=1, room=96, chunk=16, throughput=True, top_logprobs=2)
-    engine = Engine(target(), config=EngineConfig(schedule=Fixed(), **limits))
     prompt = tuple(tokenizer().encode("user: tool"))
-    (updates,) = answers(engine, [Request(prompt, 12, grammar=regex(REGEX), logprobs=0)])
+    asked = Request(prompt, 12, grammar=regex(REGEX), logprobs=0)
+    (updates,) = answers(engine("plain"), [asked])
     tokens = engines.tokens(updates)
     law = jax.nn.log_softmax(tiny.logits(target(), [*prompt, *tokens])[len(prompt) - 1 : -1])
     own = np.asarray(law)[np.arange(len(tokens)), list(tokens)]

@@ -38,8 +38,8 @@ class Person(pydantic.BaseModel):
 
 @pytest.fixture(scope="module")
 def port():
-    room = dict(room=900, chunk=32, slots=1)
-    with servers.serve(limits=Limits(), target=structured.target(), **room) as (port, runner):
+    own = dict(target=structured.target(), **structured.SERVER)
+    with servers.serve(limits=Limits(), **own) as (port, runner):
         yield port
         servers.await_idle(runner)
 

@@ -168,7 +168,7 @@ def test_thoughts_come_as_reasoning_content():
     target = structured.target()
     thinks = type(target)("tiny", target.config, target.params, structured.tokenizer(BEGUN))
     body = {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 8, "temperature": 0}
-    with servers.serve(limits=Limits(), target=thinks) as (port, _):
+    with servers.serve(limits=Limits(), target=thinks, **structured.SERVER) as (port, _):
         _, whole = servers.post(port, "/v1/chat/completions", json.dumps(body).encode())
         body["stream"] = True
         _, events = servers.post(port, "/v1/chat/completions", json.dumps(body).encode())

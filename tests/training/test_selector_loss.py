@@ -18,6 +18,13 @@ from tests.drafters import cases
 CONFIG = cases.KINDS["dflash2"]
 
 
+@functools.partial(jax.jit, static_argnames=("missing", "chunk"))
+def chosen(hidden, latent, candidates, truth, *, missing, chunk):
+    head, vocabulary, *_ = example()
+    arguments = (head, vocabulary, hidden, latent, candidates, truth)
+    return choices(*arguments, missing=missing, chunk=chunk)
+
+
 @functools.cache
 def example():
     """A head, its vocabulary, six positions, and the candidates of each."""
@@ -39,30 +46,31 @@ def example():
 def test_scores_are_those_of_decoding(chunk):
     head, vocabulary, hidden, latent, logits, candidates = example()
     truth = candidates[..., 2]
-    found = choices(
-        head, vocabulary, hidden, latent, candidates, truth, missing="inject", chunk=chunk
-    )
-    corrected = head.correct(vocabulary, logits, latent)
-    expected = jnp.take_along_axis(corrected, candidates, axis=-1)
+    found = chosen(hidden, latent, candidates, truth, missing="inject", chunk=chunk)
+    corrected = jax.jit(lambda: head.correct(vocabulary, logits, latent))()
+    expected = np.take_along_axis(np.asarray(corrected), np.asarray(candidates), axis=-1)
     np.testing.assert_allclose(found.scores, expected, atol=1e-4)
     assert bool(found.present.all()) and (found.place == 2).all()
 
 
 def test_a_missing_truth():
     """It takes the last candidate's place, or leaves all of them as they are."""
-    head, vocabulary, hidden, latent, logits, candidates = example()
-    truth = jnp.argmin(logits, axis=-1).astype(jnp.int32).at[0, 0].set(candidates[0, 0, 1])
-    arguments = (head, vocabulary, hidden, latent, candidates, truth)
-    injected = choices(*arguments, missing="inject", chunk=8)
+    head, _, *arrays = example()
+    hidden, latent, logits, candidates = map(np.asarray, arrays)
+    truth = np.argmin(logits, axis=-1).astype(np.int32)
+    truth[0, 0] = candidates[0, 0, 1]
+    injected = chosen(hidden, latent, candidates, truth, missing="inject", chunk=8)
     assert injected.place[0].tolist() == [1, 3, 3, 3, 3, 3]
     assert injected.present[0].tolist() == [True] + [False] * 5
-    everywhere = logits + latent @ head.sequential.output[...].T
-    own = jnp.take_along_axis(everywhere, truth[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(injected.scores[0, 1:, 3], own[0, 1:], atol=1e-4)
-    skipped = choices(*arguments, missing="skip", chunk=8)
-    np.testing.assert_allclose(skipped.scores[0, 0], injected.scores[0, 0])
-    assert not np.allclose(skipped.scores[0, 1, 3], injected.scores[0, 1, 3])
-    assert skipped.right[0, 1:].tolist() == [False] * 5
+    everywhere = logits + latent @ np.asarray(head.sequential.output[...]).T
+    own = np.take_along_axis(everywhere, truth[..., None], axis=-1)[..., 0]
+    scores = np.asarray(injected.scores)
+    np.testing.assert_allclose(scores[0, 1:, 3], own[0, 1:], atol=1e-4)
+    skipped = chosen(hidden, latent, candidates, truth, missing="skip", chunk=8)
+    kept = np.asarray(skipped.scores)
+    np.testing.assert_allclose(kept[0, 0], scores[0, 0])
+    assert not np.allclose(kept[0, 1, 3], scores[0, 1, 3])
+    assert np.asarray(skipped.right)[0, 1:].tolist() == [False] * 5
 
 
 @pytest.mark.parametrize(("missing", "matters"), [("inject", True), ("skip", False)])

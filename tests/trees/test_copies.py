@@ -14,6 +14,7 @@ from tests.trees.oracles import assert_same_paths, check_layout, paths, row
 WEIGHTS = np.array([0.1, 0.4, 0.7])  # after 1, 2, 3 and more equal tokens
 SIZE, DEPTH, CAPACITY = 12, 5, 30
 grow = jax.jit(with_copies, static_argnames="depth")
+merged = jax.jit(merge, static_argnames="size")
 
 
 def grown(tree, texts, budget, depth=DEPTH):
@@ -75,7 +76,7 @@ def random_trees(draw, anchors):
     tokens = jnp.asarray(draw.integers(0, 3, shape), jnp.int32)
     scores = jnp.asarray(np.cumsum(-draw.exponential(0.7, shape), axis=-1), jnp.float32)
     full = jnp.full(len(anchors), SIZE, jnp.int32)
-    return merge(jnp.asarray(anchors, jnp.int32), tokens, scores, size=SIZE, budget=full)
+    return merged(jnp.asarray(anchors, jnp.int32), tokens, scores, size=SIZE, budget=full)
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,7 +97,7 @@ def test_the_best_nodes_of_drafter_and_copies(seed):
 def one(anchor, tokens, scores):
     """A tree of one drafted chain."""
     scores = jnp.array([[scores]], jnp.float32)
-    return merge(
+    return merged(
         jnp.array([anchor]), jnp.array([[tokens]]), scores, size=SIZE, budget=jnp.array([SIZE])
     )
 
@@ -111,7 +112,7 @@ def test_a_copy_follows_a_drafted_token_and_a_repetition_goes_on():
 
 def test_a_copy_raises_the_child_it_agrees_with_and_lowers_the_others():
     text = [5, 8, 5]
-    drafted = merge(
+    drafted = merged(
         jnp.array([5]),
         jnp.array([[[8], [7]]]),
         jnp.log(jnp.array([[[0.3], [0.5]]])),

@@ -1,5 +1,6 @@
 """What a drawn tree shows."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_text_of_another_row(tree):
 
 
 def test_a_tree_without_probabilities_shows_none():
-    tree = merge(
+    tree = jax.jit(merge, static_argnames="size")(
         jnp.array([0]),
         jnp.array([[[1, 3], [1, 4]]]),
         jnp.zeros((1, 2, 2)),

@@ -84,11 +84,10 @@ def test_equally_good_nodes_keep_their_parents():
 
 
 def test_only_the_given_tokens_are_considered():
-    logits = random_logits(0, 1, 3, 50, sharpness=0.1)
+    logits = jnp.asarray(random_logits(0, 1, 3, 50, sharpness=0.1))
     kind = TreeConfig("top_budget", size=20)
-    tree = build_from_top(
-        kind, *top_log_probs(jnp.asarray(logits), 2), jnp.array([1]), jnp.array([20])
-    )
+    grow = jax.jit(lambda *given: build_from_top(kind, *top_log_probs(logits, 2), *given))
+    tree = jax.device_get(grow(jnp.array([1]), jnp.array([20])))
     assert len(set(tree.tokens[0][tree.depths[0] == 1].tolist())) == 2
     assert int(tree.valid.sum()) == 15  # the root and all of 2 + 4 + 8
 

@@ -7,15 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxspec.trees.tree import (
-    DraftTree,
-    ancestors,
-    chain,
-    chain_nodes,
-    pack_bits,
-    root_only,
-    unpack_bits,
-)
+from jaxspec.trees import tree
+from jaxspec.trees.tree import DraftTree, chain_nodes, root_only
+
+# Operation by operation they would be dozens of small programs.
+ancestors, pack_bits = jax.jit(tree.ancestors), jax.jit(tree.pack_bits)
+unpack_bits = jax.jit(tree.unpack_bits, static_argnums=1)
+chain = jax.jit(tree.chain, static_argnames="size")
 
 
 def tree_of(parents) -> DraftTree:
@@ -53,7 +51,7 @@ def test_ancestors_equal_a_walk_to_the_root(n):
             while at != -1:
                 expected[b, node, at] = True
                 at = parents[b, at]
-    got = jax.jit(ancestors)(tree_of(parents))
+    got = ancestors(tree_of(parents))
     assert got.shape == (2, n, -(-n // 32))
     np.testing.assert_array_equal(unpack_bits(got, n), expected)
 
@@ -80,29 +78,29 @@ def test_nodes_of_chains():
 
 
 def test_root_only():
-    tree = root_only(jnp.array([7, 8]), size=3)
-    assert tree.tokens.tolist() == [[7, 0, 0], [8, 0, 0]]
-    assert tree.parents.tolist() == [[-1] * 3] * 2
-    assert tree.depths.tolist() == [[0] * 3] * 2
-    assert tree.scores.tolist() == [[0.0, -np.inf, -np.inf]] * 2
-    assert tree.valid.tolist() == [[True, False, False]] * 2
+    found = root_only(jnp.array([7, 8]), size=3)
+    assert found.tokens.tolist() == [[7, 0, 0], [8, 0, 0]]
+    assert found.parents.tolist() == [[-1] * 3] * 2
+    assert found.depths.tolist() == [[0] * 3] * 2
+    assert found.scores.tolist() == [[0.0, -np.inf, -np.inf]] * 2
+    assert found.valid.tolist() == [[True, False, False]] * 2
 
 
 def test_chain_keeps_the_first_tokens_and_sums_their_log_probs():
-    tree = chain(
+    found = chain(
         jnp.array([9, 9]),
         jnp.array([[1, 2, 3], [4, 5, 6]]),
         jnp.array([3, 1]),
         jnp.array([[-1.0, -2.0, -4.0], [-0.5, -1.0, -1.0]]),
     )
-    assert tree.tokens.tolist() == [[9, 1, 2, 3], [9, 4, 0, 0]]
-    assert tree.parents.tolist() == [[-1, 0, 1, 2], [-1, 0, -1, -1]]
-    assert tree.depths.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
-    assert tree.scores.tolist() == [[0, -1, -3, -7], [0, -0.5, -np.inf, -np.inf]]
+    assert found.tokens.tolist() == [[9, 1, 2, 3], [9, 4, 0, 0]]
+    assert found.parents.tolist() == [[-1, 0, 1, 2], [-1, 0, -1, -1]]
+    assert found.depths.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
+    assert found.scores.tolist() == [[0, -1, -3, -7], [0, -0.5, -np.inf, -np.inf]]
 
 
 @pytest.mark.parametrize("size, tokens", [(2, [9, 1]), (5, [9, 1, 2, 0, 0])])
 def test_chain_is_cut_or_padded_to_its_size(size, tokens):
-    tree = chain(jnp.array([9]), jnp.array([[1, 2]]), jnp.array([2]), size=size)
-    assert tree.tokens.tolist() == [tokens]
-    assert int(tree.valid.sum()) == min(size, 3)
+    found = chain(jnp.array([9]), jnp.array([[1, 2]]), jnp.array([2]), size=size)
+    assert found.tokens.tolist() == [tokens]
+    assert int(found.valid.sum()) == min(size, 3)
