@@ -26,11 +26,7 @@ DRAFTER_HARMLESS = HARMLESS | {
     TEMPERATURES,
 }
 PREDICT_NEXT = ("sample_from_anchor", "query_zero_predicts_next")
-IDS = (
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 HEAD_TYPES = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}  # theirs to ours
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 REQUIRED = object()
 MOST = 10_000  # layers or experts
+SHOWN = 200  # characters of a value in a message
 
 
 class JsonConfig:
@@ -130,9 +131,11 @@ class JsonConfig:
         return found
 
     def refusal(self, key: str, expected: str) -> ValueError:
+        value = repr(self.values.get(key))
+        if len(value) > SHOWN:
+            value = f"{value[:SHOWN]}…"
         return ValueError(
-            f"{self.origin}: '{key}' is {self.values.get(key)!r}, which is not supported; "
-            f"expected {expected}"
+            f"{self.origin}: '{key}' is {value}, which is not supported; expected {expected}"
         )
 
     def make(self, config: type, **fields: Any) -> Any:

@@ -1,6 +1,6 @@
 """Grammars of answers: parsing them, once for all requests.
 
-A `Grammar` is parsed once and shared by all requests with its text; a `Matcher` is one answer's
+A `Grammar` is parsed once, for all requests that ask for it; a `Matcher` is one answer's
 position in it. The parsers are llguidance's (https://github.com/guidance-ai/llguidance), which
 limit their own steps, so a hostile grammar is refused or ends its own answer.
 """
@@ -12,7 +12,6 @@ import functools
 import re
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,39 +50,27 @@ class Lead:
         return "\n".join([*rules, text.replace("start:", "after:", 1)])
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Grammar:
     """The set of allowed answers.
 
     Attributes:
-      text: in llguidance's format.
-      lead: text before the grammar holds, if a token of its own ends it.
-      begin: that token, up to which answers need not be restricted; else None.
+      start: an `llguidance.LLMatcher` that has consumed nothing.
+      first: [ceil(V / 32)] uint32, bits of the tokens allowed first, after the lead.
+      ends: stop ids.
+      lead: text before the grammar holds, if a token of its own ends it; else None.
+      begin: that token; until it comes, answers are not restricted.
     """
 
-    def __init__(
-        self,
-        text: str,
-        start: Any,
-        first: np.ndarray,
-        ends: Sequence[int],
-        lead: Lead | None = None,
-        begin: int | None = None,
-    ):
-        """Args: start: a new `llguidance.LLMatcher`; first: bits of the tokens allowed first,
-        after the lead; ends: stop ids."""
-        self.text, self.lead, self.begin = text, lead, begin
-        self._start, self._first, self._ends = start, first, frozenset(ends)
-
-    def __eq__(self, other) -> bool:
-        own = lambda x: (x.text, x.lead)  # noqa: E731
-        return isinstance(other, Grammar) and own(self) == own(other)
-
-    def __hash__(self) -> int:
-        return hash((self.text, self.lead))
+    start: Any
+    first: np.ndarray
+    ends: frozenset[int]
+    lead: Lead | None
+    begin: int | None
 
     def matcher(self) -> Matcher:
         """A matcher at the start of an answer."""
-        return Matcher(self._start, self._first, self._ends, self.begin)
+        return Matcher(self.start, self.first, self.ends, self.begin)
 
 
 class Grammars:
@@ -131,7 +118,7 @@ class Grammars:
                 f"the grammar takes {seconds:.1f} s of CPU time to start; expected up to "
                 f"{CPU_SECONDS}"
             )
-        return Grammar(text, start, mask, self._config.eos_token_ids, lead, begin)
+        return Grammar(start, mask, frozenset(self._config.eos_token_ids), lead, begin)
 
     @functools.cached_property
     def _tokens(self):

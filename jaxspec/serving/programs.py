@@ -92,7 +92,7 @@ class Programs:
             capacity=self._capacity,
             max_new_tokens=request.max_new_tokens,
             budget=self._config.budget,
-            sampling=[request.packed_sampling(self._decoder.config)],
+            sampling=[request.sampling_before_grammar(self._decoder.config)],
             keys=request.keys,
             asked=request.asked,
         )
@@ -236,7 +236,7 @@ class Programs:
         )
 
     def resume_row(self, batch: Batch, request: Request, row: int) -> Batch:
-        """Lets a row go on that its grammar's beginning has stopped."""
+        """Lets a row go on that stopped where its grammar begins."""
         sampling = self.pack(dataclasses.replace(request, grammar=None)).sampling
         return resume_row(batch, sampling, np.int32(row))
 

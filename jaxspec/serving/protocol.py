@@ -159,7 +159,7 @@ def read_chat(body: Any, target: Target, config: EngineConfig, grammars: Grammar
     prompt = _chat(messages, tools, target, switches)
     thoughts = start_of(target.tokenizer, prompt)
     if strict and thoughts and (switches.get(THINKING) or thoughts == "prompt"):
-        if thoughts == "answer":  # with which it must begin then
+        if thoughts == "answer":  # the answer must begin with them
             prompt += target.tokenizer.encode(BEGIN, special=False)
         lead, thoughts = LEAD, "prompt"
         asked = asked[0], after_thoughts(asked[1])

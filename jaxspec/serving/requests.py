@@ -46,11 +46,11 @@ class Request:
     cache_salt: str = ""
     grammar: Grammar | None = None
 
-    def packed_sampling(self, config: TargetConfig) -> Sampling:
-        """How it samples until its grammar begins: the token that begins it stops the row, and
-        no stop id is chosen in a lead that an answer may not end in.
+    def sampling_before_grammar(self, config: TargetConfig) -> Sampling:
+        """Its sampling until its grammar holds: the token that ends the lead stops the row, and
+        a lead in which an answer may not end has no other stop ids.
 
-        Raises ValueError: as `stop_ids_of`.
+        Raises ValueError: see `stop_ids_of` and `Sampling`.
         """
         grammar = self.grammar
         if grammar is None or grammar.begin is None:
@@ -97,7 +97,7 @@ class Request:
             )
         if type(self.seed) is not int and not is_key(self.seed):
             raise ValueError(f"the seed is {self.seed!r}; expected an integer")
-        check_tokens(self.packed_sampling(config), config)
+        check_tokens(self.sampling_before_grammar(config), config)
         least = self.sampling.min_tokens
         if least > self.max_new_tokens:
             raise ValueError(

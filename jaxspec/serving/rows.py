@@ -79,7 +79,7 @@ def stop_rows(batch: Batch, stopped: jax.Array) -> Batch:
 
 @functools.partial(jax.jit, donate_argnames="batch")
 def resume_row(batch: Batch, sampling: SamplingRows, row: jax.Array) -> Batch:
-    """Lets a done row go on, choosing by `sampling`, of one row."""
+    """Lets a done row go on, with the sampling given [1]."""
     batch = _with_done(batch, batch.state.done.at[row].set(False))
     return dataclasses.replace(batch, sampling=_put(batch.sampling, sampling, row))
 

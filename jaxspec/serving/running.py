@@ -42,8 +42,11 @@ class Running:
         """The matcher, if it restricts the next token."""
         return None if self.matcher is None or self.matcher.waiting else self.matcher
 
-    def advance(self, tokens: Sequence[int], logprobs: Sequence[TokenLogProb] = ()) -> Update:
-        """Adds tokens to the answer. Args: logprobs: of the tokens, if asked for."""
+    def advance(self, tokens: Sequence[int], logprobs: tuple[TokenLogProb, ...] = ()) -> Update:
+        """Adds tokens to the answer; returns the request's update.
+
+        Args: logprobs: of the tokens, if asked for.
+        """
         self.length += len(tokens)
         failure = None
         if self.matcher is not None:

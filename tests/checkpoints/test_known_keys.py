@@ -222,3 +222,9 @@ def test_a_drafters_switches_by_every_name(top, inside, changed, no_warnings):
     assert [n for n in vars(plain) if getattr(plain, n) != getattr(found, n)] == [
         name for name, value in changed.items() if getattr(plain, name) != value
     ]
+
+
+def test_a_long_value_is_cut_in_a_refusal():
+    with pytest.raises(ValueError, match=r"'ids' is \[0, 1, 2, .*…, which is not") as caught:
+        JsonConfig({"ids": [*range(9999)]}, "file", "a target").items("ids", str)
+    assert len(str(caught.value)) < 300
