@@ -36,6 +36,7 @@ from jaxspec.pace import Pace
 from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.results import Completion, Finish, Interrupted
 from jaxspec.settings import own_settings, own_settings_between_yields
+from jaxspec.sharding import any_process, first_process, over_processes
 
 CALL_SECONDS = 0.25  # target duration of one device call, which a Ctrl-C has to wait for
 
@@ -150,7 +151,7 @@ def generate(
                 completions.append(_cut(done, answers[row]) if answers else done)
             if pace is not None:
                 pace.count(max(len(ids) for ids, _ in results))
-            if asked:
+            if _interrupted(state, asked):
                 raise Interrupted(completions)
     return completions
 
@@ -231,7 +232,7 @@ def _decode(
     while True:
         if answers:
             state = _end_stopped(state, lengths, answers)
-        if state.done.all() or asked:
+        if state.done.all() or _interrupted(state, asked):
             return state
         began = time.perf_counter()
         state = step(state, rounds)
@@ -241,6 +242,13 @@ def _decode(
             progress(written - before)
         faster = CALL_SECONDS / (time.perf_counter() - began)
         rounds = max(1, int(rounds * min(faster, 4)))  # the first call may compile
+        if over_processes(state):  # their clocks differ
+            rounds = int(first_process(rounds))
+
+
+def _interrupted(state: DecodeState, asked: Sequence[int]) -> bool:
+    """Whether a Ctrl-C is in `asked`, in this process or another that decodes the same rows."""
+    return any_process(bool(asked)) if over_processes(state) else bool(asked)
 
 
 def _end_stopped(

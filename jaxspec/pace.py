@@ -35,7 +35,7 @@ from jaxspec.loading import as_drafter
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.settings import own_settings
-from jaxspec.sharding import beside
+from jaxspec.sharding import beside, over_processes
 
 REPEATS = 5  # of every size; the minimum time counts
 FEWEST = 4  # smallest number of nodes per row to compile a program for
@@ -166,8 +166,13 @@ def measure_pace(
     Args: as for `generate`.
 
     Raises:
-      ValueError: as `generate`, or the drafter drafts nothing.
+      ValueError: as `generate`; the drafter drafts nothing; or processes share the target.
     """
+    if over_processes(target.params):
+        raise ValueError(
+            f"target {target.name!r} lies on devices of several processes, which would measure "
+            "different times and choose different budgets; give `generate` a fixed budget"
+        )
     rows = as_token_ids(target, prompts, raw=raw, thinking=thinking)
     drafter = as_drafter(target, drafter)
     if drafter.drafter.size < 2:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, MODEL, REST = "data", "model", "rest"
@@ -105,6 +106,24 @@ def join_processes() -> None:
             f"the other processes cannot be found ({error}); start this under SLURM's srun, or "
             f"set {', '.join(names)}"
         ) from error
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is true in any process; all processes must call this."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def first_process(value: Any) -> np.ndarray:
+    """The first process's value, an array or number; all processes must call this."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def over_processes(tree: Any) -> bool:
+    """Whether a pytree's arrays lie on devices of several processes, which then run the same
+    programs together."""
+    return not jax.tree.leaves(tree)[0].is_fully_addressable
 
 
 @contextlib.contextmanager

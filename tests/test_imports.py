@@ -43,7 +43,7 @@ ARROWS = {
     "results": "decoding",
     "scoring": "arguments config decoding drafters models prompts settings trees",
     "api": "answer_text arguments decoding drafters interrupts loading models pace prompts"
-    " results settings",
+    " results settings sharding",
     "planning": "config decoding drafters models sharding trees pallas_kernels"
     " pallas_kernels.h100",
     "serving": "answer_text arguments config decoding drafters models prompts sharding"

@@ -21,6 +21,7 @@ from jaxspec.sharding import DATA, mesh_of
 from jaxspec.training.batches import UNIT, BatchRows, bucket, collate, places
 from jaxspec.training.feature_shards import Layout, ShardFormat, shard_path, write_shard
 from jaxspec.training.features import Features, target_features
+from jaxspec.training.sharding import gather
 
 BATCH_TOKENS = 8192  # of one forward of the target
 
@@ -34,7 +35,8 @@ def build_shards(
     missing: Sequence[int],
     stored: ShardFormat,
 ) -> None:
-    """Computes and writes the missing shards, with a progress bar."""
+    """Computes the missing shards; the first process writes them, with a progress bar."""
+    leads = jax.process_index() == 0
     total = sum(layout.rows)
     todo = sum(layout.rows[i] for i in missing)
     with tqdm(
@@ -44,6 +46,7 @@ def build_shards(
         unit="token",
         unit_scale=True,
         file=sys.stderr,
+        disable=not leads,
     ) as progress:
         for number in missing:
             rows = layout.rows[number]
@@ -54,7 +57,8 @@ def build_shards(
                 hidden[start : start + count] = features.hidden[:count]
                 tapped[start : start + count] = features.taps[:count]
                 progress.update(count)
-            write_shard(shard_path(folder, number), {"hidden": hidden, "taps": tapped})
+            if leads:
+                write_shard(shard_path(folder, number), {"hidden": hidden, "taps": tapped})
 
 
 def _computed(
@@ -71,7 +75,7 @@ def _computed(
             tokens = collate(examples, batch.length, shape, found)[0][0]
             if mesh is not None:
                 tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec(DATA)))
-            features = _features(target.params, target.config, tokens, taps)
+            features = gather(mesh, _features(target.params, target.config, tokens, taps))
             if before is not None:
                 yield from _split(*before)
             before = batch, features

@@ -8,6 +8,7 @@ time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -26,6 +27,7 @@ from jaxspec.data.conversations import Example
 from jaxspec.data.identity import fingerprint
 from jaxspec.locks import claimed
 from jaxspec.models.target import Target
+from jaxspec.sharding import any_process, first_process
 from jaxspec.training.batches import Place
 from jaxspec.training.feature_build import build_shards
 from jaxspec.training.feature_shards import (
@@ -77,34 +79,32 @@ class FeatureCache:
         self._maps: dict[int, Features] = {}
 
     def complete(self, target: Target, examples: Sequence[Example]) -> None:
-        """Computes and writes the missing shards.
+        """Computes the missing shards; the first of several processes writes them.
 
         After an interruption it resumes at the current shard, with the same files as a result.
 
         Args:
-          target, examples: the folder's; the weights may lie on a mesh.
+          target, examples: the folder's; several processes need the weights on a mesh of all.
 
         Raises:
-          ValueError: shards are missing, and the disk is too small, another process writes
-            them, or there are several processes.
+          ValueError: shards are missing, and the disk is too small, or another run writes them.
         """
-        layout, stored = self._layout, self._format
-        missing = [
-            i
+        layout, stored, leads = self._layout, self._format, jax.process_index() == 0
+        lacks = [
+            leads and open_shard(shard_path(self._folder, i), rows, stored) is None
             for i, rows in enumerate(layout.rows)
-            if open_shard(shard_path(self._folder, i), rows, stored) is None
         ]
+        missing = np.flatnonzero(first_process(lacks)).tolist()
         if not missing:
             return
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"{self._folder} lacks {len(missing)} of {len(layout.rows)} shards, which "
-                "several processes cannot build together; first run one process on this data"
-            )
-        with claimed(self._folder, "wait until it is done, or give --features another folder"):
-            _check_room(self._folder, layout, missing, stored)
-            replace_text(self._folder / INDEX, json.dumps(self._index, indent=2) + "\n")
+        with contextlib.ExitStack() as held:
+            if leads:
+                remedy = "wait until it is done, or give --features another folder"
+                held.enter_context(claimed(self._folder, remedy))
+                _check_room(self._folder, layout, missing, stored)
+                replace_text(self._folder / INDEX, json.dumps(self._index, indent=2) + "\n")
             build_shards(self._folder, target, examples, self._held, layout, missing, stored)
+        any_process(False)  # the others wait until the last shard is written
 
     def read(self, length: int, shape: tuple[int, int], found: Sequence[Place]) -> Features:
         """Features of a batch, zeros where there is no sequence.

@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.sharding import DATA
@@ -87,10 +85,3 @@ def gather(mesh: Mesh | None, tree: Any) -> Any:
 @functools.cache
 def _replication(mesh: Mesh) -> Callable[[Any], Any]:
     return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-
-def any_process(flag: bool) -> bool:
-    """Whether `flag` is true in any process; all processes must call this."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())

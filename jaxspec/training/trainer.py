@@ -28,7 +28,7 @@ from jaxspec.models.scaled import is_scaled
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt
 from jaxspec.settings import own_settings
-from jaxspec.sharding import DATA, mesh_of, place
+from jaxspec.sharding import DATA, any_process, mesh_of, place
 from jaxspec.training.batches import Position
 from jaxspec.training.draft_vocabulary import load_tokens, most_frequent, save_tokens
 from jaxspec.training.export import export
@@ -45,7 +45,7 @@ from jaxspec.training.run_folder import (
     described,
     enter,
 )
-from jaxspec.training.sharding import any_process, gather, state_shardings
+from jaxspec.training.sharding import gather, state_shardings
 from jaxspec.training.start import initial_drafter
 from jaxspec.training.step import TrainState, init_state, learning_rate, train_step
 from jaxspec.training.validation import prompt_rows, thinking_of, walked_tau
@@ -101,13 +101,12 @@ def train(
 
     Raises:
       ValueError: the folder holds a run with other settings, of another target, on other data,
-        or another process trains in it; a prompt cannot be used; a checkpoint is damaged; the
-        loss is not a number; or several processes are asked to validate. A run that cannot
-        start leaves its folder as it was.
+        or another process trains in it; a prompt cannot be used; a checkpoint is damaged; or
+        the loss is not a number. A run that cannot start leaves its folder as it was.
     """
     folder, leads = Path(folder), jax.process_index() == 0
     check_begun(folder, resume_step)
-    _check(config, target, prompts, mesh)
+    _check(config, target, mesh)
     check_writers(tensorboard=tensorboard, wandb=wandb is not None)
     if prompts:
         prompts = prompt_rows(target, prompts, thinking=thinking_of(examples))
@@ -151,16 +150,9 @@ def train(
         return None if state is None else _export(run, state, store, folder)
 
 
-def _check(
-    config: TrainConfig, target: Target, prompts: Sequence[Prompt], mesh: Mesh | None
-) -> None:
+def _check(config: TrainConfig, target: Target, mesh: Mesh | None) -> None:
     """Raises ValueError for what cannot be trained, before anything is written."""
     hosts = jax.process_count()
-    if prompts and hosts > 1:
-        raise ValueError(
-            f"{hosts} processes cannot validate together; train without prompts and validate "
-            "the drafter afterwards"
-        )
     if mesh is None and hosts > 1:
         raise ValueError(
             f"{hosts} processes need a mesh over their {jax.device_count()} devices; give "
@@ -213,7 +205,8 @@ class _Run:
     ) -> None:
         """Writes tau on the prompts to the metrics, and as the score of a saved checkpoint."""
         with mesh_of(self.target.params):
-            tau = walked_tau(self.target, self.drafter(state), self.prompts, shown=True)
+            drafter, leads = self.drafter(state), jax.process_index() == 0
+            tau = walked_tau(self.target, drafter, self.prompts, shown=leads)
         step = int(state.step)
         store.save(step, state, dataclasses.asdict(position), score=tau)
         metrics.write(step, tau=tau)
