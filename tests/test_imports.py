@@ -24,7 +24,7 @@ ARROWS = {
     "locks": "",
     "noise": "",
     "settings": "",
-    "sharding": "",
+    "sharding": "pallas_kernels",
     "tokenizer": "",
     "whole_files": "",
     "text_stream": "tokenizer",

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.mesh import HEADS_AXIS, batch_axis
+from pallas_kernels.mesh import MODEL, batch_axis
 from pallas_kernels.tree_attention.config import (
     MosaicTile,
     Shape,
@@ -82,15 +82,15 @@ def _over_mesh(attend, arrays) -> jax.Array:
     """
     batch, kv_heads = arrays[1].shape[:2]
     mesh = dict(jax.sharding.get_abstract_mesh().shape)
-    rows, devices = batch_axis(batch), mesh.get(HEADS_AXIS, 1)
+    rows, devices = batch_axis(batch), mesh.get(MODEL, 1)
     if rows is None and devices == 1:
         return attend(*arrays)
     if kv_heads % devices:
         raise ValueError(
             f"{kv_heads} key/value heads cannot be sharded over {devices} devices; give the "
-            f"mesh's axis {HEADS_AXIS!r} a size that divides them"
+            f"mesh's axis {MODEL!r} a size that divides them"
         )
-    heads = HEADS_AXIS if devices > 1 else None
+    heads = MODEL if devices > 1 else None
     cache, nodes, whole = (
         PartitionSpec(rows, heads),
         PartitionSpec(rows, None, heads),
