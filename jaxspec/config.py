@@ -10,8 +10,6 @@ from typing import Any, Literal, get_args
 
 from jaxspec.arguments import at_least, check_field, check_indices, convert_field
 
-ROPE_KINDS = ("linear", "yarn", "llama3")
-
 
 def check_heads(config: Any) -> None:
     """Raises ValueError unless query heads are in groups and heads have pairs to rotate."""
@@ -27,10 +25,8 @@ def check_taps(config: Any) -> None:
     taps, layers = config.taps, config.target_layers
     apart = len(set(taps)) == len(taps) > 0
     inside = all(-1 <= tap and (layers is None or tap < layers) for tap in taps)
-    last = "" if layers is None else layers - 1
-    check_field(
-        config, "taps", apart and inside, f"different layers of the target, -1 … {last}"
-    )
+    rule = f"different layers of the target, -1 … {'' if layers is None else layers - 1}"
+    check_field(config, "taps", apart and inside, rule)
 
 
 def for_every_layer(config: Any, *names: str) -> None:
@@ -44,6 +40,9 @@ def for_every_layer(config: Any, *names: str) -> None:
         if name == "window":
             wide = all(w is None or w >= 1 for w in values)
             check_field(config, name, wide, "None or at least 1")
+
+
+ROPE_KINDS = ("linear", "yarn", "llama3")
 
 
 @dataclasses.dataclass(frozen=True)
