@@ -29,15 +29,8 @@ def delta_heads(
     Float[Array, "B N J R"],
     Float[Array, "B N J R"],
 ]:
-    """See `delta_heads_reference` for shapes and meaning, and for its derivative.
-
-    Args:
-      implementation: "xla" (the reference, any platform), "triton" (NVIDIA GPUs; keys and
-        values whose size is a power of two), or None: see `dispatch`.
-
-    Raises:
-      ValueError: "triton" was asked for and does not take this shape.
-    """
+    """See `delta_heads_reference` for shapes and meaning, `dispatch` for implementations: the
+    kernel is for keys and values whose size is a power of two."""
     arrays = (inputs, kernel, log_rate, step_bias, window, parents, begun)
 
     def load():

@@ -15,16 +15,7 @@ def grouped_matmul(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "R F"]:
-    """See `grouped_matmul_reference` for shapes and meaning, and for its derivative.
-
-    Args:
-      implementation: "xla" (the reference, any platform), "triton" (NVIDIA GPUs), or None:
-        triton where the program is compiled for an NVIDIA GPU and the shape is supported,
-        else xla.
-
-    Raises:
-      ValueError: "triton" was asked for and does not take this shape.
-    """
+    """See `grouped_matmul_reference` for shapes and meaning, `dispatch` for implementations."""
 
     def load():
         from pallas_kernels.grouped_matmul.triton import grouped_matmul_triton, unsupported

@@ -16,16 +16,9 @@ def grouped_scaled_matmul(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "R O"]:
-    """See `grouped_scaled_matmul_reference` for shapes and meaning, and for its derivative.
-
-    Args:
-      implementation: "xla" (the reference, any platform), "triton" (NVIDIA GPUs that convert
-        float8_e4m3fn, from compute capability 8.9), or None: triton where the program is
-        compiled for an NVIDIA GPU and the shape is supported, else xla.
-
-    Raises:
-      ValueError: "triton" was asked for and does not take this shape.
-    """
+    """See `grouped_scaled_matmul_reference` for shapes and meaning, `dispatch` for
+    implementations: the kernel is for GPUs that convert float8_e4m3fn, from compute capability
+    8.9."""
 
     def load():
         from pallas_kernels.grouped_scaled_matmul import triton

@@ -23,15 +23,8 @@ def rotary_heads(
     gated: bool = False,
     implementation: str | None = "xla",
 ) -> tuple[Float[Array, "R H D"], Float[Array, "R K D"], Float[Array, "R K D"]]:
-    """See `rotary_heads_reference` for shapes and meaning, and for its derivative.
-
-    Args:
-      implementation: "xla" (the reference, any platform), "triton" (NVIDIA GPUs; heads whose
-        size is a power of two), or None: see `dispatch`.
-
-    Raises:
-      ValueError: "triton" was asked for and does not take this shape.
-    """
+    """See `rotary_heads_reference` for shapes and meaning, `dispatch` for implementations: the
+    kernel is for heads whose size is a power of two."""
     arrays = (qkv, bias, q_gain, k_gain, cos, sin)
     options = dict(eps=eps, dtype=dtype, gated=gated)
     reference = functools.partial(rotary_heads_reference, **options)

@@ -19,16 +19,8 @@ def scaled_matmul(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "R O"]:
-    """See `scaled_matmul_reference` for shapes and meaning, and for its derivative.
-
-    Args:
-      implementation: "xla" (the reference, any platform), "triton" (NVIDIA GPUs that convert
-        float8_e4m3fn, from compute capability 8.9), or None: triton where the program is
-        compiled for an NVIDIA GPU and the shape is supported, else xla.
-
-    Raises:
-      ValueError: "triton" was asked for and does not take this shape.
-    """
+    """See `scaled_matmul_reference` for shapes and meaning, `dispatch` for implementations: the
+    kernel is for GPUs that convert float8_e4m3fn, from compute capability 8.9."""
     arrays = rows, values, scale
     return _call(scaled_matmul_reference, "scaled_matmul_triton", arrays, implementation)
 

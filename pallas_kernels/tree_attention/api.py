@@ -44,14 +44,11 @@ def tree_attention(
 
     Under a mesh with axes "data" or "model" (`jax.set_mesh`), sequences are sharded over the
     former, if it divides them, and key/value heads over the latter.
-    The derivative is always the reference's.
 
     Args:
       ordered: whether no node sees a later one, as where parents come before children. The
         kernels then skip later nodes; without this they compute with all and hide them.
-      implementation: "xla" (any platform), "triton" (NVIDIA GPUs), or None:
-        triton where the program is compiled for an NVIDIA GPU and the shape is supported,
-        else xla.
+      implementation: see `dispatch`.
       tile: a tile of the Triton or of the Mosaic kernel, which "triton" stands for together;
         chosen from the shapes by default.
       rows: at least B * N: the result is then [rows, H, D], nodes first and zeros after them,

@@ -20,16 +20,7 @@ def tree_delta_rule(
     *,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B N J R dv"], Float[Array, "B N J R dv"]]:
-    """See `tree_delta_rule_reference` for shapes and meaning, and for its derivative.
-
-    Args:
-      implementation: "xla" (the reference, any platform), "triton" (NVIDIA GPUs), or None:
-        triton where the program is compiled for an NVIDIA GPU and the shape is supported, else
-        xla.
-
-    Raises:
-      ValueError: "triton" was asked for and does not take this shape.
-    """
+    """See `tree_delta_rule_reference` for shapes and meaning, and `dispatch`."""
     arrays = (q, k, v, decay, rate, memory, ancestors, begun)
 
     def load():
