@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 ASSUMED_CARD = "NVIDIA H100 80GB HBM3"  # when a program is compiled without its GPU
+
+
+def with_kernel(
+    reference: Callable,
+    load: Callable[[], tuple[Callable, Callable[..., str | None]]],
+    *,
+    xla: Callable | None = None,
+) -> Callable:
+    """A function as the reference, with an option `implementation`; see `dispatch`.
+
+    Args:
+      reference: takes arrays by position, and static options by name.
+      load: imports the kernel, called likewise, and a function of the same arguments: why the
+        kernel does not support them, or None.
+      xla: see `dispatch`.
+    """
+
+    @functools.wraps(reference)
+    def call(*arrays, implementation: str | None = None, **options):
+        def kernel():
+            run, unsupported = load()
+            return functools.partial(run, **options), unsupported(*arrays, **options)
+
+        own = functools.partial(reference, **options)
+        return dispatch(own, kernel, arrays, implementation, xla=xla)
+
+    known = inspect.signature(reference)
+    option = inspect.Parameter("implementation", inspect.Parameter.KEYWORD_ONLY, default=None)
+    call.__signature__ = known.replace(parameters=[*known.parameters.values(), option])
+    call.__name__ = reference.__name__.removesuffix("_reference")
+    return call
 
 
 def dispatch(

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.delta_heads import delta_heads
-from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul.triton import tile_rows
-from pallas_kernels.grouped_scaled_matmul.api import grouped_scaled_matmul
+from pallas_kernels.grouped_scaled_matmul import grouped_scaled_matmul
 from pallas_kernels.h100.compile import Kernel, compile_for_h100
 from pallas_kernels.h100.target import mesh
 from pallas_kernels.scaled_matmul import config as scaled_config
-from pallas_kernels.scaled_matmul.api import scaled_matmul, scaled_swiglu
+from pallas_kernels.scaled_matmul import scaled_matmul, scaled_swiglu
 from pallas_kernels.tree_attention.api import tree_attention
 from pallas_kernels.tree_attention.config import TILES, Shape, TileConfig, choose, from_table
 from pallas_kernels.tree_delta_rule import tree_delta_rule

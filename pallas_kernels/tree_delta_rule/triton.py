@@ -31,7 +31,7 @@ COLUMNS = 32  # columns of a value head per program
 WARPS, STAGES = 4, 1
 
 
-def unsupported(k: jax.Array, v: jax.Array) -> str | None:
+def unsupported(q: jax.Array, k: jax.Array, v: jax.Array, *_) -> str | None:
     """Why the kernel does not support these shapes; None if it does."""
     key_dim, value_dim = k.shape[-1], v.shape[-1]
     if key_dim & (key_dim - 1) or key_dim < 16 or value_dim % COLUMNS:
