@@ -25,6 +25,7 @@ from typing import Literal
 
 import jax
 import tyro
+from load import closed_loop, mix, summarise, to_runner  # the module beside this script
 
 import jaxspec
 from jaxspec.data.prompts import read_prompts
@@ -38,7 +39,6 @@ from jaxspec.serving.config import EngineConfig
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.formats import json_text
 from jaxspec.serving.grammars import Grammar, Grammars
-from jaxspec.serving.load import closed_loop, mix, summarise, to_runner
 from jaxspec.serving.requests import Request
 from jaxspec.serving.runner import Runner
 

@@ -18,16 +18,10 @@ from pathlib import Path
 
 import tyro
 
+# The module beside this script.
+from load import Summary, arrivals, closed_loop, mix, open_loop, summarise, to_server
+
 from jaxspec.data.prompts import read_prompts
-from jaxspec.serving.load import (
-    Summary,
-    arrivals,
-    closed_loop,
-    mix,
-    open_loop,
-    summarise,
-    to_server,
-)
 
 try:
     import openai

@@ -31,27 +31,19 @@ if TYPE_CHECKING:
     from jaxspec.scoring import score as score
 
 # Imported on first use, so that `import jaxspec` does not import JAX.
-_HOMES = {
-    "generate": "jaxspec.api",
-    "stream": "jaxspec.api",
-    "warm_up": "jaxspec.api",
-    "TreeConfig": "jaxspec.config",
-    "Sampling": "jaxspec.decoding.sampling",
-    "LoadedDrafter": "jaxspec.drafters.base",
-    "Evaluation": "jaxspec.evaluation.comparison",
-    "evaluate": "jaxspec.evaluation.comparison",
-    "enable_compilation_cache": "jaxspec.loading",
-    "load_drafter": "jaxspec.loading",
-    "load_target": "jaxspec.loading",
-    "Target": "jaxspec.models.target",
-    "Pace": "jaxspec.pace",
-    "measure_pace": "jaxspec.pace",
-    "Completion": "jaxspec.results",
-    "Score": "jaxspec.scoring",
-    "hidden_states": "jaxspec.scoring",
-    "logits": "jaxspec.scoring",
-    "score": "jaxspec.scoring",
+_NAMES = {
+    "jaxspec.api": ("generate", "stream", "warm_up"),
+    "jaxspec.config": ("TreeConfig",),
+    "jaxspec.decoding.sampling": ("Sampling",),
+    "jaxspec.drafters.base": ("LoadedDrafter",),
+    "jaxspec.evaluation.comparison": ("Evaluation", "evaluate"),
+    "jaxspec.loading": ("enable_compilation_cache", "load_drafter", "load_target"),
+    "jaxspec.models.target": ("Target",),
+    "jaxspec.pace": ("Pace", "measure_pace"),
+    "jaxspec.results": ("Completion",),
+    "jaxspec.scoring": ("Score", "hidden_states", "logits", "score"),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = list(_HOMES)
 __version__ = "0.1.0"
 

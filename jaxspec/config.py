@@ -6,9 +6,41 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from jaxspec.arguments import at_least, check_field, check_indices, convert_field
+
+
+def check_heads(config: Any) -> None:
+    """Raises ValueError unless query heads are in groups and heads have pairs to rotate."""
+    grouped = config.num_heads % config.num_kv_heads == 0
+    rule = f"a multiple of num_kv_heads = {config.num_kv_heads}"
+    check_field(config, "num_heads", grouped, rule)
+    even = config.head_dim >= 2 and config.head_dim % 2 == 0
+    check_field(config, "head_dim", even, "an even number, for rotary positions")
+
+
+def check_taps(config: Any) -> None:
+    """Raises ValueError unless a drafter reads layers of its target, each once."""
+    taps, layers = config.taps, config.target_layers
+    apart = len(set(taps)) == len(taps) > 0
+    inside = all(-1 <= tap and (layers is None or tap < layers) for tap in taps)
+    rule = f"different layers of the target, -1 … {'' if layers is None else layers - 1}"
+    check_field(config, "taps", apart and inside, rule)
+
+
+def for_every_layer(config: Any, *names: str) -> None:
+    """Stores a value per layer where a field has one for all; raises ValueError for another
+    number of values, and for a window below 1."""
+    for name in names:
+        value = getattr(config, name)
+        values = value if isinstance(value, tuple) else (value,) * config.num_layers
+        object.__setattr__(config, name, values)
+        check_field(config, name, len(values) == config.num_layers, "one value per layer")
+        if name == "window":
+            wide = all(w is None or w >= 1 for w in values)
+            check_field(config, name, wide, "None or at least 1")
+
 
 ROPE_KINDS = ("linear", "yarn", "llama3")
 
@@ -154,10 +186,7 @@ class TargetConfig:
         at_least(
             1, self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"
         )
-        even = self.num_heads % self.num_kv_heads == 0
-        check("num_heads", even, f"a multiple of num_kv_heads = {self.num_kv_heads}")
-        even = self.head_dim >= 2 and self.head_dim % 2 == 0
-        check("head_dim", even, "an even number, for rotary positions")
+        check_heads(self)
         rotary = self.head_dim if self.rotary_dim is None else self.rotary_dim
         even = 2 <= rotary <= self.head_dim and rotary % 2 == 0
         check("rotary_dim", even, f"an even number, at most head_dim = {self.head_dim}")
@@ -313,82 +342,44 @@ class DrafterConfig:
     def __post_init__(self):
         check = functools.partial(check_field, self)
         at_least(1, self, "num_layers")
-        for name in ("causal", "window"):
-            value = getattr(self, name)
-            if not isinstance(value, tuple):
-                object.__setattr__(self, name, (value,) * self.num_layers)
-            check(name, len(getattr(self, name)) == self.num_layers, "one value per layer")
-        check(
-            "num_heads",
-            self.num_heads % self.num_kv_heads == 0,
-            f"a multiple of num_kv_heads = {self.num_kv_heads}",
-        )
-        check("head_dim", self.head_dim % 2 == 0, "an even number, for rotary positions")
-        check(
-            "taps",
-            self.taps
-            and len(set(self.taps)) == len(self.taps)
-            and all(-1 <= tap < (self.target_layers or float("inf")) for tap in self.taps),
-            f"different layers of the target, -1 … {(self.target_layers or 0) - 1}",
-        )
+        for_every_layer(self, "causal", "window")
+        check_heads(self)
+        check_taps(self)
         check("depth", self.depth >= 1, "a block with at least one predicting slot")
-        check(
-            "mask_token_id",
-            0 <= self.mask_token_id < self.vocab_size,
-            f"a row of the embedding, 0 … {self.vocab_size - 1}",
-        )
-        self._check_heads(check)
-        check("window", all(w is None or w >= 1 for w in self.window), "None or at least 1")
-        check(
-            "conv_taps",
-            0 <= self.conv_taps <= self.block_size,
-            f"0, or up to block_size = {self.block_size}",
-        )
-        check(
-            "conv_group",
-            self.conv_group >= 1 and self.hidden_size % self.conv_group == 0
-            if self.conv_taps
-            else self.conv_group == 0,
-            f"a divisor of hidden_size = {self.hidden_size}"
-            if self.conv_taps
-            else "0 without convolutions (conv_taps = 0)",
-        )
+        masks = 0 <= self.mask_token_id < self.vocab_size
+        check("mask_token_id", masks, f"a row of the embedding, 0 … {self.vocab_size - 1}")
+        self._check_parts(check)
+        inside = 0 <= self.conv_taps <= self.block_size
+        check("conv_taps", inside, f"0, or up to block_size = {self.block_size}")
+        if self.conv_taps:
+            divides = self.conv_group >= 1 and self.hidden_size % self.conv_group == 0
+            check("conv_group", divides, f"a divisor of hidden_size = {self.hidden_size}")
+        else:
+            none = self.conv_group == 0
+            check("conv_group", none, "0 without convolutions (conv_taps = 0)")
         for name in ("logit_scale", "embedding_scale"):
             check(name, 0 < getattr(self, name) < float("inf"), "a positive number")
         cap = self.logit_softcap
         check("logit_softcap", cap is None or 0 < cap < float("inf"), "None or positive")
 
-    def _check_heads(self, check: Callable) -> None:
-        check(
-            "sequential",
-            self.sequential in (None, *SEQUENTIAL_HEADS),
-            f"None or one of {SEQUENTIAL_HEADS}",
-        )
-        low_rank = self.sequential in LOW_RANK
-        check(
-            "rank",
-            (self.rank >= 1) == low_rank,
-            f"{'at least 1' if low_rank else '0'} with sequential = {self.sequential!r}",
-        )
-        check(
-            "confidence",
-            self.confidence in (None, *CONFIDENCE_HEADS),
-            f"None or one of {CONFIDENCE_HEADS}",
-        )
-        check(
-            "confidence",
-            low_rank or self.confidence != "hidden_and_previous",
-            "None or 'hidden': only low-rank heads embed the previous token",
-        )
-        check(
-            "candidates",
-            2 <= self.candidates <= self.vocab_size
-            if self.sequential == "bilinear"
-            else self.candidates == 0,
-            f"2 … {self.vocab_size}"
-            if self.sequential == "bilinear"
-            else f"0 with sequential = {self.sequential!r}",
-        )
+    def _check_parts(self, check: Callable) -> None:
+        """Checks the sequential and the confidence head."""
+        kind, confidence = self.sequential, self.confidence
+        known = kind in (None, *SEQUENTIAL_HEADS)
+        check("sequential", known, f"None or one of {SEQUENTIAL_HEADS}")
+        low_rank = kind in LOW_RANK
+        wanted = "at least 1" if low_rank else "0"
+        check("rank", (self.rank >= 1) == low_rank, f"{wanted} with sequential = {kind!r}")
+        known = confidence in (None, *CONFIDENCE_HEADS)
+        check("confidence", known, f"None or one of {CONFIDENCE_HEADS}")
+        embeds = low_rank or confidence != "hidden_and_previous"
+        rule = "None or 'hidden': only low-rank heads embed the previous token"
+        check("confidence", embeds, rule)
+        if kind == "bilinear":
+            several = 2 <= self.candidates <= self.vocab_size
+            check("candidates", several, f"2 … {self.vocab_size}")
+        else:
+            check("candidates", self.candidates == 0, f"0 with sequential = {kind!r}")
 
     @property
     def group_size(self) -> int:

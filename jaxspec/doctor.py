@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from packaging.requirements import Requirement
 
 from jaxspec.checkpoints import catalog
 from jaxspec.dtypes import HEIGHT, ROWS, WIDTH, fastest, product_seconds
+from jaxspec.loading import compilation_cache
 from jaxspec.settings import own_settings
 
 DISTRIBUTION = "jaxspec"
@@ -110,12 +110,8 @@ def speeds() -> Finding:
 
 def compiled_programs() -> Finding:
     """The cache of compiled programs."""
-    known = jax.config.jax_compilation_cache_dir
-    folder = Path(known) if known else catalog.cache_dir() / "xla"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        folder = compilation_cache()
     except OSError as error:
         advice = "set JAXSPEC_CACHE to a writable folder; without one every start compiles"
         return Finding("compiled programs", str(error), advice)

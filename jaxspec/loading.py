@@ -179,11 +179,11 @@ def named_target(spec: str) -> str | None:
 
 
 def _branching(loaded: LoadedDrafter) -> LoadedDrafter:
-    """Replaces the chain by a path-conditioned tree for drafters that do better with one."""
+    """Replaces the chain by the kind of tree that suits the drafter best."""
     drafter = loaded.drafter
-    if not drafter.path_conditioned:
+    if drafter.best_tree == "chain":
         return loaded
-    tree = TreeConfig("path_conditioned", drafter.size)
+    tree = TreeConfig(drafter.best_tree, drafter.size)
     return dataclasses.replace(loaded, drafter=drafter.with_tree(tree))
 
 
@@ -261,10 +261,7 @@ def enable_compilation_cache(folder: str | Path | None = None) -> Path | None:
     if folder is None and known:
         return Path(known)
     try:
-        folder = catalog.cache_dir() / "xla" if folder is None else Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        folder = compilation_cache(folder)
     except OSError as error:
         warnings.warn(
             f"compiled programs are not kept, and every start compiles them again: {error}; "
@@ -275,6 +272,19 @@ def enable_compilation_cache(folder: str | Path | None = None) -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
+
+
+def compilation_cache(folder: str | Path | None = None) -> Path:
+    """The folder of `enable_compilation_cache`, created if it is missing.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    known = folder or jax.config.jax_compilation_cache_dir
+    folder = Path(known) if known else catalog.cache_dir() / "xla"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return folder
 
 
 registry.register("small:", _small)

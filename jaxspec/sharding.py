@@ -9,6 +9,7 @@ heads of gated delta nets); attention heads are replicated along it.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -19,8 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA, MODEL, REST = "data", "model", "rest"
-WIDE = (MODEL, REST)
+from pallas_kernels.mesh import DATA, MODEL, REST, WIDE, dividing
 
 # End of a path (regular expression), and the mesh axis that shards each axis of the array. The
 # first matching row with as many axes counts; an array that matches none is replicated.
@@ -80,7 +80,7 @@ def decoding_mesh(devices: int, num_kv_heads: int) -> Mesh:
     Raises:
       ValueError: there are fewer devices.
     """
-    model = int(np.gcd(devices, num_kv_heads))
+    model = math.gcd(devices, num_kv_heads)
     return make_mesh(model=model, rest=devices // model)
 
 
@@ -181,9 +181,6 @@ def _partition(mesh: Mesh, name: str, shape: tuple[int, ...], rules) -> Partitio
 
 
 def _fitting(mesh: Mesh, axis: str | tuple[str, ...] | None, size: int):
-    """The longest prefix of `axis` that the mesh has and whose devices divide `size`."""
     wanted = () if axis is None else (axis,) if isinstance(axis, str) else axis
-    names = [name for name in wanted if name in mesh.shape]
-    while names and size % int(np.prod([mesh.shape[name] for name in names])):
-        names.pop()
-    return None if not names else names[0] if len(names) == 1 else tuple(names)
+    names = dividing(mesh, wanted, size)
+    return names if len(names) > 1 else next(iter(names), None)

@@ -24,7 +24,7 @@ ARROWS = {
     "locks": "",
     "noise": "",
     "settings": "",
-    "sharding": "",
+    "sharding": "pallas_kernels",
     "tokenizer": "",
     "whole_files": "",
     "text_stream": "tokenizer",
@@ -56,7 +56,7 @@ ARROWS = {
     "cli": "jaxspec api check checkpoints config data decoding doctor drafters dtypes"
     " evaluation interrupts kept_curves loading"
     " models planning prompts results serving sharding training pallas_kernels.h100",
-    "doctor": "checkpoints dtypes settings",
+    "doctor": "checkpoints dtypes loading settings",
     "jaxspec": "",  # its names are imported on first use
     "__main__": "cli",
 }

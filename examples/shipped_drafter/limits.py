@@ -183,7 +183,7 @@ def forms(entry: Entry, nodes: int) -> dict[str, LoadedDrafter]:
     Args:
       entry: the drafter joined with lookup.
     """
-    conditioned = entry.drafter.drafter.parts[0].path_conditioned
+    conditioned = entry.drafter.drafter.parts[0].best_tree == "path_conditioned"
     both = entry.sized(nodes, tree="path_conditioned" if conditioned else "top_budget")
     drafter, lookup = map(LoadedDrafter, both.drafter.parts, both.params)
     named = entry.contender.name

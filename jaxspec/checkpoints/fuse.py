@@ -120,6 +120,17 @@ def linear(name: str, outputs: int, inputs: int) -> tuple[Part, ...]:
     return (Part(name, (outputs, inputs), np.s_[...], (1, 0)),)
 
 
+def swiglu(mlp: str, width: int, inner: int) -> dict[str, tuple[Part, ...]]:
+    """The matrices of a dense MLP, whose tensors' names begin with `mlp`."""
+    return {
+        "gate_up": (  # [M, 2, F]
+            Part(f"{mlp}gate_proj.weight", (inner, width), np.s_[:, 0], (1, 0)),
+            Part(f"{mlp}up_proj.weight", (inner, width), np.s_[:, 1], (1, 0)),
+        ),
+        "down": linear(f"{mlp}down_proj.weight", width, inner),  # [F, M]
+    }
+
+
 def build(tensors: Tensors, table: Any, specs: Any, mesh: Mesh | None = None) -> Any:
     """Builds the arrays of a pytree.
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxspec.checkpoints import dflash2
 from jaxspec.checkpoints.drafter_files import Table
-from jaxspec.checkpoints.fuse import Part, linear, same
+from jaxspec.checkpoints.fuse import Part, linear, same, swiglu
 from jaxspec.config import DrafterConfig
 from jaxspec.drafters.eagle_head import EagleConfig, ParallelEagleConfig
 
@@ -69,7 +69,7 @@ def _layer_parts(
     """
     width, dim = c.hidden_size, c.head_dim
     queries, keys = c.num_heads * dim, c.num_kv_heads * dim
-    a, inner = f"{layer}self_attn.", (c.intermediate_size, width)
+    a = f"{layer}self_attn."
     weights = {
         "norm": same(f"{layer}input_layernorm.weight", width),
         # [inputs, K, G, D]
@@ -81,11 +81,7 @@ def _layer_parts(
         # [K, G, D, M]
         "out": (Part(f"{a}o_proj.weight", (width, queries), np.s_[...], (3, 0, 1, 2)),),
         "mlp_norm": same(f"{layer}post_attention_layernorm.weight", width),
-        "gate_up": (  # [M, 2, F]
-            Part(f"{layer}mlp.gate_proj.weight", inner, np.s_[:, 0], (1, 0)),
-            Part(f"{layer}mlp.up_proj.weight", inner, np.s_[:, 1], (1, 0)),
-        ),
-        "down": linear(f"{layer}mlp.down_proj.weight", *reversed(inner)),
+        **swiglu(f"{layer}mlp.", width, c.intermediate_size),
     }
     if qk_norm:
         weights["q_norm"] = same(f"{a}q_norm.weight", dim)

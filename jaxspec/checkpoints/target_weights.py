@@ -22,6 +22,7 @@ from jaxspec.checkpoints.fuse import (
     linear,
     same,
     slices,
+    swiglu,
 )
 from jaxspec.checkpoints.tensors import whole
 from jaxspec.config import TargetConfig
@@ -185,17 +186,7 @@ def _delta_net(c: TargetConfig, layer: str) -> DeltaNetParams:
 def _mlp(c: TargetConfig, layer: str) -> MlpParams:
     return MlpParams(
         norm=norm_parts(c, f"{layer}post_attention_layernorm.weight", c.hidden_size),
-        **_swiglu(f"{layer}mlp.", c.hidden_size, c.intermediate_size),
-    )
-
-
-def _swiglu(mlp: str, width: int, inner: int) -> dict[str, tuple[Part, ...]]:
-    return dict(
-        gate_up=(  # [M, 2, F]
-            Part(f"{mlp}gate_proj.weight", (inner, width), np.s_[:, 0], (1, 0)),
-            Part(f"{mlp}up_proj.weight", (inner, width), np.s_[:, 1], (1, 0)),
-        ),
-        down=linear(f"{mlp}down_proj.weight", width, inner),
+        **swiglu(f"{layer}mlp.", c.hidden_size, c.intermediate_size),
     )
 
 
@@ -219,7 +210,7 @@ def _moe(c: TargetConfig, layer: str, names: Mapping[str, Any]) -> MoeParams:
     shared = None
     if c.shared_expert_size:
         gate = Part(f"{layer}mlp.shared_expert_gate.weight", (1, width), np.s_[...], (0,))
-        parts = _swiglu(f"{layer}mlp.shared_expert.", width, c.shared_expert_size)
+        parts = swiglu(f"{layer}mlp.shared_expert.", width, c.shared_expert_size)
         shared = SharedExpertParams(gate=(gate,), **parts)
     return MoeParams(
         norm=norm_parts(c, f"{layer}post_attention_layernorm.weight", width),

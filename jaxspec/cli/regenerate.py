@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from jaxspec.cli.exits import DONE, FAULT
 from jaxspec.cli.options import MinP, NewTokens, TopK, TopP, target_name
-
-FAULT = 1  # exit code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +101,10 @@ class Regenerate:
                 sources=[source.summary() for source in sources],
             )
             print(json.dumps(row))
-            return FAULT if outcome.failed else 0
+            return FAULT if outcome.failed else DONE
         line = f"{self.output}: {outcome.rows} conversations, {outcome.answered} of them new"
         if not outcome.failed:
             print(line)
-            return 0
+            return DONE
         print(f"{line}; {outcome.failed} failed, see {outcome.errors} (exit code {FAULT})")
         return FAULT

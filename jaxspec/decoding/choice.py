@@ -12,8 +12,21 @@ from jaxspec.decoding.filters import filtered
 from jaxspec.decoding.penalties import Written, adjusted, changes_logits
 from jaxspec.decoding.sampling import SamplingRows
 from jaxspec.trees.candidates import likeliest
+from jaxspec.trees.tree import unpack_bits
 
 ROWS_AT_ONCE, NODES_AT_ONCE = 8, 16  # sampled at a time, to bound the memory of [., ., V]
+
+
+def masked(logits: jax.Array, allowed: jax.Array | None) -> jax.Array:
+    """Logits [..., V], -inf where the bits [..., ceil(V / 32)] of the allowed tokens are 0.
+
+    So the output equals plain decoding's under the same masks, whatever was drafted.
+
+    Args: allowed: None allows all.
+    """
+    if allowed is None:
+        return logits
+    return jnp.where(unpack_bits(allowed, logits.shape[-1]), logits, -jnp.inf)
 
 
 # Traced once for all programs with these shapes, and part of each: the same program as without.

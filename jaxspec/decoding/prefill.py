@@ -7,8 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxspec.decoding.allowed import masked
-from jaxspec.decoding.choice import choose
+from jaxspec.decoding.choice import choose, masked
 from jaxspec.decoding.logprobs import empty_logprobs, of_path, of_prompts
 from jaxspec.decoding.penalties import Written
 from jaxspec.decoding.precision import exact_in_float32
@@ -113,8 +112,9 @@ def end_prefill(
         tree=tree,
         ancestors=ancestors(tree),
     )
-    may = logits if allowed is None else masked(logits, allowed)
-    first = choose(may, root, requests.length, requests.sampling, 0, written)
+    first = choose(
+        masked(logits, allowed), root, requests.length, requests.sampling, 0, written
+    )
     length = requests.length + 1
     stopped = jnp.any(first == requests.sampling.stop_ids, axis=1)
     kept = prefilling.logprobs

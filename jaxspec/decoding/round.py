@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.decoding import logprobs, rejection
-from jaxspec.decoding.allowed import only_allowed
+from jaxspec.decoding.choice import masked
 from jaxspec.decoding.fitting import choose_in, fitted, own_sizes, smallest
 from jaxspec.decoding.penalties import Written
 from jaxspec.decoding.precision import exact_in_float32
@@ -134,7 +134,10 @@ def accept(
     verified: Verified,
 ) -> Acceptance:
     """The path that the target takes through the draft, and the token after it."""
-    verified = only_allowed(verified, draft.allowed)
+    allowed, packing = draft.allowed, verified.packing
+    if allowed is not None and packing is not None:
+        allowed = packing.gather(allowed)
+    verified = dataclasses.replace(verified, logits=masked(verified.logits, allowed))
     tree, depth = draft.tree, min(decoder.drafter.depth, draft.tree.size - 1)
     written = Written.before(
         state.tokens,

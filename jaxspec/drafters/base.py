@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Int
 
-from jaxspec.config import DrafterConfig, TreeConfig
+from jaxspec.config import DrafterConfig, TreeConfig, TreeKind
 from jaxspec.models.params import TargetParams
 from jaxspec.noise import Noise
 from jaxspec.trees.tree import DraftTree
@@ -52,8 +52,7 @@ class Drafter:
         tree. Each is one more forward to compile.
       head_config: configuration of the draft head of a block drafter (`drafters.block`); None
         for all others, joined drafters included.
-      path_conditioned: whether its scores depend on a node's path, so that path_conditioned
-        trees suit it best.
+      best_tree: the kind of tree that suits it best, where its user names none.
     """
 
     size: int
@@ -61,7 +60,7 @@ class Drafter:
     taps: tuple[int, ...] = ()
     verify_sizes: tuple[int, ...] = ()
     head_config: DrafterConfig | None = None
-    path_conditioned: bool = False
+    best_tree: TreeKind = "chain"
 
     def init(self, params: Any, batch: int, capacity: int) -> Any:
         """An empty state for sequences of up to `capacity` tokens.

@@ -15,17 +15,16 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from jaxspec.config import DrafterConfig, TreeConfig
+from jaxspec.config import DrafterConfig, TreeConfig, TreeKind
 from jaxspec.drafters.base import Committed, Drafter
 from jaxspec.drafters.confidence import confident_prefix, surviving_prefix
 from jaxspec.drafters.head import OUTPUT, DraftHead, Vocabulary, restrict
 from jaxspec.drafters.rollout import (
     Choose,
     SampledChain,
-    draw,
     greedy_with,
     rollout,
-    tempered,
+    sampled,
 )
 from jaxspec.drafters.selector import lattice, lattice_tree, pick, walk
 from jaxspec.drafters.transitions import transition_table
@@ -161,8 +160,8 @@ class BlockDrafter(Drafter):
         return self.config
 
     @property
-    def path_conditioned(self) -> bool:
-        return self.config.sequential is not None
+    def best_tree(self) -> TreeKind:
+        return "path_conditioned" if self.config.sequential else "chain"
 
     def with_tree(self, tree: TreeConfig) -> BlockDrafter:
         return dataclasses.replace(self, tree=tree)
@@ -200,9 +199,7 @@ class BlockDrafter(Drafter):
         budget: Int[Array, " B"],
         noise: Noise | None = None,
     ) -> tuple[DraftTree, KVCache]:
-        head, vocabulary = bind(self.config, params.head), params.vocabulary
-        stream = self.stream(params, state, anchor, position)
-        base = head.logits(vocabulary, stream)
+        head, vocabulary, stream, base = self._scored(params, state, anchor, position)
         added = bias(noise, position, self.depth, self.config.vocab_size, vocabulary.kept)
         if self.config.candidates:
             table = lattice(head, vocabulary, stream, base, anchor, added)
@@ -250,13 +247,8 @@ class BlockDrafter(Drafter):
           temperature: at 0 the likeliest token has probability one.
           keys: consumed; separate from those of the target's choices.
         """
-        head, vocabulary = bind(self.config, params.head), params.vocabulary
-        stream = self.stream(params, state, anchor, position)
-        base = head.logits(vocabulary, stream)
-
-        def choose(slot, logits):
-            log_q = tempered(logits, temperature)
-            return jax.vmap(draw, in_axes=(0, None, 0))(keys, slot, log_q), log_q
+        head, vocabulary, stream, base = self._scored(params, state, anchor, position)
+        choose = sampled(temperature, keys)
 
         if self.config.candidates:
             table = lattice(head, vocabulary, stream, base, anchor)
@@ -277,10 +269,15 @@ class BlockDrafter(Drafter):
         position: jax.Array,
         choose: Choose,
     ) -> tuple[jax.Array, jax.Array]:
-        head, vocabulary = bind(self.config, params.head), params.vocabulary
-        stream = self.stream(params, state, anchor, position)
-        base = head.logits(vocabulary, stream)
-        return rollout(head, vocabulary, stream, base, anchor, choose)
+        return rollout(*self._scored(params, state, anchor, position), anchor, choose)
+
+    def _scored(self, params: BlockParams, state: KVCache, anchor, position):
+        """The head, its vocabulary, the stream of its pass, and base logits [B, P, V']."""
+        head, stream = (
+            bind(self.config, params.head),
+            self.stream(params, state, anchor, position),
+        )
+        return head, params.vocabulary, stream, head.logits(params.vocabulary, stream)
 
     def stream(
         self,

@@ -18,7 +18,7 @@ from jaxspec.config import TreeConfig
 from jaxspec.drafters.base import Committed, Drafter
 from jaxspec.drafters.eagle_head import EagleConfig, PairHead
 from jaxspec.drafters.head import Vocabulary
-from jaxspec.drafters.rollout import Choose, SampledChain, draw, greedy_with, tempered
+from jaxspec.drafters.rollout import Choose, SampledChain, greedy_with, sampled
 from jaxspec.drafters.weights import abstract_weights, bind
 from jaxspec.models.cache import KVCache, KVRows, init_cache
 from jaxspec.models.params import TargetParams
@@ -125,7 +125,7 @@ class EagleDrafter(Drafter):
 
     config: EagleConfig
     tree: TreeConfig
-    path_conditioned = True
+    best_tree = "path_conditioned"
 
     def __post_init__(self):
         if self.tree.kind not in ("chain", "path_conditioned"):
@@ -245,11 +245,7 @@ class EagleDrafter(Drafter):
         keys: jax.Array,
     ) -> tuple[SampledChain, EagleState]:
         """Samples a chain; arguments as in `BlockDrafter.draft_sampled`."""
-
-        def choose(slot, logits):
-            log_q = tempered(logits, temperature)
-            return jax.vmap(draw, in_axes=(0, None, 0))(keys, slot, log_q), log_q
-
+        choose = sampled(temperature, keys)
         tokens, log_q = self.rollout(params, state, anchor, position, choose)
         whole = jnp.full(anchor.shape, self.depth, jnp.int32)
         certain = jnp.zeros(tokens.shape, jnp.float32)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxspec.arguments import at_least, check_field
-from jaxspec.config import RopeScaling
+from jaxspec.config import RopeScaling, check_heads, check_taps, for_every_layer
 from jaxspec.drafters.head import Vocabulary
 from jaxspec.drafters.sequential import join, ones, weight
 from jaxspec.models.layers import lookup, project, rms_norm, rotate, swiglu
@@ -74,21 +74,12 @@ class EagleConfig:
     max_positions: int = 40_960
 
     def __post_init__(self):
-        check = functools.partial(check_field, self)
         at_least(1, self, "vocab_size", "hidden_size", "target_hidden_size")
         at_least(1, self, "num_layers", "steps")
-        if not isinstance(self.window, tuple):
-            object.__setattr__(self, "window", (self.window,) * self.num_layers)
-        check("window", len(self.window) == self.num_layers, "one value per layer")
-        check("window", all(w is None or w >= 1 for w in self.window), "None or at least 1")
-        many = self.num_heads % self.num_kv_heads == 0
-        check("num_heads", many, f"a multiple of num_kv_heads = {self.num_kv_heads}")
-        check("head_dim", self.head_dim % 2 == 0, "an even number, for rotary positions")
-        last = (self.target_layers or float("inf")) - 1
-        apart = len(set(self.taps)) == len(self.taps) > 0
-        inside = all(-1 <= tap <= last for tap in self.taps)
-        check("taps", apart and inside, f"different layers of the target, -1 … {last}")
-        check("tap_norm", self.tap_norm in TAP_NORMS, f"one of {TAP_NORMS}")
+        for_every_layer(self, "window")
+        check_heads(self)
+        check_taps(self)
+        check_field(self, "tap_norm", self.tap_norm in TAP_NORMS, f"one of {TAP_NORMS}")
 
     @property
     def depth(self) -> int:
@@ -253,16 +244,11 @@ class ParallelEagleConfig(EagleConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.mask_token_id < self.vocab_size:
-            raise ValueError(
-                f"ParallelEagleConfig.mask_token_id is {self.mask_token_id}; expected a row of "
-                f"the embedding, 0 … {self.vocab_size - 1}"
-            )
-        if any(self.window):
-            raise ValueError(
-                f"ParallelEagleConfig.window is {self.window}; expected None: programs "
-                "disagree about windows of rows that are drafted at once"
-            )
+        masks = 0 <= self.mask_token_id < self.vocab_size
+        rule = f"a row of the embedding, 0 … {self.vocab_size - 1}"
+        check_field(self, "mask_token_id", masks, rule)
+        rule = "None: programs disagree about windows of rows that are drafted at once"
+        check_field(self, "window", not any(self.window), rule)
 
 
 class ParallelEagleHead(EagleHead):

@@ -27,7 +27,7 @@ class ParallelEagleDrafter(EagleDrafter):
     """P-EAGLE's chain, or a tree over its scores by depth (`TREES`)."""
 
     config: ParallelEagleConfig
-    path_conditioned = False
+    best_tree = "chain"
     passes = 1
 
     def __post_init__(self):

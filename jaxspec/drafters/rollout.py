@@ -97,6 +97,16 @@ def draw(key: jax.Array, slot: jax.Array, log_q: jax.Array) -> jax.Array:
     return chosen.astype(jnp.int32)
 
 
+def sampled(temperature: jax.Array, keys: jax.Array) -> Choose:
+    """Draws each slot's token by `tempered` logits; consumes the typed keys [B]."""
+
+    def choose(slot, logits):
+        log_q = tempered(logits, temperature)
+        return jax.vmap(draw, in_axes=(0, None, 0))(keys, slot, log_q), log_q
+
+    return choose
+
+
 def greedy(slot: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The likeliest choice, for `rollout`."""
     return likeliest(logits), logits

@@ -235,6 +235,5 @@ def _suited(contender: Contender, loaded: LoadedDrafter) -> Contender:
     """The contender with the kind of tree that suits its drafter best, if it names none."""
     if contender.tree is not None or contender.drafter in UNSCORED:
         return contender
-    conditioned = any(part.path_conditioned for part in loaded.drafter.parts)
-    best = "path_conditioned" if conditioned and contender.head == "own" else "chain"
-    return dataclasses.replace(contender, tree=best)
+    best = loaded.drafter.parts[0].best_tree
+    return dataclasses.replace(contender, tree=best if contender.head == "own" else "chain")

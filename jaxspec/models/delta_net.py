@@ -17,7 +17,6 @@ C = 2 dk + R dv channels of the convolution.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +24,10 @@ from jax.sharding import PartitionSpec
 
 from jaxspec.config import TargetConfig
 from jaxspec.models.layers import rms_norm
-from jaxspec.models.mesh import cut_axes
 from jaxspec.models.params import DeltaNetParams
 from jaxspec.trees.tree import NO_PARENT, unpack_bits
 from pallas_kernels.delta_heads import delta_heads
-from pallas_kernels.mesh import batch_axis
+from pallas_kernels.mesh import batch_axis, cut_axes, dividing
 from pallas_kernels.tree_delta_rule import tree_delta_rule
 
 FEW_ROWS = 32  # most rows of an accepted path; a prompt's chunk has more
@@ -181,7 +179,8 @@ def delta_net(
         return _delta_net(config, weights, head_norm, inputs, state, kin, kernels)
 
     arguments = (weights, params.head_norm, inputs, state, kin)
-    axes = _axes_over(config.delta_net.key_heads)
+    heads = config.delta_net.key_heads
+    axes = dividing(jax.sharding.get_abstract_mesh(), cut_axes(), heads)
     if not axes:
         return of_these_heads(*arguments)
     batch = batch_axis(len(kin.begun))
@@ -193,14 +192,6 @@ def delta_net(
         out_specs=by_node,
         check_vma=False,
     )(*arguments)
-
-
-def _axes_over(heads: int) -> tuple[str, ...]:
-    """Mesh axes that heads are sharded over, as `jaxspec.sharding` shards weights."""
-    axes, mesh = cut_axes(), jax.sharding.get_abstract_mesh()
-    while axes and heads % math.prod(mesh.shape[name] for name in axes):
-        axes = axes[:-1]
-    return axes
 
 
 def _delta_net(config, weights, head_norm, inputs, state, kin, kernels):

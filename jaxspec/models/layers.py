@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxspec.models.mesh import cut_axes
 from jaxspec.models.scaled import OutputsFirst, ScaledWeight, scaled_product
-from pallas_kernels.mesh import batch_axis, on_one_device
+from pallas_kernels.mesh import batch_axis, cut_axes, on_one_device
 from pallas_kernels.scaled_matmul import scaled_swiglu
 from pallas_kernels.skinny_matmul import skinny_matmul
 

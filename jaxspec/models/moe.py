@@ -11,12 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxspec.config import TargetConfig
 from jaxspec.models.layers import project, project_swiglu, swiglu
-from jaxspec.models.mesh import cut_axes
 from jaxspec.models.params import Matrix, MoeParams, SharedExpertParams
 from jaxspec.models.scaled import is_scaled
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_scaled_matmul import grouped_scaled_matmul
-from pallas_kernels.mesh import batch_axis
+from pallas_kernels.mesh import batch_axis, cut_axes
 
 
 def mixture_of_experts(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -12,15 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxspec.models.mesh import WEIGHT_AXES, cut_axes
-from pallas_kernels.mesh import batch_axis
+from pallas_kernels.mesh import MODEL, WIDE, batch_axis, cut_axes, dividing
 from pallas_kernels.scaled_matmul import scaled_matmul
 from pallas_kernels.scaled_matmul.reference import scaled
 
 # Mesh axes that shard a weight, by the letter of its axis: key/value heads (k), these merged
 # with their query heads and dimensions (h), feed-forward channels (f), the vocabulary (v), and
 # merged heads of gated delta nets (j).
-CUT = dict.fromkeys("kh", WEIGHT_AXES[:1]) | dict.fromkeys("fvj", WEIGHT_AXES)
+CUT = dict.fromkeys("kh", (MODEL,)) | dict.fromkeys("fvj", WIDE)
 
 
 @functools.partial(
@@ -151,18 +149,15 @@ def scaled_product(
     if batch is None and not cut_axes():
         return multiply(x, weight.values, weight.scale)
     letter = next((letter for letter in letters if letter in CUT), "")
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = [name for name in CUT.get(letter, ()) if name in mesh.shape]
     size = weight.scale.shape[letters.index(letter)] if letter else 1
-    while axes and size % math.prod(mesh.shape[name] for name in axes):
-        axes.pop()
+    axes = dividing(jax.sharding.get_abstract_mesh(), CUT.get(letter, ()), size)
 
     def of_this_device(x, values, scale):
         own = multiply(x, values, scale)
-        return jax.lax.psum(own, tuple(axes)) if axes and letter == letters[-1] else own
+        return jax.lax.psum(own, axes) if axes and letter == letters[-1] else own
 
     def cut(letters):
-        return [tuple(axes) if axis == letter else None for axis in letters]
+        return [axes if axis == letter else None for axis in letters]
 
     rows, whole = [batch, *[None] * (x.ndim - 2)], PartitionSpec(*cut(letters))
     return jax.shard_map(

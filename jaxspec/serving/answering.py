@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 from jaxspec.answer_text import AnswerText
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.serving.calls import OPEN
+from jaxspec.serving.fields import BadRequest
 from jaxspec.serving.logprobs import LogProbShape
 from jaxspec.serving.metrics import Watch
 from jaxspec.serving.protocol import Asked
@@ -31,7 +32,7 @@ class Choice:
     watch: Watch
 
 
-class Stuck(Exception):
+class Stuck(BadRequest):
     """An answer cannot go on: its grammar allows none of this model's tokens, or its parser has
     reached a limit. This is the request's fault; a retry does not help."""
 

@@ -12,16 +12,18 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.prompts import token_ids
+from jaxspec.serving.answering import fault_message
 from jaxspec.serving.events import EventStream
 from jaxspec.serving.fields import BadRequest, Fields
 from jaxspec.serving.protocol import parse_body
+from jaxspec.serving.requests import QueueFull
 from jaxspec.serving.runner import EngineFailed, Runner
-from jaxspec.serving.shapes import error_body, refusal_body
+from jaxspec.serving.shapes import error_body
 from jaxspec.serving.watching import Watcher
 
 MOST_TOKENS = 512
@@ -59,16 +61,14 @@ def page_routes(
                 name="the prompt",
             )
             events = watcher.events(prompt, **asked)
-        except BadRequest as error:
-            return JSONResponse(refusal_body(error), error.status)
         except ValueError as error:
-            return JSONResponse(error_body(str(error), "invalid_request_error"), 400)
+            raise BadRequest(str(error)) from error
         if not watcher.reserve():
-            busy = error_body("another answer is being watched; try later", "rate_limit_error")
-            return JSONResponse(busy, 429)
-        gone = threading.Event()
+            raise QueueFull("another answer is being watched; try later")
+        gone, closing = threading.Event(), contextlib.ExitStack()
+        closing.callback(gone.set)
         news = _started(events, watcher, runner, gone)
-        return EventStream(_until_none(news), _set_at_the_end(gone))
+        return EventStream(_until_none(news), closing)
 
     return [Route("/", page), Route("/watch", watch, methods=["POST"])]
 
@@ -107,8 +107,8 @@ def _started(
                     raise EngineFailed("the engine has stopped")
                 loop.call_soon_threadsafe(news.put_nowait, event)
         except Exception as error:
-            message = f"the answer could not be given: {error}"
-            loop.call_soon_threadsafe(news.put_nowait, error_body(message, "server_error"))
+            fault = error_body(fault_message(error), "server_error")
+            loop.call_soon_threadsafe(news.put_nowait, fault)
         finally:
             watcher.release()
             with contextlib.suppress(RuntimeError):  # the server has ended
@@ -121,14 +121,6 @@ def _started(
 async def _until_none(news: asyncio.Queue) -> AsyncGenerator[dict]:
     while (event := await news.get()) is not None:
         yield event
-
-
-@contextlib.contextmanager
-def _set_at_the_end(gone: threading.Event):
-    try:
-        yield
-    finally:
-        gone.set()
 
 
 def policy(html: str) -> str:

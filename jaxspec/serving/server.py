@@ -35,7 +35,7 @@ from starlette.routing import Route
 
 from jaxspec.models.target import Target
 from jaxspec.serving.access import LOOPBACK, Access
-from jaxspec.serving.answering import Answering, Choice, Stuck, fault_message
+from jaxspec.serving.answering import Answering, Choice, fault_message
 from jaxspec.serving.connections import Limits, timed_protocol
 from jaxspec.serving.events import EventStream, unless_gone
 from jaxspec.serving.fields import BadRequest
@@ -44,10 +44,11 @@ from jaxspec.serving.metrics import ServerMetrics
 from jaxspec.serving.page import page_routes
 from jaxspec.serving.protocol import Asked, parse_body, read_chat, read_completion
 from jaxspec.serving.requests import QueueFull
-from jaxspec.serving.runner import EngineFailed, Runner
+from jaxspec.serving.runner import EngineFailed, Runner, Ticket
 from jaxspec.serving.shapes import Shape, error_body, refusal_body
 from jaxspec.serving.watching import Watcher
 
+REFUSALS = {BadRequest: "bad_request", QueueFull: "queue_full", EngineFailed: "failed"}
 LAST_WORDS_SECONDS = 5  # to send errors to answers that are cut off
 
 
@@ -96,7 +97,14 @@ def application(
         routes=routes,
         middleware=access.middleware(),
         lifespan=lifespan,
-        exception_handlers={404: _not_found, 405: _not_found, Exception: _fault},
+        exception_handlers={
+            404: _not_found,
+            405: _not_found,
+            BadRequest: _bad_request,
+            QueueFull: _queue_full,
+            EngineFailed: _engine_failed,
+            Exception: _fault,
+        },
     )
 
 
@@ -216,10 +224,7 @@ class _Service:
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        try:
-            self._check_name(name)
-        except BadRequest as error:
-            return JSONResponse(refusal_body(error), error.status)
+        self._check_name(name)
         return JSONResponse(self._model(name))
 
     def _model(self, name: str) -> dict:
@@ -257,31 +262,9 @@ class _Service:
 
     async def _answer(self, request: Request, read: Callable, chat: bool) -> Response:
         try:
-            data = await self.body(request)
-            # In a thread: tokenizing a long text would block the event loop.
-            asked = await asyncio.to_thread(self._understand, data, read)
-            tickets = contextlib.ExitStack()
-            with tickets:  # submit all requests or none
-                submitted = [
-                    tickets.enter_context(self.runner.submit(own)) for own in asked.requests
-                ]
-                tickets = tickets.pop_all()
-        except BadRequest as error:
-            self.metrics.refused("bad_request")
-            close = {"connection": "close"} if error.status in (408, 413) else None
-            return JSONResponse(refusal_body(error), error.status, headers=close)
-        except ValueError as error:
-            self.metrics.refused("bad_request")
-            return JSONResponse(error_body(str(error), "invalid_request_error"), 400)
-        except QueueFull as error:
-            self.metrics.refused("queue_full")
-            body = error_body(str(error), "rate_limit_error", code="queue_full")
-            return JSONResponse(body, 429, headers={"retry-after": "1"})
-        except EngineFailed as error:
-            self.metrics.refused("failed")
-            return JSONResponse(error_body(str(error), "server_error"), 503)
-        except Exception:
-            self.metrics.refused("error")
+            asked, submitted, tickets = await self._submitted(request, read)
+        except Exception as error:
+            self.metrics.refused(REFUSALS.get(type(error), "error"))
             raise
         self.metrics.prompt_tokens.inc(asked.prompt_tokens)
         choices = [
@@ -295,14 +278,25 @@ class _Service:
         answering = Answering(asked, choices, self.target.tokenizer, shape)
         if asked.stream:
             return EventStream(answering.events(), tickets)
-        try:
-            with tickets:
-                body = await unless_gone(answering.whole(), request.receive)
-        except EngineFailed as error:
-            return JSONResponse(error_body(str(error), "server_error"), 503)
-        except Stuck as error:
-            return JSONResponse(error_body(str(error), "invalid_request_error"), 400)
+        with tickets:
+            body = await unless_gone(answering.whole(), request.receive)
         return Response(status_code=499) if body is None else JSONResponse(body)
+
+    async def _submitted(
+        self, request: Request, read: Callable
+    ) -> tuple[Asked, list[Ticket], contextlib.ExitStack]:
+        """What a body asks for, its submitted requests, and the context that ends these."""
+        data = await self.body(request)
+        try:
+            # In a thread: tokenizing a long text would block the event loop.
+            asked = await asyncio.to_thread(self._understand, data, read)
+            with contextlib.ExitStack() as tickets:  # submit all requests or none
+                submitted = [
+                    tickets.enter_context(self.runner.submit(x)) for x in asked.requests
+                ]
+                return asked, submitted, tickets.pop_all()
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
 
     async def body(self, request: Request) -> bytes:
         """The body, within the limits of size and time."""
@@ -346,6 +340,21 @@ class _Service:
                 "n",
             )
         return understood
+
+
+async def _bad_request(request: Request, error: BadRequest) -> Response:
+    unread = error.status in (408, 413)  # the rest of its body
+    headers = {"connection": "close"} if unread else None
+    return JSONResponse(refusal_body(error), error.status, headers=headers)
+
+
+async def _queue_full(request: Request, error: QueueFull) -> Response:
+    body = error_body(str(error), "rate_limit_error", code="queue_full")
+    return JSONResponse(body, 429, headers={"retry-after": "1"})
+
+
+async def _engine_failed(request: Request, error: EngineFailed) -> Response:
+    return JSONResponse(error_body(str(error), "server_error"), 503)
 
 
 async def _fault(request: Request, error: Exception) -> Response:

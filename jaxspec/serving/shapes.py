@@ -53,14 +53,11 @@ def joined_pieces(pieces: Sequence[Piece]) -> Piece:
     )
 
 
-def usage(
-    prompt_tokens: int, completion_tokens: int, stats: DecodeStats | None, cached: int
-) -> dict:
+def usage(prompt_tokens: int, completion_tokens: int, stats: DecodeStats, cached: int) -> dict:
     """The usage object; `speculation` has the counts of rounds and acceptance.
 
     Args: cached: prompt tokens taken from the prefix cache.
     """
-    stats = stats or DecodeStats((), 0)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

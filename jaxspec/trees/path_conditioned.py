@@ -136,6 +136,7 @@ def _low_rank(root, step: LowRank, state, *, parents, budget, size) -> DraftTree
     def level(slot, carry):
         levels, state = carry
         latent, state = step.latent(slot, state, levels.tokens[:, slot, :expanded])
+        latent = latent.astype(step.output.dtype)
         levels = grow_level(
             levels, slot, step.base, latent, step.output, implementation=step.implementation
         )

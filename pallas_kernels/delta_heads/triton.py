@@ -20,7 +20,9 @@ from pallas_kernels.delta_heads.reference import NO_PARENT, unit
 WARPS, STAGES = 4, 1
 
 
-def unsupported(kernel: jax.Array, log_rate: jax.Array, key_dim: int) -> str | None:
+def unsupported(
+    inputs: jax.Array, kernel: jax.Array, log_rate: jax.Array, *_, key_dim: int
+) -> str | None:
     """Why the kernel does not support these shapes; None if it does."""
     value_dim = (kernel.shape[1] - 2 * key_dim) // log_rate.shape[1]
     if key_dim & (key_dim - 1) or value_dim & (value_dim - 1):

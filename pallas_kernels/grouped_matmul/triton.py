@@ -25,7 +25,7 @@ DEPTH = 64  # contracted elements per step
 MIN_ROWS = 16  # the smallest side of a Triton matrix product
 
 
-def unsupported(rows: jax.Array, weights: jax.Array) -> str | None:
+def unsupported(rows: jax.Array, weights: jax.Array, *_) -> str | None:
     """Why the Triton kernel does not support these shapes; None if it does."""
     _, depth, columns = weights.shape
     if rows.dtype != jnp.bfloat16 or weights.dtype != jnp.bfloat16:

@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.grouped_matmul.triton import COLUMNS, multiply_groups, tile_rows
 
 
-def unsupported(rows: jax.Array, values: jax.Array, scale: jax.Array) -> str | None:
+def unsupported(rows: jax.Array, values: jax.Array, scale: jax.Array, *_) -> str | None:
     """Why the Triton kernel does not support these shapes; None if it does."""
     _, columns, depth = values.shape
     if rows.dtype != jnp.bfloat16 or values.dtype != jnp.float8_e4m3fn:

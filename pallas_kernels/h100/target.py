@@ -10,7 +10,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, use_abstract_mesh
 
-NAME = "NVIDIA H100 80GB HBM3"
+from pallas_kernels.dispatch import ASSUMED_CARD
+
 MEMORY_BYTES = 84_942_979_072
 BYTES_PER_SECOND = 3.35e12
 FLOPS_PER_SECOND = 989e12  # dense bfloat16
@@ -40,7 +41,7 @@ DESCRIPTION = {
     "platform_name": "CUDA",
     "dnn_version_info": {"major": 9, "minor": 12, "patch": 0},
     "runtime_version": {"major": 13, "minor": 0, "patch": 0},
-    "device_description_str": NAME,
+    "device_description_str": ASSUMED_CARD,
 }
 
 
@@ -78,7 +79,7 @@ def lowering_for_h100(mesh: Mesh | None = None):
         return contextlib.nullcontext()
     from jax.sharding import AbstractDevice
 
-    device = AbstractDevice(device_kind=NAME, num_cores=None, platform="gpu")
+    device = AbstractDevice(device_kind=ASSUMED_CARD, num_cores=None, platform="gpu")
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 

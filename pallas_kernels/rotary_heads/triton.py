@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 
-def unsupported(qkv: jax.Array) -> str | None:
+def unsupported(qkv: jax.Array, *_, **__) -> str | None:
     """Why the kernel does not support these shapes; None if it does."""
     dim = qkv.shape[-1]
     return f"heads have {dim} elements; expected a power of two" if dim & (dim - 1) else None

@@ -11,11 +11,10 @@ import functools
 import json
 from pathlib import Path
 
-import jax
+from pallas_kernels.dispatch import this_card
 
 # Written by `examples/gpu/products.py`: products that the kernel does faster than XLA.
 MEASURED = Path(__file__).with_name("tiles.json")
-ASSUMED_CARD = "NVIDIA H100 80GB HBM3"  # when a program is compiled without its GPU
 KEY = ("card", "rows", "inner", "outer")  # of an entry, beside its tile and times
 MIN_ROWS = 64  # of a warp group's product; fewer rows are padded
 FEWEST, MOST = 9, 128  # rows of products for which the kernel is considered
@@ -66,10 +65,7 @@ def choose(rows: int, inner: int, outer: int, *, card: str | None = None) -> Til
     """
     if not FEWEST <= rows <= MOST:
         return None
-    if card is None:
-        on_gpu = jax.default_backend() == "gpu"
-        card = jax.devices()[0].device_kind if on_gpu else ASSUMED_CARD
-    return read_measured(MEASURED).get((card, bucket(rows), inner, outer))
+    return read_measured(MEASURED).get((card or this_card(), bucket(rows), inner, outer))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.mesh import HEADS_AXIS, batch_axis
+from pallas_kernels.mesh import MODEL, batch_axis
 from pallas_kernels.tree_attention.config import (
     MosaicTile,
     Shape,
@@ -44,14 +44,11 @@ def tree_attention(
 
     Under a mesh with axes "data" or "model" (`jax.set_mesh`), sequences are sharded over the
     former, if it divides them, and key/value heads over the latter.
-    The derivative is always the reference's.
 
     Args:
       ordered: whether no node sees a later one, as where parents come before children. The
         kernels then skip later nodes; without this they compute with all and hide them.
-      implementation: "xla" (any platform), "triton" (NVIDIA GPUs), or None:
-        triton where the program is compiled for an NVIDIA GPU and the shape is supported,
-        else xla.
+      implementation: see `dispatch`.
       tile: a tile of the Triton or of the Mosaic kernel, which "triton" stands for together;
         chosen from the shapes by default.
       rows: at least B * N: the result is then [rows, H, D], nodes first and zeros after them,
@@ -82,15 +79,15 @@ def _over_mesh(attend, arrays) -> jax.Array:
     """
     batch, kv_heads = arrays[1].shape[:2]
     mesh = dict(jax.sharding.get_abstract_mesh().shape)
-    rows, devices = batch_axis(batch), mesh.get(HEADS_AXIS, 1)
+    rows, devices = batch_axis(batch), mesh.get(MODEL, 1)
     if rows is None and devices == 1:
         return attend(*arrays)
     if kv_heads % devices:
         raise ValueError(
             f"{kv_heads} key/value heads cannot be sharded over {devices} devices; give the "
-            f"mesh's axis {HEADS_AXIS!r} a size that divides them"
+            f"mesh's axis {MODEL!r} a size that divides them"
         )
-    heads = HEADS_AXIS if devices > 1 else None
+    heads = MODEL if devices > 1 else None
     cache, nodes, whole = (
         PartitionSpec(rows, heads),
         PartitionSpec(rows, None, heads),

@@ -8,12 +8,12 @@ import json
 import math
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
+
+from pallas_kernels.dispatch import this_card
 
 # Written by `examples/gpu/tune.py`: a list of shapes, each with the card and its fastest tile.
 MEASURED = Path(__file__).with_name("tiles.json")
-ASSUMED_CARD = "NVIDIA H100 80GB HBM3"  # when a program is compiled without its GPU
 NEAR = 2  # factor in nodes and in capacity within which a measured tile is used
 
 MULTIPROCESSORS = 132  # of an H100 SXM
@@ -146,10 +146,7 @@ def choose(
     Args:
       card: the GPU's `device_kind`; this machine's by default.
     """
-    if card is None:
-        on_gpu = jax.default_backend() == "gpu"
-        card = jax.devices()[0].device_kind if on_gpu else ASSUMED_CARD
-    return measured(shape, card, window) or from_table(shape)
+    return measured(shape, card or this_card(), window) or from_table(shape)
 
 
 def measured(

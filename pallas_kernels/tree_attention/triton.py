@@ -97,7 +97,7 @@ def tree_attention_triton(
             capacity=capacity,
             window=window,
             ordered=ordered,
-            products=_products(dtype, interpret),
+            products=products_of(dtype, interpret),
         ),
         out_shape=out if tile.splits == 1 else partials,
         grid=(pl.cdiv(n * group, tile.rows), batch * kv_heads, tile.splits),
@@ -139,11 +139,11 @@ def join(
     )(parts, logs)
 
 
-def _products(dtype, interpret: bool):
-    """Precision of the matrix products: float32 is split in three TF32 terms.
+def products_of(dtype, interpret: bool):
+    """Precision of matrix products: float32 is split in three TF32 terms, which keep 21 bits.
 
-    Plain TF32 keeps 10 bits, and exact float32 has no tensor core: its tiles spill. The CPU
-    knows neither, so interpret mode multiplies in float32.
+    Plain TF32 keeps 10, and exact float32 has no tensor core: its tiles spill. The CPU knows
+    neither, so interpret mode multiplies in float32.
     """
     if dtype != jnp.float32:
         return None

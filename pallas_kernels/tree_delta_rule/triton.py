@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.tree_attention.triton import products_of
 from pallas_kernels.tree_delta_rule.reference import LARGEST_DECAY, coarse_step
 
 BLOCK = 32  # nodes of a step: one word of ancestors; with 64, registers spill
@@ -30,7 +31,7 @@ COLUMNS = 32  # columns of a value head per program
 WARPS, STAGES = 4, 1
 
 
-def unsupported(k: jax.Array, v: jax.Array) -> str | None:
+def unsupported(q: jax.Array, k: jax.Array, v: jax.Array, *_) -> str | None:
     """Why the kernel does not support these shapes; None if it does."""
     key_dim, value_dim = k.shape[-1], v.shape[-1]
     if key_dim & (key_dim - 1) or key_dim < 16 or value_dim % COLUMNS:
@@ -100,7 +101,7 @@ def run_nodes(
     program = tuple(pl.program_id(axis) for axis in range(3))
     b, head, member = program[2], program[1] // group, program[1] % group
     column = program[0] * COLUMNS + jnp.arange(COLUMNS)
-    dot = functools.partial(plgpu.dot, precision=_products(interpret))
+    dot = functools.partial(plgpu.dot, precision=products_of(jnp.float32, interpret))
     step, coarse_of = min(key_dim, STEP), coarse_step(n)
 
     def places(ref, *place, node, lanes):
@@ -210,11 +211,6 @@ def run_nodes(
         return carry
 
     lax.fori_loop(0, pl.cdiv(n, BLOCK), run_block, 0)
-
-
-def _products(interpret: bool):
-    """Precision of the matrix products: three TF32 terms keep 21 bits of float32's 24."""
-    return lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
 def solve_block(below: jax.Array, wanted: jax.Array, dot) -> jax.Array:

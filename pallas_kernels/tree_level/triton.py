@@ -31,7 +31,9 @@ BLOCK = 4096  # scores per step when going block by block
 INFINITE = 0x7F800000  # bits of infinity
 
 
-def unsupported(levels: Levels, latent: jax.Array, output: jax.Array) -> str | None:
+def unsupported(
+    levels: Levels, slot: jax.Array, base: jax.Array, latent: jax.Array, output: jax.Array
+) -> str | None:
     """Why the Triton kernels do not support these shapes; None if they do."""
     children, parents, (vocab, rank) = levels.scores.shape[-1], latent.shape[1], output.shape
     if output.dtype != jnp.bfloat16:

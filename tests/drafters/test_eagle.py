@@ -184,6 +184,7 @@ def test_trees_it_has_not(kind):
     [
         (dict(taps=(0, 0, 1)), "taps is .*expected different layers"),
         (dict(taps=(0, 3)), "taps is .*different layers of the target, -1 … 2"),
+        (dict(taps=(1, 1), target_layers=None), "different layers of the target, -1 … $"),
         (dict(window=(None, 3)), "window is .*one value per layer"),
         (dict(window=0), "window is .*None or at least 1"),
         (dict(tap_norm="both"), "tap_norm is 'both'; expected one of"),

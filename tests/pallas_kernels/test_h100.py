@@ -19,7 +19,7 @@ from jaxspec.models.presets import PRESETS
 from jaxspec.models.state import init_states
 from jaxspec.sharding import shardings
 from pallas_kernels.h100.compile import compile_for_h100
-from pallas_kernels.h100.kernels import AttentionCase, DeltaHeadsCase, DeltaRuleCase
+from pallas_kernels.h100.kernels import attention, delta_rule, heads
 from pallas_kernels.h100.target import mesh
 from pallas_kernels.tree_attention.config import Shape, TileConfig
 
@@ -36,7 +36,7 @@ def array(*shape, spec=(), devices=1):
 
 @pytest.mark.parametrize("shape, grid", [(QWEN3_8B, (2, 8, 8)), (QWEN3_5_9B, (2, 4, 16))])
 def test_the_chosen_tile_of_a_verify_step_compiles_to_warpgroup_products(shape, grid):
-    case = AttentionCase(shape)
+    case = attention(shape)
     kernels = case.compile()
     (main,) = [kernel for kernel in kernels if kernel.name == "tree_attention"]
     assert main.grid == grid and main.threads == 256
@@ -47,8 +47,8 @@ def test_the_chosen_tile_of_a_verify_step_compiles_to_warpgroup_products(shape, 
 @pytest.mark.parametrize(
     "case, name, grid",
     [
-        (DeltaRuleCase(256), "tree_delta_rule", (4, 32, 1)),
-        (DeltaHeadsCase(256), "delta_heads", (256, 16, 1)),
+        (delta_rule(256), "tree_delta_rule", (4, 32, 1)),
+        (heads(256), "delta_heads", (256, 16, 1)),
     ],
     ids=str,
 )
@@ -60,12 +60,12 @@ def test_kernels_of_gated_delta_nets_compile_without_spills(case, name, grid):
 
 
 def test_a_tile_that_spills_is_a_fault():
-    case = AttentionCase(QWEN3_8B, tile=TileConfig(128, 64, 64, 2, 4, 2))
+    case = attention(QWEN3_8B, tile=TileConfig(128, 64, 64, 2, 4, 2))
     assert any("spills" in fault for fault in case.faults(case.compile()))
 
 
 def test_a_tile_too_large_for_shared_memory_does_not_compile():
-    case = AttentionCase(QWEN3_8B, tile=TileConfig(128, 128, 64, 2, 8, 4))
+    case = attention(QWEN3_8B, tile=TileConfig(128, 128, 64, 2, 8, 4))
     with pytest.raises(jax.errors.JaxRuntimeError, match="Shared memory size limit"):
         case.compile()
 

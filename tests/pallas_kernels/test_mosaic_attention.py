@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.h100.target import NAME, lowering_for_h100
+from pallas_kernels.dispatch import ASSUMED_CARD
+from pallas_kernels.h100.target import lowering_for_h100
 from pallas_kernels.tree_attention import config, tree_attention
 from pallas_kernels.tree_attention.config import MosaicTile, Shape, TileConfig, choose
 from pallas_kernels.tree_attention.mosaic import tree_attention_mosaic
@@ -89,17 +90,19 @@ def test_it_lowers_for_an_h100(nodes):
 
 def test_it_is_used_where_it_was_measured_and_takes_the_shape(monkeypatch, tmp_path):
     shape = Shape(1, 64, 32, 8, 128, 4096, BFLOAT16)
-    entry = dict(card=NAME, shape=vars(shape) | dict(dtype="bfloat16"), ms=0.01)
+    entry = dict(card=ASSUMED_CARD, shape=vars(shape) | dict(dtype="bfloat16"), ms=0.01)
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps([entry | dict(tile=dict(splits=8, steps=4))]))
-    assert isinstance(choose(shape, NAME), TileConfig) and "mosaic_gpu" not in lowered(shape)
-    monkeypatch.setattr(config, "MEASURED", path)
-    assert choose(shape, NAME) == MosaicTile(splits=8, steps=4) and "mosaic_gpu" in lowered(
+    assert isinstance(choose(shape, ASSUMED_CARD), TileConfig) and "mosaic_gpu" not in lowered(
         shape
     )
+    monkeypatch.setattr(config, "MEASURED", path)
+    assert choose(shape, ASSUMED_CARD) == MosaicTile(
+        splits=8, steps=4
+    ) and "mosaic_gpu" in lowered(shape)
     near = Shape(1, 48, 32, 8, 128, 4096, BFLOAT16)
-    assert isinstance(choose(near, NAME), TileConfig)  # not whole blocks of nodes
-    assert isinstance(choose(shape, NAME, window=100), TileConfig)
+    assert isinstance(choose(near, ASSUMED_CARD), TileConfig)  # not whole blocks of nodes
+    assert isinstance(choose(shape, ASSUMED_CARD, window=100), TileConfig)
     assert "mosaic_gpu" not in lowered(shape, window=100)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxspec.models.layers import project
-from pallas_kernels.h100.target import NAME, lowering_for_h100
+from pallas_kernels.dispatch import ASSUMED_CARD
+from pallas_kernels.h100.target import lowering_for_h100
 from pallas_kernels.skinny_matmul import config, skinny_matmul
 from pallas_kernels.skinny_matmul.config import Tile, choose
 from pallas_kernels.skinny_matmul.mosaic import skinny_matmul_mosaic
@@ -63,7 +64,9 @@ def measured(monkeypatch, tmp_path):
         tile = dict(columns=64, depth=64, steps=4, splits=1)
         shape = dict(rows=rows, inner=inner, outer=outer)
         path = tmp_path / "tiles.json"
-        path.write_text(json.dumps([dict(card=NAME, **shape, tile=tile, us=1.0, xla_us=2.0)]))
+        path.write_text(
+            json.dumps([dict(card=ASSUMED_CARD, **shape, tile=tile, us=1.0, xla_us=2.0)])
+        )
         monkeypatch.setattr(config, "MEASURED", path)
         return Tile(**tile)
 
@@ -72,9 +75,13 @@ def measured(monkeypatch, tmp_path):
 
 def test_a_measurement_counts_for_its_card_shape_and_rows_up_to_a_power_of_two(measured):
     tile = measured(64, 256, 128)
-    assert choose(64, 256, 128, card=NAME) == choose(33, 256, 128, card=NAME) == tile
+    assert (
+        choose(64, 256, 128, card=ASSUMED_CARD)
+        == choose(33, 256, 128, card=ASSUMED_CARD)
+        == tile
+    )
     for rows, inner, outer in ((32, 256, 128), (65, 256, 128), (64, 128, 128), (64, 256, 64)):
-        assert choose(rows, inner, outer, card=NAME) is None
+        assert choose(rows, inner, outer, card=ASSUMED_CARD) is None
     assert choose(64, 256, 128, card="NVIDIA A100") is None
 
 

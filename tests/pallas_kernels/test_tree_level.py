@@ -101,7 +101,7 @@ def test_shapes_that_the_kernels_do_not_take_are_named():
         grow = functools.partial(empty_levels, depth=DEPTH, width=children)
         latent = jax.ShapeDtypeStruct((1, parents, rank), dtype)
         output = jax.ShapeDtypeStruct((vocab, rank), dtype)
-        return unsupported(jax.eval_shape(grow, root), latent, output)
+        return unsupported(jax.eval_shape(grow, root), 0, None, latent, output)
 
     assert reason(151_936, 256, 16, 63) is None
     assert reason(151_936, 256, 16, 255) is None

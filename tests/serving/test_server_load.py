@@ -10,9 +10,9 @@ import openai
 import pytest
 
 from examples import load_server
+from examples.load import closed_loop, summarise, to_server
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.serving.connections import Limits
-from jaxspec.serving.load import closed_loop, summarise, to_server
 from jaxspec.serving.requests import Request
 from tests.serving import servers
 from tests.serving.engines import alone

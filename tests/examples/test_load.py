@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from jaxspec.serving.load import Seen, arrivals, closed_loop, mix, open_loop, summarise
+from examples.load import Seen, arrivals, closed_loop, mix, open_loop, summarise
 
 
 def test_poisson_arrivals():
