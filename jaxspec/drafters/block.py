@@ -273,11 +273,9 @@ class BlockDrafter(Drafter):
 
     def _scored(self, params: BlockParams, state: KVCache, anchor, position):
         """The head, its vocabulary, the stream of its pass, and base logits [B, P, V']."""
-        head, stream = (
-            bind(self.config, params.head),
-            self.stream(params, state, anchor, position),
-        )
-        return head, params.vocabulary, stream, head.logits(params.vocabulary, stream)
+        head, vocabulary = bind(self.config, params.head), params.vocabulary
+        stream = self.stream(params, state, anchor, position)
+        return head, vocabulary, stream, head.logits(vocabulary, stream)
 
     def stream(
         self,
