@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +25,34 @@ class Store:
     """Numbered checkpoints in a folder, written atomically.
 
     It keeps the newest ones and the one with the best score.
+
+    Attributes:
+      scores: of checkpoints by step, the higher the better; the caller sets them.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 2):
         """Args: keep: number of newest checkpoints to keep."""
         self.folder = Path(folder).absolute()
+        self.scores: dict[int, float] = {}
         policies = ocp.training.preservation_policies
-        best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
+        kept = [policies.LatestN(keep), _Best(self)]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._checkpoints = ocp.training.Checkpointer(
             self.folder,
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
 
-    def save(
-        self, step: int, state: Any, position: dict[str, int], *, score: float | None = None
-    ) -> None:
+    def save(self, step: int, state: Any, position: dict[str, int]) -> None:
         """Writes a checkpoint, replacing one of the same step; returns when it is on disk.
 
         Args:
           state: a pytree of arrays.
           position: position in the data; not empty.
-          score: the higher the better; None if not validated.
         """
         self._checkpoints.save_checkpointables(
             step,
             {STATE: state, POSITION: position, CHECKSUMS: _sums(state, position)},
-            metrics=None if score is None else {"score": score},
             force=True,
             overwrite=True,
         )
@@ -108,17 +110,25 @@ class Store:
     @property
     def best(self) -> int | None:
         """Step of the checkpoint with the highest score, of equals the later one."""
-        scored = [
-            (_score(c.metrics), c.step) for c in self._checkpoints.checkpoints if c.metrics
-        ]
-        return max(scored)[1] if scored else None
-
-    def scored(self, step: int) -> bool:
-        """Whether the checkpoint of this step has a score."""
-        return any(c.step == step and c.metrics for c in self._checkpoints.checkpoints)
+        return _best(self.scores, self.steps)
 
     def close(self) -> None:
         self._checkpoints.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Best:
+    """Orbax's policy that keeps the best checkpoint.
+
+    A policy of Orbax's own reads scores that are saved with a checkpoint. To add one it is
+    deleted and written again, so that a run killed meanwhile would lose it.
+    """
+
+    store: Store
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        best = _best(self.store.scores, [x.step for x in checkpoints])
+        return [x.step == best for x in checkpoints]
 
 
 def save_weights(folder: Path, params: Any) -> None:
@@ -193,8 +203,9 @@ def _weights_context(arrays: Any) -> ocp.Context:
     return context
 
 
-def _score(metrics: dict[str, float]) -> float:
-    return metrics["score"]
+def _best(scores: dict[int, float], steps: Iterable[int]) -> int | None:
+    scored = [(scores[step], step) for step in steps if step in scores]
+    return max(scored)[1] if scored else None
 
 
 def _abstract(x: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:

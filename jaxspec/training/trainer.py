@@ -146,6 +146,7 @@ def train(
             enter(folder, settings, flags)
             kept = jax.device_get(run.kept)
             save_tokens(folder, kept, examples, vocab=config.drafter.vocab_size)
+        store.scores = metrics.values("tau")
         store.drop_after(step)
         state = _take_steps(run, state, position, loader, store, metrics)
         return None if state is None else _export(run, state, store, folder)
@@ -208,15 +209,13 @@ class _Run:
         due = step == self.config.steps or _due(step, self.config.validate_every)
         return bool(self.prompts) and due
 
-    def validate(
-        self, state: TrainState, position: Position, store: Store, metrics: MetricsLog
-    ) -> None:
-        """Writes tau on the prompts to the metrics, and as the score of a saved checkpoint."""
+    def validate(self, state: TrainState, store: Store, metrics: MetricsLog) -> None:
+        """Writes tau on the prompts to the metrics; it is the score of the checkpoint."""
         with mesh_of(self.target.params):
             tau = walked_tau(self.target, self.drafter(state), self.prompts, shown=True)
         step = int(state.step)
-        store.save(step, state, dataclasses.asdict(position), score=tau)
         metrics.write(step, tau=tau)
+        store.scores[step] = tau
 
 
 def _begin(
@@ -262,8 +261,8 @@ def _take_steps(
     rate = learning_rate(config.optimizer, config.steps)
     progress = tqdm(total=config.steps, initial=done, unit="step", file=sys.stderr)
     with progress, _stopping() as stopping:
-        if done and run.judged(done) and not store.scored(done):  # stopped during validation
-            run.validate(state, position, store, metrics)
+        if done and run.judged(done) and done not in store.scores:  # stopped during validation
+            run.validate(state, store, metrics)
         upcoming = loader.at(position)
         while done < config.steps:
             epoch, tokens, began = position.epoch, loader.tokens(position), time.perf_counter()
@@ -293,7 +292,7 @@ def _take_steps(
                 store.save(done, state, dataclasses.asdict(position))
             if run.judged(done):
                 try:
-                    run.validate(state, position, store, metrics)
+                    run.validate(state, store, metrics)
                 except KeyboardInterrupt:  # from `generate`; `stopping` has the signal too
                     return None
             if stop and not last:
