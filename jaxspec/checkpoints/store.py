@@ -49,13 +49,21 @@ class Store:
         Args:
           state: a pytree of arrays.
           position: position in the data; not empty.
+
+        Raises:
+          OSError: it cannot be written; those of other steps are as they were.
         """
-        self._checkpoints.save_checkpointables(
-            step,
-            {STATE: state, POSITION: position, CHECKSUMS: _sums(state, position)},
-            force=True,
-            overwrite=True,
-        )
+        written = {STATE: state, POSITION: position, CHECKSUMS: _sums(state, position)}
+        try:
+            with _quiet():
+                self._checkpoints.save_checkpointables(
+                    step, written, force=True, overwrite=True
+                )
+        except Exception as error:  # whatever Orbax and TensorStore raise on a full disk
+            raise OSError(
+                f"checkpoint {step} cannot be written to {self.folder} ({_reason(error)}); "
+                "make room there, then run again: earlier checkpoints are as they were"
+            ) from error
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, int]]:
         """A checkpoint's step, state and position.
@@ -89,9 +97,8 @@ class Store:
                 if older
                 else "there is none before it: start again in a new folder"
             )
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(
-                f"checkpoint {step} in {self.folder} cannot be read ({reason[0][:200]}); "
+                f"checkpoint {step} in {self.folder} cannot be read ({_reason(error)}); "
                 + remedy
             ) from error
         position = {name: int(value) for name, value in found[POSITION].items()}
@@ -172,9 +179,8 @@ def load_weights(folder: Path, like: Any) -> Any:
                 found = checksums({path: arrays[path] for path in wanted})
                 _compare({x: int(sum) for x, sum in written if x in found}, found)
         except Exception as error:  # whatever Orbax and TensorStore raise on a damaged file
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(
-                f"{folder} cannot be read ({reason[0][:200]}); convert the checkpoint again"
+                f"{folder} cannot be read ({_reason(error)}); convert the checkpoint again"
             ) from error
     cast = [arrays.pop(path).astype(x.dtype) for path, x in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), cast)
@@ -208,6 +214,11 @@ def _best(scores: dict[int, float], steps: Iterable[int]) -> int | None:
     return max(scored)[1] if scored else None
 
 
+def _reason(error: Exception) -> str:
+    """The first line of an error of Orbax."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def _abstract(x: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(
         x.shape, dtype or x.dtype, sharding=getattr(x, "sharding", None)
@@ -217,10 +228,12 @@ def _abstract(x: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
 @contextlib.contextmanager
 def _quiet():
     """Keeps the tracebacks of Orbax's own threads out of a one-line error."""
-    logger = logging.getLogger("asyncio")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

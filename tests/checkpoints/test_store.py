@@ -1,5 +1,6 @@
 """Checkpoints of a run: whole, pruned, and clear about damage."""
 
+import resource
 import shutil
 
 import jax
@@ -113,6 +114,19 @@ def test_a_step_can_be_written_again(tmp_path):
     _, found, position = store.restore(state(0))
     assert position == {"index": 5}
     jax.tree.map(np.testing.assert_array_equal, found, state(2))
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_others(tmp_path):
+    store = Store(tmp_path, keep=1)
+    store.save(1, state(1), {"index": 0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint 2 cannot be written to .* make room"):
+            store.save(2, state(2), {"index": 0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Store(tmp_path).restore(state(0))[0] == 1
 
 
 def test_half_written_checkpoints_do_not_count(tmp_path):
