@@ -284,7 +284,8 @@ def _take_steps(
             )
             done += 1
             progress.update()
-            progress.set_postfix_str(f"loss {means['loss']:.3f}, {speed:.0f} tokens/s")
+            seen = f"epoch {epoch}, loss {means['loss']:.3f}"
+            progress.set_postfix_str(f"{seen}, {speed:.0f} tokens/s")
 
             last, stop = done == config.steps, any_process(bool(stopping))
             due = last or stop or _due(done, config.checkpoint_every)
