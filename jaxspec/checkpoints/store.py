@@ -105,8 +105,8 @@ class Store:
         return step, found[STATE], position
 
     def drop_after(self, step: int) -> None:
-        """Deletes the checkpoints of later steps."""
-        for later in [x for x in self.steps if x > step]:
+        """Deletes the checkpoints of later steps, the newest first."""
+        for later in [x for x in reversed(self.steps) if x > step]:
             self._checkpoints.delete(later)
 
     @property

@@ -142,12 +142,14 @@ def train(
             writers = dict(tensorboard=board, wandb=wandb, settings=dataclasses.asdict(config))
         metrics = MetricsLog(path, after=step, **writers)
         held.enter_context(contextlib.closing(metrics))
-        if leads:  # only now, when nothing that may fail is left
+        # Only now, when nothing that may fail is left; and first, or a run that is killed in
+        # between would resume with another optimizer from a checkpoint of the old one.
+        store.drop_after(step)
+        if leads:
             enter(folder, settings, flags)
             kept = jax.device_get(run.kept)
             save_tokens(folder, kept, examples, vocab=config.drafter.vocab_size)
         store.scores = metrics.values("tau")
-        store.drop_after(step)
         state = _take_steps(run, state, position, loader, store, metrics)
         return None if state is None else _export(run, state, store, folder)
 
