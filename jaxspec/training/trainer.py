@@ -142,14 +142,12 @@ def train(
             writers = dict(tensorboard=board, wandb=wandb, settings=dataclasses.asdict(config))
         metrics = MetricsLog(path, after=step, **writers)
         held.enter_context(contextlib.closing(metrics))
-        # Only now, when nothing that may fail is left; and first, or a run that is killed in
-        # between would resume with another optimizer from a checkpoint of the old one.
+        # Nothing later fails. Deleted first: a run that is killed here mixes no two optimizers.
         store.drop_after(step)
         if leads:
             enter(folder, settings, flags)
             kept = jax.device_get(run.kept)
             save_tokens(folder, kept, examples, vocab=config.drafter.vocab_size)
-        store.scores = metrics.values("tau")
         state = _take_steps(run, state, position, loader, store, metrics)
         return None if state is None else _export(run, state, store, folder)
 
@@ -261,6 +259,7 @@ def _take_steps(
     """Trains to the last step, with checkpoints and validation; None if it was interrupted."""
     config, target, done = run.config, run.target, int(state.step)
     rate = learning_rate(config.optimizer, config.steps)
+    store.scores = metrics.values("tau")
     progress = tqdm(total=config.steps, initial=done, unit="step", file=sys.stderr)
     with progress, _stopping() as stopping:
         if done and run.judged(done) and done not in store.scores:  # stopped during validation
