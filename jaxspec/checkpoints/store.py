@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +25,45 @@ class Store:
     """Numbered checkpoints in a folder, written atomically.
 
     It keeps the newest ones and the one with the best score.
+
+    Attributes:
+      scores: of checkpoints by step, the higher the better; the caller sets them.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 2):
         """Args: keep: number of newest checkpoints to keep."""
         self.folder = Path(folder).absolute()
+        self.scores: dict[int, float] = {}
         policies = ocp.training.preservation_policies
-        best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
+        kept = [policies.LatestN(keep), _Best(self)]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._checkpoints = ocp.training.Checkpointer(
             self.folder,
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
 
-    def save(
-        self, step: int, state: Any, position: dict[str, int], *, score: float | None = None
-    ) -> None:
+    def save(self, step: int, state: Any, position: dict[str, int]) -> None:
         """Writes a checkpoint, replacing one of the same step; returns when it is on disk.
 
         Args:
           state: a pytree of arrays.
           position: position in the data; not empty.
-          score: the higher the better; None if not validated.
+
+        Raises:
+          OSError: it cannot be written; those of other steps are as they were.
         """
-        self._checkpoints.save_checkpointables(
-            step,
-            {STATE: state, POSITION: position, CHECKSUMS: _sums(state, position)},
-            metrics=None if score is None else {"score": score},
-            force=True,
-            overwrite=True,
-        )
+        written = {STATE: state, POSITION: position, CHECKSUMS: _sums(state, position)}
+        try:
+            with _quiet():
+                self._checkpoints.save_checkpointables(
+                    step, written, force=True, overwrite=True
+                )
+        except Exception as error:  # whatever Orbax and TensorStore raise on a full disk
+            raise OSError(
+                f"checkpoint {step} cannot be written to {self.folder} ({_reason(error)}); "
+                "make room there, then run again: earlier checkpoints are as they were"
+            ) from error
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, int]]:
         """A checkpoint's step, state and position.
@@ -87,17 +97,16 @@ class Store:
                 if older
                 else "there is none before it: start again in a new folder"
             )
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(
-                f"checkpoint {step} in {self.folder} cannot be read ({reason[0][:200]}); "
+                f"checkpoint {step} in {self.folder} cannot be read ({_reason(error)}); "
                 + remedy
             ) from error
         position = {name: int(value) for name, value in found[POSITION].items()}
         return step, found[STATE], position
 
     def drop_after(self, step: int) -> None:
-        """Deletes the checkpoints of later steps."""
-        for later in [x for x in self.steps if x > step]:
+        """Deletes the checkpoints of later steps, the newest first."""
+        for later in [x for x in reversed(self.steps) if x > step]:
             self._checkpoints.delete(later)
 
     @property
@@ -108,17 +117,25 @@ class Store:
     @property
     def best(self) -> int | None:
         """Step of the checkpoint with the highest score, of equals the later one."""
-        scored = [
-            (_score(c.metrics), c.step) for c in self._checkpoints.checkpoints if c.metrics
-        ]
-        return max(scored)[1] if scored else None
-
-    def scored(self, step: int) -> bool:
-        """Whether the checkpoint of this step has a score."""
-        return any(c.step == step and c.metrics for c in self._checkpoints.checkpoints)
+        return _best(self.scores, self.steps)
 
     def close(self) -> None:
         self._checkpoints.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Best:
+    """Orbax's policy that keeps the best checkpoint.
+
+    A policy of Orbax's own reads scores that are saved with a checkpoint. To add one it is
+    deleted and written again, so that a run killed meanwhile would lose it.
+    """
+
+    store: Store
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        best = _best(self.store.scores, [x.step for x in checkpoints])
+        return [x.step == best for x in checkpoints]
 
 
 def save_weights(folder: Path, params: Any) -> None:
@@ -162,9 +179,8 @@ def load_weights(folder: Path, like: Any) -> Any:
                 found = checksums({path: arrays[path] for path in wanted})
                 _compare({x: int(sum) for x, sum in written if x in found}, found)
         except Exception as error:  # whatever Orbax and TensorStore raise on a damaged file
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(
-                f"{folder} cannot be read ({reason[0][:200]}); convert the checkpoint again"
+                f"{folder} cannot be read ({_reason(error)}); convert the checkpoint again"
             ) from error
     cast = [arrays.pop(path).astype(x.dtype) for path, x in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), cast)
@@ -193,8 +209,14 @@ def _weights_context(arrays: Any) -> ocp.Context:
     return context
 
 
-def _score(metrics: dict[str, float]) -> float:
-    return metrics["score"]
+def _best(scores: dict[int, float], steps: Iterable[int]) -> int | None:
+    scored = [(scores[step], step) for step in steps if step in scores]
+    return max(scored)[1] if scored else None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error of Orbax."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _abstract(x: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
@@ -206,10 +228,12 @@ def _abstract(x: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
 @contextlib.contextmanager
 def _quiet():
     """Keeps the tracebacks of Orbax's own threads out of a one-line error."""
-    logger = logging.getLogger("asyncio")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -87,7 +87,10 @@ class Train:
     """Size of the draft vocabulary, the most frequent tokens of the data; 0 drafts all tokens.
     A smaller one trains and drafts faster; output stays lossless."""
     learning_rate: float = 6e-4
+    """Peak rate of AdamW, after a linear warm-up of 4% of the steps; then a cosine to zero.
+    Gradients are clipped at a global norm of 1."""
     weight_decay: float = 0.0
+    """Of AdamW, on all weights."""
     initial: str = "target"
     """Initial weights: target (its last layers) | random | folder or hub name of a drafter,
     whose configuration is then used; the losses remain the family's."""

@@ -64,8 +64,9 @@ class LossConfig:
             ("missing", MISSING),
         ):
             check_field(self, name, getattr(self, name) in allowed, f"one of {allowed}")
-        at_least(0, self, "selector")
+        at_least(0, self, "confidence", "selector")
         check_field(self, "decay", self.decay > 0, "more than 0")
+        check_field(self, "smoothing", 0 <= self.smoothing <= 1, "a share, 0 … 1")
 
     def compares(self, head: DraftHead) -> bool:
         """Whether the target's distribution is needed."""
@@ -105,8 +106,8 @@ class LossSums:
       weight: its denominator.
       cross_entropy, kl, total_variation, confidence: weighted sums of each.
       accepted: [P], sums of the probability that a slot is accepted if reached, or of the
-        label's probability if the target's distribution is not computed; 0 for labels outside
-        the draft vocabulary.
+        label's probability if the target's distribution is not computed; 0 where the data's
+        token is outside the draft vocabulary.
       counted: [P], number of supervised slots.
       selection: of the selector; None without one.
     """
@@ -148,6 +149,7 @@ def drafter_loss(
     if drafter.latent is not None:
         drafter = dataclasses.replace(drafter, output=head.sequential.output[...])
     labels, known = vocabulary.index(flat(blocks.labels))
+    drafted = supervised & known.reshape(supervised.shape)
     if config.truth == "target":
         labels, known = None, jnp.ones_like(known)
     judged = supervised & known.reshape(supervised.shape)
@@ -158,9 +160,9 @@ def drafter_loss(
         guide = teacher if labels is None else None
         probability = _label_probability(config, vocabulary, drafter, guide, labels, known)
         probability = probability.reshape(supervised.shape)
-    drafted = known.reshape(supervised.shape)
-    weights, denominator = position_weights(config, supervised, probability, drafted)
-    flat_weights = weights.reshape(known.shape)
+    known = known.reshape(supervised.shape)
+    weights, denominator = position_weights(config, supervised, probability, known)
+    flat_weights = flat(weights)
 
     unembed, judge = vocabulary.unembed, vocabulary.judge
     total, losses = vocabulary_loss(
@@ -187,7 +189,7 @@ def drafter_loss(
         kl=weighted(losses.kl),
         total_variation=weighted(losses.total_variation),
         confidence=jax.lax.stop_gradient(bce),
-        accepted=jnp.sum(accepted.reshape(judged.shape) * judged, axis=(0, 1)),
+        accepted=jnp.sum(accepted.reshape(drafted.shape) * drafted, axis=(0, 1)),
         counted=jnp.sum(supervised.astype(jnp.float32), axis=(0, 1)),
         selection=jax.lax.stop_gradient(selection),
     )

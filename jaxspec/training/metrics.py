@@ -49,7 +49,7 @@ class MetricsLog:
             self._writers.append(_tensorboard(tensorboard, after))
         if wandb is not None:
             self._writers.append(_wandb(wandb, path.parent, settings or {}))
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = _lines(path)
         kept = [
             line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after
         ]
@@ -70,10 +70,19 @@ class MetricsLog:
         for write, _ in self._writers:
             write(step, scalars)
 
+    def values(self, name: str) -> dict[int, Any]:
+        """A metric by step, of the steps that have it."""
+        lines = map(json.loads, _lines(self.path))
+        return {line["step"]: line[name] for line in lines if name in line}
+
     def close(self) -> None:
         """Waits until everything is written."""
         for _, close in self._writers:
             close()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines(keepends=True) if path.exists() else []
 
 
 def peak_memory() -> int:

@@ -72,6 +72,14 @@ class OptimizerConfig:
     beta2: float = 0.999
     clip: float = 1.0
 
+    def __post_init__(self):
+        at_least(0, self, "learning_rate", "weight_decay")
+        check = functools.partial(check_field, self)
+        check("warmup", 0 <= self.warmup <= 1, "a share of the steps, 0 … 1")
+        for name in ("beta1", "beta2"):
+            check(name, 0 <= getattr(self, name) < 1, "at least 0, less than 1")
+        check("clip", self.clip > 0, "more than 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:

@@ -141,11 +141,12 @@ def train(
             writers = dict(tensorboard=board, wandb=wandb, settings=dataclasses.asdict(config))
         metrics = MetricsLog(path, after=step, **writers)
         held.enter_context(contextlib.closing(metrics))
-        if leads:  # only now, when nothing that may fail is left
+        # Nothing later fails. Deleted first: a run that is killed here mixes no two optimizers.
+        store.drop_after(step)
+        if leads:
             enter(folder, settings, flags)
             kept = jax.device_get(run.kept)
             save_tokens(folder, kept, examples, vocab=config.drafter.vocab_size)
-        store.drop_after(step)
         state = _take_steps(run, state, position, loader, store, metrics)
         return None if state is None else _export(run, state, store, folder)
 
@@ -200,16 +201,14 @@ class _Run:
         due = step == self.config.steps or _due(step, self.config.validate_every)
         return bool(self.prompts) and due
 
-    def validate(
-        self, state: TrainState, position: Position, store: Store, metrics: MetricsLog
-    ) -> None:
-        """Writes tau on the prompts to the metrics, and as the score of a saved checkpoint."""
+    def validate(self, state: TrainState, store: Store, metrics: MetricsLog) -> None:
+        """Writes tau on the prompts to the metrics; it is the score of the checkpoint."""
         with mesh_of(self.target.params):
             drafter, leads = self.drafter(state), jax.process_index() == 0
             tau = walked_tau(self.target, drafter, self.prompts, shown=leads)
         step = int(state.step)
-        store.save(step, state, dataclasses.asdict(position), score=tau)
         metrics.write(step, tau=tau)
+        store.scores[step] = tau
 
 
 def _begin(
@@ -253,10 +252,11 @@ def _take_steps(
     """Trains to the last step, with checkpoints and validation; None if it was interrupted."""
     config, target, done = run.config, run.target, int(state.step)
     rate = learning_rate(config.optimizer, config.steps)
+    store.scores = metrics.values("tau")
     progress = tqdm(total=config.steps, initial=done, unit="step", file=sys.stderr)
     with progress, _stopping() as stopping:
-        if done and run.judged(done) and not store.scored(done):  # stopped during validation
-            run.validate(state, position, store, metrics)
+        if done and run.judged(done) and done not in store.scores:  # stopped during validation
+            run.validate(state, store, metrics)
         upcoming = loader.at(position)
         while done < config.steps:
             epoch, tokens, began = position.epoch, loader.tokens(position), time.perf_counter()
@@ -278,7 +278,8 @@ def _take_steps(
             )
             done += 1
             progress.update()
-            progress.set_postfix_str(f"loss {means['loss']:.3f}, {speed:.0f} tokens/s")
+            seen = f"epoch {epoch}, loss {means['loss']:.3f}"
+            progress.set_postfix_str(f"{seen}, {speed:.0f} tokens/s")
 
             last, stop = done == config.steps, any_process(bool(stopping))
             due = last or stop or _due(done, config.checkpoint_every)
@@ -286,7 +287,7 @@ def _take_steps(
                 store.save(done, state, dataclasses.asdict(position))
             if run.judged(done):
                 try:
-                    run.validate(state, position, store, metrics)
+                    run.validate(state, store, metrics)
                 except KeyboardInterrupt:  # from `generate`; `stopping` has the signal too
                     return None
             if stop and not last:

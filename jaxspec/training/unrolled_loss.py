@@ -61,13 +61,14 @@ def unrolled_loss(
         own = take(starts, jnp.minimum(at, length - 1))
         judged = judged & (take(starts, read) == own[:, None])
 
-    labels = None
+    labels, known = vocabulary.index(take(tokens, jnp.minimum(read + 1, length - 1)))
+    drafted = judged & known & (read + 1 < length)
+    counted = _by_step(judged)
     if config.truth == "data":
-        following = jnp.minimum(read + 1, length - 1)
-        labels, known = vocabulary.index(take(tokens, following))
-        judged = judged & known & (read + 1 < length)
-    counted = jnp.sum(judged.astype(jnp.float32), axis=(0, 2))  # [J]
-    weights, denominator = _step_weights(config, judged, counted)
+        judged = drafted
+    else:
+        labels = None
+    weights, denominator = _step_weights(config, judged)
 
     flat = lambda x: x.reshape(batch, steps * count, *x.shape[3:])  # noqa: E731
     total, losses = vocabulary_loss(
@@ -91,14 +92,20 @@ def unrolled_loss(
         kl=weighted(losses.kl),
         total_variation=weighted(losses.total_variation),
         confidence=jnp.float32(0),
-        accepted=jnp.sum(accepted * judged, axis=(0, 2)),
+        accepted=_by_step(accepted * drafted),
         counted=counted,
     )
 
 
-def _step_weights(config: LossConfig, judged: jax.Array, counted: jax.Array):
+def _by_step(rows: jax.Array) -> jax.Array:
+    """Sums [J] over rows [B, J, A]."""
+    return jnp.sum(rows.astype(jnp.float32), axis=(0, 2))
+
+
+def _step_weights(config: LossConfig, judged: jax.Array):
     """Weights [B, J, A] of the rows, and what to divide the weighted sum by."""
-    steps, everywhere = counted.shape[0], jnp.float32(judged[:, 0].size)
+    counted, everywhere = _by_step(judged), jnp.float32(judged[:, 0].size)
+    steps = counted.shape[0]
     decay = jnp.ones(steps)
     if config.weighting == "exponential":
         decay = jnp.exp(-jnp.arange(steps) / config.decay)

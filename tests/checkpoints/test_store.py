@@ -1,5 +1,6 @@
 """Checkpoints of a run: whole, pruned, and clear about damage."""
 
+import resource
 import shutil
 
 import jax
@@ -29,7 +30,9 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
 def test_the_newest_and_the_best_are_kept(tmp_path):
     store = Store(tmp_path, keep=2)
     for step, score in [(1, 1.0), (2, 3.0), (3, 2.0), (4, None), (5, None)]:
-        store.save(step, state(step), {"index": 0}, score=score)
+        store.save(step, state(step), {"index": 0})
+        if score is not None:
+            store.scores[step] = score
     assert store.steps == [2, 4, 5]
     assert store.best == 2
 
@@ -111,6 +114,19 @@ def test_a_step_can_be_written_again(tmp_path):
     _, found, position = store.restore(state(0))
     assert position == {"index": 5}
     jax.tree.map(np.testing.assert_array_equal, found, state(2))
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_others(tmp_path):
+    store = Store(tmp_path, keep=1)
+    store.save(1, state(1), {"index": 0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint 2 cannot be written to .* make room"):
+            store.save(2, state(2), {"index": 0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Store(tmp_path).restore(state(0))[0] == 1
 
 
 def test_half_written_checkpoints_do_not_count(tmp_path):

@@ -21,8 +21,10 @@ from jaxspec.drafters.weights import bind, random_weights
 from jaxspec.models.target import Target
 from jaxspec.training.draft_vocabulary import coverage, most_frequent
 from jaxspec.training.losses import LossConfig, drafter_loss, position_weights
+from jaxspec.training.recipe import eagle_config
 from jaxspec.training.start import initial_drafter
 from jaxspec.training.trainer import train
+from jaxspec.training.unrolled_loss import unrolled_loss
 from jaxspec.training.validation import walked_tau
 from jaxspec.training.vocabulary_loss import Mixture
 from tests.slow import slow_but
@@ -143,6 +145,38 @@ def test_the_loss_is_that_of_the_kept_rows_of_all_logits(head):
     if head != "mlp":
         moved = np.abs(slopes["sequential", "output"][...]).sum(axis=1) > 0
         assert np.flatnonzero(moved).tolist() == KEPT.tolist()
+
+
+def test_a_token_that_cannot_be_drafted_is_never_accepted():
+    """Of the tokens 5 and 4, both to be drafted, 5 is kept; all laws are uniform."""
+    options = dict(weighting="uniform", confidence=0.0, truth="target")
+    loss, width = LossConfig(Mixture(0, 1, 0), **options), tiny.DRAFTER.hidden_size
+    plain = dataclasses.replace(tiny.DRAFTER, sequential=None, rank=0, confidence=None)
+    eagle = eagle_config(tiny.TARGET_CONFIG, steps=1)
+    table = jnp.zeros((VOCAB, width))
+    kept = Vocabulary(table, table[: len(KEPT)], jnp.asarray(KEPT))
+    blocks = BlockOutput(
+        stream=jnp.zeros((1, 1, 2, width)),
+        previous=jnp.array([[[1, 5]]]),
+        labels=jnp.array([[[5, 4]]]),
+        inside=jnp.ones((1, 1, 2), bool),
+    )
+
+    @jax.jit
+    def losses():
+        block, unrolled = (
+            bind(c, random_weights(c, jax.random.key(0))) for c in (plain, eagle)
+        )
+        teacher, tokens = blocks.stream, jnp.array([[1, 1, 5, 4]])
+        rows = teacher, tokens, jnp.ones((1, 4), bool), jnp.zeros((1, 4, width))
+        return (
+            drafter_loss(loss, block, kept, blocks, blocks.inside, teacher),
+            unrolled_loss(loss, unrolled, kept, *rows, at=jnp.array([[0, 1]])),
+        )
+
+    of_blocks, of_steps = losses()
+    assert (of_blocks.accepted.tolist(), of_blocks.counted.tolist()) == ([1, 0], [1, 1])
+    assert (of_steps.accepted.tolist(), of_steps.counted.tolist()) == ([1], [2])
 
 
 def test_a_token_that_cannot_be_drafted_is_never_reached_beyond_by_dpace():

@@ -37,11 +37,12 @@ def test_steps_say_speed_memory_and_how_training_goes(run):
         assert line["gradient_norm"] > 0 and line["learning_rate"] >= 0
 
 
-def test_validation_shows_how_far_it_is(run, tmp_path, capsys):
+def test_progress_is_shown(run, tmp_path, capsys):
     config = dataclasses.replace(tiny.CONFIG, steps=2, validate_every=1)
     train(config, tiny.target(), tiny.examples(), tmp_path, prompts=PROMPTS)
     told = capsys.readouterr().err
     assert "validation:   0%|" in told and "| 0/128 [" in told
+    assert "epoch 0, loss " in told and " tokens/s" in told
 
 
 def test_the_card_beside_the_drafter_is_ready_for_the_hub(run):

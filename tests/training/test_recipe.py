@@ -9,9 +9,11 @@ from jaxspec.checkpoints.drafter_config import to_json
 from jaxspec.cli.train import Train
 from jaxspec.config import spaced_taps
 from jaxspec.models import presets
+from jaxspec.training.losses import LossConfig
 from jaxspec.training.recipe import (
     BLOCKS,
     PRESETS,
+    OptimizerConfig,
     TrainConfig,
     drafter_config,
     find_preset,
@@ -124,6 +126,23 @@ def test_a_rule_for_the_selector_needs_one():
         with pytest.raises(ValueError, match="missing is 'skip', which needs dflash2's"):
             TrainConfig(drafter(family=family, **options), loss)
     TrainConfig(drafter(family="dflash2"), loss)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (OptimizerConfig, dict(learning_rate=-1e-3), "learning_rate is -0.001; .* at least 0"),
+        (OptimizerConfig, dict(learning_rate=float("nan")), "learning_rate is nan"),
+        (OptimizerConfig, dict(warmup=4), "warmup is 4; expected a share of the steps, 0 … 1"),
+        (OptimizerConfig, dict(beta2=1.0), "beta2 is 1.0; expected at least 0, less than 1"),
+        (OptimizerConfig, dict(clip=0), "clip is 0; expected more than 0"),
+        (LossConfig, dict(confidence=-1), "confidence is -1; expected at least 0"),
+        (LossConfig, dict(smoothing=2), "smoothing is 2; expected a share, 0 … 1"),
+    ],
+)
+def test_settings_that_cannot_train_are_refused(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        config(**change)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxspec.checkpoints.store import Store, ocp
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.locks import claimed
 from jaxspec.training.recipe import OptimizerConfig
@@ -150,6 +151,24 @@ def test_what_a_run_reads_stays_the_same(tmp_path, change, name):
     del older[name]
     enter(tmp_path, older)
     check_run(tmp_path, run(**dict(prompts=PROMPTS, features_dtype="float32") | change))
+
+
+def test_a_return_that_is_killed_mixes_no_checkpoints(copied, monkeypatch):
+    """The newest are deleted first, and the new rate is written last."""
+    delete, lower = ocp.training.Checkpointer.delete, with_rate(0.005)
+
+    def killed(self, step):
+        if step == 10:
+            raise KeyboardInterrupt
+        delete(self, step)
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "delete", killed)
+    arguments = lower, tiny.target(), tiny.examples(), copied
+    with pytest.raises(KeyboardInterrupt):
+        train(*arguments, resume_step=6)
+    assert Store(copied / "checkpoints").steps == [2, 4, 6, 8, 10]
+    with pytest.raises(ValueError, match="optimizer differ.*--resume-step"):
+        train(*arguments)
 
 
 def test_what_a_lost_run_is_told_works(whole_run, copied):

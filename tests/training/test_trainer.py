@@ -87,6 +87,20 @@ def test_a_validation_that_fails_loses_no_step(copied, monkeypatch):
     assert tiny.metrics(copied)[-1] == {"step": 12, "tau": 1.5}
 
 
+def test_a_score_is_added_without_writing_the_checkpoint_again(copied, monkeypatch):
+    """Orbax deletes a checkpoint before it writes it again: a kill there would lose it."""
+    shutil.rmtree(copied / "drafter")
+    log = copied / "metrics.jsonl"
+    with log.open("a") as stream:
+        stream.write('{"step": 10, "tau": 2.5}\n')
+    monkeypatch.setattr("jaxspec.training.trainer.walked_tau", lambda *_, **__: 1.5)
+    monkeypatch.setattr(Store, "save", None)  # never called
+    train(tiny.CONFIG, tiny.target(), tiny.examples(), copied, prompts=PROMPTS)
+    assert tiny.metrics(copied)[-1] == {"step": 12, "tau": 1.5}
+    card = (copied / "drafter" / "README.md").read_text()
+    assert "these weights are of step 10" in card  # the best of both
+
+
 @pytest.mark.parametrize("name", ["loss", "gradient_norm"])
 def test_a_run_that_is_lost_says_how_to_go_on(copied, monkeypatch, name):
     shutil.rmtree(copied / "drafter")
