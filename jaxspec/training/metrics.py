@@ -70,15 +70,16 @@ class MetricsLog:
         for write, _ in self._writers:
             write(step, scalars)
 
-    def values(self, name: str) -> dict[int, Any]:
-        """A metric by step, of the steps that have it."""
-        lines = map(json.loads, _lines(self.path))
-        return {line["step"]: line[name] for line in lines if name in line}
-
     def close(self) -> None:
         """Waits until everything is written."""
         for _, close in self._writers:
             close()
+
+
+def written(path: Path, name: str, *, until: int) -> dict[int, Any]:
+    """A metric in a log by step, of the steps up to `until` that have it."""
+    lines = [json.loads(line) for line in _lines(path) if line.endswith("\n")]
+    return {x["step"]: x[name] for x in lines if name in x and x["step"] <= until}
 
 
 def _lines(path: Path) -> list[str]:

@@ -34,7 +34,7 @@ from jaxspec.training.draft_vocabulary import load_tokens, most_frequent, save_t
 from jaxspec.training.export import export
 from jaxspec.training.feature_cache import open_features
 from jaxspec.training.loading import Loader
-from jaxspec.training.metrics import MetricsLog, check_writers, peak_memory
+from jaxspec.training.metrics import MetricsLog, check_writers, peak_memory, written
 from jaxspec.training.networks import trained_drafter
 from jaxspec.training.recipe import TrainConfig
 from jaxspec.training.run_folder import (
@@ -252,7 +252,8 @@ def _take_steps(
     """Trains to the last step, with checkpoints and validation; None if it was interrupted."""
     config, target, done = run.config, run.target, int(state.step)
     rate = learning_rate(config.optimizer, config.steps)
-    store.scores = metrics.values("tau")
+    # In every process, which all choose the same best checkpoint.
+    store.scores = written(store.folder.parent / METRICS, "tau", until=done)
     progress = tqdm(total=config.steps, initial=done, unit="step", file=sys.stderr)
     with progress, _stopping() as stopping:
         if done and run.judged(done) and done not in store.scores:  # stopped during validation

@@ -167,7 +167,7 @@ def level(children: int, batch: int = 1) -> Case:
         Levels(*whole, _array(batch)),
         _array(dtype=jnp.int32),
         _array(batch, depth, vocab),
-        _array(batch, parents, rank),
+        _array(batch, parents, rank, dtype=jnp.bfloat16),
         _array(vocab, rank, dtype=jnp.bfloat16),
     )
     return Case(f"tree_level F={children} B={batch}", _level, arguments, "tree_level")
