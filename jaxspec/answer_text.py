@@ -33,8 +33,7 @@ class AnswerText:
             if self.stopped:
                 break
             self.taken += 1
-            piece = self._pieces.step(token)
-            text += piece if self.taken <= self._min_tokens else self._release(piece)
+            text += self._release(self._pieces.step(token))
         self.text += text
         return text
 
@@ -50,8 +49,11 @@ class AnswerText:
         return rest
 
     def _release(self, text: str) -> str:
+        """The part of new text that can be shown."""
         if self.stopped:
             return ""
+        if self.taken <= self._min_tokens:
+            return text
         text = self._held + text
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:

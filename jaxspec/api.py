@@ -330,6 +330,7 @@ def _pieces(
         state = decode(decoder, params, state, requests.sampling, np.int32(rounds))
 
 
+@own_settings()
 def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> int:
     """Compiles what `generate(target, prompts, **options)` will run; decodes one round.
 
@@ -346,9 +347,8 @@ def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> in
     new_tokens = options.pop("max_new_tokens", 256)
     capacity = check_capacity(decoder, rows, new_tokens, options.pop("capacity", None))
     batch = min(integer("batch_size", options.get("batch_size", 8), low=1), len(rows))
-    for name in ("sampling", "seed"):  # one for all prompts, or one each
-        if isinstance(options.get(name), Sequence):
-            options[name] = options[name][:batch]
+    options["sampling"] = _one_each(options.get("sampling", Sampling()), len(rows))[:batch]
+    options["seed"] = request_keys(options.get("seed", 0), len(rows))[:batch]
     few = min(new_tokens, 2)  # prefill gives the first, one round the second
     generate(target, rows[:batch], max_new_tokens=few, capacity=capacity, **options)
     return capacity

@@ -48,3 +48,20 @@ def test_stop_texts_are_looked_for_after_the_least_tokens(min_tokens, expected, 
     again.see([ord(character) for character in "ab"])
     again.see([ord(character) for character in "ababa"])
     assert (again.text, again.taken) == (expected, taken)
+
+
+class Bytes(Letters):
+    """A tokenizer whose tokens are bytes of UTF-8."""
+
+    decoder_steps = (dict(type="ByteLevel"),)
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("min_tokens, expected", [(1, "a"), (2, "a\ufffd")])
+def test_nor_are_they_in_half_a_character_of_the_least_tokens(min_tokens, expected):
+    answer = AnswerText(Bytes(), ("\ufffd",), min_tokens=min_tokens)
+    answer.add([ord("a"), "é".encode()[0]])
+    answer.finish()
+    assert (answer.text, answer.stopped) == (expected, min_tokens == 1)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from jaxspec.api import generate, stream, warm_up
@@ -96,6 +97,7 @@ def test_loops_in_python_cannot_be_traced(call, transform):
 def test_warming_up_refuses_what_generating_does():
     for options, message in (
         (dict(batch_size=0), "batch_size is 0; expected at least 1"),
+        (dict(seed=[7]), "1 seeds for 2 prompts; give one, or one per prompt"),
         (dict(budget=17), "budget is 17; the drafter's trees have 1 … 16 nodes"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -108,9 +110,12 @@ def test_a_drafter_without_its_params(call):
         call(tiny.target(), [[1]], drafter=tiny.RANDOM.drafter)
 
 
-def test_warming_up_takes_one_option_each():
+@pytest.mark.parametrize(
+    "seed", [[7, 8, 9], np.array([7, 8, 9]), jax.random.split(jax.random.key(7), 3)]
+)
+def test_warming_up_takes_one_option_each(seed):
     prompts = tiny.prompts(3, 4, 5)
-    options = dict(sampling=[Sampling()] * 3, seed=[7, 8, 9], batch_size=2, max_new_tokens=4)
+    options = dict(sampling=[Sampling()] * 3, seed=seed, batch_size=2, max_new_tokens=4)
     capacity = warm_up(tiny.target(), prompts, **options)
     assert len(generate(tiny.target(), prompts, capacity=capacity, **options)) == 3
 
