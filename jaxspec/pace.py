@@ -168,12 +168,12 @@ def measure_pace(
     Raises:
       ValueError: as `generate`; the drafter drafts nothing; or processes share the target.
     """
+    rows = as_token_ids(target, prompts, raw=raw, thinking=thinking)
     if over_processes(target.params):
         raise ValueError(
             f"target {target.name!r} lies on devices of several processes, which would measure "
             "different times and choose different budgets; give `generate` a fixed budget"
         )
-    rows = as_token_ids(target, prompts, raw=raw, thinking=thinking)
     drafter = as_drafter(target, drafter)
     if drafter.drafter.size < 2:
         raise ValueError(
