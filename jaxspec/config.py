@@ -13,6 +13,7 @@ from jaxspec.arguments import at_least, check_field, check_indices, convert_fiel
 
 def check_heads(config: Any) -> None:
     """Raises ValueError unless query heads are in groups and heads have pairs to rotate."""
+    at_least(1, config, "num_heads", "num_kv_heads")
     grouped = config.num_heads % config.num_kv_heads == 0
     rule = f"a multiple of num_kv_heads = {config.num_kv_heads}"
     check_field(config, "num_heads", grouped, rule)

@@ -32,7 +32,7 @@ def cut_axes() -> tuple[str, ...]:
 
 
 def dividing(mesh: Mesh | AbstractMesh, axes: Iterable[str], size: int) -> tuple[str, ...]:
-    """Those of some axes that a mesh has, from the first on as many as divide `size` evenly."""
+    """The first of the `axes` that the mesh has, as many as divide `size` evenly."""
     names = [name for name in axes if name in mesh.shape]
     while names and size % math.prod(mesh.shape[name] for name in names):
         names.pop()

@@ -76,7 +76,7 @@ class MetricsLog:
             close()
 
 
-def written(path: Path, name: str, *, until: int) -> dict[int, Any]:
+def logged(path: Path, name: str, *, until: int) -> dict[int, Any]:
     """A metric in a log by step, of the steps up to `until` that have it."""
     lines = [json.loads(line) for line in _lines(path) if line.endswith("\n")]
     return {x["step"]: x[name] for x in lines if name in x and x["step"] <= until}

@@ -34,7 +34,7 @@ from jaxspec.training.draft_vocabulary import load_tokens, most_frequent, save_t
 from jaxspec.training.export import export
 from jaxspec.training.feature_cache import open_features
 from jaxspec.training.loading import Loader
-from jaxspec.training.metrics import MetricsLog, check_writers, peak_memory, written
+from jaxspec.training.metrics import MetricsLog, check_writers, logged, peak_memory
 from jaxspec.training.networks import trained_drafter
 from jaxspec.training.recipe import TrainConfig
 from jaxspec.training.run_folder import (
@@ -253,7 +253,7 @@ def _take_steps(
     config, target, done = run.config, run.target, int(state.step)
     rate = learning_rate(config.optimizer, config.steps)
     # In every process, which all choose the same best checkpoint.
-    store.scores = written(store.folder.parent / METRICS, "tau", until=done)
+    store.scores = logged(store.folder.parent / METRICS, "tau", until=done)
     progress = tqdm(total=config.steps, initial=done, unit="step", file=sys.stderr)
     with progress, _stopping() as stopping:
         if done and run.judged(done) and done not in store.scores:  # stopped during validation
