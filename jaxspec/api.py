@@ -35,13 +35,13 @@ from jaxspec.models.target import Target, check_target
 from jaxspec.pace import Pace
 from jaxspec.prompts import Prompt, as_token_ids
 from jaxspec.results import Completion, Finish, Interrupted
-from jaxspec.settings import own_settings, own_settings_between_yields
+from jaxspec.settings import on_devices_of_target, own_settings_between_yields
 from jaxspec.sharding import any_process, first_process, over_processes
 
 CALL_SECONDS = 0.25  # target duration of one device call, which a Ctrl-C has to wait for
 
 
-@own_settings()
+@on_devices_of_target
 def generate(
     target: Target,
     prompts: Prompt | Sequence[Prompt],
@@ -263,7 +263,7 @@ def _end_stopped(
     return dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
 
 
-@own_settings()
+@on_devices_of_target
 def stream(
     target: Target,
     prompt: Prompt,
@@ -330,7 +330,7 @@ def _pieces(
         state = decode(decoder, params, state, requests.sampling, np.int32(rounds))
 
 
-@own_settings()
+@on_devices_of_target
 def warm_up(target: Target, prompts: Prompt | Sequence[Prompt], **options) -> int:
     """Compiles what `generate(target, prompts, **options)` will run; decodes one round.
 

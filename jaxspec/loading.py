@@ -29,6 +29,7 @@ NODES = 8  # nodes per tree, where none are given
 
 
 @own_settings()
+@mesh_of(None)  # not the caller's, which would place what is loaded
 def load_target(
     name_or_path: str | Path = "smollm2-135m",
     *,
@@ -44,7 +45,8 @@ def load_target(
       dtype: of weights and caches: "float32", "bfloat16", or "auto" for the faster one here
         (`dtypes.fastest`); products accumulate in float32.
       devices: number of devices of all processes to shard the weights over
-        (`jaxspec.sharding`); compute with them inside `sharding.mesh_of(target.params)`.
+        (`jaxspec.sharding`). The functions of `jaxspec` compute on them; programs of your own,
+        `logits` and `hidden_states` do inside `sharding.mesh_of(target.params)`.
       weights: how to hold an fp8 checkpoint: "dequantised" to `dtype`, or "stored" in 8 bits
         with scales: half the memory and, on a GPU, half the bytes that a step reads.
 
@@ -57,6 +59,7 @@ def load_target(
 
 
 @own_settings()
+@mesh_of(None)
 def load_drafter(
     spec: str,
     target: Target,

@@ -34,7 +34,7 @@ from jaxspec.kept_curves import keep_curve, kept_curve
 from jaxspec.loading import as_drafter
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt, as_token_ids
-from jaxspec.settings import own_settings
+from jaxspec.settings import on_devices_of_target
 from jaxspec.sharding import beside, over_processes
 
 REPEATS = 5  # of every size; the minimum time counts
@@ -146,7 +146,7 @@ class Pace:
 SCHEDULE = Adaptive()
 
 
-@own_settings()
+@on_devices_of_target
 def measure_pace(
     target: Target,
     prompts: Prompt | Sequence[Prompt],

@@ -21,7 +21,7 @@ from jaxspec.models.params import TargetParams
 from jaxspec.models.state import LayerStates, init_states
 from jaxspec.models.target import Target, check_target
 from jaxspec.prompts import Prompt, as_token_ids
-from jaxspec.settings import own_settings
+from jaxspec.settings import on_devices_of_target, own_settings
 
 POSITIONS = 128  # positions whose logits are in memory at a time
 
@@ -191,7 +191,7 @@ class Score:
         )
 
 
-@own_settings()
+@on_devices_of_target
 def score(
     target: Target, texts: Prompt | Sequence[Prompt], *, batch_size: int = 8
 ) -> list[Score]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Generator, Iterator
 
 import jax
 
+from jaxspec.sharding import mesh_of
+
 
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
@@ -27,14 +29,27 @@ def own_settings() -> Iterator[None]:
         yield
 
 
+def on_devices_of_target(function: Callable) -> Callable:
+    """Decorates a function whose first argument is a target: it computes on the target's
+    devices, under own settings, whatever mesh the caller has set."""
+
+    @functools.wraps(function)
+    def call(target, *arguments, **options):
+        with own_settings(), mesh_of(target):
+            return function(target, *arguments, **options)
+
+    return call
+
+
 def own_settings_between_yields(function: Callable[..., Generator]) -> Callable[..., Generator]:
-    """Decorates a generator: own settings hold inside it, the caller's between its yields."""
+    """Decorates a generator: own settings, and the mesh of its arguments, hold inside it, the
+    caller's between its yields."""
 
     @functools.wraps(function)
     def steps(*arguments, **options):
         generator = function(*arguments, **options)
         while True:
-            with own_settings():
+            with own_settings(), mesh_of(arguments):
                 try:
                     item = next(generator)
                 except StopIteration as end:

@@ -12,10 +12,11 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -74,6 +75,16 @@ def make_mesh(*, data: int = 1, model: int = 1, rest: int = 1) -> Mesh:
     )
 
 
+def check_mesh(mesh: Mesh) -> None:
+    """Raises ValueError unless a mesh is as from `make_mesh`; JAX's own default is not."""
+    automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
+    if set(mesh.axis_names) != {DATA, MODEL, REST} or not automatic:
+        raise ValueError(
+            f"the mesh has axes {mesh.axis_names} of types {mesh.axis_types}; expected a mesh of "
+            "jaxspec.sharding.make_mesh"
+        )
+
+
 def decoding_mesh(devices: int, num_kv_heads: int) -> Mesh:
     """A mesh for decoding: heads over as many devices as divide them, the others on `rest`.
 
@@ -127,14 +138,22 @@ def over_processes(tree: Any) -> bool:
 
 
 @contextlib.contextmanager
-def mesh_of(tree: Any):
-    """The context to compute in with a pytree's arrays: their mesh, if they are on one."""
-    place = jax.tree.leaves(tree)[0].sharding
-    if isinstance(place, NamedSharding):
-        with jax.set_mesh(place.mesh):
-            yield place.mesh
-    else:
-        yield None
+def mesh_of(tree: Any) -> Iterator[Mesh | None]:
+    """The context to compute in with a pytree's arrays: their mesh, or none if they are on
+    none, whatever mesh is set outside. Inside a traced function nothing changes."""
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    traced = any(isinstance(x, jax.core.Tracer) for x in (*arrays, jnp.zeros(())))
+    place = arrays[0].sharding if arrays and not traced else None
+    mesh = place.mesh if isinstance(place, NamedSharding) else None
+    if mesh is not None:
+        context = jax.set_mesh(mesh)
+    elif traced or jax.sharding.get_abstract_mesh().empty:
+        context = contextlib.nullcontext()
+    else:  # JAX unsets a mesh by one without axes
+        device = next(iter(place.device_set)) if place else jax.local_devices()[0]
+        context = jax.set_mesh(Mesh(np.array(device, object), ()))
+    with context:
+        yield mesh
 
 
 def shardings(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, tuple]] = RULES) -> Any:

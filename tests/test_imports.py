@@ -23,7 +23,7 @@ ARROWS = {
     "interrupts": "",
     "locks": "",
     "noise": "",
-    "settings": "",
+    "settings": "sharding",
     "sharding": "pallas_kernels",
     "tokenizer": "",
     "whole_files": "",

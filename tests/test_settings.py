@@ -49,6 +49,47 @@ def test_answers_do_not_depend_on_the_settings_of_the_process(name):
     assert wide == ("int64" if name == "x64" else "int32")  # they are back after each call
 
 
+# A process of its own, because the number of devices is fixed when JAX starts.
+MESHES = """
+import dataclasses, itertools
+import jax, numpy as np
+from jax.sharding import AxisType
+import jaxspec
+from tests import tiny
+from tests.test_settings import LETTERS, answers
+
+target = dataclasses.replace(tiny.target(), tokenizer=LETTERS)
+ids = np.array([[1, 2, 3, 1], [4, 5, 4, 5]])
+
+def all_functions():
+    text = "".join(jaxspec.stream(target, "ab", raw=True, max_new_tokens=8))
+    scores = [score.total for score in jaxspec.score(target, ids)]
+    logits = jax.jit(lambda ids: jaxspec.logits(target, ids))(ids)
+    loaded = jaxspec.load_target("smollm2-135m").params.embed.devices()
+    return (answers(target), text, len(loaded)), (np.array(scores), np.array(logits))
+
+texts, numbers = all_functions()
+for kind, name in itertools.product((AxisType.Auto, AxisType.Explicit), ("data", "model")):
+    with jax.set_mesh(jax.make_mesh((2,), (name,), axis_types=(kind,))):
+        found, others = all_functions()
+    assert found == texts, (kind, name, found)
+    for a, b in zip(others, numbers):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_answers_do_not_depend_on_a_mesh_that_the_process_has_set():
+    done = subprocess.run(
+        [sys.executable, "-c", MESHES],
+        env=os.environ | dict(JAX_NUM_CPU_DEVICES="2", JAX_PLATFORMS="cpu"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_a_stream_has_them_only_while_it_computes():
     target = dataclasses.replace(tiny.target(), tokenizer=LETTERS)
     pieces = jaxspec.stream(target, "ab", raw=True, max_new_tokens=8)

@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
 
 from jaxspec.drafters.weights import abstract_weights
 from jaxspec.models.cache import init_cache
 from jaxspec.models.params import abstract_params
 from jaxspec.models.presets import PRESETS
 from jaxspec.planning.setup import published_drafter
-from jaxspec.sharding import make_mesh, shardings
+from jaxspec.sharding import check_mesh, make_mesh, mesh_of, place, shardings
+from pallas_kernels.mesh import batch_axis, cut_axes, devices_along, on_one_device
 
 P = PartitionSpec
 WIDE = ("model", "rest")
@@ -78,3 +79,51 @@ def test_drafters_are_cut_as_targets_are_or_not_at_all():
 def test_too_few_devices():
     with pytest.raises(ValueError, match=r"999 x 2 x 1 .* needs 1998 devices; there are"):
         make_mesh(data=999, model=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "weights", "alone"),
+    [
+        (AxisType.Auto, "data", ("model",), False),
+        (AxisType.Explicit, None, (), False),
+        (AxisType.Manual, None, (), True),  # inside a shard_map of the user's
+    ],
+)
+def test_work_is_cut_over_axes_of_type_auto_alone(kind, rows, weights, alone):
+    with use_abstract_mesh(AbstractMesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)):
+        assert (batch_axis(4), batch_axis(3), cut_axes()) == (rows, None, weights)
+        assert (devices_along("model"), on_one_device()) == (2 if weights else 1, alone)
+
+
+def axes() -> tuple[str, ...]:
+    return jax.sharding.get_abstract_mesh().axis_names
+
+
+def test_arrays_are_computed_with_on_their_own_mesh():
+    alone = jnp.zeros(3)
+    placed = place(make_mesh(), {"x": jnp.zeros(3)})
+    with jax.set_mesh(jax.make_mesh((1,), ("mine",))):
+        with mesh_of(alone) as found:
+            assert found is None and axes() == ()
+        with mesh_of(placed) as found:
+            assert found.axis_names == axes() == ("data", "model", "rest")
+
+        @jax.jit
+        def traced(x):
+            with mesh_of(x) as found:
+                assert found is None and axes() == ("mine",)
+            return x
+
+        traced(jnp.zeros(3))
+        assert axes() == ("mine",)
+    with mesh_of(alone):
+        assert jnp.zeros(3).sharding == alone.sharding  # nothing was set, so nothing changes
+
+
+def test_meshes_that_training_cannot_use():
+    check_mesh(make_mesh())
+    with pytest.raises(ValueError, match=r"axes \('mine',\) .*; expected a mesh of"):
+        check_mesh(jax.make_mesh((1,), ("mine",)))
+    names = ("data", "model", "rest")
+    with pytest.raises(ValueError, match=r"of types \(Explicit, .*make_mesh"):
+        check_mesh(jax.make_mesh((1, 1, 1), names, axis_types=(AxisType.Explicit,) * 3))

@@ -24,7 +24,7 @@ from jaxspec.evaluation.view import View
 from jaxspec.loading import as_drafter, load_target
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt, as_token_ids
-from jaxspec.settings import own_settings
+from jaxspec.settings import on_devices_of_target
 
 
 def measurements(
@@ -117,7 +117,7 @@ class Evaluation:
     _repr_markdown_ = __repr__  # what notebooks show
 
 
-@own_settings()
+@on_devices_of_target
 def evaluate(
     target: Target | str,
     decoders: Mapping[str, str | LoadedDrafter],

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxspec.models.scaled import OutputsFirst, ScaledWeight, scaled_product
-from pallas_kernels.mesh import batch_axis, cut_axes, on_one_device
+from pallas_kernels.mesh import batch_axis, cut_axes, devices_along, on_one_device
 from pallas_kernels.scaled_matmul import scaled_swiglu
 from pallas_kernels.skinny_matmul import skinny_matmul
 
@@ -150,8 +150,8 @@ def lookup(table: Float[Array, "V M"], index: Int[Array, "*L"]) -> Float[Array, 
     Under a mesh that shards weights, rows are sharded: each device gives its own rows and zeros
     for the others, and a sum joins them. For a single index XLA would gather the whole table.
     """
-    axes, mesh = cut_axes(), jax.sharding.get_abstract_mesh()
-    if not axes or table.shape[0] % math.prod(mesh.shape[name] for name in axes):
+    axes = cut_axes()
+    if not axes or table.shape[0] % math.prod(map(devices_along, axes)):
         return lookup_whole(table, index)
 
     def of_this_device(table, index):

@@ -15,7 +15,7 @@ from jaxspec.models.params import Matrix, MoeParams, SharedExpertParams
 from jaxspec.models.scaled import is_scaled
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_scaled_matmul import grouped_scaled_matmul
-from pallas_kernels.mesh import batch_axis, cut_axes
+from pallas_kernels.mesh import batch_axis, cut_axes, devices_along
 
 
 def mixture_of_experts(
@@ -47,8 +47,7 @@ def _routed(params: MoeParams, config: TargetConfig, x: jax.Array) -> jax.Array:
     axes, rows = cut_axes(), batch_axis(len(x))
     if rows is None and not axes:
         return _weigh(_apply(x, params.gate_up, params.down, expert), weight)
-    mesh = jax.sharding.get_abstract_mesh()
-    experts, devices = params.down.shape[0], math.prod(mesh.shape[name] for name in axes)
+    experts, devices = params.down.shape[0], math.prod(map(devices_along, axes))
     if experts % devices:
         raise ValueError(
             f"{experts} experts cannot be sharded over {devices} devices; give the mesh's axes "

@@ -28,7 +28,7 @@ from jaxspec.models.scaled import is_scaled
 from jaxspec.models.target import Target
 from jaxspec.prompts import Prompt
 from jaxspec.settings import own_settings
-from jaxspec.sharding import DATA, any_process, mesh_of, place
+from jaxspec.sharding import DATA, any_process, check_mesh, mesh_of, place
 from jaxspec.training.batches import Position
 from jaxspec.training.draft_vocabulary import load_tokens, most_frequent, save_tokens
 from jaxspec.training.export import export
@@ -54,6 +54,7 @@ TENSORBOARD, CHECKPOINTS = "tensorboard", "checkpoints"
 
 
 @own_settings()
+@mesh_of(None)  # not the caller's
 def train(
     config: TrainConfig,
     target: Target,
@@ -92,7 +93,7 @@ def train(
       tensorboard: also write the metrics to `tensorboard/`.
       wandb: Weights & Biases project that also gets the metrics.
       flags: flags of the command, written as `run.toml` into the folder and its model card.
-      mesh: devices to train on (`jaxspec.sharding`), of all processes if there are several:
+      mesh: devices to train on (`sharding.make_mesh`), of all processes if there are several:
         each calls this function with the same arguments and a shared folder. A run may resume
         on other devices.
 
@@ -159,6 +160,8 @@ def _check(config: TrainConfig, target: Target, mesh: Mesh | None) -> None:
             f"{hosts} processes need a mesh over their {jax.device_count()} devices; give "
             f"--devices {jax.device_count()}"
         )
+    if mesh is not None:
+        check_mesh(mesh)
     if mesh is not None and config.micro_batch % mesh.shape[DATA]:
         raise ValueError(
             f"micro_batch is {config.micro_batch}; expected a multiple of the "

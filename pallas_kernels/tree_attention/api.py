@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.mesh import MODEL, batch_axis
+from pallas_kernels.mesh import MODEL, batch_axis, devices_along
 from pallas_kernels.tree_attention.config import (
     MosaicTile,
     Shape,
@@ -78,8 +78,7 @@ def _over_mesh(attend, arrays) -> jax.Array:
     XLA cannot partition a Pallas call: it would gather the caches on every device.
     """
     batch, kv_heads = arrays[1].shape[:2]
-    mesh = dict(jax.sharding.get_abstract_mesh().shape)
-    rows, devices = batch_axis(batch), mesh.get(MODEL, 1)
+    rows, devices = batch_axis(batch), devices_along(MODEL)
     if rows is None and devices == 1:
         return attend(*arrays)
     if kv_heads % devices:

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 from jaxspec.models.layers import lookup
 from jaxspec.models.moe import mixture_of_experts
@@ -166,7 +166,8 @@ def test_experts_and_vocabulary_are_cut_over_the_mesh():
 
 def shapes_on_a_device(function, *arrays, **axes):
     """Shapes that a device of a mesh computes with, where the work is cut over the mesh."""
-    with use_abstract_mesh(AbstractMesh(tuple(axes.values()), tuple(axes))):
+    kinds = (AxisType.Auto,) * len(axes)
+    with use_abstract_mesh(AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=kinds)):
         traced = jax.make_jaxpr(function)(*arrays)
     (cut,) = [eqn for eqn in traced.eqns if eqn.primitive.name == "shard_map"]
     return [x.aval.shape for x in cut.params["jaxpr"].invars]

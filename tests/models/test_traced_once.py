@@ -1,5 +1,6 @@
 """Layers that are alike are traced once; the program is the one without that."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -10,6 +11,7 @@ from jaxspec.models import decoder
 from jaxspec.models.params import random_params
 from jaxspec.models.state import init_states
 from jaxspec.trees.packing import pack_nodes
+from pallas_kernels.h100.target import lowering_for_h100
 from tests import tiny
 
 ROWS, NODES = 2, 8
@@ -30,8 +32,9 @@ def lowered(
         return decoder.forward(*given, **options)
 
     shapes = jnp.zeros((ROWS, NODES), int), jnp.zeros((ROWS, NODES, 1), jnp.uint32)
-    traced = forward.trace(weights, *shapes, states, jnp.zeros(ROWS, int))
-    return traced.lower(lowering_platforms=(platform,)).as_text()
+    with lowering_for_h100() if platform == "cuda" else contextlib.nullcontext():
+        traced = forward.trace(weights, *shapes, states, jnp.zeros(ROWS, int))
+        return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 WIDE = dataclasses.replace(tiny.QWEN3, head_dim=64, hidden_size=256, intermediate_size=256)
