@@ -10,6 +10,7 @@ for _name in (
     "JAX_DEFAULT_DTYPE_BITS",
     "JAX_DEFAULT_PRNG_IMPL",
     "JAX_DISABLE_JIT",
+    "JAX_TRANSFER_GUARD",
 ):
     os.environ.pop(_name, None)
 

@@ -13,7 +13,8 @@ from jaxspec.sharding import mesh_of
 
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
-    """Sets 32-bit types, NumPy's promotions, jit, and the threefry generator for the thread.
+    """Sets 32-bit types, NumPy's promotions, jit, the threefry generator, and transfers to and
+    from devices for the thread.
 
     With another generator a row's noise would depend on its batch, under vmap. Also works as a
     decorator. The `jaxspec` program removes such settings from its environment
@@ -25,6 +26,7 @@ def own_settings() -> Iterator[None]:
         jax.numpy_dtype_promotion("standard"),
         jax.default_prng_impl("threefry2x32"),
         jax.disable_jit(False),
+        jax.transfer_guard("allow"),
     ):
         yield
 

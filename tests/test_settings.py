@@ -23,6 +23,7 @@ SETTINGS = {
     "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
     "another generator": lambda: jax.default_prng_impl("rbg"),
     "no compilation": lambda: jax.disable_jit(True),
+    "no transfers": lambda: jax.transfer_guard("disallow"),
 }
 
 
@@ -111,6 +112,7 @@ def test_a_command_under_all_of_them(tmp_path):
         JAX_NUMPY_RANK_PROMOTION="raise",
         JAX_NUMPY_DTYPE_PROMOTION="strict",
         JAX_DISABLE_JIT="1",
+        JAX_TRANSFER_GUARD="disallow",
         JAXSPEC_CACHE=os.devnull,
         PYTHONIOENCODING="latin-1",
     )
