@@ -80,7 +80,7 @@ def check_mesh(mesh: Mesh) -> None:
     automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
     if set(mesh.axis_names) != {DATA, MODEL, REST} or not automatic:
         raise ValueError(
-            f"the mesh has axes {mesh.axis_names} of types {mesh.axis_types}; expected a mesh of "
+            f"the mesh has axes {mesh.axis_names} of types {mesh.axis_types}; expected one of "
             "jaxspec.sharding.make_mesh"
         )
 

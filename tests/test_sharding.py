@@ -122,7 +122,7 @@ def test_arrays_are_computed_with_on_their_own_mesh():
 
 def test_meshes_that_training_cannot_use():
     check_mesh(make_mesh())
-    with pytest.raises(ValueError, match=r"axes \('mine',\) .*; expected a mesh of"):
+    with pytest.raises(ValueError, match=r"axes \('mine',\) .*; expected one of"):
         check_mesh(jax.make_mesh((1,), ("mine",)))
     names = ("data", "model", "rest")
     with pytest.raises(ValueError, match=r"of types \(Explicit, .*make_mesh"):

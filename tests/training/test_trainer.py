@@ -209,6 +209,13 @@ def test_what_no_format_can_say_is_refused_before_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mesh_of_other_axes_is_refused(tmp_path):
+    mesh = jax.make_mesh((1,), ("dp",))
+    with pytest.raises(ValueError, match=r"the mesh has axes \('dp',\)"):
+        train(tiny.CONFIG, tiny.target(), tiny.examples(), tmp_path / "run", mesh=mesh)
+    assert not (tmp_path / "run").exists()
+
+
 def test_layers_of_other_shapes_are_refused():
     wide = dataclasses.replace(tiny.DRAFTER, intermediate_size=48)
     config = dataclasses.replace(tiny.CONFIG, drafter=wide, initial="random")
