@@ -162,11 +162,11 @@ def _check(config: TrainConfig, target: Target, mesh: Mesh | None) -> None:
         )
     if mesh is not None:
         check_mesh(mesh)
-    if mesh is not None and config.micro_batch % mesh.shape[DATA]:
-        raise ValueError(
-            f"micro_batch is {config.micro_batch}; expected a multiple of the "
-            f"{mesh.shape[DATA]} devices of the mesh's axis '{DATA}'"
-        )
+        if config.micro_batch % mesh.shape[DATA]:
+            raise ValueError(
+                f"micro_batch is {config.micro_batch}; expected a multiple of the "
+                f"{mesh.shape[DATA]} devices of the mesh's axis '{DATA}'"
+            )
     if is_scaled(target.params.unembed):
         raise ValueError(
             f"the LM head of {target.name} is in 8 bits, which training does not support; load "
