@@ -20,16 +20,16 @@ prompts=${PROMPTS:-../shared/prompts}
 steps=${STEPS:-1400} seed=${SEED:-0} rate=${RATE:-3e-3}
 jaxspec() { "${PYTHON:-python}" -m jaxspec "$@"; }
 
-sizes="--layers 2 --rank 64"
+sizes="--layers 2" ranked="--layers 2 --rank 64"
 options() { # what makes each kind; all share data, steps, taps, labels and first weights
   case ${1%-tv} in
     dflash)    echo "$sizes --family dspark --sequential none   --causal False --confidence-head none" ;;
     jetspec)   echo "$sizes --family dspark --sequential none   --causal True  --confidence-head none" ;;
-    markov)    echo "$sizes --family dspark --sequential markov --causal False --confidence-head hidden_and_previous" ;;
-    rnn)       echo "$sizes --family dspark --sequential rnn    --causal False --confidence-head hidden_and_previous" ;;
-    ours)      echo "$sizes --family dspark --sequential rnn    --causal True  --confidence-head hidden_and_previous" ;;
+    markov)    echo "$ranked --family dspark --sequential markov --causal False --confidence-head hidden_and_previous" ;;
+    rnn)       echo "$ranked --family dspark --sequential rnn    --causal False --confidence-head hidden_and_previous" ;;
+    ours)      echo "$ranked --family dspark --sequential rnn    --causal True  --confidence-head hidden_and_previous" ;;
     treeflash) echo "$sizes --family treeflash --block-size 8" ;;
-    dflash2 | dflash2-data) echo "$sizes --family dflash2 --block-size 8" ;;
+    dflash2 | dflash2-data) echo "$ranked --family dflash2 --block-size 8" ;;
     eagle3)    echo "--family eagle3 --taps 1 8 14 20 27" ;; # the others' taps
     *) echo "unknown kind $1" >&2; return 2 ;;
   esac
