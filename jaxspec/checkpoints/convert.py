@@ -28,6 +28,7 @@ from jaxspec.checkpoints.target_weights import target_parts
 from jaxspec.checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder, read_json
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams
+from jaxspec.models.scaled import OutputsFirst, by_value
 from jaxspec.whole_files import new_folder
 
 FORMATS = ("orbax", "safetensors")
@@ -249,11 +250,12 @@ def _save_shards(output: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> Non
 
 def _tensors(config, params: TargetParams) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the weights by name, one per expert."""
-    arrays, tree = jax.tree.flatten(params)
+    weights, tree = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, OutputsFirst))
     table = tree.flatten_up_to(target_parts(config, {}))
-    for group, array in zip(table, arrays, strict=True):
+    for group, weight in zip(table, weights, strict=True):
+        array = np.asarray(by_value(weight))
         for name, parts in itertools.groupby(group, key=lambda part: part.name):
-            rows = [part.taken_from(np.asarray(array)) for part in parts]
+            rows = [part.taken_from(array) for part in parts]
             yield name, np.ascontiguousarray(np.concatenate(rows))
 
 

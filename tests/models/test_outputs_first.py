@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxspec import checkpoints
+from jaxspec.checkpoints.convert import save_safetensors
+from jaxspec.checkpoints.tensors import SINGLE
 from jaxspec.drafters.weights import random_weights
 from jaxspec.models.layers import project
 from jaxspec.models.params import outputs_first, random_params
@@ -70,6 +73,16 @@ def test_bfloat16_is_loaded_so_on_a_cpu_and_float32_is_not(tmp_path):
             assert is_turned(found)
             expected = getattr(exact.attention, name).astype(jnp.bfloat16)
             np.testing.assert_array_equal(by_value(found), expected)
+
+
+@pytest.mark.parametrize("config", [tiny.QWEN3, tiny.HYBRID, tiny.MOE])
+def test_they_are_saved_as_the_same_tensors(config, tmp_path):
+    for name, params in (("found", turned(config)), ("expected", by_rows(config))):
+        (tmp_path / name).mkdir()
+        save_safetensors(tmp_path / name, config, params)
+    found, expected = (load_file(tmp_path / x / SINGLE) for x in ("found", "expected"))
+    assert len(expected) > 10
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_a_drafter_starts_from_them():
