@@ -1,6 +1,6 @@
 """Speed and acceptance on the small real target, in one run, against the best plain decoding.
 
-    python examples/benchmark.py [--prompts 4] [--max-new-tokens 128] [--drafter FOLDER]
+    python examples/benchmark.py --drafter shipped
 
 Three tables: tokens per second and tau per prompt set and decoder; what each phase of a round
 costs; what verifying n nodes costs. Decoders take turns on each prompt. Without a trained
@@ -10,7 +10,6 @@ evaluation (examples/shipped_drafter/README.md). PyTorch's `transformers` takes 
 installed (extra 'parity'). `python -m jaxspec evaluate` compares trained drafters in full.
 """
 
-import argparse
 import dataclasses
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import jax
 
 import jaxspec
 from jaxspec import checkpoints
+from jaxspec.cli import exits
 from jaxspec.data.prompts import read_prompts, spread
 from jaxspec.decoding.stats import DecodeStats
 from jaxspec.drafters.base import LoadedDrafter
@@ -126,43 +126,48 @@ def torch_run(path, max_new_tokens: int):
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=4, help="per set")
-    parser.add_argument("--folder", type=Path, help=f"of {', '.join(SETS)} as .jsonl files")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--drafter", help="a trained one; random weights by default")
-    parser.add_argument("--output", type=Path, help="also write the results here, JSON lines")
-    args = parser.parse_args()
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options."""
 
-    try:
-        texts = prompts(args.folder, args.prompts)
-    except ValueError as error:
-        parser.error(str(error))
+    prompts: int = 4
+    """Per set."""
+    folder: Path | None = None
+    """Of the evaluation's sets as .jsonl files; a few questions of our own by default."""
+    max_new_tokens: int = 128
+    """Of an answer."""
+    drafter: str | None = None
+    """A trained one; random weights by default."""
+    output: Path | None = None
+    """File that also gets the results, as JSON lines."""
+
+
+def main(options: Options) -> None:
+    texts = prompts(options.folder, options.prompts)
     jaxspec.enable_compilation_cache()
     target = jaxspec.load_target(TARGET)
     half = jaxspec.load_target(TARGET, dtype=HALF)
-    plain, blocks = untrained(target, half), block_drafters(target, args.drafter)
-    torch = torch_run(checkpoints.target_path(TARGET), args.max_new_tokens)
+    plain, blocks = untrained(target, half), block_drafters(target, options.drafter)
+    torch = torch_run(checkpoints.target_path(TARGET), options.max_new_tokens)
     sets = {
         name: as_token_ids(target, rows, raw=False, thinking=None)
         for name, rows in texts.items()
     }
     rows = [
         *measure.speed(
-            plain + (blocks if args.drafter else []),
+            plain + (blocks if options.drafter else []),
             sets,
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=options.max_new_tokens,
             plain_targets={HALF: half},
             others={"transformers (torch)": torch} if torch else {},
         ),
         *measure.costs(plain + blocks),
     ]
-    if args.output:
+    if options.output:
         for row in rows:
-            append(args.output, row)
+            append(options.output, row)
     print(markdown(View(rows)))
 
 
 if __name__ == "__main__":
-    main()
+    exits.script(main, Options, __doc__)

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import tyro
 from load import closed_loop, mix, summarise, to_runner  # the module beside this script
 
 import jaxspec
+from jaxspec.cli import exits
 from jaxspec.data.prompts import read_prompts
 from jaxspec.decoding.schedule import Adaptive, Fixed
 from jaxspec.drafters.joined import with_survival
@@ -300,4 +300,4 @@ def draw(rows: Sequence[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Benchmark, description=__doc__))
+    exits.script(main, Benchmark, __doc__)

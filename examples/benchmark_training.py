@@ -5,10 +5,9 @@ drafter's, DSpark's losses and the backward pass, without the optimizer, which i
 both. Reports time and memory as anchors and vocabulary grow. Memory is the compiled program's
 temporaries. Sizes whose logits do not fit are compiled but not run.
 
-  python examples/benchmark_training.py
+    python examples/benchmark_training.py
 """
 
-import argparse
 import dataclasses
 import functools
 import time
@@ -19,6 +18,7 @@ import numpy as np
 import optax
 
 import jaxspec
+from jaxspec.cli import exits
 from jaxspec.drafters.head import Vocabulary
 from jaxspec.drafters.teacher_forced import run_blocks
 from jaxspec.drafters.weights import bind
@@ -146,15 +146,21 @@ def steps(options):
         np.testing.assert_allclose(values, values[:1] * len(values), rtol=1e-3)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--run-below", type=int, default=50_000_000, help="logits")
-    options = parser.parse_args()
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options."""
+
+    repeats: int = 3
+    """Timed runs of each program; the fastest counts."""
+    run_below: int = 50_000_000
+    """Logits from which on a program is only compiled."""
+
+
+def main(options: Options) -> None:
     print(f"{jax.devices()[0].device_kind}, float32")
     losses(options)
     steps(options)
 
 
 if __name__ == "__main__":
-    main()
+    exits.script(main, Options, __doc__)

@@ -1,6 +1,6 @@
 """What growing a tree costs, on the device and on the host: one run, two tables.
 
-    python examples/benchmark_trees.py [--batch 1 8] [--repeats 15] [--json FILE]
+    python examples/benchmark_trees.py --batch 1
 
 Milliseconds, medians. `lse` normalises (log-sum-exp over the vocabulary), `top` finds the
 likeliest tokens, `grow` builds the tree from them, `all` is logits to tree and ancestor sets in
@@ -10,7 +10,7 @@ installed (else by XLA), a copy to the host, a heap and ancestors in Python, a c
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import functools
 import heapq
 import importlib.util
@@ -24,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jaxspec.cli import exits
 from jaxspec.config import TreeConfig
 from jaxspec.trees.best_first import best_first
 from jaxspec.trees.build import build
@@ -174,15 +175,23 @@ def measure(batch: int, depth: int, vocab: int, repeats: int) -> list[dict]:
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--depth", type=int, default=15)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options."""
 
+    vocab: int = 151_936
+    """Size of the vocabulary."""
+    depth: int = 15
+    """Tokens drafted one after another."""
+    batch: tuple[int, ...] = (1, 8)
+    """Trees grown together; a table each."""
+    repeats: int = 15
+    """Timed runs, of which the median is shown."""
+    json: Path | None = None
+    """File that also gets the tables."""
+
+
+def main(options: Options) -> None:
     tables = {}
     console = Console(width=max(170, Console().width))
     for batch in options.batch:
@@ -201,4 +210,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    exits.script(main, Options, __doc__)

@@ -13,14 +13,13 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import Iterator
-
-import tyro
 
 try:
     import openai
 except ModuleNotFoundError:
     raise SystemExit("this script needs openai: pip install openai") from None
+
+from jaxspec.cli import exits
 
 RULES = "Answer in plain words, name what you are not sure of, and never repeat the question. "
 QUESTIONS = (
@@ -37,11 +36,12 @@ QUESTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """Measure a running server."""
+    """Options."""
 
     model: str
     """Model name on the server."""
     url: str = "http://localhost:8000/v1"
+    """Of the server."""
     key: str = "none"
     """API key."""
     rules: int = 35
@@ -84,13 +84,13 @@ def ask(client: openai.OpenAI, options: Chat, messages: list[dict], salt: str) -
     return Turn(usage.prompt_tokens, cached or 0, first or total, total, "".join(pieces))
 
 
-def main(options: Chat) -> Iterator[str]:
-    """Runs both chats turn by turn; yields the rows of a Markdown table."""
-    yield (
+def main(options: Chat) -> None:
+    """Runs both chats turn by turn; prints a Markdown table."""
+    print(
         "| turn | prompt tokens | of them kept | first token, s | run whole, s | answer, s "
         "| run whole, s |"
     )
-    yield "|---|---|---|---|---|---|---|"
+    print("|---|---|---|---|---|---|---|", flush=True)
     messages = [{"role": "system", "content": RULES * options.rules}]
     shared, sums = uuid.uuid4().hex, [0.0] * 4
     with openai.OpenAI(base_url=options.url, api_key=options.key, timeout=600) as client:
@@ -104,10 +104,9 @@ def main(options: Chat) -> Iterator[str]:
             times = [kept.first, whole.first, kept.total, whole.total]
             sums = [x + y for x, y in zip(sums, times, strict=True)]
             seconds = " | ".join(f"{x:.2f}" for x in times)
-            yield f"| {number} | {kept.prompt} | {kept.cached} | {seconds} |"
-    yield "| all | | | " + " | ".join(f"{x:.2f}" for x in sums) + " |"
+            print(f"| {number} | {kept.prompt} | {kept.cached} | {seconds} |", flush=True)
+    print("| all | | | " + " | ".join(f"{x:.2f}" for x in sums) + " |")
 
 
 if __name__ == "__main__":
-    for row in main(tyro.cli(Chat)):
-        print(row, flush=True)
+    exits.script(main, Chat, __doc__)

@@ -1,15 +1,16 @@
 """Finds the fastest setting here: every drafter in both dtypes, fixed and adaptive.
 
-python examples/defaults.py [--prompts FILE.jsonl] [--repeats N]
+    python examples/defaults.py
 
 All settings answer the same prompts in turn, and each answer's minimum time over the repeats
 counts: interference only adds time. Float32 answers must equal plain decoding's.
 """
 
-import argparse
+import dataclasses
 from pathlib import Path
 
 import jaxspec
+from jaxspec.cli import exits
 from jaxspec.data.prompts import read_prompts
 from jaxspec.drafters.joined import with_survival
 
@@ -22,8 +23,24 @@ PROMPTS = (
 DRAFTERS = ("none", "ngram", "shipped+ngram")
 
 
-def ways(options):
-    """Functions that answer a prompt, by dtype, drafter and schedule."""
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options."""
+
+    target: str = "smollm2-135m"
+    """As for `jaxspec generate`."""
+    prompts: Path | None = None
+    """Prompts, in any format of docs/training.md; a few short ones by default."""
+    nodes: int = 8
+    """Nodes verified per round, root included."""
+    max_new_tokens: int = 96
+    """Of an answer."""
+    repeats: int = 3
+    """Timed answers to each prompt."""
+
+
+def ways(options: Options, prompts):
+    """Targets and options of `generate`, by dtype, drafter and schedule."""
     found = {}
     for dtype in ("float32", "bfloat16"):
         target = jaxspec.load_target(options.target, dtype=dtype)
@@ -32,29 +49,22 @@ def ways(options):
             shared = dict(drafter=drafter, max_new_tokens=options.max_new_tokens, batch_size=1)
             budgets = {"fixed": None}
             if drafter.drafter.size > 1:
-                budgets["adaptive"] = jaxspec.measure_pace(target, options.prompts, **shared)
+                budgets["adaptive"] = jaxspec.measure_pace(target, prompts, **shared)
             for schedule, budget in budgets.items():
                 run = dict(shared, budget=budget)
                 if budget is None:
-                    run["capacity"] = jaxspec.warm_up(target, options.prompts, **run)
+                    run["capacity"] = jaxspec.warm_up(target, prompts, **run)
                 found[dtype, name, schedule] = target, run
     return found
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", default="smollm2-135m")
-    parser.add_argument("--prompts", type=Path, help="JSON lines; a few short ones by default")
-    parser.add_argument("--nodes", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
-    options.prompts = read_prompts(options.prompts) if options.prompts else PROMPTS
+def main(options: Options) -> None:
+    prompts = read_prompts(options.prompts) if options.prompts else PROMPTS
     jaxspec.enable_compilation_cache()
     seconds, answers = {}, {}
-    runs = ways(options)
+    runs = ways(options, prompts)
     for _ in range(options.repeats + 1):  # the first may compile
-        for prompt in options.prompts:
+        for prompt in prompts:
             for way, (target, run) in runs.items():
                 (done,) = jaxspec.generate(target, [prompt], **run)
                 seconds.setdefault((way, prompt), []).append(done.seconds)
@@ -63,10 +73,10 @@ def main():
     print("|---|---|---|---|---|---|---|")
     rates = {}
     for way in runs:
-        own = [answers[way, prompt] for prompt in options.prompts]
+        own = [answers[way, prompt] for prompt in prompts]
         tokens = sum(len(done.token_ids) for done in own)
-        rates[way] = tokens / sum(min(seconds[way, p][1:]) for p in options.prompts)
-        plain = [answers[(way[0], "none", "fixed"), prompt] for prompt in options.prompts]
+        rates[way] = tokens / sum(min(seconds[way, p][1:]) for p in prompts)
+        plain = [answers[(way[0], "none", "fixed"), prompt] for prompt in prompts]
         equal = sum(x.token_ids == y.token_ids for x, y in zip(own, plain, strict=True))
         rounds = sum(done.stats.rounds for done in own)
         tau = sum(sum(done.stats.committed) for done in own) / rounds
@@ -76,4 +86,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    exits.script(main, Options, __doc__)

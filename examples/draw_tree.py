@@ -1,6 +1,6 @@
 """Draws the trees of the first rounds of a real text, with what the target accepted.
 
-python examples/draw_tree.py "Name the planets." --drafter small:smollm2-135m --out tree.png
+    python examples/draw_tree.py "Name the planets." --drafter small:smollm2-135m --out tree.png
 
 A small model that is the target itself drafts well; its tree shows where a temperature above 0
 leaves the likeliest path.
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
 import tyro
 
 import jaxspec
+from jaxspec.cli import exits
+from jaxspec.config import TreeKind
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
 from jaxspec.decoding.requests import capacity_for, decoder_for, pack, request_keys
@@ -26,27 +29,28 @@ from jaxspec.trees.draw import as_figure, as_text, follow, visible
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Attributes:
-    prompt: a user's turn.
-    target, drafter: as for `jaxspec.load_target` and `jaxspec.load_drafter`.
-    kind: how the tree is grown.
-    size: nodes, root included.
-    width: children per expanded node (best_first).
-    rounds: rounds to draw.
-    temperature: of the target; 0 takes its likeliest token.
-    out: picture of the last round.
-    """
+    """Options."""
 
     prompt: tyro.conf.Positional[str] = "Name three planets and what they are known for."
+    """A user's turn."""
     target: str = "smollm2-135m"
+    """As for `jaxspec generate`."""
     drafter: str = "small:smollm2-135m"
-    kind: str = "top_budget"
+    """As for `jaxspec generate`."""
+    kind: TreeKind = "top_budget"
+    """How the tree is grown."""
     size: int = 24
+    """Nodes, root included."""
     width: int = 3
+    """Children per expanded node (best_first)."""
     rounds: int = 3
+    """Rounds to draw."""
     temperature: float = 0.8
+    """Of the target; 0 takes its likeliest token."""
     seed: int = 0
-    out: str | None = None
+    """Of the target's choices."""
+    out: Path | None = None
+    """Picture of the last round."""
 
     def __post_init__(self):
         if self.rounds < 1:
@@ -101,4 +105,4 @@ def main(options: Options):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    exits.script(main, Options, __doc__)

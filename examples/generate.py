@@ -1,68 +1,68 @@
 """Plain and speculative decoding side by side: the same text, in fewer forwards.
 
-python examples/generate.py [PROMPT] [--target T] [--drafter D] [--nodes N] [--max-new-tokens N]
+    python examples/generate.py "Why is the sky blue?"
 
 First in the dtype that is fastest here, where near-ties may flip; then in float32, where the
 tokens must be equal.
 """
 
-import argparse
-import sys
+import dataclasses
 
+import tyro
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 
 import jaxspec
+from jaxspec.cli import exits
 from jaxspec.dtypes import fastest
 
 TURNS = 2  # runs of each, alternating; the minimum time counts
 
 
-def both(args, dtype, say):
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options."""
+
+    prompt: tyro.conf.Positional[str] = "Write a Python function that reverses a list."
+    """A user's turn."""
+    target: str = "smollm2-135m"
+    """As for `jaxspec generate`."""
+    drafter: str = "shipped+ngram"
+    """ngram, shipped, small:NAME or a trained drafter; +ngram adds prompt lookup."""
+    nodes: int = 8
+    """Nodes verified per round, root included."""
+    max_new_tokens: int = 200
+    """Of an answer."""
+
+
+def both(options: Options, dtype: str, say) -> dict:
     """Plain and drafted answers in a dtype; `say` shows what is going on."""
     say(f"{dtype}: weights")
-    target = jaxspec.load_target(args.target, dtype=dtype)
-    drafter = jaxspec.load_drafter(args.drafter, target, nodes=args.nodes)
-    runs = {"plain": dict(drafter="none"), args.drafter: dict(drafter=drafter)}
-    shared = dict(batch_size=1, **args.length)
-    for name, options in runs.items():
+    target = jaxspec.load_target(options.target, dtype=dtype)
+    drafter = jaxspec.load_drafter(options.drafter, target, nodes=options.nodes)
+    runs = {"plain": dict(drafter="none"), options.drafter: dict(drafter=drafter)}
+    shared = dict(batch_size=1, max_new_tokens=options.max_new_tokens)
+    for name, run in runs.items():
         say(f"{dtype}: compiling {name} decoding, kept for the next time")
-        jaxspec.warm_up(target, args.prompt, **shared, **options)
+        jaxspec.warm_up(target, options.prompt, **shared, **run)
     say(f"{dtype}: decoding")
     done = {}
     for _ in range(TURNS):
-        for name, options in runs.items():
-            (answer,) = jaxspec.generate(target, args.prompt, **shared, **options)
+        for name, run in runs.items():
+            (answer,) = jaxspec.generate(target, options.prompt, **shared, **run)
             done[name] = min(done.get(name, answer), answer, key=lambda x: x.seconds)
     return done
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "prompt", nargs="?", default="Write a Python function that reverses a list."
-    )
-    parser.add_argument("--target", default="smollm2-135m")
-    parser.add_argument(
-        "--drafter",
-        default="shipped+ngram",
-        help="ngram | shipped | small:NAME | a trained drafter; +ngram adds lookup",
-    )
-    parser.add_argument(
-        "--nodes", type=int, default=8, help="verified per round, root included"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    args = parser.parse_args()
-    args.length = {"max_new_tokens": args.max_new_tokens}
-
+def main(options: Options) -> int:
     jaxspec.enable_compilation_cache()
     console, chosen = Console(), fastest()
-    console.print(Panel(args.prompt, title="prompt"))
+    console.print(Panel(options.prompt, title="prompt"))
     equal, rates = True, {}
     for dtype in dict.fromkeys((chosen.dtype, "float32")):
         with console.status("") as status:
-            done = both(args, dtype, status.update)
+            done = both(options, dtype, status.update)
         plain, drafted = done.values()
         speed = plain.seconds / len(plain.token_ids) * len(drafted.token_ids) / drafted.seconds
         if dtype == chosen.dtype:
@@ -87,8 +87,8 @@ def main() -> int:
         f"fastest of both: plain {plain:.1f} tokens/s, drafted {drafted:.1f}: "
         f"{drafted / plain:.2f}x"
     )
-    return 0 if equal else 1
+    return exits.DONE if equal else exits.FAULT
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.script(main, Options, __doc__)

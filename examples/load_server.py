@@ -16,11 +16,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
 # The module beside this script.
 from load import Summary, arrivals, closed_loop, mix, open_loop, summarise, to_server
 
+from jaxspec.cli import exits
 from jaxspec.data.prompts import read_prompts
 
 try:
@@ -84,4 +83,4 @@ async def measured(options: Load, asked: Sequence[dict]) -> list[tuple[str, Summ
 
 
 if __name__ == "__main__":
-    print(main(tyro.cli(Load, description=__doc__)))
+    exits.script(lambda options: print(main(options)), Load, __doc__)

@@ -1,12 +1,11 @@
 """Measures the quality cost of fp8: perplexity and tau of the default target in bfloat16, in
 fp8, and with its LM head in fp8 too, on prompts that the drafter was not trained on.
 
-python examples/quantised.py --prompts gsm8k.jsonl humaneval.jsonl
+    python examples/quantised.py --prompts gsm8k.jsonl humaneval.jsonl
 
 examples/shipped_drafter/README.md says where such files come from.
 """
 
-import argparse
 import dataclasses
 import json
 import tempfile
@@ -17,19 +16,28 @@ import numpy as np
 import jaxspec
 from jaxspec.checkpoints.convert import convert, save_safetensors
 from jaxspec.checkpoints.huggingface import config_to_json
+from jaxspec.cli import exits
 from jaxspec.data.prompts import read_prompts, spread
 from jaxspec.data.sources import open_source
 from jaxspec.evaluation.metrics import estimate, ratio, resamplings
 from jaxspec.evaluation.results import Rounds
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", nargs="+", required=True)
-    parser.add_argument("--count", type=int, default=8, help="prompts per set")
-    parser.add_argument("--tokens", type=int, default=128, help="of an answer")
-    parser.add_argument("--decoder", default="shipped,tree=path_conditioned,budget=16")
-    options = parser.parse_args()
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options."""
+
+    prompts: tuple[str, ...]
+    """Sets of prompts, in any format of docs/training.md."""
+    count: int = 8
+    """Prompts per set, evenly apart."""
+    tokens: int = 128
+    """Of an answer."""
+    decoder: str = "shipped,tree=path_conditioned,budget=16"
+    """As for `jaxspec bench --drafters`."""
+
+
+def main(options: Options) -> None:
     sources = [open_source(name) for name in options.prompts]
     sets = {x.label: spread(read_prompts(x), options.count) for x in sources}
     texts = [text for rows in sets.values() for text in rows]
@@ -82,4 +90,4 @@ def in_fp8(target, source: Path, *, head: bool = False):
 
 
 if __name__ == "__main__":
-    main()
+    exits.script(main, Options, __doc__)

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import tyro
 
+from jaxspec.cli import exits
+
 
 @dataclasses.dataclass(frozen=True)
 class Start:
@@ -91,4 +93,4 @@ def say(what: str, began: float, server: subprocess.Popen) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Start, description=__doc__))
+    exits.script(main, Start, __doc__)

@@ -3,16 +3,16 @@
 The target answers prompts, a drafter learns from the answers, and both decode together a
 prompt that neither has seen. A few minutes teach it one kind of text, no more.
 
-  python examples/train_drafter.py
+    python examples/train_drafter.py
 """
 
-import argparse
 import dataclasses
 import json
 import tempfile
 from pathlib import Path
 
 import jaxspec
+from jaxspec.cli import exits
 from jaxspec.data.jobs import read_jobs
 from jaxspec.data.rows import read_examples
 from jaxspec.decoding.stats import pooled_tau
@@ -28,11 +28,17 @@ QUESTION = "Write the numbers from {} to {}, separated by commas."
 HELD_OUT = (4, 17, 31, 48)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=45)
-    parser.add_argument("--folder", type=Path, help="a temporary one by default")
-    options = parser.parse_args()
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options."""
+
+    steps: int = 45
+    """Of the optimizer."""
+    folder: Path | None = None
+    """Gets the data and the run; a temporary one by default."""
+
+
+def main(options: Options) -> None:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="drafter-"))
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -79,4 +85,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    exits.script(main, Options, __doc__)

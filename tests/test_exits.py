@@ -1,5 +1,6 @@
 """How a command ends: one line and an exit code for whatever a user can cause."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -43,6 +44,39 @@ def test_an_error_is_one_line_and_its_code(capsys, error, code, line):
     assert exits.run(raising(error)) == code
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(line) and err.count("\n") == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Root:
+    """Options of a script."""
+
+    of: float
+
+
+def root(options):
+    if options.of < 0:
+        raise ValueError(f"--of is {options.of}; expected at least 0")
+    print(options.of**0.5)
+    return None if options.of else exits.FAULT
+
+
+@pytest.mark.parametrize(
+    "words, code, said",
+    [
+        (["--of", "4"], exits.DONE, "2.0\n"),
+        (["--of", "0"], exits.FAULT, "0.0\n"),
+        (["--of=-4"], exits.BAD_INPUT, "error: --of is -4.0; expected at least 0\n"),
+        (["--of=-4", "--debug"], exits.BAD_INPUT, "Traceback"),
+        (["--on", "4"], 2, "Unrecognized options"),
+        (["--help"], 0, "Square roots."),
+    ],
+)
+def test_a_script_ends_like_a_command(monkeypatch, capsys, words, code, said):
+    monkeypatch.setattr(sys, "argv", ["root.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        exits.script(root, Root, "Square roots.")
+    assert ended.value.code == code
+    assert said in "".join(capsys.readouterr())
 
 
 def test_debug_shows_where(capsys, monkeypatch):

@@ -5,6 +5,7 @@ would read it, for the small target.
 """
 
 import argparse
+import ast
 import dataclasses
 import functools
 import inspect
@@ -28,11 +29,11 @@ from jaxspec.evaluation.contenders import Contender
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "examples" / "shipped_drafter"
-COMMAND = re.compile(r"(?:^|\s)(?:python (?:-m )?)?(jaxspec [a-z].*|examples/\S+\.py .*)")
+COMMAND = re.compile(r"(?:^|\s)(?:python (?:-m )?)?(jaxspec [a-z].*|[\w/]+\.py( .*|$))")
 LEFT_OUT = "--…"  # dots outside quotes: options that the text does not discuss
 
 
-class Parsed(Exception):
+class Parsed(BaseException):
     """Raised in place of running a script whose options were understood."""
 
 
@@ -56,12 +57,15 @@ def words_of(command: str) -> list[str]:
 
 
 def documented() -> list[tuple[str, str]]:
-    """(where, command) of every document and of every command's help."""
+    """(where, command) of every document, example script and command's help."""
     documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     for folder in ("docs", "examples", "checkpoints"):
         documents += sorted((ROOT / folder).rglob("*.md"))
+    scripts = sorted((ROOT / "examples").rglob("*.py"))
+    texts = {path: path.read_text() for path in documents}
+    texts |= {path: ast.get_docstring(ast.parse(path.read_text())) or "" for path in scripts}
     found = [
-        (str(p.relative_to(ROOT)), c) for p in documents for c in commands_of(p.read_text())
+        (str(p.relative_to(ROOT)), c) for p, text in texts.items() for c in commands_of(text)
     ]
     for name, command in cli.COMMANDS.items():
         found += [(f"{name} --help", c) for c in commands_of(inspect.getdoc(command))]
@@ -105,7 +109,7 @@ def check_script(words: list[str], monkeypatch) -> None:
 
         return parsed
 
-    path = ROOT / words[0]
+    (path,) = ROOT.glob(f"examples/**/{words[0].removeprefix('examples/')}")
     parser = argparse.ArgumentParser
     with monkeypatch.context() as patched, pytest.raises(Parsed):
         patched.setattr(sys, "argv", words)

@@ -1,6 +1,6 @@
 """Checks that the output on this machine is right, at the optimisation level in use.
 
-    python examples/gpu/check.py [--golden ../shared/golden]
+    python examples/gpu/check.py --golden ../shared/golden
 
 - kernels: `pytest -m gpu`, every kernel against its definition; the Mosaic kernel of attention,
   which has not run on a GPU yet, at the very end;

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
 import tyro
 
+from jaxspec.cli import exits
 from jaxspec.evaluation import metrics as m
 from jaxspec.evaluation.plots import COLOURS, QUIET
 from jaxspec.evaluation.report import into, table
@@ -226,7 +226,4 @@ def picture(found: dict[float, Lines], budget: int):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(tyro.cli(Compare, description=__doc__).run())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    exits.script(Compare.run, Compare, __doc__)

@@ -20,10 +20,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 import jaxspec
+from jaxspec.cli import exits
 from jaxspec.cli.prompt_sets import encoded
 from jaxspec.data.jsonl import numbered_lines, parse_object
 from jaxspec.decoding.sampling import Sampling
@@ -137,4 +137,4 @@ def mixed(weight, right, q):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Fit, description=__doc__))
+    exits.script(main, Fit, __doc__)

@@ -17,11 +17,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from jaxspec.checkpoints import catalog
 from jaxspec.checkpoints.gguf import load_tokenizer
+from jaxspec.cli import exits
 from jaxspec.data.conversations import Example
 from jaxspec.data.jsonl import numbered_lines, parse_object
 from jaxspec.data.rows import row_examples
@@ -113,4 +113,4 @@ def agreement(examples: Iterable[Example]) -> tuple[np.ndarray, np.ndarray]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Counts, description=__doc__))
+    exits.script(main, Counts, __doc__)

@@ -6,11 +6,11 @@ python draw_curves.py curves.jsonl --into README.md
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import tyro
 
+from jaxspec.cli import exits
 from jaxspec.evaluation import metrics as m
 from jaxspec.evaluation.plots import COLOURS, QUIET
 from jaxspec.evaluation.report import into, table
@@ -105,7 +105,4 @@ def picture(lines: dict[str, Line]):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(tyro.cli(Draw, description=__doc__).run())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    exits.script(Draw.run, Draw, __doc__)

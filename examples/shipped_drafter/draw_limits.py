@@ -6,13 +6,13 @@ python draw_limits.py --into ../../docs/report.md --output ../../docs/evaluation
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import limits  # the script beside this one
 import numpy as np
 import tyro
 
+from jaxspec.cli import exits
 from jaxspec.evaluation import metrics as m
 from jaxspec.evaluation import results
 from jaxspec.evaluation.plots import COLOURS, QUIET
@@ -236,7 +236,4 @@ def _draw_shares(panel, rows: list[limits.Joint]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(tyro.cli(Draw, description=__doc__).run())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    exits.script(Draw.run, Draw, __doc__)

@@ -6,7 +6,6 @@ python draw_long.py --into ../../docs/report.md --output ../../docs/evaluation
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import limits  # the scripts beside this one
@@ -14,6 +13,7 @@ import long
 import tyro
 from draw_limits import write
 
+from jaxspec.cli import exits
 from jaxspec.evaluation import metrics as m
 from jaxspec.evaluation import results
 from jaxspec.evaluation.plots import COLOURS, QUIET
@@ -166,7 +166,4 @@ def _draw(panel, found: dict[long.Key, Line], task: str, drafter: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(tyro.cli(Draw, description=__doc__).run())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    exits.script(Draw.run, Draw, __doc__)

@@ -15,16 +15,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 import oracle  # the script beside this one
-import tyro
 from tqdm import tqdm
 
+from jaxspec.cli import exits
 from jaxspec.decoding.sampling import Sampling
 from jaxspec.drafters.base import LoadedDrafter
 from jaxspec.drafters.joined import DEEPEST_MATCH
@@ -279,7 +278,4 @@ def copies(name: str, temperature: float, answers: Sequence[w.RecordedAnswer]) -
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(tyro.cli(Measure, description=__doc__).run())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    exits.script(Measure.run, Measure, __doc__)

@@ -20,7 +20,6 @@ import functools
 import random
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,9 +29,9 @@ import jax
 import jax.numpy as jnp
 import limits  # the scripts beside this one
 import numpy as np
-import tyro
 from tqdm import tqdm
 
+from jaxspec.cli import exits
 from jaxspec.data.prompts import read_prompts, spread
 from jaxspec.decoding.loop import decode
 from jaxspec.decoding.prefill import prefill
@@ -287,7 +286,4 @@ def _name(entry: Entry) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(tyro.cli(Walk | Clock, description=__doc__).run())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    exits.script(Walk.run, Walk | Clock, __doc__)

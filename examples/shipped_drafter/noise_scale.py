@@ -18,10 +18,10 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
-import tyro
 from tqdm import tqdm
 
 import jaxspec
+from jaxspec.cli import exits
 from jaxspec.cli.prompt_sets import chosen, encoded
 from jaxspec.config import TreeConfig
 from jaxspec.decoding.sampling import Sampling
@@ -109,4 +109,4 @@ def replay(target, chain, path, answers, options: Measure, stats) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Measure, description=__doc__))
+    exits.script(main, Measure, __doc__)

@@ -11,12 +11,12 @@ Everything follows from the seed, except that reasoning-gym's polynomials also d
 $PYTHONHASHSEED. Rows are shuffled, so that any prefix has the same mixture.
 """
 
-import argparse
+import dataclasses
 import json
 import random
-import sys
 from pathlib import Path
 
+from jaxspec.cli import exits
 from jaxspec.data.jsonl import numbered_lines
 
 PROMPTS = Path(__file__).parents[2].parent / "shared" / "prompts" / "train"
@@ -161,26 +161,30 @@ def code(i: int, rng: random.Random) -> str:
     return f'{PROBLEM}```python\n{typing}def {name}({rng.choice(ARGUMENTS)}\n    """'
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--folder", type=Path, default=PROMPTS, help="gsm8k.jsonl, arena-hard.jsonl"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="file to write")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    rng = random.Random(args.seed)
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options."""
+
+    output: Path
+    """File to write."""
+    folder: Path = PROMPTS
+    """Of the training prompts: gsm8k.jsonl and arena-hard.jsonl."""
+    seed: int = 0
+
+
+def main(options: Options) -> None:
+    rng = random.Random(options.seed)
     try:
-        made = rows(args.folder, rng)
+        made = rows(options.folder, rng)
     except ValueError as error:
-        sys.exit(f"error: {error}; --folder names the one that holds training prompts")
+        raise ValueError(f"{error}; --folder names the one of training prompts") from error
     rng.shuffle(made)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", encoding="utf-8") as lines:
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("w", encoding="utf-8") as lines:
         for i, row in enumerate(made):
             lines.write(json.dumps({"id": i, **row}) + "\n")
-    print(f"{args.output}: {len(made)} prompts")
+    print(f"{options.output}: {len(made)} prompts")
 
 
 if __name__ == "__main__":
-    main()
+    exits.script(main, Options, __doc__)

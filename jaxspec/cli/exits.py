@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
+
+import tyro
 
 from jaxspec.interrupts import INTERRUPTED as INTERRUPTED
 from jaxspec.interrupts import bounded
@@ -39,6 +43,19 @@ def run(command: Callable[[], int], *, debug: bool = False) -> int:
         if raised or isinstance(error, KeyboardInterrupt):
             return _end(INTERRUPTED, "interrupted", debug)
         return _explain(error, debug)
+
+
+def script(main: Callable[[Any], int | None], options: type, description: str) -> NoReturn:
+    """Runs a script with the options of its command line; ends the process with its exit code.
+
+    Args:
+      main: computes from options; returns the exit code, None for `DONE`.
+      options: dataclass of the options; `--debug` is understood besides.
+      description: for --help.
+    """
+    words = [word for word in sys.argv[1:] if word != "--debug"]
+    parse = functools.partial(tyro.cli, options, description=description, args=words)
+    leave(run(lambda: main(parse()) or DONE, debug="--debug" in sys.argv))
 
 
 def left_out(reasons: Iterable[str]) -> int:
@@ -89,7 +106,7 @@ def _plain_output() -> Iterator[None]:
         warnings.formatwarning = before
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """Ends the process; after an interrupt, without waiting for the devices."""
     if code == BROKEN_PIPE:  # or Python complains about what it could not write
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,5 @@
 """`make bench`: its questions are read before a model is loaded."""
 
-import sys
-
 import pytest
 
 import jaxspec
@@ -13,9 +11,7 @@ def test_a_clone_has_questions_of_its_own():
     assert benchmark.prompts(None, 2) == {"questions": [own[0], own[2]]}
 
 
-def test_a_folder_without_the_sets(monkeypatch, tmp_path, capsys):
+def test_a_folder_without_the_sets(monkeypatch, tmp_path):
     monkeypatch.setattr(jaxspec, "load_target", lambda *_, **__: pytest.fail("it was loaded"))
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--folder", str(tmp_path)])
-    with pytest.raises(SystemExit, match="2"):
-        benchmark.main()
-    assert "gsm8k.jsonl" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="gsm8k.jsonl"):
+        benchmark.main(benchmark.Options(folder=tmp_path))

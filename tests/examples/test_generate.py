@@ -1,7 +1,5 @@
 """`make generate` and the comparison of defaults, on a tiny target."""
 
-import sys
-
 import pytest
 
 import jaxspec
@@ -22,13 +20,12 @@ def target(monkeypatch, tmp_path):
     return target
 
 
-OPTIONS = ("--nodes", "4", "--max-new-tokens", "12")
+SHORT = dict(nodes=4, max_new_tokens=12)
 
 
 def test_generate_proves_that_tokens_are_the_same(target, monkeypatch, capsys):
     monkeypatch.setattr(generate, "fastest", lambda: Fastest("float32", ""))
-    monkeypatch.setattr(sys, "argv", ["generate.py", "abcab", "--drafter", "ngram", *OPTIONS])
-    assert generate.main() == 0
+    assert generate.main(generate.Options("abcab", drafter="ngram", **SHORT)) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "float32: " in out and "the same tokens, as it must be" in out
     assert "fastest of both: plain " in out
@@ -38,9 +35,8 @@ def test_generate_proves_that_tokens_are_the_same(target, monkeypatch, capsys):
 def test_defaults_have_a_row_per_way(target, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(defaults, "DRAFTERS", ("none", "ngram"))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "abcab"}\n{"prompt": "cbacb"}\n')
-    words = ["--prompts", str(tmp_path / "prompts.jsonl"), "--repeats", "1", *OPTIONS]
-    monkeypatch.setattr(sys, "argv", ["defaults.py", *words])
-    defaults.main()
+    options = defaults.Options(prompts=tmp_path / "prompts.jsonl", repeats=1, **SHORT)
+    defaults.main(options)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     ways = [(row[0].strip("| "), *row[1:3]) for row in rows]
     assert ways == [
