@@ -11,6 +11,11 @@ from pathlib import Path
 
 Messages = Sequence[dict[str, str]]
 
+PRE_TOKENIZERS = ("smollm", "qwen2")  # as GGUF files name them
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _NO_BLANKS = str.maketrans("", "", " -\n")
 
 
@@ -49,42 +54,35 @@ class Tokenizer:
     @classmethod
     def from_bpe(
         cls,
-        tokens: Sequence[str],
+        tokens: Sequence[str | None],
         merges: Sequence[str],
         *,
+        pre: str = "smollm",
         special: Iterable[int],
+        added: Iterable[int] = (),
         eos: int,
         chat_template: str | None,
     ) -> Tokenizer:
-        """Byte-level BPE that splits digits one by one and adds no leading space.
+        """Byte-level BPE that adds no leading space.
 
         Args:
-          tokens: in order of their ids, in GPT-2's byte alphabet.
+          tokens: in order of their ids, in GPT-2's byte alphabet; None for an unused id.
           merges: 'left right', most preferred first.
-          special: ids that are matched whole and that decoding omits.
+          pre: one of `PRE_TOKENIZERS`, how text is split into words. "smollm" splits off single
+            digits, "qwen2" uses the expression of Qwen's tokenizers, after NFC.
+          special, added: ids that are matched whole; decoding omits the special ones.
         """
         import tokenizers
-        from tokenizers import decoders, models, pre_tokenizers
+        from tokenizers import decoders, models
 
-        tokenizer = tokenizers.Tokenizer(
-            models.BPE(
-                vocab={token: i for i, token in enumerate(tokens)},
-                merges=[tuple(merge.split(" ")) for merge in merges],
-            )
-        )
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
+        vocabulary = {token: i for i, token in enumerate(tokens) if token is not None}
+        pairs = [tuple(merge.split(" ")) for merge in merges]
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+        _split_words(tokenizer, pre)
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens(
-            [
-                tokenizers.AddedToken(tokens[i], special=True, normalized=False)
-                for i in (*special, eos)
-            ]
-        )
+        whole = functools.partial(tokenizers.AddedToken, normalized=False)
+        tokenizer.add_special_tokens([whole(tokens[i], special=True) for i in (*special, eos)])
+        tokenizer.add_tokens([whole(tokens[i], special=False) for i in added])
         return cls(_Plain(tokenizer, eos, chat_template))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -251,6 +249,20 @@ class Tokenizer:
     def fast(self):
         """The underlying `tokenizers.Tokenizer`, or None."""
         return getattr(self._backend, "backend_tokenizer", None)
+
+
+def _split_words(tokenizer, pre: str) -> None:
+    """Sets how a `tokenizers.Tokenizer` normalises text and splits it into words."""
+    from tokenizers import Regex, normalizers
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+        words = Split(Regex(QWEN2_WORDS), "isolated")
+    else:
+        words = Digits(individual_digits=True)
+    own = ByteLevel(add_prefix_space=False, use_regex=pre != "qwen2")
+    tokenizer.pre_tokenizer = Sequence([words, own])
 
 
 class _Plain:

@@ -74,9 +74,14 @@ class GgufFile:
             ) from None
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, dequantised to float32 (float16 stays)."""
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        """One tensor, or one of those stacked along its first axis, dequantised to float32
+        (float16 stays)."""
         entry = self._entries[name]
+        if index is not None:
+            count, *shape = entry.shape
+            size = entry.size // count
+            entry = _Entry(tuple(shape), entry.kind, entry.offset + index * size, size)
         data = np.fromfile(self.path, np.uint8, entry.size, offset=entry.offset)
         row = gguf.quant_shape_to_byte_shape(entry.shape, entry.kind)[-1]
         # The library works on 16 rows at a time; blocks are independent of row lengths.

@@ -72,17 +72,23 @@ def resolve(name_or_path: str | Path) -> Path:
             f"or run `hf download {name}` where the hub can be reached"
         ) from error
     if not any(folder.rglob("*.safetensors")):
-        _refuse_pickled(name)
+        _refuse_other(name)
     return folder
 
 
-def _refuse_pickled(name: str) -> None:
-    """Raises ValueError if a hub repository, which has no safetensors, has pickled weights."""
+def _refuse_other(name: str) -> None:
+    """Raises ValueError if a hub repository, which has no safetensors, has other weights."""
     from huggingface_hub import list_repo_files
 
     names: list[str] = []
     with contextlib.suppress(Exception):  # the hub is out of reach
         names = list_repo_files(name)
+    files = sorted(file for file in names if file.endswith(".gguf"))
+    if files:
+        raise ValueError(
+            f"{name} holds GGUF files; download one (`hf download {name} {files[0]}`) and pass "
+            "its path"
+        )
     message = pickled_only(name, names)
     if message is not None:
         raise ValueError(message)

@@ -190,6 +190,9 @@ def _other(folder: Path) -> str:
     inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
     if inner:
         return f"its folders have ({', '.join(inner)}): pass one of them"
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if files:
+        return f"it holds GGUF files ({', '.join(files)}): pass the path of one of them"
     return "expected a Hugging Face checkpoint folder"
 
 

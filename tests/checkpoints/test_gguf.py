@@ -13,8 +13,17 @@ from jaxspec import checkpoints
 from jaxspec.checkpoints.gguf import load_params, load_tokenizer, read_config
 from jaxspec.checkpoints.gguf_file import GgufFile
 from jaxspec.checkpoints.huggingface import load_params as load_folder
+from jaxspec.checkpoints.huggingface import read_config as read_folder
 from jaxspec.config import TargetConfig
-from tests.checkpoints.writing import LLAMA, random_tensors, write_folder
+from tests.checkpoints.gguf_files import METADATA, write_gguf
+from tests.checkpoints.writing import (
+    DENSE,
+    LLAMA,
+    MIXTURE,
+    QWEN2,
+    random_tensors,
+    write_folder,
+)
 
 RAW = LLAMA | {  # multiples of 32, the length of a block
     "hidden_size": 32,
@@ -22,73 +31,6 @@ RAW = LLAMA | {  # multiples of 32, the length of a block
     "num_attention_heads": 4,
     "head_dim": 16,
 }
-METADATA = {
-    "llama.vocab_size": 11,
-    "llama.embedding_length": 32,
-    "llama.feed_forward_length": 64,
-    "llama.block_count": 2,
-    "llama.attention.head_count": 4,
-    "llama.attention.head_count_kv": 2,
-    "llama.rope.dimension_count": 16,
-    "llama.rope.freq_base": 5000.0,
-    "llama.attention.layer_norm_rms_epsilon": 0.5,
-    "llama.context_length": 64,
-    "tokenizer.ggml.eos_token_id": 2,
-}
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "post_attention_layernorm": "ffn_norm",
-    "input_layernorm": "attn_norm",
-    "model.layers": "blk",
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
-
-
-def rotate_neighbours(weight, heads):
-    """llama.cpp's order of a head's rows: 0, D/2, 1, D/2 + 1, …"""
-    dim = weight.shape[0] // heads
-    order = [
-        head * dim + half * dim // 2 + i
-        for head in range(heads)
-        for i in range(dim // 2)
-        for half in range(2)
-    ]
-    return weight[order]
-
-
-def write_gguf(path, tensors, metadata=METADATA, *, arch="llama", kind=None, tokens=None):
-    writer = gguf.GGUFWriter(path, arch)
-    for key, value in metadata.items():
-        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-        (writer.add_string if isinstance(value, str) else add)(key, value)
-    if tokens is not None:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(tokens["pre"])
-        writer.add_token_list(tokens["tokens"])
-        writer.add_token_types(tokens["types"])
-        writer.add_token_merges(tokens["merges"])
-        writer.add_chat_template(tokens["template"])
-    for name, tensor in tensors.items():
-        for old, heads in (("q_proj", 4), ("k_proj", 2)):
-            tensor = rotate_neighbours(tensor, heads) if old in name else tensor
-        for old, new in NAMES.items():
-            name = name.replace(old, new)
-        quantise = kind is not None and tensor.ndim == 2
-        data = gguf.quantize(tensor, kind) if quantise else tensor
-        writer.add_tensor(name, data, raw_dtype=kind if quantise else None)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture
@@ -130,6 +72,103 @@ def test_weights_equal_those_of_the_same_model_as_safetensors(tmp_path, tied):
     jax.tree.map(np.testing.assert_array_equal, load_params(path, config), expected)
 
 
+SIZES = {  # of DENSE: hidden and inner widths are multiples of 32, the length of a block
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+QWENS = {
+    "qwen2": QWEN2 | SIZES,
+    "qwen3": DENSE | SIZES | {"tie_word_embeddings": True},
+    "qwen3moe": MIXTURE | SIZES | {"moe_intermediate_size": 32, "mlp_only_layers": []},
+}
+
+
+def qwen_metadata(arch, **more):
+    """As llama.cpp's converter writes it: no vocabulary size, the head's dimension by name."""
+    names = {name: name.replace("llama.", f"{arch}.") for name in METADATA}
+    own = {names[name]: x for name, x in METADATA.items() if "vocab" not in name}
+    own[f"{arch}.attention.key_length"] = own.pop(f"{arch}.rope.dimension_count")
+    own[f"{arch}.attention.value_length"] = 16
+    own[f"{arch}.attention.layer_norm_rms_epsilon"] = 2.0**-17
+    if arch == "qwen3moe":
+        own |= {f"{arch}.expert_count": 3, f"{arch}.expert_used_count": 2}
+        own |= {f"{arch}.expert_feed_forward_length": 32}
+    return own | {f"{arch}.{key}": value for key, value in more.items()}
+
+
+def qwen_folder(folder, arch, tensors, **more):
+    return write_folder(
+        folder, QWENS[arch] | {"rms_norm_eps": 2.0**-17, "eos_token_id": 2} | more, tensors
+    )
+
+
+@pytest.mark.parametrize("arch", QWENS)
+def test_a_qwen_equals_the_same_model_as_safetensors(tmp_path, arch):
+    tensors = random_tensors(QWENS[arch])
+    path = write_gguf(tmp_path / "model.gguf", tensors, qwen_metadata(arch), arch=arch)
+    folder = qwen_folder(tmp_path / "hf", arch, tensors)
+    config = read_config(path)
+    assert config == read_folder(folder)
+    jax.tree.map(
+        np.testing.assert_array_equal, load_params(path, config), load_folder(folder, config)
+    )
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16"])
+def test_an_expert_is_read_from_its_own_blocks(tmp_path, kind):
+    tensors = random_tensors(QWENS["qwen3moe"])
+    kind = gguf.GGMLQuantizationType[kind]
+    metadata = qwen_metadata("qwen3moe")
+    path = write_gguf(tmp_path / "a.gguf", tensors, metadata, arch="qwen3moe", kind=kind)
+    file = GgufFile(path)
+    for name in ("gate", "up", "down"):
+        whole = file.read(f"blk.1.ffn_{name}_exps.weight")
+        assert whole.shape[0] == 3
+        for i in range(3):
+            found = file.read(f"blk.1.ffn_{name}_exps.weight", i)
+            np.testing.assert_array_equal(found, whole[i])
+
+
+@pytest.mark.parametrize(
+    "more, rope",
+    [
+        (
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.original_context_length": 32,
+            },
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        ),
+        (
+            {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0},
+            {"rope_type": "linear", "factor": 2.0},
+        ),
+        ({"rope.scaling.type": "none"}, {"rope_type": "default"}),
+    ],
+)
+def test_scaled_positions(tmp_path, more, rope):
+    tensors = random_tensors(QWENS["qwen3"])
+    metadata = qwen_metadata("qwen3", **more)
+    path = write_gguf(tmp_path / "model.gguf", tensors, metadata, arch="qwen3")
+    own = {"rope_parameters": {"rope_theta": 5000.0, **rope}}
+    folder = qwen_folder(tmp_path / "hf", "qwen3", tensors, **own)
+    assert read_config(path).rope_scaling == read_folder(folder).rope_scaling
+
+
+def test_both_ends_of_a_qwen(tmp_path):
+    tokens = TOKENS | {"pre": "qwen2"}
+    tokens["tokens"] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *TOKENS["tokens"][3:]]
+    tensors = random_tensors(QWENS["qwen3"])
+    path = write_gguf(
+        tmp_path / "a.gguf", tensors, qwen_metadata("qwen3"), arch="qwen3", tokens=tokens
+    )
+    assert read_config(path).eos_token_ids == (2, 0)
+
+
 @pytest.mark.parametrize("kind, step", [("Q8_0", 1 / 127), ("Q4_1", 1 / 15), ("F16", 1e-3)])
 def test_quantised_weights_are_within_a_step(tmp_path, tensors, kind, step):
     path = write_gguf(tmp_path / "model.gguf", tensors, kind=gguf.GGMLQuantizationType[kind])
@@ -145,10 +184,13 @@ def test_quantised_weights_are_within_a_step(tmp_path, tensors, kind, step):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"llama.rope.scaling.type": "yarn"}, r"'llama.rope.scaling.type' is 'yarn'"),
+        ({"llama.rope.scaling.type": "longrope"}, r"scaling.type' is 'longrope'.* or 'yarn'"),
+        ({"llama.rope.scaling.type": "linear"}, r"has no 'llama.rope.scaling.factor'"),
+        ({"llama.rope.scaling.factor": 2.0}, r"'llama.rope.scaling.factor' is 2.0.*expected 1"),
+        ({"split.count": 3}, r"'split.count' is 3.*join its parts by `llama-gguf-split"),
         ({"llama.expert_count": 8}, r"'llama.expert_count' is 8.*expected 0"),
         ({"llama.block_count": "two"}, r"'llama.block_count' is 'two'.*a positive integer"),
-        ({"llama.attention.key_length": 8}, r"'llama.attention.key_length' is 8.*expected 16"),
+        ({"llama.attention.key_length": 8}, r"'llama.rope.dimension_count' is 16.*expected 8"),
         ({"llama.attention.sliding_window": 32}, r"'llama.attention.sliding_window' is 32"),
         ({"llama.logit_scale": 0.5}, r"'llama.logit_scale' is 0.5.*expected 1"),
         (
@@ -178,16 +220,14 @@ def test_every_end_of_text_turn_and_message(tmp_path, tensors):
 
 def test_other_architecture(tmp_path, tensors):
     path = write_gguf(tmp_path / "model.gguf", tensors, arch="gemma3")
-    with pytest.raises(ValueError, match=r"'general.architecture' is 'gemma3'.*'llama'"):
+    with pytest.raises(ValueError, match=r"'general.architecture' is 'gemma3'.* or 'qwen3moe'"):
         read_config(path)
 
 
 def test_missing_key(tmp_path, tensors):
     metadata = {key: value for key, value in METADATA.items() if "block_count" not in key}
     path = write_gguf(tmp_path / "model.gguf", tensors, metadata)
-    with pytest.raises(
-        ValueError, match=r"has no 'llama.block_count'; it is not a Llama model's"
-    ):
+    with pytest.raises(ValueError, match=r"has no 'llama.block_count'; it is not a target's"):
         read_config(path)
 
 

