@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from jaxspec.checkpoints import huggingface, hybrid, target_path
@@ -25,7 +24,13 @@ from jaxspec.checkpoints.fuse import check_dtype
 from jaxspec.checkpoints.quantisation import KEYS, MODELOPT, quantisation_of
 from jaxspec.checkpoints.store import load_weights, save_weights
 from jaxspec.checkpoints.target_weights import target_parts
-from jaxspec.checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder, read_json
+from jaxspec.checkpoints.tensors import (
+    INDEX,
+    SINGLE,
+    SafetensorsFolder,
+    read_json,
+    write_tensors,
+)
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams
 from jaxspec.models.scaled import OutputsFirst, by_value
@@ -226,7 +231,8 @@ def _save_shards(output: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> Non
     size = total = 0
 
     def flush():
-        save_file(shard, output / f"{len(shards)}.partial", metadata={"format": "pt"})
+        partial = output / f"{len(shards)}.partial"
+        write_tensors(partial, shard, metadata={"format": "pt"})
         shards.append(list(shard))
         shard.clear()
 

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from jaxspec.checkpoints.fuse import Part, build, check_weights
 from jaxspec.checkpoints.quantised import open_weights
-from jaxspec.checkpoints.tensors import SINGLE, Box, cut
+from jaxspec.checkpoints.tensors import SINGLE, Box, cut, write_tensors
 from jaxspec.models.scaled import ScaledWeight, is_scaled
 
 # For every weight, by path in the head, the tensors it is made of.
@@ -193,5 +192,5 @@ def write_folder(
     for name in set(tensors) - set(integers):
         check_weights(tensors[name], name, f"{folder} is not written")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    write_tensors(folder / SINGLE, tensors, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")

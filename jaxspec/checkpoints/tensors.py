@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -153,6 +154,18 @@ def cut(array: np.ndarray, shape: tuple[int, ...], box: Box, skip: int = 0) -> n
     """A box of an array that is viewed as `shape` after its first `skip` values."""
     seen = array.reshape(-1)[skip : skip + math.prod(shape)].reshape(shape)
     return seen[tuple(slice(*ends) for ends in box)]
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata=None) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+      OSError: it cannot be written, as on a full disk.
+    """
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def read_json(path: Path) -> dict:

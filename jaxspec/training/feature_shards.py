@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from jaxspec.checkpoints.tensors import read_header
+from jaxspec.checkpoints.tensors import read_header, write_tensors
 from jaxspec.training.features import Features
 
 
@@ -68,7 +67,7 @@ def plan_shards(lengths: Sequence[int], shard_rows: int) -> Layout:
 def write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Writes a shard atomically and durably."""
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
+    write_tensors(partial, tensors)
     with partial.open("rb+") as stream:
         os.fsync(stream.fileno())
     os.replace(partial, path)

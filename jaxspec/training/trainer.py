@@ -48,7 +48,7 @@ from jaxspec.training.run_folder import (
 from jaxspec.training.sharding import gather, state_shardings
 from jaxspec.training.start import initial_drafter
 from jaxspec.training.step import TrainState, init_state, learning_rate, train_step
-from jaxspec.training.validation import prompt_rows, thinking_of, walked_tau
+from jaxspec.training.validation import prompt_rows, thinking_of, walked_tau, warn_of_trained
 
 TENSORBOARD, CHECKPOINTS = "tensorboard", "checkpoints"
 
@@ -111,6 +111,7 @@ def train(
     check_writers(tensorboard=tensorboard, wandb=wandb is not None)
     if prompts:
         prompts = prompt_rows(target, prompts, thinking=thinking_of(examples))
+        warn_of_trained(prompts, examples)
     cached, taps = None, config.drafter.taps
     if features is not None:
         cached = open_features(features, target, examples, taps=taps, dtype=features_dtype)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 
+import numpy as np
 from tqdm import tqdm
 
 from jaxspec.api import generate
@@ -36,6 +38,19 @@ def prompt_rows(
     for row in rows:
         check_positions(target.config, len(row), NEW_TOKENS)
     return rows
+
+
+def warn_of_trained(prompts: Sequence[Sequence[int]], examples: Sequence[Example]) -> None:
+    """Warns if examples answer some of the prompts: tau on those tells nothing of new text."""
+    starts = (x.tokens[: np.argmax(x.supervised)] for x in examples)
+    answered = {np.asarray(start, np.int32).tobytes() for start in starts}
+    found = sum(np.asarray(row, np.int32).tobytes() in answered for row in prompts)
+    if found:
+        warnings.warn(
+            f"{found} of {len(prompts)} validation prompts are answered in the data, so that "
+            "their tau is that of text trained on; `jaxspec overlap --clean` removes such rows",
+            stacklevel=2,
+        )
 
 
 def walked_tau(

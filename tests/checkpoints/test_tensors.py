@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from jaxspec.checkpoints.huggingface import load_params, read_config
-from jaxspec.checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder
+from jaxspec.checkpoints.tensors import INDEX, SINGLE, SafetensorsFolder, write_tensors
 from tests.checkpoints.writing import (
     DENSE,
     random_tensors,
@@ -212,3 +212,12 @@ def test_the_only_file_may_have_any_name_but_a_shards(tmp_path):
 def test_no_weights(tmp_path):
     with pytest.raises(ValueError, match=r"has no weights; expected model.safetensors or"):
         SafetensorsFolder(tmp_path)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    path = tmp_path / "missing" / "a.safetensors"
+    with pytest.raises(OSError, match=f"cannot write {path}: .*No such file"):
+        write_tensors(path, {"a": np.zeros(2)})
+    path.parent.mkdir()
+    write_tensors(path, {"a": np.arange(2)})
+    np.testing.assert_array_equal(load_file(path)["a"], np.arange(2))

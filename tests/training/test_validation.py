@@ -3,12 +3,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from jaxspec.cli.exits import INTERRUPTED
 from jaxspec.cli.train import Train
 from jaxspec.training.run_folder import CONFIG
-from jaxspec.training.validation import thinking_of
+from jaxspec.training.validation import thinking_of, warn_of_trained
 from tests.data.test_conversations import tokenizer
 from tests.training import tiny
 
@@ -60,6 +61,19 @@ def test_prompts_that_cannot_be_answered_are_left_out(
     (row,) = train._prompts(path, target, in_modes(*modes))
     assert target.tokenizer.decode(row) == "a " * 7 + mode
     assert "left out: prompt 1: a prompt of 9 tokens and 64 new" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked, found", [([0, 1, 2], 3), ([1], 1), ([], 0)])
+def test_prompts_that_the_data_answers_are_counted(recwarn, asked, found):
+    examples = [
+        dataclasses.replace(x, supervised=np.arange(len(x)) >= 5) for x in tiny.examples(3)
+    ]
+    prompts = [examples[i].tokens[:5].tolist() for i in asked]
+    near = [examples[0].tokens[:4].tolist(), examples[0].tokens[:6].tolist()]
+    warn_of_trained([*prompts, *near], examples)
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == bool(found)
+    assert all(f"{found} of {found + 2} validation prompts are answered" in x for x in said)
 
 
 @pytest.mark.parametrize(
