@@ -108,11 +108,11 @@ def _plain_output() -> Iterator[None]:
 
 def leave(code: int) -> NoReturn:
     """Ends the process; after an interrupt, without waiting for the devices."""
-    if code == BROKEN_PIPE:  # or Python complains about what it could not write
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again at its end, and exit with a code of its own
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if code == INTERRUPTED:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -48,7 +48,7 @@ from jaxspec.training.run_folder import (
 from jaxspec.training.sharding import gather, state_shardings
 from jaxspec.training.start import initial_drafter
 from jaxspec.training.step import TrainState, init_state, learning_rate, train_step
-from jaxspec.training.validation import prompt_rows, thinking_of, walked_tau, warn_of_trained
+from jaxspec.training.validation import prompt_rows, walked_tau
 
 TENSORBOARD, CHECKPOINTS = "tensorboard", "checkpoints"
 
@@ -110,8 +110,7 @@ def train(
     _check(config, target, mesh)
     check_writers(tensorboard=tensorboard, wandb=wandb is not None)
     if prompts:
-        prompts = prompt_rows(target, prompts, thinking=thinking_of(examples))
-        warn_of_trained(prompts, examples)
+        prompts = prompt_rows(target, prompts, examples)
     cached, taps = None, config.drafter.taps
     if features is not None:
         cached = open_features(features, target, examples, taps=taps, dtype=features_dtype)

@@ -27,21 +27,23 @@ def thinking_of(examples: Sequence[Example]) -> bool | None:
 
 
 def prompt_rows(
-    target: Target, prompts: Sequence[Prompt], *, thinking: bool | None
+    target: Target, prompts: Sequence[Prompt], examples: Sequence[Example]
 ) -> list[list[int]]:
-    """Prompts for validation as token ids.
+    """Prompts for validation as token ids, in the thinking mode of the training data.
+
+    Warns of prompts that the data answers too.
 
     Raises:
       ValueError: the target cannot answer one of them.
     """
-    rows = as_token_ids(target, prompts, raw=False, thinking=thinking)
+    rows = as_token_ids(target, prompts, raw=False, thinking=thinking_of(examples))
     for row in rows:
         check_positions(target.config, len(row), NEW_TOKENS)
+    _warn_of_trained(rows, examples)
     return rows
 
 
-def warn_of_trained(prompts: Sequence[Sequence[int]], examples: Sequence[Example]) -> None:
-    """Warns if examples answer some of the prompts: tau on those tells nothing of new text."""
+def _warn_of_trained(prompts: Sequence[Sequence[int]], examples: Sequence[Example]) -> None:
     starts = (x.tokens[: np.argmax(x.supervised)] for x in examples)
     answered = {np.asarray(start, np.int32).tobytes() for start in starts}
     found = sum(np.asarray(row, np.int32).tobytes() in answered for row in prompts)
@@ -49,7 +51,7 @@ def warn_of_trained(prompts: Sequence[Sequence[int]], examples: Sequence[Example
         warnings.warn(
             f"{found} of {len(prompts)} validation prompts are answered in the data, so that "
             "their tau is that of text trained on; `jaxspec overlap --clean` removes such rows",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 from jaxspec.cli.exits import INTERRUPTED
 from jaxspec.cli.train import Train
 from jaxspec.training.run_folder import CONFIG
-from jaxspec.training.validation import thinking_of, warn_of_trained
+from jaxspec.training.validation import prompt_rows, thinking_of
 from tests.data.test_conversations import tokenizer
 from tests.training import tiny
 
@@ -70,7 +70,8 @@ def test_prompts_that_the_data_answers_are_counted(recwarn, asked, found):
     ]
     prompts = [examples[i].tokens[:5].tolist() for i in asked]
     near = [examples[0].tokens[:4].tolist(), examples[0].tokens[:6].tolist()]
-    warn_of_trained([*prompts, *near], examples)
+    rows = [*prompts, *near]
+    assert prompt_rows(tiny.target(), rows, examples) == rows
     said = [str(warning.message) for warning in recwarn]
     assert len(said) == bool(found)
     assert all(f"{found} of {found + 2} validation prompts are answered" in x for x in said)
