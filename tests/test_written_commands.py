@@ -62,7 +62,9 @@ def documented() -> list[tuple[str, str]]:
     for folder in ("docs", "examples", "checkpoints"):
         documents += sorted((ROOT / folder).rglob("*.md"))
     scripts = sorted((ROOT / "examples").rglob("*.py"))
+    job = ROOT / "examples" / "cluster" / "slurm.sh"
     texts = {path: path.read_text() for path in documents}
+    texts[job] = f"```\n{job.read_text()}```"
     texts |= {path: ast.get_docstring(ast.parse(path.read_text())) or "" for path in scripts}
     found = [
         (str(p.relative_to(ROOT)), c) for p, text in texts.items() for c in commands_of(text)
@@ -140,7 +142,7 @@ def test_documents_are_searched():
 def recorded(
     script: str, tmp_path: Path, *arguments: str, **environment: str
 ) -> list[list[str]]:
-    """The Python commands that a shell script of examples/shipped_drafter runs."""
+    """The Python commands that a shell script runs, named from examples/shipped_drafter."""
     log = tmp_path / "commands"
     python = tmp_path / "python"
     writes = "import json, sys; print(json.dumps(sys.argv[2:]), file=open(sys.argv[1], 'a'))"
@@ -184,5 +186,13 @@ def test_the_curves(tmp_path, monkeypatch):
 def test_the_evaluation_of_the_shipped_drafter(tmp_path, monkeypatch):
     commands = recorded("evaluate.sh", tmp_path, "shipped", str(tmp_path / "results.jsonl"))
     assert [words[1] for words in commands] == ["evaluate", "evaluate"]
+    for words in commands:
+        check(words, monkeypatch)
+
+
+def test_the_campaign_on_a_gpu(tmp_path, monkeypatch):
+    stages = ["check", "tiles", "steps", "replay", "small", "mosaic", "peer", "flags"]
+    commands = recorded("../gpu/campaign.sh", tmp_path, *stages, OUT=str(tmp_path), GOLDEN="x")
+    assert len(commands) == 11
     for words in commands:
         check(words, monkeypatch)

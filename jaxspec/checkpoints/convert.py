@@ -33,7 +33,7 @@ from jaxspec.checkpoints.tensors import (
 )
 from jaxspec.config import TargetConfig
 from jaxspec.models.params import TargetParams
-from jaxspec.models.scaled import OutputsFirst, by_value
+from jaxspec.models.scaled import by_value, is_outputs_first
 from jaxspec.whole_files import new_folder
 
 FORMATS = ("orbax", "safetensors")
@@ -256,7 +256,7 @@ def _save_shards(output: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> Non
 
 def _tensors(config, params: TargetParams) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the weights by name, one per expert."""
-    weights, tree = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, OutputsFirst))
+    weights, tree = jax.tree.flatten(params, is_leaf=is_outputs_first)
     table = tree.flatten_up_to(target_parts(config, {}))
     for group, weight in zip(table, weights, strict=True):
         array = np.asarray(by_value(weight))

@@ -129,6 +129,7 @@ def _rope_scaling(raw: JsonConfig, at: Callable[[str], str]) -> RopeScaling | No
 
 
 def _ends(whole: JsonConfig, arch: str) -> tuple[int, ...]:
+    """Ids that end a generation; of a Qwen also those that its published configuration has."""
     ends = [whole.integer(key, least=0) for key in ENDS if whole.has(key)]
     if arch.startswith("qwen") and whole.has("tokenizer.ggml.tokens"):
         tokens = whole.items("tokenizer.ggml.tokens", str)

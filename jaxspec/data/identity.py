@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxspec.models.scaled import OutputsFirst
+from jaxspec.models.scaled import OutputsFirst, is_outputs_first
 
 if TYPE_CHECKING:
     from jaxspec.drafters.base import LoadedDrafter
@@ -29,9 +29,7 @@ def fingerprint(model: Target | LoadedDrafter) -> str:
     fine-tuning does. Every array must be fully addressable in this process.
     """
     digest = hashlib.sha256()
-    weights = jax.tree.leaves_with_path(
-        model.params, is_leaf=lambda x: isinstance(x, OutputsFirst)
-    )
+    weights = jax.tree.leaves_with_path(model.params, is_leaf=is_outputs_first)
     for path, x in weights:
         values = np.asarray(_first_row(x)[:SAMPLED], np.float32)
         digest.update(jax.tree_util.keystr(path).encode())
@@ -42,7 +40,7 @@ def fingerprint(model: Target | LoadedDrafter) -> str:
 
 def _first_row(weight: jax.Array | OutputsFirst) -> jax.Array:
     """All values along the last axis, at index 0 of the others."""
-    if isinstance(weight, OutputsFirst):
+    if is_outputs_first(weight):
         last = weight.values.ndim - weight.inputs - 1
         return weight.values[(*[0] * last, slice(None), *[0] * weight.inputs)]
     return jnp.atleast_1d(weight)[(0,) * (weight.ndim - 1)]

@@ -115,11 +115,16 @@ def is_scaled(x) -> bool:
     return isinstance(x, ScaledWeight)
 
 
+def is_outputs_first(x) -> bool:
+    """Whether a value is an `OutputsFirst`; for `is_leaf` of `jax.tree`."""
+    return isinstance(x, OutputsFirst)
+
+
 def by_value(weight: jax.Array | ScaledWeight | OutputsFirst) -> jax.Array:
     """A weight as one array in the order of `TargetParams`, in its activations' dtype."""
     if is_scaled(weight):
         values = scaled(weight.values, weight.scale).astype(weight.dtype)
-    elif isinstance(weight, OutputsFirst):
+    elif is_outputs_first(weight):
         values = weight.values
     else:
         return weight

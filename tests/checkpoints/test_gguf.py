@@ -25,12 +25,13 @@ from tests.checkpoints.writing import (
     write_folder,
 )
 
-RAW = LLAMA | {  # multiples of 32, the length of a block
+SIZES = {  # widths are multiples of 32, the length of a block
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_attention_heads": 4,
     "head_dim": 16,
 }
+RAW = LLAMA | SIZES
 
 
 @pytest.fixture
@@ -72,13 +73,6 @@ def test_weights_equal_those_of_the_same_model_as_safetensors(tmp_path, tied):
     jax.tree.map(np.testing.assert_array_equal, load_params(path, config), expected)
 
 
-SIZES = {  # of DENSE: hidden and inner widths are multiples of 32, the length of a block
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 QWENS = {
     "qwen2": QWEN2 | SIZES,
     "qwen3": DENSE | SIZES | {"tie_word_embeddings": True},

@@ -12,7 +12,7 @@ from jaxspec.checkpoints.tensors import SINGLE
 from jaxspec.drafters.weights import random_weights
 from jaxspec.models.layers import project
 from jaxspec.models.params import outputs_first, random_params
-from jaxspec.models.scaled import OutputsFirst, by_value
+from jaxspec.models.scaled import OutputsFirst, by_value, is_outputs_first
 from jaxspec.models.target import Target
 from jaxspec.training.networks import copy_layers
 from jaxspec.training.recipe import Preset, drafter_config
@@ -20,7 +20,7 @@ from tests import tiny
 from tests.checkpoints.writing import DENSE, random_tensors, write_folder
 
 multiply = jax.jit(project, static_argnums=0)
-is_turned = lambda x: isinstance(x, OutputsFirst)  # noqa: E731
+is_turned = is_outputs_first
 
 
 def by_rows(config):
